@@ -1,0 +1,19 @@
+"""Sememe takes a language model apart. This package imports nothing heavy; import the module you need.
+
+    errors, config, artifact     what everything stands on
+    encoded, metrics, kernels    sparse activations, what is measured on them, and how it is made fast
+    dictionaries                 one file per architecture and baseline
+    text, lm, store, toy         documents, language models, activations on disk, data with a known answer
+    formats, source              other tools' files; streams of activations
+    harvest, train, evaluate, compare, interpret, explain, intervene, pretrain, convert, publish, report
+                                 the verbs: each is also `sememe VERB`, a config, a docs page, a test file
+    browse                       the web page and its server
+    run, cli                     recipes, and the command line
+
+Example:
+    >>> from sememe.train import TrainConfig, train  # doctest: +SKIP
+"""
+
+__all__ = ["__version__"]
+
+__version__ = "0.1.0"

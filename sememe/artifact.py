@@ -1,0 +1,382 @@
+"""Folders on disk that are complete or absent. Knows files and hashes, not what is in them; never loads torch.
+
+An artifact is a folder: `meta.json` and files. It is built in `.NAME.partial` beside its final place, every
+file is flushed to disk, and the folder is renamed as the last step: whatever is killed when, the final name
+holds a whole artifact or nothing. A partial folder of the same identity is picked up again by the next run.
+
+Two hashes tell artifacts apart. The *identity* is known before the work starts: kind, the verb's version, its
+config, its parents' fingerprints. The *fingerprint* is known after: identity and the hash of each file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sememe import __version__
+from sememe.config import Config, sha256_of
+from sememe.errors import ArtifactError, CorruptError, LockError, MismatchError, ResourceError
+
+__all__ = [
+    "FORMAT_VERSION",
+    "Artifact",
+    "Work",
+    "building",
+    "file_sha256",
+    "find",
+    "identity_of",
+    "load",
+    "remove",
+    "write_json",
+]
+
+FORMAT_VERSION = 1
+META = "meta.json"
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file's content."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """JSON written aside, flushed to disk and renamed, so that a reader never sees half of it."""
+    path = Path(path)
+    aside = path.with_name(path.name + ".tmp")
+    with aside.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, ensure_ascii=False, allow_nan=False)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def identity_of(kind: str, version: int, config: Config, parents: Mapping[str, str]) -> str:
+    """The hash by which a finished artifact is recognised as the one that would be made now."""
+    return sha256_of(
+        {
+            "format": FORMAT_VERSION,
+            "kind": kind,
+            "version": version,
+            "config": config.identity(),
+            "parents": dict(parents),
+        }
+    )
+
+
+class Artifact:
+    """A finished folder on disk. `meta` is its meta.json as plain data."""
+
+    def __init__(self, path: Path, meta: dict[str, Any]) -> None:
+        self.path, self.meta = path, meta
+
+    @property
+    def kind(self) -> str:
+        """What it is: "store", "dictionary", "report", "atlas", "site", ..."""
+        return str(self.meta["kind"])
+
+    @property
+    def identity(self) -> str:
+        """Kind, version, config and parents, hashed."""
+        return str(self.meta["identity"])
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity and content, hashed."""
+        return str(self.meta["fingerprint"])
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """What the verb that made it wanted remembered."""
+        extra: dict[str, Any] = self.meta["extra"]
+        return extra
+
+    def file(self, name: str, *, verify: bool = False) -> Path:
+        """The path of one of its files, its size checked, and its hash if asked.
+
+        Raises:
+            CorruptError: the file is missing, truncated, or its content changed.
+        """
+        entry = self.meta["files"].get(name)
+        path = self.path / name
+        if entry is None or not path.is_file():
+            raise CorruptError(
+                f"the {self.kind} {self.path} must hold {name}",
+                "no such file",
+                "Delete the folder and make it again.",
+            )
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            raise CorruptError(
+                f"{path} must be {entry['bytes']} bytes long",
+                f"{size} bytes",
+                "The file was truncated or changed; delete the folder and make it again.",
+            )
+        if verify and (found := file_sha256(path)) != entry["sha256"]:
+            raise CorruptError(
+                f"{path} must have SHA-256 {entry['sha256'][:16]}",
+                found[:16],
+                "The file was changed or damaged; delete the folder and make it again.",
+            )
+        return path
+
+    def verify(self) -> None:
+        """Check the hash of every file."""
+        for name in self.meta["files"]:
+            self.file(name, verify=True)
+
+
+def load(path: str | Path, kind: str | None = None) -> Artifact:
+    """Open a finished artifact; the sizes of its files are checked, hashes when each file is read.
+
+    Raises:
+        ArtifactError: there is no artifact at the path, or it is of another kind or a newer format.
+        CorruptError: meta.json or a file is damaged.
+    """
+    path = Path(path)
+    what = kind or "artifact"
+    meta_path = path / META
+    if not meta_path.is_file():
+        partial = _partial(path).is_dir()
+        raise ArtifactError(
+            f"{path} must be a finished {what}",
+            "an unfinished one"
+            if partial
+            else ("a folder without meta.json" if path.is_dir() else "nothing there"),
+            "Run the command that makes it again; it goes on where it was."
+            if partial
+            else f"Name the folder of a {what}.",
+        )
+    try:
+        meta = json.loads(meta_path.read_text(encoding="utf-8"))
+        version, found_kind = int(meta["format_version"]), str(meta["kind"])
+    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise CorruptError(
+            f"{meta_path} must be a sememe meta.json",
+            f"{type(error).__name__}: {error}",
+            "Delete the folder and make it again.",
+        ) from None
+    if version > FORMAT_VERSION:
+        raise ArtifactError(
+            f"{path} must have format_version <= {FORMAT_VERSION}", version, "Upgrade sememe to read it."
+        )
+    if kind is not None and found_kind != kind:
+        raise ArtifactError(f"{path} must be a {kind}", f"a {found_kind}", f"Name the folder of a {kind}.")
+    artifact = Artifact(path, meta)
+    for name in meta["files"]:
+        artifact.file(name)
+    return artifact
+
+
+def find(path: str | Path, kind: str, identity: str) -> Artifact | None:
+    """The artifact at the path if it is the one that would be made now; None if nothing is there.
+
+    Raises:
+        MismatchError: something else is there, made from another config, parent or version.
+    """
+    path = Path(path)
+    if not path.exists():
+        return None
+    artifact = load(path, kind)
+    if artifact.identity != identity:
+        raise MismatchError(
+            f"the {kind} at {path} must have been made with this config, these parents and this version "
+            f"(identity {identity[:16]})",
+            f"identity {artifact.identity[:16]}",
+            f"Delete {path}, write elsewhere, or pass --fresh to replace it.",
+        )
+    return artifact
+
+
+def remove(path: str | Path) -> None:
+    """Delete an artifact and any partial work beside it."""
+    path = Path(path)
+    shutil.rmtree(path, ignore_errors=True)
+    shutil.rmtree(_partial(path), ignore_errors=True)
+
+
+class Work:
+    """An artifact being built: a folder to write into.
+
+    `resumed` says that an interrupted run of the same identity left its files here. `extra` is stored in
+    meta.json; `parents` and `config` are already known.
+    """
+
+    def __init__(self, path: Path, resumed: bool) -> None:
+        self.path, self.resumed = path, resumed
+        self.extra: dict[str, Any] = {}
+        self.hashes: dict[str, str] = {}
+
+
+@contextlib.contextmanager
+def building(
+    path: str | Path,
+    *,
+    kind: str,
+    version: int,
+    config: Config,
+    parents: Mapping[str, str],
+    resumable: bool = False,
+    fresh: bool = False,
+    leave_out: tuple[str, ...] = (),
+) -> Iterator[Work]:
+    """Build an artifact: yields the folder to write into, and puts it in place on a clean exit.
+
+    Args:
+        path: Its final place.
+        kind: What it is.
+        version: The verb's version, raised when its output changes.
+        config: The verb's config.
+        parents: Fingerprints of what it was made from, by role.
+        resumable: Keep the partial folder when interrupted, and pick it up next time.
+        fresh: Replace whatever stands at the path and forget partial work.
+        leave_out: Names inside the work folder (progress files) that do not belong to the finished artifact.
+
+    Raises:
+        LockError: another process is building the same artifact.
+        MismatchError: something else stands at the path, and `fresh` was not asked for.
+        ResourceError: the disk is full.
+    """
+    path = Path(path)
+    identity = identity_of(kind, version, config, parents)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(path):
+            if fresh:
+                shutil.rmtree(_partial(path), ignore_errors=True)
+            else:
+                find(path, kind, identity)
+            work = _open_work(path, identity, resumable)
+            try:
+                yield work
+            except BaseException:
+                if not resumable:
+                    shutil.rmtree(work.path, ignore_errors=True)
+                raise
+            _finish(work, path, kind, version, config, parents, identity, leave_out)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(
+                f"the disk must have room for the {kind} {path}",
+                os.strerror(error.errno),
+                "Free some space or write elsewhere, then run again; finished work is kept.",
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
+            raise ResourceError(
+                f"the folder of the {kind} {path} must be writable",
+                os.strerror(error.errno),
+                "Write elsewhere.",
+            ) from error
+        raise
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """One writer per artifact. The lock file names its owner; the kernel frees it when the owner dies."""
+    lock_path = path.with_name(f".{path.name}.lock")
+    with lock_path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            raise LockError(
+                f"only one run may write {path}",
+                f"a lock held by {owner}",
+                "Wait for it, stop it, or write elsewhere.",
+            ) from None
+        file.seek(0)
+        file.truncate()
+        file.write(f"process {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        file.flush()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                lock_path.unlink()
+
+
+def _open_work(path: Path, identity: str, resumable: bool) -> Work:
+    partial = _partial(path)
+    marker = partial / ".identity"
+    found = marker.read_text() if marker.is_file() else None
+    if resumable and found is not None and found != identity:
+        raise MismatchError(
+            f"the unfinished work at {partial} must have been started with this config, these parents and this "
+            f"version (identity {identity[:16]})",
+            f"identity {found[:16]}",
+            f"Finish it with its own config, write elsewhere, delete {partial}, or pass --fresh.",
+        )
+    resumed = resumable and found == identity
+    if not resumed:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        marker.write_text(identity)
+    return Work(partial, resumed)
+
+
+def _finish(
+    work: Work,
+    path: Path,
+    kind: str,
+    version: int,
+    config: Config,
+    parents: Mapping[str, str],
+    identity: str,
+    leave_out: tuple[str, ...],
+) -> None:
+    for name in (".identity", *leave_out):
+        target = work.path / name
+        if target.is_dir():
+            shutil.rmtree(target)
+        else:
+            target.unlink(missing_ok=True)
+    files = {}
+    for file in sorted(p for p in work.path.rglob("*") if p.is_file()):
+        name = file.relative_to(work.path).as_posix()
+        _fsync(file)
+        files[name] = {"bytes": file.stat().st_size, "sha256": work.hashes.get(name) or file_sha256(file)}
+    meta = {
+        "format_version": FORMAT_VERSION,
+        "kind": kind,
+        "identity": identity,
+        "fingerprint": sha256_of({"identity": identity, "files": {n: f["sha256"] for n, f in files.items()}}),
+        "verb_version": version,
+        "code_version": __version__,
+        "config": config.resolved(),
+        "parents": dict(parents),
+        "extra": work.extra,
+        "files": files,
+    }
+    write_json(work.path / META, meta)
+    _fsync(work.path)
+    if path.exists():
+        old = path.with_name(f".{path.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+        work.path.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        work.path.rename(path)
+    _fsync(path.parent)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,256 @@
+"""The atlas on disk: a DuckDB database with everything known about a dictionary's latents on a text.
+
+Schema and access only. Knows how an atlas is laid out and how to read it; does not fill one (`interpret.py`
+does) and never loads torch, so that the browser's server can import it.
+
+All activations are in raw units. Where a dictionary's activations are signed, everything is ranked, summed and
+counted by absolute value, and only `examples.act` and `examples.acts` keep the sign. Activations of a context are
+stored sparsely: two lists of equal length, `positions` (offsets into the context's tokens) and `acts`.
+
+An atlas does not change. What is found out later stands in artifacts of its own beside it (`explain.py` makes one
+of kind "explanations", a parquet file with a row per latent) and is joined when the atlas is opened.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+
+from sememe import artifact
+from sememe.errors import ArtifactError, CorruptError, MismatchError
+
+__all__ = [
+    "DATABASE",
+    "EXPLANATIONS",
+    "SCHEMA",
+    "SCHEMA_VERSION",
+    "Atlas",
+    "create",
+    "insert",
+    "labels",
+    "lists",
+    "open_atlas",
+    "set_meta",
+]
+
+DATABASE = "atlas.duckdb"
+EXPLANATIONS = "explanations.parquet"
+SCHEMA_VERSION = 1
+
+SCHEMA = """
+-- One row per fact about the whole: value is JSON. Keys: schema_version, dictionary (name, kind, d_in, d_sae,
+-- hookpoint, model, fingerprint), text (n_tokens, n_rows, n_documents), context_length, window (before, after),
+-- histogram_edges (list: upper edges are max_act * edge), attributions (list of {source, title, licence, url,
+-- notice}), report (headline numbers, when known).
+CREATE TABLE meta (key VARCHAR PRIMARY KEY, value VARCHAR NOT NULL);
+
+-- The model's tokens that occur anywhere in this atlas. `text` is for people (may hold U+FFFD), `bytes` is exact.
+CREATE TABLE tokens (id INTEGER PRIMARY KEY, text VARCHAR NOT NULL, bytes BLOB NOT NULL);
+
+-- Where the text came from.
+CREATE TABLE documents (id INTEGER PRIMARY KEY, source VARCHAR NOT NULL, language VARCHAR, title VARCHAR,
+    tags VARCHAR NOT NULL);                             -- tags: a JSON object
+
+-- Token rows, stored once; only those an example refers to. doc_ids holds the document of each token (-1: padding).
+CREATE TABLE contexts (id INTEGER PRIMARY KEY, token_ids INTEGER[] NOT NULL, doc_ids INTEGER[] NOT NULL);
+
+-- One row per latent, dead ones too.
+CREATE TABLE latents (
+    id INTEGER PRIMARY KEY,
+    density DOUBLE NOT NULL,            -- share of kept tokens on which it is active
+    n_active BIGINT NOT NULL,           -- that as a count
+    max_act FLOAT NOT NULL,             -- largest activation (0 if dead)
+    mean_act FLOAT NOT NULL,            -- mean over its active tokens (0 if dead)
+    top_token INTEGER,                  -- the token on which its total activation is largest
+    top_token_share DOUBLE,             -- the share of its activation mass on that token
+    n_distinct_tokens INTEGER,          -- among the tokens of its kept examples' peaks
+    language VARCHAR, language_share DOUBLE,   -- the commonest `language` of its kept examples' documents
+    histogram BIGINT[] NOT NULL,        -- counts of active tokens between 0 and max_act, see meta.histogram_edges
+    decoder_norm FLOAT NOT NULL,
+    logit_mean FLOAT, logit_std FLOAT); -- of its direct effect over the vocabulary
+
+-- Direct effect on the output: decoder direction through final norm and unembedding, minus the vocabulary mean.
+CREATE TABLE logits (latent INTEGER NOT NULL, sign TINYINT NOT NULL, rank INTEGER NOT NULL,
+    token INTEGER NOT NULL, value FLOAT NOT NULL);      -- sign 1: promoted, -1: demoted; rank 0 is the strongest
+
+-- The tokens that hold most of its activation, up to 5: rank 0 is latents.top_token. `share` is of its activation
+-- mass; for latents active on more than 192 distinct tokens it may be slightly too small, never too large.
+CREATE TABLE top_tokens (latent INTEGER NOT NULL, rank INTEGER NOT NULL, token INTEGER NOT NULL,
+    share DOUBLE NOT NULL);
+
+-- Where it fired. kind 'top': its largest activations, one per document, rank 0 the largest, decile NULL.
+-- kind 'decile': from the decile of its non-zero activations (0 lowest .. 9 highest), one per document.
+-- kind 'random': a context in which the latent is verified silent in the window; act 0.
+-- [start, stop) is the window within the context, clipped to the peak's document; position is the peak;
+-- positions/acts are the latent's activations inside the window (absolute offsets into the context).
+CREATE TABLE examples (latent INTEGER NOT NULL, kind VARCHAR NOT NULL, decile TINYINT, rank INTEGER NOT NULL,
+    context INTEGER NOT NULL, position INTEGER NOT NULL, start INTEGER NOT NULL, stop INTEGER NOT NULL,
+    document INTEGER NOT NULL, act FLOAT NOT NULL, positions INTEGER[] NOT NULL, acts FLOAT[] NOT NULL);
+"""
+
+
+class Atlas:
+    """A finished atlas, open for reading. `connection` takes any SQL; see docs/atlas.md.
+
+    Args:
+        folder: The artifact.
+        explanations: Folder of explanations of this atlas; they are joined as the view `explanations`.
+    """
+
+    def __init__(self, folder: artifact.Artifact, explanations: str | Path | None = None) -> None:
+        self.artifact = folder
+        path = folder.file(DATABASE)
+        try:
+            self.connection = duckdb.connect(str(path), read_only=True)
+            rows = self.connection.execute("SELECT key, value FROM meta").fetchall()
+            self.meta: dict[str, Any] = {key: json.loads(value) for key, value in rows}
+        except (duckdb.Error, ValueError) as error:
+            raise CorruptError(
+                f"{path} must be an atlas database",
+                str(error).splitlines()[0],
+                "Delete the folder and run `sememe interpret` again.",
+            ) from None
+        if explanations is not None:
+            file = _explanations_of(explanations, folder).replace("'", "''")
+            self.connection.execute(f"CREATE TEMP VIEW explanations AS SELECT * FROM read_parquet('{file}')")
+
+    def query(self, sql: str, *parameters: Any) -> list[dict[str, Any]]:
+        """Rows of a query as dictionaries."""
+        cursor = self.connection.cursor().execute(sql, list(parameters))
+        names = [column[0] for column in cursor.description or []]
+        return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+
+    def close(self) -> None:
+        """Close the database."""
+        self.connection.close()
+
+    def _repr_html_(self) -> str:
+        """Vital signs, and a handful of latents with the tokens they fire on and the tokens they promote."""
+        about, text = self.meta["dictionary"], self.meta["text"]
+        n_alive = self.query("SELECT count(*) AS n FROM latents WHERE n_active > 0")[0]["n"]
+        rows = {
+            "dictionary": f"{about.get('name', '')} ({about.get('kind', '')})",
+            "reads": f"{about.get('hookpoint', '')} of {about.get('model', '')}",
+            "latents": f"{about['d_sae']:,}, of which {n_alive:,} fired",
+            "text": f"{text['n_tokens']:,} tokens of {text['n_documents']:,} documents",
+        }
+        left = "style='text-align:left'"
+        vital = "".join(
+            f"<tr><th {left}>{html.escape(name)}</th><td {left}>{html.escape(str(value))}</td></tr>"
+            for name, value in rows.items()
+        )
+        head = "".join(f"<th {left}>{name}</th>" for name in ("latent", "density", "fires on", "promotes"))
+        lines = "".join(
+            f"<tr><td>{row['id']}</td><td>{row['density']:.2%}</td><td {left}>{_tokens(row['peaks'])}</td>"
+            f"<td {left}>{_tokens(row['promoted'])}</td></tr>"
+            for row in self.query(_HANDFUL)
+        )
+        return (
+            f"<table><caption>Sememe atlas</caption>{vital}</table>"
+            f"<table><caption>Latents that fire on few tokens</caption><tr>{head}</tr>{lines}</table>"
+        )
+
+
+# The latents that are easiest to name: those whose activation lies on the fewest tokens, one for each token.
+_HANDFUL = """
+    WITH focused AS (SELECT id, density, top_token, top_token_share,
+            row_number() OVER (PARTITION BY top_token ORDER BY top_token_share DESC, id) AS place
+        FROM latents WHERE n_active > 20 AND top_token IS NOT NULL)
+    SELECT id, density,
+        (SELECT list(text ORDER BY r.rank) FROM top_tokens r JOIN tokens t ON t.id = r.token
+            WHERE r.latent = f.id) AS peaks,
+        (SELECT list(text ORDER BY l.rank) FROM logits l JOIN tokens t ON t.id = l.token
+            WHERE l.latent = f.id AND sign = 1 AND l.rank < 5) AS promoted
+    FROM focused f WHERE place = 1 ORDER BY top_token_share DESC, id LIMIT 8
+"""
+
+
+def _tokens(texts: list[str] | None) -> str:
+    return " ".join(f"<code>{html.escape(repr(text)[1:-1])}</code>" for text in texts or [])
+
+
+def create(path: str | Path) -> duckdb.DuckDBPyConnection:
+    """A new, empty atlas database with the current schema."""
+    connection = duckdb.connect(str(path))
+    connection.execute(SCHEMA)
+    set_meta(connection, {"schema_version": SCHEMA_VERSION})
+    return connection
+
+
+def set_meta(connection: duckdb.DuckDBPyConnection, facts: Mapping[str, Any]) -> None:
+    """Store facts about the whole; each value becomes JSON."""
+    for key, value in facts.items():
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        connection.execute("INSERT INTO meta VALUES (?, ?)", [key, text])
+
+
+def insert(connection: duckdb.DuckDBPyConnection, table: str, columns: Mapping[str, Any]) -> None:
+    """Append rows given as columns (arrays of equal length), without a Python loop over them."""
+    incoming = pa.table(
+        {name: value if isinstance(value, pa.Array) else pa.array(value) for name, value in columns.items()}
+    )
+    connection.register("incoming", incoming)
+    try:
+        connection.execute(f"INSERT INTO {table} BY NAME SELECT * FROM incoming")
+    finally:
+        connection.unregister("incoming")
+
+
+def lists(offsets: np.ndarray, values: np.ndarray) -> pa.Array:
+    """A column of lists: row i is values[offsets[i]:offsets[i + 1]]."""
+    return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(values))
+
+
+def open_atlas(path: str | Path, explanations: str | Path | None = None) -> Atlas:
+    """Open a finished atlas, with its explanations if their folder is named.
+
+    Raises:
+        ArtifactError: the folder is not an atlas, or of a schema this version does not read.
+        CorruptError: the database is damaged.
+        MismatchError: the explanations are of another atlas.
+    """
+    atlas = Atlas(artifact.load(path, "atlas"), explanations)
+    found = atlas.meta.get("schema_version")
+    if found != SCHEMA_VERSION:
+        atlas.close()
+        newer = isinstance(found, int) and found > SCHEMA_VERSION
+        raise ArtifactError(
+            f"the atlas {path} must have schema version {SCHEMA_VERSION}",
+            found,
+            "Upgrade sememe to read it." if newer else "Run `sememe interpret` again with this version.",
+        )
+    return atlas
+
+
+def labels(explanations: str | Path) -> dict[int, str]:
+    """What each explained latent stands for, from a folder of explanations.
+
+    Raises:
+        ArtifactError: the folder does not hold explanations.
+    """
+    file = artifact.load(explanations, "explanations").file(EXPLANATIONS)
+    connection = duckdb.connect()
+    try:
+        sql = "SELECT latent, label FROM read_parquet(?) WHERE label IS NOT NULL ORDER BY latent"
+        return {int(latent): str(label) for latent, label in connection.execute(sql, [str(file)]).fetchall()}
+    finally:
+        connection.close()
+
+
+def _explanations_of(path: str | Path, atlas: artifact.Artifact) -> str:
+    child = artifact.load(path, "explanations")
+    parent = child.meta["parents"].get("atlas", "none")
+    if parent != atlas.fingerprint:
+        raise MismatchError(
+            f"the explanations {path} must be of the atlas {atlas.path} (fingerprint {atlas.fingerprint[:16]})",
+            f"explanations of {parent[:16]}",
+            "Run `sememe explain` on this atlas.",
+        )
+    return str(child.file(EXPLANATIONS))

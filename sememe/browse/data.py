@@ -1,0 +1,409 @@
+"""Atlas -> plain JSON, the same for the server and for the static export.
+
+Knows the atlas's tables and what the page asks for; knows neither HTTP, nor files, nor torch. Every public method of
+`Data` returns plain lists, dictionaries, strings, numbers and None: what `json.dumps` takes without help. NaN and
+infinities become None. Columns beat rows: 100,000 latents are one dictionary of lists, not 100,000 dictionaries.
+
+Tokens travel as ids. Their strings are sent once, with the exact bytes of those that are not UTF-8 by themselves
+(half a Japanese letter), so that the page can join such tokens again and show what cannot be joined as escapes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+
+from sememe import __version__
+from sememe.atlas import Atlas
+from sememe.errors import CorruptError
+
+__all__ = ["API_VERSION", "LABEL_TOKENS", "PROMOTED_IN_SEARCH", "Data", "display"]
+
+API_VERSION = 1
+LABEL_TOKENS = 3  # a latent without an explanation is called by this many of its peak tokens
+PROMOTED_IN_SEARCH = 10  # a search by token looks at this many of a latent's promoted tokens
+
+Json = dict[str, Any]
+
+EXAMPLE_COLUMNS = ("kind", "decile", "rank", "context", "position", "start", "stop", "document", "act")
+
+LATENT_SQL = """
+    SELECT id, density, n_active, max_act, mean_act, decoder_norm, logit_mean, logit_std, top_token,
+           top_token_share, n_distinct_tokens, language, language_share, histogram
+    FROM latents WHERE id BETWEEN ? AND ? ORDER BY id"""
+
+LOGITS_SQL = """
+    SELECT latent, sign, token, value FROM logits WHERE latent BETWEEN ? AND ? ORDER BY latent, sign DESC, rank"""
+
+EXAMPLES_SQL = """
+    SELECT latent, kind, decile, rank, context, position, start, stop, document, act, positions, acts
+    FROM examples WHERE latent BETWEEN ? AND ?
+    ORDER BY latent, CASE kind WHEN 'top' THEN 0 WHEN 'decile' THEN 1 ELSE 2 END, decile DESC, rank"""
+
+PEAKS_SQL = """
+    SELECT e.latent AS latent, c.token_ids[e.position + 1] AS token, sum(e.act) AS mass
+    FROM examples e JOIN contexts c ON c.id = e.context
+    WHERE e.kind IN ({kinds}) GROUP BY 1, 2"""
+
+
+class Data:
+    """An open atlas as the page sees it.
+
+    Args:
+        atlas: Open for reading.
+        explanations: What each latent stands for, by latent, where somebody has said so: shown instead of tokens.
+    """
+
+    def __init__(self, atlas: Atlas, explanations: Mapping[int, str] | None = None) -> None:
+        self.atlas = atlas
+        self.explanations = {int(latent): str(text) for latent, text in (explanations or {}).items()}
+
+    # ---- the whole ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def ids(self) -> list[int]:
+        """The latents' ids in ascending order: a latent's *row* is its place here."""
+        return [int(row[0]) for row in self._rows("SELECT id FROM latents ORDER BY id")]
+
+    def overview(self) -> Json:
+        """What the landing page's panel shows: where this comes from, vital signs, density histogram, attributions."""
+        meta = self.atlas.meta
+        (n, alive, l0), *_ = self._rows(
+            "SELECT count(*), count(*) FILTER (n_active > 0), sum(density) FROM latents"
+        )
+        languages = self._rows(
+            "SELECT language, count(*) AS n FROM latents WHERE language IS NOT NULL AND n_active > 0 "
+            "GROUP BY 1 ORDER BY n DESC, 1"
+        )
+        return {
+            "api": API_VERSION,
+            "sememe": __version__,
+            "fingerprint": self.atlas.artifact.fingerprint,
+            "dictionary": meta.get("dictionary", {}),
+            "text": meta.get("text", {}),
+            "context_length": meta.get("context_length"),
+            "window": meta.get("window"),
+            "histogram_edges": meta.get("histogram_edges", []),
+            "report": meta.get("report"),
+            "attributions": meta.get("attributions") or [],
+            "latents": {"n": n, "alive": alive, "dead": n - alive, "l0": _number(l0)},
+            "density": self._density_histogram(),
+            "languages": [{"language": language, "n": count} for language, count in languages],
+            "contexts": int(self._rows("SELECT count(*) FROM contexts")[0][0]),
+            "explained": len(self.explanations),
+        }
+
+    def _density_histogram(self, bins_per_decade: int = 5) -> Json:
+        """Alive latents by log10 of their density. `edges` has one entry more than `counts`."""
+        density = np.array(
+            [row[0] for row in self._rows("SELECT density FROM latents WHERE n_active > 0")], dtype=np.float64
+        )
+        logs = np.log10(density[density > 0])
+        if not len(logs):
+            return {"log10_edges": [], "counts": []}
+        low = math.floor(float(logs.min()) * bins_per_decade) / bins_per_decade
+        edges = low + np.arange(max(1, math.ceil(-low * bins_per_decade - 1e-9)) + 1) / bins_per_decade
+        counts, _ = np.histogram(np.clip(logs, edges[0], edges[-1]), bins=edges)
+        return {"log10_edges": [round(float(e), 6) for e in edges], "counts": counts.tolist()}
+
+    def index(self) -> Json:
+        """Every latent in compact columns: all that the list needs to sort, filter and show.
+
+        `language` is an index into `languages` (-1: none); `label_tokens` are the latent's commonest peak tokens,
+        the strongest first; `explanation` maps a latent's row to its text.
+        """
+        table = self._table(
+            "SELECT id, density, n_active, max_act, mean_act, top_token, top_token_share, n_distinct_tokens, "
+            "language, language_share FROM latents ORDER BY id"
+        )
+        column = {name: table.column(name) for name in table.column_names}
+        spoken = column["language"].to_pylist()
+        languages = sorted({language for language in spoken if language is not None})
+        number = {language: i for i, language in enumerate(languages)}
+        row_of = {latent: row for row, latent in enumerate(self.ids)}
+        return {
+            "id": column["id"].to_pylist(),
+            "density": _rounded(column["density"]),
+            "n_active": column["n_active"].to_pylist(),
+            "max_act": _rounded(column["max_act"]),
+            "mean_act": _rounded(column["mean_act"]),
+            "top_token": column["top_token"].to_pylist(),
+            "top_token_share": _rounded(column["top_token_share"], 3),
+            "n_distinct_tokens": column["n_distinct_tokens"].to_pylist(),
+            "languages": languages,
+            "language": [number.get(language, -1) for language in spoken],
+            "language_share": _rounded(column["language_share"], 3),
+            "label_tokens": [self._label_tokens.get(latent, []) for latent in self.ids],
+            "explanation": {
+                str(row_of[latent]): text for latent, text in self.explanations.items() if latent in row_of
+            },
+        }
+
+    @cached_property
+    def _label_tokens(self) -> dict[int, list[int]]:
+        peaks = PEAKS_SQL.format(kinds="'top'")
+        rows = self._rows(
+            f"SELECT latent, list(token ORDER BY mass DESC, token) FROM "
+            f"(SELECT *, row_number() OVER (PARTITION BY latent ORDER BY mass DESC, token) AS place FROM ({peaks})) "
+            f"WHERE place <= {LABEL_TOKENS} GROUP BY latent"
+        )
+        labels = {int(latent): [int(token) for token in tokens] for latent, tokens in rows}
+        for latent, token in self._rows("SELECT id, top_token FROM latents WHERE top_token IS NOT NULL"):
+            known = [t for t in labels.get(latent, []) if t != token]
+            labels[latent] = [int(token), *known][:LABEL_TOKENS]
+        return labels
+
+    def tokens(self) -> Json:
+        """The strings of all tokens in the atlas; `bytes` has the hex of those that are not UTF-8 by themselves."""
+        ids: list[int] = []
+        texts: list[str] = []
+        exact: dict[str, str] = {}
+        for token, text, raw in self._rows("SELECT id, text, bytes FROM tokens ORDER BY id"):
+            ids.append(int(token))
+            shown, is_text = display(str(text), bytes(raw))
+            texts.append(shown)
+            if not is_text:
+                exact[str(token)] = bytes(raw).hex()
+        return {"id": ids, "text": texts, "bytes": exact}
+
+    def search(self) -> Json:
+        """Which latents a token leads to: `promoted` by them, or the peak (`peaks`) of one of their examples."""
+        promoted = self._rows(
+            "SELECT token, list(latent ORDER BY latent) FROM "
+            f"(SELECT DISTINCT token, latent FROM logits WHERE sign = 1 AND rank < {PROMOTED_IN_SEARCH}) "
+            "GROUP BY token ORDER BY token"
+        )
+        peaks = self._rows(
+            f"SELECT token, list(latent ORDER BY latent) FROM ({PEAKS_SQL.format(kinds=repr('top') + ', ' + repr('decile'))}) "
+            "GROUP BY token ORDER BY token"
+        )
+        return {
+            "promoted": {"token": [row[0] for row in promoted], "latents": [row[1] for row in promoted]},
+            "peaks": {"token": [row[0] for row in peaks], "latents": [row[1] for row in peaks]},
+        }
+
+    # ---- latents --------------------------------------------------------------------------------------------------
+
+    def latent(self, latent: int) -> Json | None:
+        """Everything about one latent; None if there is no such latent."""
+        found = self.latents(latent, latent)
+        return found[0] if found else None
+
+    def latents(self, first: int, last: int) -> list[Json]:
+        """Everything about the latents whose ids are in [first, last], in order.
+
+        Examples come as columns. Their tokens are in `contexts`; `positions` and `acts` are the latent's activations
+        between `start` and `stop`, and nothing is said about its activations outside of them.
+        """
+        stats = self._table(LATENT_SQL, first, last).to_pylist()
+        logits = self._grouped(LOGITS_SQL, first, last)
+        examples = self._grouped(EXAMPLES_SQL, first, last)
+        out = []
+        for row in stats:
+            latent = int(row["id"])
+            out.append(
+                {
+                    **{
+                        name: _number(value) if isinstance(value, float) else value
+                        for name, value in row.items()
+                    },
+                    "label_tokens": self._label_tokens.get(latent, []),
+                    "explanation": self.explanations.get(latent),
+                    "promoted": _logits(logits.get(latent), 1),
+                    "demoted": _logits(logits.get(latent), -1),
+                    "examples": _examples(examples.get(latent)),
+                }
+            )
+        return out
+
+    def _grouped(self, sql: str, first: int, last: int) -> dict[int, pa.Table]:
+        """A query's table, cut by its first column `latent`, by which it is sorted."""
+        table = self._table(sql, first, last)
+        latents = table.column("latent").to_numpy()
+        cuts = [0, *(np.flatnonzero(np.diff(latents)) + 1).tolist(), len(latents)]
+        return {
+            int(latents[start]): table.slice(start, stop - start)
+            for start, stop in zip(cuts, cuts[1:], strict=False)
+            if stop > start
+        }
+
+    def examples(self, latent: int) -> list[Json] | None:
+        """One latent's examples for people and scripts: token strings, one activation per token, the document."""
+        found = self.latent(latent)
+        if found is None:
+            return None
+        columns = found["examples"]
+        contexts = self.contexts(sorted(set(columns["context"])))
+        used = sorted({token for context in contexts["contexts"].values() for token in context["tokens"]})
+        text = {
+            token: display(str(shown), bytes(raw))[0]
+            for token, shown, raw in self._rows(
+                "SELECT id, text, bytes FROM tokens WHERE list_contains(?, id)", used
+            )
+        }
+        out = []
+        for i, context in enumerate(columns["context"]):
+            start, stop = columns["start"][i], columns["stop"][i]
+            acts = dict(zip(columns["positions"][i], columns["acts"][i], strict=True))
+            ids = contexts["contexts"][str(context)]["tokens"][start:stop]
+            out.append(
+                {name: columns[name][i] for name in EXAMPLE_COLUMNS}
+                | {
+                    "tokens": [text.get(token, f"<token {token}>") for token in ids],
+                    "token_ids": ids,
+                    "acts": [acts.get(position, 0) for position in range(start, stop)],
+                    "document": contexts["documents"].get(str(columns["document"][i])),
+                }
+            )
+        return out
+
+    # ---- contexts -------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def context_ids(self) -> list[int]:
+        """The contexts' ids in ascending order: a context's shard in an export follows from its place here."""
+        return [int(row[0]) for row in self._rows("SELECT id FROM contexts ORDER BY id")]
+
+    def contexts(self, ids: Iterable[int]) -> Json:
+        """Full token rows and the documents they came from. Unknown ids are left out.
+
+        `documents` of a context is run-length coded: [document, number of tokens], document -1 for padding.
+        """
+        wanted = [int(i) for i in ids]
+        rows = self._rows(
+            "SELECT id, token_ids, doc_ids FROM contexts WHERE list_contains(?, id) ORDER BY id", wanted
+        )
+        contexts = {
+            str(context): {"tokens": tokens, "documents": _run_lengths(documents)}
+            for context, tokens, documents in rows
+        }
+        named = sorted(
+            {run[0] for context in contexts.values() for run in context["documents"] if run[0] >= 0}
+        )
+        documents = self._rows(
+            "SELECT id, source, language, title, tags FROM documents WHERE list_contains(?, id) ORDER BY id",
+            named,
+        )
+        return {
+            "contexts": contexts,
+            "documents": {
+                str(document): {"source": source, "language": language, "title": title, "tags": _tags(tags)}
+                for document, source, language, title, tags in documents
+            },
+        }
+
+    # ---- reading --------------------------------------------------------------------------------------------------
+
+    def _rows(self, sql: str, *parameters: object) -> list[tuple[Any, ...]]:
+        try:
+            # A cursor per query: the server answers from several threads.
+            return list(self.atlas.connection.cursor().execute(sql, list(parameters)).fetchall())
+        except duckdb.Error as error:
+            raise _damaged(self.atlas, error) from None
+
+    def _table(self, sql: str, *parameters: object) -> pa.Table:
+        try:
+            return self.atlas.connection.cursor().sql(sql, params=list(parameters)).to_arrow_table()
+        except duckdb.Error as error:
+            raise _damaged(self.atlas, error) from None
+
+
+def display(text: str, raw: bytes) -> tuple[str, bool]:
+    """A token's string, and whether it is exact: its bytes where they are UTF-8, else the lossy text."""
+    if not raw:
+        return text, True
+    try:
+        return raw.decode("utf-8"), True
+    except UnicodeDecodeError:
+        return text, False
+
+
+def _damaged(atlas: Atlas, error: duckdb.Error) -> CorruptError:
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    return CorruptError(
+        f"the atlas {atlas.artifact.path} must be readable",
+        first,
+        "Delete the folder and run `sememe interpret` again.",
+    )
+
+
+def _number(value: float | None, digits: int = 4) -> float | None:
+    if value is None or not math.isfinite(value):
+        return None
+    return float(f"{value:.{digits}g}")
+
+
+def _rounded(column: pa.ChunkedArray, digits: int = 4) -> list[float | None]:
+    """A column of floats with so many significant digits; missing and non-finite values are None."""
+    values = np.asarray(column.to_numpy(zero_copy_only=False), dtype=np.float64)
+    return [_number(value, digits) for value in values.tolist()]
+
+
+def _tags(text: str) -> Json:
+    try:
+        tags = json.loads(text)
+    except ValueError:
+        return {}
+    return tags if isinstance(tags, dict) else {}
+
+
+def _run_lengths(values: list[int]) -> list[list[int]]:
+    runs: list[list[int]] = []
+    for value in values:
+        if runs and runs[-1][0] == value:
+            runs[-1][1] += 1
+        else:
+            runs.append([value, 1])
+    return runs
+
+
+def _logits(table: pa.Table | None, sign: int) -> Json:
+    if table is None:
+        return {"tokens": [], "values": []}
+    keep = table.column("sign").to_numpy() == sign
+    return {
+        "tokens": table.column("token").to_numpy()[keep].tolist(),
+        "values": [_number(v) for v in table.column("value").to_numpy()[keep].tolist()],
+    }
+
+
+def _examples(table: pa.Table | None) -> Json:
+    """A latent's examples as columns; activations keep four digits of the largest, so that they stay short."""
+    if table is None:
+        return {name: [] for name in (*EXAMPLE_COLUMNS, "positions", "acts")}
+    table = table.combine_chunks()
+    out: Json = {name: table.column(name).to_pylist() for name in EXAMPLE_COLUMNS}
+    flat = {}
+    for name in ("positions", "acts"):
+        lists = table.column(name).combine_chunks()
+        lists = lists.chunk(0) if isinstance(lists, pa.ChunkedArray) else lists
+        offsets = lists.offsets.to_numpy()
+        flat[name] = lists.values.to_numpy(zero_copy_only=False)[offsets[0] : offsets[-1]]
+        cuts = (offsets - offsets[0]).tolist()
+        if name == "acts":
+            decimals = _decimals(flat[name])
+            flat[name] = _fixed(flat[name], decimals)
+            out["act"] = _fixed(np.asarray(out["act"], dtype=np.float64), decimals).tolist()
+        values = flat[name].tolist()
+        out[name] = [values[start:stop] for start, stop in zip(cuts, cuts[1:], strict=False)]
+    return out
+
+
+def _decimals(acts: np.ndarray[Any, Any]) -> int:
+    largest = float(np.abs(acts[np.isfinite(acts)]).max(initial=0.0))
+    return 3 - math.floor(math.log10(largest)) if largest > 0 else 0
+
+
+def _fixed(values: np.ndarray[Any, Any], decimals: int) -> np.ndarray[Any, Any]:
+    """Rounded to so many decimals (negative: tens). Dividing whole numbers gives the float nearest to the decimal."""
+    values = np.nan_to_num(np.asarray(values, dtype=np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    if decimals > 0:
+        return np.round(values * 10.0**decimals) / 10.0**decimals
+    return np.round(values / 10.0**-decimals) * 10.0**-decimals

@@ -1,0 +1,158 @@
+"""An atlas as a folder of plain files that opens in a web browser from disk, or from any file host.
+
+Knows `Data` and the file system. From `file://`, browsers refuse `fetch` and ES modules, so every piece of data is
+a classic script that hands its payload to the page: `Sememe.shard("latents/00003", "<gzip, base64>")`. The page
+loads such a script when it needs it. Latents and contexts are cut into shards; each context is stored once, however
+many examples refer to it.
+"""
+
+from __future__ import annotations
+
+import base64
+import collections
+import contextlib
+import gzip
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pydantic
+
+from sememe import artifact
+from sememe.atlas import open_atlas
+from sememe.browse import page
+from sememe.browse.data import Data
+from sememe.config import Config, sha256_of
+from sememe.progress import track
+
+__all__ = ["VERSION", "ExportConfig", "export"]
+
+VERSION = 1
+QUERY_LATENTS = 1024  # latents per query: enough to keep DuckDB busy, few enough to fit in memory
+
+
+class ExportConfig(Config):
+    """How a static site is cut into files."""
+
+    latents_per_shard: int = pydantic.Field(default=64, ge=1, le=4096)
+    """Latents in one data script: fewer make the first page quicker, more make fewer files."""
+    contexts_per_shard: int = pydantic.Field(default=32, ge=1, le=4096)
+    """Token rows in one data script."""
+
+
+def export(
+    atlas: str | Path,
+    out: str | Path,
+    config: ExportConfig | None = None,
+    *,
+    explanations: Mapping[int, str] | None = None,
+    fresh: bool = False,
+) -> artifact.Artifact:
+    """Write an atlas as a static site: open its index.html.
+
+    A site already made from this atlas with this config, by this version of the page, is left as it is.
+
+    Args:
+        atlas: The folder of an atlas.
+        out: The site's folder.
+        config: How it is cut into files.
+        explanations: What each latent stands for, by latent.
+        fresh: Replace whatever artifact stands at `out`.
+    Returns:
+        The site, an artifact of kind "site".
+    Raises:
+        ArtifactError: `atlas` is not an atlas, or `out` is not a site.
+        CorruptError: the atlas is damaged.
+        MismatchError: `out` is the site of another atlas or config.
+    """
+    config, out = config or ExportConfig(), Path(out)
+    with contextlib.closing(open_atlas(atlas)) as opened:
+        data = Data(opened, explanations)
+        parents = {"atlas": opened.artifact.fingerprint}
+        extra = {
+            "page": page.fingerprint(),
+            "explanations": sha256_of({str(k): v for k, v in data.explanations.items()}),
+        }
+        if not fresh and out.is_dir() and not any(out.iterdir()):
+            out.rmdir()  # an empty folder was made for us
+        if not fresh:
+            identity = artifact.identity_of("site", VERSION, config, parents)
+            found = artifact.find(out, "site", identity)
+            if found is not None and {name: found.extra.get(name) for name in extra} == extra:
+                return found
+        with artifact.building(
+            out, kind="site", version=VERSION, config=config, parents=parents, fresh=fresh
+        ) as work:
+            work.extra = extra
+            _write(data, work.path, config)
+    return artifact.load(out, "site")
+
+
+def _write(data: Data, folder: Path, config: ExportConfig) -> None:
+    (folder / "index.html").write_text(page.index_html("static"), encoding="utf-8")
+    for name, content in page.static_files().items():
+        target = folder / "static" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+    for sub in ("latents", "contexts"):
+        (folder / "data" / sub).mkdir(parents=True, exist_ok=True)
+    shards = {
+        "latents_per_shard": config.latents_per_shard,
+        "contexts_per_shard": config.contexts_per_shard,
+        "context_ids": _context_ids(data.context_ids),
+    }
+    n_latents, n_contexts = len(data.ids), len(data.context_ids)
+    # Compressing lets go of the interpreter lock, so that the next shard is read meanwhile.
+    with track("export", n_latents + n_contexts, "rows") as progress, ThreadPoolExecutor(2) as pool:
+        waiting: collections.deque[Future[None]] = collections.deque()
+        whole = (
+            ("overview", 0, data.overview() | {"shards": shards}),
+            ("index", 0, data.index()),
+            ("tokens", 0, data.tokens()),
+            ("search", 0, data.search()),
+        )
+        for name, n_rows, payload in itertools.chain(
+            whole, _latent_shards(data, config), _context_shards(data, config)
+        ):
+            waiting.append(pool.submit(_write_shard, folder, name, payload))
+            if len(waiting) > 16:  # bounded memory
+                waiting.popleft().result()
+            progress.advance(n_rows)
+        for job in waiting:
+            job.result()
+
+
+def _latent_shards(data: Data, config: ExportConfig) -> Iterator[tuple[str, int, Any]]:
+    """(name, rows, payload) per shard; rows are cut by place, whatever the ids."""
+    size = config.latents_per_shard
+    step = max(1, QUERY_LATENTS // size) * size
+    for begin in range(0, len(data.ids), step):
+        ids = data.ids[begin : begin + step]
+        latents = data.latents(ids[0], ids[-1])
+        for start in range(0, len(latents), size):
+            rows = latents[start : start + size]
+            yield f"latents/{(begin + start) // size:05}", len(rows), {"latents": rows}
+
+
+def _context_shards(data: Data, config: ExportConfig) -> Iterator[tuple[str, int, Any]]:
+    size = config.contexts_per_shard
+    for begin in range(0, len(data.context_ids), size):
+        ids = data.context_ids[begin : begin + size]
+        yield f"contexts/{begin // size:05}", len(ids), data.contexts(ids)
+
+
+def _context_ids(ids: list[int]) -> list[int] | None:
+    """The contexts' ids, or None where a context's id is its place."""
+    return None if ids == list(range(len(ids))) else ids
+
+
+def _write_shard(folder: Path, name: str, payload: Any) -> None:
+    text = json.dumps(payload, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    packed = base64.b64encode(
+        gzip.compress(text.encode("utf-8", "surrogatepass"), compresslevel=6, mtime=0)
+    ).decode("ascii")
+    path = folder / "data" / f"{name}.js"
+    path.write_text(f'Sememe.shard("{name}","{packed}");\n', encoding="ascii")

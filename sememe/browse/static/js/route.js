@@ -1,0 +1,42 @@
+// The address is the page's state: #/?sort=max, #/latent/12?q=river&open=3, #/about.
+(function (S) {
+  "use strict";
+
+  const DEFAULTS = { q: "", in: "any", status: "alive", lang: "", min: "", max: "", sort: "", dir: "", open: "", rank: "" };
+
+  function parse(hash) {
+    const [path, query] = hash.replace(/^#/, "").split("?");
+    const params = { ...DEFAULTS };
+    for (const [key, value] of new URLSearchParams(query || "")) if (key in DEFAULTS) params[key] = value;
+    const latent = /^\/latent\/(\d{1,9})$/.exec(path);
+    if (latent) return { page: "latent", latent: Number(latent[1]), params };
+    return { page: path === "/about" ? "about" : "list", latent: null, params };
+  }
+
+  function format(page, latent, params) {
+    const query = new URLSearchParams();
+    for (const key of Object.keys(DEFAULTS)) {
+      const value = params[key] === undefined ? DEFAULTS[key] : String(params[key]);
+      if (value !== DEFAULTS[key]) query.set(key, value);
+    }
+    const path = page === "latent" ? "/latent/" + latent : page === "about" ? "/about" : "/";
+    const text = query.toString();
+    return "#" + path + (text ? "?" + text : "");
+  }
+
+  const listeners = new Set();
+  const tell = () => listeners.forEach((listener) => listener(parse(location.hash)));
+  window.addEventListener("hashchange", tell);
+
+  S.route = {
+    DEFAULTS,
+    parse,
+    format,
+    current: () => parse(location.hash),
+    listen: (listener) => { listeners.add(listener); return () => listeners.delete(listener); },
+    go: (hash) => { location.hash = hash; },
+    replace: (hash) => { history.replaceState(null, "", hash); tell(); },
+    // The list's own parameters: what stays when one moves between latents.
+    listParams: (params) => ({ ...params, open: "", rank: "" }),
+  };
+})((window.Sememe = window.Sememe || {}));

@@ -1,0 +1,78 @@
+"""Every architecture and baseline: one table, and how to load any of them from its folder.
+
+Knows the list of kinds and nothing about how each works.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from sememe import artifact
+from sememe.dictionaries.base import ArchitectureConfig, Constraints, Dictionary, Loss, Site, Sites, Trainable
+from sememe.dictionaries.identity import Identity
+from sememe.dictionaries.pca import PCA
+from sememe.dictionaries.random_directions import RandomDirections
+from sememe.dictionaries.relu import ReLU, ReLUConfig
+from sememe.dictionaries.topk import TopK, TopKConfig
+from sememe.errors import ArtifactError, nearest
+
+__all__ = [
+    "REGISTRY",
+    "TRAINABLE",
+    "Architecture",
+    "ArchitectureConfig",
+    "Constraints",
+    "Dictionary",
+    "Loss",
+    "Site",
+    "Sites",
+    "Trainable",
+    "build",
+    "load",
+]
+
+Architecture = Annotated[TopKConfig | ReLUConfig, Field(discriminator="kind")]
+"""The config of any architecture that can be trained, told apart by `kind`."""
+
+TRAINABLE: dict[str, type[Trainable]] = {"topk": TopK, "relu": ReLU}
+
+REGISTRY: dict[str, type[Dictionary]] = {
+    **TRAINABLE,
+    "identity": Identity,
+    "pca": PCA,
+    "random_directions": RandomDirections,
+}
+
+
+def build(config: ArchitectureConfig, d_in: int, d_out: int, sites: Sites | None = None) -> Trainable:
+    """A new dictionary, not yet initialised."""
+    d_sae = config.width(d_in)
+    return TRAINABLE[config.kind].rebuild(config.resolved(), d_in, d_out, d_sae, sites)
+
+
+def load(path: str | Path) -> Dictionary:
+    """A finished dictionary in raw units and eval mode, its weights and probe checked.
+
+    Raises:
+        ArtifactError: the folder is not a dictionary, or of an architecture that is not known here.
+        CorruptError: a file changed.
+        MismatchError: the weights no longer give the stored reconstructions.
+    """
+    saved = artifact.load(path, "dictionary")
+    extra = saved.extra
+    kind = extra["architecture"]["kind"]
+    if kind not in REGISTRY:
+        raise ArtifactError(
+            f"the dictionary {path} must be of a known architecture",
+            repr(kind),
+            nearest(kind, sorted(REGISTRY)),
+        )
+    sites = None if extra["sites"] is None else Sites.build(extra["sites"])
+    dictionary = REGISTRY[kind].rebuild(
+        extra["architecture"], extra["d_in"], extra["d_out"], extra["d_sae"], sites
+    )
+    dictionary.load_folder(saved)
+    return dictionary

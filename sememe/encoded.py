@@ -1,0 +1,174 @@
+"""Sparse activations: the one type that flows from encoder to page. Knows no dictionary and no model.
+
+Flat `acts` and `indices` and a `row_ptr`, as in a compressed sparse row matrix: row r holds the entries
+`row_ptr[r]:row_ptr[r + 1]`, in no particular order. Acts may be signed. Duplicate indices in a row add.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sememe.errors import ShapeError
+
+__all__ = ["Encoded", "TopKView"]
+
+
+class TopKView(NamedTuple):
+    """The (batch, k) view of an Encoded whose rows all hold k entries."""
+
+    acts: Float[Tensor, "batch k"]
+    indices: Int[Tensor, "batch k"]
+
+
+class Encoded:
+    """Sparse latent activations of a batch of rows.
+
+    Args:
+        acts: The activations, all rows one after the other.
+        indices: Which latent each belongs to, in [0, d_sae).
+        row_ptr: Where each row starts; `row_ptr[-1]` is the number of entries.
+        d_sae: Number of latents.
+        k: Entries per row, if every row holds the same number.
+    """
+
+    __slots__ = ("acts", "d_sae", "indices", "k", "row_ptr")
+
+    def __init__(
+        self,
+        acts: Float[Tensor, " nnz"],
+        indices: Int[Tensor, " nnz"],
+        row_ptr: Int[Tensor, " batch_plus_1"],
+        d_sae: int,
+        k: int | None = None,
+    ) -> None:
+        if acts.shape != indices.shape or acts.dim() != 1 or row_ptr.dim() != 1:
+            raise ShapeError(
+                "acts and indices must be flat and equally long, row_ptr flat",
+                f"{tuple(acts.shape)}, {tuple(indices.shape)}, {tuple(row_ptr.shape)}",
+                "Use Encoded.from_topk or Encoded.from_dense.",
+            )
+        self.acts, self.indices, self.row_ptr, self.d_sae, self.k = acts, indices, row_ptr, d_sae, k
+
+    @classmethod
+    def from_topk(
+        cls, acts: Float[Tensor, "batch k"], indices: Int[Tensor, "batch k"], d_sae: int
+    ) -> Encoded:
+        """From a fixed number of entries per row; the (batch, k) tensors are shared, not copied."""
+        batch, k = acts.shape
+        row_ptr = torch.arange(0, batch * k + 1, k, device=acts.device) if k else _zeros(batch + 1, acts)
+        return cls(acts.reshape(-1), indices.reshape(-1), row_ptr, d_sae, k)
+
+    @classmethod
+    def from_dense(cls, dense: Float[Tensor, "batch d_sae"]) -> Encoded:
+        """From a dense matrix: its non-zero entries, differentiably."""
+        rows, columns = torch.nonzero(dense.detach(), as_tuple=True)
+        counts = torch.bincount(rows, minlength=dense.shape[0])
+        row_ptr = torch.cat([_zeros(1, rows), counts.cumsum(0)])
+        return cls(dense[rows, columns], columns.to(torch.int32), row_ptr, dense.shape[1])
+
+    @classmethod
+    def cat(cls, parts: Sequence[Encoded]) -> Encoded:
+        """Rows of several batches, one after the other."""
+        ks = {part.k for part in parts}
+        counts = torch.cat([part.row_counts() for part in parts])
+        row_ptr = torch.cat([_zeros(1, counts), counts.cumsum(0)])
+        return cls(
+            torch.cat([part.acts for part in parts]),
+            torch.cat([part.indices for part in parts]),
+            row_ptr,
+            parts[0].d_sae,
+            ks.pop() if len(ks) == 1 else None,
+        )
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows."""
+        return self.row_ptr.shape[0] - 1
+
+    def row_counts(self) -> Int[Tensor, " batch"]:
+        """Stored entries per row, zeros included."""
+        return self.row_ptr[1:] - self.row_ptr[:-1]
+
+    def row_ids(self) -> Int[Tensor, " nnz"]:
+        """Which row each entry belongs to."""
+        rows = torch.arange(self.n_rows, device=self.row_ptr.device)
+        return torch.repeat_interleave(rows, self.row_counts())
+
+    def l0(self) -> Int[Tensor, " batch"]:
+        """Non-zero entries per row."""
+        active = (self.acts.detach() != 0).to(torch.int64)
+        if self.k is not None:
+            return active.reshape(self.n_rows, -1).sum(1)
+        return _zeros(self.n_rows, active).index_add_(0, self.row_ids(), active)
+
+    def topk_view(self) -> TopKView:
+        """The (batch, k) tensors, without a copy.
+
+        Raises:
+            ShapeError: the rows hold different numbers of entries.
+        """
+        if self.k is None:
+            raise ShapeError(
+                "a (batch, k) view needs the same number of entries in every row",
+                "rows of different lengths",
+                "Use acts, indices and row_ptr, or padded().",
+            )
+        return TopKView(self.acts.view(-1, self.k), self.indices.view(-1, self.k))
+
+    def padded(self) -> TopKView:
+        """(batch, longest row) tensors; what is missing has activation 0 and index 0."""
+        if self.k is not None:
+            return self.topk_view()
+        counts = self.row_counts()
+        width = int(counts.max()) if self.n_rows else 0
+        rows = self.row_ids()
+        columns = torch.arange(self.acts.shape[0], device=rows.device) - self.row_ptr[:-1][rows]
+        acts = self.acts.new_zeros(self.n_rows, width).index_put((rows, columns), self.acts)
+        indices = self.indices.new_zeros(self.n_rows, width)
+        indices[rows, columns] = self.indices
+        return TopKView(acts, indices)
+
+    def to_dense(self) -> Float[Tensor, "batch d_sae"]:
+        """A dense matrix; duplicates add. Only for tests and small batches: it holds batch x d_sae."""
+        dense = self.acts.new_zeros(self.n_rows, self.d_sae)
+        return dense.index_put((self.row_ids(), self.indices.long()), self.acts, accumulate=True)
+
+    def select_rows(self, keep: Bool[Tensor, " batch"]) -> Encoded:
+        """Only the rows where `keep` is true."""
+        counts = self.row_counts()
+        entries = torch.repeat_interleave(keep, counts)
+        row_ptr = torch.cat([_zeros(1, counts), counts[keep].cumsum(0)])
+        return Encoded(self.acts[entries], self.indices[entries], row_ptr, self.d_sae, self.k)
+
+    def select_latents(self, keep: Bool[Tensor, " d_sae"]) -> Encoded:
+        """Only the entries of latents where `keep` is true; latent ids and rows stay."""
+        entries = keep[self.indices.long()]
+        counts = _zeros(self.n_rows, self.row_ptr).index_add_(0, self.row_ids(), entries.to(torch.int64))
+        row_ptr = torch.cat([_zeros(1, counts), counts.cumsum(0)])
+        return Encoded(self.acts[entries], self.indices[entries], row_ptr, self.d_sae)
+
+    def with_acts(self, acts: Float[Tensor, " nnz"]) -> Encoded:
+        """The same pattern with other activations."""
+        return Encoded(acts, self.indices, self.row_ptr, self.d_sae, self.k)
+
+    def detach(self) -> Encoded:
+        """Cut from the autograd graph."""
+        return self.with_acts(self.acts.detach())
+
+    def to(self, device: torch.device | str) -> Encoded:
+        """On another device."""
+        return Encoded(
+            self.acts.to(device), self.indices.to(device), self.row_ptr.to(device), self.d_sae, self.k
+        )
+
+    def __repr__(self) -> str:
+        return f"Encoded(n_rows={self.n_rows}, nnz={self.acts.shape[0]}, d_sae={self.d_sae}, k={self.k})"
+
+
+def _zeros(n: int, like: Tensor) -> Int[Tensor, " n"]:
+    return torch.zeros(n, dtype=torch.int64, device=like.device)

@@ -1,0 +1,146 @@
+"""Operations on sparse activations, each with a slow truth and a fast path. Knows tensors, no dictionary.
+
+`reference` is plain PyTorch and defines the answer; `cpu` (numba) and `gpu` (Triton) are faster and are tested
+against it, values and gradients. Which one runs is decided here, per call, by where the tensors are.
+
+    with kernels.use("reference"):      # force the slow truth, e.g. to check a result
+        ...
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sememe.encoded import Encoded
+from sememe.errors import ConfigError
+from sememe.kernels import reference
+
+__all__ = ["TopK", "adam_step", "decode", "decode_encoded", "encode_topk", "path_for", "use"]
+
+Path = Literal["reference", "cpu", "gpu"]
+
+_forced: list[Literal["reference"]] = []
+
+
+class TopK(NamedTuple):
+    """k entries per row, unordered. Rows with fewer positive pre-activations hold entries of activation 0."""
+
+    acts: Float[Tensor, "batch k"]
+    indices: Int[Tensor, "batch k"]
+
+
+@contextlib.contextmanager
+def use(path: Literal["auto", "reference"]) -> Iterator[None]:
+    """Force the reference path, or leave the choice to the devices."""
+    if path not in ("auto", "reference"):
+        raise ConfigError("a kernel path must be 'auto' or 'reference'", repr(path), "Use one of them.")
+    if path == "auto":
+        yield
+        return
+    _forced.append("reference")
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def path_for(x: Tensor) -> Path:
+    """Which implementation serves a tensor: by device and dtype, or the reference if forced."""
+    if _forced or x.dtype != torch.float32:
+        return "reference"
+    if x.device.type == "cpu":
+        return "cpu"
+    if x.device.type == "cuda" and _has_triton():
+        return "gpu"
+    return "reference"
+
+
+def _has_triton() -> bool:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def encode_topk(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    b_pre: Float[Tensor, " d_in"],
+    k: int,
+) -> TopK:
+    """The k largest of `relu((x - b_pre) @ W_enc + b_enc)` per row; ties go to the lower index.
+
+    Differentiable in x, W_enc and b_enc (b_pre is a constant). The fast path selects candidates in bfloat16
+    where the CPU multiplies it natively and scores them again in float32.
+    """
+    if path_for(x) == "cpu":
+        from sememe.kernels import cpu
+
+        acts, indices = cpu.encode_topk(x, W_enc, b_enc, b_pre, k)
+    else:
+        acts, indices = reference.encode_topk(x, W_enc, b_enc, b_pre, k)
+    return TopK(acts, indices)
+
+
+def decode(
+    acts: Float[Tensor, "batch k"],
+    indices: Int[Tensor, "batch k"],
+    W_dec: Float[Tensor, "d_sae d_out"],
+    b_dec: Float[Tensor, " d_out"],
+) -> Float[Tensor, "batch d_out"]:
+    """`sum_i acts[:, i] * W_dec[indices[:, i]] + b_dec`, differentiable in acts, W_dec and b_dec."""
+    path = path_for(acts)
+    if path == "cpu":
+        from sememe.kernels import cpu
+
+        return cpu.decode(acts, indices, W_dec, b_dec)
+    if path == "gpu":
+        from sememe.kernels import gpu
+
+        return gpu.decode(acts, indices, W_dec, b_dec)
+    return reference.decode(acts, indices, W_dec, b_dec)
+
+
+def decode_encoded(
+    encoded: Encoded, W_dec: Float[Tensor, "d_sae d_out"], b_dec: Float[Tensor, " d_out"]
+) -> Float[Tensor, "batch d_out"]:
+    """As `decode`, for rows of any length."""
+    view = encoded.padded()
+    return decode(view.acts, view.indices, W_dec, b_dec)
+
+
+def adam_step(
+    param: Float[Tensor, "rows columns"],
+    grad: Float[Tensor, "rows columns"],
+    exp_avg: Float[Tensor, "rows columns"],
+    exp_avg_sq: Float[Tensor, "rows columns"],
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    grad_scale: float,
+    unit_norm: bool,
+) -> None:
+    """One Adam step in place, in one pass over the memory.
+
+    With `unit_norm`, every row keeps Euclidean norm 1: the gradient's component along the row is removed
+    before the step and the row is divided by its norm after it.
+
+    Source: Kingma & Ba 2015, arXiv:1412.6980, algorithm 1; projection: Bricken et al. 2023, appendix.
+    """
+    options = (step, lr, betas, eps, grad_scale, unit_norm)
+    if path_for(param) == "cpu":
+        from sememe.kernels import cpu
+
+        cpu.adam_step(param, grad, exp_avg, exp_avg_sq, *options)
+    else:
+        reference.adam_step(param, grad, exp_avg, exp_avg_sq, *options)

@@ -1,0 +1,9 @@
+"""Language models: load them, read and change their activations, continue from the middle.
+
+The only package that imports transformers. Knows nothing about dictionaries, stores or verbs.
+"""
+
+from sememe.lm.load import ModelConfig, load, wrap
+from sememe.lm.model import LanguageModel
+
+__all__ = ["LanguageModel", "ModelConfig", "load", "wrap"]

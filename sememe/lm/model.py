@@ -1,0 +1,527 @@
+"""A language model to read from, write to and continue from the middle. Knows no dictionary, store or verb.
+
+Plain PyTorch forward hooks on the Hugging Face model itself. Nothing here switches gradients off: the caller
+chooses `torch.inference_mode()`, `torch.no_grad()` or neither. The model is always in eval mode, and hooks are
+gone when a call returns or raises. One `LanguageModel` serves one thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from sememe.errors import HookpointError, ModelError, ShapeError
+from sememe.lm.hookpoints import Hookpoints, Place, attach, read, rows, unrows, write
+from sememe.lm.tokens import TokenTable
+
+__all__ = ["LanguageModel"]
+
+Edit = Callable[[Float[Tensor, "batch seq d"]], Float[Tensor, "batch seq d"]]
+
+_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f", "final_norm")
+
+
+class _Stop(BaseException):
+    """Ends a forward once everything asked for was read. Not an Exception, so that no model swallows it."""
+
+
+class LanguageModel:
+    """A causal language model with its tokenizer.
+
+    Args:
+        hf: The Hugging Face model; put in eval mode here.
+        tokenizer: Its fast tokenizer.
+        name: What artifacts call it.
+        fingerprint: Hash of its configuration, tokenizer and weights.
+    Raises:
+        ModelError: the model has no stack of layers or no unembedding.
+    """
+
+    def __init__(self, hf: Any, tokenizer: Any, name: str, fingerprint: str) -> None:
+        self.hf, self.tokenizer, self.name, self.fingerprint = hf.eval(), tokenizer, name, fingerprint
+        self._points = Hookpoints(hf)
+        self._head: nn.Module = hf.get_output_embeddings()
+        if self._head is None:
+            raise ModelError(
+                "a language model must have an unembedding", type(hf).__name__, "Load its causal-LM class."
+            )
+        config = hf.config.get_text_config()
+        self._layers = self._points.layers
+        self.n_layers = len(self._layers)
+        self.d_model = int(config.hidden_size)
+        self.vocab_size = int(hf.get_input_embeddings().weight.shape[0])
+        self.context_length: int | None = getattr(config, "max_position_embeddings", None)
+        self._widths: dict[str, int] = {}
+        self._outputs: dict[int, Any] = {}
+        self._can_skip: dict[int, bool] = {}
+        self._edits_off = False
+        self._skipped_to = -2
+        self._tokens: TokenTable | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"LanguageModel({self.name!r}, {type(self.hf).__name__}, n_layers={self.n_layers}, "
+            f"d_model={self.d_model}, vocab_size={self.vocab_size}, {self.dtype}, {self.device})"
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the embeddings, and so of the activations."""
+        return self.hf.get_input_embeddings().weight.dtype  # type: ignore[no-any-return]
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in."""
+        return self.hf.get_input_embeddings().weight.device  # type: ignore[no-any-return]
+
+    # ---- hookpoints -----------------------------------------------------------------------------------------
+
+    def hookpoints(self) -> tuple[str, ...]:
+        """Every alias with every layer that has it: `resid_pre.0`, ..., `resid_post.29`."""
+        return self._points.names
+
+    def expand(self, patterns: str | Iterable[str]) -> tuple[str, ...]:
+        """Names, paths and globs (`resid_post.*`) to names, each once.
+
+        Raises:
+            HookpointError: one matches nothing; the nearest names are suggested.
+        """
+        return self._points.expand(patterns)
+
+    def width(self, hookpoint: str) -> int:
+        """Number of features at a hookpoint."""
+        if hookpoint not in self._widths:
+            with self._without_edits(), torch.no_grad():
+                ids = torch.zeros(1, 1, dtype=torch.long)
+                self._widths[hookpoint] = self.capture(ids, [hookpoint])[hookpoint].shape[-1]
+        return self._widths[hookpoint]
+
+    def replay_layer(self, hookpoint: str) -> int:
+        """The layer from whose output `hidden_from` recomputes everything from this hookpoint on; -1: none."""
+        return self._points.resolve(hookpoint).start
+
+    # ---- reading --------------------------------------------------------------------------------------------
+
+    def capture(
+        self,
+        ids: Int[Tensor, "batch seq"],
+        hookpoints: str | Iterable[str],
+        mask: Bool[Tensor, "batch seq"] | None = None,
+    ) -> dict[str, Float[Tensor, "batch seq d"]]:
+        """Activations at some hookpoints; nothing after the last of them is computed.
+
+        Inside `edit`, what is captured at an edited hookpoint is the edited value.
+
+        Args:
+            ids: Token ids.
+            hookpoints: Names or globs.
+            mask: False where a position is padding (at the end of a row).
+        Returns:
+            By name, in the model's dtype, on the device of the module.
+        Raises:
+            HookpointError: a hookpoint is unknown, or the forward never reaches it.
+            ModelError: ids are outside the vocabulary, or a row is longer than the model's context.
+        """
+        places = [self._points.resolve(name) for name in self.expand(hookpoints)]
+        found: dict[str, Tensor] = {}
+        with contextlib.ExitStack() as hooks:
+            lead = self._follow_shape(hooks)
+            for place in places:
+
+                def take(x: Tensor, place: Place = place) -> None:
+                    if place.name in found:
+                        return
+                    row = rows(x, lead[0], place.name)
+                    last = len(found) + 1 == len(places)
+                    # Some models add to a block's output in place, after it was read.
+                    found[place.name] = row if last else row.clone()
+                    if last:
+                        raise _Stop
+
+                hooks.callback(attach(self._points.module(place), place.side, take).remove)
+            self._forward(ids, mask)
+        missing = [place.name for place in places if place.name not in found]
+        if missing:
+            raise HookpointError(
+                "a forward pass must reach every hookpoint with activations",
+                f"none at {', '.join(missing)}",
+                "Choose another module.",
+            )
+        return {place.name: found[place.name] for place in places}
+
+    def hidden(
+        self, ids: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"] | None = None
+    ) -> Float[Tensor, "batch seq d_model"]:
+        """What the unembedding sees: the last layer's output after the final norm."""
+        found: list[Tensor] = []
+
+        def take(x: Tensor) -> None:
+            found.append(x)
+            raise _Stop
+
+        with contextlib.ExitStack() as hooks:
+            hooks.callback(attach(self._head, "in", take).remove)
+            self._forward(ids, mask)
+        return found[0]
+
+    def logits(self, hidden: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
+        """Next-token logits of `hidden`, as the model itself makes them (Gemma's soft-capping included).
+
+        The model's own forward runs with its layers left out and `hidden` put before the unembedding, so that
+        whatever an architecture does there is done.
+        """
+        shape = hidden.shape
+        fits = hidden.dim() == 3 and (self.context_length is None or shape[1] <= self.context_length)
+        placed = hidden if fits else hidden.reshape(-1, 1, shape[-1])
+        ids = torch.zeros(placed.shape[:2], dtype=torch.long)
+        with contextlib.ExitStack() as hooks:
+            hooks.enter_context(self._skipping(self.n_layers - 1, None))
+            hooks.callback(attach(self._head, "in", lambda _: placed).remove)
+            out = self._forward(ids, None)
+        return out.logits.reshape(*shape[:-1], -1)  # type: ignore[no-any-return]
+
+    # ---- writing --------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def edit(self, edits: Mapping[str, Edit]) -> Iterator[None]:
+        """Change activations on every forward inside the context, generation included.
+
+        Each function gets (batch, seq, d) and returns the same shape; under KV-cached generation it sees the
+        whole prompt once and then one new position at a time. Edits at one place run in the order of their
+        contexts, outer first.
+
+        Raises:
+            HookpointError: a hookpoint is unknown.
+            ShapeError: a function returned another shape (raised by the forward).
+        """
+        with contextlib.ExitStack() as hooks:
+            lead = self._follow_shape(hooks)
+            for pattern, function in edits.items():
+                for name in self.expand(pattern):
+                    place = self._points.resolve(name)
+
+                    def change(x: Tensor, place: Place = place, function: Edit = function) -> Tensor | None:
+                        # What lies at or below skipped layers could not change the result.
+                        if self._edits_off or place.layer <= self._skipped_to:
+                            return None
+                        row = rows(x, lead[0], place.name)
+                        new = function(row)
+                        if new is row:
+                            return None
+                        if new.shape != row.shape:
+                            raise ShapeError(
+                                f"an edit of {place.name} must keep the shape {tuple(row.shape)}",
+                                tuple(new.shape),
+                                "Return one row per position.",
+                            )
+                        return unrows(new, x)
+
+                    hooks.callback(attach(self._points.module(place), place.side, change).remove)
+            yield
+
+    def hidden_from(
+        self,
+        layer: int,
+        residual: Float[Tensor, "batch seq d_model"],
+        ids: Int[Tensor, "batch seq"],
+        mask: Bool[Tensor, "batch seq"] | None = None,
+    ) -> Float[Tensor, "batch seq d_model"]:
+        """`hidden` as if the output of `layer` were `residual`, without computing layers 0 to `layer`.
+
+        Equal to the bit to the full forward with an edit at `resid_post.layer`. Edits above `layer` act, edits at
+        or below it cannot. Where layers share more than the residual (a later layer reads an earlier one's keys),
+        skipping is found not to agree and the full forward is run instead.
+
+        Args:
+            layer: The last layer left out; -1 puts `residual` before layer 0.
+            residual: Its output.
+            ids: The same token ids as for the full forward.
+            mask: The same mask.
+        Raises:
+            HookpointError: no such layer.
+            ShapeError: `residual` is not (batch, seq, d_model).
+        """
+        if not -1 <= layer < self.n_layers:
+            raise HookpointError(
+                f"the layer to start from must be in [-1, {self.n_layers - 1}]", layer, "Use replay_layer(hookpoint)."
+            )
+        if residual.shape != (*ids.shape, self.d_model):
+            raise ShapeError(
+                f"the residual must be (batch, seq, d_model) = {(*ids.shape, self.d_model)}",
+                tuple(residual.shape),
+                "Capture it with the same ids.",
+            )
+        with contextlib.ExitStack() as around:
+            if layer >= 0 and self._skips(layer):
+                around.enter_context(self._skipping(layer, residual))
+            else:
+                around.enter_context(self._below_off(layer))
+                name = f"resid_post.{layer}" if layer >= 0 else "resid_pre.0"
+                place = self._points.resolve(name)
+                put = attach(self._points.module(place), place.side, lambda x: unrows(residual, x))
+                around.callback(put.remove)
+            return self.hidden(ids, mask)
+
+    def generate(
+        self,
+        ids: Int[Tensor, "batch seq"],
+        max_new_tokens: int,
+        *,
+        mask: Bool[Tensor, "batch seq"] | None = None,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        use_cache: bool = True,
+        stop_at_eos: bool = True,
+    ) -> Int[Tensor, "batch seq_plus_new"]:
+        """Prompts with their continuations; edits act, and the global random state is left as it was.
+
+        Args:
+            ids: Prompts of equal length, or padded at the front with `mask`.
+            max_new_tokens: Most tokens to add.
+            mask: False at front padding.
+            temperature: 0 takes the likeliest token; above 0 samples.
+            top_k: Sample only among the k likeliest.
+            top_p: Sample only among the likeliest that hold this much probability.
+            seed: Of the sampling.
+            use_cache: Keep keys and values of past positions; without it, every step recomputes all.
+            stop_at_eos: End a row at the tokenizer's end token.
+        """
+        from transformers import GenerationConfig
+
+        self._check(ids, mask)
+        if self.context_length is not None and ids.shape[1] + max_new_tokens > self.context_length:
+            raise ModelError(
+                f"prompt and continuation must fit the context of {self.context_length} tokens of {self.name}",
+                ids.shape[1] + max_new_tokens,
+                "Shorten the prompt or lower max_new_tokens.",
+            )
+        eos = self.tokenizer.eos_token_id if stop_at_eos else None
+        sampling = {"temperature": temperature, "top_k": top_k or 0, "top_p": top_p or 1.0} if temperature > 0 else {}
+        config = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=temperature > 0,
+            use_cache=use_cache,
+            eos_token_id=eos,
+            pad_token_id=eos if eos is not None else 0,
+            **sampling,
+        )
+        ids = ids.to(self.device, torch.long)
+        ones = torch.ones_like(ids) if mask is None else mask.to(self.device, torch.long)
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            torch.manual_seed(seed)
+            out = self.hf.generate(input_ids=ids, attention_mask=ones, generation_config=config)
+        return out  # type: ignore[no-any-return]
+
+    # ---- directions and tokens ------------------------------------------------------------------------------
+
+    def direct_logits(
+        self,
+        directions: Float[Tensor, "n d_model"],
+        chunk: int = 512,
+        dtype: torch.dtype = torch.float32,
+    ) -> Iterator[Float[Tensor, "chunk vocab"]]:
+        """What each residual direction adds to the logits by the direct path, minus its mean over the vocabulary.
+
+        The direction is scaled by the final norm's weight (and centred first where that norm centres) and
+        multiplied by the unembedding. There is no division by a norm, which depends on the text: the logits of
+        one direction compare with each other, not with those of a forward. Biases and soft-capping are left out.
+
+        Args:
+            directions: One per row, in the units of the residual stream.
+            chunk: Rows per step; a step holds chunk x vocab floats.
+            dtype: Of the products; bfloat16 is faster and good to about 3 digits.
+        Yields:
+            Float32 chunks, in order.
+        """
+        if directions.dim() != 2 or directions.shape[1] != self.d_model:
+            raise ShapeError(
+                f"directions must be (n, d_model={self.d_model})", tuple(directions.shape), "Pass decoder rows."
+            )
+        weight: Tensor = self._head.weight.detach()  # type: ignore[assignment,operator]
+        unembedding = weight.to(dtype)
+        scale, centred, project = self._readout()
+        with torch.no_grad():
+            for part in directions.detach().split(chunk):
+                rows_ = part.to(weight.device, torch.float32)
+                if centred:
+                    rows_ = rows_ - rows_.mean(1, keepdim=True)
+                rows_ = rows_ * scale.to(weight.device)
+                if project is not None:
+                    rows_ = rows_ @ project.to(weight.device).T
+                logits = (rows_.to(dtype) @ unembedding.T).float()
+                yield logits.sub_(logits.mean(1, keepdim=True))
+
+    def token_text(self, token: int) -> str:
+        """Readable text of a token; bytes that are only part of a character show as `\\xe6`."""
+        return self._table().text(token)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The exact bytes a token stands for; empty for ids that no token has."""
+        return self._table().bytes_of[token]
+
+    def _table(self) -> TokenTable:
+        if self._tokens is None:
+            self._tokens = TokenTable(self.tokenizer, self.vocab_size)
+        return self._tokens
+
+    # ---- inside ---------------------------------------------------------------------------------------------
+
+    def _check(self, ids: Tensor, mask: Tensor | None) -> None:
+        if ids.dim() != 2 or ids.is_floating_point() or 0 in ids.shape:
+            raise ShapeError(
+                "token ids must be whole numbers of shape (batch, seq)",
+                f"{ids.dtype} of shape {tuple(ids.shape)}",
+                "Pass a batch of rows.",
+            )
+        if mask is not None and mask.shape != ids.shape:
+            raise ShapeError("the mask must have the shape of the ids", tuple(mask.shape), f"Use {tuple(ids.shape)}.")
+        if self.context_length is not None and ids.shape[1] > self.context_length:
+            raise ModelError(
+                f"a row must fit the context of {self.context_length} tokens of {self.name}",
+                f"{ids.shape[1]} tokens",
+                "Lower context_length.",
+            )
+        # On an accelerator this look would make the host wait; ids come from the host.
+        if ids.device.type == "cpu":
+            low, high = int(ids.min()), int(ids.max())
+            if low < 0 or high >= self.vocab_size:
+                raise ModelError(
+                    f"token ids must be in [0, {self.vocab_size - 1}] for {self.name}",
+                    low if low < 0 else high,
+                    "Tokenize with this model's tokenizer.",
+                )
+
+    def _forward(self, ids: Tensor, mask: Tensor | None) -> Any:
+        """One forward; None when a hook stopped it."""
+        self._check(ids, mask)
+        # All ones is the default, and lets attention take its fast path.
+        if mask is not None and mask.device.type == "cpu" and bool(mask.all()):
+            mask = None
+        # Byte-sized masks and int32 ids are what stores hold; models want long.
+        ids = ids.to(self.device, torch.long)
+        mask = mask.to(self.device, torch.long) if mask is not None else None
+        try:
+            return self.hf(input_ids=ids, attention_mask=mask, use_cache=False)
+        except _Stop:
+            return None
+
+    def _follow_shape(self, hooks: contextlib.ExitStack) -> list[tuple[int, int] | None]:
+        """The (batch, seq) of the running forward, known once it reaches layer 0."""
+        lead: list[tuple[int, int] | None] = [None]
+
+        def see(x: Tensor) -> None:
+            lead[0] = (x.shape[0], x.shape[1])
+
+        hooks.callback(attach(self._layers[0], "in", see).remove)
+        return lead
+
+    @contextlib.contextmanager
+    def _without_edits(self) -> Iterator[None]:
+        before, self._edits_off = self._edits_off, True
+        try:
+            yield
+        finally:
+            self._edits_off = before
+
+    @contextlib.contextmanager
+    def _below_off(self, layer: int) -> Iterator[None]:
+        """Edits at or below a layer do nothing."""
+        before, self._skipped_to = self._skipped_to, layer
+        try:
+            yield
+        finally:
+            self._skipped_to = before
+
+    @contextlib.contextmanager
+    def _skipping(self, layer: int, residual: Tensor | None) -> Iterator[None]:
+        """Layers 0 to `layer` cost nothing; the last of them gives `residual` (None: its input)."""
+        layers = self._layers[: layer + 1]
+        before = [module.__dict__.get("forward") for module in layers]
+        with self._below_off(layer):
+            try:
+                for i, module in enumerate(layers):
+                    module.forward = self._stand_in(i, residual if i == layer else None)  # type: ignore[method-assign]
+                yield
+            finally:
+                for module, forward in zip(layers, before, strict=True):
+                    # accelerate puts a forward of its own on the instance.
+                    if forward is not None:
+                        module.forward = forward  # type: ignore[method-assign]
+                    else:
+                        module.__dict__.pop("forward", None)
+
+    def _stand_in(self, layer: int, residual: Tensor | None) -> Callable[..., Any]:
+        seen = self._layer_output(layer)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            x = read(args)
+            x = x if x is not None else kwargs["hidden_states"]
+            like = read(seen)
+            if residual is not None and like is not None:
+                x = residual.to(device=like.device, dtype=like.dtype)
+            return write(seen, x)
+
+        return forward
+
+    def _layer_output(self, layer: int) -> Any:
+        """The structure a layer returns, from one look at a short forward."""
+        if not self._outputs:
+            with self._without_edits(), torch.no_grad(), contextlib.ExitStack() as hooks:
+                for i, module in enumerate(self._layers):
+
+                    def look(_: nn.Module, __: Any, output: Any, i: int = i) -> None:
+                        self._outputs[i] = output
+
+                    hooks.callback(module.register_forward_hook(look).remove)
+                self.hidden(torch.zeros(1, 1, dtype=torch.long))
+        return self._outputs[layer]
+
+    def _skips(self, layer: int) -> bool:
+        """Whether leaving layers out gives the same hidden states, tried once on four tokens."""
+        if layer not in self._can_skip:
+            ids = torch.arange(min(4, self.vocab_size)).unsqueeze(0)
+            with self._without_edits(), torch.no_grad():
+                name = f"resid_post.{layer}"
+                residual = self.capture(ids, [name])[name]
+                full = self.hidden(ids)
+                try:
+                    with self._skipping(layer, residual):
+                        skipped = self.hidden(ids)
+                    self._can_skip[layer] = torch.equal(full, skipped)
+                except Exception:
+                    self._can_skip[layer] = False
+        return self._can_skip[layer]
+
+    def _readout(self) -> tuple[Float[Tensor, " d_model"], bool, Tensor | None]:
+        """The final norm's weight, whether that norm centres, and OPT's projection after it.
+
+        Found by asking the norm, since architectures differ in how the stored weight enters (Gemma adds 1).
+        """
+        decoder = self.hf.get_submodule(self._points.stack_path.rpartition(".")[0])
+        norm = next((m for n in _NORMS if isinstance(m := getattr(decoder, n, None), nn.Module)), None)
+        last = getattr(decoder, "project_out", None)
+        project = last.weight.detach().float() if isinstance(last, nn.Module) else None
+        if norm is None:
+            return torch.ones(self.d_model), False, project
+        norm = copy.deepcopy(norm).float()
+        device = next(iter(norm.parameters()), torch.zeros(1, device=self.device)).device
+        x = torch.ones(self.d_model, device=device)
+        x[1::2] = -1
+        if self.d_model % 2:
+            x[-1] = -2
+            x[-2] = x[-3] = 1
+        x /= x.square().mean().sqrt()
+        with torch.no_grad():
+            # Far above the norm's epsilon, mean zero and mean square one.
+            plus, minus, flat = norm(torch.stack([x, -x, torch.ones_like(x)])[None] * 1e4)[0].float()
+        scale, bias = (plus - minus) / (2 * x), (plus + minus) / 2
+        return scale, bool(torch.allclose(flat, bias, atol=1e-3 * float(scale.abs().max()))), project

@@ -1,0 +1,415 @@
+"""A stream of activations for training: from a store, from a language model as it runs, or from any tensor.
+
+Knows how to shuffle and to resume; knows no dictionary and no optimiser. Every source gives the same `Batch`es
+in raw units, and a state from which it goes on with the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sememe.capture import Rows, captured_rows, first_norms
+from sememe.dictionaries.base import Site, Sites
+from sememe.errors import ActivationError, ConfigError, HookpointError, ShapeError, TextError
+from sememe.store import Store
+from sememe.text import Split, TextConfig, TokenPolicy, token_blocks
+
+if TYPE_CHECKING:
+    from sememe.lm import LanguageModel
+
+__all__ = ["Batch", "LiveSource", "Source", "StoreSource", "TensorSource"]
+
+
+class Batch(NamedTuple):
+    """Rows to train on, in raw units and float32. For an autoencoder `target is x`."""
+
+    x: Float[Tensor, "batch d_in"]
+    target: Float[Tensor, "batch d_out"]
+
+
+@runtime_checkable
+class Source(Protocol):
+    """What the trainer needs of its data."""
+
+    d_in: int
+    d_out: int
+    sites: Sites | None
+    n_rows: int | None
+    """Rows in one pass; None if the stream has no end."""
+
+    def next_batch(self, n: int) -> Batch:
+        """The next n rows."""
+        ...
+
+    def sample(self, n: int) -> Batch:
+        """Up to n rows for initialisation and scaling, always the same; does not move the stream."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands: tensors, numbers and strings."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        ...
+
+
+class TensorSource:
+    """Batches from one tensor in memory, in a new random order at each pass.
+
+    Args:
+        x: The rows.
+        seed: Of the order.
+        target: What to reconstruct; x itself if not given.
+    """
+
+    def __init__(
+        self,
+        x: Float[Tensor, "rows d_in"],
+        seed: int = 0,
+        target: Float[Tensor, "rows d_out"] | None = None,
+        sites: Sites | None = None,
+    ) -> None:
+        if x.dim() != 2 or x.shape[0] == 0:
+            raise ShapeError("x must have shape (rows, d_in) with rows >= 1", tuple(x.shape), "Flatten it.")
+        self.x, self.target, self.seed, self.sites = x, target, seed, sites
+        self.d_in, self.n_rows = x.shape[1], int(x.shape[0])
+        self.d_out = self.d_in if target is None else target.shape[1]
+        self._cursor = _Cursor(seed, 1)
+        self._order: tuple[int, Tensor] | None = None
+
+    def next_batch(self, n: int) -> Batch:
+        """The next n rows; a pass may end within a batch."""
+        picked = []
+        while n > 0:
+            if self._order is None or self._order[0] != self._cursor.epoch:
+                self._order = (self._cursor.epoch, _permutation(self.n_rows, self.seed, self._cursor.epoch, 0))
+            take = self._order[1][self._cursor.offset : self._cursor.offset + n]
+            picked.append(take)
+            n -= len(take)
+            self._cursor.advance(len(take), self.n_rows)
+        return self._rows(torch.cat(picked))
+
+    def _rows(self, rows: Tensor) -> Batch:
+        x = self.x[rows].float()
+        return Batch(x, x if self.target is None else self.target[rows].float())
+
+    def sample(self, n: int) -> Batch:
+        """Rows of the first pass's order."""
+        return self._rows(_permutation(self.n_rows, self.seed, 0, 0)[:n])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Pass and offset."""
+        return self._cursor.state()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._cursor.load(state)
+
+
+class _Cursor:
+    """Where a shuffled stream stands: pass, group within the pass, row within the group."""
+
+    def __init__(self, seed: int, n_groups: int) -> None:
+        self.seed, self.n_groups = seed, n_groups
+        self.epoch = self.group = self.offset = 0
+
+    def advance(self, n: int, group_rows: int) -> None:
+        self.offset += n
+        if self.offset >= group_rows:
+            self.offset, self.group = 0, self.group + 1
+        if self.group >= self.n_groups:
+            self.group, self.epoch = 0, self.epoch + 1
+
+    def state(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "group": self.group, "offset": self.offset}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.epoch, self.group, self.offset = state["epoch"], state["group"], state["offset"]
+
+
+def _permutation(n: int, seed: int, *salt: int) -> Tensor:
+    """A random order that depends on the seed and the salt only."""
+    mixed = seed
+    for value in salt:
+        mixed = (mixed * 1_000_003 + value + 1) % (2**63 - 1)
+    return torch.randperm(n, generator=torch.Generator().manual_seed(mixed))
+
+
+class StoreSource:
+    """Batches from a store. Shards are grouped at random, and rows shuffled over each group in memory.
+
+    Args:
+        store: The store.
+        inputs: Hookpoints whose concatenation is x; the store's only one if not given.
+        outputs: Hookpoints whose concatenation is the target; the inputs if not given.
+        seed: Of the order.
+        group_mb: Memory for one group of shards: the larger, the better the shuffle.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        inputs: tuple[str, ...] | None = None,
+        outputs: tuple[str, ...] | None = None,
+        seed: int = 0,
+        group_mb: int = 1024,
+    ) -> None:
+        known = tuple(store.info.hookpoints)
+        if inputs is None:
+            if len(known) > 1:
+                raise HookpointError(
+                    "a hookpoint must be chosen when the store holds several",
+                    ", ".join(known),
+                    "Pass --hookpoints with one or more of them.",
+                )
+            inputs = known
+        store.check_hookpoints((*inputs, *(outputs or ())))
+        self.store, self.inputs, self.outputs, self.seed = store, inputs, outputs or inputs, seed
+        self.sites = Sites(inputs=self._make_sites(self.inputs), outputs=self._make_sites(self.outputs))
+        self.d_in, self.d_out = self.sites.inputs[-1].stop, self.sites.outputs[-1].stop
+        self.n_rows = store.info.n_rows
+        width = sum(store.info.hookpoints[name].width for name in self.sites.hookpoints)
+        shard_bytes = 2 * width * max(store.info.shard_rows)
+        self.group_shards = max(1, group_mb * 2**20 // shard_bytes)
+        n_groups = -(-len(store.info.shards) // self.group_shards)
+        self._cursor = _Cursor(seed, n_groups)
+        self._loaded: tuple[tuple[int, int], dict[str, Tensor], Tensor] | None = None
+
+    def _make_sites(self, names: tuple[str, ...]) -> tuple[Site, ...]:
+        sites, start = [], 0
+        for name in names:
+            point = self.store.info.hookpoints[name]
+            sites.append(
+                Site(
+                    model=self.store.info.model,
+                    model_fingerprint=self.store.info.model_fingerprint,
+                    hookpoint=name,
+                    start=start,
+                    stop=start + point.width,
+                    max_norm=point.max_norm,
+                )
+            )
+            start += point.width
+        return tuple(sites)
+
+    def _group(self, epoch: int, group: int) -> tuple[dict[str, Tensor], Tensor]:
+        """The rows of a group and the order in which they are drawn."""
+        if self._loaded is None or self._loaded[0] != (epoch, group):
+            self._loaded = None  # the old group goes before the new one comes
+            order = _permutation(len(self.store.info.shards), self.seed, epoch)
+            picked = order[group * self.group_shards : (group + 1) * self.group_shards].tolist()
+            total = sum(self.store.info.shard_rows[index] for index in picked)
+            rows = {
+                name: torch.empty(total, self.store.info.hookpoints[name].width, dtype=torch.bfloat16)
+                for name in self.sites.hookpoints
+            }
+            start = 0
+            for index in picked:
+                shard = self.store.read(index, self.sites.hookpoints)
+                stop = start + self.store.info.shard_rows[index]
+                for name, values in shard.activations.items():
+                    rows[name][start:stop] = values
+                start = stop
+            self._loaded = ((epoch, group), rows, _permutation(total, self.seed, epoch, group))
+        return self._loaded[1], self._loaded[2]
+
+    def next_batch(self, n: int) -> Batch:
+        """The next n rows; a group or a pass may end within a batch."""
+        parts = []
+        while n > 0:
+            rows, order = self._group(self._cursor.epoch, self._cursor.group)
+            take = order[self._cursor.offset : self._cursor.offset + n]
+            parts.append(self._rows(rows, take))
+            n -= len(take)
+            self._cursor.advance(len(take), len(order))
+        if len(parts) == 1:
+            return parts[0]
+        x = torch.cat([part.x for part in parts])
+        same = self.inputs == self.outputs
+        return Batch(x, x if same else torch.cat([part.target for part in parts]))
+
+    def _rows(self, rows: dict[str, Tensor], take: Tensor) -> Batch:
+        def join(names: tuple[str, ...]) -> Tensor:
+            return torch.cat([rows[name].index_select(0, take) for name in names], dim=1).float()
+
+        x = join(self.inputs)
+        return Batch(x, x if self.inputs == self.outputs else join(self.outputs))
+
+    def sample(self, n: int) -> Batch:
+        """The first rows of the first group."""
+        rows, order = self._group(0, 0)
+        return self._rows(rows, order[:n])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Pass, group and offset."""
+        return self._cursor.state()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._cursor.load(state)
+
+
+class LiveSource:
+    """Batches straight from a language model, through a shuffle buffer that is refilled when half empty.
+
+    The buffer is allocated once. Its unread rows, the random state and the number of forwards are the state; on
+    resume the text is read again up to that forward (tokenising only).
+
+    Args:
+        lm: The language model.
+        text: The corpus.
+        policy: Which positions are kept.
+        inputs: Hookpoints whose concatenation is x.
+        outputs: Hookpoints whose concatenation is the target; the inputs if not given.
+        seed: Of the order.
+        buffer_mb: Memory of the buffer (bfloat16).
+        batch_rows: Contexts per forward.
+        split: Which documents.
+        max_norms: Largest norm kept, per hookpoint; measured on the first contexts if not given.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        text: TextConfig,
+        policy: TokenPolicy,
+        inputs: tuple[str, ...],
+        outputs: tuple[str, ...] | None = None,
+        *,
+        seed: int = 0,
+        buffer_mb: int = 512,
+        batch_rows: int = 16,
+        split: Split = "train",
+        max_norms: dict[str, float | None] | None = None,
+    ) -> None:
+        self.lm, self.text, self.policy, self.split = lm, text, policy, split
+        self.inputs, self.outputs = lm.expand(inputs), lm.expand(outputs or inputs)
+        self.batch_rows, self.n_rows = batch_rows, None
+        self.names = tuple(dict.fromkeys((*self.inputs, *self.outputs)))
+        self.widths = {name: lm.width(name) for name in self.names}
+        self.capacity = buffer_mb * 2**20 // (2 * sum(self.widths.values()))
+        if self.capacity < 2 * batch_rows * policy.context_length:
+            raise ConfigError(
+                f"buffer_mb must hold at least two forwards ({2 * batch_rows * policy.context_length} rows)",
+                f"{buffer_mb} MB ({self.capacity} rows)",
+                "Raise buffer_mb or lower batch_rows.",
+            )
+        self._buffer = {
+            name: torch.empty(self.capacity, width, dtype=torch.bfloat16)
+            for name, width in self.widths.items()
+        }
+        self._n_left = 0  # rows [0, n_left) of the buffer are unread, in random order
+        self._generator = torch.Generator().manual_seed(seed)
+        self._n_forwards = 0  # in this pass over the text
+        self._forwards: Iterator[Rows] | None = None
+        self.max_norms = max_norms if max_norms is not None else self._measure_norms()
+        self.sites = Sites(inputs=self._make_sites(self.inputs), outputs=self._make_sites(self.outputs))
+        self.d_in, self.d_out = self.sites.inputs[-1].stop, self.sites.outputs[-1].stop
+
+    def _make_sites(self, names: tuple[str, ...]) -> tuple[Site, ...]:
+        sites, start = [], 0
+        for name in names:
+            stop = start + self.widths[name]
+            sites.append(
+                Site(
+                    model=self.lm.name,
+                    model_fingerprint=self.lm.fingerprint,
+                    hookpoint=name,
+                    start=start,
+                    stop=stop,
+                    max_norm=self.max_norms[name],
+                )
+            )
+            start = stop
+        return tuple(sites)
+
+    def _measure_norms(self) -> dict[str, float | None]:
+        medians = first_norms(self.lm, self.text, self.policy, self.names, self.batch_rows, self.split)
+        ratio = self.policy.max_norm_ratio
+        return {name: None if ratio is None else ratio * median for name, median in medians.items()}
+
+    def _next_forward(self) -> dict[str, Tensor]:
+        """Kept rows of the next forward; the text starts over when it ends."""
+        while True:
+            if self._forwards is None:
+                blocks = token_blocks(
+                    self.text, self.lm.tokenizer, self.policy, split=self.split, n_tokens=None
+                )
+                self._forwards = captured_rows(
+                    self.lm, blocks, self.names, self.batch_rows, self.max_norms, skip=self._n_forwards
+                )
+            rows = next(self._forwards, None)
+            if rows is not None:
+                self._n_forwards += 1
+                return rows.activations
+            if self._n_forwards == 0:
+                raise TextError("the text must hold at least one context", "none", "Give more text.")
+            self._n_forwards, self._forwards = 0, None
+
+    def _refill(self) -> None:
+        while self.capacity - self._n_left >= self.batch_rows * self.policy.context_length:
+            rows = self._next_forward()
+            n = next(iter(rows.values())).shape[0]
+            for name, values in rows.items():
+                self._buffer[name][self._n_left : self._n_left + n] = values
+            self._n_left += n
+        order = torch.randperm(self._n_left, generator=self._generator)
+        for values in self._buffer.values():
+            values[: self._n_left] = values[: self._n_left][order]
+
+    def next_batch(self, n: int) -> Batch:
+        """The next n rows from the end of the buffer."""
+        if n > self.capacity // 2:
+            raise ConfigError(
+                f"batch_size must be <= half the buffer ({self.capacity // 2} rows)", n, "Raise buffer_mb."
+            )
+        if self._n_left - n < self.capacity // 2:
+            self._refill()
+        batch = self._rows(slice(self._n_left - n, self._n_left))
+        self._n_left -= n
+        return batch
+
+    def _rows(self, take: slice) -> Batch:
+        def join(names: tuple[str, ...]) -> Tensor:
+            return torch.cat([self._buffer[name][take] for name in names], dim=1).float()
+
+        x = join(self.inputs)
+        return Batch(x, x if self.inputs == self.outputs else join(self.outputs))
+
+    def sample(self, n: int) -> Batch:
+        """The rows that come first."""
+        if self._n_left < min(n, self.capacity // 2):
+            self._refill()
+        return self._rows(slice(max(0, self._n_left - n), self._n_left))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The buffer's unread rows, the random state, and how much text was read."""
+        state: dict[str, Any] = {f"buffer.{n}": v[: self._n_left].clone() for n, v in self._buffer.items()}
+        return state | {
+            "n_left": self._n_left,
+            "n_forwards": self._n_forwards,
+            "generator": self._generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._n_left, self._n_forwards = state["n_left"], state["n_forwards"]
+        self._generator.set_state(state["generator"])
+        for name, values in self._buffer.items():
+            values[: self._n_left] = state[f"buffer.{name}"]
+        self._forwards = None
+
+
+def check_finite(batch: Batch, step: int) -> None:
+    """Raise an ActivationError if a batch holds NaN or infinity."""
+    if not bool(torch.isfinite(batch.x).all()):
+        row = int(torch.nonzero(~torch.isfinite(batch.x).all(dim=1))[0])
+        raise ActivationError(
+            "activations must be finite", f"NaN or infinity in row {row} of the batch of step {step}", "Check the source."
+        )

@@ -1,0 +1,103 @@
+"""Activations of a language model replaced, and only what lies above them computed again.
+
+What evaluation and intervention share. Knows where a dictionary reads and writes and how to run a model from
+the middle; knows no dictionary, no metric and no text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from sememe.lm import LanguageModel
+
+__all__ = ["BaseRun", "Splicer"]
+
+
+class BaseRun(NamedTuple):
+    """One unedited forward: what reads, writes and the unembedding see."""
+
+    ids: Int[Tensor, "batch seq"]
+    mask: Bool[Tensor, "batch seq"] | None
+    hidden: Float[Tensor, "batch seq d_model"]
+    activations: dict[str, Float[Tensor, "batch seq d"]]
+
+
+class Splicer:
+    """Runs a model once unedited, and then again from the spliced hookpoints on, once per replacement.
+
+    Args:
+        lm: The language model.
+        reads: Hookpoints whose activations are wanted.
+        writes: Hookpoints whose activations will be replaced.
+    """
+
+    def __init__(self, lm: LanguageModel, reads: Sequence[str], writes: Sequence[str]) -> None:
+        self.lm = lm
+        self.reads, self.writes = lm.expand(reads), lm.expand(writes)
+        self.start = min(self._start_of(name) for name in self.writes)
+        # The one write, if any, that is the very residual from which the rest is computed.
+        self.residual_write = next((n for n in self.writes if self._residual_layer(n) == self.start), None)
+        self.residual_read = f"resid_post.{self.start}" if self.start >= 0 else "resid_pre.0"
+        needed = () if self.residual_write or self.start < 0 else (self.residual_read,)
+        self.records = tuple(dict.fromkeys((*self.reads, *self.writes, *needed)))
+
+    def _residual_layer(self, name: str) -> int | None:
+        """The layer after which a hookpoint is the whole residual; None where it is something else."""
+        alias, _, number = name.partition(".")
+        if not number.isdigit():
+            return None
+        return {"resid_post": int(number), "resid_pre": int(number) - 1}.get(alias)
+
+    def _start_of(self, name: str) -> int:
+        layer = self.lm.replay_layer(name)
+        if self._residual_layer(name) is None and "." in name and not name.split(".")[1].isdigit():
+            # A module path may be a layer's whole output, which cannot be edited when that layer is left out.
+            return max(layer - 1, -1)
+        return layer
+
+    def base(self, ids: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"] | None = None) -> BaseRun:
+        """The unedited forward."""
+        found: dict[str, Tensor] = {}
+
+        def record(name: str) -> Mapping[str, object]:
+            def keep(x: Tensor) -> Tensor:
+                found.setdefault(name, x.clone())  # some models add to these tensors in place
+                return x
+
+            return {name: keep}
+
+        with contextlib.ExitStack() as edits:
+            for name in self.records:
+                edits.enter_context(self.lm.edit(record(name)))  # type: ignore[arg-type]
+            hidden = self.lm.hidden(ids, mask)
+        return BaseRun(ids, mask, hidden, found)
+
+    def spliced(
+        self, run: BaseRun, replacements: Mapping[str, Float[Tensor, "batch seq d"]]
+    ) -> Float[Tensor, "batch seq d_model"]:
+        """What the unembedding sees when activations are replaced; hookpoints left out keep their own.
+
+        Equal to the bit to a full forward with the same edits.
+        """
+        edits = {
+            name: (lambda x, new=new: new.to(x.device, x.dtype))
+            for name, new in replacements.items()
+            if name != self.residual_write
+        }
+        if self.start < 0 and self.residual_write is None:
+            with self.lm.edit(edits):
+                return self.lm.hidden(run.ids, run.mask)
+        if self.residual_write is not None:
+            original = run.activations[self.residual_write]
+            residual = replacements.get(self.residual_write, original).to(original.device, original.dtype)
+        else:
+            residual = run.activations[self.residual_read]
+        with self.lm.edit(edits):
+            return self.lm.hidden_from(self.start, residual, run.ids, run.mask)

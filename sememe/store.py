@@ -1,0 +1,192 @@
+"""Activations on disk: shards of bfloat16 rows, each traceable to a document and a position in it.
+
+Knows how a store is laid out; does not know how activations are made (`harvest.py`) or used (`source.py`).
+
+A store is an artifact of kind "store":
+
+    shard-00000.safetensors     one bfloat16 tensor (rows, width) per hookpoint, and int32 token_ids, doc_ids,
+                                positions (token offset within the document), all of the same length
+    documents.parquet           id, source, language, title, tags of every document
+    meta.json                   extra: what `StoreInfo` holds
+
+Rows are shuffled within each shard, and each shard draws on contexts from all over the corpus.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from jaxtyping import Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sememe import artifact
+from sememe.config import Config
+from sememe.errors import ActivationError, CorruptError, HookpointError, nearest
+from sememe.text import TokenPolicy
+
+__all__ = ["HookpointInfo", "Shard", "Store", "StoreInfo", "open_store", "write_documents", "write_shard"]
+
+DOCUMENTS = "documents.parquet"
+
+
+class HookpointInfo(Config):
+    """What a store knows about one hookpoint."""
+
+    width: int
+    """Features per row."""
+    median_norm: float
+    """Median Euclidean norm of the kept rows of the first contexts."""
+    max_norm: float | None
+    """Rows with a larger norm at any hookpoint were left out; None if the policy keeps all."""
+
+
+class StoreInfo(Config):
+    """What a store remembers about where its rows come from."""
+
+    model: str
+    """Name of the language model."""
+    model_fingerprint: str
+    """Its fingerprint."""
+    hookpoints: dict[str, HookpointInfo]
+    """Where the activations were read."""
+    policy: TokenPolicy
+    """Which positions were kept."""
+    text_fingerprint: str
+    """Fingerprint of the corpus."""
+    n_rows: int
+    """Rows in all shards."""
+    n_tokens_read: int
+    """Tokens that went through the model."""
+    n_norm_outliers: int
+    """Rows left out for their norm."""
+    shards: tuple[str, ...]
+    """File names, in the order in which they were written."""
+    shard_rows: tuple[int, ...]
+    """Rows in each."""
+
+
+class Shard(NamedTuple):
+    """The rows of one shard, in memory."""
+
+    activations: dict[str, Tensor]
+    token_ids: Int[Tensor, " rows"]
+    doc_ids: Int[Tensor, " rows"]
+    positions: Int[Tensor, " rows"]
+
+
+def write_shard(path: str | Path, shard: Shard) -> None:
+    """Write one shard aside and rename it."""
+    path = Path(path)
+    aside = path.with_name(path.name + ".tmp")
+    tensors = {name: value.contiguous() for name, value in shard.activations.items()}
+    save_file(
+        tensors
+        | {
+            "token_ids": shard.token_ids,
+            "doc_ids": shard.doc_ids,
+            "positions": shard.positions,
+        },
+        aside,
+    )
+    aside.replace(path)
+
+
+def write_documents(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write the table of documents."""
+    schema = pa.schema(
+        [
+            ("id", pa.int64()),
+            ("source", pa.string()),
+            ("language", pa.string()),
+            ("title", pa.string()),
+            ("tags", pa.string()),
+        ]
+    )
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), path)
+
+
+class Store:
+    """A finished store, open for reading."""
+
+    def __init__(self, folder: artifact.Artifact) -> None:
+        self.artifact = folder
+        self.info = StoreInfo.build(folder.extra, where=str(folder.path))
+        self._verified: set[str] = set()
+
+    @property
+    def fingerprint(self) -> str:
+        """The artifact's fingerprint."""
+        return self.artifact.fingerprint
+
+    def check_hookpoints(self, names: Iterable[str]) -> None:
+        """Raise a HookpointError if the store lacks one of the hookpoints."""
+        for name in names:
+            if name not in self.info.hookpoints:
+                raise HookpointError(
+                    f"a hookpoint must be in the store {self.artifact.path}",
+                    repr(name),
+                    nearest(name, self.info.hookpoints),
+                )
+
+    def read(self, index: int, hookpoints: Iterable[str]) -> Shard:
+        """One shard. Its hash is checked the first time, and its activations must be finite.
+
+        Raises:
+            CorruptError: the file is truncated or was changed.
+            ActivationError: a row is NaN or infinite.
+        """
+        name = self.info.shards[index]
+        path = self.artifact.file(name, verify=name not in self._verified)
+        try:
+            with safe_open(path, framework="pt") as file:
+                activations = {hookpoint: file.get_tensor(hookpoint) for hookpoint in hookpoints}
+                rest = [file.get_tensor(key) for key in ("token_ids", "doc_ids", "positions")]
+        except SafetensorError as error:
+            raise CorruptError(
+                f"{path} must be a shard of activations", str(error), "Delete the store and harvest again."
+            ) from None
+        if name not in self._verified:
+            for hookpoint, values in activations.items():
+                _check_finite(path, hookpoint, values, rest[1], rest[2])
+            self._verified.add(name)
+        return Shard(activations, *rest)
+
+    def documents(self) -> list[dict[str, Any]]:
+        """The table of documents: id, source, language, title, tags (JSON)."""
+        rows: list[dict[str, Any]] = pq.read_table(self.artifact.file(DOCUMENTS, verify=True)).to_pylist()
+        return rows
+
+    def _repr_html_(self) -> str:
+        points = ", ".join(f"{name} ({point.width})" for name, point in self.info.hookpoints.items())
+        return (
+            f"<table><caption>Sememe store</caption><tr><th>model</th><td>{self.info.model}</td></tr>"
+            f"<tr><th>hookpoints</th><td>{points}</td></tr><tr><th>rows</th><td>{self.info.n_rows:,}</td></tr></table>"
+        )
+
+
+def _check_finite(path: Path, hookpoint: str, values: Tensor, doc_ids: Tensor, positions: Tensor) -> None:
+    finite = torch.isfinite(values).all(dim=1)
+    if not bool(finite.all()):
+        row = int(torch.nonzero(~finite)[0])
+        raise ActivationError(
+            f"activations in {path} must be finite",
+            f"NaN or infinity at {hookpoint}, row {row} (document {int(doc_ids[row])}, position {int(positions[row])})",
+            "Harvest again; in bfloat16 or float32 if the model overflows float16.",
+        )
+
+
+def open_store(path: str | Path) -> Store:
+    """Open a finished store.
+
+    Raises:
+        ArtifactError: the folder is not a store.
+        CorruptError: a shard is missing or truncated.
+    """
+    return Store(artifact.load(path, "store"))

