@@ -58,6 +58,9 @@ CREATE TABLE tokens (id INTEGER PRIMARY KEY, text VARCHAR NOT NULL, bytes BLOB N
 CREATE TABLE documents (id INTEGER PRIMARY KEY, source VARCHAR NOT NULL, language VARCHAR, title VARCHAR,
     tags VARCHAR NOT NULL);                             -- tags: a JSON object
 
+-- Which whole document each of them was cut from: pieces of one share the key. Who splits examples splits by this.
+CREATE TABLE document_keys (id INTEGER PRIMARY KEY, key VARCHAR NOT NULL);
+
 -- Token rows, stored once; only those an example refers to. doc_ids holds the document of each token (-1: padding).
 CREATE TABLE contexts (id INTEGER PRIMARY KEY, token_ids INTEGER[] NOT NULL, doc_ids INTEGER[] NOT NULL);
 

@@ -117,26 +117,22 @@ def _import(config: ConvertConfig, found: str, fresh: bool) -> artifact.Artifact
         "hookpoint": foreign.hookpoint,
         "config": foreign.config,
     }
-    return dictionary.save(
-        config.out,
-        probe_rows(dictionary),
-        parents=parents,
-        config=config,
-        version=VERSION,
-        extra={"origin": origin},
-        fresh=fresh,
-    )
+    with artifact.building(
+        config.out, kind="dictionary", version=VERSION, config=config, parents=parents, fresh=fresh
+    ) as work:
+        work.extra = {"origin": origin} | dictionary.write(work.path, probe_rows(dictionary))
+    return artifact.load(config.out, "dictionary")
 
 
 def _sites(model: str, hookpoint: str | None, dictionary: Dictionary, folder: Path) -> Sites:
-    from sememe import lm
-
     if hookpoint is None:
         raise ConfigError(
             f"hookpoint must be given, as {folder} does not say it",
             "nothing",
             "Pass --hookpoint, e.g. resid_post.8.",
         )
+    from sememe import lm
+
     language_model = lm.load(lm.ModelConfig(model=model))
     names = language_model.expand((hookpoint,))
     if len(names) != 1:
@@ -169,8 +165,10 @@ def probe_rows(dictionary: Dictionary) -> Float[Tensor, "16 d_in"]:
     generator = torch.Generator().manual_seed(0)
     chosen = directions[torch.randint(dictionary.d_sae, (16,), generator=generator)].detach()
     units = chosen / chosen.norm(dim=1, keepdim=True).clamp_min(1e-12)
-    centre = getattr(dictionary, "b_pre", torch.zeros(dictionary.d_in))
-    return centre + units * 2.0 ** torch.arange(-6, 10)[:, None]
+    centre: Tensor = getattr(dictionary, "b_pre", torch.zeros(dictionary.d_in))
+    scales: Tensor = torch.exp2(torch.arange(-6, 10))[:, None]
+    rows: Tensor = centre + units * scales
+    return rows
 
 
 def _compare(ours: Dictionary, theirs: Dictionary, config: ConvertConfig) -> None:

@@ -28,35 +28,36 @@ from sememe.errors import ConfigError, CorruptError, ShapeError
 __all__ = ["Planted", "PlantedBatch", "PlantedSource", "Recovery", "ToyConfig", "planted", "recovery"]
 
 FOUND_COSINE = 0.9
+N_FACTORS = 16
 
 
 class ToyConfig(Config):
     """How to plant a dictionary and sample from it."""
 
-    d: int = Field(256, ge=1)
+    d: int = Field(default=256, ge=1)
     """Width of the data."""
-    n_features: int = Field(512, ge=1)
+    n_features: int = Field(default=512, ge=1)
     """Planted unit directions, drawn uniformly from the sphere."""
-    n_active: float = Field(5.0, gt=0)
+    n_active: float = Field(default=5.0, gt=0)
     """Features active in a row, on average."""
-    decay: float = Field(0.99, gt=0, le=1)
+    decay: float = Field(default=0.99, gt=0, le=1)
     """Feature i is active with a probability proportional to decay ** i."""
     rates: Literal["normalised", "published"] = "normalised"
     """normalised: `n_active` is the mean, decay included. published: decay ** i * n_active / n_features."""
-    noise: float = Field(0.0, ge=0)
+    noise: float = Field(default=0.0, ge=0)
     """Standard deviation of white Gaussian noise, per dimension."""
-    correlation: float = Field(0.0, ge=0, lt=1)
+    correlation: float = Field(default=0.0, ge=0, lt=1)
     """Share of each feature's Gaussian copula variable that comes from factors shared with other features."""
-    n_factors: int = Field(16, ge=1)
-    """Shared factors; only with correlation > 0."""
+    n_factors: int | None = Field(default=None, ge=1)
+    """Shared factors, 16 if not given; only with correlation > 0."""
     fill_empty: bool = False
     """Give one feature, drawn uniformly, to each row that has none (the replication's correlated variant)."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Decides the features and the stream of rows."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if "n_factors" in self.model_fields_set and self.correlation == 0:
+        if self.n_factors is not None and self.correlation == 0:
             raise ConfigError(
                 "n_factors must go with correlation > 0",
                 "correlation 0",
@@ -104,7 +105,7 @@ class Planted:
         self.features = features / features.norm(dim=1, keepdim=True)
         self.rates = _rates(config).float()
         self._threshold = torch.special.ndtri(_rates(config)).float()
-        loadings = torch.randn(config.n_factors, config.n_features, generator=generator)
+        loadings = torch.randn(config.n_factors or N_FACTORS, config.n_features, generator=generator)
         self._loadings = loadings / loadings.norm(dim=0, keepdim=True)
 
     def batch(self, n: int, generator: torch.Generator) -> PlantedBatch:
@@ -122,7 +123,7 @@ class Planted:
         shape = (n, self.config.n_features)
         if self.config.correlation > 0:
             share = self.config.correlation
-            factors = torch.randn(n, self.config.n_factors, generator=generator)
+            factors = torch.randn(n, self._loadings.shape[0], generator=generator)
             own = torch.randn(shape, generator=generator)
             # unit variance, because the columns of the loadings have norm 1: the rates are exact
             z = share**0.5 * (factors @ self._loadings) + (1 - share) ** 0.5 * own

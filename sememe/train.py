@@ -9,13 +9,8 @@ Killed at any moment and started again, it goes on from its last checkpoint with
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -30,8 +25,12 @@ from sememe.dictionaries.topk import TopKConfig
 from sememe.errors import ActivationError, ConfigError, MismatchError
 from sememe.optimiser import Adam
 from sememe.progress import Progress, track
-from sememe.source import Source, StoreSource
+from sememe.interrupt import stop_requests
+from sememe.lm import ModelConfig
+from sememe.source import LiveSource, Source, StoreSource
 from sememe.store import open_store
+from sememe.text import TextConfig, TokenPolicy, fetch
+from sememe.text import fingerprint as text_fingerprint
 from sememe.tracking import Log, Tracker
 
 __all__ = ["TrainConfig", "learning_rate", "train"]
@@ -83,6 +82,18 @@ class TrainConfig(Config):
     """Trackers that get the metrics too: tensorboard, wandb, trackio."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads; all cores if not given."""
+    live: bool = False
+    """Train straight from the language model, through a shuffle buffer in memory, instead of from a store."""
+    buffer_mb: int = Field(default=512, ge=1)
+    """Memory of the shuffle buffer of a live run."""
+    batch_rows: int = Field(default=16, ge=1)
+    """Contexts per forward of a live run."""
+    model: ModelConfig = ModelConfig()
+    """The language model of a live run."""
+    text: TextConfig = TextConfig()
+    """The corpus of a live run."""
+    policy: TokenPolicy = TokenPolicy()
+    """Which positions a live run keeps."""
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:
@@ -90,6 +101,21 @@ class TrainConfig(Config):
             raise ValueError("n_tokens and epochs both say how long to train; give one of them")
         if self.warmup + self.decay > 1:
             raise ValueError("warmup + decay must be <= 1")
+        return self
+
+    @model_validator(mode="after")
+    def _no_inert_option(self) -> TrainConfig:
+        if self.live:
+            if self.n_tokens is None:
+                raise ConfigError("n_tokens must be given when live", "nothing", "A live stream has no end: pass --n-tokens.")
+            if self.inputs is None:
+                raise ConfigError("inputs must be given when live", "nothing", "Name a hookpoint: --inputs resid_post.8.")
+        else:
+            for name in ("buffer_mb", "batch_rows", "model", "text", "policy"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ConfigError(
+                        f"{name} must be left out unless live is set", getattr(self, name), "A store brings its own; drop it."
+                    )
         return self
 
 
@@ -155,6 +181,8 @@ def train(
         ActivationError: the loss is NaN or infinite; the last good checkpoint is kept.
         MismatchError: another dictionary, or a checkpoint of another set-up, stands at config.out.
     """
+    if source is None and config.live:
+        source, parents, extra = _live(config, extra or {})
     if source is None:
         store = open_store(config.store)
         source = StoreSource(store, config.inputs, config.outputs, config.seed)
@@ -187,6 +215,27 @@ def train(
     finally:
         torch.set_num_threads(threads)
     return dictionaries.load(config.out)
+
+
+def _live(config: TrainConfig, extra: dict[str, Any]) -> tuple[Source, dict[str, str], dict[str, Any]]:
+    """A live source and what it is made from. The only path here that loads a language model."""
+    from sememe import lm as language_models
+
+    assert config.inputs is not None
+    fetch(config.text)
+    lm = language_models.load(config.model)
+    source = LiveSource(
+        lm,
+        config.text,
+        config.policy,
+        config.inputs,
+        config.outputs,
+        seed=config.seed,
+        buffer_mb=config.buffer_mb,
+        batch_rows=config.batch_rows,
+    )
+    parents = {"model": lm.fingerprint, "text": text_fingerprint(config.text)}
+    return source, parents, extra | {"policy": config.policy.resolved()}
 
 
 def _summary(dictionary: Trainable, source: Source) -> dict[str, Any]:
@@ -283,7 +332,7 @@ class _Run:
         with (
             log,
             track(description, n_rows, "rows", done=self.step * config.batch_size) as progress,
-            _stop_requests() as stop,
+            stop_requests() as stop,
         ):
             saved_at = time.monotonic()
             while self.step < plan.n_steps:
@@ -371,24 +420,3 @@ def _scale(x: Tensor) -> float:
     """What makes the mean square distance from the mean, per feature, equal 1: then mse is nearly fvu."""
     spread = float((x - x.mean(0)).square().mean().sqrt())
     return 1.0 / spread if spread > 0 else 1.0
-
-
-@contextmanager
-def _stop_requests() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set, so that a checkpoint is written before leaving."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def request(number: int, frame: FrameType | None) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt  # the second Ctrl-C does not wait
-        stop.set()
-
-    old = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from sememe import artifact
-from sememe.atlas import DATABASE, create
+from sememe.atlas import DATABASE, EXPLANATIONS, create
 from sememe.config import Config
 
 NASTY: list[bytes] = [
@@ -41,12 +42,16 @@ NASTY: list[bytes] = [
     b"a" * 10_000,
     "ﷺ".encode(),
 ]
-WORDS = (
-    "the of and to in is was for on with as by at from it an be are this which or had not but have one their were all "
-    "they its also can new year first two time after when there more used into some other may over such only most "
-    "city river music water people house world state school small large number light system history army king queen "
-    "red green blue white black seven three bread salt sugar onion butter minutes oven stir return def self None import"
-).split()
+WORDS = [
+    "the", "of", "and", "to", "in", "is", "was", "for", "on", "with", "as", "by", "at", "from", "it",
+    "an", "be", "are", "this", "which", "or", "had", "not", "but", "have", "one", "their", "were",
+    "all", "they", "its", "also", "can", "new", "year", "first", "two", "time", "after", "when",
+    "there", "more", "used", "into", "some", "other", "may", "over", "such", "only", "most", "city",
+    "river", "music", "water", "people", "house", "world", "state", "school", "small", "large",
+    "number", "light", "system", "history", "army", "king", "queen", "red", "green", "blue", "white",
+    "black", "seven", "three", "bread", "salt", "sugar", "onion", "butter", "minutes", "oven", "stir",
+    "return", "def", "self", "None", "import",
+]  # fmt: skip
 VOCABULARY: list[bytes] = [
     *NASTY,
     *(f" {word}".encode() for word in WORDS),
@@ -60,6 +65,7 @@ VOCABULARY: list[bytes] = [
 LANGUAGES = ["en", "de", "ja", None]
 WINDOW = (8, 4)
 N_BINS = 20
+DICTIONARY = "d1c7" * 16
 
 
 class SyntheticConfig(Config):
@@ -78,9 +84,48 @@ class SyntheticConfig(Config):
 def build(path: Path, config: SyntheticConfig | None = None) -> artifact.Artifact:
     """An atlas at `path`."""
     config = config or SyntheticConfig()
-    with artifact.building(path, kind="atlas", version=1, config=config, parents={}) as work:
+    with artifact.building(
+        path, kind="atlas", version=1, config=config, parents={"dictionary": DICTIONARY}
+    ) as work:
         _fill(work.path / DATABASE, config)
     return artifact.load(path, "atlas")
+
+
+def build_explanations(
+    path: Path, atlas: artifact.Artifact, labels: dict[int, str | None]
+) -> artifact.Artifact:
+    """Explanations of some of the atlas's latents."""
+    parents = {"atlas": atlas.fingerprint}
+    with artifact.building(
+        path, kind="explanations", version=1, config=SyntheticConfig(), parents=parents
+    ) as work:
+        table = pa.table(
+            {"latent": pa.array(labels.keys(), pa.int32()), "label": pa.array(labels.values(), pa.string())}
+        )
+        pq.write_table(table, work.path / EXPLANATIONS)
+    return artifact.load(path, "explanations")
+
+
+def build_report(path: Path, dictionary: str = DICTIONARY) -> artifact.Artifact:
+    """A report in the shape that `evaluate` writes."""
+
+    def figures(fvu: float, ce: float) -> dict[str, dict[str, float | None]]:
+        values = {"fvu": fvu, "l0": 31.9, "frac_alive": 0.96, "ce_recovered_zero": ce, "kl": 1 - ce}
+        intervals = {"fvu": {"low": fvu * 0.9, "high": fvu * 1.1}}
+        return {
+            name: {"value": value, **intervals.get(name, {"low": None, "high": None})}
+            for name, value in values.items()
+        }
+
+    parents = {"dictionary": dictionary}
+    with artifact.building(path, kind="report", version=1, config=SyntheticConfig(), parents=parents) as work:
+        report = {
+            "format_version": 1,
+            "metrics": figures(0.12, 0.98),
+            "nulls": {"pca": figures(0.3, 0.8), "untrained": figures(0.7, 0.4)},
+        }
+        artifact.write_json(work.path / "report.json", report)
+    return artifact.load(path, "report")
 
 
 def token_stream(config: SyntheticConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -106,6 +151,7 @@ def _fill(path: Path, config: SyntheticConfig) -> None:
     where = [np.flatnonzero((flat == token) & (flat_documents >= 0)) for token in range(len(VOCABULARY))]
     n_tokens = int((flat_documents >= 0).sum())
     latents: list[tuple] = []
+    top_tokens: list[tuple] = []
     logits: list[tuple] = []
     examples: list[tuple] = []
     for latent in range(config.n_latents):
@@ -118,6 +164,9 @@ def _fill(path: Path, config: SyntheticConfig) -> None:
         )
         acts = np.round(rng.gamma(2.0, 1.5, size=len(places)), 4).astype(np.float32) + np.float32(0.01)
         latents.append(_latent(latent, flat, flat_documents, places, acts, n_tokens, rng))
+        mass = np.bincount(flat[places], weights=acts, minlength=1)
+        ranked = [int(token) for token in np.argsort(-mass, kind="stable")[:5] if mass[token] > 0]
+        top_tokens += [(latent, rank, token, mass[token] / mass.sum()) for rank, token in enumerate(ranked)]
         for sign in (1, -1):
             tokens = [int(favourites[0])] if sign == 1 else []
             tokens += [int(t) for t in rng.permutation(len(VOCABULARY)) if t not in tokens][
@@ -126,7 +175,7 @@ def _fill(path: Path, config: SyntheticConfig) -> None:
             values = sorted(rng.uniform(0.1, 3.0, size=12), reverse=True)
             logits += [
                 (latent, sign, rank, token, sign * value)
-                for rank, (token, value) in enumerate(zip(tokens, values))
+                for rank, (token, value) in enumerate(zip(tokens, values, strict=True))
             ]
         examples += _examples(latent, config, flat_documents, places, acts, rng)
     connection = create(path)
@@ -176,7 +225,7 @@ def _fill(path: Path, config: SyntheticConfig) -> None:
                 ("wiki", "books")[i % 2],
                 LANGUAGES[i % len(LANGUAGES)],
                 f"Document <i>{i}</i>" if i % 3 else None,
-                '{"n": "%d"}' % i,
+                json.dumps({"n": str(i)}),
             )
             for i in range(2 * config.n_contexts)
         ],
@@ -187,6 +236,7 @@ def _fill(path: Path, config: SyntheticConfig) -> None:
         [(i, ids[i].tolist(), documents[i].tolist()) for i in range(config.n_contexts)],
     )
     _insert(connection, "latents", latents)
+    _insert(connection, "top_tokens", top_tokens)
     _insert(connection, "logits", logits)
     _insert(connection, "examples", examples)
     connection.close()
@@ -243,11 +293,15 @@ def _latent(latent, flat, flat_documents, places, acts, n_tokens, rng) -> tuple:
 
 def _examples(latent, config, flat_documents, places, acts, rng) -> list[tuple]:
     length = config.context_length
-    activation = dict(zip(places.tolist(), acts.tolist()))
+    activation = dict(zip(places.tolist(), acts.tolist(), strict=True))
 
     def window(place: int, kind: str, decile: int | None, rank: int, act: float) -> tuple:
         context, position = divmod(place, length)
-        start, stop = max(0, position - WINDOW[0]), min(length, position + WINDOW[1] + 1)
+        own = np.flatnonzero(
+            flat_documents[context * length : (context + 1) * length] == flat_documents[place]
+        )
+        start, stop = max(own[0], position - WINDOW[0]), min(own[-1] + 1, position + WINDOW[1] + 1)
+        start, stop = int(start), int(stop)
         inside = [p for p in range(start, stop) if context * length + p in activation]
         values = [activation[context * length + p] for p in inside]
         document = int(flat_documents[place])
@@ -270,6 +324,6 @@ def _examples(latent, config, flat_documents, places, acts, rng) -> list[tuple]:
         for c in range(1, config.n_contexts)
         if not any(c * length <= p < (c + 1) * length for p in places[:400])
     ]
-    for rank, context in enumerate(rng.permutation(silent)[:4].tolist() if len(places) < 400 else []):
+    for rank, context in enumerate(rng.permutation(silent)[:4].tolist() if 0 < len(places) < 400 else []):
         out.append(window(context * length + length // 2, "random", None, rank, 0.0))
     return out

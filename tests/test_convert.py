@@ -65,7 +65,7 @@ def test_a_second_run_reuses_the_first_and_another_source_is_a_mismatch(tmp_path
     assert convert(config).fingerprint == first.fingerprint
     assert (tmp_path / "out" / "cfg.json").stat().st_mtime_ns == before
     ours(tmp_path / "b", seed=1)
-    with pytest.raises(MismatchError, match="Delete .*out, write elsewhere, or pass --fresh"):
+    with pytest.raises(MismatchError, match=r"Delete .*out, write elsewhere, or pass --fresh"):
         convert(config.replace(source=tmp_path / "b"))
     assert convert(config.replace(source=tmp_path / "b"), fresh=True).fingerprint != first.fingerprint
 
@@ -95,11 +95,11 @@ def test_a_foreign_dictionary_is_tied_to_a_model_only_when_it_is_named(tmp_path:
 def test_directions_without_meaning_are_refused(tmp_path: Path) -> None:
     ours(tmp_path / "ours")
     with pytest.raises(
-        ConfigError, match="another format than the source's, got sememe. Choose one of dictionary_l"
+        ConfigError, match=r"another format than the source's, got sememe. Choose one of dictionary_l"
     ):
         convert(ConvertConfig(source=tmp_path / "ours", out=tmp_path / "b"))
     convert(ConvertConfig(source=tmp_path / "ours", out=tmp_path / "theirs", to="sae_lens"))
-    with pytest.raises(ConfigError, match="to must be sememe when .* got sparsify. Convert to sememe first"):
+    with pytest.raises(ConfigError, match=r"to must be sememe when .* got sparsify. Convert to sememe first"):
         convert(ConvertConfig(source=tmp_path / "theirs", out=tmp_path / "b", to="sparsify"))
     with pytest.raises(FormatError, match="must be a folder with a dictionary, got nothing there"):
         convert(ConvertConfig(source=tmp_path / "nowhere", out=tmp_path / "b"))

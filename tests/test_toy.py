@@ -91,6 +91,11 @@ def test_empty_rows_are_filled_only_when_asked() -> None:
     assert int(full.l0().min()) == 1
 
 
+def test_a_resolved_config_builds_again() -> None:
+    for config in (ToyConfig(), ToyConfig(correlation=0.5), ToyConfig(rates="published")):
+        assert ToyConfig.build(config.resolved()) == config
+
+
 def test_the_same_seed_gives_the_same_data_and_another_seed_other_data() -> None:
     a, b, c = planted(ToyConfig(seed=3)), planted(ToyConfig(seed=3)), planted(ToyConfig(seed=4))
     assert torch.equal(a.features, b.features) and not torch.equal(a.features, c.features)

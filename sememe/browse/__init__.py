@@ -1,6 +1,7 @@
 """Where people look at features: an atlas as a web page, served from this machine or exported to a folder.
 
-    data      atlas -> plain JSON, the same for both
+    inputs    the artifacts a page is made of, opened and checked
+    data      atlas -> plain JSON, the same for server and export
     server    that JSON and the page over HTTP, on this machine only, read-only
     export    that JSON as scripts beside the page, so that it opens from disk
     static    the page: classic scripts, two vendored libraries, no build step

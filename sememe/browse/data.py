@@ -10,6 +10,7 @@ Tokens travel as ids. Their strings are sent once, with the exact bytes of those
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -59,10 +60,16 @@ class Data:
     Args:
         atlas: Open for reading.
         explanations: What each latent stands for, by latent, where somebody has said so: shown instead of tokens.
+        report: The dictionary's `metrics` and those of its `nulls`, each by name: {"value", "low", "high"}.
     """
 
-    def __init__(self, atlas: Atlas, explanations: Mapping[int, str] | None = None) -> None:
-        self.atlas = atlas
+    def __init__(
+        self,
+        atlas: Atlas,
+        explanations: Mapping[int, str] | None = None,
+        report: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.atlas, self._report = atlas, report
         self.explanations = {int(latent): str(text) for latent, text in (explanations or {}).items()}
 
     # ---- the whole ------------------------------------------------------------------------------------------------
@@ -91,7 +98,7 @@ class Data:
             "context_length": meta.get("context_length"),
             "window": meta.get("window"),
             "histogram_edges": meta.get("histogram_edges", []),
-            "report": meta.get("report"),
+            "report": _report(self._report or meta.get("report")),
             "attributions": meta.get("attributions") or [],
             "latents": {"n": n, "alive": alive, "dead": n - alive, "l0": _number(l0)},
             "density": self._density_histogram(),
@@ -181,7 +188,9 @@ class Data:
             "GROUP BY token ORDER BY token"
         )
         peaks = self._rows(
-            f"SELECT token, list(latent ORDER BY latent) FROM ({PEAKS_SQL.format(kinds=repr('top') + ', ' + repr('decile'))}) "
+            "SELECT token, list(latent ORDER BY latent) FROM ("
+            + PEAKS_SQL.format(kinds="'top', 'decile'")
+            + ") "
             "GROUP BY token ORDER BY token"
         )
         return {
@@ -230,7 +239,7 @@ class Data:
         cuts = [0, *(np.flatnonzero(np.diff(latents)) + 1).tolist(), len(latents)]
         return {
             int(latents[start]): table.slice(start, stop - start)
-            for start, stop in zip(cuts, cuts[1:], strict=False)
+            for start, stop in itertools.pairwise(cuts)
             if stop > start
         }
 
@@ -346,6 +355,39 @@ def _rounded(column: pa.ChunkedArray, digits: int = 4) -> list[float | None]:
     return [_number(value, digits) for value in values.tolist()]
 
 
+def _report(report: Mapping[str, Any] | None) -> Json | None:
+    """Headline figures in one shape: {"metrics": {name: {"value", "low", "high"}}, "nulls": {null: {name: ...}}}.
+
+    A plain mapping of numbers, as an atlas may carry in its meta table, has no nulls and no intervals.
+    """
+    if not report:
+        return None
+    nested = isinstance(report.get("metrics"), Mapping)
+
+    def figures(source: Mapping[str, Any]) -> Json:
+        out = {}
+        for name, entry in source.items():
+            value, low, high = (
+                (entry.get("value"), entry.get("low"), entry.get("high"))
+                if isinstance(entry, Mapping)
+                else (entry, None, None)
+            )
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                out[str(name)] = {
+                    "value": _number(value, 5),
+                    "low": _number(low, 5),
+                    "high": _number(high, 5),
+                }
+        return out
+
+    return {
+        "metrics": figures(report["metrics"] if nested else report),
+        "nulls": {str(name): figures(null) for name, null in (report.get("nulls") or {}).items()}
+        if nested
+        else {},
+    }
+
+
 def _tags(text: str) -> Json:
     try:
         tags = json.loads(text)
@@ -392,7 +434,7 @@ def _examples(table: pa.Table | None) -> Json:
             flat[name] = _fixed(flat[name], decimals)
             out["act"] = _fixed(np.asarray(out["act"], dtype=np.float64), decimals).tolist()
         values = flat[name].tolist()
-        out[name] = [values[start:stop] for start, stop in zip(cuts, cuts[1:], strict=False)]
+        out[name] = [values[start:stop] for start, stop in itertools.pairwise(cuts)]
     return out
 
 

@@ -10,22 +10,20 @@ from __future__ import annotations
 
 import base64
 import collections
-import contextlib
 import gzip
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pydantic
 
 from sememe import artifact
-from sememe.atlas import open_atlas
 from sememe.browse import page
 from sememe.browse.data import Data
-from sememe.config import Config, sha256_of
+from sememe.browse.inputs import Inputs, opened
 from sememe.progress import track
 
 __all__ = ["VERSION", "ExportConfig", "export"]
@@ -34,59 +32,47 @@ VERSION = 1
 QUERY_LATENTS = 1024  # latents per query: enough to keep DuckDB busy, few enough to fit in memory
 
 
-class ExportConfig(Config):
-    """How a static site is cut into files."""
+class ExportConfig(Inputs):
+    """What a static site shows, where it goes, and how it is cut into files."""
 
+    not_identity: ClassVar[frozenset[str]] = Inputs.not_identity | {"out"}
+
+    out: Path = Path("artifacts/site")
+    """The folder to make; open its index.html."""
     latents_per_shard: int = pydantic.Field(default=64, ge=1, le=4096)
-    """Latents in one data script: fewer make the first page quicker, more make fewer files."""
+    """Latents in one data script: fewer make a latent's page quicker, more make fewer files."""
     contexts_per_shard: int = pydantic.Field(default=32, ge=1, le=4096)
     """Token rows in one data script."""
 
 
-def export(
-    atlas: str | Path,
-    out: str | Path,
-    config: ExportConfig | None = None,
-    *,
-    explanations: Mapping[int, str] | None = None,
-    fresh: bool = False,
-) -> artifact.Artifact:
+def export(config: ExportConfig, *, fresh: bool = False) -> artifact.Artifact:
     """Write an atlas as a static site: open its index.html.
 
-    A site already made from this atlas with this config, by this version of the page, is left as it is.
+    A site already made from the same artifacts with the same config is left as it is, unless the page's own files
+    have changed since: then it is made again.
 
     Args:
-        atlas: The folder of an atlas.
-        out: The site's folder.
-        config: How it is cut into files.
-        explanations: What each latent stands for, by latent.
-        fresh: Replace whatever artifact stands at `out`.
+        config: What is shown, where it goes, how it is cut.
+        fresh: Replace whatever artifact stands at config.out.
     Returns:
         The site, an artifact of kind "site".
     Raises:
-        ArtifactError: `atlas` is not an atlas, or `out` is not a site.
+        ArtifactError: config.atlas is not an atlas, or config.out is a folder of something else.
         CorruptError: the atlas is damaged.
-        MismatchError: `out` is the site of another atlas or config.
+        MismatchError: config.out is a site made from something else; or explanations or report are of another atlas.
     """
-    config, out = config or ExportConfig(), Path(out)
-    with contextlib.closing(open_atlas(atlas)) as opened:
-        data = Data(opened, explanations)
-        parents = {"atlas": opened.artifact.fingerprint}
-        extra = {
-            "page": page.fingerprint(),
-            "explanations": sha256_of({str(k): v for k, v in data.explanations.items()}),
-        }
+    out = config.out
+    with opened(config) as (data, parents):
         if not fresh and out.is_dir() and not any(out.iterdir()):
             out.rmdir()  # an empty folder was made for us
-        if not fresh:
-            identity = artifact.identity_of("site", VERSION, config, parents)
-            found = artifact.find(out, "site", identity)
-            if found is not None and {name: found.extra.get(name) for name in extra} == extra:
-                return found
+        identity = artifact.identity_of("site", VERSION, config, parents)
+        found = None if fresh else artifact.find(out, "site", identity)
+        if found is not None and found.extra.get("page") == page.fingerprint():
+            return found
         with artifact.building(
             out, kind="site", version=VERSION, config=config, parents=parents, fresh=fresh
         ) as work:
-            work.extra = extra
+            work.extra = {"page": page.fingerprint()}
             _write(data, work.path, config)
     return artifact.load(out, "site")
 

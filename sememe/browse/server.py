@@ -26,10 +26,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sememe.atlas import Atlas, open_atlas
 from sememe.browse import page
 from sememe.browse.data import Data
-from sememe.config import Config
+from sememe.browse.inputs import Inputs, opened
 from sememe.errors import SememeError, ServerError
 
 __all__ = ["BrowseConfig", "application", "browse"]
@@ -52,8 +51,8 @@ SECURITY_HEADERS = {
 }
 
 
-class BrowseConfig(Config):
-    """Where the page is served."""
+class BrowseConfig(Inputs):
+    """What is shown, and on which port."""
 
     port: int | None = pydantic.Field(default=None, ge=1, le=65535)
     """The port on 127.0.0.1; without one, 8000 or the next that is free."""
@@ -61,27 +60,23 @@ class BrowseConfig(Config):
     """Open the page in the default web browser."""
 
 
-def browse(
-    atlas: str | Path, config: BrowseConfig | None = None, *, explanations: Mapping[int, str] | None = None
-) -> None:
+def browse(config: BrowseConfig) -> None:
     """Serve an atlas as a web page until interrupted.
 
     Args:
-        atlas: The folder of an atlas.
-        config: Where it is served.
-        explanations: What each latent stands for, by latent.
+        config: What is shown, and where.
     Raises:
         ArtifactError: the folder is not an atlas.
         CorruptError: the atlas is damaged.
+        MismatchError: explanations or report are of another atlas.
         ServerError: the port is taken, or none is free.
     """
     import uvicorn
 
-    config = config or BrowseConfig()
-    with contextlib.closing(open_atlas(atlas)) as opened, _listen(config.port) as listening:
-        app = application(opened, explanations)
+    with opened(config) as (data, _), _listen(config.port) as listening:
+        app = application(data)
         url = f"http://{HOST}:{listening.getsockname()[1]}/"
-        print(f"Serving {atlas} at {url} (Ctrl+C stops it)", flush=True)
+        print(f"Serving {config.atlas} at {url} (Ctrl+C stops it)", flush=True)
         if config.open:
             threading.Timer(0.5, webbrowser.open, [url]).start()
         server = uvicorn.Server(
@@ -119,9 +114,9 @@ def _listen(port: int | None) -> socket.socket:
     )
 
 
-def application(atlas: Atlas, explanations: Mapping[int, str] | None = None) -> ASGIApp:
+def application(data: Data) -> ASGIApp:
     """The server as an ASGI application, for tests and for other servers."""
-    api = _Api(Data(atlas, explanations))
+    api = _Api(data)
     routes = [
         Route("/", api.page),
         Route("/static/{name:path}", api.static),
@@ -231,6 +226,7 @@ class _Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
+            await self.app(scope, receive, send)  # start and stop; there are no web sockets
             return
 
         async def guarded(message: Message) -> None:

@@ -19,6 +19,7 @@ __all__ = [
     "coarsen",
     "compact",
     "deciles",
+    "extremes",
     "gather",
     "runs",
     "silent",
@@ -424,3 +425,30 @@ def coarsen(hist, exponents, largest, out):  # type: ignore[no-untyped-def]
             step = math.ldexp(1.0, int(exponents[latent])) / n_fine / np.float64(largest[latent]) * n_bins
             for b in range(n_fine):
                 out[latent, min(np.int64((b + 0.5) * step), n_bins - 1)] += hist[latent, b]
+
+
+@njit(parallel=True, cache=True)
+def extremes(values, largest_at, largest, smallest_at, smallest):  # type: ignore[no-untyped-def]
+    """The n largest and n smallest entries of each row, strongest first; ties go to the lower column."""
+    n = largest.shape[1]
+    for row in prange(values.shape[0]):
+        filled = 0
+        for column in range(values.shape[1]):
+            v = values[row, column]
+            if filled < n or v > largest[row, n - 1]:
+                at = min(filled, n - 1)
+                while at > 0 and largest[row, at - 1] < v:
+                    largest[row, at] = largest[row, at - 1]
+                    largest_at[row, at] = largest_at[row, at - 1]
+                    at -= 1
+                largest[row, at] = v
+                largest_at[row, at] = column
+            if filled < n or v < smallest[row, n - 1]:
+                at = min(filled, n - 1)
+                while at > 0 and smallest[row, at - 1] > v:
+                    smallest[row, at] = smallest[row, at - 1]
+                    smallest_at[row, at] = smallest_at[row, at - 1]
+                    at -= 1
+                smallest[row, at] = v
+                smallest_at[row, at] = column
+            filled = min(filled + 1, n)

@@ -3,7 +3,8 @@
 The only package that imports transformers. Knows nothing about dictionaries, stores or verbs.
 """
 
-from sememe.lm.load import ModelConfig, load, wrap
+from sememe.lm.embedded import EMBEDDED
+from sememe.lm.load import ModelConfig, fetch, fingerprint_of, load, wrap
 from sememe.lm.model import LanguageModel
 
-__all__ = ["LanguageModel", "ModelConfig", "load", "wrap"]
+__all__ = ["EMBEDDED", "LanguageModel", "ModelConfig", "fetch", "fingerprint_of", "load", "wrap"]

@@ -7,6 +7,7 @@ nearly all of them. It tells versions apart; it does not prove that no bit flipp
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,26 @@ __all__ = ["of_files", "of_module"]
 
 _BLOCK, _N_BLOCKS, _HEAD = 4096, 64, 1 << 20
 # What differs between equal models: who saved them, where from, in which dtype they are run.
-_VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "_attn_implementation", "use_cache")
+_VOLATILE = (
+    "transformers_version",
+    "_name_or_path",
+    "dtype",
+    "torch_dtype",
+    "_attn_implementation",
+    "use_cache",
+)
 
 
-def of_files(files: Sequence[Path], config: Any, tokenizer: Any) -> str:
-    """Of a model on disk: config, tokenizer, and samples of each weight file."""
-    parts = {file.name: _sample(file) for file in sorted(files, key=lambda f: f.name)}
-    return sha256_of({"config": _config(config), "tokenizer": _tokenizer(tokenizer), "weights": parts})
+def of_files(weights: Sequence[Path], config: Path | None, tokenizers: Sequence[Path]) -> str:
+    """Of a model on disk: its config, its tokenizer's files, and samples of each weight file."""
+    settings = json.loads(config.read_text(encoding="utf-8")) if config is not None else {}
+    return sha256_of(
+        {
+            "config": _config(settings),
+            "tokenizer": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in tokenizers},
+            "weights": {file.name: _sample(file) for file in weights},
+        }
+    )
 
 
 def of_module(module: nn.Module, config: Any, tokenizer: Any) -> str:
@@ -38,7 +52,9 @@ def of_module(module: nn.Module, config: Any, tokenizer: Any) -> str:
         values = flat[at.long().to(flat.device)].double().cpu()
         digest.update(f"{name}{tuple(parameter.shape)}".encode() + values.numpy().tobytes())
     weights = digest.hexdigest()
-    return sha256_of({"config": _config(config), "tokenizer": _tokenizer(tokenizer), "weights": weights})
+    return sha256_of(
+        {"config": _config(config.to_dict()), "tokenizer": _tokenizer(tokenizer), "weights": weights}
+    )
 
 
 def _sample(file: Path) -> str:
@@ -53,8 +69,8 @@ def _sample(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _config(config: Any) -> str:
-    values = {k: v for k, v in config.to_dict().items() if k not in _VOLATILE}
+def _config(settings: dict[str, Any]) -> str:
+    values = {k: v for k, v in settings.items() if k not in _VOLATILE}
     return hashlib.sha256(repr(sorted((k, repr(v)) for k, v in values.items())).encode()).hexdigest()
 
 

@@ -37,7 +37,15 @@ _MLP = ("mlp", "ffn", "feed_forward", "block_sparse_moe")
 _MLP_LAST = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "w2", "proj")
 # Layers that keep the MLP's projections themselves, as OPT does: first and last.
 _BARE_MLP = (("fc1", "fc2"),)
-_AFTER_THE_STACK = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f", "final_norm", "project_out")
+_AFTER_THE_STACK = (
+    "norm",
+    "ln_f",
+    "final_layer_norm",
+    "final_layernorm",
+    "norm_f",
+    "final_norm",
+    "project_out",
+)
 
 
 class Place(NamedTuple):
@@ -81,7 +89,8 @@ class Hookpoints:
 
     def module(self, place: Place) -> nn.Module:
         """The module whose input or output the place is."""
-        return self.modules[place.path]
+        module: nn.Module = self.modules[place.path]
+        return module
 
     def expand(self, patterns: str | Iterable[str]) -> tuple[str, ...]:
         """Names and globs to names, each once, in the order given; a glob's in the order of the layers.
@@ -137,11 +146,15 @@ class Hookpoints:
         n = len(self.layers)
         if alias in self.aliases and re.fullmatch(r"-?\d+", number) and not 0 <= int(number) < n:
             return HookpointError(
-                f"the layer of {alias} must be in [0, {n - 1}] for {self.label}", number, f"Use {alias}.{n - 1} or lower."
+                f"the layer of {alias} must be in [0, {n - 1}] for {self.label}",
+                number,
+                f"Use {alias}.{n - 1} or lower.",
             )
         if alias in ALIASES and alias not in self.aliases:
             return HookpointError(
-                f"{alias} must be a part of {self.label}", "a model without it", f"It has: {', '.join(self.aliases)}."
+                f"{alias} must be a part of {self.label}",
+                "a model without it",
+                f"It has: {', '.join(self.aliases)}.",
             )
         known = [*self.names, *(path for path in self.modules if path)]
         if alias in self.aliases:
@@ -171,7 +184,9 @@ def _find_stack(hf: nn.Module) -> tuple[str, nn.ModuleList]:
     config: Any = getattr(hf, "config", None)
     if config is None:
         raise ModelError(
-            "a language model must be a Hugging Face model with a config", type(hf).__name__, "Wrap a causal LM."
+            "a language model must be a Hugging Face model with a config",
+            type(hf).__name__,
+            "Wrap a causal LM.",
         )
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     n_layers = int(config.num_hidden_layers)
@@ -231,7 +246,11 @@ def _head(hf: nn.Module) -> nn.Module | None:
 
 
 def _path_of(hf: nn.Module, module: nn.Module | None) -> str:
-    return next((path for path, other in hf.named_modules() if other is module), "") if module is not None else ""
+    return (
+        next((path for path, other in hf.named_modules() if other is module), "")
+        if module is not None
+        else ""
+    )
 
 
 # ---- reads and writes: some modules take and return tensors, some tuples, some named outputs ----------------
@@ -245,7 +264,9 @@ def read(value: Any) -> Tensor | None:
     """The first floating-point tensor of a module's output, whatever its structure."""
     if _activation(value):
         return value  # type: ignore[no-any-return]
-    members = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
+    members = (
+        value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
+    )
     return next((m for m in members if _activation(m)), None)
 
 
@@ -284,7 +305,9 @@ def rows(x: Tensor, lead: tuple[int, int] | None, name: str) -> Float[Tensor, "b
 
 def unrows(new: Float[Tensor, "batch seq d"], x: Tensor) -> Tensor:
     """Rows back in the model's own shape and dtype. A copy: some models add to these tensors in place."""
-    return new.to(device=x.device, dtype=x.dtype, copy=True, memory_format=torch.contiguous_format).view(x.shape)
+    return new.to(device=x.device, dtype=x.dtype, copy=True, memory_format=torch.contiguous_format).view(
+        x.shape
+    )
 
 
 def attach(
@@ -305,7 +328,11 @@ def attach(
             x = read(args)
             new = change(x) if x is not None else None
             return None if new is None else (write(args, new), kwargs)
-        key = "hidden_states" if "hidden_states" in kwargs else next((k for k, v in kwargs.items() if _activation(v)), "")
+        key = (
+            "hidden_states"
+            if "hidden_states" in kwargs
+            else next((k for k, v in kwargs.items() if _activation(v)), "")
+        )
         new = change(kwargs[key]) if key else None
         return None if new is None else (args, kwargs | {key: new})
 

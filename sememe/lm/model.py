@@ -24,8 +24,6 @@ __all__ = ["LanguageModel"]
 
 Edit = Callable[[Float[Tensor, "batch seq d"]], Float[Tensor, "batch seq d"]]
 
-_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f", "final_norm")
-
 
 class _Stop(BaseException):
     """Ends a forward once everything asked for was read. Not an Exception, so that no model swallows it."""
@@ -46,7 +44,7 @@ class LanguageModel:
     def __init__(self, hf: Any, tokenizer: Any, name: str, fingerprint: str) -> None:
         self.hf, self.tokenizer, self.name, self.fingerprint = hf.eval(), tokenizer, name, fingerprint
         self._points = Hookpoints(hf)
-        self._head: nn.Module = hf.get_output_embeddings()
+        self._head: Any = hf.get_output_embeddings()
         if self._head is None:
             raise ModelError(
                 "a language model must have an unembedding", type(hf).__name__, "Load its causal-LM class."
@@ -249,7 +247,9 @@ class LanguageModel:
         """
         if not -1 <= layer < self.n_layers:
             raise HookpointError(
-                f"the layer to start from must be in [-1, {self.n_layers - 1}]", layer, "Use replay_layer(hookpoint)."
+                f"the layer to start from must be in [-1, {self.n_layers - 1}]",
+                layer,
+                "Use replay_layer(hookpoint).",
             )
         if residual.shape != (*ids.shape, self.d_model):
             raise ShapeError(
@@ -304,7 +304,11 @@ class LanguageModel:
                 "Shorten the prompt or lower max_new_tokens.",
             )
         eos = self.tokenizer.eos_token_id if stop_at_eos else None
-        sampling = {"temperature": temperature, "top_k": top_k or 0, "top_p": top_p or 1.0} if temperature > 0 else {}
+        sampling = (
+            {"temperature": temperature, "top_k": top_k or 0, "top_p": top_p or 1.0}
+            if temperature > 0
+            else {}
+        )
         config = GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=temperature > 0,
@@ -318,8 +322,8 @@ class LanguageModel:
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), torch.no_grad():
             torch.manual_seed(seed)
-            out = self.hf.generate(input_ids=ids, attention_mask=ones, generation_config=config)
-        return out  # type: ignore[no-any-return]
+            made: Tensor = self.hf.generate(input_ids=ids, attention_mask=ones, generation_config=config)
+        return made
 
     # ---- directions and tokens ------------------------------------------------------------------------------
 
@@ -344,19 +348,21 @@ class LanguageModel:
         """
         if directions.dim() != 2 or directions.shape[1] != self.d_model:
             raise ShapeError(
-                f"directions must be (n, d_model={self.d_model})", tuple(directions.shape), "Pass decoder rows."
+                f"directions must be (n, d_model={self.d_model})",
+                tuple(directions.shape),
+                "Pass decoder rows.",
             )
-        weight: Tensor = self._head.weight.detach()  # type: ignore[assignment,operator]
+        weight = self._head.weight.detach()
         unembedding = weight.to(dtype)
-        scale, centred, project = self._readout()
+        scale, centred, projections = self._readout()
         with torch.no_grad():
-            for part in directions.detach().split(chunk):
+            for part in torch.split(directions.detach(), chunk):
                 rows_ = part.to(weight.device, torch.float32)
                 if centred:
                     rows_ = rows_ - rows_.mean(1, keepdim=True)
                 rows_ = rows_ * scale.to(weight.device)
-                if project is not None:
-                    rows_ = rows_ @ project.to(weight.device).T
+                for projection in projections:
+                    rows_ = rows_ @ projection.to(weight.device).T
                 logits = (rows_.to(dtype) @ unembedding.T).float()
                 yield logits.sub_(logits.mean(1, keepdim=True))
 
@@ -383,7 +389,9 @@ class LanguageModel:
                 "Pass a batch of rows.",
             )
         if mask is not None and mask.shape != ids.shape:
-            raise ShapeError("the mask must have the shape of the ids", tuple(mask.shape), f"Use {tuple(ids.shape)}.")
+            raise ShapeError(
+                "the mask must have the shape of the ids", tuple(mask.shape), f"Use {tuple(ids.shape)}."
+            )
         if self.context_length is not None and ids.shape[1] > self.context_length:
             raise ModelError(
                 f"a row must fit the context of {self.context_length} tokens of {self.name}",
@@ -419,7 +427,7 @@ class LanguageModel:
         lead: list[tuple[int, int] | None] = [None]
 
         def see(x: Tensor) -> None:
-            lead[0] = (x.shape[0], x.shape[1])
+            lead[0] = (x.shape[-3], x.shape[-2])
 
         hooks.callback(attach(self._layers[0], "in", see).remove)
         return lead
@@ -449,13 +457,13 @@ class LanguageModel:
         with self._below_off(layer):
             try:
                 for i, module in enumerate(layers):
-                    module.forward = self._stand_in(i, residual if i == layer else None)  # type: ignore[method-assign]
+                    module.forward = self._stand_in(i, residual if i == layer else None)
                 yield
             finally:
                 for module, forward in zip(layers, before, strict=True):
                     # accelerate puts a forward of its own on the instance.
                     if forward is not None:
-                        module.forward = forward  # type: ignore[method-assign]
+                        module.forward = forward
                     else:
                         module.__dict__.pop("forward", None)
 
@@ -496,32 +504,53 @@ class LanguageModel:
                 try:
                     with self._skipping(layer, residual):
                         skipped = self.hidden(ids)
-                    self._can_skip[layer] = torch.equal(full, skipped)
+                    # A second tensor beside the residual is a state that a later layer may read.
+                    members = self._outputs[layer]
+                    members = [members] if isinstance(members, Tensor) else list(members)
+                    alone = sum(isinstance(member, Tensor) for member in members) == 1
+                    self._can_skip[layer] = alone and torch.equal(full, skipped)
                 except Exception:
                     self._can_skip[layer] = False
         return self._can_skip[layer]
 
-    def _readout(self) -> tuple[Float[Tensor, " d_model"], bool, Tensor | None]:
-        """The final norm's weight, whether that norm centres, and OPT's projection after it.
+    def _readout(self) -> tuple[Float[Tensor, " d_model"], bool, list[Tensor]]:
+        """The final norm's weight, whether that norm centres, and the projections after it (OPT-350m has one).
 
-        Found by asking the norm, since architectures differ in how the stored weight enters (Gemma adds 1).
+        Found by watching and asking, since architectures differ in names and in how the stored weight enters
+        (Gemma adds 1 to it).
         """
-        decoder = self.hf.get_submodule(self._points.stack_path.rpartition(".")[0])
-        norm = next((m for n in _NORMS if isinstance(m := getattr(decoder, n, None), nn.Module)), None)
-        last = getattr(decoder, "project_out", None)
-        project = last.weight.detach().float() if isinstance(last, nn.Module) else None
-        if norm is None:
-            return torch.ones(self.d_model), False, project
-        norm = copy.deepcopy(norm).float()
-        device = next(iter(norm.parameters()), torch.zeros(1, device=self.device)).device
-        x = torch.ones(self.d_model, device=device)
-        x[1::2] = -1
-        if self.d_model % 2:
-            x[-1] = -2
-            x[-2] = x[-3] = 1
-        x /= x.square().mean().sqrt()
-        with torch.no_grad():
-            # Far above the norm's epsilon, mean zero and mean square one.
-            plus, minus, flat = norm(torch.stack([x, -x, torch.ones_like(x)])[None] * 1e4)[0].float()
-        scale, bias = (plus - minus) / (2 * x), (plus + minus) / 2
-        return scale, bool(torch.allclose(flat, bias, atol=1e-3 * float(scale.abs().max()))), project
+        scale, centred, projections = torch.ones(self.d_model), False, list[Tensor]()
+        for module in self._between_stack_and_head():
+            if isinstance(module, nn.Linear):
+                projections.append(module.weight.detach().float())
+                continue
+            norm = copy.deepcopy(module).float()
+            x = torch.ones(self.d_model, device=next(iter(norm.parameters()), self._head.weight).device)
+            x[1::2] = -1
+            if self.d_model % 2:
+                x[-3:] = torch.tensor([1.0, 1.0, -2.0])
+            x /= x.square().mean().sqrt()
+            # Mean zero and mean square one, and far above the norm's epsilon.
+            with torch.no_grad():
+                plus, minus, flat = norm(torch.stack([x, -x, torch.ones_like(x)])[None] * 1e4)[0].float()
+            scale, bias = (plus - minus) / (2 * x), (plus + minus) / 2
+            centred = bool(torch.allclose(flat, bias, atol=1e-3 * float(scale.abs().max())))
+        return scale, centred, projections
+
+    def _between_stack_and_head(self) -> list[nn.Module]:
+        """The modules with weights, or that norm, which run after the last layer and before the unembedding."""
+        ran: list[nn.Module] = []
+        inside = {id(module) for layer in self._layers for module in layer.modules()}
+        with self._without_edits(), torch.no_grad(), contextlib.ExitStack() as hooks:
+            hooks.callback(attach(self._layers[-1], "out", lambda _: ran.clear()).remove)
+            for module in self.hf.modules():
+                leaf = not any(True for _ in module.children())
+                counts = isinstance(module, nn.Linear) or "Norm" in type(module).__name__
+                if leaf and counts and id(module) not in inside and module is not self._head:
+
+                    def saw(m: nn.Module, *_: Any) -> None:
+                        ran.append(m)
+
+                    hooks.callback(module.register_forward_hook(saw).remove)
+            self.hidden(torch.zeros(1, 1, dtype=torch.long))
+        return ran

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Self
+from typing import Literal, Self
 
 import pydantic
 
@@ -64,10 +64,10 @@ class TextConfig(Config):
     """The field that holds a conversation, with chat_template."""
     max_document_chars: int = pydantic.Field(default=20_000, ge=0)
     """Longer documents are cut at paragraph boundaries into documents of at most this many characters; 0: never.
-    Embedded corpora come cut to 4,000."""
+    Embedded corpora come cut to 3,000 bytes."""
     heldout_fraction: float = pydantic.Field(default=0.1, ge=0, lt=1)
     """Share of the documents that are held out, chosen by a hash of the document's text."""
-    split_by: str = pydantic.Field(default="document", pattern="^(document|piece)$")
+    split_by: Literal["document", "piece"] = "document"
     """What is held out together: whole documents as they were before cutting, or single pieces (for one long file)."""
     seed: int = pydantic.Field(default=0, ge=0)
     """Order of the documents and rows. Does not change what is held out."""
@@ -77,9 +77,13 @@ class TextConfig(Config):
     @pydantic.model_validator(mode="after")
     def _weights_fit(self) -> Self:
         if not self.corpus or not all(name.strip() for name in self.corpus):
-            raise ConfigError("corpus must name at least one corpus", repr(self.corpus), "Leave it out for the default one.")
+            raise ConfigError(
+                "corpus must name at least one corpus", repr(self.corpus), "Leave it out for the default one."
+            )
         if len(set(self.corpus)) != len(self.corpus):
-            raise ConfigError("corpus must name each corpus once", repr(self.corpus), "Use weights to give one more room.")
+            raise ConfigError(
+                "corpus must name each corpus once", repr(self.corpus), "Use weights to give one more room."
+            )
         if self.weights is not None:
             if len(self.weights) != len(self.corpus):
                 raise ConfigError(
@@ -88,5 +92,29 @@ class TextConfig(Config):
                     "Give as many weights as corpora.",
                 )
             if not all(math.isfinite(w) and w > 0 for w in self.weights):
-                raise ConfigError("weights must be > 0", repr(self.weights), "Leave a corpus out instead of giving it 0.")
+                raise ConfigError(
+                    "weights must be > 0", repr(self.weights), "Leave a corpus out instead of giving it 0."
+                )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _no_option_without_effect(self) -> Self:
+        if self.weights is not None and len(self.corpus) == 1:
+            raise ConfigError(
+                "weights must go with several corpora", repr(self.weights), "Leave weights out."
+            )
+        if not self.chat_template and self.messages_field != "messages":
+            raise ConfigError(
+                "messages_field must go with chat_template", repr(self.messages_field), "Set chat_template."
+            )
+        if self.chat_template and self.text_field != "text":
+            raise ConfigError(
+                "text_field must not go with chat_template",
+                repr(self.text_field),
+                "Set messages_field instead.",
+            )
+        if self.split_by == "piece" and not self.max_document_chars:
+            raise ConfigError(
+                "split_by='piece' must go with max_document_chars > 0", 0, "Raise max_document_chars."
+            )
         return self

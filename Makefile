@@ -1,0 +1,64 @@
+# The set-up of this project, in full. `make demo` and `make test` are all a newcomer needs.
+#
+#   make demo       a real language model and real text to a browsable dictionary of its features
+#   make test       every test but the slow ones
+#   make test-all   the slow ones too
+#   make check      format, lint, types, layering, docs
+#   make bench      every benchmark; make bench-NAME for one (harvest, train, evaluate, atlas)
+#   make install    .venv with the `sememe` command
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
+
+.DELETE_ON_ERROR:
+.PHONY: install demo test test-all check format bench clean
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "sememe needs Python 3.11 or newer; name one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || { echo "python's venv module is missing; on Debian: apt-get install python3-venv"; exit 2; }
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "Installing into $(VENV) ..."
+	@$(PIP) install --quiet --constraint constraints.txt --editable . 2>.venv/install.log \
+	  || { cat .venv/install.log; exit 1; }
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	@echo "Installing what the tests need ..."
+	@$(PIP) install --quiet --constraint constraints.txt --editable '.[test]' 2>.venv/install.log \
+	  || { cat .venv/install.log; exit 1; }
+	@touch $@
+
+install: $(VENV)/.installed
+
+demo: install
+	@$(BIN)/python scripts/demo.py
+
+check: $(VENV)/.installed-test
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest tests/test_layering.py tests/test_docs.py
+
+format: $(VENV)/.installed-test
+	@$(BIN)/ruff check --fix-only --quiet . ; $(BIN)/ruff format .
+
+test: $(VENV)/.installed-test
+	@scripts/chromium.sh
+	@$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/.installed-test
+	@scripts/chromium.sh
+	@$(BIN)/python -m pytest
+
+bench-%: install
+	@mkdir -p artifacts/bench
+	@$(BIN)/python benchmarks/bench_$*.py
+
+bench: bench-harvest bench-train bench-evaluate bench-atlas
+
+clean:
+	rm -rf artifacts build dist *.egg-info

@@ -1,0 +1,162 @@
+"""How long an atlas takes over one truncated forward of the same text, and how much memory it needs.
+
+    python benchmarks/bench_atlas.py [--tokens 200000] [--model smollm2-135m] [--hookpoint resid_post.8]
+        [--widths 4608 65536] [--out artifacts/bench/atlas.json]
+
+The forward is timed batch by batch, in turns with the pass, so that whatever else the machine does falls on both.
+The pass counts everything: tokenizing, forward, encoding, collecting, snapshots, direct logits, the database. Each
+width runs in a process of its own, whose peak memory is the figure. The dictionary is an untrained TopK one whose
+encoder is its decoder's transpose; a trained one of the same shape costs the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+MUST = {
+    "atlas_over_forward": "<= 1.5",
+    "atlas_peak_gb_4608": "<= 3",
+    "atlas_peak_gb_65536": "<= 6",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokens", type=int, default=200_000)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--hookpoint", default="resid_post.8")
+    parser.add_argument("--widths", type=int, nargs="+", default=[4608])
+    parser.add_argument("--corpus", nargs="+", default=["default"])
+    parser.add_argument("--out", type=Path, default=Path("artifacts/bench/atlas.json"))
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(measure(options)))
+        return
+    rows = []
+    for width in options.widths:
+        found = in_child(options, width)
+        context = {
+            "d_sae": width,
+            "cpu": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            **found,
+        }
+        name = "atlas_over_forward" if width == 4608 else f"atlas_over_forward_{width}"
+        rows.append(row(name, found["over_forward"], "ratio", context))
+        rows.append(row(f"atlas_peak_gb_{width}", found["peak_gb"], "GB", context))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(rows, indent=1))
+    print(f"{'figure':<28}{'value':>10}  {'must':<8}unit")
+    for entry in rows:
+        print(f"{entry['name']:<28}{entry['value']:>10.3f}  {entry['must']:<8}{entry['unit']}")
+    for entry in rows[::2]:
+        seconds = {k: v for k, v in entry["context"].items() if k.endswith("_seconds")}
+        print(
+            f"d_sae {entry['context']['d_sae']}: "
+            + ", ".join(f"{k[:-8]} {v:.2f} s" for k, v in seconds.items())
+        )
+    print(f"written to {options.out}")
+
+
+def row(name: str, value: float, unit: str, context: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "name": name,
+        "value": round(value, 4),
+        "must": MUST.get(name, ""),
+        "unit": unit,
+        "context": context,
+    }
+
+
+def in_child(options: argparse.Namespace, width: int) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--child", "--tokens", str(options.tokens), "--model", options.model]
+    command += ["--hookpoint", options.hookpoint, "--widths", str(width), "--corpus", *options.corpus]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from sememe.dictionaries import Site, Sites
+    from sememe.dictionaries.topk import TopK, TopKConfig
+    from sememe.interpret import InterpretConfig
+    from sememe.interpret.database import write_database
+    from sememe.interpret.stream import DOCUMENTS, ROWS, Pass
+    from sememe.lm import ModelConfig, load
+    from sememe.text import TextConfig, TokenPolicy, fetch
+
+    lm = load(ModelConfig(model=options.model))
+    width, d_sae = lm.width(options.hookpoint), options.widths[0]
+    site = Site(
+        model=lm.name, model_fingerprint=lm.fingerprint, hookpoint=options.hookpoint, start=0, stop=width
+    )
+    dictionary = TopK(TopKConfig(k=32), width, width, d_sae, Sites(inputs=(site,), outputs=(site,))).eval()
+    generator = torch.Generator().manual_seed(0)
+    dictionary.initialise(*[torch.randn(1024, width, generator=generator)] * 2, generator)
+    config = InterpretConfig(text=TextConfig(corpus=tuple(options.corpus)), n_tokens=options.tokens)
+    fetch(config.text)
+    seconds = {"text": 0.0, "forward": 0.0, "pass": 0.0, "write": 0.0}
+    with tempfile.TemporaryDirectory() as folder:
+        run = Pass(config, lm, dictionary, TokenPolicy(), Path(folder))
+        with (run.folder / ROWS).open("wb") as rows, (run.folder / DOCUMENTS).open("wb") as documents:
+            parts = run.parts(documents)
+            warm = next(parts)
+            run.step(warm, rows)  # compiles, and pages everything in; its tokens are not timed
+            forward(lm, warm, options.hookpoint)
+            n_tokens = 0
+            while True:
+                began = time.perf_counter()
+                part = next(parts, None)
+                seconds["text"] += time.perf_counter() - began
+                if part is None:
+                    break
+                turns = [("forward", lambda p=part: forward(lm, p, options.hookpoint))]
+                turns.append(("pass", lambda p=part: run.step(p, rows)))
+                for name, turn in turns if n_tokens % 2 else reversed(turns):
+                    began = time.perf_counter()
+                    turn()
+                    seconds[name] += time.perf_counter() - began
+                n_tokens += part.ids.size
+            rows.flush()
+            documents.flush()
+        began = time.perf_counter()
+        write_database(Path(folder) / "atlas.duckdb", run, {"d_sae": d_sae})
+        seconds["write"] = time.perf_counter() - began
+        n_bytes = (Path(folder) / "atlas.duckdb").stat().st_size
+    whole = seconds["text"] + seconds["pass"] + seconds["write"]
+    return {
+        "over_forward": whole / seconds["forward"],
+        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "collector_gb": run.collector.nbytes / 2**30,
+        "database_mb": n_bytes / 2**20,
+        "n_tokens": n_tokens,
+        "tokens_per_second": n_tokens / whole,
+        **{f"{name}_seconds": value for name, value in seconds.items()},
+    }
+
+
+def forward(lm: Any, part: Any, hookpoint: str) -> None:
+    """The limit: the model up to the hookpoint, over the same rows."""
+    import torch
+
+    with torch.inference_mode():
+        lm.capture(torch.from_numpy(part.ids).to(lm.device, torch.int64), [hookpoint])
+
+
+if __name__ == "__main__":
+    main()

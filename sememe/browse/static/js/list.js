@@ -1,0 +1,167 @@
+// The list of latents: search, filters, a table that draws only what is seen, and the same as a narrow rail.
+(function (S) {
+  "use strict";
+  const { h } = preact;
+  const { useEffect, useLayoutEffect, useRef, useState } = preactHooks;
+  const html = htm.bind(h);
+  const { number, percent, count } = S.charts;
+  const { Label } = S.tokenViews;
+  const { route } = S;
+
+  // Draws the rows between first and last; scrolls with the window, or within itself (`own`).
+  function Virtual({ n, height, draw, own, current, label, columns, children }) {
+    const ref = useRef(null);
+    const [range, setRange] = useState([0, 40]);
+    useLayoutEffect(() => {
+      const element = ref.current, target = own ? element : window;
+      const measure = () => {
+        const top = own ? element.scrollTop : -element.getBoundingClientRect().top;
+        const seen = own ? element.clientHeight : window.innerHeight;
+        const first = Math.max(0, Math.floor(top / height) - 8);
+        const last = Math.min(n, Math.ceil((top + seen) / height) + 8);
+        setRange((old) => (old[0] === first && old[1] === last ? old : [first, Math.max(last, first)]));
+      };
+      measure();
+      target.addEventListener("scroll", measure, { passive: true });
+      window.addEventListener("resize", measure);
+      return () => { target.removeEventListener("scroll", measure); window.removeEventListener("resize", measure); };
+    }, [n, height, own]);
+    useLayoutEffect(() => {
+      if (!own || current === undefined || current < 0) return;
+      const element = ref.current, top = current * height;
+      if (top < element.scrollTop || top + height > element.scrollTop + element.clientHeight)
+        element.scrollTop = top - element.clientHeight / 2 + height / 2;
+    }, [current, n, height, own]);
+    const rows = [];
+    for (let i = range[0]; i < Math.min(range[1], n); i++) rows.push(draw(i, { top: i * height + "px", height: height + "px" }));
+    const keys = (event) => {
+      const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
+      const link = event.target.closest("[data-place]");
+      if (!step || !link) return;
+      event.preventDefault();
+      const next = ref.current.querySelector(`[data-place="${Number(link.dataset.place) + step}"]`);
+      if (next) next.focus();
+    };
+    return html`<div class=${own ? "virtual own" : "virtual"} ref=${ref} role="table" aria-label=${label} aria-rowcount=${n} aria-colcount=${columns} onKeyDown=${keys}>
+      ${children}
+      <div class="rows" role="rowgroup" style=${{ height: n * height + "px" }}>${rows}</div>
+    </div>`;
+  }
+
+  const COLUMNS = [
+    ["id", "Latent", "Its number in the dictionary"],
+    ["label", "Label", "Its explanation, or the tokens it peaks on"],
+    ["share", "Top share", "The share of its activation on its commonest token"],
+    ["density", "Density", "The share of tokens on which it is active"],
+    ["max", "Max", "Its largest activation"],
+    ["language", "Language", "The commonest language of its examples' documents"],
+  ];
+
+  function SearchBox({ params, change, model, autoFocus }) {
+    const [text, setText] = useState(params.q);
+    const typed = useRef(params.q);
+    useEffect(() => { if (params.q !== typed.current) { typed.current = params.q; setText(params.q); } }, [params.q]);
+    const input = (event) => {
+      typed.current = event.target.value;
+      setText(event.target.value);
+      change({ q: event.target.value, sort: params.sort === "match" ? "" : params.sort });
+    };
+    return html`<div class="search">
+      <input type="search" id="search" value=${text} onInput=${input} onFocus=${() => S.needSearch(model)} placeholder="Search a token, label or number" aria-label="Search latents" autocomplete="off" autocapitalize="off" spellcheck=${false} enterkeyhint="search" />
+      <kbd aria-hidden="true">/</kbd>
+    </div>`;
+  }
+
+  function Toolbar({ model, overview, params, change, found }) {
+    const select = (name, label, options) => html`<label class="field"><span>${label}</span>
+      <select name=${name} value=${params[name]} onChange=${(e) => change({ [name]: e.target.value })}>
+        ${options.map(([value, text]) => html`<option key=${value} value=${value} selected=${params[name] === value}>${text}</option>`)}
+      </select></label>`;
+    const bound = (name, label) => html`<input type="number" min="0" max="100" step="any" name=${name} aria-label=${label} placeholder=${name === "min" ? "0" : "100"}
+      value=${params[name] === "" ? "" : Number((Number(params[name]) * 100).toPrecision(6))}
+      onChange=${(e) => change({ [name]: e.target.value === "" || !(Number(e.target.value) >= 0) ? "" : String(Number((Number(e.target.value) / 100).toPrecision(8))) })} />`;
+    const filtered = ["q", "in", "status", "lang", "min", "max"].some((key) => params[key] !== route.DEFAULTS[key]);
+    return html`<div class="toolbar">
+      <${SearchBox} model=${model} params=${params} change=${change} />
+      ${select("in", "in", [["any", "anything"], ["label", "labels"], ["top", "top tokens"], ["peak", "examples' peaks"], ["promoted", "promoted tokens"]])}
+      ${select("status", "show", [["alive", "alive"], ["dead", "dead"], ["all", "all"]])}
+      ${overview.languages.length > 0 && select("lang", "language", [["", "any"], ...overview.languages.map(({ language, n }) => [language, `${language} (${n.toLocaleString("en")})`])])}
+      <div class="field" role="group" aria-label="Density in percent"><span>density %</span>${bound("min", "Lowest density in percent")}<span>to</span>${bound("max", "Highest density in percent")}</div>
+      <div class="found" role="status" aria-live="polite">${found === null ? "" : html`<b>${count(found)}</b> ${found === 1 ? "latent" : "latents"}`}
+        ${filtered && html` <button type="button" class="link" onClick=${() => change({ q: "", in: "any", status: "alive", lang: "", min: "", max: "" })}>Clear</button>`}</div>
+    </div>`;
+  }
+
+  // A density as a bar on a logarithmic scale from 1e-6 to 1.
+  const densityShare = (density) => (density > 0 ? Math.max(0.02, 1 + Math.log10(density) / 6) : 0);
+
+  let rememberedScroll = { key: "", top: 0 };
+
+  function List({ model, overview, params }) {
+    const wide = S.useMedia("(min-width: 760px)");
+    const change = (changes) => route.replace(route.format("list", null, { ...params, ...changes }));
+    const found = model ? model.query(params) : null;
+    const rows = found ? found.rows : [];
+    const order = model ? model.sortOf(params) : { by: "density", dir: "desc" };
+    const key = route.format("list", null, params);
+    useLayoutEffect(() => {
+      if (model && rememberedScroll.key === key && rememberedScroll.top) window.scrollTo(0, rememberedScroll.top);
+      return () => undefined;
+    }, [!!model]);
+    useEffect(() => {
+      const remember = () => { rememberedScroll = { key: location.hash || "#/", top: window.scrollY }; };
+      window.addEventListener("scroll", remember, { passive: true });
+      return () => window.removeEventListener("scroll", remember);
+    }, []);
+    const sortBy = (by) => {
+      const same = order.by === by;
+      change({ sort: by, dir: same ? (order.dir === "desc" ? "asc" : "desc") : "" });
+    };
+    const draw = (place, style) => {
+      const row = rows[place], { index } = model, id = index.id[row];
+      const places = found.places ? model.placeNames(found.places[row]) : [];
+      return html`<a key=${row} class="row" role="row" aria-rowindex=${place + 1} data-place=${place} href=${route.format("latent", id, params)} style=${style}>
+        <span role="cell" class="c-id">${id}</span>
+        <span role="cell" class="c-label"><span class="names"><${Label} model=${model} row=${row} /></span>${places.length > 0 && html`<span class="where">${places.join(" · ")}</span>`}</span>
+        <span role="cell" class="c-share">${index.top_token[row] === null ? "–" : percent(index.top_token_share[row], 2)}</span>
+        <span role="cell" class="c-density"><span class="meter" aria-hidden="true"><i style=${{ width: densityShare(index.density[row]) * 100 + "%" }}></i></span><span>${percent(index.density[row])}</span></span>
+        <span role="cell" class="c-max">${number(index.max_act[row])}</span>
+        <span role="cell" class="c-lang">${index.language[row] < 0 ? "–" : index.languages[index.language[row]]}</span>
+      </a>`;
+    };
+    return html`<section class="list" aria-label="Latents">
+      <${Toolbar} model=${model} overview=${overview} params=${params} change=${change} found=${model ? rows.length : null} />
+      ${!wide && html`<div class="sorts"><label class="field"><span>sort by</span><select name="sort" value=${order.by} onChange=${(e) => change({ sort: e.target.value, dir: "" })}>
+        ${params.q && html`<option value="match" selected=${order.by === "match"}>best match</option>`}
+        ${COLUMNS.filter(([by]) => by !== "language").map(([by, name]) => html`<option value=${by} selected=${order.by === by}>${name.toLowerCase()}</option>`)}</select></label>
+        <button type="button" class="link" onClick=${() => sortBy(order.by)}>${order.dir === "desc" ? "high to low" : "low to high"}</button></div>`}
+      <${Virtual} n=${rows.length} height=${wide ? 42 : 66} draw=${draw} label="Latents" columns=${COLUMNS.length}>
+        <div class="head" role="rowgroup"><div class="row" role="row">
+          ${COLUMNS.map(([by, name, title]) => html`<span key=${by} role="columnheader" class=${{ id: "c-id", label: "c-label", share: "c-share", density: "c-density", max: "c-max", language: "c-lang" }[by]}
+            aria-sort=${order.by === by ? (order.dir === "desc" ? "descending" : "ascending") : "none"}>
+            ${by === "language" ? html`<span title=${title}>${name}</span>` : html`<button type="button" title=${title} onClick=${() => sortBy(by)}>${name}<span class="dir" aria-hidden="true">${order.by === by ? (order.dir === "desc" ? "↓" : "↑") : ""}</span></button>`}
+          </span>`)}
+        </div></div>
+      <//>
+      ${!model && html`<p class="empty" role="status">Reading the latents…</p>`}
+      ${model && !rows.length && html`<p class="empty">No latent matches. ${params.status !== "all" ? "Dead latents are shown under “all”. " : ""}<button type="button" class="link" onClick=${() => change({ ...route.DEFAULTS, status: "all" })}>Show all latents</button></p>`}
+    </section>`;
+  }
+
+  // The same list beside a latent, on wide screens.
+  function Rail({ model, params, latent, rows, place }) {
+    const change = (changes) => route.replace(route.format("latent", latent, { ...params, ...changes }));
+    const draw = (at, style) => {
+      const row = rows[at], id = model.index.id[row];
+      return html`<a key=${row} class=${"rail-row" + (at === place ? " current" : "")} role="row" aria-current=${at === place ? "true" : null} data-place=${at} href=${route.format("latent", id, route.listParams(params))} style=${style}>
+        <span role="cell" class="c-id">${id}</span><span role="cell" class="names"><${Label} model=${model} row=${row} /></span></a>`;
+    };
+    return html`<nav class="rail" aria-label="Latents">
+      <${SearchBox} model=${model} params=${params} change=${change} />
+      <p class="found" role="status"><b>${count(rows.length)}</b> ${rows.length === 1 ? "latent" : "latents"} <a href=${route.format("list", null, route.listParams(params))}>Filters and sorting</a></p>
+      <${Virtual} own n=${rows.length} height=${36} draw=${draw} current=${place} label="Latents" columns=${2} />
+    </nav>`;
+  }
+
+  S.listViews = { List, Rail };
+})((window.Sememe = window.Sememe || {}));

@@ -1,0 +1,100 @@
+// Tokens on the page: chips, shaded running text, and the tooltip over it. All text goes in as text nodes.
+(function (S) {
+  "use strict";
+  const { h, Fragment } = preact;
+  const { useEffect, useMemo, useRef, useState } = preactHooks;
+  const html = htm.bind(h);
+  const { number, percent } = S.charts;
+
+  function Runs({ parts, breaks }) {
+    return parts.map((run, i) => {
+      if (!run.kind) return run.text;
+      return html`<${Fragment} key=${i}><span class=${"mark " + run.kind}>${run.text}</span>${breaks && run.kind === "newline" ? "\n" : null}<//>`;
+    });
+  }
+
+  function Chip({ tokens, id, strong }) {
+    return html`<span class=${"chip" + (strong ? " strong" : "")} dir="auto"><${Runs} parts=${tokens.alone(id)} /></span>`;
+  }
+
+  // A latent's name: its explanation, else its tokens as chips.
+  function Label({ model, row }) {
+    const text = model.explanation(row);
+    if (text !== undefined) return html`<span class="explained">${S.text.flat(text).replace(/·/g, " ")}</span>`;
+    const tokens = model.labelTokens(row);
+    if (!tokens.length) return html`<span class="nameless">${model.index.n_active[row] ? "no examples" : "dead"}</span>`;
+    return tokens.map((id, i) => html`<${Chip} key=${id} tokens=${model.tokens} id=${id} strong=${i === 0} />`);
+  }
+
+  // How strongly a token is shaded, 0 to 1; the smallest activation can still be seen.
+  const shadeOf = (act, largest) => (act === 0 || !largest ? 0 : 0.1 + 0.9 * Math.min(1, Math.abs(act) / largest));
+
+  // One example: the window around its peak, or the whole row when open.
+  function Example({ model, latent, context, documents, example, open, onToggle, name }) {
+    const [tip, setTip] = useState(null);
+    const box = useRef(null);
+    const pieces = useMemo(() => (context ? model.tokens.row(context.tokens) : []), [context]);
+    const docs = useMemo(() => {
+      const out = [];
+      for (const [document, length] of context ? context.documents : []) for (let i = 0; i < length; i++) out.push(document);
+      return out;
+    }, [context]);
+    const acts = useMemo(() => new Map(example.positions.map((position, i) => [position, example.acts[i]])), [example]);
+    useEffect(() => {
+      if (!tip) return undefined;
+      const close = (event) => { if (!box.current || !box.current.contains(event.target)) setTip(null); };
+      document.addEventListener("pointerdown", close);
+      return () => document.removeEventListener("pointerdown", close);
+    }, [tip]);
+    if (!context) return html`<li class="example missing">This example's text is not in the atlas.</li>`;
+
+    let from = open ? 0 : example.start, to = open ? context.tokens.length : example.stop;
+    while (open && to > from && docs[to - 1] === -1) to--; // padding says nothing
+    const show = (event) => {
+      const target = event.target.closest("[data-i]");
+      if (!target) { setTip(null); return; }
+      const area = box.current.getBoundingClientRect(), place = target.getClientRects()[0];
+      if (!place) return;
+      const left = Math.max(0, Math.min(place.left - area.left, area.width - 190));
+      setTip({ position: Number(target.dataset.i), left, top: place.bottom - area.top + 6 });
+    };
+    const source = documents.get(example.document);
+    const spans = [];
+    for (let i = from; i < to; i++) {
+      const act = acts.get(i) || 0;
+      const outside = i < example.start || i >= example.stop;
+      const classes = ["tok"];
+      if (act) classes.push(act < 0 ? "on negative" : "on");
+      if (i === example.position && example.kind !== "random") classes.push("peak");
+      if (outside) classes.push("outside");
+      else if (docs[i] !== example.document) classes.push("other");
+      if (pieces[i].continues) classes.push("continues");
+      if (i > from && docs[i] !== docs[i - 1]) spans.push(html`<span class="seam" key=${"s" + i} title="Another document begins">‖</span>`);
+      spans.push(html`<span key=${i} data-i=${i} class=${classes.join(" ")} style=${act ? { "--a": shadeOf(act, latent.max_act).toFixed(3) } : null}><${Runs} parts=${pieces[i].parts} breaks=${open} /></span>`);
+    }
+    const tipToken = tip && context.tokens[tip.position];
+    const recorded = tip && tip.position >= example.start && tip.position < example.stop;
+    return html`<li class=${"example" + (open ? " open" : "")}>
+      <div class="act" title=${"Largest activation: " + number(example.act, 4)}>${example.kind === "random" ? "silent" : number(example.act)}</div>
+      <div class="body" ref=${box} onPointerOver=${(e) => e.pointerType !== "touch" && show(e)} onPointerLeave=${() => setTip(null)} onClick=${show}>
+        <div class="text" dir="auto">
+          ${!open && from > 0 && html`<span class="cut">…</span>`}${spans}${!open && to < context.tokens.length && html`<span class="cut">…</span>`}
+        </div>
+        ${tip && html`<div class="tip" role="tooltip" style=${{ left: tip.left + "px", top: tip.top + "px" }}>
+          <div><${Chip} tokens=${model.tokens} id=${tipToken} strong /> <span class="muted">id ${tipToken}</span></div>
+          <dl>
+            <dt>activation</dt><dd>${recorded ? number(acts.get(tip.position) || 0, 4) : "not recorded"}</dd>
+            ${recorded && latent.max_act > 0 && html`<dt>of its maximum</dt><dd>${percent((acts.get(tip.position) || 0) / latent.max_act)}</dd>`}
+            <dt>position</dt><dd>${tip.position} of ${context.tokens.length}</dd>
+          </dl>
+        </div>`}
+      </div>
+      <button class="expand" type="button" aria-expanded=${open} aria-label=${(open ? "Show less of " : "Show the whole context of ") + name} onClick=${onToggle}>
+        <span class="meta">${source ? html`<span class="source">${S.text.flat(source.title || source.source).replace(/·/g, " ")}</span>${source.title ? html` <span>${source.source}</span>` : null}${source.language ? html` <span class="language">${source.language}</span>` : null}` : null}</span>
+        <span class="arrow" aria-hidden="true">${open ? "−" : "+"}</span>
+      </button>
+    </li>`;
+  }
+
+  S.tokenViews = { Chip, Example, Label, Runs };
+})((window.Sememe = window.Sememe || {}));

@@ -1,0 +1,103 @@
+"""The command line. Knows the verbs' names and where they live; imports one only when it is called.
+
+Flags are made from the verbs' configs (`flags.py`), so that there is one list of options. Errors of ours leave
+on one line with exit code 1, wrong usage with 2, Ctrl-C with 130.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import NamedTuple
+
+from cyclopts import App, CycloptsError
+
+from sememe import __version__
+from sememe.errors import ConfigError, SememeError, nearest
+
+__all__ = ["VERBS", "Verb", "app", "main"]
+
+
+class Verb(NamedTuple):
+    """One command: what it does, in a line, and where it is."""
+
+    help: str
+    target: str
+
+
+VERBS: dict[str, Verb] = {
+    "run": Verb("Run a recipe: all its verbs in order, each skipped when its result is there.", "run_recipe"),
+    "harvest": Verb("Run a language model over a text and store its activations.", "harvest"),
+    "train": Verb("Train a dictionary (topk, relu) on a store or straight from a model.", "train_app"),
+    "evaluate": Verb("Measure a dictionary on held-out documents, beside its nulls.", "evaluate"),
+    "compare": Verb("Compare two dictionaries: matched latents, and their reports side by side.", "compare"),
+    "report": Verb("Draw one page from one or several reports.", "report"),
+    "interpret": Verb("Make an atlas: where each latent fires, and what it writes.", "interpret"),
+    "explain": Verb("Say in words when each latent fires, and score the words.", "explain"),
+    "browse": Verb("Look at an atlas in the web browser, or export it as a site.", "browse"),
+    "intervene": Verb("Change a model's latents and see what it says then.", "intervene"),
+    "toy": Verb("Train on a planted dictionary and see how much of it is found.", "toy"),
+    "pretrain": Verb("Train a small transformer from scratch, to take apart.", "pretrain"),
+    "convert": Verb("Read and write other tools' dictionaries.", "convert"),
+    "publish": Verb("Gather a dictionary, its report and atlas into a folder for a hub.", "publish"),
+    "models": Verb("List the embedded language models and corpora; fetch one.", "models"),
+}
+
+app = App(
+    name="sememe",
+    help="Take a language model apart: learn, measure, explain, browse and use dictionaries of its latents.",
+    version=__version__,
+    result_action="return_value",
+)
+for _name, _verb in VERBS.items():
+    app.command(f"sememe.cli.verbs:{_verb.target}", name=_name, help=_verb.help)
+app.register_install_completion_command()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command and leave with its exit code."""
+    sys.exit(_run(sys.argv[1:] if arguments is None else arguments))
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        app(arguments, exit_on_error=False, print_error=False)
+    except SememeError as error:
+        print(f"sememe: {error}", file=sys.stderr)
+        return error.exit_code
+    except CycloptsError as error:
+        print(f"sememe: {_usage(error, arguments)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("sememe: interrupted; the same command goes on where it was.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+    return 0
+
+
+def _usage(error: CycloptsError, arguments: list[str]) -> ConfigError:
+    """Cyclopts' complaint in our three parts."""
+    command = next((a for a in arguments if not a.startswith("-")), "")
+    token = getattr(error, "token", None)
+    unused = getattr(error, "unused_tokens", None)
+    if command and command not in VERBS:
+        return ConfigError("a command must be one of sememe's", repr(command), nearest(command, VERBS))
+    if unused:
+        return ConfigError(
+            f"every argument of `sememe {command}` must be known", " ".join(unused), f"See `sememe {command} --help`."
+        )
+    given = getattr(token, "keyword", None) or getattr(token, "value", None)
+    if type(error).__name__ == "UnknownOptionError" and given:
+        flags = [
+            name
+            for argument in (getattr(error, "argument_collection", None) or ())
+            for name in argument.names
+            if name.startswith("--") and not name.startswith("--no-")
+        ]
+        return ConfigError(
+            f"every option of `sememe {command}` must be known",
+            given,
+            nearest(str(given), flags) if flags else f"See `sememe {command} --help`.",
+        )
+    text = " ".join(str(error).split())
+    return ConfigError(f"`sememe {command}` must be called rightly", text, f"See `sememe {command} --help`.")

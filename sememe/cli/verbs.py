@@ -1,0 +1,232 @@
+"""What each command does when it is called: imports its verb, makes its flags, prints its result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, Parameter
+
+from sememe.cli.flags import command
+from sememe.errors import nearest
+
+__all__: list[str] = []
+
+FRESH: dict[str, tuple[Any, Any, str]] = {"fresh": (bool, False, "Replace whatever stands at --out.")}
+
+
+def _say(what: str, path: Path) -> None:
+    print(f"{what}: {path}")
+
+
+def __getattr__(name: str) -> Any:
+    """Commands are made when asked for, so that only their own verb is imported."""
+    if name in _MAKERS:
+        return _MAKERS[name]()
+    raise AttributeError(f"sememe.cli.verbs has no command {name!r}; {nearest(name, _MAKERS)}")
+
+
+def _harvest() -> Any:
+    from sememe.harvest import HarvestConfig, harvest
+
+    def verb(config: HarvestConfig, fresh: bool = False) -> None:
+        store = harvest(config, fresh=fresh)
+        _say(f"store of {store.info.n_rows:,} rows", config.out)
+
+    return command(HarvestConfig, verb, extra=FRESH, doc="Run a language model over a text and store its activations.")
+
+
+def _train() -> App:
+    from sememe.dictionaries import TRAINABLE
+    from sememe.train import TrainConfig, train
+
+    app = App(name="train", help="Train a dictionary; the architecture comes first: `sememe train topk --k 64`.")
+    app.result_action = "return_value"
+
+    def verb(config: TrainConfig, fresh: bool = False) -> None:
+        train(config, fresh=fresh)
+        _say(f"{config.architecture.kind} dictionary", config.out)
+
+    for kind, cls in TRAINABLE.items():
+        architecture = cls.__annotations__["config"]
+        if isinstance(architecture, str):
+            import sys
+
+            architecture = getattr(sys.modules[cls.__module__], architecture)
+        doc = f"Train a {kind} dictionary."
+        app.command(
+            command(
+                TrainConfig,
+                verb,
+                choices={"architecture": architecture},
+                fixed={"architecture.kind": kind},
+                extra=FRESH,
+                doc=doc,
+            ),
+            name=kind,
+        )
+    return app
+
+
+def _evaluate() -> Any:
+    from sememe.evaluate import EvaluateConfig, evaluate
+
+    def verb(config: EvaluateConfig, fresh: bool = False) -> None:
+        evaluate(config, fresh=fresh)
+        from sememe.run import print_report
+
+        print_report(config.out)
+
+    return command(
+        EvaluateConfig, verb, positional=("dictionary",), extra=FRESH, doc="Measure a dictionary on held-out documents."
+    )
+
+
+def _compare() -> Any:
+    from sememe.compare import CompareConfig, compare
+
+    def verb(config: CompareConfig, fresh: bool = False) -> None:
+        compare(config, fresh=fresh)
+        _say("comparison", config.out)
+
+    return command(CompareConfig, verb, positional=("a", "b"), extra=FRESH, doc="Compare two dictionaries.")
+
+
+def _report() -> Any:
+    from sememe.report import ReportConfig, report
+
+    def verb(config: ReportConfig, fresh: bool = False) -> None:
+        report(config, fresh=fresh)
+        _say("page", config.out)
+
+    return command(
+        ReportConfig, verb, positional=("reports",), extra=FRESH, doc="Draw one page from one or several reports."
+    )
+
+
+def _interpret() -> Any:
+    from sememe.interpret import InterpretConfig, interpret
+
+    def verb(config: InterpretConfig, fresh: bool = False) -> None:
+        interpret(config, fresh=fresh).close()
+        _say("atlas", config.out)
+
+    return command(
+        InterpretConfig,
+        verb,
+        positional=("dictionary",),
+        extra=FRESH,
+        doc="Make an atlas: where each latent fires, and what it writes.",
+    )
+
+
+def _explain() -> Any:
+    from sememe.explain import ExplainConfig, explain
+
+    def verb(config: ExplainConfig, fresh: bool = False) -> None:
+        explain(config, fresh=fresh)
+        _say("explanations", config.out)
+
+    return command(
+        ExplainConfig, verb, positional=("atlas",), extra=FRESH, doc="Say in words when each latent fires, and score the words."
+    )
+
+
+def _browse() -> Any:
+    from sememe.browse import BrowseConfig, ExportConfig, browse, export
+
+    def verb(config: BrowseConfig, export_to: Path | None = None, fresh: bool = False) -> None:
+        if export_to is None:
+            browse(config)
+        else:
+            export(ExportConfig(atlas=config.atlas, out=export_to), fresh=fresh)
+            _say("site", export_to / "index.html")
+
+    made = command(
+        BrowseConfig,
+        verb,
+        positional=("atlas",),
+        extra={
+            "export_to": (
+                Annotated[Path | None, Parameter(name="--export")],
+                None,
+                "Write a static site into this folder instead of serving; it opens from disk.",
+            ),
+            "fresh": (bool, False, "With --export: replace whatever stands there."),
+        },
+        doc="Look at an atlas in the web browser, or export it as a site.",
+    )
+    return made
+
+
+def _simple(module: str, name: str, doc: str, positional: tuple[str, ...] = ()) -> Any:
+    import importlib
+
+    room = importlib.import_module(f"sememe.{module}")
+    config = getattr(room, f"{name.capitalize()}Config")
+    function = getattr(room, name)
+
+    def verb(config: Any, fresh: bool = False) -> None:
+        function(config, fresh=fresh)
+        _say(name, config.out)
+
+    return command(config, verb, positional=positional, extra=FRESH, doc=doc)
+
+
+def _run() -> Any:
+    from sememe.run import run
+
+    def run_recipe(
+        recipe: Path,
+        *,
+        out: Annotated[Path | None, Parameter(help="Folder for the results; artifacts/NAME if not given.")] = None,
+        fresh: Annotated[bool, Parameter(help="Make everything again.", negative="")] = False,
+    ) -> None:
+        """Run a recipe: all its verbs in order, each skipped when its result is there.
+
+        Parameters
+        ----------
+        recipe
+            A .toml file, see runs/.
+        """
+        run(recipe, out=out, fresh=fresh)
+
+    return run_recipe
+
+
+def _models() -> Any:
+    def models(
+        *,
+        fetch: Annotated[tuple[str, ...], Parameter(help="Names to fetch now.", negative="")] = (),
+    ) -> None:
+        """List the embedded language models and corpora; fetch one."""
+        from sememe import lm, text
+
+        for name in fetch:
+            if name in lm.EMBEDDED:
+                lm.fetch(name)
+            else:
+                text.fetch(text.TextConfig(corpus=(name,)))
+        for name, about in {**lm.EMBEDDED, **text.CORPORA}.items():
+            print(f"{name:<18} {about}")
+
+    return models
+
+
+_MAKERS = {
+    "harvest": _harvest,
+    "train_app": _train,
+    "evaluate": _evaluate,
+    "compare": _compare,
+    "report": _report,
+    "interpret": _interpret,
+    "explain": _explain,
+    "browse": _browse,
+    "run_recipe": _run,
+    "models": _models,
+    "intervene": lambda: _simple("intervene", "intervene", "Change latents and see what the model says.", ("dictionary",)),
+    "toy": lambda: _simple("toy", "toy", "Train on a planted dictionary and see how much of it is found."),
+    "pretrain": lambda: _simple("pretrain", "pretrain", "Train a small transformer from scratch."),
+    "convert": lambda: _simple("convert", "convert", "Read and write other tools' dictionaries.", ("source",)),
+    "publish": lambda: _simple("publish", "publish", "Gather results into a folder for a hub.", ("dictionary",)),
+}

@@ -1,0 +1,158 @@
+"""Whether dictionary, store, model, policy and nulls belong together. Reads their descriptions, runs nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sememe import artifact
+from sememe.dictionaries.base import Dictionary, Site, Sites
+from sememe.errors import ConfigError, MismatchError, ShapeError, nearest
+from sememe.evaluate.config import AUTOENCODER_NULLS, NULLS, EvaluateConfig
+from sememe.lm import LanguageModel
+from sememe.splice import Splicer
+from sememe.store import Store
+from sememe.text import TokenPolicy
+
+__all__ = ["check_model", "check_nulls", "check_store", "describe", "policy_of", "sites_of", "splicer_for"]
+
+
+def sites_of(dictionary: Dictionary, path: Path) -> Sites:
+    if dictionary.sites is None:
+        raise MismatchError(
+            f"the dictionary {path} must know its model and hookpoint",
+            "none (it was trained on bare tensors)",
+            "Train it from a store, or measure it with sememe.metrics.",
+        )
+    sites = (*dictionary.sites.inputs, *dictionary.sites.outputs)
+    if len({site.model_fingerprint for site in sites}) > 1:
+        raise MismatchError(
+            "a dictionary must read and write one model to be evaluated",
+            ", ".join(sorted({site.model for site in sites})),
+            "Evaluate a dictionary of a single model.",
+        )
+    return dictionary.sites
+
+
+def check_nulls(nulls: tuple[str, ...], sites: Sites) -> None:
+    autoencoder = sites.inputs == sites.outputs
+    for name in nulls:
+        if name not in NULLS:
+            raise ConfigError("a null must be a known one", repr(name), nearest(name, NULLS))
+        if name in AUTOENCODER_NULLS and not autoencoder:
+            raise ConfigError(
+                f"the null {name} needs a dictionary that reconstructs its input",
+                f"one from {_names(sites.inputs)} to {_names(sites.outputs)}",
+                "Pass --nulls untrained.",
+            )
+    if len(set(nulls)) != len(nulls):
+        raise ConfigError("each null must be named once", ", ".join(nulls), "Leave the repeats out.")
+
+
+def _names(sites: tuple[Site, ...]) -> str:
+    return "+".join(site.hookpoint for site in sites)
+
+
+def check_model(sites: Sites, fingerprint: str) -> None:
+    site = sites.inputs[0]
+    if site.model_fingerprint != fingerprint:
+        raise MismatchError(
+            f"the model must be the one the dictionary was trained on, {site.model} "
+            f"(fingerprint {site.model_fingerprint[:16]})",
+            f"fingerprint {fingerprint[:16]}",
+            f"Pass --model {site.model}.",
+        )
+
+
+def check_store(store: Store, saved: artifact.Artifact, sites: Sites, config: EvaluateConfig) -> None:
+    """The store must be of the dictionary's model, hold its hookpoints, and share no document with the test."""
+    wanted = sites.inputs[0].model_fingerprint
+    if store.info.model_fingerprint != wanted:
+        raise MismatchError(
+            f"the store must hold activations of the dictionary's model (fingerprint {wanted[:16]})",
+            f"a store of {store.info.model} (fingerprint {store.info.model_fingerprint[:16]})",
+            "Name the store that the dictionary was trained on.",
+        )
+    for site in (*sites.inputs, *sites.outputs):
+        point = store.info.hookpoints.get(site.hookpoint)
+        if point is None:
+            raise MismatchError(
+                f"the store {store.artifact.path} ({store.fingerprint[:16]}) must hold {site.hookpoint}, which the "
+                f"dictionary ({saved.fingerprint[:16]}) reads or writes",
+                ", ".join(store.info.hookpoints),
+                "Name the store that the dictionary was trained on.",
+            )
+        if point.width != site.stop - site.start:
+            raise ShapeError(
+                f"{site.hookpoint} in the store must be {site.stop - site.start} wide, as in the dictionary",
+                point.width,
+                "Name the store that the dictionary was trained on.",
+            )
+    trained_on = saved.meta["parents"].get("store")
+    if trained_on is not None and trained_on != store.fingerprint:
+        raise MismatchError(
+            f"the store must be the one the dictionary was trained on (fingerprint {trained_on[:16]})",
+            f"fingerprint {store.fingerprint[:16]}",
+            "Name that store, or leave --store out: activations of the training documents are then computed anew.",
+        )
+    made_from = store.artifact.meta["config"].get("text") or {}
+    held_back = made_from.get("heldout_fraction")
+    if held_back is not None and config.text.heldout_fraction > held_back:
+        raise MismatchError(
+            f"heldout_fraction must be at most the {held_back:g} that the training store held back",
+            f"{config.text.heldout_fraction:g}",
+            "Lower heldout_fraction: else documents that were trained on count as held out.",
+        )
+
+
+def policy_of(config: EvaluateConfig, saved: artifact.Artifact, store: Store | None) -> TokenPolicy:
+    """The dictionary's, the store's, or the config's token policy; they must not contradict one another."""
+    given = []
+    recorded = saved.extra.get("policy")
+    if recorded is not None:
+        given.append((f"the dictionary ({saved.fingerprint[:16]})", TokenPolicy.build(recorded)))
+    if store is not None:
+        given.append((f"the store ({store.fingerprint[:16]})", store.info.policy))
+    if config.policy is not None:
+        given.append(("the config", config.policy))
+    for who, policy in given[1:]:
+        if policy != given[0][1]:
+            ours, theirs = given[0][1].resolved(), policy.resolved()
+            different = [name for name in ours if ours[name] != theirs[name]]
+            raise MismatchError(
+                f"{who} must have the token policy of {given[0][0]}: "
+                + ", ".join(f"{name}={ours[name]}" for name in different),
+                ", ".join(f"{name}={theirs[name]}" for name in different),
+                "Leave --policy out, and name the store that the dictionary was trained on.",
+            )
+    return given[0][1] if given else TokenPolicy()
+
+
+def splicer_for(lm: LanguageModel, sites: Sites) -> Splicer:
+    for site in (*sites.inputs, *sites.outputs):
+        width = lm.width(site.hookpoint)
+        if width != site.stop - site.start:
+            raise ShapeError(
+                f"{site.hookpoint} must be {site.stop - site.start} wide, as in the dictionary",
+                f"{width} in {lm.name}",
+                "Evaluate on the model that the dictionary was trained on.",
+            )
+    return Splicer(lm, [s.hookpoint for s in sites.inputs], [s.hookpoint for s in sites.outputs])
+
+
+def describe(saved: artifact.Artifact, dictionary: Dictionary, sites: Sites) -> dict[str, Any]:
+    return {
+        "name": saved.path.name,
+        "path": str(saved.path),
+        "fingerprint": saved.fingerprint,
+        "kind": dictionary.kind,
+        "config": dictionary.config.resolved(),
+        "d_in": dictionary.d_in,
+        "d_out": dictionary.d_out,
+        "d_sae": dictionary.d_sae,
+        "model": sites.inputs[0].model,
+        "model_fingerprint": sites.inputs[0].model_fingerprint,
+        "inputs": [site.hookpoint for site in sites.inputs],
+        "outputs": [site.hookpoint for site in sites.outputs],
+        "max_norms": {site.hookpoint: site.max_norm for site in (*sites.inputs, *sites.outputs)},
+    }

@@ -1,0 +1,300 @@
+"""The pass over held-out text: one unedited forward per batch, and per arm only the layers above the hookpoint.
+
+Fills the sums of `metrics.py` and turns them into report.json. Knows arms, not where they come from.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sememe import figures, metrics, text
+from sememe.dictionaries.base import Sites
+from sememe.errors import ActivationError, TextError
+from sememe.evaluate.arms import Arms, join
+from sememe.evaluate.config import EvaluateConfig
+from sememe.lm import LanguageModel
+from sememe.progress import track
+from sememe.splice import BaseRun, Splicer
+from sememe.text import TokenBlock, TokenPolicy
+
+__all__ = ["Measured"]
+
+MAX_UNITS = 4096
+"""Bootstrap units; with more documents than this, some units are two or more documents of one language."""
+LOGIT_ROWS = 256
+"""Predictions whose logits are held at once: (rows, vocabulary) in float32 is 50 MB at 49,152 tokens."""
+
+
+class _Units:
+    """Which bootstrap unit each document is, and the tags of each unit."""
+
+    def __init__(self) -> None:
+        self.of: dict[int, int] = {}
+        self.tags: list[tuple[str, str]] = []
+        self._by_tags: dict[tuple[str, str], list[int]] = {}
+
+    def __call__(self, block: TokenBlock, part: slice) -> Int[np.ndarray, " positions"]:
+        """One unit id per position; 0 for padding, which nothing counts."""
+        doc_ids = block.doc_ids[part].reshape(-1)
+        distinct, first, inverse = np.unique(doc_ids, return_index=True, return_inverse=True)
+        units = np.zeros(distinct.shape[0], dtype=np.int64)
+        for at in np.argsort(first):  # in reading order, whatever the batch
+            if distinct[at] >= 0:
+                units[at] = self._unit(int(distinct[at]), block)
+        chosen: Int[np.ndarray, " positions"] = units[inverse.reshape(-1)]
+        return chosen
+
+    def _unit(self, doc_id: int, block: TokenBlock) -> int:
+        if doc_id not in self.of:
+            info = block.documents[doc_id]
+            tags = (info.language or "unknown", info.source)
+            alike = self._by_tags.setdefault(tags, [])
+            if len(self.tags) < MAX_UNITS or not alike:
+                alike.append(len(self.tags))
+                self.tags.append(tags)
+                self.of[doc_id] = alike[-1]
+            else:
+                self.of[doc_id] = alike[len(self.of) % len(alike)]
+        return self.of[doc_id]
+
+    def where(self, axis: int, value: str) -> Bool[np.ndarray, " units"]:
+        return np.array([tags[axis] == value for tags in self.tags], dtype=bool)
+
+
+class _Batch(NamedTuple):
+    """One forward's rows: those that are not padding, in order."""
+
+    run: BaseRun
+    x: Float[Tensor, "rows d_in"]
+    target: Float[Tensor, "rows d_out"]
+    valid: Bool[Tensor, " positions"]
+    keep: Bool[Tensor, " positions"]
+    units: Int[Tensor, " positions"]
+
+
+class Measured:
+    """The sums of one evaluation, and the pass that fills them."""
+
+    def __init__(
+        self, config: EvaluateConfig, lm: LanguageModel, splicer: Splicer, sites: Sites, policy: TokenPolicy
+    ) -> None:
+        self.config, self.lm, self.splicer, self.sites, self.policy = config, lm, splicer, sites, policy
+        self.loss = metrics.LanguageModelLoss()
+        self.kept: dict[str, metrics.Reconstruction] = {}
+        self.all_rows: dict[str, metrics.Reconstruction] = {}
+        self.sparsity: dict[str, metrics.Sparsity] = {}
+        self.units = _Units()
+        self.n_tokens = self.n_rows = self.n_outliers = self.n_predictions = 0
+
+    @torch.inference_mode()
+    def run(self, arms: Arms) -> None:
+        """One pass over the held-out tokens."""
+        for name, dictionary in arms.dictionaries.items():
+            self.kept[name], self.all_rows[name] = metrics.Reconstruction(), metrics.Reconstruction()
+            self.sparsity[name] = metrics.Sparsity(dictionary.d_sae)
+        rows = self.config.batch_rows
+        blocks = text.token_blocks(
+            self.config.text,
+            self.lm.tokenizer,
+            self.policy,
+            split="heldout",
+            n_tokens=self.config.n_tokens,
+            block_rows=max(rows, 64) // rows * rows,
+        )
+        with track("evaluate", self.config.n_tokens, "tokens") as progress:
+            for block in blocks:
+                for start in range(0, block.ids.shape[0], rows):
+                    n = self._batch(block, slice(start, start + rows), arms)
+                    self.n_tokens += n
+                    progress.advance(n)
+        if self.n_predictions == 0:
+            raise TextError(
+                "the held-out text must hold predictions from kept positions",
+                f"none in {self.n_tokens:,} tokens",
+                "Raise n_tokens or heldout_fraction, or drop fewer positions.",
+            )
+
+    def _batch(self, block: TokenBlock, part: slice, arms: Arms) -> int:
+        batch = self._forward(block, part)
+        flat_valid = torch.nonzero(batch.valid).view(-1)
+        keep, units = batch.keep[flat_valid], batch.units[flat_valid]
+        predicting, targets = self._predictions(batch)
+        hidden = {"base": _rows_at(batch.run.hidden, predicting)}
+        shape = (*batch.run.ids.shape, batch.target.shape[1])
+        for name, dictionary in arms.dictionaries.items():
+            encoded = dictionary.encode(batch.x)
+            recon = dictionary.decode(encoded, batch.x)
+            self.sparsity[name].update(encoded, keep, units)
+            self.kept[name].update(batch.target, recon, keep, units)
+            self.all_rows[name].update(batch.target, recon, None, units)
+            whole = recon.new_zeros(shape).view(-1, shape[-1]).index_copy_(0, flat_valid, recon).view(shape)
+            hidden[name] = self._spliced(batch, whole, predicting)
+        hidden["zero"] = self._spliced(batch, batch.target.new_zeros(1), predicting)
+        hidden["mean"] = self._spliced(batch, arms.mean, predicting)
+        self._compare(hidden, predicting, targets, batch.units[predicting])
+        self.n_rows += int(keep.sum())
+        self.n_predictions += predicting.shape[0]
+        return int(flat_valid.shape[0])
+
+    def _forward(self, block: TokenBlock, part: slice) -> _Batch:
+        """The unedited forward, its finite rows, and which positions the policy keeps."""
+        device = self.lm.device
+        ids = torch.from_numpy(block.ids[part]).to(device, torch.int64)
+        attention = block.attention_mask[part]
+        mask = None if attention.all() else torch.from_numpy(attention).to(device)
+        run = self.splicer.base(ids, mask)
+        valid = torch.from_numpy(attention.reshape(-1)).to(device)
+        keep = torch.from_numpy(block.keep[part].reshape(-1)).to(device) & valid
+        within = torch.ones_like(keep)
+        for site in (*self.sites.inputs, *self.sites.outputs):
+            rows = run.activations[site.hookpoint].flatten(0, 1)
+            norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).to(device)
+            bad = ~torch.isfinite(norms) & valid
+            if bool(bad.any()):
+                at = int(torch.nonzero(bad)[0])
+                raise ActivationError(
+                    f"activations at {site.hookpoint} must be finite",
+                    f"NaN or infinity in document {int(block.doc_ids[part].reshape(-1)[at])}, "
+                    f"position {int(block.doc_positions[part].reshape(-1)[at])}",
+                    "Load the model in bfloat16 or float32 (--dtype), or check its weights.",
+                )
+            if site.max_norm is not None:
+                within &= norms <= site.max_norm
+        self.n_outliers += int((keep & ~within).sum())
+        keep &= within
+        units = torch.from_numpy(self.units(block, part)).to(device)
+        found = {name: value.flatten(0, 1)[valid].float() for name, value in run.activations.items()}
+        x = join(found, self.sites.inputs)
+        same = self.sites.inputs == self.sites.outputs
+        return _Batch(run, x, x if same else join(found, self.sites.outputs), valid, keep, units)
+
+    def _predictions(self, batch: _Batch) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
+        """Flat positions that are kept and followed by a token of their row, and those tokens."""
+        rows, length = batch.run.ids.shape
+        followed = torch.zeros_like(batch.keep).view(rows, length)
+        followed[:, :-1] = batch.valid.view(rows, length)[:, 1:]
+        predicting = torch.nonzero(batch.keep & followed.view(-1)).view(-1)
+        return predicting, batch.run.ids.reshape(-1)[predicting + 1]
+
+    def _spliced(
+        self, batch: _Batch, new: Float[Tensor, "*any d"], predicting: Int[Tensor, " n"]
+    ) -> Float[Tensor, "n d_model"]:
+        """The hidden states of predictions when kept positions hold `new` (broadcast, concatenated outputs)."""
+        rows, length = batch.run.ids.shape
+        keep = batch.keep.view(rows, length, 1)
+        replacements = {}
+        for site in self.sites.outputs:
+            original = batch.run.activations[site.hookpoint]
+            part = new[..., site.start : site.stop] if new.shape[-1] > 1 else new
+            chosen = torch.where(keep.to(original.device), part.to(original.device, original.dtype), original)
+            replacements[site.hookpoint] = chosen
+        return _rows_at(self.splicer.spliced(batch.run, replacements), predicting)
+
+    def _compare(
+        self,
+        hidden: dict[str, Float[Tensor, "n d_model"]],
+        predicting: Int[Tensor, " n"],
+        targets: Int[Tensor, " n"],
+        units: Int[Tensor, " n"],
+    ) -> None:
+        """Cross-entropy and KL of every arm, a few predictions at a time: logits are never held whole."""
+        for start in range(0, predicting.shape[0], LOGIT_ROWS):
+            part = slice(start, start + LOGIT_ROWS)
+            base = metrics.base_terms(self._logits(hidden["base"][part]), targets[part])
+            ce, kl = {"base": base.ce}, {}
+            for name, states in hidden.items():
+                if name != "base":
+                    terms = metrics.prediction_terms(base, self._logits(states[part]), targets[part])
+                    ce[name], kl[name] = terms.ce, terms.kl
+            self.loss.update(units[part], ce, kl)
+
+    def _logits(self, states: Float[Tensor, "n d_model"]) -> Float[Tensor, "n vocab"]:
+        return self.lm.logits(states).to(self.lm.device)
+
+    # -- the report --------------------------------------------------------------------------------
+
+    def report(self, arms: Arms) -> dict[str, Any]:
+        """report.json, but for what describes the inputs."""
+        found = {name: self._arm(name) for name in arms.dictionaries}
+        ablations = {name: self._quality(name) for name in ("zero", "mean")}
+        main = found["dictionary"]
+        main |= {f"{name}_base": statistic for name, statistic in self._quality("base").items()}
+        main |= {f"ce_{name}": values["ce"] for name, values in ablations.items()}
+        nulls = {name: values for name, values in found.items() if name != "dictionary"}
+        return {
+            "format_version": 1,
+            **{name: main[name]["value"] for name in figures.HEADLINE if name in main},
+            "metrics": main,
+            "nulls": nulls,
+            "ablations": ablations,
+            "density": {name: self._density(name) for name in arms.dictionaries},
+            "by_language": self._grouped(0),
+            "by_source": self._grouped(1),
+            "bootstrap": {
+                "unit": "document",
+                "n": self.config.n_bootstrap,
+                "level": 0.95,
+                "seed": self.config.seed,
+            },
+        }
+
+    def describe_text(self, fingerprint: str) -> dict[str, Any]:
+        """What was read."""
+        return {
+            "config": self.config.text.resolved(),
+            "fingerprint": fingerprint,
+            "split": "heldout",
+            "policy": self.policy.resolved(),
+            "n_tokens": self.n_tokens,
+            "n_rows_kept": self.n_rows,
+            "n_norm_outliers": self.n_outliers,
+            "n_predictions": self.n_predictions,
+            "n_documents": len(self.units.of),
+        }
+
+    def _options(self, units: Bool[np.ndarray, " units"] | None) -> dict[str, Any]:
+        return {"n_bootstrap": self.config.n_bootstrap, "seed": self.config.seed, "units": units}
+
+    def _arm(self, name: str) -> dict[str, Any]:
+        options = self._options(None)
+        statistics = self.kept[name].compute(**options) | self.sparsity[name].compute(**options)
+        statistics["fvu_all_rows"] = self.all_rows[name].compute(**options)["fvu"]
+        statistics |= self.loss.compute(name, **options)
+        return {key: statistic.to_json() for key, statistic in statistics.items()}
+
+    def _quality(self, name: str) -> dict[str, Any]:
+        return {key: s.to_json() for key, s in self.loss.compute(name, **self._options(None)).items()}
+
+    def _density(self, name: str) -> dict[str, Any]:
+        return metrics.density_histogram(self.sparsity[name].density())._asdict()
+
+    def _grouped(self, axis: int) -> dict[str, Any]:
+        """The dictionary's numbers per language or source."""
+        out = {}
+        for value in sorted({tags[axis] for tags in self.units.tags}):
+            units = self.units.where(axis, value)
+            options = self._options(units)
+            statistics = self.kept["dictionary"].compute(**options)
+            statistics |= self.sparsity["dictionary"].compute(**options)
+            statistics |= self.loss.compute("dictionary", **options)
+            statistics["ce_base"] = self.loss.compute("base", **options)["ce"]
+            statistics.pop("frac_alive")
+            counts = (
+                self.sparsity["dictionary"].sums.arrays(len(self.units.tags)).get("n", np.zeros(len(units)))
+            )
+            out[value] = {
+                "n_documents": int(units.sum()),
+                "n_rows": int(counts[units].sum()),
+                "metrics": {key: statistic.to_json() for key, statistic in statistics.items()},
+            }
+        return out
+
+
+def _rows_at(hidden: Float[Tensor, "batch seq d"], index: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
+    flat = hidden.flatten(0, 1)
+    return flat.index_select(0, index.to(flat.device))

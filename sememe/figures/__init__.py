@@ -1,0 +1,11 @@
+"""Reports as people read them: tables, plots, one Markdown and one HTML page that needs no other file.
+
+Knows the layout of report.json and nothing about how its numbers were made; never loads torch. Evaluation and
+the `report` verb share it.
+"""
+
+from sememe.figures.data import HEADLINE, REPORT, Report, open_report, read_curves
+from sememe.figures.pages import write_pages
+from sememe.figures.tables import headline_table
+
+__all__ = ["HEADLINE", "REPORT", "Report", "headline_table", "open_report", "read_curves", "write_pages"]

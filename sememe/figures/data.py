@@ -1,0 +1,112 @@
+"""A finished report, opened: report.json and the training log beside a dictionary. Draws nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sememe import artifact
+from sememe.errors import CorruptError
+
+__all__ = [
+    "HEADLINE",
+    "REPORT",
+    "Curves",
+    "Data",
+    "Report",
+    "arms_of",
+    "number",
+    "open_report",
+    "read_curves",
+]
+
+REPORT = "report.json"
+CURVES = "metrics.jsonl"
+HEADLINE = (
+    "fvu",
+    "fvu_all_rows",
+    "l0",
+    "frac_alive",
+    "cosine",
+    "ce_increase",
+    "ce_recovered_zero",
+    "ce_recovered_mean",
+    "kl",
+)
+"""Metrics of the headline table; report.json repeats their values at its top level."""
+
+Data = Mapping[str, Any]
+Curves = Sequence[Mapping[str, Any]]
+
+
+class Report:
+    """A finished report. `data` is its report.json."""
+
+    def __init__(self, folder: artifact.Artifact, data: dict[str, Any]) -> None:
+        self.artifact, self.data = folder, data
+
+    @property
+    def path(self) -> Path:
+        """Its folder: report.json, report.md, report.html."""
+        return self.artifact.path
+
+    def value(self, metric: str, null: str | None = None) -> float:
+        """A metric of the dictionary, or of a null; NaN where it is not a number."""
+        metrics = self.data["metrics"] if null is None else self.data["nulls"][null]
+        value = metrics[metric]["value"]
+        return math.nan if value is None else float(value)
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name}={number(self.data.get(name))}" for name in HEADLINE if name in self.data)
+        return f"Report({self.data['dictionary']['name']}: {shown})"
+
+    def _repr_html_(self) -> str:
+        from sememe.figures.tables import headline_table, html_table
+
+        return html_table(headline_table({self.data["dictionary"]["name"]: self.data}))
+
+
+def open_report(path: str | Path) -> Report:
+    """Open a finished report.
+
+    Raises:
+        ArtifactError: the folder is not a report.
+        CorruptError: report.json is damaged.
+    """
+    folder = artifact.load(path, "report")
+    file = folder.file(REPORT, verify=True)
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        data["metrics"], data["dictionary"]["name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptError(
+            f"{file} must be a sememe report",
+            f"{type(error).__name__}: {error}",
+            "Run `sememe evaluate` again.",
+        ) from None
+    return Report(folder, data)
+
+
+def read_curves(dictionary: artifact.Artifact) -> list[dict[str, Any]]:
+    """The training log kept in a dictionary's folder; empty if there is none."""
+    if CURVES not in dictionary.meta["files"]:
+        return []
+    lines = dictionary.file(CURVES).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines if line.strip()]
+
+
+def arms_of(data: Data) -> list[tuple[str, Data]]:
+    """The dictionary and its nulls, with their statistics."""
+    return [("dictionary", data["metrics"]), *data["nulls"].items()]
+
+
+def number(value: float | None) -> str:
+    """A number as people read it: three or four digits."""
+    if value is None or not math.isfinite(value):
+        return "NaN"
+    if value == 0 or 0.001 <= abs(value) < 10_000:
+        return f"{value:.4g}" if abs(value) < 100 else f"{value:,.1f}"
+    return f"{value:.2e}"

@@ -1,0 +1,104 @@
+"""Reports as tables: cells of text, then Markdown or HTML. Draws nothing."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from sememe.figures.data import HEADLINE, Data, arms_of, number
+
+__all__ = ["BETTER", "MEANINGS", "Table", "group_table", "headline_table", "html_table", "markdown_table"]
+
+BETTER = {
+    "fvu": "lower",
+    "fvu_all_rows": "lower",
+    "ce_increase": "lower",
+    "kl": "lower",
+    "cosine": "higher",
+    "frac_alive": "higher",
+    "ce_recovered_zero": "higher",
+    "ce_recovered_mean": "higher",
+}
+MEANINGS = {
+    "fvu": "squared error over variance about the mean, kept rows",
+    "fvu_all_rows": "the same over every row, attention sinks and position 0 included",
+    "l0": "latents active per token",
+    "frac_alive": "share of latents active on at least one of the tokens",
+    "cosine": "mean cosine of reconstruction and activation",
+    "ce_increase": "cross-entropy added by splicing the reconstruction in, nats per token",
+    "ce_recovered_zero": "share of the cross-entropy lost to zero ablation that is kept",
+    "ce_recovered_mean": "share of the cross-entropy lost to mean ablation that is kept",
+    "kl": "KL divergence of the spliced model from the unedited one, nats per token",
+}
+
+
+class Table(NamedTuple):
+    """Cells as text. `notes` are cells' second lines: intervals and causes."""
+
+    columns: list[str]
+    rows: list[list[str]]
+    notes: list[list[str]]
+
+
+def _note(statistic: Mapping[str, Any]) -> str:
+    low, high, cause = statistic.get("low"), statistic.get("high"), statistic.get("cause", "")
+    if low is not None and high is not None:
+        return f"{number(low)} to {number(high)}"
+    return str(cause)
+
+
+def headline_table(reports: Mapping[str, Data]) -> Table:
+    """Each dictionary and, below it, its nulls; a column per headline metric."""
+    columns = [name for name in HEADLINE if any(name in r["metrics"] for r in reports.values())]
+    table = Table(["", *columns], [], [])
+    for title, data in reports.items():
+        for arm, statistics in arms_of(data):
+            found = [statistics.get(name) for name in columns]
+            table.rows.append(
+                [title if arm == "dictionary" else f"null: {arm}"]
+                + [number(s["value"]) if s else "" for s in found]
+            )
+            table.notes.append([""] + [_note(s) if s else "" for s in found])
+    return table
+
+
+def group_table(groups: Mapping[str, Data]) -> Table:
+    """A row per language or source."""
+    columns = ("fvu", "l0", "ce_base", "ce_increase", "ce_recovered_zero", "ce_recovered_mean", "kl")
+    table = Table(["", "documents", "rows", *columns], [], [])
+    for name, group in groups.items():
+        found = [group["metrics"].get(column) for column in columns]
+        table.rows.append(
+            [name, f"{group['n_documents']:,}", f"{group['n_rows']:,}"]
+            + [number(s["value"]) if s else "" for s in found]
+        )
+        table.notes.append(["", "", ""] + [_note(s) if s else "" for s in found])
+    return table
+
+
+def markdown_table(table: Table) -> str:
+    """As a Markdown table."""
+    lines = ["| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]
+    for cells, notes in zip(table.rows, table.notes, strict=True):
+        joined = [f"{c} ({n})" if n else c for c, n in zip(cells, notes, strict=True)]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in joined) + " |")
+    return "\n".join(lines)
+
+
+def html_table(table: Table) -> str:
+    """As an HTML table."""
+    head = "".join(
+        f"<th title='{html.escape(MEANINGS.get(c, ''))}'>{html.escape(c)}</th>" for c in table.columns
+    )
+    body = []
+    for cells, notes in zip(table.rows, table.notes, strict=True):
+        kind = " class='null'" if cells[0].startswith("null: ") else ""
+        inner = "".join(
+            f"<td>{html.escape(c)}" + (f"<small>{html.escape(n)}</small>" if n else "") + "</td>"
+            for c, n in zip(cells, notes, strict=True)
+        )
+        body.append(f"<tr{kind}>{inner}</tr>")
+    return (
+        f"<div class='wide'><table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+    )

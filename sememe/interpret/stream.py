@@ -1,0 +1,274 @@
+"""One streaming pass over a text: forward, encode, collect; snapshots, and going on from them. Writes no atlas."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sememe.collect import Collector
+from sememe.dictionaries import Dictionary
+from sememe.encoded import Encoded
+from sememe.errors import ActivationError, TextError
+from sememe.interpret.config import InterpretConfig
+from sememe.lm import LanguageModel
+from sememe.progress import Progress, track
+from sememe.text import TokenBlock, TokenPolicy, token_blocks
+
+__all__ = ["DOCUMENTS", "ROWS", "SNAPSHOT", "Pass"]
+
+SNAPSHOT, ROWS, DOCUMENTS = "snapshot.npz", "rows.bin", "documents.jsonl"
+BLOCK_ROWS = 512
+ENCODE_FLOATS = 1 << 25
+"""Rows are encoded in parts so that a dense (rows, d_sae) matrix holds at most this many floats."""
+
+
+class _Batch(NamedTuple):
+    """Activations at the kept positions of some token rows."""
+
+    encoded: Encoded
+    keep: Bool[np.ndarray, "rows ctx"]
+    n_outliers: int
+
+
+class Pass:
+    """One streaming pass: the collector, and the token rows and documents on disk.
+
+    Args:
+        config: The verb's config.
+        lm: The model.
+        dictionary: A dictionary that reads it.
+        policy: Which positions are kept.
+        folder: Where rows, documents and snapshots are written.
+    """
+
+    def __init__(
+        self,
+        config: InterpretConfig,
+        lm: LanguageModel,
+        dictionary: Dictionary,
+        policy: TokenPolicy,
+        folder: Path,
+    ) -> None:
+        self.config, self.lm, self.policy, self.folder = config, lm, policy, folder
+        self.dictionary = dictionary.eval().to(lm.device)
+        self.collector = Collector(
+            dictionary.d_sae,
+            n_top=config.n_top,
+            n_reservoir=config.n_reservoir,
+            n_random=config.n_random,
+            before=config.before,
+            after=config.after,
+            seed=config.seed,
+        )
+        assert dictionary.sites is not None
+        self.sites = dictionary.sites.inputs
+        self.n_read = 0
+        self.n_outliers = 0
+
+    # -- the loop ----------------------------------------------------------------------------------
+
+    def run(self, resume: bool = False) -> None:
+        """Go over the text, from the last snapshot if there is one."""
+        n_done = self._restore() if resume else 0
+        with (
+            (self.folder / ROWS).open("r+b" if n_done else "wb") as rows,
+            (self.folder / DOCUMENTS).open("r+b" if n_done else "wb") as documents,
+            track("interpret", self.config.n_tokens, "tokens", done=self.n_read) as progress,
+        ):
+            rows.seek(self.collector.n_rows * 8 * self.policy.context_length)
+            rows.truncate()
+            documents.seek(n_done)
+            documents.truncate()
+            self._loop(rows, documents, progress)
+
+    def _loop(self, rows: IO[bytes], documents: IO[bytes], progress: Progress) -> None:
+        next_snapshot = time.monotonic() + self.config.snapshot_seconds
+        for part in self.parts(documents):
+            progress.advance(self.step(part, rows))
+            if time.monotonic() >= next_snapshot:
+                began = time.monotonic()
+                self._save(rows, documents)
+                took = time.monotonic() - began
+                # A large collector takes seconds to write; that is never more than a twentieth of the time.
+                next_snapshot = time.monotonic() + max(self.config.snapshot_seconds, 20 * took * (took > 0.5))
+        rows.flush()
+        documents.flush()
+
+    def step(self, part: TokenBlock, rows: IO[bytes]) -> int:
+        """One forward: encode, collect, and keep the token rows. Returns how many tokens were read."""
+        batch = self._encode(part)
+        encoded = batch.encoded
+        self.collector.add(
+            encoded.indices.to("cpu", torch.int32).numpy(),
+            encoded.acts.to("cpu", torch.float32).numpy(),
+            encoded.row_ptr.to("cpu", torch.int64).numpy(),
+            batch.keep,
+            part.ids,
+            part.doc_ids,
+        )
+        np.stack((part.ids, part.doc_ids), axis=1).tofile(rows)
+        self.n_outliers += batch.n_outliers
+        n_tokens = int(part.attention_mask.sum())
+        self.n_read += n_tokens
+        return n_tokens
+
+    def parts(self, documents: IO[bytes]) -> Iterator[TokenBlock]:
+        """What is left of the text, one forward after the other."""
+        blocks = token_blocks(
+            self.config.text,
+            self.lm.tokenizer,
+            self.policy,
+            split=self.config.split,
+            n_tokens=self.config.n_tokens,
+            block_rows=BLOCK_ROWS,
+        )
+        done, first = self.collector.n_rows, 0
+        for block in blocks:
+            n_rows = block.ids.shape[0]
+            if first + n_rows > done:
+                if first >= done:
+                    _write_documents(documents, block)
+                for start in range(max(done - first, 0), n_rows, self.config.batch_rows):
+                    yield _slice(block, slice(start, start + self.config.batch_rows))
+            first += n_rows
+
+    @torch.inference_mode()
+    def _encode(self, part: TokenBlock) -> _Batch:
+        """One forward, and the latents at the positions that are kept."""
+        ids = torch.from_numpy(part.ids).to(self.lm.device, torch.int64)
+        mask = None if part.attention_mask.all() else torch.from_numpy(part.attention_mask).to(self.lm.device)
+        captured = self.lm.capture(ids, list(dict.fromkeys(site.hookpoint for site in self.sites)), mask)
+        wanted = torch.from_numpy(np.flatnonzero(part.keep))
+        inside = torch.ones(wanted.shape[0], dtype=torch.bool)
+        columns = []
+        for site in self.sites:
+            values = captured[site.hookpoint].flatten(0, 1)
+            values = values[wanted.to(values.device)].float()
+            norms = torch.linalg.vector_norm(values, dim=1).cpu()
+            if not bool(torch.isfinite(norms).all()):
+                self._not_finite(
+                    part, int(wanted[~torch.isfinite(norms)][0]), f"activations at {site.hookpoint}"
+                )
+            if site.max_norm is not None:
+                inside &= norms <= site.max_norm
+            columns.append(values)
+        x = columns[0] if len(columns) == 1 else torch.cat([c.to(self.lm.device) for c in columns], dim=1)
+        if not bool(inside.all()):
+            x = x[inside.to(x.device)]
+        keep = np.zeros(part.keep.shape, bool)
+        keep.reshape(-1)[wanted[inside].numpy()] = True
+        encoded = self._encode_rows(x.to(self.lm.device))
+        if not bool(torch.isfinite(encoded.acts).all()):
+            row = int(encoded.row_ids()[~torch.isfinite(encoded.acts)][0])
+            self._not_finite(part, int(wanted[inside][row]), "the dictionary's latents")
+        return _Batch(encoded, keep, int((~inside).sum()))
+
+    def _encode_rows(self, x: Float[Tensor, "rows d_in"]) -> Encoded:
+        step = max(ENCODE_FLOATS // self.dictionary.d_sae, 64)
+        parts = [self.dictionary.encode(part) for part in x.split(step)]
+        return parts[0] if len(parts) == 1 else Encoded.cat(parts)
+
+    def _not_finite(self, part: TokenBlock, at: int, what: str) -> None:
+        row, column = divmod(at, part.ids.shape[1])
+        document, position = part.doc_ids[row, column], part.doc_positions[row, column]
+        raise ActivationError(
+            f"{what} must be finite",
+            f"NaN or infinity in document {document}, position {position}",
+            "Load the model in bfloat16 or float32 (--dtype), or check its weights.",
+        )
+
+    # -- snapshots ---------------------------------------------------------------------------------
+
+    def _save(self, rows: IO[bytes], documents: IO[bytes]) -> None:
+        """The collector's state, after the rows and documents it refers to: a kill at any moment leaves it whole."""
+        for file in (rows, documents):
+            file.flush()
+            os.fsync(file.fileno())
+        aside = self.folder / f"{SNAPSHOT}.tmp"
+        counts = np.array([self.n_read, self.n_outliers, documents.tell()], np.int64)
+        with aside.open("wb") as out:
+            np.savez(out, pass_counts=counts, **self.collector.state())
+            out.flush()
+            os.fsync(out.fileno())
+        aside.replace(self.folder / SNAPSHOT)
+
+    def _restore(self) -> int:
+        """Take back the last snapshot; returns how much of the documents' file belongs to it."""
+        path = self.folder / SNAPSHOT
+        if not path.is_file():
+            return 0
+        with np.load(path) as state:
+            self.collector.restore(state)
+            self.n_read, self.n_outliers, n_bytes = (int(n) for n in state["pass_counts"])
+        return n_bytes
+
+    # -- afterwards --------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """That there is something to show.
+
+        Raises:
+            TextError: the text has fewer documents than examples are asked for.
+            ActivationError: no latent ever fired.
+        """
+        n_documents = self.document_ids().shape[0]
+        wanted = max(self.config.n_top, self.config.n_random)
+        if n_documents < wanted:
+            raise TextError(
+                f"the text must have at least {wanted} documents, as {wanted} examples of a latent come from as many",
+                n_documents,
+                "Give more text, raise n_tokens, or lower n_top and n_random.",
+            )
+        if not self.collector.n_active.any():
+            raise ActivationError(
+                "the dictionary must fire on some token of the text",
+                f"no activation on {self.collector.n_tokens:,} tokens",
+                "Train it longer, or check that it belongs to this model and hookpoint.",
+            )
+
+    def rows(self) -> np.ndarray:
+        """Every token row on disk: (n_rows, 2, context_length), ids and documents."""
+        shape = (self.collector.n_rows, 2, self.policy.context_length)
+        return np.memmap(self.folder / ROWS, np.int32, mode="r", shape=shape)
+
+    def documents(self) -> Iterator[dict[str, Any]]:
+        """Every document of the pass; one that lies in several blocks comes several times."""
+        with (self.folder / DOCUMENTS).open("rb") as file:
+            for line in file:
+                yield json.loads(line)
+
+    def document_ids(self) -> np.ndarray:
+        """The ids of all documents, each once."""
+        return np.unique(np.fromiter((document["id"] for document in self.documents()), np.int64))
+
+
+def _slice(block: TokenBlock, part: slice) -> TokenBlock:
+    return block._replace(
+        ids=block.ids[part],
+        doc_ids=block.doc_ids[part],
+        doc_positions=block.doc_positions[part],
+        keep=block.keep[part],
+        attention_mask=block.attention_mask[part],
+    )
+
+
+def _write_documents(file: IO[bytes], block: TokenBlock) -> None:
+    for document_id, document in sorted(block.documents.items()):
+        row = {
+            "id": document_id,
+            "source": document.source,
+            "language": document.language,
+            "title": document.title,
+            "tags": json.dumps(document.tags, ensure_ascii=False, sort_keys=True),
+            "key": document.key,
+        }
+        file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")

@@ -1,0 +1,188 @@
+"""Complete or absent: artifacts under crashes, damage, strangers and full disks."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sememe import artifact
+from sememe.config import Config
+from sememe.errors import ArtifactError, CorruptError, LockError, MismatchError, ResourceError
+
+
+class Plain(Config):
+    not_identity = frozenset({"where"})
+
+    size: int = 3
+    where: str = "here"
+
+
+def build(path: Path, size: int = 3, where: str = "here", parents=None, **options) -> None:
+    with artifact.building(
+        path, kind="thing", version=1, config=Plain(size=size, where=where), parents=parents or {}, **options
+    ) as work:
+        (work.path / "data.txt").write_text("x" * size)
+
+
+def identity(size: int = 3, version: int = 1, parents=None) -> str:
+    return artifact.identity_of("thing", version, Plain(size=size), parents or {})
+
+
+def test_a_finished_artifact_can_be_loaded_and_found(tmp_path):
+    build(tmp_path / "a")
+    found = artifact.find(tmp_path / "a", "thing", identity())
+    assert found is not None
+    assert found.file("data.txt", verify=True).read_text() == "xxx"
+    assert artifact.find(tmp_path / "nothing", "thing", identity()) is None
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a"], "no partial folder or lock is left"
+
+
+def test_identity_depends_on_config_version_and_parents_but_not_on_places(tmp_path):
+    build(tmp_path / "a", where="there")
+    assert artifact.load(tmp_path / "a").identity == identity()
+    assert len({identity(), identity(4), identity(version=2), identity(parents={"store": "abc"})}) == 4
+
+
+def test_fingerprint_depends_on_content(tmp_path):
+    build(tmp_path / "a")
+    with artifact.building(tmp_path / "b", kind="thing", version=1, config=Plain(), parents={}) as work:
+        (work.path / "data.txt").write_text("yyy")
+    a, b = artifact.load(tmp_path / "a"), artifact.load(tmp_path / "b")
+    assert a.identity == b.identity
+    assert a.fingerprint != b.fingerprint
+
+
+def test_another_config_is_an_error_that_names_both_identities(tmp_path):
+    build(tmp_path / "a")
+    with pytest.raises(MismatchError) as caught:
+        build(tmp_path / "a", size=4)
+    assert identity(4)[:16] in str(caught.value) and identity(3)[:16] in str(caught.value)
+    assert "--fresh" in str(caught.value)
+    assert artifact.load(tmp_path / "a").file("data.txt").read_text() == "xxx", "nothing written is lost"
+    build(tmp_path / "a", size=4, fresh=True)
+    assert artifact.load(tmp_path / "a").file("data.txt").read_text() == "xxxx"
+
+
+def test_an_exception_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError), artifact.building(
+        tmp_path / "a", kind="thing", version=1, config=Plain(), parents={}
+    ) as work:
+        (work.path / "data.txt").write_text("half")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_resumable_work_is_picked_up_and_another_config_may_not_wipe_it(tmp_path):
+    def interrupted(size: int) -> bool:
+        with artifact.building(
+            tmp_path / "a", kind="thing", version=1, config=Plain(size=size), parents={}, resumable=True
+        ) as work:
+            (work.path / "part").write_text("1")
+            if not work.resumed:
+                raise KeyboardInterrupt
+            return work.resumed
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(3)
+    with pytest.raises(ArtifactError, match="a finished thing, got an unfinished one. Run the command"):
+        artifact.load(tmp_path / "a", "thing")
+    with pytest.raises(MismatchError, match="unfinished work"):
+        interrupted(4)
+    assert interrupted(3)
+    assert artifact.load(tmp_path / "a").file("part").read_text() == "1"
+
+
+def test_kill_9_leaves_no_final_folder(tmp_path):
+    code = f"""
+import time, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_artifact import Plain
+from sememe import artifact
+from pathlib import Path
+with artifact.building(Path({str(tmp_path)!r}) / "a", kind="thing", version=1, config=Plain(), parents={{}}) as work:
+    (work.path / "data.txt").write_text("half")
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    with pytest.raises(LockError, match=rf"held by process {process.pid}"):
+        build(tmp_path / "a")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert not (tmp_path / "a").exists()
+    build(tmp_path / "a")  # the dead process's lock does not stand in the way
+    assert artifact.load(tmp_path / "a").kind == "thing"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda p: p.write_text("xx"), r"must be 3 bytes long, got 2 bytes"),
+        (lambda p: p.unlink(), r"must hold data.txt, got no such file"),
+    ],
+)
+def test_truncated_and_missing_files_are_found_on_load(tmp_path, damage, message):
+    build(tmp_path / "a")
+    damage(tmp_path / "a" / "data.txt")
+    with pytest.raises(CorruptError, match=message):
+        artifact.load(tmp_path / "a")
+
+
+def test_a_flipped_bit_is_found_when_verified(tmp_path):
+    build(tmp_path / "a")
+    (tmp_path / "a" / "data.txt").write_text("xxy")
+    with pytest.raises(CorruptError, match=r"must have SHA-256 \w{16}, got \w{16}"):
+        artifact.load(tmp_path / "a").verify()
+
+
+def test_what_is_not_an_artifact_says_so(tmp_path):
+    with pytest.raises(ArtifactError, match="must be a finished store, got nothing there"):
+        artifact.load(tmp_path / "a", "store")
+    (tmp_path / "b").mkdir()
+    with pytest.raises(ArtifactError, match="got a folder without meta.json"):
+        artifact.load(tmp_path / "b", "store")
+    (tmp_path / "b" / "meta.json").write_text("{")
+    with pytest.raises(CorruptError, match="must be a sememe meta.json"):
+        artifact.load(tmp_path / "b", "store")
+    build(tmp_path / "c")
+    with pytest.raises(ArtifactError, match="must be a store, got a thing"):
+        artifact.load(tmp_path / "c", "store")
+    meta = json.loads((tmp_path / "c" / "meta.json").read_text())
+    (tmp_path / "c" / "meta.json").write_text(json.dumps(meta | {"format_version": 99}))
+    with pytest.raises(ArtifactError, match="format_version <= 1, got 99. Upgrade"):
+        artifact.load(tmp_path / "c")
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    with pytest.raises(ResourceError, match="the disk must have room .* No space left"), artifact.building(
+        tmp_path / "a", kind="thing", version=1, config=Plain(), parents={}
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_real_full_disk(tmp_path):
+    """A write to /dev/full fails as a full disk does."""
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    with pytest.raises(ResourceError, match="No space left"), artifact.building(
+        tmp_path / "a", kind="thing", version=1, config=Plain(), parents={}
+    ):
+        with open("/dev/full", "w") as full:
+            full.write("x")
+            full.flush()
+
+
+def test_a_lock_frees_itself(tmp_path):
+    started = time.monotonic()
+    build(tmp_path / "a")
+    build(tmp_path / "a", fresh=True)
+    assert time.monotonic() - started < 5

@@ -1,0 +1,594 @@
+"""Evaluation on a tiny random language model: answers known beforehand, masks, nulls, errors."""
+
+import json
+import math
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from sememe import dictionaries, metrics, text
+from sememe import lm as language_models
+from sememe.dictionaries.base import Site, Sites
+from sememe.dictionaries.identity import Identity, IdentityConfig
+from sememe.dictionaries.pca import PCA, PCAConfig
+from sememe.dictionaries.topk import TopK, TopKConfig
+from sememe.errors import ActivationError, ConfigError, MismatchError, ShapeError, TextError
+from sememe.evaluate import EvaluateConfig, evaluate
+from sememe.figures import Report, open_report
+from sememe.harvest import HarvestConfig, harvest
+from sememe.lm import LanguageModel, ModelConfig
+from sememe.text import TextConfig, TokenPolicy
+
+WORDS = {
+    "english": "the cat sat on a mat while seven old ships sailed home and nobody knew why it rained",
+    "german": "der Hund lief durch einen dunklen Wald und niemand wusste warum es so still war",
+}
+POLICY = TokenPolicy(context_length=16, drop_positions=1, max_norm_ratio=5.0)
+D = 24
+HOOKPOINT = "resid_post.1"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("evaluate")
+
+
+@pytest.fixture(scope="module")
+def corpus(place: Path) -> Path:
+    rng = random.Random(0)
+    path = place / "corpus.jsonl"
+    lines = []
+    for number in range(240):
+        language = ("english", "german")[number % 3 == 0]
+        words = rng.choices(WORDS[language].split(), k=rng.randint(20, 60))
+        lines.append(json.dumps({"text": " ".join(words) + f" {number}.", "language": language}))
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(place: Path, corpus: Path) -> str:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train([str(corpus)], trainer)
+    folder = place / "model"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=320,
+        hidden_size=D,
+        intermediate_size=40,
+        num_hidden_layers=4,
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        max_position_embeddings=64,
+        initializer_range=0.4,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def lm(model: str) -> LanguageModel:
+    return language_models.load(ModelConfig(model=model, dtype="float32"))
+
+
+def text_config(corpus: Path, **changes: object) -> TextConfig:
+    return TextConfig.build({"corpus": (str(corpus),), "heldout_fraction": 0.3, **changes})
+
+
+@pytest.fixture(scope="module")
+def store(place: Path, corpus: Path, lm: LanguageModel) -> Path:
+    config = HarvestConfig(
+        out=place / "store",
+        model=ModelConfig(model="unused"),
+        text=text_config(corpus),
+        policy=POLICY,
+        hookpoints=(HOOKPOINT, "mlp_in.2", "mlp_out.2"),
+        n_tokens=3000,
+        batch_rows=8,
+        shard_contexts=64,
+    )
+    harvest(config, lm=lm)
+    return place / "store"
+
+
+def site(
+    lm: LanguageModel, hookpoint: str = HOOKPOINT, max_norm: float | None = None, start: int = 0
+) -> Site:
+    width = lm.width(hookpoint)
+    return Site(
+        model=lm.name,
+        model_fingerprint=lm.fingerprint,
+        hookpoint=hookpoint,
+        start=start,
+        stop=start + width,
+        max_norm=max_norm,
+    )
+
+
+def autoencoder(lm: LanguageModel, hookpoint: str = HOOKPOINT, max_norm: float | None = None) -> Sites:
+    sites = (site(lm, hookpoint, max_norm),)
+    return Sites(inputs=sites, outputs=sites)
+
+
+def save(dictionary: dictionaries.Dictionary, path: Path, **extra: object) -> Path:
+    rows = torch.randn(16, dictionary.d_in, generator=torch.Generator().manual_seed(0))
+    dictionary.save(path, rows, extra={"policy": POLICY.resolved(), **extra})
+    return path
+
+
+def identity(lm: LanguageModel, path: Path, sites: Sites | None = None) -> Path:
+    sites = sites or autoencoder(lm)
+    d = sites.inputs[-1].stop
+    return save(Identity.rebuild(IdentityConfig().resolved(), d, d, d, sites), path)
+
+
+def zeros(
+    lm: LanguageModel, path: Path, sites: Sites | None = None, bias: torch.Tensor | None = None
+) -> Path:
+    """A TopK dictionary that reconstructs everything as its bias."""
+    sites = sites or autoencoder(lm)
+    dictionary = TopK(TopKConfig(k=2, d_sae=8), sites.inputs[-1].stop, sites.outputs[-1].stop, 8, sites)
+    if bias is not None:
+        dictionary.b_dec.data.copy_(bias)
+    return save(dictionary, path)
+
+
+def config_for(dictionary: Path, corpus: Path, out: Path, **changes: object) -> EvaluateConfig:
+    return EvaluateConfig.build(
+        {
+            "dictionary": dictionary,
+            "out": out,
+            "model": {"model": "unused"},
+            "text": text_config(corpus),
+            "n_tokens": 1200,
+            "n_fit_rows": 1000,
+            "batch_rows": 4,
+            "n_bootstrap": 50,
+            **changes,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def report(place: Path, corpus: Path, lm: LanguageModel, store: Path) -> Iterator[Report]:
+    sites = autoencoder(lm)
+    rows = torch.randn(500, D, generator=torch.Generator().manual_seed(1))
+    dictionary = TopK(TopKConfig(k=3, d_sae=32), D, D, 32, sites)
+    dictionary.initialise(rows, rows, torch.Generator().manual_seed(5))
+    path = save(dictionary, place / "topk")
+    return evaluate(
+        config_for(path, corpus, place / "report", store=store, nulls=("pca", "untrained", "identity")), lm=lm
+    )
+
+
+# -- known answers ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "hookpoint", [HOOKPOINT, "resid_pre.0", "mlp_out.2", "mlp_act.0", "attn_z.3", "model.layers.1"]
+)
+def test_a_perfect_reconstruction_changes_nothing(
+    tmp_path: Path, corpus: Path, lm: LanguageModel, hookpoint: str
+) -> None:
+    path = identity(lm, tmp_path / "d", autoencoder(lm, hookpoint))
+    found = evaluate(config_for(path, corpus, tmp_path / "r", nulls=()), lm=lm)
+    assert found.value("fvu") == found.value("mse") == 0
+    assert found.value("explained_variance") == 1
+    assert found.value("ce_increase") == found.value("kl") == 0
+    assert found.value("ce_recovered_zero") == found.value("ce_recovered_mean") == 1
+    assert found.value("perplexity") == found.value("perplexity_base")
+
+
+@pytest.mark.parametrize("hookpoint", [HOOKPOINT, "mlp_out.2"])
+def test_reconstructing_zero_is_zero_ablation(
+    tmp_path: Path, corpus: Path, lm: LanguageModel, hookpoint: str
+) -> None:
+    path = zeros(lm, tmp_path / "d", autoencoder(lm, hookpoint))
+    found = evaluate(config_for(path, corpus, tmp_path / "r", nulls=()), lm=lm)
+    assert found.value("ce_recovered_zero") == 0
+    assert found.data["metrics"]["kl"] == found.data["ablations"]["zero"]["kl"]
+    assert found.value("ce") == found.value("ce_zero")
+    assert found.value("l0") == found.value("frac_alive") == 0
+
+
+def test_reconstructing_the_mean_is_mean_ablation(
+    tmp_path: Path, corpus: Path, lm: LanguageModel, store: Path
+) -> None:
+    from sememe.store import open_store
+
+    opened = open_store(store)
+    rows = torch.cat(
+        [opened.read(i, [HOOKPOINT]).activations[HOOKPOINT] for i in range(len(opened.info.shards))]
+    )
+    mean = rows[:1000].double().mean(0).float()
+    path = zeros(lm, tmp_path / "d", bias=mean)
+    found = evaluate(config_for(path, corpus, tmp_path / "r", nulls=(), store=store), lm=lm)
+    assert found.value("ce_recovered_mean") == pytest.approx(0, abs=1e-6)
+    assert found.value("ce") == pytest.approx(found.value("ce_mean"), abs=1e-6)
+    assert found.value("fvu") == pytest.approx(1, abs=0.05)
+
+
+# -- against a slow version written from the definition --------------------------------------------
+
+
+def slow(
+    lm: LanguageModel, dictionary: dictionaries.Dictionary, corpus: Path, max_norm: float | None
+) -> dict[str, float]:
+    """One context at a time, full forwards with a hook of our own, NumPy in float64."""
+    totals = dict.fromkeys(("n", "base", "arm", "zero", "kl"), 0.0)
+    xs, recons, counts = [], [], []
+    (block,) = text.token_blocks(
+        text_config(corpus), lm.tokenizer, POLICY, split="heldout", n_tokens=1200, block_rows=4096
+    )
+
+    def logits(ids: torch.Tensor, change=None) -> torch.Tensor:
+        hook = None
+        if change is not None:
+            hook = lm.hf.model.layers[1].register_forward_hook(
+                lambda module, args, out: (change(out[0]),) if isinstance(out, tuple) else change(out)
+            )
+        with torch.no_grad():
+            found = lm.hf(input_ids=ids).logits[0].double()
+        if hook:
+            hook.remove()
+        return torch.log_softmax(found, -1)
+
+    for row in range(block.ids.shape[0]):
+        ids = torch.from_numpy(block.ids[row][None]).long()
+        with torch.no_grad():
+            x = lm.hf.model(input_ids=ids, output_hidden_states=True).hidden_states[2][0]
+            recon = dictionary(x)
+            acts = dictionary.encode(x).to_dense()
+        keep = torch.from_numpy(block.keep[row])
+        if max_norm is not None:
+            keep = keep & (x.norm(dim=1) <= max_norm)
+        put = torch.where(keep[:, None], recon, x)
+        base, arm = logits(ids), logits(ids, lambda out, put=put: put.view_as(out))
+        zero = logits(
+            ids, lambda out, keep=keep: torch.where(keep[:, None], 0.0, out.view(16, -1)).view_as(out)
+        )
+        for t in range(15):
+            if keep[t]:
+                target = ids[0, t + 1]
+                totals["n"] += 1
+                totals["base"] -= float(base[t, target])
+                totals["arm"] -= float(arm[t, target])
+                totals["zero"] -= float(zero[t, target])
+                totals["kl"] += float((base[t].exp() * (base[t] - arm[t])).sum())
+        xs.append(x[keep].double().numpy())
+        recons.append(recon[keep].double().numpy())
+        counts.append((acts[keep] != 0).sum(1).double().numpy())
+    x, recon = np.concatenate(xs), np.concatenate(recons)
+    n = totals["n"]
+    return {
+        "fvu": ((x - recon) ** 2).sum() / ((x - x.mean(0)) ** 2).sum(),
+        "mse": ((x - recon) ** 2).mean(),
+        "l0": np.concatenate(counts).mean(),
+        "ce_base": totals["base"] / n,
+        "ce_increase": (totals["arm"] - totals["base"]) / n,
+        "ce_recovered_zero": (totals["zero"] - totals["arm"]) / (totals["zero"] - totals["base"]),
+        "kl": totals["kl"] / n,
+    }
+
+
+@pytest.mark.parametrize("limited", [False, True])
+def test_the_numbers_are_those_of_a_slow_version(
+    tmp_path: Path, corpus: Path, lm: LanguageModel, limited: bool
+) -> None:
+    with torch.no_grad():
+        ids = torch.arange(320).view(20, 16)
+        norms = lm.capture(ids, HOOKPOINT)[HOOKPOINT].norm(dim=-1)
+    max_norm = float(norms.flatten().quantile(0.7)) if limited else None
+    sites = autoencoder(lm, max_norm=max_norm)
+    rows = torch.randn(500, D, generator=torch.Generator().manual_seed(1)) * 3
+    pca = PCA.fit([rows], PCAConfig(k=5), sites)
+    path = save(pca, tmp_path / "d")
+    found = evaluate(config_for(path, corpus, tmp_path / "r", nulls=()), lm=lm)
+    for name, value in slow(lm, dictionaries.load(path), corpus, max_norm).items():
+        assert found.value(name) == pytest.approx(value, rel=2e-4, abs=2e-5), name
+    assert (found.data["text"]["n_norm_outliers"] > 0) == limited
+    assert (found.value("fvu_all_rows") != found.value("fvu")) or not limited
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_batch_size_changes_nothing(tmp_path: Path, corpus: Path, lm: LanguageModel, packing: bool) -> None:
+    policy = POLICY.replace(packing=packing)
+    sites = autoencoder(lm)
+    pca = PCA.fit([torch.randn(300, D, generator=torch.Generator().manual_seed(1))], PCAConfig(k=4), sites)
+    pca.save(tmp_path / "d", torch.randn(16, D), extra={"policy": policy.resolved()})
+    found = [
+        evaluate(
+            config_for(tmp_path / "d", corpus, tmp_path / f"r{n}", nulls=("pca",), batch_rows=n), lm=lm
+        ).data
+        for n in (3, 7, 64)
+    ]
+    for other in found[1:]:
+        for name, statistic in found[0]["metrics"].items():
+            for part in ("value", "low", "high"):
+                if statistic[part] is not None:
+                    assert other["metrics"][name][part] == pytest.approx(
+                        statistic[part], rel=1e-5, abs=1e-5
+                    ), name
+        assert other["text"] == found[0]["text"]
+
+
+def test_a_transcoder_reads_one_place_and_is_spliced_at_another(
+    tmp_path: Path, corpus: Path, lm: LanguageModel
+) -> None:
+    sites = Sites(inputs=(site(lm, "mlp_in.2"),), outputs=(site(lm, "mlp_out.2"),))
+    path = zeros(lm, tmp_path / "d", sites)
+    found = evaluate(config_for(path, corpus, tmp_path / "r", nulls=("untrained",)), lm=lm)
+    assert found.value("ce_recovered_zero") == 0
+    assert found.data["dictionary"]["inputs"] == ["mlp_in.2"]
+    assert found.data["dictionary"]["outputs"] == ["mlp_out.2"]
+    with pytest.raises(
+        ConfigError,
+        match=r"the null pca needs a dictionary that reconstructs its input, got one from mlp_in.2 to mlp_out.2",
+    ):
+        evaluate(config_for(path, corpus, tmp_path / "r2", nulls=("pca",)), lm=lm)
+
+
+def test_several_outputs_are_spliced_at_once(tmp_path: Path, corpus: Path, lm: LanguageModel) -> None:
+    first, second = site(lm), site(lm, "resid_post.2", start=D)
+    both = Sites(inputs=(first, second), outputs=(first, second))
+    found = evaluate(
+        config_for(identity(lm, tmp_path / "d", both), corpus, tmp_path / "r", nulls=("pca",)), lm=lm
+    )
+    assert found.value("kl") == 0 and found.value("ce_recovered_zero") == 1
+    last = zeros(lm, tmp_path / "d2", autoencoder(lm, "resid_post.2"))
+    only_last = evaluate(config_for(last, corpus, tmp_path / "r2", nulls=()), lm=lm)
+    assert found.value("ce_zero") == pytest.approx(only_last.value("ce_zero"), abs=0.5)
+
+
+# -- the report ------------------------------------------------------------------------------------
+
+
+def test_the_report_holds_what_it_promises(report: Report, store: Path) -> None:
+    data = json.loads((report.path / "report.json").read_text())
+    assert data == report.data
+    for name in ("fvu", "l0", "frac_alive", "ce_recovered_zero", "ce_recovered_mean", "kl"):
+        assert data[name] == data["metrics"][name]["value"]
+        assert math.isfinite(data[name])
+    for name in (
+        "mse",
+        "rmse",
+        "explained_variance",
+        "l1",
+        "cosine",
+        "perplexity",
+        "ce_increase",
+        "fvu_all_rows",
+    ):
+        statistic = data["metrics"][name]
+        assert statistic["low"] <= statistic["value"] <= statistic["high"]
+    assert set(data["nulls"]) == {"pca", "untrained", "identity"}
+    for null in data["nulls"].values():
+        assert null["l0"]["value"] == pytest.approx(data["l0"], abs=0.5)
+    assert data["null_configs"]["pca"]["k"] == data["null_configs"]["untrained"]["k"] == 3
+    assert data["null_configs"]["untrained"]["d_sae"] == 32
+    histogram = data["density"]["dictionary"]
+    assert sum(histogram["counts"]) + histogram["n_silent"] + histogram["n_below"] == 32
+    assert histogram["n_silent"] == round(32 * (1 - data["frac_alive"]))
+    assert set(data["by_language"]) == {"english", "german"}
+    assert sum(group["n_documents"] for group in data["by_language"].values()) == data["text"]["n_documents"]
+    assert sum(group["n_rows"] for group in data["by_language"].values()) == data["text"]["n_rows_kept"]
+    assert data["text"]["policy"] == POLICY.resolved()
+    assert report.artifact.meta["parents"]["store"] == data["store"]["fingerprint"]
+
+
+def test_groups_average_to_the_whole(report: Report) -> None:
+    groups = report.data["by_language"].values()
+    n = sum(group["n_rows"] for group in groups)
+    l0 = sum(group["n_rows"] * group["metrics"]["l0"]["value"] for group in groups) / n
+    assert l0 == pytest.approx(report.value("l0"), rel=1e-9)
+
+
+def test_pca_beats_untrained_on_the_rows_it_was_fitted_to(report: Report) -> None:
+    assert report.value("fvu", "pca") < report.value("fvu", "untrained")
+
+
+def test_the_second_run_opens_the_report(
+    report: Report, place: Path, corpus: Path, lm: LanguageModel, store: Path
+) -> None:
+    config = config_for(
+        place / "topk", corpus, place / "report", store=store, nulls=("pca", "untrained", "identity")
+    )
+    again = evaluate(config, lm=lm)
+    assert again.artifact.fingerprint == report.artifact.fingerprint
+    with pytest.raises(MismatchError, match="must have been made with this config"):
+        evaluate(config.replace(n_tokens=600), lm=lm)
+    anew = evaluate(config, lm=lm, fresh=True)
+    assert anew.artifact.fingerprint == report.artifact.fingerprint  # to the bit
+    assert open_report(config.out).data == report.data
+
+
+def test_documents_are_held_out(corpus: Path, lm: LanguageModel, store: Path, report: Report) -> None:
+    from sememe.store import open_store
+
+    trained_on = {row["id"] for row in open_store(store).documents()}
+    blocks = text.token_blocks(text_config(corpus), lm.tokenizer, POLICY, split="heldout", n_tokens=1200)
+    tested_on = {doc_id for block in blocks for doc_id in block.documents}
+    assert tested_on and not tested_on & trained_on
+    assert len(tested_on) == report.data["text"]["n_documents"]
+
+
+# -- what does not belong together -----------------------------------------------------------------
+
+
+def test_unknown_nulls_are_named(tmp_path: Path, corpus: Path, lm: LanguageModel) -> None:
+    path = identity(lm, tmp_path / "d")
+    with pytest.raises(ConfigError, match=r"a null must be a known one, got 'pcaa'. Did you mean 'pca'\?"):
+        evaluate(config_for(path, corpus, tmp_path / "r", nulls=("pcaa",)), lm=lm)
+    with pytest.raises(ConfigError, match="each null must be named once, got pca, pca"):
+        evaluate(config_for(path, corpus, tmp_path / "r", nulls=("pca", "pca")), lm=lm)
+
+
+def test_a_dictionary_of_bare_tensors_has_no_model(tmp_path: Path, corpus: Path, lm: LanguageModel) -> None:
+    save(Identity.rebuild({}, D, D, D, None), tmp_path / "d")
+    with pytest.raises(MismatchError, match="must know its model and hookpoint, got none"):
+        evaluate(config_for(tmp_path / "d", corpus, tmp_path / "r"), lm=lm)
+
+
+def other(sites: Sites, **changes: object) -> Sites:
+    changed = tuple(s.replace(**changes) for s in sites.inputs)
+    return Sites(inputs=changed, outputs=changed)
+
+
+def test_a_dictionary_of_another_model_names_both_fingerprints(
+    tmp_path: Path, corpus: Path, lm: LanguageModel, store: Path
+) -> None:
+    path = identity(lm, tmp_path / "d", other(autoencoder(lm), model_fingerprint="f" * 64))
+    with pytest.raises(MismatchError, match=f"fingerprint {'f' * 16}.*got fingerprint {lm.fingerprint[:16]}"):
+        evaluate(config_for(path, corpus, tmp_path / "r"), lm=lm)
+    with pytest.raises(
+        MismatchError, match=f"fingerprint {'f' * 16}.*got a store of .* {lm.fingerprint[:16]}"
+    ):
+        evaluate(config_for(path, corpus, tmp_path / "r", store=store), lm=lm)
+
+
+def test_a_dictionary_of_another_hookpoint_or_store_is_refused(
+    tmp_path: Path, corpus: Path, lm: LanguageModel, store: Path
+) -> None:
+    path = identity(lm, tmp_path / "d", autoencoder(lm, "resid_post.2"))
+    with pytest.raises(
+        MismatchError, match=r"must hold resid_post.2, which the dictionary .* got resid_post.1, mlp_in.2"
+    ):
+        evaluate(config_for(path, corpus, tmp_path / "r", store=store), lm=lm)
+    trained = Identity.rebuild({}, D, D, D, autoencoder(lm))
+    trained.save(tmp_path / "d2", torch.randn(16, D), parents={"store": "a" * 64})
+    with pytest.raises(MismatchError, match=f"the one the dictionary was trained on .fingerprint {'a' * 16}"):
+        evaluate(config_for(tmp_path / "d2", corpus, tmp_path / "r", store=store), lm=lm)
+
+
+def test_another_width_is_refused(tmp_path: Path, corpus: Path, lm: LanguageModel, store: Path) -> None:
+    wide = other(autoencoder(lm), stop=D + 1)
+    path = identity(lm, tmp_path / "d", wide)
+    with pytest.raises(ShapeError, match=r"resid_post.1 must be 25 wide, as in the dictionary, got 24 in"):
+        evaluate(config_for(path, corpus, tmp_path / "r"), lm=lm)
+    with pytest.raises(
+        ShapeError, match=r"resid_post.1 in the store must be 25 wide, as in the dictionary, got 24"
+    ):
+        evaluate(config_for(path, corpus, tmp_path / "r", store=store), lm=lm)
+
+
+def test_another_token_policy_is_refused(
+    tmp_path: Path, corpus: Path, lm: LanguageModel, store: Path
+) -> None:
+    path = identity(lm, tmp_path / "d")
+    with pytest.raises(
+        MismatchError,
+        match=r"the config must have the token policy of the dictionary .*: context_length=16, got context_length=32",
+    ):
+        evaluate(config_for(path, corpus, tmp_path / "r", policy=POLICY.replace(context_length=32)), lm=lm)
+    plain = Identity.rebuild({}, D, D, D, autoencoder(lm))
+    plain.save(tmp_path / "d2", torch.randn(16, D))
+    with pytest.raises(
+        MismatchError, match=r"the config must have the token policy of the store .*got drop_positions=0"
+    ):
+        evaluate(
+            config_for(
+                tmp_path / "d2", corpus, tmp_path / "r", store=store, policy=POLICY.replace(drop_positions=0)
+            ),
+            lm=lm,
+        )
+
+
+def test_documents_that_were_trained_on_cannot_be_held_out(
+    tmp_path: Path, corpus: Path, lm: LanguageModel, store: Path
+) -> None:
+    path = identity(lm, tmp_path / "d")
+    config = config_for(
+        path, corpus, tmp_path / "r", store=store, text=text_config(corpus, heldout_fraction=0.5)
+    )
+    with pytest.raises(
+        MismatchError,
+        match=r"heldout_fraction must be at most the 0.3 that the training store held back, got 0.5",
+    ):
+        evaluate(config, lm=lm)
+
+
+def test_too_little_text_is_an_error_and_leaves_nothing(tmp_path: Path, lm: LanguageModel) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("the cat sat", encoding="utf-8")
+    path = identity(lm, tmp_path / "d")
+    for fraction in (0.0, 0.99):
+        config = config_for(
+            path, short, tmp_path / "r", text=text_config(short, heldout_fraction=fraction), nulls=()
+        )
+        with pytest.raises(TextError):
+            evaluate(config, lm=lm)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["d", "short.txt"]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_bad_activations_are_located(
+    tmp_path: Path, corpus: Path, lm: LanguageModel, store: Path, bad: float
+) -> None:
+    path = identity(lm, tmp_path / "d")
+
+    def spoil(x: torch.Tensor) -> torch.Tensor:
+        x = x.clone()
+        x[2, 5, 3] = bad
+        return x
+
+    (block,) = text.token_blocks(
+        text_config(corpus), lm.tokenizer, POLICY, split="heldout", n_tokens=1200, block_rows=4096
+    )
+    where = f"document {block.doc_ids[2, 5]}, position {block.doc_positions[2, 5]}"
+    with (
+        lm.edit({HOOKPOINT: spoil}),
+        pytest.raises(
+            ActivationError,
+            match=f"activations at resid_post.1 must be finite, got NaN or infinity in {where}",
+        ),
+    ):
+        evaluate(config_for(path, corpus, tmp_path / "r", store=store, nulls=()), lm=lm)
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_reconstruction_that_is_not_a_number_is_reported_with_its_cause(
+    tmp_path: Path, corpus: Path, lm: LanguageModel, store: Path
+) -> None:
+    huge = torch.full((D,), 1e38)
+    path = zeros(lm, tmp_path / "d", bias=huge)
+    found = evaluate(config_for(path, corpus, tmp_path / "r", nulls=(), store=store), lm=lm)
+    assert math.isnan(found.value("kl")) or math.isfinite(found.value("kl"))
+    statistic = found.data["metrics"]["kl"]
+    assert (statistic["value"] is None) == ("cause" in statistic)
+
+
+def test_with_a_million_documents_memory_stays(corpus: Path) -> None:
+    from sememe.evaluate import measure
+
+    units = measure._Units()
+    info = text.DocumentInfo(0, "a", "english", None, {}, "")
+    n = measure.MAX_UNITS + 500
+    for start in range(0, n, 16):
+        ids = np.arange(start, start + 16, dtype=np.int32)[None]
+        block = text.TokenBlock(ids, ids, ids, ids >= 0, ids >= 0, {int(i): info for i in ids[0]})
+        found = units(block, slice(0, 1))
+        assert found.max() < measure.MAX_UNITS
+    assert len(units.tags) == measure.MAX_UNITS
+    again = units(block, slice(0, 1))
+    assert np.array_equal(again, found)
+
+
+def test_metrics_room_is_where_the_numbers_come_from(report: Report) -> None:
+    assert set(report.data["metrics"]) >= {*metrics.Reconstruction()._formulas(), "l0", "l1", "frac_alive"}
