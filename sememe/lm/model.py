@@ -135,7 +135,7 @@ class LanguageModel:
                 def take(x: Tensor, place: Place = place) -> None:
                     if place.name in found:
                         return
-                    row = rows(x, lead[0], place.name)
+                    row = self._rows(x, lead[0], place)
                     last = len(found) + 1 == len(places)
                     # Some models add to a block's output in place, after it was read.
                     found[place.name] = row if last else row.clone()
@@ -208,7 +208,7 @@ class LanguageModel:
                         # What lies at or below skipped layers could not change the result.
                         if self._edits_off or place.layer <= self._skipped_to:
                             return None
-                        row = rows(x, lead[0], place.name)
+                        row = self._rows(x, lead[0], place)
                         new = function(row)
                         if new is row:
                             return None
@@ -423,14 +423,20 @@ class LanguageModel:
             return None
 
     def _follow_shape(self, hooks: contextlib.ExitStack) -> list[tuple[int, int] | None]:
-        """The (batch, seq) of the running forward, known once it reaches layer 0."""
+        """The (batch, seq) of the running forward, whoever calls it."""
         lead: list[tuple[int, int] | None] = [None]
 
-        def see(x: Tensor) -> None:
-            lead[0] = (x.shape[-3], x.shape[-2])
+        def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = args[0] if args else kwargs.get("input_ids")
+            given = kwargs.get("inputs_embeds") if given is None else given
+            lead[0] = (given.shape[0], given.shape[1]) if given is not None else None
 
-        hooks.callback(attach(self._layers[0], "in", see).remove)
+        hooks.callback(self.hf.register_forward_pre_hook(see, with_kwargs=True).remove)
         return lead
+
+    def _rows(self, x: Tensor, lead: tuple[int, int] | None, place: Place) -> Float[Tensor, "batch seq d"]:
+        # Generation unembeds the last position of the prompt only.
+        return rows(x, lead if place.layer < self.n_layers else None, place.name)
 
     @contextlib.contextmanager
     def _without_edits(self) -> Iterator[None]:

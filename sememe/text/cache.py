@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = ["COLUMNS", "EXTRACTION", "absent", "fetch_parts", "part_record", "read_part", "rebuild_part"]
 
-EXTRACTION = 2  # raised when an extractor's output changes
-PIECE_BYTES = 3_000  # about 700 tokens of English, 1,500 of a script that the tokenizer does not know
+EXTRACTION = 4  # raised when an extractor's output changes
+PIECE_BYTES = 3_000  # at most, on average: about 700 tokens of English, 1,500 of a script that the tokenizer does not know
 COLUMNS = ("text", "language", "title", "tags", "key")
 
 _told: set[str] = set()

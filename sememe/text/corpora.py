@@ -148,7 +148,7 @@ def _handbook(language: str) -> Part:
 
 def _quotes(language: str, title: str, author: str) -> Part:
     name = f"quotes-{language}"
-    about = Attribution(name, title, "GPL-2.0", "https://www.debian.org/", f"Collected by {author}.")
+    about = Attribution(name, title, "GPL-2.0", "", f"Collected by {author}.")
     return Part(name, language, Package("debian", f"fortunes-{language}"), extract.quotations, about)
 
 

