@@ -120,15 +120,30 @@ class Atlas:
                 str(error).splitlines()[0],
                 "Delete the folder and run `sememe interpret` again.",
             ) from None
+        self._view = ""
         if explanations is not None:
             file = _explanations_of(explanations, folder).replace("'", "''")
-            self.connection.execute(f"CREATE TEMP VIEW explanations AS SELECT * FROM read_parquet('{file}')")
+            self._view = (
+                f"CREATE TEMP VIEW IF NOT EXISTS explanations AS SELECT * FROM read_parquet('{file}')"
+            )
+            self.connection.execute(self._view)
+
+    def _cursor(self) -> duckdb.DuckDBPyConnection:
+        """A connection of its own, so that threads do not disturb each other; views are each connection's own."""
+        cursor = self.connection.cursor()
+        if self._view:
+            cursor.execute(self._view)
+        return cursor
 
     def query(self, sql: str, *parameters: Any) -> list[dict[str, Any]]:
         """Rows of a query as dictionaries."""
-        cursor = self.connection.cursor().execute(sql, list(parameters))
+        cursor = self._cursor().execute(sql, list(parameters))
         names = [column[0] for column in cursor.description or []]
         return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+
+    def table(self, sql: str) -> pa.Table:
+        """Rows of a query as an Arrow table, for whoever wants columns."""
+        return self._cursor().sql(sql).to_arrow_table()
 
     def close(self) -> None:
         """Close the database."""

@@ -36,11 +36,25 @@ class Batch(NamedTuple):
 class Source(Protocol):
     """What the trainer needs of its data."""
 
-    d_in: int
-    d_out: int
-    sites: Sites | None
-    n_rows: int | None
-    """Rows in one pass; None if the stream has no end."""
+    @property
+    def d_in(self) -> int:
+        """Features of x."""
+        ...
+
+    @property
+    def d_out(self) -> int:
+        """Features of the target."""
+        ...
+
+    @property
+    def sites(self) -> Sites | None:
+        """Where in which model the rows come from; None if from none."""
+        ...
+
+    @property
+    def n_rows(self) -> int | None:
+        """Rows in one pass; None if the stream has no end."""
+        ...
 
     def next_batch(self, n: int) -> Batch:
         """The next n rows."""

@@ -82,15 +82,15 @@ class _TensorBoard:
     def __init__(self, folder: Path, name: str, config: dict[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
-        self.writer.add_text("config", json.dumps(config, indent=1))  # type: ignore[no-untyped-call]
+        self.writer = SummaryWriter(str(folder / "tensorboard"))
+        self.writer.add_text("config", json.dumps(config, indent=1))
 
     def write(self, step: int, values: dict[str, float]) -> None:
         for key, value in values.items():
-            self.writer.add_scalar(key, value, step)  # type: ignore[no-untyped-call]
+            self.writer.add_scalar(key, value, step)
 
     def close(self) -> None:
-        self.writer.close()  # type: ignore[no-untyped-call]
+        self.writer.close()
 
 
 class _RunTracker:

@@ -182,13 +182,15 @@ def train(
         MismatchError: another dictionary, or a checkpoint of another set-up, stands at config.out.
     """
     if source is None and config.live:
-        source, parents, extra = _live(config, extra or {})
+        return _train(config, *_live(config, extra or {}), fresh)
     if source is None:
-        store = open_store(config.store)
-        source = StoreSource(store, config.inputs, config.outputs, config.seed)
-        parents = {"store": store.fingerprint}
-        extra = {"policy": store.info.policy.resolved(), "store": store.info.resolved()} | (extra or {})
-    parents = parents or {}
+        return _train(config, *_stored(config, extra or {}), fresh)
+    return _train(config, source, parents or {}, extra or {}, fresh)
+
+
+def _train(
+    config: TrainConfig, source: Source, parents: dict[str, str], extra: dict[str, Any], fresh: bool
+) -> Dictionary:
     identity = artifact.identity_of("dictionary", VERSION, config, parents)
     if not fresh and artifact.find(config.out, "dictionary", identity):
         return dictionaries.load(config.out)
@@ -211,10 +213,18 @@ def train(
             for path in work.path.glob("checkpoint-*.safetensors"):
                 path.unlink()
             probe_rows = source.sample(16).x
-            work.extra = (extra or {}) | dictionary.write(work.path, probe_rows) | _summary(dictionary, source)
+            work.extra = extra | dictionary.write(work.path, probe_rows) | _summary(dictionary, source)
     finally:
         torch.set_num_threads(threads)
     return dictionaries.load(config.out)
+
+
+def _stored(config: TrainConfig, extra: dict[str, Any]) -> tuple[Source, dict[str, str], dict[str, Any]]:
+    """A store as a source, and what it is made from."""
+    store = open_store(config.store)
+    source = StoreSource(store, config.inputs, config.outputs, config.seed)
+    about = {"policy": store.info.policy.resolved(), "store": store.info.resolved()}
+    return source, {"store": store.fingerprint}, about | extra
 
 
 def _live(config: TrainConfig, extra: dict[str, Any]) -> tuple[Source, dict[str, str], dict[str, Any]]:

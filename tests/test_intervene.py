@@ -23,7 +23,26 @@ from sememe.lm.build import LlamaShape, build_causal_lm, train_tokenizer
 from sememe.text import TextConfig, TokenPolicy, token_blocks
 
 D, N, K, CTX = 32, 96, 8, 24
-WORDS = "the a cat dog tree river stone walks sees finds old small red under over and then never".split()
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "tree",
+    "river",
+    "stone",
+    "walks",
+    "sees",
+    "finds",
+    "old",
+    "small",
+    "red",
+    "under",
+    "over",
+    "and",
+    "then",
+    "never",
+]
 
 
 @pytest.fixture(scope="module")

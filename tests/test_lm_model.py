@@ -224,22 +224,38 @@ def test_float32_edits_of_a_bfloat16_model() -> None:
 
 
 def test_gradients_flow_through_an_edit(lm: LanguageModel) -> None:
-    """Against central differences, in float64."""
-    double = tiny_lm(lm.name, torch.float64)
-    ids, weight = some_ids(), noise(double.hidden(some_ids()).shape[-1]).double()
-    direction = noise(D_MODEL, seed=5).double().requires_grad_()
+    ids, weight = some_ids(), noise(lm.hidden(some_ids()).shape[-1])
+    direction = noise(D_MODEL, seed=5).requires_grad_()
 
     def out(v: torch.Tensor) -> torch.Tensor:
-        with double.edit({"resid_post.0": lambda x: x + v}):
-            return (double.hidden(ids) @ weight).sum()
+        with lm.edit({"resid_post.0": lambda x: x + v}):
+            return (lm.hidden(ids) @ weight).sum()
 
     (gradient,) = torch.autograd.grad(out(direction), direction)
-    step = torch.zeros(D_MODEL, dtype=torch.float64)
+    layer = lm.hf.get_submodule(ALL[lm.name].parts["resid_post"][0].replace(".1", ".0"))
+    handle = layer.register_forward_hook(
+        lambda m, a, y: (y[0] + direction, *y[1:]) if isinstance(y, tuple) else y + direction
+    )
+    (by_hand,) = torch.autograd.grad((lm.hidden(ids) @ weight).sum(), direction)
+    handle.remove()
+    assert torch.equal(gradient, by_hand)
+    assert gradient.abs().min() > 0
+
+
+def test_the_gradient_of_an_edit_is_the_slope() -> None:
+    """Against central differences, in an architecture that keeps float64 throughout."""
+    lm, ids, direction = tiny_lm("gpt2", torch.float64), some_ids(), torch.zeros(D_MODEL, dtype=torch.float64)
+
+    def out(v: torch.Tensor) -> torch.Tensor:
+        with lm.edit({"mlp_act.1": lambda x: x + v.repeat(4)}):
+            return lm.hidden(ids).square().sum() + lm.hidden(ids)[0, 0, 3]
+
+    (gradient,) = torch.autograd.grad(out(direction.requires_grad_()), direction)
     for i in (0, 7):
-        step.zero_()[i] = 1e-6
-        with torch.no_grad():
-            numeric = (out(direction + step) - out(direction - step)) / 2e-6
-        assert torch.allclose(gradient[i], numeric, rtol=1e-4, atol=1e-6)
+        step = torch.zeros(D_MODEL, dtype=torch.float64)
+        step[i] = 1e-5
+        numeric = (out(step) - out(-step)).detach() / 2e-5
+        assert torch.allclose(gradient[i], numeric, rtol=1e-6, atol=1e-8)
 
 
 # ---- from the middle ------------------------------------------------------------------------------------------
@@ -291,14 +307,19 @@ def test_edits_above_act_and_edits_below_do_not(lm: LanguageModel) -> None:
             expected = lm.hidden(ids)
         with (
             lm.edit(edits),
-            lm.edit({f"{alias}.1": below for alias in parts}),
-            lm.edit({"resid_pre.0": below}),
+            lm.edit({f"{alias}.1": below for alias in parts if alias != "resid_post"}),
+            lm.edit({"resid_pre.0": below, "resid_pre.1": below, "resid_post.0": below}),
         ):
             assert torch.equal(lm.hidden_from(1, x, ids), expected)
             assert not calls
         with lm.edit({"resid_pre.2": lambda v: v * 2}):
             doubled = lm.hidden_from(1, x, ids)
         assert torch.equal(doubled, lm.hidden_from(1, x * 2, ids))
+        with lm.edit({"resid_post.1": lambda v: v * 2}):
+            assert torch.equal(lm.hidden_from(1, x, ids), doubled)
+        with lm.edit({"resid_pre.0": lambda v: v * 2}):
+            doubled = lm.hidden_from(-1, x, ids)
+        assert torch.equal(doubled, lm.hidden_from(-1, x * 2, ids))
 
 
 def test_replay_equals_the_full_forward_at_every_hookpoint(lm: LanguageModel) -> None:
@@ -309,6 +330,8 @@ def test_replay_equals_the_full_forward_at_every_hookpoint(lm: LanguageModel) ->
             name = f"{alias}.1"
             start = lm.replay_layer(name)
             residual = lm.capture(ids, f"resid_post.{start}")[f"resid_post.{start}"]
+            if start == 1:
+                assert alias == "resid_post"
             with lm.edit({name: lambda x: x * 0.3}):
                 assert torch.equal(lm.hidden_from(start, residual, ids), lm.hidden(ids)), alias
 
@@ -329,12 +352,12 @@ def test_layers_that_share_more_than_the_residual_are_run() -> None:
     class Reads(torch.nn.Module):
         def __init__(self, layer: torch.nn.Module, first: torch.nn.Module) -> None:
             super().__init__()
-            self.layer, self.left = layer, []
-            first.register_forward_hook(lambda m, a, out: self.left.append(out))
+            self.layer, self.left = layer, torch.zeros(())
+            first.register_forward_hook(lambda m, a, out: setattr(self, "left", out))
             self.attention_type = getattr(layer, "attention_type", None)
 
         def forward(self, hidden_states: torch.Tensor, **kwargs: object) -> torch.Tensor:
-            return self.layer(hidden_states + self.left.pop(), **kwargs)
+            return self.layer(hidden_states + self.left, **kwargs)
 
     hf = tiny_hf("llama")
     hf.model.layers[2] = Reads(hf.model.layers[2], hf.model.layers[0].mlp)
@@ -344,8 +367,9 @@ def test_layers_that_share_more_than_the_residual_are_run() -> None:
             expected = lm.hidden(ids)
         assert torch.equal(lm.hidden_from(1, x, ids), expected)
         assert lm._can_skip == {1: False}
-        with lm.edit({"resid_post.1": lambda v: v * 5, "mlp_out.0": lambda v: v}):
-            assert torch.equal(lm.hidden_from(1, x, ids), expected)
+        with lm.edit({"resid_post.1": lambda v: v * 2}):
+            doubled = lm.hidden_from(1, x, ids)
+        assert torch.equal(doubled, lm.hidden_from(1, x * 2, ids))
 
 
 def test_hidden_from_bad_input(llama: LanguageModel) -> None:
@@ -362,8 +386,10 @@ def test_hidden_from_bad_input(llama: LanguageModel) -> None:
 
 
 def test_cached_generation_edits_as_a_full_recomputation_does(lm: LanguageModel) -> None:
-    double, ids = tiny_lm(lm.name, torch.float64), some_ids(seq=5)
-    push = noise(D_MODEL).double()
+    # The kernels of a mixture of experts take no float64, and the state-space scan goes through float32.
+    exact = lm.name not in ("mixtral", "mamba")
+    double, ids = tiny_lm(lm.name, torch.float64 if exact else torch.float32), some_ids(seq=5)
+    push = noise(D_MODEL).to(double.dtype)
     name = "mlp_out.1" if "mlp_out" in ALL[lm.name].parts else "resid_post.1"
     seen: list[torch.Tensor] = []
 
@@ -382,7 +408,8 @@ def test_cached_generation_edits_as_a_full_recomputation_does(lm: LanguageModel)
         with torch.no_grad():
             whole = double.capture(cached[:, :-1], "resid_post.2")["resid_post.2"]
     assert steps == [5] + [1] * 7
-    assert torch.allclose(activations, whole, rtol=1e-8, atol=1e-8)
+    tolerance = 1e-8 if exact else 1e-3
+    assert torch.allclose(activations, whole, rtol=tolerance, atol=tolerance)
     assert torch.equal(cached[:, :5], ids)
     assert not torch.equal(double.generate(ids, 8, stop_at_eos=False), cached)
 
@@ -431,8 +458,11 @@ def test_generation_past_the_context(llama: LanguageModel) -> None:
 @pytest.mark.parametrize("name", [n for n in sorted(ALL) if n != "opt_post_norm"])
 def test_direct_logits_are_the_logits_without_the_norms_division(name: str) -> None:
     """A final residual read as a direction gives its own logits, but for the length that the norm divides by."""
+    exact = name not in ("mixtral", "mamba")
     hf = tiny_hf(
-        name, torch.float64, **({"final_logit_softcapping": None} if name.startswith("gemma") else {})
+        name,
+        torch.float64 if exact else torch.float32,
+        **({"final_logit_softcapping": None} if name.startswith("gemma") else {}),
     )
     for parameter_name, parameter in hf.named_parameters():
         if parameter_name.endswith("bias") and (
@@ -443,7 +473,7 @@ def test_direct_logits_are_the_logits_without_the_norms_division(name: str) -> N
     with torch.no_grad():
         residual = lm.capture(some_ids(), "resid_post.2")["resid_post.2"][0]
         expected = lm.logits(lm.hidden(some_ids()))[0]
-        got = torch.cat(list(lm.direct_logits(residual, chunk=3))).double()
+        got = torch.cat(list(lm.direct_logits(residual, chunk=3))).to(expected.dtype)
     expected = expected - expected.mean(1, keepdim=True)
     length = (got * expected).sum(1, keepdim=True) / expected.square().sum(1, keepdim=True)
     assert torch.allclose(got, expected * length, rtol=1e-4, atol=1e-4 * float(got.abs().max()))

@@ -109,14 +109,14 @@ class Data:
 
     def _density_histogram(self, bins_per_decade: int = 5) -> Json:
         """Alive latents by log10 of their density. `edges` has one entry more than `counts`."""
-        density = np.array(
-            [row[0] for row in self._rows("SELECT density FROM latents WHERE n_active > 0")], dtype=np.float64
-        )
-        logs = np.log10(density[density > 0])
+        # Rounded as in the index, so that a bar and the list filtered by it agree.
+        found = self._table("SELECT density FROM latents WHERE density > 0")
+        logs = np.log10(np.array(_rounded(found.column("density")), dtype=np.float64))
         if not len(logs):
             return {"log10_edges": [], "counts": []}
         low = math.floor(float(logs.min()) * bins_per_decade) / bins_per_decade
         edges = low + np.arange(max(1, math.ceil(-low * bins_per_decade - 1e-9)) + 1) / bins_per_decade
+        edges = np.array([math.log10(_number(10.0**edge) or 1.0) for edge in edges])
         counts, _ = np.histogram(np.clip(logs, edges[0], edges[-1]), bins=edges)
         return {"log10_edges": [round(float(e), 6) for e in edges], "counts": counts.tolist()}
 

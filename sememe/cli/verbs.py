@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -213,7 +214,7 @@ def _models() -> Any:
     return models
 
 
-_MAKERS = {
+_MAKERS: dict[str, Callable[[], Any]] = {
     "harvest": _harvest,
     "train_app": _train,
     "evaluate": _evaluate,

@@ -20,7 +20,8 @@ def latent_major(d_in: int, d_sae: int) -> Float[Tensor, "d_in d_sae"]:
 def unit_rows(n: int, d: int, generator: torch.Generator) -> Float[Tensor, "n d"]:
     """Directions uniform on the sphere."""
     rows = torch.randn(n, d, generator=generator)
-    return rows / rows.norm(dim=1, keepdim=True)
+    units: Tensor = rows / rows.norm(dim=1, keepdim=True)
+    return units
 
 
 def geometric_median(

@@ -74,11 +74,11 @@ def evaluate(config: EvaluateConfig, *, lm: LanguageModel | None = None, fresh: 
             "null_configs": null_configs,
             "text": measured.describe_text(parents["text"]),
             "store": None if store is None else {"path": str(config.store), "fingerprint": store.fingerprint},
+            "training": figures.read_curves(saved),
             "attributions": [a._asdict() for a in text.attributions(config.text)],
         }
-        curves = figures.read_curves(saved)
         artifact.write_json(work.path / figures.REPORT, data)
-        figures.write_pages(work.path, {saved.path.name: data}, {saved.path.name: curves})
+        figures.write_pages(work.path, {saved.path.name: data})
         work.extra = {
             name: data["metrics"][name]["value"] for name in figures.HEADLINE if name in data["metrics"]
         }

@@ -57,7 +57,9 @@ _SCRIPTS = {
     "HANGUL": "Korean letters",
 }
 _SPECIAL = re.compile(r"<\|[^|<>]+\|>|</?s>|<(?:bos|eos|pad|unk)>")
-_CODE = re.compile(r"[A-Za-z]_|_[A-Za-z]|[a-z][A-Z]|[{}=<>]{2}|\(\)|->|=>|::|//|\);|[A-Za-z]\(|\[\]|^\s*[{};=\\#@$]\s*$")
+_CODE = re.compile(
+    r"[A-Za-z]_|_[A-Za-z]|[a-z][A-Z]|[{}=<>]{2}|\(\)|->|=>|::|//|\);|[A-Za-z]\(|\[\]|^\s*[{};=\\#@$]\s*$"
+)
 _QUOTES = set("\"'`“”„‟‘’‚‛«»‹›「」『』")
 
 

@@ -23,7 +23,9 @@ SIDES = 2
 
 
 @njit
-def _places(low, high, contexts, starts, stops, offsets, positions, acts, is_random, side, ctx, skip, usable, wanted):  # type: ignore[no-untyped-def]
+def _places(  # type: ignore[no-untyped-def]
+    low, high, contexts, starts, stops, offsets, positions, acts, is_random, side, ctx, skip, usable, wanted
+):  # fmt: skip
     """The places of a latent's windows on one side of the split: (place, activation, in a silent window, window)."""
     n = 0
     for i in range(low, high):
@@ -165,7 +167,9 @@ def _best_condition(place, gain, inside, classes):  # type: ignore[no-untyped-de
 
 
 @njit
-def _fit_one(place, act, gain, window, document, current, previous, classes, max_items, min_gain, items, conditions):  # type: ignore[no-untyped-def]
+def _fit_one(  # type: ignore[no-untyped-def]
+    place, act, gain, window, document, current, previous, classes, max_items, min_gain, items, conditions
+):  # fmt: skip
     """The rule with the largest gain, each of its parts paying min_gain: (family, n_items, base class, gain)."""
     n = place.shape[0]
     keys = np.empty(n, np.int64)

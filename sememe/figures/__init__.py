@@ -6,6 +6,15 @@ the `report` verb share it.
 
 from sememe.figures.data import HEADLINE, REPORT, Report, open_report, read_curves
 from sememe.figures.pages import write_pages
-from sememe.figures.tables import headline_table
+from sememe.figures.tables import headline_table, markdown_table
 
-__all__ = ["HEADLINE", "REPORT", "Report", "headline_table", "open_report", "read_curves", "write_pages"]
+__all__ = [
+    "HEADLINE",
+    "REPORT",
+    "Report",
+    "headline_table",
+    "markdown_table",
+    "open_report",
+    "read_curves",
+    "write_pages",
+]

@@ -25,6 +25,7 @@ __all__ = [
 
 REPORT = "report.json"
 CURVES = "metrics.jsonl"
+MAX_POINTS = 300
 HEADLINE = (
     "fvu",
     "fvu_all_rows",
@@ -90,12 +91,26 @@ def open_report(path: str | Path) -> Report:
     return Report(folder, data)
 
 
-def read_curves(dictionary: artifact.Artifact) -> list[dict[str, Any]]:
-    """The training log kept in a dictionary's folder; empty if there is none."""
+def read_curves(dictionary: artifact.Artifact) -> list[dict[str, float]]:
+    """The numbers of the training log in a dictionary's folder, thinned out evenly; empty if there is none."""
     if CURVES not in dictionary.meta["files"]:
         return []
-    lines = dictionary.file(CURVES).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.strip()]
+    lines = [
+        line for line in dictionary.file(CURVES).read_text(encoding="utf-8").splitlines() if line.strip()
+    ]
+    last = len(lines) - 1
+    chosen = sorted({round(i * last / (MAX_POINTS - 1)) for i in range(MAX_POINTS)}) if last >= 0 else []
+    out = []
+    for index in chosen:
+        row = json.loads(lines[index])
+        out.append({name: value for name, value in row.items() if _plottable(name, value)})
+    return out
+
+
+def _plottable(name: str, value: object) -> bool:
+    if isinstance(value, bool) or name == "seconds":  # wall time differs from run to run
+        return False
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def arms_of(data: Data) -> list[tuple[str, Data]]:

@@ -6,20 +6,19 @@ import html
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from sememe.figures.data import Curves, Data, number
+from sememe.figures.data import Data, number
 from sememe.figures.plots import frontier_plot, plots, svg
 from sememe.figures.tables import BETTER, MEANINGS, group_table, headline_table, html_table, markdown_table
 
 __all__ = ["write_pages"]
 
 
-def write_pages(folder: Path, reports: Mapping[str, Data], curves: Mapping[str, Curves]) -> None:
+def write_pages(folder: Path, reports: Mapping[str, Data]) -> None:
     """report.md with its plots beside it, and report.html, which holds everything itself.
 
     Args:
         folder: Where to write.
         reports: report.json by title; one or several.
-        curves: Training logs by the same titles.
     """
     (folder / "figures").mkdir(exist_ok=True)
     several = len(reports) > 1
@@ -39,7 +38,7 @@ def write_pages(folder: Path, reports: Mapping[str, Data], curves: Mapping[str, 
             markdown += [f"## {title}", ""]
             page.append(f"<h2>{html.escape(title)}</h2>")
         page.append("<div class='plots'>")
-        for name, figure in plots(data, curves.get(title, ())).items():
+        for name, figure in plots(data).items():
             drawn = svg(figure, prefix + name)
             (folder / "figures" / f"{prefix}{name}.svg").write_text(drawn, encoding="utf-8")
             markdown += [f"![{name}](figures/{prefix}{name}.svg)", ""]

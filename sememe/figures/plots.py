@@ -193,7 +193,7 @@ def svg(figure: Figure, salt: str) -> str:
     return text[text.index("<svg") :]
 
 
-def plots(data: Data, curves: Curves) -> dict[str, Figure]:
+def plots(data: Data) -> dict[str, Figure]:
     """Every figure of one report, by file name."""
     figures: dict[str, Callable[[], Figure | None]] = {
         "fvu": lambda: arms_plot(data, "fvu", "What is left unexplained", "fvu, lower is better"),
@@ -204,7 +204,7 @@ def plots(data: Data, curves: Curves) -> dict[str, Figure]:
             "ce_increase in nats per token, lower is better",
         ),
         "density": lambda: density_plot(data),
-        "training": lambda: curves_plot(curves),
+        "training": lambda: curves_plot(data.get("training", ())),
     }
     if len(data["by_language"]) > 1:
         figures["language"] = lambda: groups_plot(

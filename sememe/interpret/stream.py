@@ -174,7 +174,9 @@ class Pass:
 
     def _encode_rows(self, x: Float[Tensor, "rows d_in"]) -> Encoded:
         step = max(ENCODE_FLOATS // self.dictionary.d_sae, 64)
-        parts = [self.dictionary.encode(part) for part in x.split(step)]
+        parts = [
+            self.dictionary.encode(x[start : start + step]) for start in range(0, max(x.shape[0], 1), step)
+        ]
         return parts[0] if len(parts) == 1 else Encoded.cat(parts)
 
     def _not_finite(self, part: TokenBlock, at: int, what: str) -> None:

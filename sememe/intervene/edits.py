@@ -135,9 +135,10 @@ class Intervention:
         flat = old.reshape(-1, old.shape[-1]).to(moved.device, torch.float32)
         new = (flat if base is None else base[:, part]) + moved[:, part]
         new = torch.where(here[:, None], new, flat).to(old.dtype)
-        if not bool(torch.isfinite(new[here]).all()):
+        # the norm and not the entries: layer norms square what they get, and give zeros when that overflows
+        if not bool(torch.isfinite(new[here].float().norm(dim=1)).all()):
             raise ActivationError(
-                f"an edit at {site.hookpoint} must give finite activations",
+                f"an edit at {site.hookpoint} must give activations of finite norm",
                 "NaN or infinity",
                 "Lower the strength, or check the model's activations.",
             )

@@ -7,7 +7,8 @@ of threads. The encoder product itself is torch's, in bfloat16 where the CPU mul
 from __future__ import annotations
 
 import functools
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
@@ -18,13 +19,18 @@ from torch import Tensor
 
 __all__ = ["adam_step", "decode", "encode_topk", "native_bfloat16", "transposed_index"]
 
+_F = TypeVar("_F", bound=Callable[..., Any])
+
 BLOCK = 32
 """Pre-activations per block in the selection: one maximum is kept for each."""
 
 SPARE = 8
 """Candidates beyond k that are scored again in float32, so that rounding rarely drops one of the true k."""
 
-_jit = functools.partial(njit, cache=True, fastmath={"contract", "reassoc", "nsz"}, nogil=True)
+def _jit(**options: Any) -> Callable[[_F], _F]:
+    """numba's njit with our settings; typed, which numba's own decorator is not."""
+    fastmath = {"contract", "reassoc", "nsz"}
+    return cast("Callable[[_F], _F]", njit(cache=True, fastmath=fastmath, nogil=True, **options))
 
 
 @functools.cache

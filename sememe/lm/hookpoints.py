@@ -311,9 +311,16 @@ def unrows(new: Float[Tensor, "batch seq d"], x: Tensor) -> Tensor:
 
 
 def attach(
-    module: nn.Module, side: Literal["in", "out"], change: Callable[[Tensor], Tensor | None]
+    module: nn.Module,
+    side: Literal["in", "out"],
+    change: Callable[[Tensor], Tensor | None],
+    *,
+    first: bool = False,
 ) -> RemovableHandle:
-    """Call `change` with the module's input or output on every forward; put back what it returns, unless None."""
+    """Call `change` with the module's input or output on every forward; put back what it returns, unless None.
+
+    Hooks of one module run in the order of their attachment, but one attached as `first` before the others.
+    """
     if side == "out":
 
         def after(_: nn.Module, __: Any, output: Any) -> Any:
@@ -321,7 +328,7 @@ def attach(
             new = change(x) if x is not None else None
             return None if new is None else write(output, new)
 
-        return module.register_forward_hook(after)
+        return module.register_forward_hook(after, prepend=first)
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if read(args) is not None:
@@ -336,4 +343,4 @@ def attach(
         new = change(kwargs[key]) if key else None
         return None if new is None else (args, kwargs | {key: new})
 
-    return module.register_forward_pre_hook(before, with_kwargs=True)
+    return module.register_forward_pre_hook(before, with_kwargs=True, prepend=first)

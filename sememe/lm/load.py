@@ -137,7 +137,7 @@ def _device(config: ModelConfig) -> str:
 def _find(config: ModelConfig) -> tuple[Path, str]:
     """A folder or a GGUF file, fetched first if it must be, and the fingerprint if it is known already."""
     name = config.model
-    if name in embedded.EMBEDDED:
+    if name in embedded.MODELS:
         if config.revision is not None:
             raise ConfigError(
                 "revision must be left out for an embedded model", repr(config.revision), "Drop it."
@@ -158,7 +158,7 @@ def _find(config: ModelConfig) -> tuple[Path, str]:
         raise ModelError(
             "a model must be an embedded name, a folder, a .gguf file, or owner/name on the Hugging Face hub",
             repr(name),
-            nearest(name, [*embedded.EMBEDDED, *_OWNERLESS]),
+            nearest(name, [*embedded.MODELS, *_OWNERLESS]),
         )
     return _hub(config), ""
 
@@ -220,14 +220,20 @@ def _hub(config: ModelConfig) -> Path:
         raise ModelError(
             f"{name} must be a model on the Hugging Face hub",
             "no such model",
-            nearest(name, embedded.EMBEDDED),
+            nearest(name, embedded.MODELS),
         ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise ModelError(
             f"{name} must be in the local cache or the Hugging Face hub must be reachable",
             str(error).splitlines()[0] if str(error) else type(error).__name__,
-            f"Check the network, or use the embedded model: {', '.join(embedded.EMBEDDED)}.",
+            f"Check the network, or use the embedded model: {', '.join(embedded.MODELS)}.",
         ) from error
+    if not _complete(path):
+        raise ModelError(
+            f"{name} must be whole in the local cache or the Hugging Face hub must be reachable",
+            f"an unfinished download in {path}",
+            "Check the network and run again.",
+        )
     return path
 
 

@@ -29,6 +29,14 @@ class _Stop(BaseException):
     """Ends a forward once everything asked for was read. Not an Exception, so that no model swallows it."""
 
 
+def _without_extras(output: Any) -> Any:
+    """A layer's output with the residual alone: states and attention weights of another forward are no use."""
+    kept = read(output)
+    if isinstance(output, tuple) and not hasattr(output, "_fields"):
+        return tuple(m if m is kept else None for m in output)
+    return output
+
+
 class LanguageModel:
     """A causal language model with its tokenizer.
 
@@ -180,6 +188,7 @@ class LanguageModel:
         ids = torch.zeros(placed.shape[:2], dtype=torch.long)
         with contextlib.ExitStack() as hooks:
             hooks.enter_context(self._skipping(self.n_layers - 1, None))
+            hooks.enter_context(self._below_off(self.n_layers))
             hooks.callback(attach(self._head, "in", lambda _: placed).remove)
             out = self._forward(ids, None)
         return out.logits.reshape(*shape[:-1], -1)  # type: ignore[no-any-return]
@@ -205,8 +214,7 @@ class LanguageModel:
                     place = self._points.resolve(name)
 
                     def change(x: Tensor, place: Place = place, function: Edit = function) -> Tensor | None:
-                        # What lies at or below skipped layers could not change the result.
-                        if self._edits_off or place.layer <= self._skipped_to:
+                        if self._edits_off or self._is_skipped(place):
                             return None
                         row = self._rows(x, lead[0], place)
                         new = function(row)
@@ -232,9 +240,10 @@ class LanguageModel:
     ) -> Float[Tensor, "batch seq d_model"]:
         """`hidden` as if the output of `layer` were `residual`, without computing layers 0 to `layer`.
 
-        Equal to the bit to the full forward with an edit at `resid_post.layer`. Edits above `layer` act, edits at
-        or below it cannot. Where layers share more than the residual (a later layer reads an earlier one's keys),
-        skipping is found not to agree and the full forward is run instead.
+        Equal to the bit to the full forward with an edit at `resid_post.layer`. Edits at `resid_post.layer`
+        change what is given, edits above it act as always, and edits below cannot. Where layers share more than
+        the residual (a later layer reads an earlier one's keys), skipping is found not to agree and the full
+        forward is run instead.
 
         Args:
             layer: The last layer left out; -1 puts `residual` before layer 0.
@@ -264,7 +273,8 @@ class LanguageModel:
                 around.enter_context(self._below_off(layer))
                 name = f"resid_post.{layer}" if layer >= 0 else "resid_pre.0"
                 place = self._points.resolve(name)
-                put = attach(self._points.module(place), place.side, lambda x: unrows(residual, x))
+                module = self._points.module(place)
+                put = attach(module, place.side, lambda x: unrows(residual, x), first=True)
                 around.callback(put.remove)
             return self.hidden(ids, mask)
 
@@ -448,12 +458,16 @@ class LanguageModel:
 
     @contextlib.contextmanager
     def _below_off(self, layer: int) -> Iterator[None]:
-        """Edits at or below a layer do nothing."""
+        """Edits that could not change the output of a layer do nothing."""
         before, self._skipped_to = self._skipped_to, layer
         try:
             yield
         finally:
             self._skipped_to = before
+
+    def _is_skipped(self, place: Place) -> bool:
+        after_head = place.side == "out" and self._points.module(place) is self._head
+        return place.start < self._skipped_to and not after_head
 
     @contextlib.contextmanager
     def _skipping(self, layer: int, residual: Tensor | None) -> Iterator[None]:
@@ -493,7 +507,7 @@ class LanguageModel:
                 for i, module in enumerate(self._layers):
 
                     def look(_: nn.Module, __: Any, output: Any, i: int = i) -> None:
-                        self._outputs[i] = output
+                        self._outputs[i] = _without_extras(output)
 
                     hooks.callback(module.register_forward_hook(look).remove)
                 self.hidden(torch.zeros(1, 1, dtype=torch.long))
@@ -507,14 +521,12 @@ class LanguageModel:
                 name = f"resid_post.{layer}"
                 residual = self.capture(ids, [name])[name]
                 full = self.hidden(ids)
+                # Whatever the model keeps from its last forward must not be what would be right.
+                self.hidden(ids.flip(1))
                 try:
                     with self._skipping(layer, residual):
                         skipped = self.hidden(ids)
-                    # A second tensor beside the residual is a state that a later layer may read.
-                    members = self._outputs[layer]
-                    members = [members] if isinstance(members, Tensor) else list(members)
-                    alone = sum(isinstance(member, Tensor) for member in members) == 1
-                    self._can_skip[layer] = alone and torch.equal(full, skipped)
+                    self._can_skip[layer] = torch.equal(full, skipped)
                 except Exception:
                     self._can_skip[layer] = False
         return self._can_skip[layer]

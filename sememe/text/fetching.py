@@ -7,6 +7,7 @@ from Debian is checked by apt against the distribution's signed lists; no root i
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -105,7 +106,13 @@ def fetch_pypi(packages: Sequence[Package], folder: Path) -> dict[str, Path]:
     ]
     command += ["--no-input", "--retries", "2", "--progress-bar", "off", "--dest", str(folder)]
     command += [f"--only-binary={','.join(wheels)}"] if wheels else []
-    done = _run([*command, "--requirement", str(requirements)], folder)
+    command += ["--requirement", str(requirements)]
+    # pip asks a source distribution for its metadata. With the setuptools at hand that takes a moment; without,
+    # pip first downloads another one for each.
+    at_hand = importlib.util.find_spec("setuptools") is not None
+    done = _run([*command, "--no-build-isolation"] if at_hand else command, folder)
+    if done.returncode and at_hand and "metadata" in (done.stdout + done.stderr).lower():
+        done = _run(command, folder)
     if done.returncode:
         output = done.stdout + done.stderr
         if "No module named pip" in output:

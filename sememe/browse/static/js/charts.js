@@ -83,7 +83,7 @@
           return html`<g key=${i} class=${"bar" + (picked && !picked(i) ? " dim" : "")} style=${shade ? { "--a": shade(i) } : null}>
             <rect ...${props} />
             <rect class="hit" x=${left} width=${Math.max(right - left, 1)} y=${margin.top} height=${tall}
-              ...${onPick && value ? { tabIndex: 0, role: "button", "aria-label": said, onClick: (e) => onPick(i, e),
+              ...${onPick && value ? { tabindex: 0, role: "button", "aria-label": said, onClick: (e) => onPick(i, e),
                 onKeyDown: (e) => { if (e.key === "Enter" || e.key === " ") { e.preventDefault(); onPick(i, e); } } } : {}}>
               <title>${said}</title></rect>
           </g>`;

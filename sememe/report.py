@@ -1,0 +1,75 @@
+"""The verb that draws one page from one or several reports. Knows their layout; measures nothing, loads no model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from sememe import artifact, figures
+from sememe.config import Config
+from sememe.errors import ConfigError
+
+__all__ = ["ReportConfig", "report"]
+
+VERSION = 1
+
+
+class ReportConfig(Config):
+    """Which reports, and where the page goes."""
+
+    not_identity: ClassVar[frozenset[str]] = frozenset({"reports", "out"})
+
+    reports: tuple[Path, ...]
+    """Folders that `sememe evaluate` made; a row and a section each, in this order."""
+    out: Path = Path("artifacts/page")
+    """The folder to make: report.html and report.md with its plots."""
+
+
+def report(config: ReportConfig, *, fresh: bool = False) -> artifact.Artifact:
+    """Draw the page, or open it if it is there.
+
+    Args:
+        config: Which reports, and where the page goes.
+        fresh: Replace whatever stands at config.out.
+
+    Raises:
+        ConfigError: no report is named, or one twice.
+        ArtifactError: a folder is not a report.
+        CorruptError: a report is damaged.
+        MismatchError: another page stands at config.out.
+    """
+    if not config.reports:
+        raise ConfigError(
+            "at least one report must be named", "none", "Name a folder that `sememe evaluate` made."
+        )
+    opened = [figures.open_report(path) for path in config.reports]
+    parents = {f"report.{index}": one.artifact.fingerprint for index, one in enumerate(opened)}
+    if len(set(parents.values())) < len(parents):
+        raise ConfigError(
+            "each report must be named once", ", ".join(map(str, config.reports)), "Leave the repeats out."
+        )
+    identity = artifact.identity_of("page", VERSION, config, parents)
+    found = None if fresh else artifact.find(config.out, "page", identity)
+    if found is not None:
+        return found
+    with artifact.building(
+        config.out, kind="page", version=VERSION, config=config, parents=parents, fresh=fresh
+    ) as work:
+        figures.write_pages(work.path, _titled(opened))
+        work.extra = {"dictionaries": [one.data["dictionary"]["fingerprint"] for one in opened]}
+    return artifact.load(config.out, "page")
+
+
+def _titled(opened: list[figures.Report]) -> dict[str, dict[str, Any]]:
+    """Reports by the shortest titles that tell them apart: the dictionary's name, the report's folder, a number."""
+    for name_of in (
+        lambda one: str(one.data["dictionary"]["name"]),
+        lambda one: one.path.name,
+        lambda one: f"{one.path.parent.name}/{one.path.name}",
+    ):
+        titles = [name_of(one) for one in opened]
+        if len(set(titles)) == len(titles):
+            break
+    else:
+        titles = [f"{number}: {title}" for number, title in enumerate(titles, 1)]
+    return {title: one.data for title, one in zip(titles, opened, strict=True)}

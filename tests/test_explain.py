@@ -1,0 +1,404 @@
+"""Lexical explanations: planted rules are found, documents do not leak, nulls score nothing, scores are true."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from atlas_fixture import World, make_world
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
+
+from sememe import artifact
+from sememe.atlas import DATABASE, create, insert, lists, open_atlas, set_meta
+from sememe.collect import Collector
+from sememe.config import Config
+from sememe.errors import ArtifactError, MismatchError, TextError
+from sememe.explain import ExplainConfig, Explanations, explain, side_of
+from sememe.explain.classes import CLASSES, classes_of
+from sememe.explain.words import Rule, as_json, in_words
+from sememe.interpret import interpret
+
+# Words, numbers, marks and letters of several scripts; a document is a random sequence of them.
+VOCABULARY = [
+    " the", " river", " king", " stone", " and", " house", "ing", "ed", " water", " light",
+    " 7", " 1984", "42", " 300", " 12", ",", ".", " (", ")", "\n",
+    " река", " дом", " вода", " камень", " Fluss", " über", " König", " def", "()", " self._x",
+    " 水", "の", "カ", " House", " NATO", " x", " –", "“", "%", "  ",
+]  # fmt: skip
+ID = {text: i for i, text in enumerate(VOCABULARY)}
+CTX, N_DOCUMENTS = 64, 120
+
+
+def _is(name: str) -> set[int]:
+    return {i for i, text in enumerate(VOCABULARY) if classes_of(text.encode()) >> CLASSES.index(name) & 1}
+
+
+def planted(ids: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
+    """For each planted latent, where it is active: the rules that `explain` should find again."""
+    previous = np.roll(ids, 1, axis=1)
+    previous[:, 0] = -1
+    return [
+        ids == ID[" king"],
+        np.isin(ids, [ID[" the"], ID["ing"], ID["カ"]]),
+        np.isin(ids, list(_is("a number"))),
+        np.isin(ids, list(_is("Cyrillic letters"))),
+        (previous == ID[" the"]),
+        (ids == ID[" river"]) & (previous == ID[" and"]),
+        np.isin(ids, [ID[" stone"], ID[" light"]]) & np.isin(previous, list(_is("a number"))),
+        rng.random(ids.shape) < 0.05,
+        np.zeros(ids.shape, bool),
+        np.isin(previous, list(_is("a number"))),
+    ]
+
+
+class PlantedConfig(Config):
+    """What the atlas was made from."""
+
+    seed: int = 0
+    """Of everything random."""
+    n_documents: int = N_DOCUMENTS
+    """One per row."""
+
+
+class Planted(NamedTuple):
+    path: Path
+    ids: np.ndarray
+    active: list[np.ndarray]
+
+
+def plant(path: Path, n_documents: int = N_DOCUMENTS, pieces: int = 1) -> Planted:
+    """An atlas of latents that follow known rules, made by the collector from their activations."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, len(VOCABULARY), (n_documents, CTX)).astype(np.int32)
+    ids[rng.random(ids.shape) < 0.1] = ID[" the"]
+    ids[:, 1:][(ids[:, :-1] == ID[" and"]) & (rng.random((n_documents, CTX - 1)) < 0.4)] = ID[" river"]
+    docs = np.repeat(np.arange(n_documents, dtype=np.int32), CTX).reshape(n_documents, CTX)
+    active = planted(ids, rng)
+    keep = np.ones(ids.shape, bool)
+    keep[:, 0] = False
+    dense = np.stack([np.where(on & keep, rng.gamma(3, 1, ids.shape), 0) for on in active], axis=2)
+    flat = dense[keep].astype(np.float32)
+    rows, latents = np.nonzero(flat)
+    ptr = np.searchsorted(rows, np.arange(flat.shape[0] + 1))
+    found = Collector(len(active), n_top=20, n_reservoir=200, n_random=10, before=20, after=10)
+    found.add(latents, flat[rows, latents], ptr, keep, ids, docs)
+    examples = found.examples(3)
+    with artifact.building(
+        path, kind="atlas", version=1, config=PlantedConfig(n_documents=n_documents), parents={}
+    ) as work:
+        connection = create(work.path / DATABASE)
+        set_meta(
+            connection,
+            {
+                "dictionary": {
+                    "name": "planted",
+                    "kind": "topk",
+                    "d_in": 8,
+                    "d_sae": len(active),
+                    "hookpoint": "resid_post.0",
+                },
+                "text": {"n_tokens": int(keep.sum()), "n_rows": n_documents, "n_documents": n_documents},
+                "context_length": CTX,
+                "policy": {"drop_positions": 1, "drop_special": True},
+            },
+        )
+        raw = [text.encode() for text in VOCABULARY]
+        insert(
+            connection,
+            "tokens",
+            {"id": np.arange(len(raw), dtype=np.int32), "text": VOCABULARY, "bytes": raw},
+        )
+        numbers = np.arange(n_documents, dtype=np.int32)
+        insert(
+            connection,
+            "document_keys",
+            {"id": numbers, "key": [f"book {i // pieces}" for i in range(n_documents)]},
+        )
+        offsets = np.arange(0, ids.size + 1, CTX)
+        insert(
+            connection,
+            "contexts",
+            {
+                "id": numbers,
+                "token_ids": lists(offsets, ids.ravel()),
+                "doc_ids": lists(offsets, docs.ravel()),
+            },
+        )
+        kinds = np.array(["top", "decile", "random"])
+        insert(
+            connection,
+            "examples",
+            {
+                "latent": examples.latent, "kind": kinds[examples.kind],
+                "decile": np.ma.masked_array(examples.decile, examples.decile < 0), "rank": examples.rank,
+                "context": examples.row, "position": examples.position, "start": examples.start,
+                "stop": examples.stop, "document": examples.document, "act": examples.act,
+                "positions": lists(examples.offsets, examples.positions),
+                "acts": lists(examples.offsets, examples.acts),
+            },
+        )  # fmt: skip
+        connection.close()
+    return Planted(path, ids, active)
+
+
+@pytest.fixture(scope="module")
+def atlas(tmp_path_factory: pytest.TempPathFactory) -> Planted:
+    return plant(tmp_path_factory.mktemp("planted") / "atlas")
+
+
+@pytest.fixture(scope="module")
+def found(atlas: Planted) -> Explanations:
+    return explain(ExplainConfig(atlas=atlas.path, out=atlas.path.parent / "explanations", n_bootstrap=200))
+
+
+def test_planted_rules_are_found(found: Explanations) -> None:
+    rows = found.rows()
+    words = [row["rule_words"] for row in rows]
+    assert words[0] == "“ king”"
+    assert sorted(words[1].replace(" or ", ", ").split(", ")) == sorted(["“ the”", "“ing”", "“カ”"])
+    assert words[2] == "a number"
+    assert words[3] == "Cyrillic letters"
+    assert words[4] == "after “ the”"
+    assert words[5] == "“ river” after “ and”"
+    assert (
+        words[6] == "“ stone” or “ light”, after a number"
+        or words[6] == "“ light” or “ stone”, after a number"
+    )
+    assert words[9] == "after a number"
+    for latent in (0, 1, 2, 3, 4, 5, 6, 9):
+        assert rows[latent]["auroc"] == pytest.approx(1, abs=0.02)
+        assert rows[latent]["label"] == words[latent]
+    rule = json.loads(rows[4]["rule"])
+    assert rule == {"previous": [{"id": ID[" the"], "text": " the"}]}
+
+
+def test_noise_and_dead_latents_get_no_label(found: Explanations) -> None:
+    noise, dead = found.rows()[7], found.rows()[8]
+    assert noise["label"] is None and abs(noise["score"]) < 0.25
+    assert dead["label"] is None and dead["rule"] is None and dead["score"] is None and dead["n_train"] == 0
+    assert set(found.labels()) == {0, 1, 2, 3, 4, 5, 6, 9}
+
+
+def test_nulls_score_nothing(found: Explanations) -> None:
+    """The same procedure on shuffled activations, and every rule on another latent: both near 0."""
+    summary = found.summary
+    assert abs(summary["score_shuffled"]["mean"]) < 0.15
+    assert abs(summary["score_other"]["mean"]) < 0.25
+    assert (
+        summary["score"]["mean"] > 0.85
+        and summary["score"]["low"] < summary["score"]["mean"] < summary["score"]["high"]
+    )
+    assert summary["lift"]["low"] > 0.4
+    assert summary["n_scored"] == 9 and summary["n_labelled"] == 8
+
+
+def says(row: dict[str, Any], current: int, previous: int, recent: list[int]) -> bool:
+    """A rule's JSON, followed word by word: the slow truth of what `loops.score` computes."""
+    rule = json.loads(row["rule"])
+
+    def has(token: int, name: str) -> bool:
+        return bool(classes_of(VOCABULARY[token].encode()) >> CLASSES.index(name) & 1)
+
+    yes = "conditions" in rule and not (set(rule) - {"conditions"})
+    yes |= current in {item["id"] for item in rule.get("tokens", ())}
+    yes |= previous in {item["id"] for item in rule.get("previous", ())}
+    yes |= [previous, current] in [pair["ids"] for pair in rule.get("pairs", ())]
+    yes |= "class" in rule and has(current, rule["class"])
+    for condition in rule.get("conditions", ()):
+        if condition["token"] == "current":
+            holds = has(current, condition["class"])
+        elif condition["token"] == "previous":
+            holds = has(previous, condition["class"]) if previous >= 0 else condition["class"] == CLASSES[-1]
+        else:
+            holds = any(has(token, condition["class"]) for token in recent)
+        yes &= holds != condition["not"]
+    return yes
+
+
+def test_scores_are_the_auroc_of_the_rule_on_documents_it_did_not_see(
+    atlas: Planted, found: Explanations
+) -> None:
+    config = ExplainConfig()
+    opened = open_atlas(atlas.path)
+    rows = found.rows()
+    examples = opened.query("SELECT e.*, token_ids, k.key FROM examples e JOIN contexts c ON c.id = e.context "
+                            "JOIN document_keys k ON k.id = e.document")  # fmt: skip
+    opened.close()
+    for latent in (1, 4, 6, 7):
+        truth, guess, weight, acts = [], [], [], []
+        for e in (e for e in examples if e["latent"] == latent):
+            if side_of(e["key"], config.test_fraction, config.seed) == 0:
+                continue
+            active = dict(zip(e["positions"], e["acts"], strict=True))
+            for p in range(max(e["start"], 1), e["stop"]):
+                ids = e["token_ids"]
+                truth.append(p in active)
+                acts.append(active.get(p, 0.0))
+                guess.append(says(rows[latent], ids[p], ids[p - 1] if p else -1, ids[max(0, p - 8) : p]))
+                weight.append(2 if truth[-1] else int(e["kind"] == "random"))
+        truth_, guess_, weight_ = np.array(truth), np.array(guess, float), np.array(weight)
+        sizes = np.bincount(weight_, minlength=3)
+        auroc = roc_auc_score(truth_, guess_, sample_weight=1 / sizes[weight_])
+        assert rows[latent]["auroc"] == pytest.approx(auroc, abs=1e-5)
+        assert rows[latent]["n_test"] == truth_.sum()
+        assert rows[latent]["correlation"] == pytest.approx(np.corrcoef(guess_, acts)[0, 1], abs=1e-4)
+
+
+def test_rules_come_from_documents_on_which_they_are_not_scored(tmp_path: Path) -> None:
+    """Changing every held-out document changes no rule; changing the others changes no held-out score's basis.
+
+    Whole books lie on one side: pieces of one share a key.
+    """
+    a, b = plant(tmp_path / "a", pieces=3), plant(tmp_path / "b", pieces=3)
+    import duckdb
+
+    database = b.path / DATABASE
+    connection = duckdb.connect(str(database))
+    keys = dict(connection.execute("SELECT id, key FROM document_keys").fetchall())
+    held_out = [i for i, key in keys.items() if side_of(key, 0.4, 0) == 1]
+    assert 20 < len(held_out) < 100
+    assert all(side_of(keys[i], 0.4, 0) == side_of(keys[i - i % 3], 0.4, 0) for i in keys)
+    # In the second atlas every held-out window is silent but for its first token: garbage, were it ever read.
+    connection.execute(
+        "UPDATE examples SET positions = [start + 1], acts = [100.0] WHERE document IN (SELECT unnest(?))",
+        [held_out],
+    )
+    connection.close()
+    path = b.path / "meta.json"
+    meta = json.loads(path.read_text())
+    meta["files"][DATABASE] = {"bytes": database.stat().st_size, "sha256": artifact.file_sha256(database)}
+    path.write_text(json.dumps(meta))
+    one = explain(ExplainConfig(atlas=a.path, out=tmp_path / "ea", n_bootstrap=10)).rows()
+    other = explain(ExplainConfig(atlas=b.path, out=tmp_path / "eb", n_bootstrap=10)).rows()
+    assert [row["rule"] for row in one] == [row["rule"] for row in other]
+    assert [row["auroc_train"] for row in one if row["n_train"]] == [
+        row["auroc_train"] for row in other if row["n_train"]
+    ]
+    assert sum(row["auroc"] != row2["auroc"] for row, row2 in zip(one, other, strict=True)) >= 8
+
+
+def test_explanations_join_the_atlas(atlas: Planted, found: Explanations) -> None:
+    opened = open_atlas(atlas.path, explanations=found.artifact.path)
+    rows = opened.query(
+        "SELECT id, label FROM explanations JOIN (SELECT unnest([0, 2]) AS id) ON id = latent ORDER BY id"
+    )
+    assert rows == [{"id": 0, "label": "“ king”"}, {"id": 2, "label": "a number"}]
+    opened.close()
+    assert "8 of 9 latents have a label" in found._repr_html_()
+
+
+def test_explanations_of_another_atlas(atlas: Planted, found: Explanations, tmp_path: Path) -> None:
+    other = plant(tmp_path / "other", n_documents=60)
+    with pytest.raises(
+        MismatchError, match=r"the explanations .* must be of the atlas .*Run `sememe explain`"
+    ):
+        open_atlas(other.path, explanations=found.artifact.path)
+
+
+def test_made_once_and_the_same_again(atlas: Planted, found: Explanations, tmp_path: Path) -> None:
+    config = ExplainConfig(atlas=atlas.path, out=found.artifact.path, n_bootstrap=200)
+    assert explain(config).artifact.meta == found.artifact.meta
+    again = explain(config.replace(out=tmp_path / "again"))
+    assert again.rows() == found.rows() and again.summary == found.summary
+    with pytest.raises(MismatchError, match=r"the explanations at .* must have been made with this config"):
+        explain(config.replace(max_tokens=3))
+
+
+def test_on_a_real_model(tmp_path: Path) -> None:
+    """A tiny random model still has latents that follow the token: the whole way from text to labels."""
+    world: World = make_world(tmp_path)
+    interpret(world.config("atlas", n_top=20, n_random=10, n_decile=3), lm=world.lm).close()
+    found = explain(ExplainConfig(atlas=tmp_path / "atlas", out=tmp_path / "explanations", n_bootstrap=50))
+    summary = found.summary
+    assert summary["n_scored"] > 20
+    assert summary["score"]["mean"] > 0.5 > abs(summary["score_shuffled"]["mean"])
+    assert summary["lift"]["low"] > 0.2
+    for row in found.rows():
+        assert row["label"] is None or row["label"] == row["rule_words"]
+
+
+# -- kinds of tokens, rules in words -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (" 1984", {"a number"}),
+        ("3.14", {"a number"}),
+        (" Fluss", {"the start of a word", "a capitalised word", "ASCII letters"}),
+        ("über", {"a later part of a word", "lower-case letters", "ASCII letters", "Latin letters beyond ASCII"}),
+        (" река", {"the start of a word", "lower-case letters", "Cyrillic letters"}),
+        ("שלום", {"a later part of a word", "Hebrew letters"}),
+        ("水", {"a later part of a word", "a single letter", "Chinese characters"}),
+        ("の", {"a later part of a word", "a single letter", "Japanese kana"}),
+        ("\n\n", {"a line break", "white space only"}),
+        ("    ", {"white space only", "indentation"}),
+        (" “", {"a symbol or punctuation mark", "a quotation mark"}),
+        (" –", {"a symbol or punctuation mark", "a dash"}),
+        ("<|im_start|>", {"a special token"}),
+        (" NATO", {"the start of a word", "capitals only", "ASCII letters"}),
+        ("", set()),
+    ],
+)  # fmt: skip
+def test_classes_of_tokens(text: str, expected: set[str]) -> None:
+    bits = classes_of(text.encode())
+    assert {name for i, name in enumerate(CLASSES) if bits >> i & 1} == expected
+
+
+def test_code_and_broken_characters() -> None:
+    for text in ("self._x", "()", " =>", "camelCase", "foo(", "::"):
+        assert classes_of(text.encode()) >> CLASSES.index("code") & 1, text
+    for text in (" house", ",", " (", "1984"):
+        assert not classes_of(text.encode()) >> CLASSES.index("code") & 1, text
+    assert classes_of(b"\xe6\x97") >> CLASSES.index("bytes of a broken character") & 1
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=12))
+def test_any_bytes_have_classes(raw: bytes) -> None:
+    assert 0 <= classes_of(raw) < 1 << (len(CLASSES) - 1), "no token is the start of the document"
+
+
+def test_rules_in_words() -> None:
+    tokens = {i: f" t{i}" for i in range(9)} | {9: "\n"}
+    pair = (3 << 32) | 4
+    number, code = CLASSES.index("a number"), CLASSES.index("code")
+    cases = {
+        "“ t1”": Rule(1, (1,), -1, ()),
+        "“ t1”, “ t2”, “ t3”, “ t4” or 3 more": Rule(1, (1, 2, 3, 4, 5, 6, 7), -1, ()),
+        "“ t1”, “ t2”, “ t3”, “ t4” or “ t5”": Rule(1, (1, 2, 3, 4, 5), -1, ()),
+        "after “⏎”": Rule(2, (9,), -1, ()),
+        "“ t4” after “ t3”": Rule(3, (pair,), -1, ()),
+        "a number or “ t1”, not soon after code": Rule(1, (1,), number, ((2, code, True),)),
+        "anything but a number, after code": Rule(0, (), -1, ((0, number, True), (1, code, False))),
+        "after code, not a number": Rule(0, (), -1, ((1, code, False), (0, number, True))),
+    }
+    for words, rule in cases.items():
+        assert in_words(rule, tokens) == words
+        assert json.loads(json.dumps(as_json(rule, tokens)))
+    assert in_words(Rule(0, (), -1, ()), tokens) is None and as_json(Rule(0, (), -1, ()), tokens) is None
+
+
+# -- bad input -----------------------------------------------------------------------------------------
+
+
+def test_not_an_atlas(found: Explanations, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"must be a finished atlas, got nothing there"):
+        explain(ExplainConfig(atlas=tmp_path / "nowhere", out=tmp_path / "out"))
+    with pytest.raises(ArtifactError, match=r"must be an? atlas, got an? explanations"):
+        explain(ExplainConfig(atlas=found.artifact.path, out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_documents_on_one_side_only(tmp_path: Path) -> None:
+    lonely = plant(tmp_path / "atlas", pieces=N_DOCUMENTS)
+    with pytest.raises(
+        TextError, match=r"documents on both sides of the split, got \d+ documents, all on one side"
+    ):
+        explain(ExplainConfig(atlas=lonely.path, out=tmp_path / "out"))
+    assert not list(tmp_path.glob("*out*"))
