@@ -109,9 +109,8 @@ def _measure(config: CompareConfig, loaded: dict[str, Dictionary], folder: Path)
     edges = np.linspace(-1, 1, HISTOGRAM_BINS + 1)
     for one, other in (("a", "b"), ("b", "a")):
         with torch.inference_mode():
-            directions = [loaded[side].decoder_directions() for side in (one, other)]
-            n = min(config.n_nearest, directions[1].shape[0])
-            nearest = metrics.nearest_directions(*directions, n)
+            ours, theirs = loaded[one].decoder_directions(), loaded[other].decoder_directions()
+            nearest = metrics.nearest_directions(ours, theirs, min(config.n_nearest, theirs.shape[0]))
         cosines, indices = nearest.cosines.cpu().numpy(), nearest.indices.cpu().numpy().astype(np.int32)
         np.savez_compressed(folder / MATCHES.format(one, other), indices=indices, cosines=cosines)
         best = cosines[:, 0].astype(np.float64)

@@ -7,14 +7,14 @@ in raw units, and a state from which it goes on with the same bits.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sememe.capture import Rows, captured_rows, first_norms
-from sememe.dictionaries.base import Site, Sites
+from sememe.dictionaries.base import Batch, Site, Sites
 from sememe.errors import ActivationError, ConfigError, HookpointError, ShapeError, TextError
 from sememe.store import Store
 from sememe.text import Split, TextConfig, TokenPolicy, token_blocks
@@ -23,13 +23,6 @@ if TYPE_CHECKING:
     from sememe.lm import LanguageModel
 
 __all__ = ["Batch", "LiveSource", "Source", "StoreSource", "TensorSource"]
-
-
-class Batch(NamedTuple):
-    """Rows to train on, in raw units and float32. For an autoencoder `target is x`."""
-
-    x: Float[Tensor, "batch d_in"]
-    target: Float[Tensor, "batch d_out"]
 
 
 @runtime_checkable

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sememe import metrics
 from sememe.config import Config
-from sememe.dictionaries.base import Dictionary, Sites
+from sememe.dictionaries.base import Batch, Dictionary, Sites
 from sememe.encoded import Encoded
 from sememe.errors import ConfigError, CorruptError, ShapeError
 
@@ -148,13 +148,6 @@ def planted(config: ToyConfig) -> Planted:
     return Planted(config)
 
 
-class Rows(NamedTuple):
-    """What a trainer reads: inputs, and what to reconstruct (here the same tensor)."""
-
-    x: Float[Tensor, "n d"]
-    target: Float[Tensor, "n d"]
-
-
 class PlantedSource:
     """An endless stream of rows for a trainer. Its state is the generator's, so it resumes exactly."""
 
@@ -166,15 +159,15 @@ class PlantedSource:
         self.d_in = self.d_out = config.d
         self._generator = _generator(config, "rows")
 
-    def next_batch(self, n: int) -> Rows:
+    def next_batch(self, n: int) -> Batch:
         """The next n rows."""
         x = self.planted.batch(n, self._generator).x
-        return Rows(x, x)
+        return Batch(x, x)
 
-    def sample(self, n: int) -> Rows:
+    def sample(self, n: int) -> Batch:
         """n rows for initialisation, the same ones on every call; the stream does not advance."""
         x = self.planted.batch(n, _generator(self.planted.config, "sample")).x
-        return Rows(x, x)
+        return Batch(x, x)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream is."""

@@ -319,11 +319,7 @@ def _examples(latent, config, flat_documents, places, acts, rng) -> list[tuple]:
         members = ascending[len(ascending) * decile // 10 : len(ascending) * (decile + 1) // 10][:2]
         for rank, i in enumerate(members):
             out.append(window(int(places[i]), "decile", decile, rank, float(acts[i])))
-    silent = [
-        c
-        for c in range(1, config.n_contexts)
-        if not any(c * length <= p < (c + 1) * length for p in places[:400])
-    ]
-    for rank, context in enumerate(rng.permutation(silent)[:4].tolist() if 0 < len(places) < 400 else []):
+    silent = np.setdiff1d(np.arange(1, config.n_contexts), places // length)
+    for rank, context in enumerate(rng.permutation(silent)[:4].tolist() if len(places) else []):
         out.append(window(context * length + length // 2, "random", None, rank, 0.0))
     return out

@@ -425,7 +425,7 @@ def test_a_phone_s_width_is_enough(page, address, hash):
 
 def test_the_keyboard_alone_is_enough(page, address):
     go(page, address, "#/?sort=id")
-    page.locator(".rows .row").first.focus()
+    page.locator(".rows .row a").first.focus()
     page.keyboard.press("ArrowDown")
     page.keyboard.press("ArrowDown")
     page.keyboard.press("ArrowUp")

@@ -16,8 +16,8 @@ ROOT = Path(sememe.__file__).parent
 LAYERS = [
     ["errors"],
     ["config", "paths", "progress", "interrupt"],
-    ["artifact"],
-    ["encoded", "metrics", "tracking", "checkpoint"],
+    ["artifact", "encoded"],
+    ["metrics", "tracking", "checkpoint"],
     ["kernels"],
     ["dictionaries"],
     ["text", "toy", "formats", "atlas", "lm", "optimiser"],

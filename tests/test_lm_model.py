@@ -427,6 +427,17 @@ def test_generation_is_seeded_and_leaves_the_random_state(llama: LanguageModel) 
     assert torch.equal(llama.generate(ids, 6, temperature=1.0, top_p=1e-6), greedy)
 
 
+def test_generation_does_not_follow_the_models_advice() -> None:
+    lm, ids = tiny_lm("llama"), some_ids()
+    plain = lm.generate(ids, 8, stop_at_eos=False)
+    advice = lm.hf.generation_config
+    advice.repetition_penalty, advice.no_repeat_ngram_size = 50.0, 1
+    assert torch.equal(lm.generate(ids, 8, stop_at_eos=False), plain)
+    assert lm.hf.generation_config is advice
+    with torch.no_grad():
+        assert int(lm.hf(plain[:1, :-1]).logits[0, -1].argmax()) == int(plain[0, -1])
+
+
 def test_generation_with_front_padding(llama: LanguageModel) -> None:
     short = some_ids(batch=1, seq=4)
     padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), short], dim=1)

@@ -393,20 +393,19 @@ def test_n_tokens_takes_the_first_rows_whatever_the_order(corpus: Path) -> None:
     assert all(row in many for row in few)
 
 
-def test_neighbouring_rows_rarely_share_a_document(tmp_path: Path) -> None:
-    path = write_jsonl(
-        tmp_path / "long.jsonl",
-        [{"text": " ".join(sentence(100 * n + i) for i in range(30))} for n in range(200)],
-    )
-    found = blocks(config(path, heldout_fraction=0))
-    rows = [set(row.tolist()) for block in found for row in block.doc_ids]
-    shared = sum(bool(a & b) for a, b in itertools.pairwise(rows)) / len(rows)
-    assert len(rows) > 2000 and shared < 0.03, shared  # in text order it would be more than 0.9
+def test_neighbouring_rows_rarely_share_a_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"text": " ".join(sentence(100 * n + i) for i in range(30))} for n in range(200)]
+    text = config(write_jsonl(tmp_path / "long.jsonl", rows), heldout_fraction=0)
+    for window in (tokens.WINDOW_TOKENS, 16_000):  # all rows fit into the first, a small part into the second
+        monkeypatch.setattr(tokens, "WINDOW_TOKENS", window)
+        owners = [set(row.tolist()) for block in blocks(text) for row in block.doc_ids]
+        shared = [bool(a & b) for a, b in itertools.pairwise(owners)]
+        assert len(owners) > 4000
+        for part in (shared[:1500], shared[-1500:]):
+            assert sum(part) / len(part) < 0.06, window  # in text order it would be more than 0.9
 
 
 def test_memory_does_not_grow_with_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sememe.text import tokens
-
     monkeypatch.setattr(tokens, "WINDOW_TOKENS", 4_000)
     line = json.dumps({"text": " ".join(WORDS * 20)}) + "\n"
     peaks = []
@@ -425,8 +424,6 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path, monkeypatch: pytest.
 def test_the_first_block_comes_before_the_text_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sememe.text import tokens
-
     monkeypatch.setattr(tokens, "WINDOW_TOKENS", 2_000)
     path = tmp_path / "broken.jsonl"
     path.write_text(json.dumps({"text": " ".join(WORDS * 20)}) + "\n")

@@ -48,12 +48,7 @@ def _train() -> App:
         train(config, fresh=fresh)
         _say(f"{config.architecture.kind} dictionary", config.out)
 
-    for kind, cls in TRAINABLE.items():
-        architecture = cls.__annotations__["config"]
-        if isinstance(architecture, str):
-            import sys
-
-            architecture = getattr(sys.modules[cls.__module__], architecture)
+    for kind, architecture in _architectures(TRAINABLE):
         doc = f"Train a {kind} dictionary."
         app.command(
             command(
@@ -67,6 +62,86 @@ def _train() -> App:
             name=kind,
         )
     return app
+
+
+def _toy() -> App:
+    from sememe.config import sha256_of
+    from sememe.dictionaries import TRAINABLE
+    from sememe.toy import PlantedSource, ToyConfig, recovery
+    from sememe.train import TrainConfig, train
+
+    app = App(name="toy", help="Train on planted features and see how many are found: `sememe toy topk --k 5`.")
+    app.result_action = "return_value"
+
+    def verb(config: TrainConfig, fresh: bool = False, **options: Any) -> None:
+        planted = ToyConfig.build({name.removeprefix("planted_"): value for name, value in options.items()})
+        source = PlantedSource(planted)
+        parents = {"planted": sha256_of(planted.resolved())}
+        dictionary = train(config, source=source, parents=parents, extra={"planted": planted.resolved()}, fresh=fresh)
+        found = recovery(source.planted, dictionary)
+        print(f"recall (mmcs planted -> learned)     {found.recall:.4f}")
+        print(f"precision (mmcs learned -> planted)  {found.precision:.4f}")
+        print(f"planted features found (> 0.9)       {found.found:.1%}")
+        _say(f"{config.architecture.kind} dictionary", config.out)
+
+    planted_options = {
+        f"planted_{name}": (field.annotation, field.default, field.description or "")
+        for name, field in ToyConfig.model_fields.items()
+    }
+    for kind, architecture in _architectures(TRAINABLE):
+        app.command(
+            command(
+                TrainConfig,
+                verb,
+                choices={"architecture": architecture},
+                fixed={"architecture.kind": kind},
+                extra=FRESH | planted_options,
+                doc=f"Train a {kind} dictionary on planted features.",
+            ),
+            name=kind,
+        )
+    return app
+
+
+def _pretrain() -> App:
+    from sememe.lm.build import GPT2Shape, LlamaShape
+    from sememe.pretrain import PretrainConfig, pretrain
+
+    app = App(name="pretrain", help="Train a small transformer; its blocks come first: `sememe pretrain gpt2`.")
+    app.result_action = "return_value"
+
+    def verb(config: PretrainConfig, fresh: bool = False) -> None:
+        results = pretrain(config, fresh=fresh).extra["results"]
+        for name in ("validation_loss", "bigram_loss", "unigram_loss"):
+            print(f"{name.replace('_', ' '):<16} {results[name]:.4f} nats per token")
+        _say(f"model of {results['n_parameters']:,} parameters", config.out)
+
+    for kind, shape in (("gpt2", GPT2Shape), ("llama", LlamaShape)):
+        app.command(
+            command(
+                PretrainConfig,
+                verb,
+                choices={"architecture": shape},
+                fixed={"architecture.kind": kind},
+                extra=FRESH,
+                doc=f"Train a small transformer with {'GPT-2' if kind == 'gpt2' else 'Llama'} blocks.",
+            ),
+            name=kind,
+        )
+    return app
+
+
+def _architectures(registry: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Each kind of dictionary with its config's class."""
+    import sys
+
+    found = []
+    for kind, cls in registry.items():
+        architecture = cls.__annotations__["config"]
+        if isinstance(architecture, str):
+            architecture = getattr(sys.modules[cls.__module__], architecture)
+        found.append((kind, architecture))
+    return found
 
 
 def _evaluate() -> Any:
@@ -226,8 +301,8 @@ _MAKERS: dict[str, Callable[[], Any]] = {
     "run_recipe": _run,
     "models": _models,
     "intervene": lambda: _simple("intervene", "intervene", "Change latents and see what the model says.", ("dictionary",)),
-    "toy": lambda: _simple("toy", "toy", "Train on a planted dictionary and see how much of it is found."),
-    "pretrain": lambda: _simple("pretrain", "pretrain", "Train a small transformer from scratch."),
+    "toy": _toy,
+    "pretrain": _pretrain,
     "convert": lambda: _simple("convert", "convert", "Read and write other tools' dictionaries.", ("source",)),
     "publish": lambda: _simple("publish", "publish", "Gather results into a folder for a hub.", ("dictionary",)),
 }

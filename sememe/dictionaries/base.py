@@ -29,6 +29,7 @@ from sememe.errors import ConfigError, CorruptError, MismatchError, ShapeError
 
 __all__ = [
     "ArchitectureConfig",
+    "Batch",
     "Constraints",
     "Dictionary",
     "Loss",
@@ -93,6 +94,13 @@ class ArchitectureConfig(Config):
         if d_sae < 1:
             raise ConfigError("d_sae must be >= 1", d_sae, "Raise d_sae.")
         return d_sae
+
+
+class Batch(NamedTuple):
+    """Rows to train on, in raw units and float32. For an autoencoder `target is x`."""
+
+    x: Float[Tensor, "batch d_in"]
+    target: Float[Tensor, "batch d_out"]
 
 
 class Loss(NamedTuple):

@@ -5,6 +5,7 @@ Fills the sums of `metrics.py` and turns them into report.json. Knows arms, not 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -91,12 +92,27 @@ class Measured:
         self.units = _Units()
         self.n_tokens = self.n_rows = self.n_outliers = self.n_predictions = 0
 
-    @torch.inference_mode()
     def run(self, arms: Arms) -> None:
         """One pass over the held-out tokens."""
+        self.begin(arms)
+        with track("evaluate", self.config.n_tokens, "tokens") as progress:
+            for block, part in self.parts():
+                progress.advance(self.step(block, part, arms))
+        if self.n_predictions == 0:
+            raise TextError(
+                "the held-out text must hold predictions from kept positions",
+                f"none in {self.n_tokens:,} tokens",
+                "Raise n_tokens or heldout_fraction, or drop fewer positions.",
+            )
+
+    def begin(self, arms: Arms) -> None:
+        """Empty sums for every arm."""
         for name, dictionary in arms.dictionaries.items():
             self.kept[name], self.all_rows[name] = metrics.Reconstruction(), metrics.Reconstruction()
             self.sparsity[name] = metrics.Sparsity(dictionary.d_sae)
+
+    def parts(self) -> Iterator[tuple[TokenBlock, slice]]:
+        """The held-out text, one forward's rows after the other."""
         rows = self.config.batch_rows
         blocks = text.token_blocks(
             self.config.text,
@@ -106,20 +122,13 @@ class Measured:
             n_tokens=self.config.n_tokens,
             block_rows=max(rows, 64) // rows * rows,
         )
-        with track("evaluate", self.config.n_tokens, "tokens") as progress:
-            for block in blocks:
-                for start in range(0, block.ids.shape[0], rows):
-                    n = self._batch(block, slice(start, start + rows), arms)
-                    self.n_tokens += n
-                    progress.advance(n)
-        if self.n_predictions == 0:
-            raise TextError(
-                "the held-out text must hold predictions from kept positions",
-                f"none in {self.n_tokens:,} tokens",
-                "Raise n_tokens or heldout_fraction, or drop fewer positions.",
-            )
+        for block in blocks:
+            for start in range(0, block.ids.shape[0], rows):
+                yield block, slice(start, start + rows)
 
-    def _batch(self, block: TokenBlock, part: slice, arms: Arms) -> int:
+    @torch.inference_mode()
+    def step(self, block: TokenBlock, part: slice, arms: Arms) -> int:
+        """One forward's rows through every arm; returns the number of tokens."""
         batch = self._forward(block, part)
         flat_valid = torch.nonzero(batch.valid).view(-1)
         keep, units = batch.keep[flat_valid], batch.units[flat_valid]
@@ -139,7 +148,9 @@ class Measured:
         self._compare(hidden, predicting, targets, batch.units[predicting])
         self.n_rows += int(keep.sum())
         self.n_predictions += predicting.shape[0]
-        return int(flat_valid.shape[0])
+        n_tokens = int(flat_valid.shape[0])
+        self.n_tokens += n_tokens
+        return n_tokens
 
     def _forward(self, block: TokenBlock, part: slice) -> _Batch:
         """The unedited forward, its finite rows, and which positions the policy keeps."""

@@ -63,7 +63,7 @@ class Explanations:
             f"<tr><th style='text-align:left'>{name}</th><td>{value['mean']:.3f}</td>"
             f"<td>{value['low']:.3f} to {value['high']:.3f}</td></tr>"
             for name, value in self.summary.items()
-            if isinstance(value, dict)
+            if "mean" in (value if isinstance(value, dict) else ())
         )
         return (
             f"<table><caption>Sememe explanations: {self.summary['n_labelled']:,} of {self.summary['n_scored']:,} "

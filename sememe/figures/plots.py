@@ -24,6 +24,8 @@ COLOURS = {
     "zero": "#24292f",
 }
 MAX_CURVES = 6
+LOGARITHMIC_FROM = 20
+"""Largest over smallest value from which an axis is logarithmic."""
 STYLE = {
     "font.family": "sans-serif",
     "font.size": 9.5,
@@ -84,7 +86,7 @@ def _dots(
     figure = Figure(figsize=(6.4, 1.1 + 0.32 * max(len(shown), 1)), layout="constrained")
     axes = figure.add_subplot()
     values = [s["value"] for _, s in shown]
-    logarithmic = bool(values) and min(values) > 0 and max(values) / min(values) > 5
+    logarithmic = bool(values) and min(values) > 0 and max(values) / min(values) > LOGARITHMIC_FROM
     for y, (name, statistic) in enumerate(shown):
         value, low, high = (statistic[key] for key in ("value", "low", "high"))
         tint = colour or COLOURS.get(name.removesuffix(" ablation"), "#57606a")

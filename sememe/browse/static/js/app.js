@@ -27,7 +27,7 @@
   const NULLS = { pca: "PCA", untrained: "untrained", random_directions: "random directions", identity: "identity" };
 
   function Report({ report }) {
-    const arms = [["this dictionary", report.metrics], ...Object.entries(report.nulls).map(([name, figures]) => [NULLS[name] || name, figures])];
+    const arms = [["dictionary", report.metrics], ...Object.entries(report.nulls).map(([name, figures]) => [NULLS[name] || name, figures])];
     const names = Object.keys(FIGURES).filter((name) => name in report.metrics);
     const cell = (name, entry) => {
       if (!entry) return "–";
@@ -35,7 +35,7 @@
       const interval = entry.low === null || entry.high === null ? null : `95% interval ${write(entry.low)} to ${write(entry.high)}`;
       return html`<span title=${interval}>${write(entry.value)}</span>`;
     };
-    return html`<div class="report"><h2>Report <span class="muted">on held-out text${arms.length > 1 ? ", beside what should do worse" : ""}</span></h2>
+    return html`<div class="report"><h2>Report <span class="muted">on held-out text${arms.length > 1 ? ", beside nulls" : ""}</span></h2>
       <div class="scroll"><table><thead><tr><td></td>${arms.map(([arm]) => html`<th key=${arm} scope="col">${arm}</th>`)}</tr></thead>
       <tbody>${names.map((name) => html`<tr key=${name}><th scope="row" title=${name}>${FIGURES[name][0]}</th>${arms.map(([arm, figures]) => html`<td key=${arm}>${cell(name, figures[name])}</td>`)}</tr>`)}</tbody></table></div></div>`;
   }
@@ -152,7 +152,7 @@
     let body;
     if (address.page === "about") body = html`<${About} overview=${overview} />`;
     else if (address.page === "latent") body = model ? html`<${S.latentViews.Latent} model=${model} overview=${overview} id=${address.latent} params=${address.params} />` : html`<p class="empty" role="status">Reading the latents…</p>`;
-    else body = html`<${Overview} overview=${overview} params=${address.params} /><${S.listViews.List} model=${model} overview=${overview} params=${address.params} />`;
+    else body = html`<h1 class="sr">Latents of ${overview.dictionary.name || "this dictionary"}</h1><${Overview} overview=${overview} params=${address.params} /><${S.listViews.List} model=${model} overview=${overview} params=${address.params} />`;
     return html`<${Header} overview=${overview} /><main class=${"page-" + address.page}>${body}</main><${Footer} overview=${overview} />`;
   }
 

@@ -22,7 +22,7 @@
   function Logits({ model, title, note, logits, negative }) {
     const largest = Math.max(...logits.values.map(Math.abs), 1e-9);
     return html`<section class=${"logits" + (negative ? " negative" : "")}>
-      <h3>${title} <span class="muted">${note}</span></h3>
+      <h2>${title} <span class="muted">${note}</span></h2>
       ${logits.tokens.length === 0 ? html`<p class="empty">Not in this atlas.</p>` : html`<ol>${logits.tokens.map((token, i) => html`<li key=${token}>
         <a href=${route.format("list", null, { q: model.tokens.text(token).length > 60 ? "" : model.tokens.text(token), status: "all" })} title="Latents with this token"><${Chip} tokens=${model.tokens} id=${token} /></a>
         <span class="bar" aria-hidden="true"><i style=${{ width: (Math.abs(logits.values[i]) / largest) * 100 + "%" }}></i></span>
@@ -31,22 +31,23 @@
   }
 
   function ActivationHistogram({ latent, edges }) {
+    const roomy = S.useMedia("(min-width: 900px)");
     if (!latent.n_active || !edges.length) return html`<p class="empty">It was never active on this text.</p>`;
     const bounds = [0, ...edges.map((edge) => edge * latent.max_act)];
     const nonzero = latent.histogram.filter((n) => n > 0);
     const logY = Math.max(...nonzero) > 30 * Math.min(...nonzero);
     return html`<${Histogram} counts=${latent.histogram} edges=${bounds} label="Histogram of its activations" logY=${logY}
-      xLabel="activation" yLabel=${logY ? "tokens (log scale)" : "tokens"} formatX=${(value) => number(value)} shade=${(i) => (0.1 + 0.9 * edges[i]).toFixed(3)}
+      height=${roomy ? 250 : 168} xLabel="activation" yLabel=${logY ? "tokens (log scale)" : "tokens"} formatX=${(value) => number(value)} shade=${(i) => (0.1 + 0.9 * edges[i]).toFixed(3)}
       describe=${(i) => `${count(latent.histogram[i])} tokens between ${number(bounds[i])} and ${number(bounds[i + 1])}`} />`;
   }
 
-  function Examples({ title, note, id, examples, shared, limit }) {
+  function Examples({ title, note, id, examples, shared, limit, level = "h2" }) {
     const { model, latent, contexts, documents, open, toggle } = shared;
     const [all, setAll] = useState(false);
     if (!examples.length) return null;
     const shown = all || !limit ? examples : examples.slice(0, limit);
     return html`<section class="examples" id=${id}>
-      <h3>${title} <span class="muted">${note}</span></h3>
+      <${level}>${title} <span class="muted">${note}</span><//>
       <ol>${shown.map((example) => html`<${Example} key=${example.key} model=${model} latent=${latent} example=${example} context=${contexts.get(example.context)} documents=${documents}
         open=${open.has(example.key)} onToggle=${() => toggle(example.key)} name=${`${title.toLowerCase()}, example ${example.rank + 1}`} />`)}</ol>
       ${shown.length < examples.length && html`<button type="button" class="link more" onClick=${() => setAll(true)}>Show ${examples.length - shown.length} more</button>`}
@@ -63,7 +64,7 @@
     if (!groups.length) return null;
     const ordinal = ["lowest", "2nd", "3rd", "4th", "5th", "6th", "7th", "8th", "9th", "highest"];
     return html`<section class="deciles"><h2>Across its range <span class="muted">examples from each tenth of its activations</span></h2>
-      ${groups.map(({ decile, examples: of }) => html`<${Examples} key=${decile} id=${"decile-" + decile} title=${`${ordinal[decile]} tenth`} note="" examples=${of} shared=${shared} />`)}
+      ${groups.map(({ decile, examples: of }) => html`<${Examples} level="h3" key=${decile} id=${"decile-" + decile} title=${`${ordinal[decile]} tenth`} note="" examples=${of} shared=${shared} />`)}
     </section>`;
   }
 
@@ -145,7 +146,7 @@
         ${found && row !== undefined && html`
           <${Stats} model=${model} latent=${found.latent} />
           <div class="charts">
-            <section><h3>Activations <span class="muted">where it is active</span></h3><${ActivationHistogram} latent=${found.latent} edges=${overview.histogram_edges} /></section>
+            <section><h2>Activations <span class="muted">where it is active</span></h2><${ActivationHistogram} latent=${found.latent} edges=${overview.histogram_edges} /></section>
             <${Logits} model=${model} title="Promotes" note="next tokens it makes likelier" logits=${found.latent.promoted} />
             <${Logits} model=${model} title="Demotes" note="and less likely" logits=${found.latent.demoted} negative />
           </div>

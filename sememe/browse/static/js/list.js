@@ -42,9 +42,10 @@
       const next = ref.current.querySelector(`[data-place="${Number(link.dataset.place) + step}"]`);
       if (next) next.focus();
     };
-    return html`<div class=${own ? "virtual own" : "virtual"} ref=${ref} role="table" aria-label=${label} aria-rowcount=${n} aria-colcount=${columns} onKeyDown=${keys}>
+    const table = columns ? { role: "table", "aria-label": label, "aria-rowcount": n, "aria-colcount": columns } : { tabIndex: -1 };
+    return html`<div class=${own ? "virtual own" : "virtual"} ref=${ref} ...${table} onKeyDown=${keys}>
       ${children}
-      <div class="rows" role="rowgroup" style=${{ height: n * height + "px" }}>${rows}</div>
+      <div class="rows" role=${columns ? "rowgroup" : null} style=${{ height: n * height + "px" }}>${rows}</div>
     </div>`;
   }
 
@@ -120,14 +121,14 @@
     const draw = (place, style) => {
       const row = rows[place], { index } = model, id = index.id[row];
       const places = found.places ? model.placeNames(found.places[row]) : [];
-      return html`<a key=${row} class="row" role="row" aria-rowindex=${place + 1} data-place=${place} href=${route.format("latent", id, params)} style=${style}>
+      return html`<div key=${row} class="row" role="row" aria-rowindex=${place + 1} style=${style}>
         <span role="cell" class="c-id">${id}</span>
-        <span role="cell" class="c-label"><span class="names"><${Label} model=${model} row=${row} /></span>${places.length > 0 && html`<span class="where">${places.join(" · ")}</span>`}</span>
+        <span role="cell" class="c-label"><a class="cover" data-place=${place} href=${route.format("latent", id, params)}><span class="names"><${Label} model=${model} row=${row} /></span></a>${places.length > 0 && html`<span class="where">${places.join(" · ")}</span>`}</span>
         <span role="cell" class="c-share">${index.top_token[row] === null ? "–" : percent(index.top_token_share[row], 2)}</span>
         <span role="cell" class="c-density"><span class="meter" aria-hidden="true"><i style=${{ width: densityShare(index.density[row]) * 100 + "%" }}></i></span><span>${percent(index.density[row])}</span></span>
         <span role="cell" class="c-max">${number(index.max_act[row])}</span>
         <span role="cell" class="c-lang">${index.language[row] < 0 ? "–" : index.languages[index.language[row]]}</span>
-      </a>`;
+      </div>`;
     };
     return html`<section class="list" aria-label="Latents">
       <${Toolbar} model=${model} overview=${overview} params=${params} change=${change} found=${model ? rows.length : null} />
@@ -153,13 +154,13 @@
     const change = (changes) => route.replace(route.format("latent", latent, { ...params, ...changes }));
     const draw = (at, style) => {
       const row = rows[at], id = model.index.id[row];
-      return html`<a key=${row} class=${"rail-row" + (at === place ? " current" : "")} role="row" aria-current=${at === place ? "true" : null} data-place=${at} href=${route.format("latent", id, route.listParams(params))} style=${style}>
-        <span role="cell" class="c-id">${id}</span><span role="cell" class="names"><${Label} model=${model} row=${row} /></span></a>`;
+      return html`<a key=${row} class=${"rail-row" + (at === place ? " current" : "")} aria-current=${at === place ? "true" : null} data-place=${at} href=${route.format("latent", id, route.listParams(params))} style=${style}>
+        <span class="c-id">${id}</span><span class="names"><${Label} model=${model} row=${row} /></span></a>`;
     };
     return html`<nav class="rail" aria-label="Latents">
       <${SearchBox} model=${model} params=${params} change=${change} />
       <p class="found" role="status"><b>${count(rows.length)}</b> ${rows.length === 1 ? "latent" : "latents"} <a href=${route.format("list", null, route.listParams(params))}>Filters and sorting</a></p>
-      <${Virtual} own n=${rows.length} height=${36} draw=${draw} current=${place} label="Latents" columns=${2} />
+      <${Virtual} own n=${rows.length} height=${36} draw=${draw} current=${place} />
     </nav>`;
   }
 

@@ -89,7 +89,8 @@
       if (this.last && this.last.key === key) return this.last;
       const { density, n_active, language, languages } = this.index;
       const found = params.q ? this.match(params.q, params.in) : null;
-      const low = params.min === "" ? -Infinity : Number(params.min), high = params.max === "" ? Infinity : Number(params.max);
+      // A bar of the density histogram holds its lower edge and not its upper one, and so do these bounds.
+      const low = params.min === "" ? -Infinity : Number(params.min), high = params.max === "" || Number(params.max) >= 1 ? Infinity : Number(params.max);
       const spoken = params.lang ? languages.indexOf(params.lang) : null;
       const rows = [];
       for (let row = 0; row < this.n; row++) {
@@ -97,7 +98,7 @@
         if (params.status === "alive" && !n_active[row]) continue;
         if (params.status === "dead" && n_active[row]) continue;
         if (spoken !== null && language[row] !== spoken) continue;
-        if (!(density[row] >= low && density[row] <= high)) continue;
+        if (!(density[row] >= low && density[row] < high)) continue;
         rows.push(row);
       }
       this.sort(rows, params, found);

@@ -37,7 +37,7 @@
       if (char === "\n") push("↵", "newline");
       else if (char === "\t") push("⇥", "blank");
       else if (char === " ") {
-        const alone = chars.length > 1 && chars[i - 1] !== " " && chars[i + 1] !== " ";
+        const alone = chars[i - 1] !== " " && chars[i + 1] !== " ";
         if (spaces === "all" || !alone) push("·", "blank");
         else plain += char;
       } else if (SPACES.test(char)) push(escape(char), "escape");
@@ -71,23 +71,46 @@
   function join(byteLists) {
     const bytes = [], owner = [];
     byteLists.forEach((list, token) => list.forEach((byte) => { bytes.push(byte); owner.push(token); }));
-    const out = byteLists.map(() => ({ text: "", parts: [], continues: false }));
+    const out = byteLists.map(() => ({ parts: [], continues: false }));
+    const plain = byteLists.map(() => "");
+    const flush = (token) => { out[token].parts.push(...runs(plain[token], "runs")); plain[token] = ""; };
     for (let i = 0; i < bytes.length; ) {
-      const length = sequenceLength(bytes[i]);
+      const length = sequenceLength(bytes[i]), token = owner[i];
       let letter = null;
       if (length && i + length <= bytes.length) {
         try { letter = strict.decode(new Uint8Array(bytes.slice(i, i + length))); } catch (error) { letter = null; }
       }
       if (letter === null) {
-        out[owner[i]].parts.push({ kind: "escape", text: "\\x" + bytes[i].toString(16).toUpperCase().padStart(2, "0") });
+        flush(token);
+        out[token].parts.push({ kind: "escape", text: "\\x" + bytes[i].toString(16).toUpperCase().padStart(2, "0") });
         i += 1;
       } else {
-        out[owner[i]].parts.push(...runs(letter, "runs"));
-        for (let j = i + 1; j < i + length; j++) if (owner[j] !== owner[i]) out[owner[j]].continues = true;
+        plain[token] += letter;
+        for (let j = i + 1; j < i + length; j++) if (owner[j] !== token) out[owner[j]].continues = true;
         i += length;
       }
     }
+    byteLists.forEach((_, token) => flush(token));
     return out;
+  }
+
+  // What letters a cut-off sequence at the end of these bytes can become: "ぁ–み" for E3 81; null if there is none.
+  function beginningOf(bytes) {
+    for (let start = Math.max(0, bytes.length - 3); start < bytes.length; start++) {
+      const length = sequenceLength(bytes[start]), rest = bytes.slice(start + 1);
+      if (length < 2 || rest.length >= length - 1 || rest.some((byte) => byte < 0x80 || byte > 0xbf)) continue;
+      let low = bytes[start] & (0xff >> (length + 1)), high = low;
+      for (let i = 0; i < length - 1; i++) {
+        low = (low << 6) | (i < rest.length ? rest[i] & 63 : 0);
+        high = (high << 6) | (i < rest.length ? rest[i] & 63 : 63);
+      }
+      const letter = /[\p{L}\p{N}\p{S}]/u, shown = (code) => code < 0xd800 || code > 0xdfff ? letter.test(String.fromCodePoint(code)) : false;
+      const shortest = { 2: 0x80, 3: 0x800, 4: 0x10000 }[length]; // nothing is written longer than it must be
+      for (low = Math.max(low, shortest); low <= high && !shown(low); ) low++;
+      while (high >= low && !shown(high)) high--;
+      return low <= high ? String.fromCodePoint(low) + "–" + String.fromCodePoint(high) : null;
+    }
+    return null;
   }
 
   // The token table of an atlas.
@@ -109,12 +132,14 @@
       if (!found) {
         const bytes = this.bytes.get(id);
         found = bytes ? merge(join([bytes])[0].parts) : runs(this.text(id), "all");
+        const hint = bytes && beginningOf(bytes);
+        if (hint) found.push({ kind: "hint", text: hint });
         this.cache.set(id, found);
       }
       return found;
     }
     flat(id) {
-      return this.alone(id).map((run) => run.text).join("");
+      return this.alone(id).filter((run) => run.kind !== "hint").map((run) => run.text).join("");
     }
     // A row of tokens, letters that span several joined again: [{parts, continues}] of the same length.
     row(ids) {

@@ -9,7 +9,7 @@
   function Runs({ parts, breaks }) {
     return parts.map((run, i) => {
       if (!run.kind) return run.text;
-      return html`<${Fragment} key=${i}><span class=${"mark " + run.kind}>${run.text}</span>${breaks && run.kind === "newline" ? "\n" : null}<//>`;
+      return html`<${Fragment} key=${i}><span class=${"mark " + run.kind} dir="ltr">${run.text}</span>${breaks && run.kind === "newline" ? "\n" : null}<//>`;
     });
   }
 
@@ -89,8 +89,9 @@
           </dl>
         </div>`}
       </div>
-      <button class="expand" type="button" aria-expanded=${open} aria-label=${(open ? "Show less of " : "Show the whole context of ") + name} onClick=${onToggle}>
-        <span class="meta">${source ? html`<span class="source">${S.text.flat(source.title || source.source).replace(/·/g, " ")}</span>${source.title ? html` <span>${source.source}</span>` : null}${source.language ? html` <span class="language">${source.language}</span>` : null}` : null}</span>
+      <button class="expand" type="button" aria-expanded=${open} title=${open ? "Show less" : "Show the whole context"} onClick=${onToggle}>
+        <span class="sr">${(open ? "Show less of " : "Show the whole context of ") + name} </span>
+        <span class="meta" title=${source ? S.text.flat([source.title, source.source, source.language].filter(Boolean).join(", ")).replace(/·/g, " ") : null}>${source ? html`<span class="source">${S.text.flat(source.title || source.source).replace(/·/g, " ")}</span>${source.title ? html` <span>${source.source}</span>` : null}${source.language ? html` <span class="language">${source.language}</span>` : null}` : null}</span>
         <span class="arrow" aria-hidden="true">${open ? "−" : "+"}</span>
       </button>
     </li>`;

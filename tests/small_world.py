@@ -1,0 +1,44 @@
+"""A small corpus and a small model on disk, for tests that go through several rooms."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+from tiny_models import tiny_hf, tiny_tokenizer
+
+from sememe import lm as language_models
+from sememe.lm import LanguageModel, ModelConfig
+from sememe.text import TextConfig, TokenPolicy
+
+WORDS = "the cat sat on a mat and saw its tail while rain fell over grey hills near old towns".split()
+POLICY = TokenPolicy(context_length=32)
+
+
+def write_corpus(path: Path, n_documents: int = 200, seed: int = 0) -> Path:
+    """A .jsonl file of short documents, all different."""
+    rng = random.Random(seed)
+    lines = (
+        json.dumps({"text": f"{number}: " + " ".join(rng.choices(WORDS, k=rng.randint(10, 60))) + "."})
+        for number in range(n_documents)
+    )
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def write_model(folder: Path, seed: int = 0) -> Path:
+    """A tiny Llama with random weights, as a Hugging Face folder."""
+    tiny_hf("llama", seed=seed).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def load_model(folder: Path) -> LanguageModel:
+    """Loaded in float32."""
+    return language_models.load(ModelConfig(model=str(folder), dtype="float32"))
+
+
+def text_of(path: Path, **changes: object) -> TextConfig:
+    """The corpus, a fifth of it held out."""
+    return TextConfig.build({"corpus": (str(path),), "heldout_fraction": 0.2, **changes})

@@ -1,0 +1,344 @@
+"""Training: it learns, it resumes to the same bits after kill -9, and bad runs stop with a reason."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from small_world import POLICY, load_model, text_of, write_corpus, write_model
+from test_harvest import config_for
+
+from sememe import artifact, dictionaries
+from sememe.checkpoint import load_checkpoint, save_checkpoint
+from sememe.dictionaries import TRAINABLE
+from sememe.dictionaries.relu import ReLUConfig
+from sememe.dictionaries.topk import TopKConfig
+from sememe.errors import ActivationError, ConfigError, CorruptError, MismatchError, ResourceError
+from sememe.harvest import harvest
+from sememe.metrics import mmcs
+from sememe.source import TensorSource
+from sememe.store import open_store
+from sememe.tracking import Log, read_log
+from sememe.train import TrainConfig, learning_rate, train
+
+CONFIGS = {
+    "topk": TopKConfig(k=3, d_sae=64, dead_after_tokens=2000),
+    "relu": ReLUConfig(d_sae=64, l1_coefficient=0.05, resample_after_tokens=500, rewarmup_steps=5),
+}
+
+
+def planted(n: int = 4000, d: int = 16, n_features: int = 32, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(n_features, d, generator=generator)
+    features /= features.norm(dim=1, keepdim=True)
+    codes = torch.zeros(n, n_features)
+    for row in range(n):
+        codes[row, torch.randperm(n_features, generator=generator)[:3]] = torch.rand(3, generator=generator) + 0.5
+    return features, codes @ features * 7 + 2
+
+
+def config(kind: str, out: Path, **changes) -> TrainConfig:
+    return TrainConfig.build(
+        {
+            "out": out,
+            "architecture": CONFIGS[kind],
+            "n_tokens": 40 * 256,
+            "batch_size": 256,
+            "lr": 3e-3,
+            "log_every": 10,
+            "threads": 1,
+            **changes,
+        }
+    )
+
+
+@pytest.fixture(params=sorted(TRAINABLE))
+def kind(request) -> str:
+    return request.param
+
+
+def test_it_learns_and_writes_what_it_promises(kind, tmp_path):
+    _, x = planted()
+    out = tmp_path / "d"
+    dictionary = train(config(kind, out, n_tokens=300 * 256), source=TensorSource(x))
+    log = read_log(out / "metrics.jsonl")
+    assert log[-1]["step"] == 300 and {"mse", "fvu", "l0", "lr", "tokens", "seconds"} <= set(log[-1])
+    assert log[-1]["fvu"] < 0.5 * log[0]["fvu"]
+    fvu = float((x - dictionary(x)).square().sum() / (x - x.mean(0)).square().sum())
+    assert fvu == pytest.approx(log[-1]["fvu"], rel=0.2), "the exported dictionary works in raw units"
+    assert not list(out.glob("checkpoint*"))
+    extra = artifact.load(out).extra
+    assert 0 < extra["training"]["frac_alive_last_pass"] <= 1
+    torch.testing.assert_close(dictionary.W_dec.norm(dim=1), torch.ones(64), atol=1e-4, rtol=1e-4)
+
+
+def test_topk_recovers_planted_features(tmp_path):
+    features, x = planted(8000)
+    made = train(config("topk", tmp_path / "d", n_tokens=1500 * 256), source=TensorSource(x))
+    assert mmcs(features, made.decoder_directions().detach()) > 0.95
+
+
+def test_same_seed_same_bits_and_another_seed_others(kind, tmp_path):
+    _, x = planted()
+    prints = [
+        artifact.file_sha256(tmp_path / name / "weights.safetensors")
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+        if train(config(kind, tmp_path / name, seed=seed), source=TensorSource(x, seed=seed))
+    ]
+    assert prints[0] == prints[1] != prints[2]
+
+
+RESUME = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+import test_train as t
+from sememe import train as room
+kind, out, live = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "live"
+step = room._Run._one_step
+def counted(run, log, progress):
+    step(run, log, progress)
+    print("step", run.step, flush=True)
+room._Run._one_step = counted
+if live:
+    room.train(t.live_config(Path(sys.argv[4]), out))
+else:
+    room.train(t.config(kind, out, checkpoint_every_seconds=0), source=t.TensorSource(t.planted()[1]))
+"""
+
+
+def live_config(world: Path, out: Path) -> TrainConfig:
+    return TrainConfig.build(
+        {
+            "out": out,
+            "architecture": CONFIGS["topk"],
+            "live": True,
+            "model": {"model": str(world / "model"), "dtype": "float32"},
+            "text": text_of(world / "corpus.jsonl"),
+            "policy": POLICY,
+            "inputs": ("resid_post.0",),
+            "n_tokens": 40 * 256,
+            "batch_size": 256,
+            "batch_rows": 8,
+            "buffer_mb": 1,
+            "threads": 1,
+            "checkpoint_every_seconds": 0,
+        }
+    )
+
+
+def killed_and_resumed(arguments: list[str], out: Path, kill_at: tuple[int, ...]) -> None:
+    code = RESUME.format(tests=str(Path(__file__).parent))
+    command = [sys.executable, "-c", code, *arguments]
+    last = 0
+    for steps in kill_at:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        assert process.stdout is not None
+        for line in process.stdout:
+            last = int(line.split()[1])
+            if last >= steps:
+                break
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        assert last >= steps and not out.exists()
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    first = int(done.stdout.split()[1])
+    assert first > kill_at[0], "it went on instead of starting again"
+
+
+def test_kill_9_and_resume_gives_the_same_bits(kind, tmp_path):
+    _, x = planted()
+    train(config(kind, tmp_path / "whole", checkpoint_every_seconds=0), source=TensorSource(x))
+    killed_and_resumed([kind, str(tmp_path / "resumed"), "stored"], tmp_path / "resumed", (7, 23))
+    for name in ("weights.safetensors", "probe.safetensors"):
+        whole, resumed = (tmp_path / folder / name for folder in ("whole", "resumed"))
+        assert whole.read_bytes() == resumed.read_bytes(), name
+    logs = [read_log(tmp_path / folder / "metrics.jsonl") for folder in ("whole", "resumed")]
+    for one, two in zip(*logs, strict=True):
+        assert {k: v for k, v in one.items() if k != "seconds"} == {k: v for k, v in two.items() if k != "seconds"}
+
+
+def test_a_live_run_is_killed_and_resumed_to_the_same_bits(tmp_path):
+    write_corpus(tmp_path / "corpus.jsonl")
+    write_model(tmp_path / "model")
+    train(live_config(tmp_path, tmp_path / "whole"))
+    out = tmp_path / "resumed"
+    killed_and_resumed(["topk", str(out), "live", str(tmp_path)], out, (9,))
+    assert (tmp_path / "whole" / "weights.safetensors").read_bytes() == (out / "weights.safetensors").read_bytes()
+    assert artifact.load(out).extra["policy"] == POLICY.resolved()
+
+
+def test_ctrl_c_writes_a_checkpoint_and_loses_nothing(tmp_path):
+    code = RESUME.format(tests=str(Path(__file__).parent)).replace("checkpoint_every_seconds=0", "checkpoint_every_seconds=999")
+    command = [sys.executable, "-c", code, "topk", str(tmp_path / "d"), "stored"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line == "step 5\n":
+            break
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0 and "KeyboardInterrupt" in errors
+    saved = load_checkpoint(tmp_path / ".d.partial")
+    assert saved is not None and saved["run"]["step"] >= 5
+
+
+def test_a_checkpoint_of_other_threads_or_config_is_refused(tmp_path):
+    _, x = planted()
+    made = config("topk", tmp_path / "d")
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(made, x)
+    with pytest.raises(MismatchError, match="must go on with the threads, kernels and torch it was made with"):
+        train(made.replace(threads=2), source=TensorSource(x))
+    with pytest.raises(MismatchError, match="unfinished work"):
+        train(made.replace(lr=1e-3), source=TensorSource(x))
+    path = next((tmp_path / ".d.partial").glob("checkpoint-*.safetensors"))
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(CorruptError, match=r"the checkpoint .* must have SHA-256 .* delete it to start"):
+        train(made, source=TensorSource(x))
+
+
+def interrupted(made: TrainConfig, x: torch.Tensor) -> None:
+    class Stops(TensorSource):
+        n = 0
+
+        def next_batch(self, n):
+            self.n += 1
+            if self.n == 10:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().next_batch(n)
+
+    train(made, source=Stops(x))
+
+
+def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+    _, x = planted()
+    bad = x.clone()
+    bad[:, 3] = float("nan")
+
+    class TurnsBad(TensorSource):
+        n = 0
+
+        def next_batch(self, n):
+            self.n += 1
+            if self.n > 25:
+                self.x = bad
+            return super().next_batch(n)
+
+    with pytest.raises(ActivationError, match=r"must be finite at step \d+, got nan"):
+        train(config("topk", tmp_path / "d", log_every=1, checkpoint_every_seconds=0), source=TurnsBad(x))
+    assert not (tmp_path / "d").exists()
+    saved = load_checkpoint(tmp_path / ".d.partial")
+    assert saved is not None and saved["run"]["step"] == 25
+    assert all(torch.isfinite(t).all() for t in saved["weights"].values())
+    with pytest.raises(ActivationError, match="NaN or infinity in the sample"):
+        train(config("topk", tmp_path / "e"), source=TensorSource(bad))
+
+
+def test_relu_resampling_revives_silent_latents_and_forgets_their_moments(tmp_path):
+    _, x = planted()
+    # an L1 penalty so strong that many latents fall silent
+    architecture = ReLUConfig(
+        d_sae=64, l1_coefficient=0.3, resample_at=(0.5,), resample_after_tokens=1000, rewarmup_steps=5
+    )
+    from sememe import train as room
+
+    seen = {}
+    original = room._Run._resample
+
+    def watch(run, log):
+        silent = run.dictionary.tokens_since_fired > 1000
+        original(run, log)
+        seen["silent"] = silent
+        seen["moments"] = [m[0][silent].abs().max().item() for m in run.optimiser.moments.values() if m[0].shape[0] == 64]
+        seen["norms"] = run.dictionary.W_dec[silent].norm(dim=1)
+
+    room._Run._resample = watch
+    try:
+        train(config("relu", tmp_path / "d", architecture=architecture, n_tokens=100 * 256), source=TensorSource(x))
+    finally:
+        room._Run._resample = original
+    assert int(seen["silent"].sum()) > 0
+    assert max(seen["moments"]) == 0.0
+    torch.testing.assert_close(seen["norms"], torch.ones_like(seen["norms"]))
+
+
+def test_the_learning_rate_rises_falls_and_rewarms():
+    from sememe.train import _Plan
+
+    made = TrainConfig(warmup=0.1, decay=0.2, n_tokens=1)
+    plan = _Plan(100, 1.0, (50,), 10)
+    rates = [plan.rate(step, made, None) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == rates[50] == 1.0
+    assert rates[-1] == pytest.approx(0.05) and rates == sorted(rates[:50]) + sorted(rates[50:], reverse=True)
+    assert plan.rate(50, made, 0) == pytest.approx(0.1) and plan.rate(60, made, 10) == 1.0
+    assert learning_rate(TrainConfig(), 4096) == pytest.approx(4 * learning_rate(TrainConfig(), 65536))
+
+
+def test_a_store_feeds_training_and_the_dictionary_remembers_it(tmp_path):
+    write_corpus(tmp_path / "corpus.jsonl")
+    write_model(tmp_path / "model")
+    harvest(config_for(tmp_path, tmp_path / "store"), lm=load_model(tmp_path / "model"))
+    made = TrainConfig.build(
+        {
+            "store": tmp_path / "store",
+            "out": tmp_path / "d",
+            "architecture": CONFIGS["topk"],
+            "inputs": ("mlp_out.1",),
+            "batch_size": 64,
+            "track": ("tensorboard",),
+        }
+    )
+    dictionary = train(made)
+    store = open_store(tmp_path / "store")
+    assert artifact.load(tmp_path / "d").meta["parents"] == {"store": store.fingerprint}
+    assert dictionary.sites is not None
+    assert dictionary.sites.inputs[0].hookpoint == "mlp_out.1"
+    assert dictionary.sites.inputs[0].model_fingerprint == store.info.model_fingerprint
+    assert list((tmp_path / "d" / "tensorboard").iterdir())
+    before = (tmp_path / "d" / "meta.json").stat().st_mtime_ns
+    train(made)
+    assert (tmp_path / "d" / "meta.json").stat().st_mtime_ns == before, "the second run opens it"
+
+
+def test_options_without_effect_and_contradictions_are_errors():
+    with pytest.raises(ConfigError, match="buffer_mb must be left out unless live is set, got 7"):
+        TrainConfig.build({"buffer_mb": 7})
+    with pytest.raises(ConfigError, match="n_tokens must be given when live"):
+        TrainConfig.build({"live": True, "inputs": ("resid_post.0",)})
+    with pytest.raises(ConfigError, match="n_tokens and epochs both say how long"):
+        TrainConfig.build({"n_tokens": 5, "epochs": 2})
+    with pytest.raises(ConfigError, match=r"l1_coefficient must be a known option"):
+        TrainConfig.build({"architecture": {"kind": "topk", "l1_coefficient": 1.0}})
+
+
+def test_a_missing_tracker_is_one_line(tmp_path):
+    with pytest.raises(ResourceError, match="tracking with trackio needs its package.*pip install trackio"):
+        Log(tmp_path / "log.jsonl", ("trackio",))
+
+
+def test_the_log_is_cut_back_to_the_checkpoint(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    with Log(path, resume_step=2) as log:
+        log.write(3, {"x": 9})
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"step": 1}, {"step": 2}, {"step": 3, "x": 9}]
+
+
+def test_checkpoints_round_trip_and_replace_each_other(tmp_path):
+    state = {"a": torch.arange(5), "b": {"c": torch.ones(2, dtype=torch.bfloat16), "n": 3, "none": None}}
+    save_checkpoint(tmp_path, 1, {"old": 1})
+    save_checkpoint(tmp_path, 2, state)
+    assert len(list(tmp_path.iterdir())) == 1
+    loaded = load_checkpoint(tmp_path)
+    assert loaded is not None and torch.equal(loaded["a"], state["a"]) and loaded["b"]["n"] == 3
+    assert torch.equal(loaded["b"]["c"], state["b"]["c"]) and loaded["b"]["none"] is None
+    assert load_checkpoint(tmp_path / "nowhere") is None
+    assert dictionaries.TRAINABLE
