@@ -60,6 +60,8 @@ Formula = Callable[[Totals], Array]
 
 HISTOGRAM_LOW = 1e-6
 HISTOGRAM_BINS = 60
+CACHED_LOGITS = 800_000
+"""Logits worked on at once on a CPU: 3 MB in float32. At 16 x 49,152 three times as fast as at 256 x 49,152."""
 
 
 class Statistic(NamedTuple):
@@ -371,14 +373,13 @@ class PredictionTerms(NamedTuple):
 
 def base_terms(logits: Float[Tensor, "n vocab"], targets: Int[Tensor, " n"]) -> BaseTerms:
     """Cross-entropy, probabilities and negative entropy of the unedited model, in float32."""
-    log_probs = torch.log_softmax(logits.float(), -1)
-    ce = -log_probs.gather(1, targets[:, None].long()).squeeze(1)
-    probs = log_probs.exp()
-    # 0 * -inf (a token the model rules out) is 0 here, as in every definition of entropy.
-    entropy = _row_dot(probs, log_probs)
-    if not bool(torch.isfinite(entropy).all()):
-        entropy = torch.where(probs > 0, probs * log_probs, 0.0).sum(1)
-    return BaseTerms(ce, probs, entropy)
+    ce, negative_entropy, probs = [], [], torch.empty_like(logits, dtype=torch.float32)
+    for rows in _row_blocks(logits):
+        log_probs = torch.log_softmax(logits[rows].float(), -1)
+        ce.append(-log_probs.gather(1, targets[rows, None].long()).squeeze(1))
+        torch.exp(log_probs, out=probs[rows])
+        negative_entropy.append(_expected(probs[rows], log_probs))
+    return BaseTerms(_joined(ce, logits), probs, _joined(negative_entropy, logits))
 
 
 def prediction_terms(
@@ -388,12 +389,31 @@ def prediction_terms(
 
     KL = sum p log p - sum p log q, with sum p = 1 in float32 (an error near 1e-6 nats).
     """
-    log_probs = torch.log_softmax(logits.float(), -1)
-    ce = -log_probs.gather(1, targets[:, None].long()).squeeze(1)
-    cross = _row_dot(base.probs, log_probs)
-    if not bool(torch.isfinite(cross).all()):
-        cross = torch.where(base.probs > 0, base.probs * log_probs, 0.0).sum(1)
-    return PredictionTerms(ce, base.negative_entropy - cross)
+    ce, kl = [], []
+    for rows in _row_blocks(logits):
+        log_probs = torch.log_softmax(logits[rows].float(), -1)
+        ce.append(-log_probs.gather(1, targets[rows, None].long()).squeeze(1))
+        kl.append(base.negative_entropy[rows] - _expected(base.probs[rows], log_probs))
+    return PredictionTerms(_joined(ce, logits), _joined(kl, logits))
+
+
+def _row_blocks(logits: Float[Tensor, "n vocab"]) -> list[slice]:
+    """Rows a few at a time on a CPU, so that what one operation writes the next still finds in the cache."""
+    n, vocab = logits.shape
+    step = max(1, CACHED_LOGITS // vocab) if logits.device.type == "cpu" else max(n, 1)
+    return [slice(start, start + step) for start in range(0, n, step)]
+
+
+def _joined(parts: list[Tensor], logits: Tensor) -> Float[Tensor, " n"]:
+    return torch.cat(parts) if parts else logits.new_empty(0, dtype=torch.float32)
+
+
+def _expected(probs: Float[Tensor, "n vocab"], values: Float[Tensor, "n vocab"]) -> Float[Tensor, " n"]:
+    """Sum of probability times value per row. 0 * -inf (a token that is ruled out) is 0, as in every definition."""
+    found = torch.bmm(probs[:, None], values[:, :, None]).reshape(-1)
+    if not bool(torch.isfinite(found).all()):
+        found = torch.where(probs > 0, probs * values, 0.0).sum(1)
+    return found
 
 
 class LanguageModelLoss:
@@ -549,7 +569,3 @@ def _select(sums: dict[str, Array], units: Bool[np.ndarray, " units"] | None) ->
     if units is None:
         return sums
     return {name: array[units[: array.shape[0]]] for name, array in sums.items()}
-
-
-def _row_dot(a: Float[Tensor, "n d"], b: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
-    return torch.bmm(a[:, None], b[:, :, None]).reshape(-1)

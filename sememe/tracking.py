@@ -45,8 +45,8 @@ class Log:
         aside = self.path.with_suffix(".tmp")
         aside.write_text("".join(line + "\n" for line in kept))
         aside.replace(self.path)
-        self.file = self.path.open("a", encoding="utf-8")
         self.sinks = [_sink(tracker, self.path.parent, name, config or {}) for tracker in trackers]
+        self.file = self.path.open("a", encoding="utf-8")
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """One line."""

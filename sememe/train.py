@@ -195,11 +195,9 @@ def _train(
     if not fresh and artifact.find(config.out, "dictionary", identity):
         return dictionaries.load(config.out)
     dictionary = dictionaries.build(config.architecture, source.d_in, source.d_out, source.sites)
-    threads = torch.get_num_threads()
-    try:
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
-        with artifact.building(
+    with (
+        kernels.threads(config.threads) as threads,
+        artifact.building(
             config.out,
             kind="dictionary",
             version=VERSION,
@@ -208,14 +206,13 @@ def _train(
             resumable=True,
             fresh=fresh,
             leave_out=("checkpoint.tmp",),
-        ) as work:
-            _Run(config, dictionary, source, work).go()
-            for path in work.path.glob("checkpoint-*.safetensors"):
-                path.unlink()
-            probe_rows = source.sample(16).x
-            work.extra = extra | dictionary.write(work.path, probe_rows) | _summary(dictionary, source)
-    finally:
-        torch.set_num_threads(threads)
+        ) as work,
+    ):
+        _Run(config, dictionary, source, work, threads).go()
+        for path in work.path.glob("checkpoint-*.safetensors"):
+            path.unlink()
+        probe_rows = source.sample(16).x
+        work.extra = extra | dictionary.write(work.path, probe_rows) | _summary(dictionary, source)
     return dictionaries.load(config.out)
 
 
@@ -258,8 +255,11 @@ def _summary(dictionary: Trainable, source: Source) -> dict[str, Any]:
 class _Run:
     """One training run between its checkpoints."""
 
-    def __init__(self, config: TrainConfig, dictionary: Trainable, source: Source, work: artifact.Work) -> None:
+    def __init__(
+        self, config: TrainConfig, dictionary: Trainable, source: Source, work: artifact.Work, threads: int
+    ) -> None:
         self.config, self.dictionary, self.source, self.work = config, dictionary, source, work
+        self.threads = threads
         self.generator = torch.Generator().manual_seed(config.seed)
         self.plan = _plan(config, dictionary, source)
         self.step = 0
@@ -292,7 +292,7 @@ class _Run:
     def _setting(self) -> dict[str, Any]:
         """What the bits depend on besides the state."""
         parameter = next(self.dictionary.parameters())
-        return {"threads": torch.get_num_threads(), "kernels": kernels.path_for(parameter), "torch": torch.__version__}
+        return {"threads": self.threads, "kernels": kernels.path_for(parameter), "torch": torch.__version__}
 
     def _state(self) -> dict[str, Any]:
         return {

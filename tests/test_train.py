@@ -68,7 +68,7 @@ def test_it_learns_and_writes_what_it_promises(kind, tmp_path):
     log = read_log(out / "metrics.jsonl")
     assert log[-1]["step"] == 300 and {"mse", "fvu", "l0", "lr", "tokens", "seconds"} <= set(log[-1])
     assert log[-1]["fvu"] < 0.5 * log[0]["fvu"]
-    fvu = float((x - dictionary(x)).square().sum() / (x - x.mean(0)).square().sum())
+    fvu = float((x - dictionary(x).detach()).square().sum() / (x - x.mean(0)).square().sum())
     assert fvu == pytest.approx(log[-1]["fvu"], rel=0.2), "the exported dictionary works in raw units"
     assert not list(out.glob("checkpoint*"))
     extra = artifact.load(out).extra
@@ -148,7 +148,7 @@ def killed_and_resumed(arguments: list[str], out: Path, kill_at: tuple[int, ...]
         assert last >= steps and not out.exists()
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     first = int(done.stdout.split()[1])
-    assert first > kill_at[0], "it went on instead of starting again"
+    assert first >= kill_at[-1] > 1, "it went on instead of starting again"
 
 
 def test_kill_9_and_resume_gives_the_same_bits(kind, tmp_path):
@@ -246,7 +246,7 @@ def test_relu_resampling_revives_silent_latents_and_forgets_their_moments(tmp_pa
     _, x = planted()
     # an L1 penalty so strong that many latents fall silent
     architecture = ReLUConfig(
-        d_sae=64, l1_coefficient=0.3, resample_at=(0.5,), resample_after_tokens=1000, rewarmup_steps=5
+        d_sae=64, l1_coefficient=2.0, resample_at=(0.5,), resample_after_tokens=1000, rewarmup_steps=5
     )
     from sememe import train as room
 
@@ -257,7 +257,7 @@ def test_relu_resampling_revives_silent_latents_and_forgets_their_moments(tmp_pa
         silent = run.dictionary.tokens_since_fired > 1000
         original(run, log)
         seen["silent"] = silent
-        seen["moments"] = [m[0][silent].abs().max().item() for m in run.optimiser.moments.values() if m[0].shape[0] == 64]
+        seen["moments"] = [m[0][silent].abs().sum().item() for m in run.optimiser.moments.values() if m[0].shape[0] == 64]
         seen["norms"] = run.dictionary.W_dec[silent].norm(dim=1)
 
     room._Run._resample = watch
@@ -320,7 +320,7 @@ def test_options_without_effect_and_contradictions_are_errors():
 
 
 def test_a_missing_tracker_is_one_line(tmp_path):
-    with pytest.raises(ResourceError, match="tracking with trackio needs its package.*pip install trackio"):
+    with pytest.raises(ResourceError, match=r"tracking with trackio needs its package.*pip install trackio"):
         Log(tmp_path / "log.jsonl", ("trackio",))
 
 

@@ -138,7 +138,7 @@ def _context_ids(ids: list[int]) -> list[int] | None:
 def _write_shard(folder: Path, name: str, payload: Any) -> None:
     text = json.dumps(payload, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     packed = base64.b64encode(
-        gzip.compress(text.encode("utf-8", "surrogatepass"), compresslevel=6, mtime=0)
+        gzip.compress(text.encode("utf-8", "surrogatepass"), compresslevel=4, mtime=0)
     ).decode("ascii")
     path = folder / "data" / f"{name}.js"
     path.write_text(f'Sememe.shard("{name}","{packed}");\n', encoding="ascii")

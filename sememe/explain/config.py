@@ -25,7 +25,7 @@ class ExplainConfig(Config):
     """Share of the documents on which rules are scored and not found. The same documents for every latent."""
     max_tokens: int = Field(default=8, ge=1, le=64)
     """Most tokens, or pairs of tokens, that one rule may list."""
-    min_gain: float = Field(default=0.01, ge=0, le=1)
+    min_gain: float = Field(default=0.02, ge=0, le=1)
     """What each further token or condition must add to hit rate minus false-alarm rate on the training documents."""
     label_score: float = Field(default=0.4, ge=0, le=1)
     """Rules that score less on the held-out documents are kept, but do not become the latent's label."""

@@ -285,10 +285,11 @@ def fit(  # type: ignore[no-untyped-def]
 
 @njit
 def _shuffle(act, far):  # type: ignore[no-untyped-def]
-    """Activations in random order over all places, so that nothing about a token tells whether it is active."""
+    """What is known of the places in random order, so that nothing about a token tells whether it is active."""
     for i in range(act.shape[0] - 1, 0, -1):
         j = np.random.randint(0, i + 1)  # noqa: NPY002
         act[i], act[j] = act[j], act[i]
+        far[i], far[j] = far[j], far[i]
 
 
 @njit(parallel=True, cache=True)

@@ -21,7 +21,7 @@ from sememe.encoded import Encoded
 from sememe.errors import ConfigError
 from sememe.kernels import reference
 
-__all__ = ["TopK", "adam_step", "decode", "decode_encoded", "encode_topk", "path_for", "use"]
+__all__ = ["TopK", "adam_step", "decode", "decode_encoded", "encode_topk", "path_for", "threads", "use"]
 
 Path = Literal["reference", "cpu", "gpu"]
 
@@ -48,6 +48,22 @@ def use(path: Literal["auto", "reference"]) -> Iterator[None]:
         yield
     finally:
         _forced.pop()
+
+
+@contextlib.contextmanager
+def threads(n: int | None) -> Iterator[int]:
+    """Run torch and our own loops on n CPU threads (all that torch uses now, if not given); yields the number."""
+    from sememe.kernels import cpu
+
+    before = torch.get_num_threads()
+    n = before if n is None else n
+    torch.set_num_threads(n)
+    cpu.set_threads(n)
+    try:
+        yield n
+    finally:
+        torch.set_num_threads(before)
+        cpu.set_threads(before)
 
 
 def path_for(x: Tensor) -> Path:

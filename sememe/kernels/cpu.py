@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from numba import njit, prange
 from torch import Tensor
 
-__all__ = ["adam_step", "decode", "encode_topk", "native_bfloat16", "transposed_index"]
+__all__ = ["adam_step", "decode", "encode_topk", "native_bfloat16", "set_threads", "transposed_index"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -380,5 +380,5 @@ def adam_step(
 
 
 def set_threads(n: int) -> None:
-    """Let numba use as many threads as torch does."""
+    """Let numba use n threads; its OpenMP layer would else set torch's number to its own."""
     numba.set_num_threads(max(1, min(n, numba.config.NUMBA_NUM_THREADS)))

@@ -133,11 +133,7 @@ def _write_part(part: Part, documents: Iterable[RawDocument]) -> None:
     schema = pa.schema([(name, pa.string()) for name in COLUMNS])
     path = _data_path(part)
     aside = path.with_name(f"{path.name}.tmp")
-    try:
-        pq.write_table(pa.table(columns, schema=schema), aside, compression="zstd")
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
+    pq.write_table(pa.table(columns, schema=schema), aside, compression="zstd")
     record = {
         "part": part.name,
         "package": list(part.package),

@@ -68,12 +68,12 @@
 
   // Consecutive tokens that are not UTF-8 by themselves, joined: each gets the letters that begin in it.
   // `open` marks a token that only continues a letter; bytes that belong to no letter become escapes.
-  function join(byteLists) {
+  function join(byteLists, spaces) {
     const bytes = [], owner = [];
     byteLists.forEach((list, token) => list.forEach((byte) => { bytes.push(byte); owner.push(token); }));
     const out = byteLists.map(() => ({ parts: [], continues: false }));
     const plain = byteLists.map(() => "");
-    const flush = (token) => { out[token].parts.push(...runs(plain[token], "runs")); plain[token] = ""; };
+    const flush = (token) => { out[token].parts.push(...runs(plain[token], spaces)); plain[token] = ""; };
     for (let i = 0; i < bytes.length; ) {
       const length = sequenceLength(bytes[i]), token = owner[i];
       let letter = null;
@@ -131,7 +131,7 @@
       let found = this.cache.get(id);
       if (!found) {
         const bytes = this.bytes.get(id);
-        found = bytes ? merge(join([bytes])[0].parts) : runs(this.text(id), "all");
+        found = bytes ? merge(join([bytes], "all")[0].parts) : runs(this.text(id), "all");
         const hint = bytes && beginningOf(bytes);
         if (hint) found.push({ kind: "hint", text: hint });
         this.cache.set(id, found);
@@ -148,7 +148,7 @@
         let stop = i;
         while (stop < ids.length && this.bytes.has(ids[stop])) stop++;
         if (stop > i) {
-          for (const piece of join(ids.slice(i, stop).map((id) => this.bytes.get(id))))
+          for (const piece of join(ids.slice(i, stop).map((id) => this.bytes.get(id)), "runs"))
             out.push({ parts: merge(piece.parts), continues: piece.continues && !piece.parts.length });
           i = stop;
         } else {
