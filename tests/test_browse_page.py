@@ -101,7 +101,7 @@ def page(browser, address):
 
 def go(page, address: str, hash: str = "#/") -> None:
     page.goto(address + hash)
-    page.wait_for_selector(".rows .row, .example, .about, .problem, .empty:has-text('never active')")
+    page.wait_for_selector(".rows .row, .example, .about, .problem, .empty:not([role])")
 
 
 def ids(page) -> list[int]:
@@ -187,6 +187,8 @@ def test_filters(page, address):
     page.reload()
     page.wait_for_selector(".rows .row")
     assert column(page, "c-density span:last-child") == values
+    go(page, address, "#/?lang=tlh")  # a language of nobody
+    assert "No latent matches" in page.locator(".list .empty").inner_text()
     page.get_by_role("button", name="Clear").click()
     settle(page)
     assert page.locator(".found b").inner_text() == "288"

@@ -172,9 +172,18 @@ def test_the_interval_is_that_of_a_plain_loop_over_documents() -> None:
         chosen = np.concatenate(
             [np.tile(np.flatnonzero(units.numpy() == u), c) for u, c in enumerate(weight)]
         )
-        drawn.append(((a - b)[chosen] ** 2).sum() / ((a[chosen] - a[chosen].mean(0)) ** 2).sum())
+        drawn.append(((a - b)[chosen] ** 2).sum() / ((a[chosen] - a.mean(0)) ** 2).sum())
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])), rel=1e-9)
     assert found.low < found.value < found.high
+
+
+def test_the_interval_of_fvu_holds_the_value_when_documents_differ() -> None:
+    generator = torch.Generator().manual_seed(0)
+    units = torch.arange(300) // 30
+    x = rows() + 4 * torch.randn(10, 12, generator=generator)[units]
+    found = in_batches(x, x + 0.87 * (x.mean(0) - x), 64, units=units).compute(n_bootstrap=300)["fvu"]
+    assert found.low <= found.value <= found.high
+    assert found.high - found.low < 1e-9  # each document loses the same share of its variance
 
 
 def test_one_document_gives_no_interval() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -167,6 +169,38 @@ def test_recovery_of_another_width_is_an_error() -> None:
     toy = planted(ToyConfig(d=8, n_features=16, n_active=2))
     with pytest.raises(ShapeError, match=r"d_out=8 like the planted one, got 5\. Compare it"):
         recovery(toy, Directions(torch.ones(3, 5)))
+
+
+def test_the_command_trains_and_says_what_was_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sememe import dictionaries
+    from sememe.cli import main
+
+    planted_options = ["--planted-d", "16", "--planted-n-features", "24", "--planted-n-active", "1.5"]
+    size = [
+        "--k",
+        "2",
+        "--d-sae",
+        "32",
+        "--n-tokens",
+        "200000",
+        "--batch-size",
+        "512",
+        "--lr",
+        "0.01",
+        "--threads",
+        "1",
+    ]
+    with pytest.raises(SystemExit) as left:
+        main(["toy", "topk", *planted_options, *size, "--out", str(tmp_path / "learned")])
+    assert left.value.code == 0
+    toy = planted(ToyConfig(d=16, n_features=24, n_active=1.5))
+    found = recovery(toy, dictionaries.load(tmp_path / "learned"))
+    printed = capsys.readouterr().out
+    assert f"{found.recall:.4f}" in printed and f"{found.found:.1%}" in printed
+    chance = recovery(toy, Directions(torch.randn(32, 16, generator=generator())))
+    assert found.recall > 0.9 > chance.recall
 
 
 @pytest.mark.parametrize(

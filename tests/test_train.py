@@ -242,16 +242,23 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
         train(config("topk", tmp_path / "e"), source=TensorSource(bad))
 
 
-def test_relu_resampling_revives_silent_latents_and_forgets_their_moments(tmp_path):
+def test_relu_resampling_revives_silent_latents_and_forgets_their_moments(tmp_path, monkeypatch):
     _, x = planted()
-    # an L1 penalty so strong that many latents fall silent
     architecture = ReLUConfig(
-        d_sae=64, l1_coefficient=2.0, resample_at=(0.5,), resample_after_tokens=1000, rewarmup_steps=5
+        d_sae=64, l1_coefficient=0.05, resample_at=(0.5,), resample_after_tokens=1000, rewarmup_steps=5
     )
     from sememe import train as room
 
     seen = {}
     original = room._Run._resample
+    initialise = room.dictionaries.TRAINABLE["relu"].initialise
+
+    def half_dead(dictionary, x, target, generator):
+        initialise(dictionary, x, target, generator)
+        with torch.no_grad():
+            dictionary.b_enc[:10] = -1000.0
+
+    monkeypatch.setattr(room.dictionaries.TRAINABLE["relu"], "initialise", half_dead)
 
     def watch(run, log):
         silent = run.dictionary.tokens_since_fired > 1000
@@ -260,12 +267,10 @@ def test_relu_resampling_revives_silent_latents_and_forgets_their_moments(tmp_pa
         seen["moments"] = [m[0][silent].abs().sum().item() for m in run.optimiser.moments.values() if m[0].shape[0] == 64]
         seen["norms"] = run.dictionary.W_dec[silent].norm(dim=1)
 
-    room._Run._resample = watch
-    try:
-        train(config("relu", tmp_path / "d", architecture=architecture, n_tokens=100 * 256), source=TensorSource(x))
-    finally:
-        room._Run._resample = original
-    assert int(seen["silent"].sum()) > 0
+    monkeypatch.setattr(room._Run, "_resample", watch)
+    made = train(config("relu", tmp_path / "d", architecture=architecture, n_tokens=100 * 256), source=TensorSource(x))
+    assert seen["silent"][:10].all()
+    assert (made.encode(x).to_dense()[:, :10] > 0).any(), "a revived latent fires"
     assert max(seen["moments"]) == 0.0
     torch.testing.assert_close(seen["norms"], torch.ones_like(seen["norms"]))
 

@@ -249,7 +249,7 @@ def _fit_one(  # type: ignore[no-untyped-def]
         if conditions[slot, 0] >= 0:
             continue
         more, which, c, negated = _best_condition(place, gain, inside, classes)
-        if which < 0 or more - value <= 2 * min_gain:
+        if which < 0 or more - value <= min_gain:
             break
         conditions[slot, 0], conditions[slot, 1], conditions[slot, 2] = which, c, negated
         value = more

@@ -42,10 +42,13 @@ class Table(NamedTuple):
 
 
 def _note(statistic: Mapping[str, Any]) -> str:
-    low, high, cause = statistic.get("low"), statistic.get("high"), statistic.get("cause", "")
+    """The interval, or why there is no number."""
+    low, high = statistic.get("low"), statistic.get("high")
     if low is not None and high is not None:
         return f"{number(low)} to {number(high)}"
-    return str(cause)
+    if statistic["value"] is None:
+        return str(statistic.get("cause", ""))
+    return "no interval" if "cause" in statistic else ""
 
 
 def headline_table(reports: Mapping[str, Data]) -> Table:

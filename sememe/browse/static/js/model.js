@@ -91,7 +91,7 @@
       const found = params.q ? this.match(params.q, params.in) : null;
       // A bar of the density histogram holds its lower edge and not its upper one, and so do these bounds.
       const low = params.min === "" ? -Infinity : Number(params.min), high = params.max === "" || Number(params.max) >= 1 ? Infinity : Number(params.max);
-      const spoken = params.lang ? languages.indexOf(params.lang) : null;
+      const spoken = params.lang ? (languages.includes(params.lang) ? languages.indexOf(params.lang) : NaN) : null;
       const rows = [];
       for (let row = 0; row < this.n; row++) {
         if (found && !found.score[row]) continue;

@@ -1,0 +1,65 @@
+"""The verb that trains a small language model from scratch on a text, as a standard Hugging Face folder.
+
+    text -> tokenizer -> rows of tokens on disk -> model -> AdamW -> folder that `sememe.lm.load` opens
+
+Killed at any moment and started again, it goes on from its last checkpoint with the same bits. Knows how a
+model is trained; how one is built is in `sememe.lm.build`. Knows nothing about dictionaries.
+
+    config.py     the options
+    rows.py       tokenizer, rows of tokens, n-gram baselines
+    training.py   the loop, its state, and what is written at the end
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sememe import artifact
+from sememe.pretrain.config import PretrainConfig
+from sememe.pretrain.rows import Baselines, baselines
+from sememe.pretrain.training import SCRATCH, Run
+from sememe.text import fetch, fingerprint
+
+__all__ = ["Baselines", "PretrainConfig", "baselines", "pretrain"]
+
+VERSION = 1
+
+
+def pretrain(config: PretrainConfig, *, fresh: bool = False) -> artifact.Artifact:
+    """Train a language model, or open it if it is there.
+
+    Args:
+        config: Which, on what, for how long.
+        fresh: Replace whatever stands at config.out.
+    Returns:
+        The folder: a Hugging Face model with its tokenizer, `results.json`, `samples.md` and `metrics.jsonl`.
+        `sememe.lm.load` takes it, and its `extra` holds the losses.
+    Raises:
+        ConfigError: an option is out of range.
+        TextError: the corpus gives less than one row.
+        ActivationError: the loss is NaN or infinite; the last good checkpoint is kept.
+        MismatchError: another model, or a checkpoint of another set-up, stands at config.out.
+    """
+    fetch(config.text)
+    parents = {"text": fingerprint(config.text)}
+    identity = artifact.identity_of("model", VERSION, config, parents)
+    if not fresh and (done := artifact.find(config.out, "model", identity)):
+        return done
+    threads = torch.get_num_threads()
+    try:
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        with artifact.building(
+            config.out,
+            kind="model",
+            version=VERSION,
+            config=config,
+            parents=parents,
+            resumable=True,
+            fresh=fresh,
+            leave_out=(SCRATCH,),
+        ) as work:
+            work.extra = Run(config, work).go()
+    finally:
+        torch.set_num_threads(threads)
+    return artifact.load(config.out, "model")
