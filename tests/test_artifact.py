@@ -70,9 +70,10 @@ def test_another_config_is_an_error_that_names_both_identities(tmp_path):
 
 
 def test_an_exception_leaves_nothing(tmp_path):
-    with pytest.raises(RuntimeError), artifact.building(
-        tmp_path / "a", kind="thing", version=1, config=Plain(), parents={}
-    ) as work:
+    with (
+        pytest.raises(RuntimeError),
+        artifact.building(tmp_path / "a", kind="thing", version=1, config=Plain(), parents={}) as work,
+    ):
         (work.path / "data.txt").write_text("half")
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
@@ -162,8 +163,9 @@ def test_what_is_not_an_artifact_says_so(tmp_path):
 
 
 def test_a_full_disk_is_one_line(tmp_path):
-    with pytest.raises(ResourceError, match="the disk must have room .* No space left"), artifact.building(
-        tmp_path / "a", kind="thing", version=1, config=Plain(), parents={}
+    with (
+        pytest.raises(ResourceError, match="the disk must have room .* No space left"),
+        artifact.building(tmp_path / "a", kind="thing", version=1, config=Plain(), parents={}),
     ):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert not (tmp_path / "a").exists()
@@ -173,8 +175,9 @@ def test_a_real_full_disk(tmp_path):
     """A write to /dev/full fails as a full disk does."""
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
-    with pytest.raises(ResourceError, match="No space left"), artifact.building(
-        tmp_path / "a", kind="thing", version=1, config=Plain(), parents={}
+    with (
+        pytest.raises(ResourceError, match="No space left"),
+        artifact.building(tmp_path / "a", kind="thing", version=1, config=Plain(), parents={}),
     ):
         with open("/dev/full", "w") as full:
             full.write("x")

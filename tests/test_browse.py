@@ -130,6 +130,7 @@ def test_index_has_every_latent_in_order_and_agrees_with_the_latent(data):
         latent = data.latent(index["id"][row])
         for name in ("density", "n_active", "max_act", "mean_act", "top_token", "label_tokens"):
             assert index[name][row] == latent[name], name
+        assert index["promoted"][row] == latent["promoted"]["tokens"][:3]
         language = index["language"][row]
         assert (index["languages"][language] if language >= 0 else None) == latent["language"]
 

@@ -23,7 +23,10 @@ class Outer(Config):
     ("data", "message"),
     [
         ({"widht": 3}, "widht must be a known option of Outer, got 3. Did you mean 'width'?"),
-        ({"inner": {"depht": 3}}, "inner.depht must be a known option of Outer, got 3. Did you mean 'depth'?"),
+        (
+            {"inner": {"depht": 3}},
+            "inner.depht must be a known option of Outer, got 3. Did you mean 'depth'?",
+        ),
         ({"width": "many"}, "width: Input should be a valid integer.* got 'many'. Change width."),
         ({"width": 1.5}, "width: Input should be a valid integer"),
     ],
@@ -53,7 +56,9 @@ def test_toml_errors(tmp_path):
     (tmp_path / "demo.toml").write_text("a = ")
     with pytest.raises(ConfigError, match=r"demo.toml must be TOML, got .* Mend the line"):
         read_toml(tmp_path / "demo.toml")
-    with pytest.raises(ConfigError, match=r"a recipe must be a file that exists, got .*dmeo.toml. Did you mean .*demo.toml"):
+    with pytest.raises(
+        ConfigError, match=r"a recipe must be a file that exists, got .*dmeo.toml. Did you mean .*demo.toml"
+    ):
         read_toml(tmp_path / "dmeo.toml")
 
 

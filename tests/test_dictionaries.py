@@ -105,7 +105,9 @@ def test_gradients_agree_with_finite_differences(kind):
             parameter[place] = old - eps
             down = float(loss())
             parameter[place] = old
-        assert (up - down) / (2 * eps) == pytest.approx(float(parameter.grad[place]), abs=1e-5, rel=1e-3), name
+        assert (up - down) / (2 * eps) == pytest.approx(float(parameter.grad[place]), abs=1e-5, rel=1e-3), (
+            name
+        )
         del flat
 
 
@@ -168,7 +170,9 @@ def test_auxk_gives_dead_latents_gradients_and_only_when_dead():
 
 
 def test_geometric_median_resists_outliers():
-    x = torch.cat([torch.randn(200, 3, generator=torch.Generator().manual_seed(0)) + 1, torch.full((20, 3), 1e4)])
+    x = torch.cat(
+        [torch.randn(200, 3, generator=torch.Generator().manual_seed(0)) + 1, torch.full((20, 3), 1e4)]
+    )
     assert float((geometric_median(x) - 1).norm()) < 0.5
     assert float((x.mean(0) - 1).norm()) > 100
 

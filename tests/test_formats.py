@@ -231,6 +231,10 @@ def test_a_round_trip_gives_the_same_map(tmp_path: Path, name: str, kind: str, c
     assert_same(dictionary, foreign.dictionary)
     assert foreign.hookpoint == "resid_post.3"
     assert foreign.model == (None if name == "sparsify" else "tiny")
+    if name == "sae_lens":  # without a version it would be read as a file of before version 6
+        metadata = json.loads((folder / "cfg.json").read_text())["metadata"]
+        assert metadata["sae_lens_version"].startswith("6.")
+        assert metadata["hook_name"] == "blocks.3.hook_resid_post"
     if centred:  # nothing to fold: not one bit may change
         x = rand(20, D, seed=6)
         assert torch.equal(foreign.dictionary(x), dictionary(x))

@@ -124,7 +124,10 @@ def test_a_batch_rarely_holds_two_tokens_of_one_document(store):
     """The statistic: pairs within a batch from one document, against a perfect shuffle of the whole store."""
     rows = rows_of(store)
     perfect = same_document_pairs(rows["doc_ids"])
-    by_row = {tuple(row.tolist()): int(doc) for row, doc in zip(rows["mlp_out.1"].float(), rows["doc_ids"], strict=True)}
+    by_row = {
+        tuple(row.tolist()): int(doc)
+        for row, doc in zip(rows["mlp_out.1"].float(), rows["doc_ids"], strict=True)
+    }
     source = StoreSource(store, ("mlp_out.1",), seed=0)
     shares = []
     for _ in range(store.info.n_rows // 256):
@@ -135,7 +138,9 @@ def test_a_batch_rarely_holds_two_tokens_of_one_document(store):
     assert perfect < 0.05
 
 
-def test_the_same_seed_gives_the_same_bits_and_batching_does_not_matter_for_positions(world, lm, store, tmp_path):
+def test_the_same_seed_gives_the_same_bits_and_batching_does_not_matter_for_positions(
+    world, lm, store, tmp_path
+):
     again = harvest(config_for(world, tmp_path / "again"), lm=lm)
     assert again.fingerprint == store.fingerprint
     other = harvest(config_for(world, tmp_path / "other", seed=1), lm=lm)
@@ -161,7 +166,9 @@ def test_random_and_chosen_positions(world, lm, tmp_path):
     assert chosen.sum() == 4 and chosen[:, 3].all()
     one, two = (PositionChoice(n_random=5, seed=0).apply(keep, first) for first in (0, 0))
     assert (one == two).all() and (one.sum(1) == 5).all() and not one[:, 0].any()
-    assert (PositionChoice(n_random=5, seed=0).apply(keep[1:], 1) == one[1:]).all(), "independent of the batching"
+    assert (PositionChoice(n_random=5, seed=0).apply(keep[1:], 1) == one[1:]).all(), (
+        "independent of the batching"
+    )
 
 
 def test_killed_and_started_again_gives_the_same_bits(world, store, tmp_path):
@@ -207,7 +214,8 @@ def test_bad_input_is_named(world, lm, tmp_path):
     (tmp_path / "short.txt").write_text("too short")
     with pytest.raises(TextError):
         harvest(
-            config_for(world, tmp_path / "a", text=text_of(tmp_path / "short.txt", heldout_fraction=0.0)), lm=lm
+            config_for(world, tmp_path / "a", text=text_of(tmp_path / "short.txt", heldout_fraction=0.0)),
+            lm=lm,
         )
     assert not (tmp_path / "a").exists()
 
@@ -216,7 +224,10 @@ def test_nan_activations_say_where(world, tmp_path):
     lm = load_model(write_model(tmp_path / "model"))
     with torch.no_grad():
         lm.hf.model.layers[0].mlp.down_proj.weight[3, 3] = float("nan")
-    with pytest.raises(ActivationError, match=r"activations at resid_post.0 must be finite, got NaN or infinity in document \d+, position \d+"):
+    with pytest.raises(
+        ActivationError,
+        match=r"activations at resid_post.0 must be finite, got NaN or infinity in document \d+, position \d+",
+    ):
         harvest(config_for(world, tmp_path / "store"), lm=lm)
     assert not (tmp_path / "store").exists()
 
@@ -242,7 +253,12 @@ def test_infinite_rows_in_a_store_are_named(world, lm, tmp_path):
     tensors = load_file(path)
     tensors["resid_post.0"][5, 2] = float("inf")
     save_file(tensors, path)
-    store.artifact.meta["files"][path.name] |= {"sha256": artifact.file_sha256(path), "bytes": path.stat().st_size}
+    store.artifact.meta["files"][path.name] |= {
+        "sha256": artifact.file_sha256(path),
+        "bytes": path.stat().st_size,
+    }
     artifact.write_json(tmp_path / "store" / "meta.json", store.artifact.meta)
-    with pytest.raises(ActivationError, match=r"NaN or infinity at resid_post.0, row 5 \(document \d+, position \d+\)"):
+    with pytest.raises(
+        ActivationError, match=r"NaN or infinity at resid_post.0, row 5 \(document \d+, position \d+\)"
+    ):
         open_store(tmp_path / "store").read(1, ("resid_post.0",))

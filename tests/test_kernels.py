@@ -57,7 +57,9 @@ def test_topk_and_decode_agree_with_the_reference_in_values_and_gradients(shape,
     torch.testing.assert_close(dense[1], dense[0], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(fast[2], slow[2], atol=1e-4, rtol=1e-4)
     for name in slow[3]:
-        torch.testing.assert_close(fast[3][name], slow[3][name], atol=1e-3, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            fast[3][name], slow[3][name], atol=1e-3, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_the_fast_path_was_taken():
@@ -176,7 +178,9 @@ def test_triton_kernels_agree_with_the_reference_under_the_interpreter():
     """The same source that a GPU compiles, run by Triton's interpreter: values and every gradient."""
     pytest.importorskip("triton")
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-c", TRITON_CHECK], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", TRITON_CHECK], env=environment, capture_output=True, text=True
+    )
     assert done.stdout == "agrees\n", done.stderr
 
 

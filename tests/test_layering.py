@@ -97,9 +97,9 @@ def test_modules_without_torch_do_not_load_it():
 @pytest.mark.parametrize("name", sorted(LAYER))
 def test_all_is_sorted_and_true(name):
     module = importlib.import_module(f"sememe.{name}")
-    assert list(module.__all__) == sorted(module.__all__, key=lambda n: (not n.isupper(), not n[0].isupper(), n)) or list(
-        module.__all__
-    ) == sorted(module.__all__), f"sememe.{name}.__all__ is not sorted"
+    assert list(module.__all__) == sorted(
+        module.__all__, key=lambda n: (not n.isupper(), not n[0].isupper(), n)
+    ) or list(module.__all__) == sorted(module.__all__), f"sememe.{name}.__all__ is not sorted"
     for public in module.__all__:
         assert hasattr(module, public), f"sememe.{name}.__all__ names {public}, which is not there"
     assert module.__doc__, f"sememe.{name} has no docstring"

@@ -180,7 +180,7 @@ def test_the_interval_is_that_of_a_plain_loop_over_documents() -> None:
 def test_the_interval_of_fvu_holds_the_value_when_documents_differ() -> None:
     generator = torch.Generator().manual_seed(0)
     units = torch.arange(300) // 30
-    x = rows() + 4 * torch.randn(10, 12, generator=generator)[units]
+    x = (rows() + 4 * torch.randn(10, 12, generator=generator)[units]).double()
     found = in_batches(x, x + 0.87 * (x.mean(0) - x), 64, units=units).compute(n_bootstrap=300)["fvu"]
     assert found.low <= found.value <= found.high
     assert found.high - found.low < 1e-9  # each document loses the same share of its variance

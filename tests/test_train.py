@@ -31,13 +31,17 @@ CONFIGS = {
 }
 
 
-def planted(n: int = 4000, d: int = 16, n_features: int = 32, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def planted(
+    n: int = 4000, d: int = 16, n_features: int = 32, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(n_features, d, generator=generator)
     features /= features.norm(dim=1, keepdim=True)
     codes = torch.zeros(n, n_features)
     for row in range(n):
-        codes[row, torch.randperm(n_features, generator=generator)[:3]] = torch.rand(3, generator=generator) + 0.5
+        codes[row, torch.randperm(n_features, generator=generator)[:3]] = (
+            torch.rand(3, generator=generator) + 0.5
+        )
     return features, codes @ features * 7 + 2
 
 
@@ -160,7 +164,9 @@ def test_kill_9_and_resume_gives_the_same_bits(kind, tmp_path):
         assert whole.read_bytes() == resumed.read_bytes(), name
     logs = [read_log(tmp_path / folder / "metrics.jsonl") for folder in ("whole", "resumed")]
     for one, two in zip(*logs, strict=True):
-        assert {k: v for k, v in one.items() if k != "seconds"} == {k: v for k, v in two.items() if k != "seconds"}
+        assert {k: v for k, v in one.items() if k != "seconds"} == {
+            k: v for k, v in two.items() if k != "seconds"
+        }
 
 
 def test_a_live_run_is_killed_and_resumed_to_the_same_bits(tmp_path):
@@ -169,12 +175,16 @@ def test_a_live_run_is_killed_and_resumed_to_the_same_bits(tmp_path):
     train(live_config(tmp_path, tmp_path / "whole"))
     out = tmp_path / "resumed"
     killed_and_resumed(["topk", str(out), "live", str(tmp_path)], out, (9,))
-    assert (tmp_path / "whole" / "weights.safetensors").read_bytes() == (out / "weights.safetensors").read_bytes()
+    assert (tmp_path / "whole" / "weights.safetensors").read_bytes() == (
+        out / "weights.safetensors"
+    ).read_bytes()
     assert artifact.load(out).extra["policy"] == POLICY.resolved()
 
 
 def test_ctrl_c_writes_a_checkpoint_and_loses_nothing(tmp_path):
-    code = RESUME.format(tests=str(Path(__file__).parent)).replace("checkpoint_every_seconds=0", "checkpoint_every_seconds=999")
+    code = RESUME.format(tests=str(Path(__file__).parent)).replace(
+        "checkpoint_every_seconds=0", "checkpoint_every_seconds=999"
+    )
     command = [sys.executable, "-c", code, "topk", str(tmp_path / "d"), "stored"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -193,7 +203,9 @@ def test_a_checkpoint_of_other_threads_or_config_is_refused(tmp_path):
     made = config("topk", tmp_path / "d")
     with pytest.raises(KeyboardInterrupt):
         interrupted(made, x)
-    with pytest.raises(MismatchError, match="must go on with the threads, kernels and torch it was made with"):
+    with pytest.raises(
+        MismatchError, match="must go on with the threads, kernels and torch it was made with"
+    ):
         train(made.replace(threads=2), source=TensorSource(x))
     with pytest.raises(MismatchError, match="unfinished work"):
         train(made.replace(lr=1e-3), source=TensorSource(x))
@@ -264,11 +276,15 @@ def test_relu_resampling_revives_silent_latents_and_forgets_their_moments(tmp_pa
         silent = run.dictionary.tokens_since_fired > 1000
         original(run, log)
         seen["silent"] = silent
-        seen["moments"] = [m[0][silent].abs().sum().item() for m in run.optimiser.moments.values() if m[0].shape[0] == 64]
+        seen["moments"] = [
+            m[0][silent].abs().sum().item() for m in run.optimiser.moments.values() if m[0].shape[0] == 64
+        ]
         seen["norms"] = run.dictionary.W_dec[silent].norm(dim=1)
 
     monkeypatch.setattr(room._Run, "_resample", watch)
-    made = train(config("relu", tmp_path / "d", architecture=architecture, n_tokens=100 * 256), source=TensorSource(x))
+    made = train(
+        config("relu", tmp_path / "d", architecture=architecture, n_tokens=100 * 256), source=TensorSource(x)
+    )
     assert seen["silent"][:10].all()
     assert (made.encode(x).to_dense()[:, :10] > 0).any(), "a revived latent fires"
     assert max(seen["moments"]) == 0.0
@@ -334,7 +350,11 @@ def test_the_log_is_cut_back_to_the_checkpoint(tmp_path):
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
     with Log(path, resume_step=2) as log:
         log.write(3, {"x": 9})
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"step": 1}, {"step": 2}, {"step": 3, "x": 9}]
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 1},
+        {"step": 2},
+        {"step": 3, "x": 9},
+    ]
 
 
 def test_checkpoints_round_trip_and_replace_each_other(tmp_path):

@@ -124,7 +124,7 @@ class Data:
         """Every latent in compact columns: all that the list needs to sort, filter and show.
 
         `language` is an index into `languages` (-1: none); `label_tokens` are the latent's commonest peak tokens,
-        the strongest first; `explanation` maps a latent's row to its text.
+        the strongest first; `promoted` the output tokens it makes likeliest; `explanation` maps a row to its text.
         """
         table = self._table(
             "SELECT id, density, n_active, max_act, mean_act, top_token, top_token_share, n_distinct_tokens, "
@@ -135,6 +135,12 @@ class Data:
         languages = sorted({language for language in spoken if language is not None})
         number = {language: i for i, language in enumerate(languages)}
         row_of = {latent: row for row, latent in enumerate(self.ids)}
+        promoted = dict(
+            self._rows(
+                "SELECT latent, list(token ORDER BY rank) FROM logits "
+                f"WHERE sign = 1 AND rank < {LABEL_TOKENS} GROUP BY latent"
+            )
+        )
         return {
             "id": column["id"].to_pylist(),
             "density": _rounded(column["density"]),
@@ -148,6 +154,7 @@ class Data:
             "language": [number.get(language, -1) for language in spoken],
             "language_share": _rounded(column["language_share"], 3),
             "label_tokens": [self._label_tokens.get(latent, []) for latent in self.ids],
+            "promoted": [promoted.get(latent, []) for latent in self.ids],
             "explanation": {
                 str(row_of[latent]): text for latent, text in self.explanations.items() if latent in row_of
             },

@@ -31,9 +31,11 @@ from sememe.formats.base import (
     translate,
 )
 
-__all__ = ["CONFIG", "WEIGHTS", "read", "write"]
+__all__ = ["AS_VERSION", "CONFIG", "WEIGHTS", "read", "write"]
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+AS_VERSION = "6.0.0"
+"""The version whose layout is written; without one SAELens takes a file for an older one and drops its metadata."""
 
 # what decides the map
 _EFFECT = {
@@ -178,6 +180,7 @@ def write(dictionary: Dictionary, folder: Path) -> None:
         "normalize_activations": "none",
         "reshape_activations": "none",
         "metadata": {
+            "sae_lens_version": AS_VERSION,
             "model_name": site.model if site else None,
             "hook_name": (translate(site.hookpoint, _FROM_OURS) or site.hookpoint) if site else None,
         },

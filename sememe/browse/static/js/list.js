@@ -5,7 +5,7 @@
   const { useEffect, useLayoutEffect, useRef, useState } = preactHooks;
   const html = htm.bind(h);
   const { number, percent, count } = S.charts;
-  const { Label } = S.tokenViews;
+  const { Chip, Label } = S.tokenViews;
   const { route } = S;
 
   // Draws the rows between first and last; scrolls with the window, or within itself (`own`).
@@ -52,11 +52,14 @@
   const COLUMNS = [
     ["id", "Latent", "Its number in the dictionary"],
     ["label", "Label", "Its explanation, or the tokens it peaks on"],
+    ["promotes", "Promotes", "The output tokens it makes likeliest"],
     ["share", "Top share", "The share of its activation on its commonest token"],
     ["density", "Density", "The share of tokens on which it is active"],
     ["max", "Max", "Its largest activation"],
     ["language", "Language", "The commonest language of its examples' documents"],
   ];
+
+  const UNSORTED = new Set(["promotes", "language"]);
 
   function SearchBox({ params, change, model, autoFocus }) {
     const [text, setText] = useState(params.q);
@@ -124,6 +127,7 @@
       return html`<div key=${row} class="row" role="row" aria-rowindex=${place + 1} style=${style}>
         <span role="cell" class="c-id">${id}</span>
         <span role="cell" class="c-label"><a class="cover" data-place=${place} href=${route.format("latent", id, params)}><span class="names"><${Label} model=${model} row=${row} /></span></a>${places.length > 0 && html`<span class="where">${places.join(" · ")}</span>`}</span>
+        <span role="cell" class="c-promotes"><span class="names">${index.promoted[row].map((id) => html`<${Chip} key=${id} tokens=${model.tokens} id=${id} />`)}</span></span>
         <span role="cell" class="c-share">${index.top_token[row] === null ? "–" : percent(index.top_token_share[row], 2)}</span>
         <span role="cell" class="c-density"><span class="meter" aria-hidden="true"><i style=${{ width: densityShare(index.density[row]) * 100 + "%" }}></i></span><span>${percent(index.density[row])}</span></span>
         <span role="cell" class="c-max">${number(index.max_act[row])}</span>
@@ -134,13 +138,13 @@
       <${Toolbar} model=${model} overview=${overview} params=${params} change=${change} found=${model ? rows.length : null} />
       ${!wide && html`<div class="sorts"><label class="field"><span>sort by</span><select name="sort" value=${order.by} onChange=${(e) => change({ sort: e.target.value, dir: "" })}>
         ${params.q && html`<option value="match" selected=${order.by === "match"}>best match</option>`}
-        ${COLUMNS.filter(([by]) => by !== "language").map(([by, name]) => html`<option value=${by} selected=${order.by === by}>${name.toLowerCase()}</option>`)}</select></label>
+        ${COLUMNS.filter(([by]) => !UNSORTED.has(by)).map(([by, name]) => html`<option value=${by} selected=${order.by === by}>${name.toLowerCase()}</option>`)}</select></label>
         <button type="button" class="link" onClick=${() => sortBy(order.by)}>${order.dir === "desc" ? "high to low" : "low to high"}</button></div>`}
       <${Virtual} n=${rows.length} height=${wide ? 42 : 66} draw=${draw} label="Latents" columns=${COLUMNS.length}>
         <div class="head" role="rowgroup"><div class="row" role="row">
-          ${COLUMNS.map(([by, name, title]) => html`<span key=${by} role="columnheader" class=${{ id: "c-id", label: "c-label", share: "c-share", density: "c-density", max: "c-max", language: "c-lang" }[by]}
-            aria-sort=${order.by === by ? (order.dir === "desc" ? "descending" : "ascending") : "none"}>
-            ${by === "language" ? html`<span title=${title}>${name}</span>` : html`<button type="button" title=${title} onClick=${() => sortBy(by)}>${name}<span class="dir" aria-hidden="true">${order.by === by ? (order.dir === "desc" ? "↓" : "↑") : ""}</span></button>`}
+          ${COLUMNS.map(([by, name, title]) => html`<span key=${by} role="columnheader" class=${{ id: "c-id", label: "c-label", promotes: "c-promotes", share: "c-share", density: "c-density", max: "c-max", language: "c-lang" }[by]}
+            aria-sort=${UNSORTED.has(by) ? null : order.by === by ? (order.dir === "desc" ? "descending" : "ascending") : "none"}>
+            ${UNSORTED.has(by) ? html`<span title=${title}>${name}</span>` : html`<button type="button" title=${title} onClick=${() => sortBy(by)}>${name}<span class="dir" aria-hidden="true">${order.by === by ? (order.dir === "desc" ? "↓" : "↑") : ""}</span></button>`}
           </span>`)}
         </div></div>
       <//>

@@ -65,19 +65,20 @@
         if (points > score[row]) score[row] = points;
       };
       const { exact, partial } = this.matchTokens(needle);
-      for (const [ids, bonus] of [[partial, 0], [exact, 4]]) {
+      // A latent's own tokens come before those of single examples, and within both whole tokens before pieces.
+      for (const [ids, whole] of [[partial, 0], [exact, 1]]) {
         const wanted = new Set(ids);
         if (!wanted.size) continue;
-        for (let row = 0; row < this.n; row++) if (wanted.has(this.index.top_token[row])) hit(row, IS_TOP, 4 + bonus);
-        for (let row = 0; row < this.n; row++) if (this.index.label_tokens[row].some((id) => wanted.has(id))) hit(row, IN_LABEL, 3 + bonus);
+        for (let row = 0; row < this.n; row++) if (wanted.has(this.index.top_token[row])) hit(row, IS_TOP, 7 + 2 * whole);
+        for (let row = 0; row < this.n; row++) if (this.index.label_tokens[row].some((id) => wanted.has(id))) hit(row, IN_LABEL, 6 + 2 * whole);
         if (this.search)
           for (const id of wanted) {
-            for (const latent of this.search.peaks.get(id) || []) hit(this.rowOf.get(latent), IS_PEAK, 2 + bonus);
-            for (const latent of this.search.promoted.get(id) || []) hit(this.rowOf.get(latent), IS_PROMOTED, 1 + bonus);
+            for (const latent of this.search.peaks.get(id) || []) hit(this.rowOf.get(latent), IS_PEAK, 3 + 2 * whole);
+            for (const latent of this.search.promoted.get(id) || []) hit(this.rowOf.get(latent), IS_PROMOTED, 2 + 2 * whole);
           }
       }
       const lower = needle.trim().toLowerCase();
-      if (lower) for (const row of this.explanations) if (this.explanation(row).toLowerCase().includes(lower)) hit(row, IN_LABEL, 9);
+      if (lower) for (const row of this.explanations) if (this.explanation(row).toLowerCase().includes(lower)) hit(row, IN_LABEL, 10);
       const number = /^#?(\d+)$/.exec(needle.trim());
       if (number && where === "any" && this.rowOf.has(Number(number[1]))) score[this.rowOf.get(Number(number[1]))] = 20;
       return { score, places };

@@ -1,0 +1,51 @@
+"""The docs are true: a page per verb and dictionary, a README line per room, links that lead somewhere."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from sememe.cli import VERBS
+from sememe.dictionaries import REGISTRY
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("verb", sorted(set(VERBS) - {"models"}))
+def test_every_verb_has_a_page(verb):
+    page = ROOT / "docs" / f"{verb}.md"
+    assert page.is_file() and f"sememe {verb}" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("kind", sorted(REGISTRY))
+def test_every_dictionary_has_a_page(kind):
+    assert (ROOT / "docs" / "dictionaries" / f"{kind}.md").is_file()
+
+
+@pytest.mark.parametrize("name", ["formats", "glossary", "log", "benchmarks", "text", "lm", "atlas", "metrics"])
+def test_the_other_pages_are_there(name):
+    assert (ROOT / "docs" / f"{name}.md").is_file()
+
+
+def test_readme_has_a_line_for_every_file_and_folder_of_the_package():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for path in sorted((ROOT / "sememe").iterdir()):
+        if path.suffix == ".py" or (path.is_dir() and (path / "__init__.py").is_file()):
+            name = path.name + ("/" if path.is_dir() else "")
+            assert re.search(rf"^\s*{re.escape(name)}\s+\S", readme, re.M), f"README's file map lacks {name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
+        if not re.match(r"[a-z]+:", target):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_no_page_names_a_machines_paths_or_a_registrys_host():
+    for path in [*PAGES, *sorted((ROOT / "sememe").rglob("*.py")), *sorted((ROOT / "runs").glob("*.toml"))]:
+        text = path.read_text(encoding="utf-8")
+        for word in ("/work/", "../shared", "files.pythonhosted", "pypi.org", "registry.npmjs", "deb.debian.org"):
+            assert word not in text, f"{path.name} mentions {word}"

@@ -1,0 +1,106 @@
+"""Recipes: end to end on a small world, skipped the second time, and told what is wrong before anything runs."""
+
+import json
+from pathlib import Path
+
+import pytest
+from small_world import write_corpus, write_model
+
+from sememe.errors import ArtifactError, ConfigError, MismatchError
+from sememe.run import print_report, read_recipe, run
+
+RECIPE = """
+name = "small"
+[model]
+model = "{place}/model"
+dtype = "float32"
+[text]
+corpus = ["{place}/corpus.jsonl"]
+heldout_fraction = 0.3
+[policy]
+context_length = 32
+[harvest]
+hookpoints = ["resid_post.0"]
+n_tokens = 6000
+batch_rows = 8
+[train]
+batch_size = 64
+epochs = 3
+[train.architecture]
+kind = "topk"
+d_sae = 48
+k = 4
+[evaluate]
+n_tokens = 1500
+n_bootstrap = 50
+[interpret]
+n_tokens = 6000
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("run")
+    write_corpus(place / "corpus.jsonl", n_documents=300)
+    write_model(place / "model")
+    (place / "small.toml").write_text(RECIPE.format(place=place))
+    run(place / "small.toml", out=place / "out")
+    return place
+
+
+def test_everything_lands_where_the_docs_say(place):
+    for kind in ("store", "dictionary", "report", "atlas", "site"):
+        assert (place / "out" / kind / "meta.json").is_file(), kind
+    report = json.loads((place / "out" / "report" / "report.json").read_text())
+    for name in ("fvu", "l0", "frac_alive", "ce_recovered_zero", "ce_recovered_mean", "kl"):
+        assert "value" in report["metrics"][name], name
+    assert set(report["nulls"]) == {"pca", "untrained"}
+    assert (place / "out" / "site" / "index.html").is_file()
+
+
+def test_the_second_run_makes_nothing(place, capsys):
+    results = run(place / "small.toml", out=place / "out")
+    assert all(result.reused for result in results)
+    out = capsys.readouterr().out
+    assert "was there" in out and "index.html" in out and "peak GB" in out
+
+
+def test_a_changed_recipe_is_refused_and_fresh_replaces(place, tmp_path):
+    changed = tmp_path / "changed.toml"
+    changed.write_text((place / "small.toml").read_text().replace("k = 4", "k = 5"))
+    before = (place / "out" / "dictionary" / "meta.json").read_bytes()
+    with pytest.raises(MismatchError, match="dictionary at .* identity"):
+        run(changed, out=place / "out")
+    assert (place / "out" / "dictionary" / "meta.json").read_bytes() == before
+
+
+def test_several_dictionaries_share_a_store(place, tmp_path):
+    recipe = (place / "small.toml").read_text().replace("[train.architecture]", "[train.two.architecture]")
+    recipe = recipe.replace("epochs = 3", "epochs = 1\n[train.one.architecture]\nkind = 'relu'\nd_sae = 40")
+    recipe = recipe[: recipe.index("[evaluate]")]
+    (tmp_path / "two.toml").write_text(recipe)
+    parsed = read_recipe(tmp_path / "two.toml")
+    assert set(parsed.dictionaries) == {"one", "two"}
+    assert parsed.dictionaries["one"] == {"batch_size": 64, "epochs": 1, "architecture": {"kind": "relu", "d_sae": 40}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("[evaluate]", "[evalaute]"), r"a table of the recipe .* must be known, got 'evalaute'. Did you mean 'evaluate'"),
+        (("k = 4", "k = 4\nkk = 3"), r"architecture.topk.kk must be a known option of TrainConfig in the recipe small, got 3"),
+        (("n_tokens = 1500", "n_tokenz = 1500"), "n_tokenz must be a known option of EvaluateConfig"),
+        (('name = "small"', 'name = "../up"'), "a recipe's name must be letters"),
+        (("[harvest]", "[explain]"), r"must have the tables \[harvest\] and \[train\]"),
+    ],
+)
+def test_wrong_recipes_fail_before_anything_runs(place, tmp_path, change, message):
+    (tmp_path / "bad.toml").write_text((place / "small.toml").read_text().replace(*change))
+    with pytest.raises(ConfigError, match=message):
+        run(tmp_path / "bad.toml", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_report_says_so(tmp_path):
+    with pytest.raises(ArtifactError, match=r"must be a report, got no report.json. Run `sememe evaluate`"):
+        print_report(tmp_path)
