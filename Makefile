@@ -13,7 +13,7 @@ BIN    := $(VENV)/bin
 PIP    := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
 
 .DELETE_ON_ERROR:
-.PHONY: install demo test test-all check format bench clean
+.PHONY: install demo demo-run test test-all check format bench clean
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -22,19 +22,23 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Installing into $(VENV) ..."
-	@$(PIP) install --quiet --constraint constraints.txt --editable . 2>.venv/install.log \
+	@$(PIP) install --quiet --no-compile --constraint constraints.txt --editable . 2>.venv/install.log \
 	  || { cat .venv/install.log; exit 1; }
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	@echo "Installing what the tests need ..."
-	@$(PIP) install --quiet --constraint constraints.txt --editable '.[test]' 2>.venv/install.log \
+	@$(PIP) install --quiet --no-compile --constraint constraints.txt --editable '.[test]' 2>.venv/install.log \
 	  || { cat .venv/install.log; exit 1; }
 	@touch $@
 
 install: $(VENV)/.installed
 
-demo: install
+# The clock starts before the set-up, so that what is printed at the end holds everything.
+demo:
+	@SEMEME_DEMO_STARTED=$$(date +%s) $(MAKE) --no-print-directory demo-run
+
+demo-run: install
 	@$(BIN)/python scripts/demo.py
 
 check: $(VENV)/.installed-test

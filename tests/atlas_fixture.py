@@ -95,7 +95,7 @@ def save_dictionary(
         dictionary.b_pre.zero_()
         if silent:
             dictionary.b_enc.fill_(-1e9)
-    dictionary.save(path, x, extra={"policy": POLICY.resolved(), "store": {}})
+    dictionary.save(path, x, extra={"policy": policy.resolved(), "store": {}})
     return path
 
 

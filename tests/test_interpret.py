@@ -299,6 +299,25 @@ def test_norm_outliers_are_left_out(world: World) -> None:
     found.close()
 
 
+def test_one_document_per_row_with_padding(world: World) -> None:
+    """Padding is neither counted nor shown, and every context holds one document."""
+    policy = POLICY.replace(packing=False)
+    save_dictionary(world.root / "unpacked", sites(world.lm), policy=policy)
+    found = interpret(
+        world.config("atlas-unpacked", dictionary=world.root / "unpacked", n_tokens=3000), lm=world.lm
+    )
+    blocks = list(token_blocks(world.text, world.lm.tokenizer, policy, split="all", n_tokens=3000))
+    assert found.meta["text"]["n_tokens"] == sum(int(block.keep.sum()) for block in blocks)
+    rows = found.query(
+        "SELECT doc_ids, start, stop, document FROM examples e JOIN contexts c ON c.id = e.context"
+    )
+    assert any(-1 in row["doc_ids"] for row in rows)
+    for row in rows:
+        assert set(row["doc_ids"]) <= {-1, row["document"]}
+        assert -1 not in row["doc_ids"][row["start"] : row["stop"]]
+    found.close()
+
+
 def test_no_direct_effect_where_the_dictionary_does_not_write_to_the_residual(world: World) -> None:
     save_dictionary(world.root / "heads", sites(world.lm, "attn_z.1"))
     found = interpret(

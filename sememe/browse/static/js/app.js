@@ -19,10 +19,10 @@
 
   // What each known figure of a report is called, and how it is written; others go by their own name.
   const FIGURES = {
-    fvu: ["variance unexplained", percent], fvu_all_rows: ["the same, all positions", percent], explained_variance: ["variance explained", percent],
-    l0: ["active per token", number], frac_alive: ["alive", percent], cosine: ["cosine", number],
-    ce_increase: ["loss increase (nats)", number], ce_recovered_zero: ["loss recovered", percent],
-    ce_recovered_mean: ["the same, from the mean", percent], kl: ["KL divergence (nats)", number],
+    fvu: ["variance unexplained", percent], fvu_all_rows: ["the same, all positions", percent],
+    l0: ["active per token", number], frac_alive: ["alive", percent],
+    ce_recovered_zero: ["loss recovered", percent], ce_recovered_mean: ["the same, from the mean", percent],
+    ce_increase: ["loss increase (nats)", number], kl: ["KL divergence (nats)", number],
   };
   const NULLS = { pca: "PCA", untrained: "untrained", random_directions: "random directions", identity: "identity" };
 
@@ -68,7 +68,7 @@
       <dl class="facts">${vitals.map(([name, value, note]) => html`<div key=${name + note}><dt>${name}</dt><dd>${value}<small>${note}</small></dd></div>`)}</dl>
       ${table && html`<${Report} report=${report} />`}
       ${edges.length > 1 && html`<div class="density"><h2>Density of the latents <span class="muted">click a bar to filter</span></h2>
-        <${Histogram} counts=${density.counts} edges=${edges} xTicks=${ticks} height=${table ? 190 : 150} label="Histogram of the latents' densities"
+        <${Histogram} counts=${density.counts} edges=${edges} xTicks=${ticks} height=${table ? 236 : 150} label="Histogram of the latents' densities"
           xLabel="share of tokens on which a latent is active" yLabel="latents" formatX=${power} onPick=${pick}
           picked=${params.min === "" && params.max === "" ? null : (i) => edges[i] >= low - 0.01 && edges[i + 1] <= high + 0.01}
           describe=${(i) => `${count(density.counts[i])} latents active on ${percent(10 ** edges[i], 2)} to ${percent(10 ** edges[i + 1], 2)} of tokens`} /></div>`}
