@@ -85,7 +85,12 @@ def main() -> None:
         arguments.rounds,
     )
     shutil.rmtree(place, ignore_errors=True)
-    context = {"tokens": arguments.tokens, "layer": LAYER, "batch": [16, policy.context_length], "dtype": str(lm.dtype)}
+    context = {
+        "tokens": arguments.tokens,
+        "layer": LAYER,
+        "batch": [16, policy.context_length],
+        "dtype": str(lm.dtype),
+    }
     speed = (arguments.tokens + norm_tokens) / min(times["one"])
     finish(
         "harvest",

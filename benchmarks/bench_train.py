@@ -77,7 +77,11 @@ def main() -> None:
         weights = torch.randn(8192, D_IN, generator=generator).bfloat16()
         out = torch.empty(4096, 8192, dtype=torch.bfloat16)
         times = interleaved({"product": lambda: torch.mm(x, weights.T, out=out), "step": step}, 5)
-        figures.append(row("relu_8192_b4096_dense", ratio(times, "step", "product"), "", "x one bfloat16 encoder product"))
+        figures.append(
+            row(
+                "relu_8192_b4096_dense", ratio(times, "step", "product"), "", "x one bfloat16 encoder product"
+            )
+        )
     finish("train", figures)
 
 

@@ -30,7 +30,9 @@ def met(figure: dict[str, Any]) -> bool | None:
     return OPERATORS[operator](figure["value"], float(bound))
 
 
-def interleaved(functions: dict[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+def interleaved(
+    functions: dict[str, Callable[[], Any]], rounds: int, warmup: int = 1
+) -> dict[str, list[float]]:
     """Seconds of each function, taken in turn so that all of them meet the machine's moods alike."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(warmup + rounds):

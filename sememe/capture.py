@@ -47,7 +47,9 @@ class PositionChoice(NamedTuple):
     seed: int = 0
     """Of the random choice."""
 
-    def apply(self, keep: Bool[np.ndarray, "rows context"], first_row: int) -> Bool[np.ndarray, "rows context"]:
+    def apply(
+        self, keep: Bool[np.ndarray, "rows context"], first_row: int
+    ) -> Bool[np.ndarray, "rows context"]:
         """A mask of the positions that are used; `first_row` makes the choice independent of the batching."""
         if self.chosen is not None:
             mask = np.zeros_like(keep)

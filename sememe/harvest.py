@@ -22,7 +22,16 @@ from sememe.config import Config
 from sememe.errors import ConfigError, TextError
 from sememe.lm import LanguageModel, ModelConfig
 from sememe.progress import track
-from sememe.store import DOCUMENTS, HookpointInfo, Shard, Store, StoreInfo, open_store, write_documents, write_shard
+from sememe.store import (
+    DOCUMENTS,
+    HookpointInfo,
+    Shard,
+    Store,
+    StoreInfo,
+    open_store,
+    write_documents,
+    write_shard,
+)
 from sememe.text import Split, TextConfig, TokenBlock, TokenPolicy, fetch, fingerprint, token_blocks
 
 __all__ = ["HarvestConfig", "harvest", "parents_of"]
@@ -90,7 +99,9 @@ def harvest(config: HarvestConfig, *, lm: LanguageModel | None = None, fresh: bo
     hookpoints = lm.expand(config.hookpoints)
     if config.batch_rows > config.shard_contexts:
         raise ConfigError(
-            f"batch_rows must be <= shard_contexts={config.shard_contexts}", config.batch_rows, "Lower batch_rows."
+            f"batch_rows must be <= shard_contexts={config.shard_contexts}",
+            config.batch_rows,
+            "Lower batch_rows.",
         )
     with artifact.building(
         config.out,
@@ -109,7 +120,9 @@ def harvest(config: HarvestConfig, *, lm: LanguageModel | None = None, fresh: bo
 class _State:
     """What a run that goes on has to know; written after each shard."""
 
-    def __init__(self, work: artifact.Work, lm: LanguageModel, config: HarvestConfig, hookpoints: tuple[str, ...]) -> None:
+    def __init__(
+        self, work: artifact.Work, lm: LanguageModel, config: HarvestConfig, hookpoints: tuple[str, ...]
+    ) -> None:
         self.path = work.path / PROGRESS
         self.shard_rows: list[int] = []
         self.n_tokens = self.n_outliers = 0
@@ -138,7 +151,11 @@ class _State:
 
 
 def _fill(
-    config: HarvestConfig, lm: LanguageModel, hookpoints: tuple[str, ...], parents: dict[str, str], work: artifact.Work
+    config: HarvestConfig,
+    lm: LanguageModel,
+    hookpoints: tuple[str, ...],
+    parents: dict[str, str],
+    work: artifact.Work,
 ) -> None:
     state = _State(work, lm, config, hookpoints)
     ratio = config.policy.max_norm_ratio
@@ -156,7 +173,9 @@ def _fill(
                 progress.advance(rows.n_tokens)
             shard = _shuffled(parts, hookpoints, config.seed, index)
             if shard.token_ids.shape[0] == 0:
-                raise ConfigError("the policy must keep some positions", "none of a shard", "Change the policy.")
+                raise ConfigError(
+                    "the policy must keep some positions", "none of a shard", "Change the policy."
+                )
             name = _shard_name(index)
             write_shard(work.path / name, shard)
             work.hashes[name] = artifact.file_sha256(work.path / name)
@@ -171,7 +190,9 @@ def _fill(
         model=lm.name,
         model_fingerprint=lm.fingerprint,
         hookpoints={
-            name: HookpointInfo(width=lm.width(name), median_norm=state.medians[name], max_norm=max_norms[name])
+            name: HookpointInfo(
+                width=lm.width(name), median_norm=state.medians[name], max_norm=max_norms[name]
+            )
             for name in hookpoints
         },
         policy=config.policy,
@@ -218,7 +239,8 @@ def _shuffled(parts: list[Rows], hookpoints: tuple[str, ...], seed: int, index: 
     n_rows = sum(part.token_ids.shape[0] for part in parts)
     order = torch.from_numpy(np.random.default_rng((seed, index)).permutation(n_rows))
     activations = {
-        name: torch.empty(n_rows, parts[0].activations[name].shape[1], dtype=torch.bfloat16) for name in hookpoints
+        name: torch.empty(n_rows, parts[0].activations[name].shape[1], dtype=torch.bfloat16)
+        for name in hookpoints
     }
     columns = [torch.empty(n_rows, dtype=torch.int32) for _ in range(3)]
     start = 0
@@ -231,4 +253,3 @@ def _shuffled(parts: list[Rows], hookpoints: tuple[str, ...], seed: int, index: 
             column[places] = values.to(torch.int32)
         start = stop
     return Shard(activations, *columns)
-

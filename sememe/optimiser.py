@@ -54,7 +54,9 @@ class Adam:
             if param.grad is None:
                 continue
             rows = self._rows(param.detach())
-            grad = param.grad if rows.shape == param.shape else param.grad.T if param.dim() == 2 else param.grad
+            grad = (
+                param.grad if rows.shape == param.shape else param.grad.T if param.dim() == 2 else param.grad
+            )
             kernels.adam_step(
                 rows,
                 grad.reshape(rows.shape),

@@ -65,16 +65,24 @@ def read_recipe(path: str | Path) -> Recipe:
             raise ConfigError(f"a table of the recipe {path} must be known", repr(key), nearest(key, known))
     name = data.get("name", Path(path).stem)
     if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
-        raise ConfigError("a recipe's name must be letters, digits, '.', '-' and '_'", repr(name), "Change name.")
+        raise ConfigError(
+            "a recipe's name must be letters, digits, '.', '-' and '_'", repr(name), "Change name."
+        )
     for key in (*SHARED, *STAGES):
         if not isinstance(data.get(key, {}), dict):
-            raise ConfigError(f"{key} must be a table of the recipe {path}", repr(data[key]), f"Write [{key}].")
+            raise ConfigError(
+                f"{key} must be a table of the recipe {path}", repr(data[key]), f"Write [{key}]."
+            )
     if "harvest" not in data or "train" not in data:
         raise ConfigError(
-            f"the recipe {path} must have the tables [harvest] and [train]", ", ".join(data) or "nothing", "Add them."
+            f"the recipe {path} must have the tables [harvest] and [train]",
+            ", ".join(data) or "nothing",
+            "Add them.",
         )
     train = data["train"]
-    named = {key: value for key, value in train.items() if isinstance(value, dict) and "architecture" in value}
+    named = {
+        key: value for key, value in train.items() if isinstance(value, dict) and "architecture" in value
+    }
     common = {key: value for key, value in train.items() if key not in named}
     dictionaries = {key: common | value for key, value in named.items()} if named else {"": train}
     return Recipe(
@@ -134,12 +142,16 @@ def _stages(recipe: Recipe, base: Path, fresh: bool) -> list[tuple[str, Path, Ca
     shared = {"model": recipe.model, "text": recipe.text}
     where = f"the recipe {recipe.name}"
     store = base / "store"
-    harvest_config = HarvestConfig.build({**shared, "policy": recipe.policy, **recipe.harvest, "out": store}, where)
+    harvest_config = HarvestConfig.build(
+        {**shared, "policy": recipe.policy, **recipe.harvest, "out": store}, where
+    )
     stages: list[tuple[str, Path, Callable[[], object]]] = [
         ("harvest", store, lambda: harvest(harvest_config, fresh=fresh))
     ]
     for name, table in recipe.dictionaries.items():
-        paths = {kind: base / kind / name for kind in ("dictionary", "report", "atlas", "explanations", "site")}
+        paths = {
+            kind: base / kind / name for kind in ("dictionary", "report", "atlas", "explanations", "site")
+        }
         label = f" {name}" if name else ""
         train_config = TrainConfig.build({**table, "store": store, "out": paths["dictionary"]}, where)
         stages.append(
@@ -163,27 +175,47 @@ def _after_training(
         from sememe.evaluate import EvaluateConfig, evaluate
 
         evaluate_config = EvaluateConfig.build(
-            {**shared, **recipe.evaluate, "dictionary": paths["dictionary"], "store": store, "out": paths["report"]}, where
+            {
+                **shared,
+                **recipe.evaluate,
+                "dictionary": paths["dictionary"],
+                "store": store,
+                "out": paths["report"],
+            },
+            where,
         )
         stages.append((f"evaluate{label}", paths["report"], lambda: evaluate(evaluate_config, fresh=fresh)))
     if recipe.interpret is not None:
         from sememe.interpret import InterpretConfig, interpret
 
+        # Over the store's own text, whose activations need no second forward, unless the recipe asks for another.
+        elsewhere = {"n_tokens", "split", "text"} & set(recipe.interpret)
+        origin = shared if elsewhere else {"model": recipe.model, "store": store}
         interpret_config = InterpretConfig.build(
-            {**shared, **recipe.interpret, "dictionary": paths["dictionary"], "out": paths["atlas"]}, where
+            {**origin, **recipe.interpret, "dictionary": paths["dictionary"], "out": paths["atlas"]}, where
         )
-        stages.append((f"interpret{label}", paths["atlas"], lambda: interpret(interpret_config, fresh=fresh).close()))
+        stages.append(
+            (f"interpret{label}", paths["atlas"], lambda: interpret(interpret_config, fresh=fresh).close())
+        )
         if recipe.explain is not None:
             from sememe.explain import ExplainConfig, explain
 
             explain_config = ExplainConfig.build(
                 {**recipe.explain, "atlas": paths["atlas"], "out": paths["explanations"]}, where
             )
-            stages.append((f"explain{label}", paths["explanations"], lambda: explain(explain_config, fresh=fresh)))
+            stages.append(
+                (f"explain{label}", paths["explanations"], lambda: explain(explain_config, fresh=fresh))
+            )
         if recipe.export is not None:
             from sememe.browse import ExportConfig, export
 
-            export_config = ExportConfig.build({**recipe.export, "atlas": paths["atlas"], "out": paths["site"]}, where)
+            beside = {
+                "report": paths["report"] if recipe.evaluate is not None else None,
+                "explanations": paths["explanations"] if recipe.explain is not None else None,
+            }
+            export_config = ExportConfig.build(
+                {**recipe.export, **beside, "atlas": paths["atlas"], "out": paths["site"]}, where
+            )
             stages.append((f"export{label}", paths["site"], lambda: export(export_config, fresh=fresh)))
     return stages
 

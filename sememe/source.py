@@ -95,7 +95,10 @@ class TensorSource:
         picked = []
         while n > 0:
             if self._order is None or self._order[0] != self._cursor.epoch:
-                self._order = (self._cursor.epoch, _permutation(self.n_rows, self.seed, self._cursor.epoch, 0))
+                self._order = (
+                    self._cursor.epoch,
+                    _permutation(self.n_rows, self.seed, self._cursor.epoch, 0),
+                )
             take = self._order[1][self._cursor.offset : self._cursor.offset + n]
             picked.append(take)
             n -= len(take)
@@ -418,5 +421,7 @@ def check_finite(batch: Batch, step: int) -> None:
     if not bool(torch.isfinite(batch.x).all()):
         row = int(torch.nonzero(~torch.isfinite(batch.x).all(dim=1))[0])
         raise ActivationError(
-            "activations must be finite", f"NaN or infinity in row {row} of the batch of step {step}", "Check the source."
+            "activations must be finite",
+            f"NaN or infinity in row {row} of the batch of step {step}",
+            "Check the source.",
         )

@@ -40,7 +40,9 @@ class Log:
         kept: list[str] = []
         if resume_step is not None and self.path.is_file():
             kept = [
-                line for line in self.path.read_text().splitlines() if _step_of(line, resume_step) <= resume_step
+                line
+                for line in self.path.read_text().splitlines()
+                if _step_of(line, resume_step) <= resume_step
             ]
         aside = self.path.with_suffix(".tmp")
         aside.write_text("".join(line + "\n" for line in kept))
@@ -116,5 +118,7 @@ def _sink(tracker: Tracker, folder: Path, name: str, config: dict[str, Any]) -> 
         return _RunTracker(importlib.import_module(tracker), name, config)
     except ImportError as error:
         raise ResourceError(
-            f"tracking with {tracker} needs its package", str(error), f"pip install {tracker}, or leave --track out."
+            f"tracking with {tracker} needs its package",
+            str(error),
+            f"pip install {tracker}, or leave --track out.",
         ) from None

@@ -107,14 +107,22 @@ class TrainConfig(Config):
     def _no_inert_option(self) -> TrainConfig:
         if self.live:
             if self.n_tokens is None:
-                raise ConfigError("n_tokens must be given when live", "nothing", "A live stream has no end: pass --n-tokens.")
+                raise ConfigError(
+                    "n_tokens must be given when live",
+                    "nothing",
+                    "A live stream has no end: pass --n-tokens.",
+                )
             if self.inputs is None:
-                raise ConfigError("inputs must be given when live", "nothing", "Name a hookpoint: --inputs resid_post.8.")
+                raise ConfigError(
+                    "inputs must be given when live", "nothing", "Name a hookpoint: --inputs resid_post.8."
+                )
         else:
             for name in ("buffer_mb", "batch_rows", "model", "text", "policy"):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ConfigError(
-                        f"{name} must be left out unless live is set", getattr(self, name), "A store brings its own; drop it."
+                        f"{name} must be left out unless live is set",
+                        getattr(self, name),
+                        "A store brings its own; drop it.",
                     )
         return self
 
@@ -146,7 +154,9 @@ def _plan(config: TrainConfig, dictionary: Trainable, source: Source) -> _Plan:
     n_tokens = config.n_tokens
     if n_tokens is None:
         if source.n_rows is None:
-            raise ConfigError("n_tokens must be given for a stream without an end", "nothing", "Pass --n-tokens.")
+            raise ConfigError(
+                "n_tokens must be given for a stream without an end", "nothing", "Pass --n-tokens."
+            )
         n_tokens = int((config.epochs or 1.0) * source.n_rows)
     n_steps = max(1, n_tokens // config.batch_size)
     resampling = dictionary.resampling()
@@ -276,7 +286,9 @@ class _Run:
     def _initialise(self) -> None:
         sample = self.source.sample(N_SAMPLE_ROWS)
         if not bool(torch.isfinite(sample.x).all() and torch.isfinite(sample.target).all()):
-            raise ActivationError("activations must be finite", "NaN or infinity in the sample", "Check the source.")
+            raise ActivationError(
+                "activations must be finite", "NaN or infinity in the sample", "Check the source."
+            )
         if self.config.scale:
             self.dictionary.scale_in.fill_(_scale(sample.x))
             self.dictionary.scale_out.fill_(_scale(sample.target))
@@ -376,7 +388,9 @@ class _Run:
             total = float(loss.total.detach())
             if not math.isfinite(total):
                 raise ActivationError(
-                    f"the loss must be finite at step {self.step}", total, "Lower --lr; the last checkpoint is kept."
+                    f"the loss must be finite at step {self.step}",
+                    total,
+                    "Lower --lr; the last checkpoint is kept.",
                 )
             variance = float((target - target.mean(0)).square().mean())
             values |= {
@@ -396,7 +410,9 @@ class _Run:
         for name, parameter in self.dictionary.named_parameters():
             if not bool(torch.isfinite(parameter).all()):
                 raise ActivationError(
-                    f"{name} must be finite at step {self.step}", "NaN or infinity", "Lower --lr; the last checkpoint is kept."
+                    f"{name} must be finite at step {self.step}",
+                    "NaN or infinity",
+                    "Lower --lr; the last checkpoint is kept.",
                 )
 
     @torch.no_grad()

@@ -84,7 +84,12 @@ def sites(lm: LanguageModel, hookpoint: str = "resid_post.0", **changes: object)
 
 
 def save_dictionary(
-    path: Path, where: Sites | None, d_sae: int = 48, k: int = 4, silent: bool = False
+    path: Path,
+    where: Sites | None,
+    d_sae: int = 48,
+    k: int = 4,
+    silent: bool = False,
+    policy: TokenPolicy = POLICY,
 ) -> Path:
     """A dictionary with random weights, saved with its policy."""
     dictionary = TopK(TopKConfig(k=k), D_MODEL, D_MODEL, d_sae, where)

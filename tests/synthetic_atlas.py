@@ -41,6 +41,8 @@ NASTY: list[bytes] = [
     b"${1+1}",
     b"a" * 10_000,
     "ﷺ".encode(),
+    "\ufe0f".encode(),  # a variation selector
+    "\u0301".encode(),  # an accent without a letter
 ]
 WORDS = [
     "the", "of", "and", "to", "in", "is", "was", "for", "on", "with", "as", "by", "at", "from", "it",

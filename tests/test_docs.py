@@ -23,7 +23,9 @@ def test_every_dictionary_has_a_page(kind):
     assert (ROOT / "docs" / "dictionaries" / f"{kind}.md").is_file()
 
 
-@pytest.mark.parametrize("name", ["formats", "glossary", "log", "benchmarks", "text", "lm", "atlas", "metrics"])
+@pytest.mark.parametrize(
+    "name", ["formats", "glossary", "log", "benchmarks", "text", "lm", "atlas", "metrics"]
+)
 def test_the_other_pages_are_there(name):
     assert (ROOT / "docs" / f"{name}.md").is_file()
 
@@ -47,5 +49,12 @@ def test_links_lead_somewhere(page):
 def test_no_page_names_a_machines_paths_or_a_registrys_host():
     for path in [*PAGES, *sorted((ROOT / "sememe").rglob("*.py")), *sorted((ROOT / "runs").glob("*.toml"))]:
         text = path.read_text(encoding="utf-8")
-        for word in ("/work/", "../shared", "files.pythonhosted", "pypi.org", "registry.npmjs", "deb.debian.org"):
+        for word in (
+            "/work/",
+            "../shared",
+            "files.pythonhosted",
+            "pypi.org",
+            "registry.npmjs",
+            "deb.debian.org",
+        ):
             assert word not in text, f"{path.name} mentions {word}"

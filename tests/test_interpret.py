@@ -16,9 +16,20 @@ import torch
 from atlas_fixture import POLICY, World, corpus, make_world, save_dictionary, sites
 
 from sememe import dictionaries
+from sememe import lm as language_models
 from sememe.atlas import Atlas
-from sememe.errors import ActivationError, ArtifactError, MismatchError, TextError
-from sememe.interpret import interpret
+from sememe.dictionaries import Site, Sites
+from sememe.dictionaries.topk import TopK, TopKConfig
+from sememe.errors import (
+    ActivationError,
+    ArtifactError,
+    ConfigError,
+    HookpointError,
+    MismatchError,
+    TextError,
+)
+from sememe.harvest import HarvestConfig, harvest
+from sememe.interpret import InterpretConfig, interpret
 from sememe.text import TextConfig, TokenPolicy, token_blocks
 
 TABLES = (
@@ -400,3 +411,65 @@ def test_nan_activations_say_where(world: World, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ActivationError, match=where):
         interpret(world.config("atlas-nan"), lm=world.lm)
     assert not (world.root / "atlas-nan").exists()
+
+
+def test_a_store_in_the_place_of_the_model_gives_the_same_atlas(world: World, tmp_path: Path) -> None:
+    """In bfloat16 a store holds the model's activations to the bit, and so must every number of the atlas."""
+    model = world.model.replace(dtype="bfloat16")
+    lm = language_models.load(model)
+    made = HarvestConfig(
+        out=tmp_path / "store",
+        model=model,
+        text=world.text,
+        policy=POLICY.replace(max_norm_ratio=1.2),
+        hookpoints=("mlp_out.0", "resid_post.0"),
+        n_tokens=4000,
+        split="all",
+        batch_rows=8,
+        shard_contexts=24,
+    )
+    store = harvest(made, lm=lm)
+    assert store.info.n_norm_outliers > 0
+    # the store leaves a row out if it is over the limit at any of its hookpoints: read both, so that the pass does too
+    places = [
+        Site(
+            model=lm.name,
+            model_fingerprint=lm.fingerprint,
+            hookpoint=name,
+            start=32 * i,
+            stop=32 * i + 32,
+            max_norm=store.info.hookpoints[name].max_norm,
+        )
+        for i, name in enumerate(made.hookpoints)
+    ]
+    where = Sites(inputs=tuple(places), outputs=tuple(places))
+    dictionary = TopK(TopKConfig(k=4), 64, 64, 48, where)
+    x = torch.randn(256, 64, generator=torch.Generator().manual_seed(0))
+    dictionary.initialise(x, x, torch.Generator().manual_seed(0))
+    dictionary.save(tmp_path / "d", x, extra={"policy": made.policy.resolved()})
+    asked = {"dictionary": tmp_path / "d", "model": model}
+    live = world.config(str(tmp_path / "live"), **asked, split="all", n_tokens=4000)
+    stored = InterpretConfig.build(
+        live.resolved() | {"out": tmp_path / "stored", "store": tmp_path / "store", "batch_rows": 5}
+        | {name: InterpretConfig.model_fields[name].default for name in ("text", "split", "n_tokens")}
+    )  # fmt: skip
+    interpret(live, lm=lm).close()
+
+    def no_forward(*_: object) -> None:
+        raise AssertionError("the model ran")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(lm), "capture", no_forward)
+        interpret(stored, lm=lm).close()
+    one, two = contents(tmp_path / "live"), contents(tmp_path / "stored")
+    for table in TABLES:
+        assert one[table] == two[table], table
+
+    with pytest.raises(ConfigError, match="n_tokens must be left out when store is given, got 7"):
+        InterpretConfig.build({"store": tmp_path / "store", "n_tokens": 7})
+    with pytest.raises(HookpointError, match=r"must be in the store .*got 'resid_post.1'"):
+        other = save_dictionary(tmp_path / "other", sites(lm, "resid_post.1"), policy=made.policy)
+        interpret(stored.replace(dictionary=other, out=tmp_path / "o"), lm=lm)
+    with pytest.raises(MismatchError, match="the store must have the dictionary's token policy"):
+        other = save_dictionary(tmp_path / "policy", sites(lm))
+        interpret(stored.replace(dictionary=other, out=tmp_path / "o"), lm=lm)

@@ -81,14 +81,24 @@ def test_several_dictionaries_share_a_store(place, tmp_path):
     (tmp_path / "two.toml").write_text(recipe)
     parsed = read_recipe(tmp_path / "two.toml")
     assert set(parsed.dictionaries) == {"one", "two"}
-    assert parsed.dictionaries["one"] == {"batch_size": 64, "epochs": 1, "architecture": {"kind": "relu", "d_sae": 40}}
+    assert parsed.dictionaries["one"] == {
+        "batch_size": 64,
+        "epochs": 1,
+        "architecture": {"kind": "relu", "d_sae": 40},
+    }
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("[evaluate]", "[evalaute]"), r"a table of the recipe .* must be known, got 'evalaute'. Did you mean 'evaluate'"),
-        (("k = 4", "k = 4\nkk = 3"), r"architecture.topk.kk must be a known option of TrainConfig in the recipe small, got 3"),
+        (
+            ("[evaluate]", "[evalaute]"),
+            r"a table of the recipe .* must be known, got 'evalaute'. Did you mean 'evaluate'",
+        ),
+        (
+            ("k = 4", "k = 4\nkk = 3"),
+            r"architecture.topk.kk must be a known option of TrainConfig in the recipe small, got 3",
+        ),
         (("n_tokens = 1500", "n_tokenz = 1500"), "n_tokenz must be a known option of EvaluateConfig"),
         (('name = "small"', 'name = "../up"'), "a recipe's name must be letters"),
         (("[harvest]", "[explain]"), r"must have the tables \[harvest\] and \[train\]"),

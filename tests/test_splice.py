@@ -71,7 +71,8 @@ def test_layers_below_are_not_run() -> None:
     lm = tiny_lm("llama")
     splicer = Splicer(lm, ["resid_post.1"], ["resid_post.1"])
     run = splicer.base(IDS)
-    splicer.spliced(run, run.activations)  # the first time, the model is asked whether its layers can be left out
+    # The first time, the model is asked whether its layers can be left out.
+    splicer.spliced(run, run.activations)
     calls: list[int] = []
     hooks = [
         layer.self_attn.register_forward_hook(lambda *_, i=i: calls.append(i))

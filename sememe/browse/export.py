@@ -106,7 +106,8 @@ def _write(data: Data, folder: Path, config: ExportConfig) -> None:
             waiting.append(pool.submit(_write_shard, folder, name, payload))
             if len(waiting) > 16:  # bounded memory
                 waiting.popleft().result()
-            progress.advance(n_rows)
+            if n_rows:
+                progress.advance(n_rows)
         for job in waiting:
             job.result()
 

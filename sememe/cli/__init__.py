@@ -84,7 +84,9 @@ def _usage(error: CycloptsError, arguments: list[str]) -> ConfigError:
         return ConfigError("a command must be one of sememe's", repr(command), nearest(command, VERBS))
     if unused:
         return ConfigError(
-            f"every argument of `sememe {command}` must be known", " ".join(unused), f"See `sememe {command} --help`."
+            f"every argument of `sememe {command}` must be known",
+            " ".join(unused),
+            f"See `sememe {command} --help`.",
         )
     given = getattr(token, "keyword", None) or getattr(token, "value", None)
     if type(error).__name__ == "UnknownOptionError" and given:

@@ -64,7 +64,9 @@ def flags_of(config: type[Config], choices: dict[str, type[Config]] | None = Non
     return named
 
 
-def _collect(config: type[Config], path: tuple[str, ...], choices: dict[str, type[Config]], found: list[Flag]) -> None:
+def _collect(
+    config: type[Config], path: tuple[str, ...], choices: dict[str, type[Config]], found: list[Flag]
+) -> None:
     for name, field in config.model_fields.items():
         chosen = choices.get(name)
         inner = chosen or _config_type(_plain(field.annotation))
@@ -118,7 +120,12 @@ def command(
                 default=flag.default,
                 annotation=Annotated[
                     flag.annotation,
-                    Parameter(help=flag.help, group=groups[group_name], consume_multiple=many or None, negative_iterable=()),
+                    Parameter(
+                        help=flag.help,
+                        group=groups[group_name],
+                        consume_multiple=many or None,
+                        negative_iterable=(),
+                    ),
                 ],
             )
         )

@@ -34,14 +34,18 @@ def _harvest() -> Any:
         store = harvest(config, fresh=fresh)
         _say(f"store of {store.info.n_rows:,} rows", config.out)
 
-    return command(HarvestConfig, verb, extra=FRESH, doc="Run a language model over a text and store its activations.")
+    return command(
+        HarvestConfig, verb, extra=FRESH, doc="Run a language model over a text and store its activations."
+    )
 
 
 def _train() -> App:
     from sememe.dictionaries import TRAINABLE
     from sememe.train import TrainConfig, train
 
-    app = App(name="train", help="Train a dictionary; the architecture comes first: `sememe train topk --k 64`.")
+    app = App(
+        name="train", help="Train a dictionary; the architecture comes first: `sememe train topk --k 64`."
+    )
     app.result_action = "return_value"
 
     def verb(config: TrainConfig, fresh: bool = False) -> None:
@@ -70,14 +74,18 @@ def _toy() -> App:
     from sememe.toy import PlantedSource, ToyConfig, recovery
     from sememe.train import TrainConfig, train
 
-    app = App(name="toy", help="Train on planted features and see how many are found: `sememe toy topk --k 5`.")
+    app = App(
+        name="toy", help="Train on planted features and see how many are found: `sememe toy topk --k 5`."
+    )
     app.result_action = "return_value"
 
     def verb(config: TrainConfig, fresh: bool = False, **options: Any) -> None:
         planted = ToyConfig.build({name.removeprefix("planted_"): value for name, value in options.items()})
         source = PlantedSource(planted)
         parents = {"planted": sha256_of(planted.resolved())}
-        dictionary = train(config, source=source, parents=parents, extra={"planted": planted.resolved()}, fresh=fresh)
+        dictionary = train(
+            config, source=source, parents=parents, extra={"planted": planted.resolved()}, fresh=fresh
+        )
         found = recovery(source.planted, dictionary)
         print(f"recall (mmcs planted -> learned)     {found.recall:.4f}")
         print(f"precision (mmcs learned -> planted)  {found.precision:.4f}")
@@ -107,7 +115,9 @@ def _pretrain() -> App:
     from sememe.lm.build import GPT2Shape, LlamaShape
     from sememe.pretrain import PretrainConfig, pretrain
 
-    app = App(name="pretrain", help="Train a small transformer; its blocks come first: `sememe pretrain gpt2`.")
+    app = App(
+        name="pretrain", help="Train a small transformer; its blocks come first: `sememe pretrain gpt2`."
+    )
     app.result_action = "return_value"
 
     def verb(config: PretrainConfig, fresh: bool = False) -> None:
@@ -154,7 +164,11 @@ def _evaluate() -> Any:
         print_report(config.out)
 
     return command(
-        EvaluateConfig, verb, positional=("dictionary",), extra=FRESH, doc="Measure a dictionary on held-out documents."
+        EvaluateConfig,
+        verb,
+        positional=("dictionary",),
+        extra=FRESH,
+        doc="Measure a dictionary on held-out documents.",
     )
 
 
@@ -176,7 +190,11 @@ def _report() -> Any:
         _say("page", config.out)
 
     return command(
-        ReportConfig, verb, positional=("reports",), extra=FRESH, doc="Draw one page from one or several reports."
+        ReportConfig,
+        verb,
+        positional=("reports",),
+        extra=FRESH,
+        doc="Draw one page from one or several reports.",
     )
 
 
@@ -204,7 +222,11 @@ def _explain() -> Any:
         _say("explanations", config.out)
 
     return command(
-        ExplainConfig, verb, positional=("atlas",), extra=FRESH, doc="Say in words when each latent fires, and score the words."
+        ExplainConfig,
+        verb,
+        positional=("atlas",),
+        extra=FRESH,
+        doc="Say in words when each latent fires, and score the words.",
     )
 
 
@@ -255,7 +277,9 @@ def _run() -> Any:
     def run_recipe(
         recipe: Path,
         *,
-        out: Annotated[Path | None, Parameter(help="Folder for the results; artifacts/NAME if not given.")] = None,
+        out: Annotated[
+            Path | None, Parameter(help="Folder for the results; artifacts/NAME if not given.")
+        ] = None,
         fresh: Annotated[bool, Parameter(help="Make everything again.", negative="")] = False,
     ) -> None:
         """Run a recipe: all its verbs in order, each skipped when its result is there.
@@ -300,9 +324,15 @@ _MAKERS: dict[str, Callable[[], Any]] = {
     "browse": _browse,
     "run_recipe": _run,
     "models": _models,
-    "intervene": lambda: _simple("intervene", "intervene", "Change latents and see what the model says.", ("dictionary",)),
+    "intervene": lambda: _simple(
+        "intervene", "intervene", "Change latents and see what the model says.", ("dictionary",)
+    ),
     "toy": _toy,
     "pretrain": _pretrain,
-    "convert": lambda: _simple("convert", "convert", "Read and write other tools' dictionaries.", ("source",)),
-    "publish": lambda: _simple("publish", "publish", "Gather results into a folder for a hub.", ("dictionary",)),
+    "convert": lambda: _simple(
+        "convert", "convert", "Read and write other tools' dictionaries.", ("source",)
+    ),
+    "publish": lambda: _simple(
+        "publish", "publish", "Gather results into a folder for a hub.", ("dictionary",)
+    ),
 }

@@ -1,7 +1,7 @@
 """The verb that runs a dictionary over a text and writes down what every latent does: the atlas.
 
 Knows models, text and dictionaries, and the atlas's schema; how latents are followed is `collect`'s. One forward
-per token, stopped after the dictionary's last input. Memory does not grow with the text: the collector's is bounded
+per token, stopped after the dictionary's last input; or none, where a store holds what it would give. Memory does not grow with the text: the collector's is bounded
 (see `collect`), and token rows and documents go to disk, 8 bytes per token, until those that an example shows are
 picked out. Interrupted and started again, it goes on from its last snapshot with the same result.
 
@@ -17,12 +17,13 @@ import shutil
 from sememe import artifact, dictionaries
 from sememe import lm as language_models
 from sememe.atlas import DATABASE, Atlas, open_atlas
-from sememe.dictionaries import Dictionary
+from sememe.dictionaries import Dictionary, Site
 from sememe.errors import ActivationError, MismatchError, TextError
 from sememe.interpret.config import InterpretConfig
 from sememe.interpret.database import write_database
 from sememe.interpret.stream import DOCUMENTS, ROWS, SNAPSHOT, Pass
 from sememe.lm import LanguageModel
+from sememe.store import Store, open_store
 from sememe.text import TokenPolicy, fetch, fingerprint
 
 __all__ = ["InterpretConfig", "interpret", "parents_of"]
@@ -32,11 +33,13 @@ VERSION = 1
 
 def parents_of(config: InterpretConfig, lm_fingerprint: str) -> dict[str, str]:
     """Fingerprints of what an atlas is made from."""
-    return {
+    parents = {
         "dictionary": artifact.load(config.dictionary, "dictionary").fingerprint,
         "model": lm_fingerprint,
-        "text": fingerprint(config.text),
     }
+    if config.store is not None:
+        return parents | {"store": open_store(config.store).fingerprint}
+    return parents | {"text": fingerprint(config.text)}
 
 
 def interpret(config: InterpretConfig, *, lm: LanguageModel | None = None, fresh: bool = False) -> Atlas:
@@ -54,7 +57,8 @@ def interpret(config: InterpretConfig, *, lm: LanguageModel | None = None, fresh
         ActivationError: an activation is NaN or infinite, or no latent ever fires.
     """
     saved = artifact.load(config.dictionary, "dictionary")
-    fetch(config.text)
+    if config.store is None:
+        fetch(config.text)
     parents = parents_of(config, lm.fingerprint if lm else language_models.fingerprint_of(config.model))
     identity = artifact.identity_of("atlas", VERSION, config, parents)
     if not fresh and artifact.find(config.out, "atlas", identity):
@@ -63,6 +67,9 @@ def interpret(config: InterpretConfig, *, lm: LanguageModel | None = None, fresh
     lm = lm if lm is not None else language_models.load(config.model)
     check(dictionary, lm)
     policy = TokenPolicy.build(saved.extra["policy"]) if saved.extra.get("policy") else TokenPolicy()
+    store = None if config.store is None else open_store(config.store)
+    if store is not None:
+        check_store(store, dictionary, policy)
     with artifact.building(
         config.out,
         kind="atlas",
@@ -73,7 +80,7 @@ def interpret(config: InterpretConfig, *, lm: LanguageModel | None = None, fresh
         fresh=fresh,
         leave_out=(SNAPSHOT, ROWS, DOCUMENTS, f"{DATABASE}.wal"),
     ) as work:
-        run = Pass(config, lm, dictionary, policy, work.path)
+        run = Pass(config, lm, dictionary, policy, work.path, store)
         try:
             run.run(resume=work.resumed)
             run.check()
@@ -124,6 +131,30 @@ def check(dictionary: Dictionary, lm: LanguageModel) -> None:
                 f"d_in {site.stop - site.start}",
                 "Use the dictionary with the model and hookpoint it was trained on.",
             )
+
+
+def check_store(store: Store, dictionary: Dictionary, policy: TokenPolicy) -> None:
+    """That a store holds what a dictionary reads.
+
+    Raises:
+        HookpointError: the store lacks a hookpoint.
+        MismatchError: it is of another model or token policy.
+    """
+    sites = _inputs(dictionary)
+    store.check_hookpoints(site.hookpoint for site in sites)
+    for site in sites:
+        if site.model_fingerprint != store.info.model_fingerprint:
+            raise MismatchError(
+                f"the store must be of the dictionary's model (fingerprint {site.model_fingerprint[:16]})",
+                f"one of {store.info.model} ({store.info.model_fingerprint[:16]})",
+                "Pass the store the dictionary was trained on, or leave --store out.",
+            )
+    if store.info.policy != policy:
+        raise MismatchError(
+            f"the store must have the dictionary's token policy {policy.resolved()}",
+            str(store.info.policy.resolved()),
+            "Pass the store the dictionary was trained on, or leave --store out.",
+        )
 
 
 def _inputs(dictionary: Dictionary) -> tuple[Site, ...]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sememe.config import Config
+from sememe.errors import ConfigError
 from sememe.lm import ModelConfig
 from sememe.text import TextConfig
 
@@ -18,7 +19,7 @@ class InterpretConfig(Config):
     """Which dictionary, over which text, and how many examples to keep."""
 
     not_identity: ClassVar[frozenset[str]] = frozenset(
-        {"out", "dictionary", "model", "batch_rows", "snapshot_seconds"}
+        {"out", "dictionary", "store", "model", "batch_rows", "snapshot_seconds"}
     )
 
     out: Path = Path("artifacts/atlas")
@@ -27,6 +28,8 @@ class InterpretConfig(Config):
     """The dictionary's folder."""
     model: ModelConfig = ModelConfig()
     """The language model, the one the dictionary was trained on."""
+    store: Path | None = None
+    """Go over the text of this store and read its activations, instead of running the model over `text`."""
     text: TextConfig = TextConfig()
     """The corpus."""
     split: Literal["train", "heldout", "all"] = "all"
@@ -55,3 +58,15 @@ class InterpretConfig(Config):
     """Contexts per forward."""
     snapshot_seconds: float = Field(default=60.0, ge=0)
     """How often the state is saved, so that an interrupted run loses no more than that."""
+
+    @model_validator(mode="after")
+    def _no_inert_option(self) -> InterpretConfig:
+        if self.store is not None:
+            for name in ("text", "split", "n_tokens"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ConfigError(
+                        f"{name} must be left out when store is given",
+                        getattr(self, name),
+                        "A store brings its own text; drop one of the two.",
+                    )
+        return self

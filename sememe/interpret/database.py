@@ -51,7 +51,7 @@ def write_database(path: Path, run: Pass, about: dict[str, Any]) -> None:
                 "context_length": run.policy.context_length,
                 "window": [config.before, config.after],
                 "histogram_edges": [(i + 1) / config.n_bins for i in range(config.n_bins)],
-                "attributions": [dict(a._asdict()) for a in attributions(config.text)],
+                "attributions": [dict(a._asdict()) for a in attributions(run.text)],
                 "policy": run.policy.resolved(),
             },
         )

@@ -11,7 +11,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
 from sememe.collect import Collector
@@ -21,7 +21,8 @@ from sememe.errors import ActivationError, TextError
 from sememe.interpret.config import InterpretConfig
 from sememe.lm import LanguageModel
 from sememe.progress import Progress, track
-from sememe.text import TokenBlock, TokenPolicy, token_blocks
+from sememe.store import Store
+from sememe.text import Split, TextConfig, TokenBlock, TokenPolicy, token_blocks
 
 __all__ = ["DOCUMENTS", "ROWS", "SNAPSHOT", "Pass"]
 
@@ -39,6 +40,35 @@ class _Batch(NamedTuple):
     n_outliers: int
 
 
+class _StoredBlock:
+    """One shard of a store, by document and position: a shard holds what one block of the text became."""
+
+    def __init__(self, store: Store, index: int, hookpoints: list[str]) -> None:
+        shard = store.read(index, hookpoints)
+        self.activations = shard.activations
+        keys = _keys(shard.doc_ids.numpy(), shard.positions.numpy())
+        self.order = np.argsort(keys)
+        self.keys = keys[self.order]
+
+    def find(self, part: TokenBlock) -> Int64[np.ndarray, "rows ctx"]:
+        """The shard's row of each position, or -1."""
+        keys = _keys(part.doc_ids, part.doc_positions)
+        at = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
+        return np.where(self.keys[at] == keys, self.order[at], -1)
+
+
+def _keys(doc_ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    return (doc_ids.astype(np.int64) << 32) | (positions.astype(np.int64) & 0xFFFFFFFF)
+
+
+def _text_of(config: InterpretConfig, store: Store | None) -> tuple[TextConfig, Split, int, int]:
+    """Corpus, split, number of tokens, and rows per block; a store's own, so that its shards and the blocks agree."""
+    if store is None:
+        return config.text, config.split, config.n_tokens, BLOCK_ROWS
+    made = store.artifact.meta["config"]
+    return TextConfig.build(made["text"]), made["split"], int(made["n_tokens"]), int(made["shard_contexts"])
+
+
 class Pass:
     """One streaming pass: the collector, and the token rows and documents on disk.
 
@@ -48,6 +78,7 @@ class Pass:
         dictionary: A dictionary that reads it.
         policy: Which positions are kept.
         folder: Where rows, documents and snapshots are written.
+        store: Activations of the text; the model runs over it if not given.
     """
 
     def __init__(
@@ -57,8 +88,12 @@ class Pass:
         dictionary: Dictionary,
         policy: TokenPolicy,
         folder: Path,
+        store: Store | None = None,
     ) -> None:
         self.config, self.lm, self.policy, self.folder = config, lm, policy, folder
+        self.store = store
+        self.stored: _StoredBlock | None = None
+        self.text, self.split, self.n_tokens, self.block_rows = _text_of(config, store)
         self.dictionary = dictionary.eval().to(lm.device)
         self.collector = Collector(
             dictionary.d_sae,
@@ -82,7 +117,7 @@ class Pass:
         with (
             (self.folder / ROWS).open("r+b" if n_done else "wb") as rows,
             (self.folder / DOCUMENTS).open("r+b" if n_done else "wb") as documents,
-            track("interpret", self.config.n_tokens, "tokens", done=self.n_read) as progress,
+            track("interpret", self.n_tokens, "tokens", done=self.n_read) as progress,
         ):
             rows.seek(self.collector.n_rows * 8 * self.policy.context_length)
             rows.truncate()
@@ -124,17 +159,19 @@ class Pass:
     def parts(self, documents: IO[bytes]) -> Iterator[TokenBlock]:
         """What is left of the text, one forward after the other."""
         blocks = token_blocks(
-            self.config.text,
+            self.text,
             self.lm.tokenizer,
             self.policy,
-            split=self.config.split,
-            n_tokens=self.config.n_tokens,
-            block_rows=BLOCK_ROWS,
+            split=self.split,
+            n_tokens=self.n_tokens,
+            block_rows=self.block_rows,
         )
         done, first = self.collector.n_rows, 0
-        for block in blocks:
+        for index, block in enumerate(blocks):
             n_rows = block.ids.shape[0]
             if first + n_rows > done:
+                if self.store is not None:
+                    self.stored = _StoredBlock(self.store, index, [site.hookpoint for site in self.sites])
                 if first >= done:
                     _write_documents(documents, block)
                 for start in range(max(done - first, 0), n_rows, self.config.batch_rows):
@@ -143,7 +180,9 @@ class Pass:
 
     @torch.inference_mode()
     def _encode(self, part: TokenBlock) -> _Batch:
-        """One forward, and the latents at the positions that are kept."""
+        """The latents at the positions that are kept: of one forward, or of what the store holds of it."""
+        if self.stored is not None:
+            return self._encode_stored(part, self.stored)
         ids = torch.from_numpy(part.ids).to(self.lm.device, torch.int64)
         mask = None if part.attention_mask.all() else torch.from_numpy(part.attention_mask).to(self.lm.device)
         captured = self.lm.capture(ids, list(dict.fromkeys(site.hookpoint for site in self.sites)), mask)
@@ -164,13 +203,24 @@ class Pass:
         x = columns[0] if len(columns) == 1 else torch.cat([c.to(self.lm.device) for c in columns], dim=1)
         if not bool(inside.all()):
             x = x[inside.to(x.device)]
+        return self._encoded(part, x, wanted[inside], int((~inside).sum()))
+
+    def _encode_stored(self, part: TokenBlock, stored: _StoredBlock) -> _Batch:
+        rows = stored.find(part).reshape(-1)
+        wanted = np.flatnonzero(part.keep.reshape(-1) & (rows >= 0))
+        x = torch.cat([stored.activations[s.hookpoint][rows[wanted]].float() for s in self.sites], dim=1)
+        return self._encoded(part, x, torch.from_numpy(wanted), int(part.keep.sum()) - wanted.shape[0])
+
+    def _encoded(
+        self, part: TokenBlock, x: Float[Tensor, "rows d_in"], places: Int[Tensor, " rows"], n_outliers: int
+    ) -> _Batch:
         keep = np.zeros(part.keep.shape, bool)
-        keep.reshape(-1)[wanted[inside].numpy()] = True
+        keep.reshape(-1)[places.numpy()] = True
         encoded = self._encode_rows(x.to(self.lm.device))
         if not bool(torch.isfinite(encoded.acts).all()):
             row = int(encoded.row_ids()[~torch.isfinite(encoded.acts)][0])
-            self._not_finite(part, int(wanted[inside][row]), "the dictionary's latents")
-        return _Batch(encoded, keep, int((~inside).sum()))
+            self._not_finite(part, int(places[row]), "the dictionary's latents")
+        return _Batch(encoded, keep, n_outliers)
 
     def _encode_rows(self, x: Float[Tensor, "rows d_in"]) -> Encoded:
         step = max(ENCODE_FLOATS // self.dictionary.d_sae, 64)

@@ -27,6 +27,7 @@ BLOCK = 32
 SPARE = 8
 """Candidates beyond k that are scored again in float32, so that rounding rarely drops one of the true k."""
 
+
 def _jit(**options: Any) -> Callable[[_F], _F]:
     """numba's njit with our settings; typed, which numba's own decorator is not."""
     fastmath = {"contract", "reassoc", "nsz"}

@@ -101,7 +101,7 @@ class Run:
             for name, parameter in self.parameters.items():
                 parameter.copy_(saved["weights"][name])
                 self.optimiser.state[parameter] = {
-                    key: saved["moments"][key][name].to(parameter.device if key != "step" else "cpu")
+                    key: saved["moments"][key][name].to(parameter.device)
                     for key in ("step", "exp_avg", "exp_avg_sq")
                 }
         self.step, self.seconds_before = saved["run"]["step"], saved["run"]["seconds"]

@@ -37,7 +37,7 @@
     const nonzero = latent.histogram.filter((n) => n > 0);
     const logY = Math.max(...nonzero) > 30 * Math.min(...nonzero);
     return html`<${Histogram} counts=${latent.histogram} edges=${bounds} label="Histogram of its activations" logY=${logY}
-      height=${roomy ? 250 : 168} xLabel="activation" yLabel=${logY ? "tokens (log scale)" : "tokens"} formatX=${(value) => number(value)} shade=${(i) => (0.1 + 0.9 * edges[i]).toFixed(3)}
+      height=${roomy ? 300 : 168} xLabel="activation" yLabel=${logY ? "tokens (log scale)" : "tokens"} formatX=${(value) => number(value)} shade=${(i) => (0.1 + 0.9 * edges[i]).toFixed(3)}
       describe=${(i) => `${count(latent.histogram[i])} tokens between ${number(bounds[i])} and ${number(bounds[i + 1])}`} />`;
   }
 

@@ -5,7 +5,9 @@
 
   // Control, format (zero-width, direction overrides, tags), separators, surrogates, private use, unassigned.
   const HIDDEN = /[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Cs}\p{Co}\p{Cn}]/u;
-  const SPACES = /[\p{Zs}]/u;
+  const IGNORABLE = /\p{Default_Ignorable_Code_Point}/u; // fillers, variation selectors: seen only on what they follow
+  const MARK = /\p{M}/u;
+  const SPACES = /\p{Zs}/u;
   const MAX_SHOWN = 80; // letters of one token: longer ones are cut, and say so
 
   function escape(char) {
@@ -41,7 +43,8 @@
         if (spaces === "all" || !alone) push("·", "blank");
         else plain += char;
       } else if (SPACES.test(char)) push(escape(char), "escape");
-      else if (HIDDEN.test(char)) push(escape(char), "escape");
+      else if (HIDDEN.test(char) || (IGNORABLE.test(char) && !(plain && MARK.test(char)))) push(escape(char), "escape");
+      else if (spaces === "all" && !plain && MARK.test(char)) plain += "◌" + char; // an accent by itself stands on a circle
       else plain += char;
     }
     if (plain) out.push({ text: plain });

@@ -6,10 +6,13 @@
   const html = htm.bind(h);
   const { number, percent } = S.charts;
 
+  // Long runs of blanks are counted where lines do not break: an indent of 32 would push the words away.
+  const blanks = (run, breaks) => (!breaks && run.kind === "blank" && /^·{7,}$/.test(run.text) ? "·×" + run.text.length : run.text);
+
   function Runs({ parts, breaks }) {
     return parts.map((run, i) => {
       if (!run.kind) return run.text;
-      return html`<${Fragment} key=${i}><span class=${"mark " + run.kind} dir="ltr">${run.text}</span>${breaks && run.kind === "newline" ? "\n" : null}<//>`;
+      return html`<${Fragment} key=${i}><span class=${"mark " + run.kind} dir="ltr">${blanks(run, breaks)}</span>${breaks && run.kind === "newline" ? "\n" : null}<//>`;
     });
   }
 
