@@ -23,10 +23,10 @@ from sememe.config import Config
 from sememe.dictionaries import Architecture, Dictionary, Trainable
 from sememe.dictionaries.topk import TopKConfig
 from sememe.errors import ActivationError, ConfigError, MismatchError
-from sememe.optimiser import Adam
-from sememe.progress import Progress, track
 from sememe.interrupt import stop_requests
 from sememe.lm import ModelConfig
+from sememe.optimiser import Adam
+from sememe.progress import Progress, track
 from sememe.source import LiveSource, Source, StoreSource
 from sememe.store import open_store
 from sememe.text import TextConfig, TokenPolicy, fetch

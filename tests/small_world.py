@@ -12,7 +12,7 @@ from sememe import lm as language_models
 from sememe.lm import LanguageModel, ModelConfig
 from sememe.text import TextConfig, TokenPolicy
 
-WORDS = "the cat sat on a mat and saw its tail while rain fell over grey hills near old towns".split()
+WORDS = tuple("the cat sat on a mat and saw its tail while rain fell over grey hills near old towns".split())  # noqa: SIM905
 POLICY = TokenPolicy(context_length=32)
 
 

@@ -91,9 +91,9 @@ def test_resumable_work_is_picked_up_and_another_config_may_not_wipe_it(tmp_path
 
     with pytest.raises(KeyboardInterrupt):
         interrupted(3)
-    with pytest.raises(ArtifactError, match="a finished thing, got an unfinished one. Run the command"):
+    with pytest.raises(ArtifactError, match=r"a finished thing, got an unfinished one. Run the command"):
         artifact.load(tmp_path / "a", "thing")
-    with pytest.raises(MismatchError, match="unfinished work"):
+    with pytest.raises(MismatchError, match=r"unfinished work"):
         interrupted(4)
     assert interrupted(3)
     assert artifact.load(tmp_path / "a").file("part").read_text() == "1"
@@ -145,26 +145,26 @@ def test_a_flipped_bit_is_found_when_verified(tmp_path):
 
 
 def test_what_is_not_an_artifact_says_so(tmp_path):
-    with pytest.raises(ArtifactError, match="must be a finished store, got nothing there"):
+    with pytest.raises(ArtifactError, match=r"must be a finished store, got nothing there"):
         artifact.load(tmp_path / "a", "store")
     (tmp_path / "b").mkdir()
-    with pytest.raises(ArtifactError, match="got a folder without meta.json"):
+    with pytest.raises(ArtifactError, match=r"got a folder without meta.json"):
         artifact.load(tmp_path / "b", "store")
     (tmp_path / "b" / "meta.json").write_text("{")
-    with pytest.raises(CorruptError, match="must be a sememe meta.json"):
+    with pytest.raises(CorruptError, match=r"must be a sememe meta.json"):
         artifact.load(tmp_path / "b", "store")
     build(tmp_path / "c")
-    with pytest.raises(ArtifactError, match="must be a store, got a thing"):
+    with pytest.raises(ArtifactError, match=r"must be a store, got a thing"):
         artifact.load(tmp_path / "c", "store")
     meta = json.loads((tmp_path / "c" / "meta.json").read_text())
     (tmp_path / "c" / "meta.json").write_text(json.dumps(meta | {"format_version": 99}))
-    with pytest.raises(ArtifactError, match="format_version <= 1, got 99. Upgrade"):
+    with pytest.raises(ArtifactError, match=r"format_version <= 1, got 99. Upgrade"):
         artifact.load(tmp_path / "c")
 
 
 def test_a_full_disk_is_one_line(tmp_path):
     with (
-        pytest.raises(ResourceError, match="the disk must have room .* No space left"),
+        pytest.raises(ResourceError, match=r"the disk must have room .* No space left"),
         artifact.building(tmp_path / "a", kind="thing", version=1, config=Plain(), parents={}),
     ):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -176,12 +176,12 @@ def test_a_real_full_disk(tmp_path):
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
     with (
-        pytest.raises(ResourceError, match="No space left"),
+        pytest.raises(ResourceError, match=r"No space left"),
         artifact.building(tmp_path / "a", kind="thing", version=1, config=Plain(), parents={}),
+        Path("/dev/full").open("w") as full,
     ):
-        with open("/dev/full", "w") as full:
-            full.write("x")
-            full.flush()
+        full.write("x")
+        full.flush()
 
 
 def test_a_lock_frees_itself(tmp_path):

@@ -180,7 +180,7 @@ def test_geometric_median_resists_outliers():
 def test_errors():
     with pytest.raises(ConfigError, match=r"k must be in \[1, d_sae=40\], got 50. Lower k or raise d_sae."):
         dictionaries.build(TopKConfig(k=50, d_sae=40), D, D)
-    with pytest.raises(ConfigError, match="d_sae must be >= 1, got 0"):
+    with pytest.raises(ConfigError, match=r"d_sae must be >= 1, got 0"):
         dictionaries.build(TopKConfig(d_sae=0), D, D)
     with pytest.raises(ShapeError, match=r"x must have shape \(batch, d_in=12\), got \(3, 11\)"):
         made("topk").encode(torch.zeros(3, 11))
@@ -197,7 +197,7 @@ def test_damaged_and_foreign_folders_are_refused(tmp_path):
     content = bytearray(weights.read_bytes())
     content[-3] ^= 1
     weights.write_bytes(bytes(content))
-    with pytest.raises(CorruptError, match="must have SHA-256"):
+    with pytest.raises(CorruptError, match=r"must have SHA-256"):
         dictionaries.load(tmp_path / "d")
 
     # a transposed encoder of the right shape, with honest hashes: only the probe can tell
@@ -209,16 +209,16 @@ def test_damaged_and_foreign_folders_are_refused(tmp_path):
     save_file(tensors, tmp_path / "s" / "weights.safetensors")
     saved.meta["files"]["weights.safetensors"]["sha256"] = file_sha256(tmp_path / "s" / "weights.safetensors")
     write_json(tmp_path / "s" / "meta.json", saved.meta)
-    with pytest.raises(MismatchError, match="must reproduce its stored reconstructions to 0.0001"):
+    with pytest.raises(MismatchError, match=r"must reproduce its stored reconstructions to 0.0001"):
         dictionaries.load(tmp_path / "s")
 
     saved.meta["extra"]["architecture"]["kind"] = "topq"
     write_json(tmp_path / "s" / "meta.json", saved.meta)
-    with pytest.raises(ArtifactError, match="known architecture, got 'topq'. Did you mean 'topk'"):
+    with pytest.raises(ArtifactError, match=r"known architecture, got 'topq'. Did you mean 'topk'"):
         dictionaries.load(tmp_path / "s")
 
 
 def test_registry_names_are_the_classes_kinds():
     for name, cls in REGISTRY.items():
         assert cls.kind == name
-    assert TRAINABLE == {"topk": TopK, "relu": ReLU}
+    assert {"topk": TopK, "relu": ReLU} == TRAINABLE

@@ -138,8 +138,17 @@ def test_adam_agrees_with_the_reference_and_with_torch(rows, columns, n_steps, u
         with kernels.use(path):
             for step, grad in enumerate(grads, 1):
                 kernels.adam_step(
-                    param, grad, m, v, step=step, lr=0.01, betas=(0.9, 0.99), eps=1e-8, grad_scale=1.0, unit_norm=unit_norm
-                )  # fmt: skip
+                    param,
+                    grad,
+                    m,
+                    v,
+                    step=step,
+                    lr=0.01,
+                    betas=(0.9, 0.99),
+                    eps=1e-8,
+                    grad_scale=1.0,
+                    unit_norm=unit_norm,
+                )
         results.append(param)
     torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=1e-4)
     if unit_norm:

@@ -69,7 +69,7 @@ def test_a_changed_recipe_is_refused_and_fresh_replaces(place, tmp_path):
     changed = tmp_path / "changed.toml"
     changed.write_text((place / "small.toml").read_text().replace("k = 4", "k = 5"))
     before = (place / "out" / "dictionary" / "meta.json").read_bytes()
-    with pytest.raises(MismatchError, match="dictionary at .* identity"):
+    with pytest.raises(MismatchError, match=r"dictionary at .* identity"):
         run(changed, out=place / "out")
     assert (place / "out" / "dictionary" / "meta.json").read_bytes() == before
 

@@ -240,7 +240,7 @@ def _browse() -> Any:
             export(ExportConfig(atlas=config.atlas, out=export_to), fresh=fresh)
             _say("site", export_to / "index.html")
 
-    made = command(
+    return command(
         BrowseConfig,
         verb,
         positional=("atlas",),
@@ -254,7 +254,6 @@ def _browse() -> Any:
         },
         doc="Look at an atlas in the web browser, or export it as a site.",
     )
-    return made
 
 
 def _simple(module: str, name: str, doc: str, positional: tuple[str, ...] = ()) -> Any:

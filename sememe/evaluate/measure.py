@@ -25,7 +25,7 @@ from sememe.text import TokenBlock, TokenPolicy
 
 __all__ = ["Measured"]
 
-MAX_UNITS = 4096
+MAX_UNITS = 1024
 """Bootstrap units; with more documents than this, some units are two or more documents of one language."""
 LOGIT_ROWS = 256
 """Predictions whose logits are held at once: (rows, vocabulary) in float32 is 50 MB at 49,152 tokens."""
@@ -162,7 +162,7 @@ class Measured:
         valid = torch.from_numpy(attention.reshape(-1)).to(device)
         keep = torch.from_numpy(block.keep[part].reshape(-1)).to(device) & valid
         within = torch.ones_like(keep)
-        for site in (*self.sites.inputs, *self.sites.outputs):
+        for site in {s.hookpoint: s for s in (*self.sites.inputs, *self.sites.outputs)}.values():
             rows = run.activations[site.hookpoint].flatten(0, 1)
             norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).to(device)
             bad = ~torch.isfinite(norms) & valid
@@ -179,7 +179,9 @@ class Measured:
         self.n_outliers += int((keep & ~within).sum())
         keep &= within
         units = torch.from_numpy(self.units(block, part)).to(device)
-        found = {name: value.flatten(0, 1)[valid].float() for name, value in run.activations.items()}
+        found = {
+            name: value.flatten(0, 1).to(device)[valid].float() for name, value in run.activations.items()
+        }
         x = join(found, self.sites.inputs)
         same = self.sites.inputs == self.sites.outputs
         return _Batch(run, x, x if same else join(found, self.sites.outputs), valid, keep, units)

@@ -1,9 +1,10 @@
 """The verb that runs a dictionary over a text and writes down what every latent does: the atlas.
 
-Knows models, text and dictionaries, and the atlas's schema; how latents are followed is `collect`'s. One forward
-per token, stopped after the dictionary's last input; or none, where a store holds what it would give. Memory does not grow with the text: the collector's is bounded
-(see `collect`), and token rows and documents go to disk, 8 bytes per token, until those that an example shows are
-picked out. Interrupted and started again, it goes on from its last snapshot with the same result.
+Knows models, text and dictionaries, and the atlas's schema; how latents are followed is `collect`'s. One
+forward per token, stopped after the dictionary's last input; or none, where a store holds what it would give.
+Memory does not grow with the text: the collector's is bounded (see `collect`), and token rows and documents go
+to disk, 8 bytes per token, until those that an example shows are picked out. Interrupted and started again, it
+goes on from its last snapshot with the same result.
 
     config.py     the options
     stream.py     the pass over the text, its snapshots
