@@ -76,8 +76,8 @@ def track(description: str, total: int, unit: str, done: int = 0) -> Iterator[Pr
         lines = _Lines(description, total, unit, done)
         yield lines
         elapsed = time.monotonic() - lines.started_at
-        done = f"{description}: {lines.done:,} {unit} in {_clock(elapsed)} ({lines.rate():,.0f} {unit}/s) {lines.note}"
-        print(done.rstrip(), file=sys.stderr, flush=True)
+        last = f"{description}: {lines.done:,} {unit} in {_clock(elapsed)} ({lines.rate():,.0f} {unit}/s) {lines.note}"
+        print(last.rstrip(), file=sys.stderr, flush=True)
         return
     from rich.console import Console
     from rich.progress import (

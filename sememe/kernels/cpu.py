@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from numba import njit, prange
+from numpy.typing import NDArray
 from torch import Tensor
 
 __all__ = ["adam_step", "decode", "encode_topk", "native_bfloat16", "set_threads", "transposed_index"]
@@ -125,7 +126,7 @@ def _rescore(x: Any, W_enc_t: Any, b_enc: Any, candidates: Any, k: int, acts: An
             indices[row, i] = 0
 
 
-def _top_candidates(x: Tensor, W_enc: Tensor, b_enc: Tensor, n_keep: int) -> np.ndarray[Any, Any]:
+def _top_candidates(x: Tensor, W_enc: Tensor, b_enc: Tensor, n_keep: int) -> NDArray[np.int32]:
     """Columns of the largest approximate pre-activations; -1 where a row has fewer positive ones."""
     if native_bfloat16():
         pre_acts = torch.addmm(b_enc.bfloat16(), x.bfloat16(), W_enc.bfloat16())
@@ -271,7 +272,7 @@ def _scatter(weights: Any, rows: Any, ptr: Any, entries: Any, k: int, out: Any, 
 
 def transposed_index(
     indices: Int[Tensor, "batch k"], d_sae: int
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
     """Which entries (row * k + i) belong to each latent: pointers of length d_sae + 1, and entry numbers."""
     flat = indices.contiguous().view(-1).numpy()
     ptr = np.zeros(d_sae + 1, dtype=np.int64)

@@ -61,17 +61,21 @@
 
   const UNSORTED = new Set(["promotes", "language"]);
 
-  function SearchBox({ params, change, model, autoFocus }) {
-    const [text, setText] = useState(params.q);
-    const typed = useRef(params.q);
-    useEffect(() => { if (params.q !== typed.current) { typed.current = params.q; setText(params.q); } }, [params.q]);
+  // The box leads and the address follows, letter by letter; only an address that the box did not write changes it.
+  function SearchBox({ params, change, model }) {
+    const box = useRef(null), typed = useRef(null), sent = useRef(new Set());
+    useLayoutEffect(() => {
+      if (params.q === typed.current) { sent.current.clear(); return; }
+      if (sent.current.has(params.q)) return; // an earlier letter's address, drawn late
+      box.current.value = typed.current = params.q;
+    }, [params.q]);
     const input = (event) => {
       typed.current = event.target.value;
-      setText(event.target.value);
-      change({ q: event.target.value, sort: params.sort === "match" ? "" : params.sort });
+      sent.current.add(typed.current);
+      change({ q: typed.current, sort: params.sort === "match" ? "" : params.sort });
     };
     return html`<div class="search">
-      <input type="search" id="search" value=${text} onInput=${input} onFocus=${() => S.needSearch(model)} placeholder="Search a token, label or number" aria-label="Search latents" autocomplete="off" autocapitalize="off" spellcheck=${false} enterkeyhint="search" />
+      <input type="search" id="search" ref=${box} onInput=${input} onFocus=${() => S.needSearch(model)} placeholder="Search a token, label or number" aria-label="Search latents" autocomplete="off" autocapitalize="off" spellcheck=${false} enterkeyhint="search" />
       <kbd aria-hidden="true">/</kbd>
     </div>`;
   }
