@@ -1,4 +1,4 @@
-"""The pictures of the browser in README and docs, taken from an exported site: `python scripts/capture_page.py SITE LATENT`."""
+"""The pictures in README, taken from an exported site: `python scripts/capture_page.py SITE LATENT`."""
 
 import shutil
 import sys
