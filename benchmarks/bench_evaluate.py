@@ -1,6 +1,6 @@
 """How long an evaluation takes over the forwards that it cannot do without.
 
-    python benchmarks/bench_evaluate.py [--tokens 32768] [--model smollm2-135m] [--hookpoint resid_post.8]
+    python benchmarks/bench_evaluate.py [--tokens 16384] [--model smollm2-135m] [--hookpoint resid_post.8]
         [--d-sae 4608] [--store STORE] [--out artifacts/bench/evaluate.json]
 
 The limit: per batch one full forward with its logits, and for each of the five arms (dictionary, zero, mean, pca,
@@ -44,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tokens", type=int, default=32_768)
+    parser.add_argument("--tokens", type=int, default=16_384)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--hookpoint", default="resid_post.8")
     parser.add_argument("--d-sae", type=int, default=4608)

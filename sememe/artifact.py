@@ -154,7 +154,7 @@ def load(path: str | Path, kind: str | None = None) -> Artifact:
             else ("a folder without meta.json" if path.is_dir() else "nothing there"),
             "Run the command that makes it again; it goes on where it was."
             if partial
-            else f"Name the folder of a {what}.",
+            else f"Name the folder of {_a(what)}.",
         )
     try:
         meta = json.loads(meta_path.read_text(encoding="utf-8"))
@@ -170,7 +170,7 @@ def load(path: str | Path, kind: str | None = None) -> Artifact:
             f"{path} must have format_version <= {FORMAT_VERSION}", version, "Upgrade sememe to read it."
         )
     if kind is not None and found_kind != kind:
-        raise ArtifactError(f"{path} must be a {kind}", f"a {found_kind}", f"Name the folder of a {kind}.")
+        raise ArtifactError(f"{path} must be {_a(kind)}", _a(found_kind), f"Name the folder of {_a(kind)}.")
     artifact = Artifact(path, meta)
     for name in meta["files"]:
         artifact.file(name)
@@ -277,6 +277,11 @@ def building(
                 "Write elsewhere.",
             ) from error
         raise
+
+
+def _a(kind: str) -> str:
+    """The kind with its article."""
+    return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
 
 
 def _partial(path: Path) -> Path:

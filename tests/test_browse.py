@@ -601,7 +601,7 @@ def test_what_is_not_an_atlas_is_refused(tmp_path, site, verb):
     with pytest.raises(ArtifactError, match=r"must be a finished atlas, got a folder without meta\.json"):
         verb(tmp_path / "folder")
     shutil.copytree(site.path, tmp_path / "site")
-    with pytest.raises(ArtifactError, match=r"must be a atlas, got a site|must be an atlas, got a site"):
+    with pytest.raises(ArtifactError, match=r"must be an atlas, got a site"):
         verb(tmp_path / "site")
     assert not (tmp_path / "out").exists()
 

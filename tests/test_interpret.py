@@ -382,9 +382,7 @@ def test_a_dictionary_that_reads_no_model(world: World) -> None:
 def test_not_a_dictionary(world: World, atlas: Atlas) -> None:
     with pytest.raises(ArtifactError, match=r"must be a finished dictionary, got nothing there"):
         interpret(world.config("atlas-none", dictionary=world.root / "nowhere"), lm=world.lm)
-    with pytest.raises(
-        ArtifactError, match=r"must be a dictionary, got a atlas|must be a dictionary, got an atlas"
-    ):
+    with pytest.raises(ArtifactError, match=r"must be a dictionary, got an atlas"):
         interpret(world.config("atlas-none", dictionary=world.root / "atlas"), lm=world.lm)
 
 
