@@ -239,7 +239,7 @@ def building(
         parents: Fingerprints of what it was made from, by role.
         resumable: Keep the partial folder when interrupted, and pick it up next time.
         fresh: Replace whatever stands at the path and forget partial work.
-        leave_out: Names inside the work folder (progress files) that do not belong to the finished artifact.
+        leave_out: Names or globs inside the work folder (progress files) that do not belong to the finished artifact.
 
     Raises:
         LockError: another process is building the same artifact.
@@ -343,12 +343,12 @@ def _finish(
     identity: str,
     leave_out: tuple[str, ...],
 ) -> None:
-    for name in (".identity", *leave_out):
-        target = work.path / name
-        if target.is_dir():
-            shutil.rmtree(target)
-        else:
-            target.unlink(missing_ok=True)
+    for pattern in (".identity", *leave_out):
+        for target in work.path.glob(pattern):
+            if target.is_dir():
+                shutil.rmtree(target)
+            else:
+                target.unlink()
     files = {}
     for file in sorted(p for p in work.path.rglob("*") if p.is_file()):
         name = file.relative_to(work.path).as_posix()

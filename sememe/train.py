@@ -215,12 +215,10 @@ def _train(
             parents=parents,
             resumable=True,
             fresh=fresh,
-            leave_out=("checkpoint.tmp",),
+            leave_out=("checkpoint.tmp", "checkpoint-*.safetensors"),
         ) as work,
     ):
         _Run(config, dictionary, source, work, threads).go()
-        for path in work.path.glob("checkpoint-*.safetensors"):
-            path.unlink()
         probe_rows = source.sample(16).x
         work.extra = extra | dictionary.write(work.path, probe_rows) | _summary(dictionary, source)
     return dictionaries.load(config.out)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from sememe import kernels
@@ -54,7 +54,11 @@ def test_topk_and_decode_agree_with_the_reference_in_values_and_gradients(shape,
     # bfloat16 selection may swap a pre-activation for one within rounding of it: compare what is reconstructed
     # where the selected sets agree, which must be nearly everywhere.
     dense = [Encoded.from_topk(a.detach(), i, d_sae).to_dense() for a, i in (slow[:2], fast[:2])]
-    torch.testing.assert_close(dense[1], dense[0], atol=1e-5, rtol=1e-4)
+    differ = (dense[1] - dense[0]).abs() > 1e-5 + 1e-4 * dense[0].abs()
+    smallest_kept = slow[0].detach().min(dim=1, keepdim=True).values
+    rounding = 2**-7 * (x - b_pre).norm(dim=1, keepdim=True) * p["W_enc"].detach().norm(dim=0).max()
+    assert bool((torch.maximum(*dense)[differ] <= (smallest_kept + rounding).expand_as(differ)[differ]).all())
+    assume(not bool(differ.any()))
     torch.testing.assert_close(fast[2], slow[2], atol=1e-4, rtol=1e-4)
     for name in slow[3]:
         torch.testing.assert_close(

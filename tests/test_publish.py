@@ -155,6 +155,14 @@ def test_a_second_run_keeps_the_first_and_a_changed_part_is_a_mismatch(parts: Pa
 # -- the hub -----------------------------------------------------------------------------------------
 
 
+def point_at(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    """Make `url` the hub, also when an earlier test has imported its client, which reads the variable only then."""
+    import huggingface_hub.constants
+
+    monkeypatch.setenv("HF_ENDPOINT", url)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+
+
 class Hub(ThreadingHTTPServer):
     """What the hub's client asks for when it makes a repository and commits files to it."""
 
@@ -228,7 +236,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     server = Hub()
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    point_at(monkeypatch, server.url)
     monkeypatch.setenv("HF_TOKEN", "hf_stand_in")
     yield server
     server.shutdown()
@@ -255,7 +263,7 @@ def test_a_hub_that_refuses_or_is_away(parts: Path, hub: Hub, monkeypatch: pytes
     with pytest.raises(ResourceError, match=r"must accept the upload to owner/tiny, got .*403.*run it again"):
         publish(whole(parts, repo="owner/tiny"))
     assert (parts / "release" / "README.md").is_file()
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    point_at(monkeypatch, "http://127.0.0.1:9")
     with pytest.raises(
         ResourceError, match=r"must be reachable to upload to owner/tiny, got .*Check the network"
     ):

@@ -97,7 +97,7 @@ def test_same_seed_same_bits_and_another_seed_others(kind, tmp_path):
 
 
 RESUME = """
-import sys
+import sys, time
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 import test_train as t
@@ -106,6 +106,7 @@ kind, out, live = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "live"
 step = room._Run._one_step
 def counted(run, log, progress):
     step(run, log, progress)
+    time.sleep(0.02)
     print("step", run.step, flush=True)
 room._Run._one_step = counted
 if live:

@@ -57,13 +57,13 @@ def threads(n: int | None) -> Iterator[int]:
 
     before = torch.get_num_threads()
     n = before if n is None else n
+    cpu.set_threads(n)  # first: when numba starts its OpenMP layer, it sets torch's number too
     torch.set_num_threads(n)
-    cpu.set_threads(n)
     try:
         yield n
     finally:
-        torch.set_num_threads(before)
         cpu.set_threads(before)
+        torch.set_num_threads(before)
 
 
 def path_for(x: Tensor) -> Path:

@@ -26,7 +26,8 @@ BLOCK = 32
 """Pre-activations per block in the selection: one maximum is kept for each."""
 
 SPARE = 8
-"""Candidates beyond k that are scored again in float32, so that rounding rarely drops one of the true k."""
+"""Candidates beyond k (at least; k / 4 if that is more) that are scored again in float32, so that rounding rarely
+drops one of the true k."""
 
 
 def _jit(**options: Any) -> Callable[[_F], _F]:
@@ -145,7 +146,7 @@ class _EncodeTopK(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         centred = (x - b_pre).contiguous()
         W_enc_t = W_enc.T.contiguous()  # free when W_enc is stored latent by latent, as ours is
-        n_keep = min(k + SPARE, W_enc.shape[1])
+        n_keep = min(k + max(SPARE, k // 4), W_enc.shape[1])
         candidates = _top_candidates(centred, W_enc, b_enc, n_keep)
         acts = torch.empty(x.shape[0], k)
         indices = torch.empty(x.shape[0], k, dtype=torch.int32)
