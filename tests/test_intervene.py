@@ -365,7 +365,8 @@ def test_the_effects_are_those_of_a_plain_recomputation(
                 log_prob.append(float(b[target] - a[target]))
                 kl.append(float((a.exp() * (a - b)).sum()))
     found = read(effects)["latents"][0]
-    assert found["n_contexts"] == len(chosen) == 6 and found["n_positions"] == len(kl) > 10
+    # each chosen context holds at least one position where the latent fires; how many more depends on the training
+    assert found["n_contexts"] == len(chosen) == 6 and found["n_positions"] == len(kl) >= 6
     assert found["density"] == pytest.approx(n_active / n_kept) and found["n_tokens"] == n_kept
     assert found["max_act"] >= chosen[0][0]
     assert found["true_logit_change"] == pytest.approx(sum(logit) / len(logit), abs=1e-5)
