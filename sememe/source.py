@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sememe.capture import Rows, captured_rows, first_norms
 from sememe.dictionaries.base import Batch, Site, Sites
-from sememe.errors import ActivationError, ConfigError, HookpointError, ShapeError, TextError
+from sememe.errors import ConfigError, HookpointError, ShapeError, TextError
 from sememe.store import Store
 from sememe.text import Split, TextConfig, TokenPolicy, token_blocks
 
@@ -414,14 +414,3 @@ class LiveSource:
         for name, values in self._buffer.items():
             values[: self._n_left] = state[f"buffer.{name}"]
         self._forwards = None
-
-
-def check_finite(batch: Batch, step: int) -> None:
-    """Raise an ActivationError if a batch holds NaN or infinity."""
-    if not bool(torch.isfinite(batch.x).all()):
-        row = int(torch.nonzero(~torch.isfinite(batch.x).all(dim=1))[0])
-        raise ActivationError(
-            "activations must be finite",
-            f"NaN or infinity in row {row} of the batch of step {step}",
-            "Check the source.",
-        )

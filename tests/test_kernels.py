@@ -66,6 +66,26 @@ def test_topk_and_decode_agree_with_the_reference_in_values_and_gradients(shape,
         )
 
 
+@settings(max_examples=60, deadline=None)
+@given(shapes, st.integers(0, 10_000), st.data())
+def test_selection_in_float32_is_the_references_without_exception(shape, seed, data):
+    """Where the CPU has no bfloat16 product, nothing may differ: no allowance for rounding in the selection."""
+    batch, d_in, d_sae = shape
+    k = data.draw(st.integers(1, d_sae))
+    generator = torch.Generator().manual_seed(seed)
+    x, b_pre = torch.randn(batch, d_in, generator=generator), torch.randn(d_in, generator=generator)
+    p = parameters(d_in, d_sae, seed)
+    slow = run("reference", x, b_pre, k, p)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "native_bfloat16", lambda: False)
+        fast = run("auto", x, b_pre, k, p)
+    dense = [Encoded.from_topk(a.detach(), i, d_sae).to_dense() for a, i in (slow[:2], fast[:2])]
+    torch.testing.assert_close(dense[1], dense[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(fast[2], slow[2], atol=1e-4, rtol=1e-4)
+    for name in slow[3]:
+        torch.testing.assert_close(fast[3][name], slow[3][name], atol=1e-3, rtol=1e-3)
+
+
 def test_the_fast_path_was_taken():
     assert kernels.path_for(torch.zeros(2, 2)) == "cpu"
     with kernels.use("reference"):
