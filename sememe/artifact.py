@@ -24,7 +24,14 @@ from typing import Any
 
 from sememe import __version__
 from sememe.config import Config, sha256_of
-from sememe.errors import ArtifactError, CorruptError, LockError, MismatchError, ResourceError
+from sememe.errors import (
+    ArtifactError,
+    CorruptError,
+    LockError,
+    MismatchError,
+    ResourceError,
+    SememeError,
+)
 
 __all__ = [
     "FORMAT_VERSION",
@@ -263,20 +270,31 @@ def building(
                     shutil.rmtree(work.path, ignore_errors=True)
                 raise
             _finish(work, path, kind, version, config, parents, identity, leave_out)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        code = _errno_of(error)
+        if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise ResourceError(
                 f"the disk must have room for the {kind} {path}",
-                os.strerror(error.errno),
+                os.strerror(code),
                 "Free some space or write elsewhere, then run again; finished work is kept.",
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
+        if code in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
             raise ResourceError(
-                f"the folder of the {kind} {path} must be writable",
-                os.strerror(error.errno),
-                "Write elsewhere.",
+                f"the folder of the {kind} {path} must be writable", os.strerror(code), "Write elsewhere."
             ) from error
         raise
+
+
+def _errno_of(error: Exception) -> int | None:
+    """The system's error number behind an exception. Safetensors and DuckDB raise classes of their own and only
+    quote the system's words."""
+    if isinstance(error, SememeError):
+        return None
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    text = str(error)
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return next((code for code in full if os.strerror(code) in text or f"os error {code})" in text), None)
 
 
 def _a(kind: str) -> str:

@@ -53,7 +53,7 @@ class PositionChoice(NamedTuple):
         """A mask of the positions that are used; `first_row` makes the choice independent of the batching."""
         if self.chosen is not None:
             mask = np.zeros_like(keep)
-            mask[:, [p for p in self.chosen if p < keep.shape[1]]] = True
+            mask[:, list(self.chosen)] = True
             keep = keep & mask
         if self.n_random is not None:
             mask = np.zeros_like(keep)

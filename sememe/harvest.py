@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sememe import artifact
 from sememe import lm as language_models
@@ -70,6 +70,32 @@ class HarvestConfig(Config):
     seed: int = 0
     """Of the shuffle and of the random positions."""
 
+    @model_validator(mode="after")
+    def _positions_lie_in_the_context(self) -> Self:
+        length, dropped = self.policy.context_length, self.policy.drop_positions
+        outside = [p for p in self.positions or () if not dropped <= p < length]
+        if outside or self.positions == ():
+            raise ConfigError(
+                f"positions must name at least one position, each in [{dropped}, {length}): the policy's context "
+                f"without its {dropped} dropped ones",
+                outside or "none",
+                "Name others, or change context_length or drop_positions.",
+            )
+        n_kept = length - dropped if self.positions is None else len(set(self.positions))
+        if self.positions_per_context is not None and self.positions_per_context > n_kept:
+            raise ConfigError(
+                f"positions_per_context must be <= {n_kept}, the positions there are to choose from",
+                self.positions_per_context,
+                "Lower it, or leave it out to keep all.",
+            )
+        if self.batch_rows > self.shard_contexts:
+            raise ConfigError(
+                f"batch_rows must be <= shard_contexts={self.shard_contexts}",
+                self.batch_rows,
+                "Lower batch_rows.",
+            )
+        return self
+
 
 def parents_of(config: HarvestConfig, lm_fingerprint: str) -> dict[str, str]:
     """Fingerprints of what a store is made from."""
@@ -97,12 +123,6 @@ def harvest(config: HarvestConfig, *, lm: LanguageModel | None = None, fresh: bo
         return open_store(config.out)
     lm = lm if lm is not None else language_models.load(config.model)
     hookpoints = lm.expand(config.hookpoints)
-    if config.batch_rows > config.shard_contexts:
-        raise ConfigError(
-            f"batch_rows must be <= shard_contexts={config.shard_contexts}",
-            config.batch_rows,
-            "Lower batch_rows.",
-        )
     with artifact.building(
         config.out,
         kind="store",

@@ -176,7 +176,7 @@ class StoreSource:
                 raise HookpointError(
                     "a hookpoint must be chosen when the store holds several",
                     ", ".join(known),
-                    "Pass --hookpoints with one or more of them.",
+                    "Pass --inputs with one or more of them.",
                 )
             inputs = known
         store.check_hookpoints((*inputs, *(outputs or ())))

@@ -98,14 +98,24 @@ class TrainConfig(Config):
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:
         if self.n_tokens is not None and self.epochs is not None:
-            raise ValueError("n_tokens and epochs both say how long to train; give one of them")
+            raise ConfigError(
+                "n_tokens and epochs both say how long to train: only one may be given",
+                f"{self.n_tokens} and {self.epochs:g}",
+                "Drop one of them.",
+            )
         if self.warmup + self.decay > 1:
-            raise ValueError("warmup + decay must be <= 1")
+            raise ConfigError(
+                "warmup + decay must be <= 1", f"{self.warmup:g} + {self.decay:g}", "Lower one of them."
+            )
         return self
 
     @model_validator(mode="after")
     def _no_inert_option(self) -> TrainConfig:
         if self.live:
+            if self.store != type(self).model_fields["store"].default:
+                raise ConfigError(
+                    "store must be left out when live", self.store, "A live run reads the model itself; drop one."
+                )
             if self.n_tokens is None:
                 raise ConfigError(
                     "n_tokens must be given when live",

