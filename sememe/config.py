@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tomllib
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -115,7 +116,36 @@ def _rewrite(model: type[pydantic.BaseModel], error: pydantic.ValidationError, w
         return ConfigError(f"{option} must be given{place}", "nothing", f"Set {option}.")
     if first["type"] == "value_error":
         return ConfigError(f"{option}{place} must be valid: {cause}", repr(value), f"Change {option}.")
-    return ConfigError(f"{option}{place}: {first['msg']}", repr(value), f"Change {option}.")
+    rule, remedy = _rule(first["type"], first.get("ctx", {}), value)
+    return ConfigError(f"{option}{place} must be {rule}", repr(value), remedy or f"Change {option}.")
+
+
+_BOUNDS = {
+    "greater_than_equal": (">=", "ge", "Raise it."),
+    "greater_than": (">", "gt", "Raise it."),
+    "less_than_equal": ("<=", "le", "Lower it."),
+    "less_than": ("<", "lt", "Lower it."),
+}
+_TYPES = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "a text",
+    "tuple": "a list",
+    "path": "a path",
+    "finite": "a finite number",
+}
+
+
+def _rule(kind: str, context: dict[str, Any], value: object) -> tuple[str, str]:
+    """What had to hold, in our words instead of pydantic's, and what to do about it if that is clear."""
+    if kind in _BOUNDS:
+        sign, key, remedy = _BOUNDS[kind]
+        return f"{sign} {context[key]:g}", remedy
+    if kind in ("literal_error", "union_tag_invalid"):
+        expected = str(context.get("expected", context.get("expected_tags", "")))
+        return f"one of {expected}", nearest(str(value), re.findall(r"'([^']*)'", expected))
+    return _TYPES.get(kind.split("_")[0], f"valid ({kind.replace('_', ' ')})"), ""
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:

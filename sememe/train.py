@@ -114,7 +114,9 @@ class TrainConfig(Config):
         if self.live:
             if self.store != type(self).model_fields["store"].default:
                 raise ConfigError(
-                    "store must be left out when live", self.store, "A live run reads the model itself; drop one."
+                    "store must be left out when live",
+                    self.store,
+                    "A live run reads the model itself; drop one.",
                 )
             if self.n_tokens is None:
                 raise ConfigError(

@@ -190,7 +190,7 @@ def test_a_real_full_disk(tmp_path):
     [
         "from sememe.checkpoint import save_checkpoint; save_checkpoint(work.path, 1, {'a': torch.zeros(10**6)})",
         "from sememe.store import Shard, write_shard; ids = torch.zeros(10**6, dtype=torch.int32); "
-        "write_shard(work.path / 's', Shard({'x': torch.zeros(10**6, 1)}, ids, ids, ids))",
+        "write_shard(work.path / 's', Shard({'x': torch.zeros(10**6, 1)}, ids, ids + 1, ids + 2))",
         "import duckdb; c = duckdb.connect(str(work.path / 'd')); "
         "c.execute('create table t as select random() as a from range(1000000)'); c.close()",
         "import pyarrow as pa, pyarrow.parquet as pq; "

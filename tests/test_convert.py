@@ -103,7 +103,7 @@ def test_directions_without_meaning_are_refused(tmp_path: Path) -> None:
         convert(ConvertConfig(source=tmp_path / "theirs", out=tmp_path / "b", to="sparsify"))
     with pytest.raises(FormatError, match="must be a folder with a dictionary, got nothing there"):
         convert(ConvertConfig(source=tmp_path / "nowhere", out=tmp_path / "b"))
-    with pytest.raises(ConfigError, match=r"to: Input should be 'sememe', .* Change to\."):
+    with pytest.raises(ConfigError, match=r"to must be one of 'sememe', .* Did you mean 'sae_lens'"):
         ConvertConfig.build({"source": "a", "out": "b", "to": "saelens"})
 
 

@@ -298,7 +298,7 @@ def test_stop_requests_are_seen_and_handlers_put_back() -> None:
         ),
         ({"architecture": {"kind": "llama", "n_kv_heads": 3}}, r"n_kv_heads must divide n_heads=4, got 3"),
         ({"architecture": {"kind": "llama", "activation": "relu"}}, r"activation must be a known option"),
-        ({"vocab_size": 100}, r"vocab_size: Input should be greater than or equal to 257, got 100"),
+        ({"vocab_size": 100}, r"vocab_size must be >= 257, got 100. Raise it."),
     ],
 )
 def test_bad_options_say_what_to_do(options: dict[str, Any], message: str) -> None:

@@ -208,7 +208,7 @@ def test_the_command_trains_and_says_what_was_found(
     [
         ({"n_features": 4}, "at most 1, got 1.27 for the commonest one. Lower n_active"),
         ({"n_factors": 8}, "n_factors must go with correlation > 0, got correlation 0. Raise correlation"),
-        ({"decay": 1.5}, "decay: Input should be less than or equal to 1, got 1.5. Change decay."),
+        ({"decay": 1.5}, "decay must be <= 1, got 1.5. Lower it."),
         ({"wdith": 3}, "wdith must be a known option of ToyConfig"),
     ],
 )

@@ -6,6 +6,7 @@ on one line with exit code 1, wrong usage with 2, Ctrl-C with 130.
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import NamedTuple
 
@@ -75,13 +76,26 @@ def _run(arguments: list[str]) -> int:
     return 0
 
 
+def _members(command: str) -> tuple[str, ...]:
+    """The sub-commands of a command."""
+    found = app[command] if command in VERBS else None
+    return tuple(name for name in found or () if not name.startswith("-"))
+
+
 def _usage(error: CycloptsError, arguments: list[str]) -> ConfigError:
     """Cyclopts' complaint in our three parts."""
     command = next((a for a in arguments if not a.startswith("-")), "")
     token = getattr(error, "token", None)
     unused = getattr(error, "unused_tokens", None)
+    if type(error).__name__ == "MissingArgumentError" and arguments and arguments[-1].startswith("-"):
+        return ConfigError(f"{arguments[-1]} must have a value", "none", f"See `sememe {command} --help`.")
     if command and command not in VERBS:
         return ConfigError("a command must be one of sememe's", repr(command), nearest(command, VERBS))
+    members = _members(command) if unused else ()
+    if unused and members and unused[0] not in members:
+        return ConfigError(
+            f"`sememe {command}` must go with one of its kinds", repr(unused[0]), nearest(unused[0], members)
+        )
     if unused:
         return ConfigError(
             f"every argument of `sememe {command}` must be known",
@@ -101,5 +115,15 @@ def _usage(error: CycloptsError, arguments: list[str]) -> ConfigError:
             given,
             nearest(str(given), flags) if flags else f"See `sememe {command} --help`.",
         )
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()).rstrip(".")
+    if type(error).__name__ == "CoercionError" and token is not None:
+        flag, value = token.keyword or "an argument", repr(token.value)
+        _, choices, names = text.partition("Choose from: ")
+        if choices:
+            known = re.findall(r'"([^"]*)"', names.partition(". Did")[0])
+            return ConfigError(
+                f"{flag} must be one of {', '.join(known)}", value, nearest(token.value, known)
+            )
+        kind = getattr(getattr(error, "target_type", None), "__name__", "value of its type")
+        return ConfigError(f"{flag} must be a valid {kind}", value, f"See `sememe {command} --help`.")
     return ConfigError(f"`sememe {command}` must be called rightly", text, f"See `sememe {command} --help`.")
