@@ -1,6 +1,7 @@
 """Sememe takes a language model apart. This package imports nothing heavy; import the module you need.
 
     errors, config, artifact     what everything stands on
+    registry                     pinned packages: the embedded models and corpora
     encoded, metrics, kernels    sparse activations, what is measured on them, and how it is made fast
     dictionaries                 one file per architecture and baseline
     text, lm, store, toy         documents, language models, activations on disk, data with a known answer

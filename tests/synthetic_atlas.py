@@ -130,6 +130,13 @@ def build_report(path: Path, dictionary: str = DICTIONARY) -> artifact.Artifact:
     return artifact.load(path, "report")
 
 
+def build_all(folder: Path, config: SyntheticConfig, labels: dict[int, str | None]) -> dict[str, Path]:
+    """An atlas with everything that may stand beside it: their folders by kind."""
+    build_explanations(folder / "explanations", build(folder / "atlas", config), labels)
+    build_report(folder / "report")
+    return {name: folder / name for name in ("atlas", "explanations", "report")}
+
+
 def token_stream(config: SyntheticConfig) -> tuple[np.ndarray, np.ndarray]:
     """Token ids and document ids, both (n_contexts, context_length). Half letters stand side by side, as in life."""
     rng = np.random.default_rng(config.seed)

@@ -9,7 +9,12 @@ import socket
 import threading
 
 import pytest
-from synthetic_atlas import NASTY, VOCABULARY, SyntheticConfig, build, build_explanations, build_report
+from synthetic_atlas import (
+    NASTY,
+    VOCABULARY,
+    SyntheticConfig,
+    build_all,
+)
 
 from sememe.browse import ExportConfig, export
 from sememe.browse.inputs import Inputs, opened
@@ -45,11 +50,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("page")
-    atlas = build(folder / "atlas", CONFIG)
-    build_explanations(folder / "explanations", atlas, EXPLANATIONS)
-    build_report(folder / "report")
-    return {name: folder / name for name in ("atlas", "explanations", "report")}
+    return build_all(tmp_path_factory.mktemp("page"), CONFIG, EXPLANATIONS)
 
 
 @pytest.fixture(scope="module")

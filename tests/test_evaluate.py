@@ -2,179 +2,67 @@
 
 import json
 import math
-import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from evaluate_world import (
+    HOOKPOINT,
+    POLICY,
+    D,
+    World,
+    autoencoder,
+    config_for,
+    identity,
+    make_world,
+    save,
+    site,
+    text_config,
+    zeros,
+)
 
 from sememe import dictionaries, metrics, text
-from sememe import lm as language_models
-from sememe.dictionaries.base import Site, Sites
-from sememe.dictionaries.identity import Identity, IdentityConfig
+from sememe.dictionaries.base import Sites
 from sememe.dictionaries.pca import PCA, PCAConfig
 from sememe.dictionaries.topk import TopK, TopKConfig
-from sememe.errors import ActivationError, ConfigError, MismatchError, ShapeError, TextError
-from sememe.evaluate import EvaluateConfig, evaluate
+from sememe.errors import ConfigError, MismatchError
+from sememe.evaluate import evaluate
 from sememe.figures import Report, open_report
-from sememe.harvest import HarvestConfig, harvest
-from sememe.lm import LanguageModel, ModelConfig
-from sememe.text import TextConfig, TokenPolicy
-
-WORDS = {
-    "english": "the cat sat on a mat while seven old ships sailed home and nobody knew why it rained",
-    "german": "der Hund lief durch einen dunklen Wald und niemand wusste warum es so still war",
-}
-POLICY = TokenPolicy(context_length=16, drop_positions=1, max_norm_ratio=5.0)
-D = 24
-HOOKPOINT = "resid_post.1"
+from sememe.lm import LanguageModel
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("evaluate")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("evaluate"))
 
 
 @pytest.fixture(scope="module")
-def corpus(place: Path) -> Path:
-    rng = random.Random(0)
-    path = place / "corpus.jsonl"
-    lines = []
-    for number in range(240):
-        language = ("english", "german")[number % 3 == 0]
-        words = rng.choices(WORDS[language].split(), k=rng.randint(20, 60))
-        lines.append(json.dumps({"text": " ".join(words) + f" {number}.", "language": language}))
-    path.write_text("\n".join(lines), encoding="utf-8")
-    return path
+def corpus(world: World) -> Path:
+    return world.corpus
 
 
 @pytest.fixture(scope="module")
-def model(place: Path, corpus: Path) -> str:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<|end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train([str(corpus)], trainer)
-    folder = place / "model"
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>").save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=320,
-        hidden_size=D,
-        intermediate_size=40,
-        num_hidden_layers=4,
-        num_attention_heads=3,
-        num_key_value_heads=3,
-        max_position_embeddings=64,
-        initializer_range=0.4,
-        bos_token_id=None,
-        eos_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return str(folder)
+def lm(world: World) -> LanguageModel:
+    return world.lm
 
 
 @pytest.fixture(scope="module")
-def lm(model: str) -> LanguageModel:
-    return language_models.load(ModelConfig(model=model, dtype="float32"))
-
-
-def text_config(corpus: Path, **changes: object) -> TextConfig:
-    return TextConfig.build({"corpus": (str(corpus),), "heldout_fraction": 0.3, **changes})
+def store(world: World) -> Path:
+    return world.store
 
 
 @pytest.fixture(scope="module")
-def store(place: Path, corpus: Path, lm: LanguageModel) -> Path:
-    config = HarvestConfig(
-        out=place / "store",
-        model=ModelConfig(model="unused"),
-        text=text_config(corpus),
-        policy=POLICY,
-        hookpoints=(HOOKPOINT, "mlp_in.2", "mlp_out.2"),
-        n_tokens=3000,
-        batch_rows=8,
-        shard_contexts=64,
-    )
-    harvest(config, lm=lm)
-    return place / "store"
-
-
-def site(
-    lm: LanguageModel, hookpoint: str = HOOKPOINT, max_norm: float | None = None, start: int = 0
-) -> Site:
-    width = lm.width(hookpoint)
-    return Site(
-        model=lm.name,
-        model_fingerprint=lm.fingerprint,
-        hookpoint=hookpoint,
-        start=start,
-        stop=start + width,
-        max_norm=max_norm,
-    )
-
-
-def autoencoder(lm: LanguageModel, hookpoint: str = HOOKPOINT, max_norm: float | None = None) -> Sites:
-    sites = (site(lm, hookpoint, max_norm),)
-    return Sites(inputs=sites, outputs=sites)
-
-
-def save(dictionary: dictionaries.Dictionary, path: Path, **extra: object) -> Path:
-    rows = torch.randn(16, dictionary.d_in, generator=torch.Generator().manual_seed(0))
-    dictionary.save(path, rows, extra={"policy": POLICY.resolved(), **extra})
-    return path
-
-
-def identity(lm: LanguageModel, path: Path, sites: Sites | None = None) -> Path:
-    sites = sites or autoencoder(lm)
-    d = sites.inputs[-1].stop
-    return save(Identity.rebuild(IdentityConfig().resolved(), d, d, d, sites), path)
-
-
-def zeros(
-    lm: LanguageModel, path: Path, sites: Sites | None = None, bias: torch.Tensor | None = None
-) -> Path:
-    """A TopK dictionary that reconstructs everything as its bias."""
-    sites = sites or autoencoder(lm)
-    dictionary = TopK(TopKConfig(k=2, d_sae=8), sites.inputs[-1].stop, sites.outputs[-1].stop, 8, sites)
-    if bias is not None:
-        dictionary.b_dec.data.copy_(bias)
-    return save(dictionary, path)
-
-
-def config_for(dictionary: Path, corpus: Path, out: Path, **changes: object) -> EvaluateConfig:
-    return EvaluateConfig.build(
-        {
-            "dictionary": dictionary,
-            "out": out,
-            "model": {"model": "unused"},
-            "text": text_config(corpus),
-            "n_tokens": 1200,
-            "n_fit_rows": 1000,
-            "batch_rows": 4,
-            "n_bootstrap": 50,
-            **changes,
-        }
-    )
-
-
-@pytest.fixture(scope="module")
-def report(place: Path, corpus: Path, lm: LanguageModel, store: Path) -> Iterator[Report]:
+def report(world: World) -> Report:
+    corpus, lm, store = world.corpus, world.lm, world.store
     sites = autoencoder(lm)
     rows = torch.randn(500, D, generator=torch.Generator().manual_seed(1))
     dictionary = TopK(TopKConfig(k=3, d_sae=32), D, D, 32, sites)
     dictionary.initialise(rows, rows, torch.Generator().manual_seed(5))
-    path = save(dictionary, place / "topk")
+    path = save(dictionary, world.place / "topk")
     return evaluate(
-        config_for(path, corpus, place / "report", store=store, nulls=("pca", "untrained", "identity")), lm=lm
+        config_for(path, corpus, world.place / "report", store=store, nulls=("pca", "untrained", "identity")),
+        lm=lm,
     )
 
 
@@ -405,10 +293,14 @@ def test_pca_beats_untrained_on_the_rows_it_was_fitted_to(report: Report) -> Non
 
 
 def test_the_second_run_opens_the_report(
-    report: Report, place: Path, corpus: Path, lm: LanguageModel, store: Path
+    report: Report, world: World, corpus: Path, lm: LanguageModel, store: Path
 ) -> None:
     config = config_for(
-        place / "topk", corpus, place / "report", store=store, nulls=("pca", "untrained", "identity")
+        world.place / "topk",
+        corpus,
+        world.place / "report",
+        store=store,
+        nulls=("pca", "untrained", "identity"),
     )
     again = evaluate(config, lm=lm)
     assert again.artifact.fingerprint == report.artifact.fingerprint
@@ -427,151 +319,6 @@ def test_documents_are_held_out(corpus: Path, lm: LanguageModel, store: Path, re
     tested_on = {doc_id for block in blocks for doc_id in block.documents}
     assert tested_on and not tested_on & trained_on
     assert len(tested_on) == report.data["text"]["n_documents"]
-
-
-# -- what does not belong together -----------------------------------------------------------------
-
-
-def test_unknown_nulls_are_named(tmp_path: Path, corpus: Path, lm: LanguageModel) -> None:
-    path = identity(lm, tmp_path / "d")
-    with pytest.raises(ConfigError, match=r"a null must be a known one, got 'pcaa'. Did you mean 'pca'\?"):
-        evaluate(config_for(path, corpus, tmp_path / "r", nulls=("pcaa",)), lm=lm)
-    with pytest.raises(ConfigError, match="each null must be named once, got pca, pca"):
-        evaluate(config_for(path, corpus, tmp_path / "r", nulls=("pca", "pca")), lm=lm)
-
-
-def test_a_dictionary_of_bare_tensors_has_no_model(tmp_path: Path, corpus: Path, lm: LanguageModel) -> None:
-    save(Identity.rebuild({}, D, D, D, None), tmp_path / "d")
-    with pytest.raises(MismatchError, match="must know its model and hookpoint, got none"):
-        evaluate(config_for(tmp_path / "d", corpus, tmp_path / "r"), lm=lm)
-
-
-def other(sites: Sites, **changes: object) -> Sites:
-    changed = tuple(s.replace(**changes) for s in sites.inputs)
-    return Sites(inputs=changed, outputs=changed)
-
-
-def test_a_dictionary_of_another_model_names_both_fingerprints(
-    tmp_path: Path, corpus: Path, lm: LanguageModel, store: Path
-) -> None:
-    path = identity(lm, tmp_path / "d", other(autoencoder(lm), model_fingerprint="f" * 64))
-    with pytest.raises(MismatchError, match=f"fingerprint {'f' * 16}.*got fingerprint {lm.fingerprint[:16]}"):
-        evaluate(config_for(path, corpus, tmp_path / "r"), lm=lm)
-    with pytest.raises(
-        MismatchError, match=f"fingerprint {'f' * 16}.*got a store of .* {lm.fingerprint[:16]}"
-    ):
-        evaluate(config_for(path, corpus, tmp_path / "r", store=store), lm=lm)
-
-
-def test_a_dictionary_of_another_hookpoint_or_store_is_refused(
-    tmp_path: Path, corpus: Path, lm: LanguageModel, store: Path
-) -> None:
-    path = identity(lm, tmp_path / "d", autoencoder(lm, "resid_post.2"))
-    with pytest.raises(
-        MismatchError, match=r"must hold resid_post.2, which the dictionary .* got resid_post.1, mlp_in.2"
-    ):
-        evaluate(config_for(path, corpus, tmp_path / "r", store=store), lm=lm)
-    trained = Identity.rebuild({}, D, D, D, autoencoder(lm))
-    trained.save(tmp_path / "d2", torch.randn(16, D), parents={"store": "a" * 64})
-    with pytest.raises(MismatchError, match=f"the one the dictionary was trained on .fingerprint {'a' * 16}"):
-        evaluate(config_for(tmp_path / "d2", corpus, tmp_path / "r", store=store), lm=lm)
-
-
-def test_another_width_is_refused(tmp_path: Path, corpus: Path, lm: LanguageModel, store: Path) -> None:
-    wide = other(autoencoder(lm), stop=D + 1)
-    path = identity(lm, tmp_path / "d", wide)
-    with pytest.raises(ShapeError, match=r"resid_post.1 must be 25 wide, as in the dictionary, got 24 in"):
-        evaluate(config_for(path, corpus, tmp_path / "r"), lm=lm)
-    with pytest.raises(
-        ShapeError, match=r"resid_post.1 in the store must be 25 wide, as in the dictionary, got 24"
-    ):
-        evaluate(config_for(path, corpus, tmp_path / "r", store=store), lm=lm)
-
-
-def test_another_token_policy_is_refused(
-    tmp_path: Path, corpus: Path, lm: LanguageModel, store: Path
-) -> None:
-    path = identity(lm, tmp_path / "d")
-    with pytest.raises(
-        MismatchError,
-        match=r"the config must have the token policy of the dictionary .*: context_length=16, got context_length=32",
-    ):
-        evaluate(config_for(path, corpus, tmp_path / "r", policy=POLICY.replace(context_length=32)), lm=lm)
-    plain = Identity.rebuild({}, D, D, D, autoencoder(lm))
-    plain.save(tmp_path / "d2", torch.randn(16, D))
-    with pytest.raises(
-        MismatchError, match=r"the config must have the token policy of the store .*got drop_positions=0"
-    ):
-        evaluate(
-            config_for(
-                tmp_path / "d2", corpus, tmp_path / "r", store=store, policy=POLICY.replace(drop_positions=0)
-            ),
-            lm=lm,
-        )
-
-
-def test_documents_that_were_trained_on_cannot_be_held_out(
-    tmp_path: Path, corpus: Path, lm: LanguageModel, store: Path
-) -> None:
-    path = identity(lm, tmp_path / "d")
-    config = config_for(
-        path, corpus, tmp_path / "r", store=store, text=text_config(corpus, heldout_fraction=0.5)
-    )
-    with pytest.raises(
-        MismatchError,
-        match=r"heldout_fraction must be at most the 0.3 that the training store held back, got 0.5",
-    ):
-        evaluate(config, lm=lm)
-
-
-def test_too_little_text_is_an_error_and_leaves_nothing(tmp_path: Path, lm: LanguageModel) -> None:
-    short = tmp_path / "short.txt"
-    short.write_text("the cat sat", encoding="utf-8")
-    path = identity(lm, tmp_path / "d")
-    for fraction in (0.0, 0.99):
-        config = config_for(
-            path, short, tmp_path / "r", text=text_config(short, heldout_fraction=fraction), nulls=()
-        )
-        with pytest.raises(TextError):
-            evaluate(config, lm=lm)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["d", "short.txt"]
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_bad_activations_are_located(
-    tmp_path: Path, corpus: Path, lm: LanguageModel, store: Path, bad: float
-) -> None:
-    path = identity(lm, tmp_path / "d")
-
-    def spoil(x: torch.Tensor) -> torch.Tensor:
-        x = x.clone()
-        x[2, 5, 3] = bad
-        return x
-
-    (block,) = text.token_blocks(
-        text_config(corpus), lm.tokenizer, POLICY, split="heldout", n_tokens=1200, block_rows=4096
-    )
-    where = f"document {block.doc_ids[2, 5]}, position {block.doc_positions[2, 5]}"
-    with (
-        lm.edit({HOOKPOINT: spoil}),
-        pytest.raises(
-            ActivationError,
-            match=f"activations at resid_post.1 must be finite, got NaN or infinity in {where}",
-        ),
-    ):
-        evaluate(config_for(path, corpus, tmp_path / "r", store=store, nulls=()), lm=lm)
-    assert not (tmp_path / "r").exists()
-
-
-def test_a_reconstruction_that_is_not_a_number_is_reported_with_its_cause(
-    tmp_path: Path, corpus: Path, lm: LanguageModel, store: Path
-) -> None:
-    huge = torch.full((D,), 1e38)
-    path = zeros(lm, tmp_path / "d", bias=huge)
-    found = evaluate(config_for(path, corpus, tmp_path / "r", nulls=(), store=store), lm=lm)
-    assert math.isnan(found.value("kl")) or math.isfinite(found.value("kl"))
-    statistic = found.data["metrics"]["kl"]
-    assert (statistic["value"] is None) == ("cause" in statistic)
 
 
 def test_with_a_million_documents_memory_stays(corpus: Path) -> None:

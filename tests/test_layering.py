@@ -17,7 +17,7 @@ LAYERS = [
     ["errors"],
     ["config", "paths", "progress", "interrupt"],
     ["artifact", "encoded"],
-    ["metrics", "tracking", "checkpoint"],
+    ["metrics", "tracking", "checkpoint", "registry"],
     ["kernels"],
     ["dictionaries"],
     ["text", "toy", "formats", "atlas", "lm", "optimiser"],
@@ -34,7 +34,7 @@ LAYERS = [
 ]  # fmt: skip
 LAYER = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 VERBS = set(LAYERS[10])
-TORCH_FREE = {"errors", "config", "paths", "progress", "artifact", "atlas", "browse", "cli"}
+TORCH_FREE = {"errors", "config", "paths", "progress", "artifact", "registry", "atlas", "browse", "cli"}
 FILES = sorted(ROOT.rglob("*.py"))
 
 

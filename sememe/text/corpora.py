@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from sememe.registry import Package
 from sememe.text import extract
 from sememe.text.documents import Attribution, RawDocument
-from sememe.text.fetching import Package
 
 __all__ = ["CORPORA", "LANGUAGE_NAMES", "PARTS", "Part"]
 

