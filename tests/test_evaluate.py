@@ -274,6 +274,8 @@ def test_the_report_holds_what_it_promises(report: Report, store: Path) -> None:
     histogram = data["density"]["dictionary"]
     assert sum(histogram["counts"]) + histogram["n_silent"] + histogram["n_below"] == 32
     assert histogram["n_silent"] == round(32 * (1 - data["frac_alive"]))
+    assert data["bootstrap"]["unit"] == "document"
+    assert data["bootstrap"]["n_units"] == data["text"]["n_documents"]
     assert set(data["by_language"]) == {"english", "german"}
     assert sum(group["n_documents"] for group in data["by_language"].values()) == data["text"]["n_documents"]
     assert sum(group["n_rows"] for group in data["by_language"].values()) == data["text"]["n_rows_kept"]

@@ -178,12 +178,14 @@ def test_bad_activations_are_located(
     assert not (tmp_path / "r").exists()
 
 
-def test_a_reconstruction_that_is_not_a_number_is_reported_with_its_cause(
+def test_a_reconstruction_out_of_all_bounds_is_measured_and_one_that_is_not_finite_refused(
     tmp_path: Path, corpus: Path, lm: LanguageModel, store: Path
 ) -> None:
-    huge = torch.full((D,), 1e38)
-    path = zeros(lm, tmp_path / "d", bias=huge)
-    found = evaluate(config_for(path, corpus, tmp_path / "r", nulls=(), store=store), lm=lm)
-    assert math.isnan(found.value("kl")) or math.isfinite(found.value("kl"))
-    statistic = found.data["metrics"]["kl"]
-    assert (statistic["value"] is None) == ("cause" in statistic)
+    huge = zeros(lm, tmp_path / "huge", bias=torch.full((D,), 1e38))
+    found = evaluate(config_for(huge, corpus, tmp_path / "r", nulls=(), store=store), lm=lm)
+    assert found.value("mse") == pytest.approx(1e76, rel=1e-5), "squares are added in float64"
+    assert math.isfinite(found.value("kl")) and found.value("kl") > 0.1
+    broken = zeros(lm, tmp_path / "broken", bias=torch.full((D,), math.inf))
+    with pytest.raises(MismatchError, match=r"must reproduce its stored reconstructions .* got .* nan"):
+        evaluate(config_for(broken, corpus, tmp_path / "r2", nulls=(), store=store), lm=lm)
+    assert not (tmp_path / "r2").exists()

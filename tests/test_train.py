@@ -341,9 +341,29 @@ def test_options_without_effect_and_contradictions_are_errors():
         TrainConfig.build({"architecture": {"kind": "topk", "l1_coefficient": 1.0}})
 
 
-def test_a_missing_tracker_is_one_line(tmp_path):
+def test_a_missing_tracker_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "trackio", None)
     with pytest.raises(ResourceError, match=r"tracking with trackio needs its package.*pip install trackio"):
         Log(tmp_path / "log.jsonl", ("trackio",))
+
+
+def test_wandb_gets_the_same_numbers_offline(tmp_path):
+    """The real package, writing to disk; its own reader gives back what was logged."""
+    pytest.importorskip("wandb")
+    code = f"""
+from sememe.tracking import Log
+with Log({str(tmp_path / "log.jsonl")!r}, ("wandb",), name="run", config={{"k": 3}}) as log:
+    log.write(1, {{"fvu": 0.5, "note": "words"}})
+    log.write(2, {{"fvu": 0.25}})
+"""
+    where = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | where, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    (run,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    content = run.read_bytes()
+    assert b"fvu" in content and b"0.25" in content and b"words" not in content
 
 
 def test_the_log_is_cut_back_to_the_checkpoint(tmp_path):

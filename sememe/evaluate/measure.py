@@ -249,7 +249,8 @@ class Measured:
             "by_language": self._grouped(0),
             "by_source": self._grouped(1),
             "bootstrap": {
-                "unit": "document",
+                "unit": "document" if len(self.units.of) == len(self.units.tags) else "group of documents",
+                "n_units": len(self.units.tags),
                 "n": self.config.n_bootstrap,
                 "level": 0.95,
                 "seed": self.config.seed,
