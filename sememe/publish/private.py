@@ -109,7 +109,7 @@ def _without(text: str, found: Mapping[str, str]) -> str:
     """Running text with the paths in `found` replaced where they stand alone, the longest first."""
     for path in sorted(found, key=len, reverse=True):
         for old, new in ((path, found[path]), (html.escape(path), html.escape(found[path]))):
-            text = re.sub(rf"(?<![\w./:<~-]){re.escape(old)}(?![\w/-])", lambda _, new=new: new, text)
+            text = new.join(re.split(rf"(?<![\w./:<~-]){re.escape(old)}(?![\w/-])", text))
     return text
 
 
