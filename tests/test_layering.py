@@ -31,10 +31,22 @@ LAYERS = [
     ["browse"],
     ["run"],
     ["cli"],
+    ["__main__"],
 ]  # fmt: skip
 LAYER = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 VERBS = set(LAYERS[10])
-TORCH_FREE = {"errors", "config", "paths", "progress", "artifact", "registry", "atlas", "browse", "cli"}
+TORCH_FREE = {
+    "errors",
+    "config",
+    "paths",
+    "progress",
+    "artifact",
+    "registry",
+    "atlas",
+    "browse",
+    "cli",
+    "__main__",
+}
 FILES = sorted(ROOT.rglob("*.py"))
 
 

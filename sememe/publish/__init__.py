@@ -2,15 +2,14 @@
 
     RELEASE/README.md, LICENSE, dictionary/, report/, atlas/
 
-The inner folders are the artifacts as they are, so what is downloaded loads without conversion. Knows files, the
-layout of report.json and the hub's client; never loads torch.
+The inner folders are the artifacts as they are, but for the paths of the machine (`private.py`), so what is
+downloaded loads without conversion. Knows files, the layout of report.json and the hub's client; never loads torch.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, NamedTuple, Self
@@ -22,10 +21,11 @@ from sememe.atlas import open_atlas
 from sememe.config import Config
 from sememe.errors import ConfigError, CorruptError, MismatchError, ResourceError, nearest
 from sememe.figures.tables import MEANINGS, markdown_table
+from sememe.publish import private
 
 __all__ = ["LICENCES", "Publication", "PublishConfig", "PublishedFile", "publish"]
 
-VERSION = 1
+VERSION = 2  # local paths were published before
 CARD, LICENCE = "README.md", "LICENSE"
 
 LICENCES = {
@@ -121,25 +121,25 @@ def publish(config: PublishConfig, *, fresh: bool = False) -> Publication:
         ArtifactError: a part is missing, or of another kind.
         MismatchError: report or atlas belong to another dictionary; or another release stands at config.out.
         CorruptError: a file of a part was changed.
-        ResourceError: the hub cannot be reached or refuses, or its client is not installed.
+        ResourceError: the hub cannot be reached or refuses.
     """
     parts = _parts(config)
     contents = _contents(config, parts)
     if config.dry_run:
         made = [PublishedFile(name, len(text.encode())) for name, text in contents.items()]
-        copied = [
-            PublishedFile(f"{role}/{name}", path.stat().st_size)
-            for role, part in parts.items()
-            for name, path in _files(part).items()
-        ]
+        copied = []
+        for role, part in parts.items():
+            files = _files(part)
+            cleaned = private.clean(part, files)
+            copied += [PublishedFile(f"{role}/{name}", cleaned.n_bytes(name, files[name])) for name in files]
         publication = Publication(tuple(sorted(made + copied)), config.out, None)
         print(publication)
         return publication
     folder = _write(config, parts, contents, fresh)
     names = sorted([artifact.META, *folder.meta["files"]])
-    files = tuple(PublishedFile(name, (folder.path / name).stat().st_size) for name in names)
+    written = tuple(PublishedFile(name, (folder.path / name).stat().st_size) for name in names)
     url = None if config.repo is None else _upload(config, folder.path)
-    return Publication(files, folder.path, url)
+    return Publication(written, folder.path, url)
 
 
 # -- the parts -------------------------------------------------------------------------------------
@@ -186,16 +186,22 @@ def _write(
     identity = artifact.identity_of("release", VERSION, config, parents)
     if not fresh and (done := artifact.find(config.out, "release", identity)):
         return done
+    named = config.replace(
+        **{
+            field: Path(value.name)
+            for field in ("dictionary", "report", "atlas", "out", "licence_file")
+            if (value := getattr(config, field)) is not None
+        }
+    )
+    assert named.identity() == config.identity()
     with artifact.building(
-        config.out, kind="release", version=VERSION, config=config, parents=parents, fresh=fresh
+        config.out, kind="release", version=VERSION, config=named, parents=parents, fresh=fresh
     ) as work:
         for name, text in contents.items():
             (work.path / name).write_text(text, encoding="utf-8")
         for role, part in parts.items():
-            for name, path in _files(part).items():
-                target = work.path / role / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, target)
+            files = _files(part)
+            private.write(private.clean(part, files), files, work.path / role)
     return artifact.load(config.out, "release")
 
 
@@ -228,7 +234,7 @@ def _card(config: PublishConfig, parts: Mapping[str, artifact.Artifact]) -> str:
     places = ", ".join(site["hookpoint"] for site in inputs)
     if outputs != inputs:
         places += " to " + ", ".join(site["hookpoint"] for site in outputs)
-    model = inputs[0]["model"] if inputs else None
+    model = private.bare(inputs[0]["model"]) if inputs else None
     title = config.title or f"{architecture['kind']} dictionary" + (f" of {model}, {places}" if model else "")
     report = figures.open_report(parts["report"].path).data if "report" in parts else None
     lines = [*_front_matter(config, model), f"# {_line(title)}", ""]
@@ -316,7 +322,9 @@ def _credits(parts: Mapping[str, artifact.Artifact], report: Mapping[str, Any] |
         opened.close()
     texts: dict[str, None] = {}
     for item in items:
-        told = [str(item[key]) for key in ("title", "licence", "url", "notice") if item.get(key)]
+        told = [
+            private.bare(str(item[key])) for key in ("title", "licence", "url", "notice") if item.get(key)
+        ]
         texts[_line("; ".join(told))] = None
     if not texts:
         return []
@@ -340,15 +348,9 @@ def _line(text: str) -> str:
 
 def _upload(config: PublishConfig, folder: Path) -> str:
     """Send the folder to the hub; files that are there already are not sent again."""
-    try:
-        from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError
-    except ImportError as error:
-        raise ResourceError(
-            "uploading needs the package huggingface_hub",
-            error,
-            "pip install huggingface_hub, or leave --repo out.",
-        ) from None
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
     assert config.repo is not None
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
     try:
