@@ -5,6 +5,7 @@ import torch
 
 from sememe import dictionaries, kernels
 from sememe.dictionaries import REGISTRY, TRAINABLE, Trainable
+from sememe.dictionaries.auxiliary import auxk_loss
 from sememe.dictionaries.initial import geometric_median
 from sememe.dictionaries.relu import ReLU, ReLUConfig
 from sememe.dictionaries.topk import TopK, TopKConfig
@@ -162,7 +163,7 @@ def test_auxk_gives_dead_latents_gradients_and_only_when_dead():
     with torch.no_grad():
         dictionary.b_enc[20:] = 0.0
     dictionary.zero_grad()
-    dictionary._auxk(x, x - dictionary(x).detach(), torch.arange(20, 40)).backward()
+    auxk_loss(dictionary, x, x - dictionary(x), torch.arange(20, 40), 8).backward()
     assert float(dictionary.W_enc.grad[:, 20:].abs().max()) > 0
     assert float(dictionary.W_enc.grad[:, :20].abs().max()) == 0
 
