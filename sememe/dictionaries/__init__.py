@@ -11,8 +11,13 @@ from typing import Annotated
 from pydantic import Field
 
 from sememe import artifact
+from sememe.dictionaries.abs_topk import AbsTopK, AbsTopKConfig
 from sememe.dictionaries.base import ArchitectureConfig, Constraints, Dictionary, Loss, Site, Sites, Trainable
+from sememe.dictionaries.batch_topk import BatchTopK, BatchTopKConfig
+from sememe.dictionaries.group_max import GroupMax, GroupMaxConfig
 from sememe.dictionaries.identity import Identity
+from sememe.dictionaries.matryoshka import Matryoshka, MatryoshkaConfig
+from sememe.dictionaries.multi_topk import MultiTopK, MultiTopKConfig
 from sememe.dictionaries.pca import PCA
 from sememe.dictionaries.random_directions import RandomDirections
 from sememe.dictionaries.relu import ReLU, ReLUConfig
@@ -34,10 +39,27 @@ __all__ = [
     "load",
 ]
 
-Architecture = Annotated[TopKConfig | ReLUConfig, Field(discriminator="kind")]
+Architecture = Annotated[
+    TopKConfig
+    | BatchTopKConfig
+    | MatryoshkaConfig
+    | MultiTopKConfig
+    | AbsTopKConfig
+    | GroupMaxConfig
+    | ReLUConfig,
+    Field(discriminator="kind"),
+]
 """The config of any architecture that can be trained, told apart by `kind`."""
 
-TRAINABLE: dict[str, type[Trainable]] = {"topk": TopK, "relu": ReLU}
+TRAINABLE: dict[str, type[Trainable]] = {
+    "topk": TopK,
+    "batch_topk": BatchTopK,
+    "matryoshka": Matryoshka,
+    "multi_topk": MultiTopK,
+    "abs_topk": AbsTopK,
+    "group_max": GroupMax,
+    "relu": ReLU,
+}
 
 REGISTRY: dict[str, type[Dictionary]] = {
     **TRAINABLE,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["geometric_median", "latent_major", "unit_rows"]
+__all__ = ["bricken_norm", "geometric_median", "latent_major", "unit_rows"]
 
 
 def latent_major(d_in: int, d_sae: int) -> Float[Tensor, "d_in d_sae"]:
@@ -41,3 +41,19 @@ def geometric_median(
         if step <= tolerance * spread:
             break
     return point
+
+
+def bricken_norm(norms: Float[Tensor, " d_sae"], ids: Int[Tensor, " n"]) -> Float[Tensor, ""]:
+    """How long the encoder weights of resampled latents are: 0.2 of the mean over the others (of 1 if none).
+
+    Args:
+        norms: Norms of all latents' encoder weights.
+        ids: The resampled latents.
+
+    Source: Bricken et al. 2023, appendix "Neuron Resampling".
+    """
+    alive = torch.ones_like(norms, dtype=torch.bool)
+    alive[ids] = False
+    n_alive = alive.sum()
+    mean = torch.where(n_alive > 0, (norms * alive).sum() / n_alive.clamp_min(1), torch.ones_like(norms[0]))
+    return 0.2 * mean

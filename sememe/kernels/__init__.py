@@ -10,7 +10,7 @@ against it, values and gradients. Which one runs is decided here, per call, by w
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -21,9 +21,27 @@ from sememe.encoded import Encoded
 from sememe.errors import ConfigError
 from sememe.kernels import reference
 
-__all__ = ["TopK", "adam_step", "decode", "decode_encoded", "encode_topk", "path_for", "threads", "use"]
+__all__ = [
+    "BatchTopK",
+    "TopK",
+    "adam_step",
+    "decode",
+    "decode_encoded",
+    "decode_prefixes",
+    "encode_abs_topk",
+    "encode_batch_topk",
+    "encode_group_max",
+    "encode_threshold",
+    "encode_topk",
+    "path_for",
+    "threads",
+    "use",
+]
 
 Path = Literal["reference", "cpu", "gpu"]
+
+DENSE_SHARE = 0.05
+"""Above this share of active latents a dense product decodes faster than a sum over entries."""
 
 _forced: list[Literal["reference"]] = []
 
@@ -33,6 +51,13 @@ class TopK(NamedTuple):
 
     acts: Float[Tensor, "batch k"]
     indices: Int[Tensor, "batch k"]
+
+
+class BatchTopK(NamedTuple):
+    """What a batch keeps, and the smallest activation among it (0 if fewer were positive than could be kept)."""
+
+    encoded: Encoded
+    threshold: Float[Tensor, ""]
 
 
 @contextlib.contextmanager
@@ -106,6 +131,64 @@ def encode_topk(
     return TopK(acts, indices)
 
 
+def encode_abs_topk(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    b_pre: Float[Tensor, " d_in"],
+    k: int,
+) -> TopK:
+    """The k of `(x - b_pre) @ W_enc + b_enc` furthest from 0 per row, signed; ties go to the lower index.
+
+    Differentiable in x, W_enc and b_enc.
+    """
+    return TopK(*reference.encode_abs_topk(x, W_enc, b_enc, b_pre, k))
+
+
+def encode_group_max(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    b_pre: Float[Tensor, " d_in"],
+    n_groups: int,
+) -> TopK:
+    """The largest of `relu((x - b_pre) @ W_enc + b_enc)` in each of n_groups runs of d_sae / n_groups latents.
+
+    Ties go to the lower index. Differentiable in x, W_enc and b_enc.
+    """
+    return TopK(*reference.encode_group_max(x, W_enc, b_enc, b_pre, n_groups))
+
+
+def encode_threshold(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    b_pre: Float[Tensor, " d_in"],
+    threshold: Float[Tensor, " d_sae"] | None,
+) -> Encoded:
+    """Every `(x - b_pre) @ W_enc + b_enc` that is above its latent's threshold (0 if None); acts may be negative
+    where a threshold is.
+
+    Differentiable in x, W_enc and b_enc; the threshold only selects.
+    """
+    return reference.encode_threshold(x, W_enc, b_enc, b_pre, threshold)
+
+
+def encode_batch_topk(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    b_pre: Float[Tensor, " d_in"],
+    n_kept: int,
+) -> BatchTopK:
+    """The n_kept largest of `relu((x - b_pre) @ W_enc + b_enc)` of the whole batch.
+
+    Always n_kept entries (so that nothing waits to learn how many): where fewer are positive, the rest have
+    activation 0. Ties go to the lower row, then to the lower latent. Differentiable in x, W_enc and b_enc.
+    """
+    return BatchTopK(*reference.encode_batch_topk(x, W_enc, b_enc, b_pre, n_kept))
+
+
 def decode(
     acts: Float[Tensor, "batch k"],
     indices: Int[Tensor, "batch k"],
@@ -128,9 +211,35 @@ def decode(
 def decode_encoded(
     encoded: Encoded, W_dec: Float[Tensor, "d_sae d_out"], b_dec: Float[Tensor, " d_out"]
 ) -> Float[Tensor, "batch d_out"]:
-    """As `decode`, for rows of any length."""
+    """As `decode`, for rows of any length; dense once more than 5% of the latents are active."""
+    if encoded.k is None and encoded.acts.shape[0] > DENSE_SHARE * encoded.n_rows * encoded.d_sae:
+        return reference.decode_dense(encoded, W_dec, b_dec)
     view = encoded.padded()
     return decode(view.acts, view.indices, W_dec, b_dec)
+
+
+def decode_prefixes(
+    encoded: Encoded,
+    W_dec: Float[Tensor, "d_sae d_out"],
+    b_dec: Float[Tensor, " d_out"],
+    ends: Sequence[int],
+) -> list[Float[Tensor, "batch d_out"]]:
+    """For each end, the reconstruction from the latents below it: each latent's row is added once.
+
+    Args:
+        encoded: Activations of any latents.
+        W_dec: Decoder rows.
+        b_dec: Bias, in every reconstruction.
+        ends: Rising numbers of latents.
+    """
+    recons: list[Tensor] = []
+    latents = torch.arange(encoded.d_sae, device=encoded.indices.device)
+    bias, start = b_dec, 0
+    for end in ends:
+        part = decode_encoded(encoded.select_latents((latents >= start) & (latents < end)), W_dec, bias)
+        recons.append(recons[-1] + part if recons else part)
+        bias, start = torch.zeros_like(b_dec), end
+    return recons
 
 
 def adam_step(

@@ -6,7 +6,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["adam_step", "decode", "encode_topk"]
+from sememe.encoded import Encoded
+
+__all__ = [
+    "adam_step",
+    "decode",
+    "decode_dense",
+    "encode_abs_topk",
+    "encode_batch_topk",
+    "encode_group_max",
+    "encode_threshold",
+    "encode_topk",
+]
 
 
 def encode_topk(
@@ -22,6 +33,75 @@ def encode_topk(
     return torch.relu(values[:, :k]), indices[:, :k].to(torch.int32)
 
 
+def encode_abs_topk(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    b_pre: Float[Tensor, " d_in"],
+    k: int,
+) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
+    """The k pre-activations of each row that are furthest from 0, signed; ties go to the lower index."""
+    pre_acts = (x - b_pre) @ W_enc + b_enc
+    order = torch.sort(pre_acts.detach().abs(), dim=1, descending=True, stable=True).indices[:, :k]
+    return pre_acts.gather(1, order), order.to(torch.int32)
+
+
+def encode_group_max(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    b_pre: Float[Tensor, " d_in"],
+    n_groups: int,
+) -> tuple[Float[Tensor, "batch n_groups"], Int[Tensor, "batch n_groups"]]:
+    """The largest positive pre-activation of each group of consecutive latents; ties go to the lower index."""
+    pre_acts = (x - b_pre) @ W_enc + b_enc
+    groups = pre_acts.view(x.shape[0], n_groups, -1)
+    largest = groups.detach() == groups.detach().amax(dim=2, keepdim=True)
+    # not argmax: which of several equal values it names is left open
+    first = torch.where(largest, torch.arange(groups.shape[2], device=x.device), groups.shape[2]).amin(dim=2)
+    indices = first + groups.shape[2] * torch.arange(n_groups, device=x.device)
+    return torch.relu(pre_acts.gather(1, indices)), indices.to(torch.int32)
+
+
+def encode_threshold(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    b_pre: Float[Tensor, " d_in"],
+    threshold: Float[Tensor, " d_sae"] | None,
+) -> Encoded:
+    """Every pre-activation above its latent's threshold (0 if None), in the order of the latents."""
+    pre_acts = (x - b_pre) @ W_enc + b_enc
+    above = pre_acts.detach() > (0.0 if threshold is None else threshold.detach())
+    columns = torch.nonzero(above)[:, 1]
+    counts = above.sum(1)
+    row_ptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    # masked_select and not indexing: the gradient of indexing adds up serially, this one copies
+    return Encoded(pre_acts.masked_select(above), columns.to(torch.int32), row_ptr, W_enc.shape[1])
+
+
+def encode_batch_topk(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    b_pre: Float[Tensor, " d_in"],
+    n_kept: int,
+) -> tuple[Encoded, Float[Tensor, ""]]:
+    """The n_kept largest positive pre-activations of the batch; a stable sort gives ties to the earlier place."""
+    d_sae = W_enc.shape[1]
+    pre_acts = ((x - b_pre) @ W_enc + b_enc).reshape(-1)
+    order = torch.sort(pre_acts.detach(), descending=True, stable=True).indices[:n_kept]
+    places = order.sort().values
+    starts = torch.arange(x.shape[0] + 1, device=x.device) * d_sae
+    encoded = Encoded(
+        torch.relu(pre_acts[places]),
+        (places % d_sae).to(torch.int32),
+        torch.searchsorted(places, starts),
+        d_sae,
+    )
+    return encoded, encoded.acts.detach().min()
+
+
 def decode(
     acts: Float[Tensor, "batch k"],
     indices: Int[Tensor, "batch k"],
@@ -31,6 +111,15 @@ def decode(
     """The weighted sum of decoder rows, as a dense product."""
     dense = acts.new_zeros(acts.shape[0], W_dec.shape[0]).scatter_add(1, indices.long(), acts)
     return dense @ W_dec.to(acts.dtype) + b_dec.to(acts.dtype)
+
+
+def decode_dense(
+    encoded: Encoded, W_dec: Float[Tensor, "d_sae d_out"], b_dec: Float[Tensor, " d_out"]
+) -> Float[Tensor, "batch d_out"]:
+    """The weighted sum of decoder rows, as a dense product, for rows of any length."""
+    places = encoded.row_ids() * encoded.d_sae + encoded.indices.long()
+    flat = encoded.acts.new_zeros(encoded.n_rows * encoded.d_sae).scatter_add(0, places, encoded.acts)
+    return flat.view(encoded.n_rows, -1) @ W_dec.to(flat.dtype) + b_dec.to(flat.dtype)
 
 
 def adam_step(

@@ -1,0 +1,51 @@
+"""AbsTopK: the k latents of each row that are furthest from 0, signs kept."""
+
+from __future__ import annotations
+
+from typing import Literal, final
+
+from jaxtyping import Float
+from torch import Tensor
+
+from sememe import kernels
+from sememe.dictionaries.base import Loss
+from sememe.dictionaries.selection import Selection, SelectionConfig
+from sememe.encoded import Encoded
+
+__all__ = ["AbsTopK", "AbsTopKConfig"]
+
+
+class AbsTopKConfig(SelectionConfig):
+    """Options of an AbsTopK dictionary."""
+
+    kind: Literal["abs_topk"] = "abs_topk"
+    """Name of the architecture."""
+
+
+@final
+class AbsTopK(Selection):
+    """`acts = the k largest of |(x - b_pre) W_enc + b_enc|, signed`, `recon = acts W_dec + b_dec`.
+
+    Source: Zhu, Khalili & Zhu 2025, arXiv:2510.00404. Differs: AuxK (by absolute value) for dead latents, unit
+    decoder rows, and the start of our TopK.
+    """
+
+    kind = "abs_topk"
+    config_class = AbsTopKConfig
+    config: AbsTopKConfig
+    signed = True
+
+    def encode(self, x: Float[Tensor, "batch d_in"]) -> Encoded:
+        """The k pre-activations of each row furthest from 0; acts may be negative."""
+        self.check_input(x)
+        acts, indices = kernels.encode_abs_topk(x, self.W_enc, self.b_enc, self.b_pre, self.config.k)
+        return Encoded.from_topk(acts, indices, self.d_sae)
+
+    def loss(
+        self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], progress: float
+    ) -> Loss:
+        """Mean squared error, and AuxK over dead latents."""
+        encoded = self.encode(x)
+        residual = target - self.decode(encoded)
+        mse = residual.square().mean()
+        return self._with_auxk(x, residual, mse, {"mse": mse}, encoded)

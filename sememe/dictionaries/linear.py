@@ -1,0 +1,134 @@
+"""What every dictionary with one linear encoder and one linear decoder shares. Knows no objective.
+
+Abstract: which pre-activations become activations, and what they are trained for, is each architecture's own.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from typing import Any, ClassVar, Self
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sememe import kernels
+from sememe.dictionaries.base import ArchitectureConfig, Constraints, Sites, Trainable
+from sememe.dictionaries.initial import geometric_median, latent_major, unit_rows
+from sememe.encoded import Encoded
+
+__all__ = ["Linear"]
+
+
+class Linear(Trainable, abc.ABC):
+    """`pre_acts = (x - b_pre) W_enc + b_enc`, `recon = acts W_dec + b_dec`.
+
+    b_pre is a constant that the sample sets: b_enc can learn whatever it would.
+
+    Args:
+        config: The architecture's options.
+        d_in: Width of the input.
+        d_out: Width of the output.
+        d_sae: Number of latents.
+        sites: Where inputs come from and outputs go.
+        decoder_bias: Whether b_dec is learned; else it is 0, and neither a parameter nor saved.
+    """
+
+    config_class: ClassVar[type[ArchitectureConfig]]
+    latent_units: ClassVar[tuple[str, ...]] = ("b_enc",)
+    """Parameters and buffers that are measured in latent activations, and so divide by scale_in when folded."""
+
+    W_enc: Tensor
+    b_pre: Tensor
+    b_dec: Tensor
+
+    def __init__(
+        self,
+        config: ArchitectureConfig,
+        d_in: int,
+        d_out: int,
+        d_sae: int,
+        sites: Sites | None = None,
+        *,
+        decoder_bias: bool = True,
+    ) -> None:
+        super().__init__(config, d_in, d_out, d_sae, sites)
+        self._add_encoder()
+        self.b_enc = nn.Parameter(torch.zeros(d_sae))
+        self.W_dec = nn.Parameter(torch.zeros(d_sae, d_out))
+        self.decoder_bias = decoder_bias
+        if decoder_bias:
+            self.b_dec = nn.Parameter(torch.zeros(d_out))
+        else:
+            self.register_buffer("b_dec", torch.zeros(d_out), persistent=False)
+        self.register_buffer("b_pre", torch.zeros(d_in))
+
+    def _add_encoder(self) -> None:
+        """Make W_enc; a tied architecture has it from its decoder."""
+        self.W_enc = nn.Parameter(latent_major(self.d_in, self.d_sae))
+
+    @classmethod
+    def rebuild(cls, config: dict[str, Any], d_in: int, d_out: int, d_sae: int, sites: Sites | None) -> Self:
+        """An empty dictionary of the given shape."""
+        return cls(cls.config_class.build(config), d_in, d_out, d_sae, sites)
+
+    def decode(
+        self, encoded: Encoded, x: Float[Tensor, "batch d_in"] | None = None
+    ) -> Float[Tensor, "batch d_out"]:
+        """The weighted sum of decoder rows, plus the bias."""
+        return kernels.decode_encoded(encoded, self.W_dec, self.b_dec)
+
+    def decoder_directions(self) -> Float[Tensor, "d_sae d_out"]:
+        """Rows of W_dec."""
+        return self.W_dec
+
+    def fold(self) -> Self:
+        """Exact where selection does not depend on the scale: only what has a unit changes, and the decoder."""
+        folded = self._copy_with_scales_one()
+        s_in, s_out = float(self.scale_in), float(self.scale_out)
+        with torch.no_grad():
+            folded.b_pre.div_(s_in)
+            for name in self.latent_units:
+                getattr(folded, name).div_(s_in)
+            folded.W_dec.mul_(s_in / s_out)
+            folded.b_dec.div_(s_out)
+        return folded
+
+    # -- training ----------------------------------------------------------------------------------
+
+    def initialise(
+        self, x: Float[Tensor, "rows d_in"], target: Float[Tensor, "rows d_out"], generator: torch.Generator
+    ) -> None:
+        """Random unit decoder rows; for an autoencoder the encoder starts as their transpose."""
+        with torch.no_grad():
+            self.W_dec.copy_(unit_rows(self.d_sae, self.d_out, generator))
+            tied = self.d_in == self.d_out
+            self.W_enc.copy_((self.W_dec if tied else unit_rows(self.d_sae, self.d_in, generator)).T)
+            self.b_enc.zero_()
+            centre = self._centre()
+            self.b_pre.copy_(centre(x))
+            if self.decoder_bias:
+                self.b_dec.copy_(centre(target))
+
+    def _centre(self) -> Callable[[Tensor], Tensor]:
+        """What b_pre and b_dec start from, given a sample."""
+        return geometric_median
+
+    def reset_latents(self, ids: Int[Tensor, " n"], directions: Float[Tensor, "n d_out"]) -> None:
+        """Unit decoder rows along the directions; the encoder reads the same direction; bias 0."""
+        with torch.no_grad():
+            units = directions / directions.norm(dim=1, keepdim=True).clamp_min(1e-12)
+            self.W_dec[ids] = units
+            if self.d_in == self.d_out:
+                self.W_enc[:, ids] = (units * self._reset_norm(self.W_enc.norm(dim=0), ids)).T
+            self.b_enc[ids] = 0.0
+            self.tokens_since_fired[ids] = 0
+
+    def _reset_norm(self, norms: Float[Tensor, " d_sae"], ids: Int[Tensor, " n"]) -> Float[Tensor, ""]:
+        """How long the encoder weights of a reset latent are: here, as long as is usual."""
+        return norms.median()
+
+    def constraints(self) -> Constraints:
+        """Decoder rows keep norm 1."""
+        return Constraints(unit_norm=("W_dec",))

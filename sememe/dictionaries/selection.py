@@ -1,0 +1,133 @@
+"""What the TopK family shares: sparsity set by a count, no penalty, AuxK for the dead. Knows no selection rule."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from sememe import kernels
+from sememe.dictionaries.auxiliary import auxk_loss
+from sememe.dictionaries.base import ArchitectureConfig, Loss, Sites
+from sememe.dictionaries.initial import geometric_median
+from sememe.dictionaries.linear import Linear
+from sememe.encoded import Encoded
+from sememe.errors import ConfigError
+
+__all__ = ["BatchSelection", "BatchSelectionConfig", "Selection", "SelectionConfig"]
+
+N_THRESHOLD_ROWS = 1024
+"""Rows of the sample that set a first threshold: it holds their pre-activations densely."""
+
+
+class SelectionConfig(ArchitectureConfig):
+    """Options of every architecture that keeps a number of latents."""
+
+    k: int = 32
+    """Latents kept per row."""
+    b_dec_init: Literal["geometric_median", "mean"] = "geometric_median"
+    """Where the decoder bias starts: the sample's geometric median (robust) or its mean."""
+    auxk_coefficient: float = 1 / 32
+    """Weight of the auxiliary loss by which dead latents model the residual; 0 turns it off."""
+    auxk: int | None = None
+    """Dead latents used per row in the auxiliary loss; d_in / 2 if not given."""
+    dead_after_tokens: int = 10_000_000
+    """A latent that has not been kept for this many training rows counts as dead."""
+
+
+class BatchSelectionConfig(SelectionConfig):
+    """Options of every architecture that keeps a number of latents per batch; k is the average per row."""
+
+    threshold_decay: float = Field(default=0.99, ge=0, lt=1)
+    """Share of the threshold that a step keeps: it averages over about 1 / (1 - decay) steps."""
+
+
+class Selection(Linear, abc.ABC):
+    """A linear dictionary that keeps a number of latents."""
+
+    config: SelectionConfig
+    signed: ClassVar[bool] = False
+    """Whether activations may be negative."""
+
+    def __init__(
+        self, config: SelectionConfig, d_in: int, d_out: int, d_sae: int, sites: Sites | None = None
+    ) -> None:
+        super().__init__(config, d_in, d_out, d_sae, sites)
+        if not 1 <= config.k <= d_sae:
+            raise ConfigError(f"k must be in [1, d_sae={d_sae}]", config.k, "Lower k or raise d_sae.")
+
+    def _centre(self) -> Callable[[Tensor], Tensor]:
+        return geometric_median if self.config.b_dec_init == "geometric_median" else _mean
+
+    def _with_auxk(
+        self,
+        x: Float[Tensor, "batch d_in"],
+        residual: Float[Tensor, "batch d_out"],
+        total: Float[Tensor, ""],
+        terms: dict[str, Tensor],
+        encoded: Encoded,
+    ) -> Loss:
+        """The loss, with AuxK over dead latents added if there are any.
+
+        Args:
+            x: Inputs.
+            residual: What the kept latents leave over.
+            total: The objective without AuxK.
+            terms: Its parts.
+            encoded: The latents that were kept.
+        """
+        config = self.config
+        if config.auxk_coefficient > 0:
+            dead = torch.nonzero(self.tokens_since_fired > config.dead_after_tokens).view(-1)
+            if dead.numel() > 0:
+                auxk = auxk_loss(self, x, residual, dead, config.auxk, signed=self.signed)
+                terms = terms | {"auxk": auxk}
+                total = total + config.auxk_coefficient * auxk
+        return Loss(total, {name: term.detach() for name, term in terms.items()}, encoded.detach())
+
+
+class BatchSelection(Selection, abc.ABC):
+    """Selection over the whole batch while training, and by a threshold otherwise, so that rows stand alone."""
+
+    latent_units = ("b_enc", "threshold")
+    config: BatchSelectionConfig
+    threshold: Tensor
+
+    def __init__(
+        self, config: BatchSelectionConfig, d_in: int, d_out: int, d_sae: int, sites: Sites | None = None
+    ) -> None:
+        super().__init__(config, d_in, d_out, d_sae, sites)
+        self.register_buffer("threshold", torch.zeros(()))
+
+    def encode(self, x: Float[Tensor, "batch d_in"]) -> Encoded:
+        """Every pre-activation above the threshold, in training mode too: only the loss looks at the batch."""
+        self.check_input(x)
+        threshold = self.threshold.expand(self.d_sae)
+        return kernels.encode_threshold(x, self.W_enc, self.b_enc, self.b_pre, threshold)
+
+    def _encode_batch(self, x: Float[Tensor, "batch d_in"]) -> Encoded:
+        self.check_input(x)
+        n_kept = self.config.k * x.shape[0]
+        return kernels.encode_batch_topk(x, self.W_enc, self.b_enc, self.b_pre, n_kept).encoded
+
+    def initialise(
+        self, x: Float[Tensor, "rows d_in"], target: Float[Tensor, "rows d_out"], generator: torch.Generator
+    ) -> None:
+        """As every linear dictionary; the threshold starts as what the sample's first rows would set it to."""
+        super().initialise(x, target, generator)
+        with torch.no_grad():
+            self.threshold.copy_(self._encode_batch(x[:N_THRESHOLD_ROWS]).acts.min())
+
+    def after_step(self, encoded: Encoded) -> None:
+        """The threshold follows the batch's smallest kept activation."""
+        super().after_step(encoded)
+        self.threshold.lerp_(encoded.acts.detach().min(), 1 - self.config.threshold_decay)
+
+
+def _mean(x: Tensor) -> Tensor:
+    return x.mean(0)

@@ -1,0 +1,136 @@
+"""What each architecture of the TopK family promises beyond the common contract."""
+
+import pytest
+import torch
+
+from sememe import dictionaries
+from sememe.dictionaries.abs_topk import AbsTopKConfig
+from sememe.dictionaries.base import Trainable
+from sememe.dictionaries.batch_topk import BatchTopKConfig
+from sememe.dictionaries.group_max import GroupMaxConfig
+from sememe.dictionaries.matryoshka import MatryoshkaConfig
+from sememe.dictionaries.multi_topk import MultiTopKConfig
+from sememe.errors import ConfigError
+
+D, N = 12, 40
+
+
+def sample(n: int = 64, seed: int = 0) -> torch.Tensor:
+    return 3 * torch.randn(n, D, generator=torch.Generator().manual_seed(seed)) + 1
+
+
+def made(config) -> Trainable:
+    dictionary, x = dictionaries.build(config, D, D), sample()
+    dictionary.initialise(x, x, torch.Generator().manual_seed(0))
+    return dictionary
+
+
+def dense(dictionary, x: torch.Tensor) -> torch.Tensor:
+    return ((x - dictionary.b_pre) @ dictionary.W_enc + dictionary.b_enc).detach()
+
+
+BATCHED = [BatchTopKConfig(k=3, d_sae=N), MatryoshkaConfig(k=3, d_sae=N, prefixes=(0.5, 1.0))]
+
+
+@pytest.mark.parametrize("config", BATCHED, ids=lambda c: c.kind)
+def test_a_batch_keeps_k_per_row_on_average_and_rows_differ(config):
+    dictionary, x = made(config), sample(seed=4)
+    counts = dictionary.loss(x, x, 0.0).encoded.l0()
+    assert int(counts.sum()) == 3 * len(x)
+    assert len(set(counts.tolist())) > 1
+
+
+@pytest.mark.parametrize("config", BATCHED, ids=lambda c: c.kind)
+def test_the_threshold_follows_what_batches_keep_and_is_saved(config, tmp_path):
+    dictionary, x = made(config), sample(seed=4)
+    assert float(dictionary.encode(x).l0().float().mean()) == pytest.approx(3, rel=0.3), "from the start"
+    before = float(dictionary.threshold)
+    encoded = dictionary.loss(x, x, 0.0).encoded
+    smallest = float(dense(dictionary, x).flatten().topk(3 * len(x)).values[-1])
+    dictionary.after_step(encoded)
+    assert float(dictionary.threshold) == pytest.approx(0.99 * before + 0.01 * smallest, rel=1e-5)
+    for _ in range(1500):
+        dictionary.after_step(encoded)
+    assert float(dictionary.threshold) == pytest.approx(smallest, rel=1e-5)
+    dictionary.save(tmp_path / "d", x)
+    loaded = dictionaries.load(tmp_path / "d")
+    assert torch.equal(loaded.threshold, dictionary.threshold) and float(loaded.threshold) > 0
+
+
+def test_a_matryoshka_loss_is_the_mean_of_its_prefixes_losses():
+    dictionary, x = made(BATCHED[1]), sample(seed=4)
+    loss = dictionary.loss(x, x, 0.0)
+    acts = loss.encoded.to_dense()
+    errors = [
+        (x - acts[:, :end] @ dictionary.W_dec[:end] - dictionary.b_dec).square().mean() for end in (N // 2, N)
+    ]
+    torch.testing.assert_close(loss.total, torch.stack(errors).mean())
+    torch.testing.assert_close(loss.terms["mse"], errors[1].detach())
+
+
+@pytest.mark.parametrize("prefixes", [(0.5,), (0.5, 0.25, 1.0), (0.001, 1.0), ()])
+def test_prefixes_must_rise_to_all_latents(prefixes):
+    with pytest.raises(ConfigError, match="prefixes must rise to 1 and end at different latents of d_sae=40"):
+        made(MatryoshkaConfig(k=3, d_sae=N, prefixes=prefixes))
+
+
+def test_abs_topk_keeps_signs_and_reconstructs_a_line_with_one_latent():
+    dictionary, x = made(AbsTopKConfig(k=4, d_sae=N)), sample(seed=4)
+    acts = dictionary.encode(x).to_dense().detach()
+    pre = dense(dictionary, x)
+    kept = torch.zeros_like(pre).scatter(1, pre.abs().topk(4, dim=1).indices, 1.0)
+    torch.testing.assert_close(acts, pre * kept)
+    assert float(acts.min()) < 0 < float(acts.max())
+
+
+def test_auxk_of_signed_latents_counts_negative_ones():
+    dictionary, x = made(AbsTopKConfig(k=2, d_sae=N, dead_after_tokens=10, auxk=1)), sample(seed=4)
+    dictionary.tokens_since_fired[7] = 11
+    residual = x - dictionary(x).detach()
+    recon = dense(dictionary, x)[:, 7:8] * dictionary.W_dec[7].detach()
+    wanted = (residual - recon).square().mean() / residual.square().mean()
+    torch.testing.assert_close(dictionary.loss(x, x, 0.0).terms["auxk"], wanted)
+
+
+def test_multi_topk_adds_an_eighth_of_the_error_with_four_times_as_many():
+    dictionary, x = made(MultiTopKConfig(k=2, d_sae=N)), sample(seed=4)
+    errors = []
+    for k in (2, 8):
+        values, indices = torch.relu(dense(dictionary, x)).topk(k, dim=1)
+        acts = torch.zeros(len(x), N).scatter(1, indices, values)
+        errors.append((x - acts @ dictionary.W_dec - dictionary.b_dec).square().mean())
+    loss = dictionary.loss(x, x, 0.0)
+    torch.testing.assert_close(loss.total, errors[0] + errors[1] / 8)
+    assert loss.encoded.k == 2 == dictionary.encode(x).k
+    assert made(MultiTopKConfig(k=20, d_sae=N)).loss(x, x, 0.0).encoded.k == 20, "4k is cut to d_sae"
+
+
+def test_group_max_keeps_one_latent_of_each_group():
+    dictionary, x = made(GroupMaxConfig(k=8, d_sae=N)), sample(seed=4)
+    groups = torch.relu(dense(dictionary, x)).view(len(x), 8, N // 8)
+    acts, indices = dictionary.encode(x).topk_view()
+    torch.testing.assert_close(acts.detach(), groups.amax(2))
+    assert (indices // (N // 8)).tolist() == [list(range(8))] * len(x)
+    with pytest.raises(ConfigError, match="k must divide d_sae=40 into equal groups, got 7"):
+        made(GroupMaxConfig(k=7, d_sae=N))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *(config.replace(dead_after_tokens=10) for config in BATCHED),
+        MultiTopKConfig(k=2, d_sae=N, dead_after_tokens=10),
+        AbsTopKConfig(k=2, d_sae=N, dead_after_tokens=10),
+        GroupMaxConfig(k=2, d_sae=N, dead_after_tokens=10),
+    ],
+    ids=lambda c: c.kind,
+)
+def test_auxk_gives_dead_latents_a_gradient(config):
+    dictionary, x = made(config), sample(seed=4)
+    with torch.no_grad():
+        dictionary.W_enc[:, 1::2] *= 1e-3  # too weak to be kept
+    dictionary.tokens_since_fired[1::2] = 11
+    loss = dictionary.loss(x, x, 0.0)
+    assert float(loss.terms["auxk"]) > 0
+    loss.total.backward()
+    assert float(dictionary.W_enc.grad[:, 1::2].abs().max()) > 0
