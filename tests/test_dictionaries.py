@@ -191,6 +191,16 @@ def test_auxk_gives_dead_latents_gradients_and_only_when_dead():
     assert float(dictionary.W_enc.grad[:, :20].abs().max()) == 0
 
 
+@pytest.mark.parametrize("start", ["geometric_median", "mean"])
+def test_the_decoder_bias_starts_at_the_centre_asked_for(start):
+    x = torch.cat([sample(), torch.full((4, D), 1e3)])
+    dictionary = dictionaries.build(TopKConfig(k=3, d_sae=40, b_dec_init=start), D, D)
+    dictionary.initialise(x, x, torch.Generator().manual_seed(0))
+    centre = x.mean(0) if start == "mean" else geometric_median(x)
+    torch.testing.assert_close(dictionary.b_dec.detach(), centre)
+    torch.testing.assert_close(dictionary.b_pre, centre)
+
+
 def test_geometric_median_resists_outliers():
     x = torch.cat(
         [torch.randn(200, 3, generator=torch.Generator().manual_seed(0)) + 1, torch.full((20, 3), 1e4)]
@@ -202,6 +212,27 @@ def test_geometric_median_resists_outliers():
 def test_errors():
     with pytest.raises(ConfigError, match=r"k must be in \[1, d_sae=40\], got 50. Lower k or raise d_sae."):
         dictionaries.build(TopKConfig(k=50, d_sae=40), D, D)
+    for options, message in [
+        (
+            {"auxk_coefficient": 0.0, "auxk": 8},
+            r"auxk must be left out when auxk_coefficient is 0.*got 8. Drop it.",
+        ),
+        ({"auxk_coefficient": 0.0, "dead_after_tokens": 8}, r"dead_after_tokens must be left out"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            TopKConfig.build(options)
+    for options, message in [
+        (
+            {"resample_at": (), "rewarmup_steps": 8},
+            r"rewarmup_steps must be left out when resample_at is empty",
+        ),
+        (
+            {"resample_at": (0.5, 1.0)},
+            r"resample_at must hold shares of the run in \(0, 1\), got \(0.5, 1.0\)",
+        ),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            ReLUConfig.build(options)
     with pytest.raises(ConfigError, match=r"d_sae must be >= 1, got 0"):
         dictionaries.build(TopKConfig(d_sae=0), D, D)
     with pytest.raises(ShapeError, match=r"x must have shape \(batch, d_in=12\), got \(3, 11\)"):

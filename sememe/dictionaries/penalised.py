@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import abc
+from typing import Self
 
 from jaxtyping import Float, Int
+from pydantic import model_validator
 from torch import Tensor
 
 from sememe import kernels
@@ -12,6 +14,7 @@ from sememe.dictionaries.base import ArchitectureConfig, Resampling, Sites
 from sememe.dictionaries.initial import bricken_norm
 from sememe.dictionaries.linear import Linear
 from sememe.encoded import Encoded
+from sememe.errors import ConfigError
 
 __all__ = ["Penalised", "PenalisedConfig"]
 
@@ -27,6 +30,16 @@ class PenalisedConfig(ArchitectureConfig):
     """A latent that has not fired for this many training rows is resampled."""
     rewarmup_steps: int = 100
     """Steps over which the learning rate climbs back after each resampling."""
+
+    @model_validator(mode="after")
+    def _resampling_has_an_effect(self) -> Self:
+        if not self.resample_at:
+            self.check_inert("resample_after_tokens", "rewarmup_steps", without="resample_at is empty")
+        if not all(0 < share < 1 for share in self.resample_at):
+            raise ConfigError(
+                "resample_at must hold shares of the run in (0, 1)", self.resample_at, "Change resample_at."
+            )
+        return self
 
 
 class Penalised(Linear, abc.ABC):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from sememe import kernels
@@ -38,6 +38,12 @@ class SelectionConfig(ArchitectureConfig):
     """Dead latents used per row in the auxiliary loss; d_in / 2 if not given."""
     dead_after_tokens: int = 10_000_000
     """A latent that has not been kept for this many training rows counts as dead."""
+
+    @model_validator(mode="after")
+    def _auxk_has_an_effect(self) -> Self:
+        if self.auxk_coefficient == 0:
+            self.check_inert("auxk", "dead_after_tokens", without="auxk_coefficient is 0")
+        return self
 
 
 class BatchSelectionConfig(SelectionConfig):
