@@ -14,13 +14,17 @@ from sememe import artifact
 from sememe.dictionaries.abs_topk import AbsTopK, AbsTopKConfig
 from sememe.dictionaries.base import ArchitectureConfig, Constraints, Dictionary, Loss, Site, Sites, Trainable
 from sememe.dictionaries.batch_topk import BatchTopK, BatchTopKConfig
+from sememe.dictionaries.gated import Gated, GatedConfig
 from sememe.dictionaries.group_max import GroupMax, GroupMaxConfig
 from sememe.dictionaries.identity import Identity
+from sememe.dictionaries.jumprelu import JumpReLU, JumpReLUConfig
 from sememe.dictionaries.matryoshka import Matryoshka, MatryoshkaConfig
 from sememe.dictionaries.multi_topk import MultiTopK, MultiTopKConfig
+from sememe.dictionaries.p_anneal import PAnneal, PAnnealConfig
 from sememe.dictionaries.pca import PCA
 from sememe.dictionaries.random_directions import RandomDirections
 from sememe.dictionaries.relu import ReLU, ReLUConfig
+from sememe.dictionaries.tied import Tied, TiedConfig
 from sememe.dictionaries.topk import TopK, TopKConfig
 from sememe.errors import ArtifactError, nearest
 
@@ -46,7 +50,11 @@ Architecture = Annotated[
     | MultiTopKConfig
     | AbsTopKConfig
     | GroupMaxConfig
-    | ReLUConfig,
+    | ReLUConfig
+    | JumpReLUConfig
+    | GatedConfig
+    | TiedConfig
+    | PAnnealConfig,
     Field(discriminator="kind"),
 ]
 """The config of any architecture that can be trained, told apart by `kind`."""
@@ -59,6 +67,10 @@ TRAINABLE: dict[str, type[Trainable]] = {
     "abs_topk": AbsTopK,
     "group_max": GroupMax,
     "relu": ReLU,
+    "jumprelu": JumpReLU,
+    "gated": Gated,
+    "tied": Tied,
+    "p_anneal": PAnneal,
 }
 
 REGISTRY: dict[str, type[Dictionary]] = {

@@ -1,0 +1,82 @@
+"""Gated: one path decides which latents are active, another how much, so that the penalty shrinks nothing."""
+
+from __future__ import annotations
+
+from typing import Literal, final
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sememe import kernels
+from sememe.dictionaries.base import Loss, Sites
+from sememe.dictionaries.penalised import Penalised, PenalisedConfig
+from sememe.encoded import Encoded
+
+__all__ = ["Gated", "GatedConfig"]
+
+
+class GatedConfig(PenalisedConfig):
+    """Options of a gated dictionary."""
+
+    kind: Literal["gated"] = "gated"
+    """Name of the architecture."""
+    l1_coefficient: float = 1e-3
+    """Weight of the mean over rows of the sum of positive gates, against the mean squared error per dimension."""
+
+
+@final
+class Gated(Penalised):
+    """`gate = (x - b_pre) W_enc + b_enc`, `acts = H(gate) * relu(exp(r_mag) * (x - b_pre) W_enc + b_mag)`.
+
+    b_enc is the paper's b_gate, W_enc its W_gate.
+
+    Source: Rajamanoharan et al. 2024a, arXiv:2404.16014, eqs. 6-8. Differs: b_pre is set once and kept, instead
+    of tied to b_dec; errors are means over dimensions; resampling as Bricken et al. 2023.
+    """
+
+    kind = "gated"
+    config_class = GatedConfig
+    config: GatedConfig
+    latent_units = ("b_enc", "b_mag")
+
+    def __init__(
+        self, config: GatedConfig, d_in: int, d_out: int, d_sae: int, sites: Sites | None = None
+    ) -> None:
+        super().__init__(config, d_in, d_out, d_sae, sites)
+        self.r_mag = nn.Parameter(torch.zeros(d_sae))
+        self.b_mag = nn.Parameter(torch.zeros(d_sae))
+
+    def encode(self, x: Float[Tensor, "batch d_in"]) -> Encoded:
+        """Latents with an open gate; those of magnitude 0 are held as entries of activation 0."""
+        self.check_input(x)
+        return self._magnitudes(self._gates(x))
+
+    def _gates(self, x: Float[Tensor, "batch d_in"]) -> Encoded:
+        return kernels.encode_threshold(x, self.W_enc, self.b_enc, self.b_pre, None)
+
+    def _magnitudes(self, gates: Encoded) -> Encoded:
+        b_enc, r_mag, b_mag = (p.index_select(0, gates.indices) for p in (self.b_enc, self.r_mag, self.b_mag))
+        return gates.with_acts(torch.relu((gates.acts - b_enc) * r_mag.exp() + b_mag))
+
+    def loss(
+        self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], progress: float
+    ) -> Loss:
+        """`mse + l1_coefficient * mean_rows sum_i relu(gate_i) + mse of relu(gate) through the frozen decoder`."""
+        self.check_input(x)
+        gates = self._gates(x)
+        encoded = self._magnitudes(gates)
+        mse = (target - self.decode(encoded)).square().mean()
+        l1 = gates.acts.sum() / gates.n_rows
+        through_gates = kernels.decode_encoded(gates, self.W_dec.detach(), self.b_dec.detach())
+        auxiliary = (target - through_gates).square().mean()
+        total = mse + self.config.l1_coefficient * l1 + auxiliary
+        terms = {"mse": mse.detach(), "l1": l1.detach(), "auxiliary": auxiliary.detach()}
+        return Loss(total, terms, encoded.detach())
+
+    def reset_latents(self, ids: Int[Tensor, " n"], directions: Float[Tensor, "n d_out"]) -> None:
+        """As every ReLU; magnitudes start as the gates."""
+        super().reset_latents(ids, directions)
+        with torch.no_grad():
+            self.r_mag[ids] = 0.0
+            self.b_mag[ids] = 0.0

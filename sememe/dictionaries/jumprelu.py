@@ -1,0 +1,155 @@
+"""JumpReLU: a learned threshold per latent, and a penalty on how many latents are active."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, final
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor, nn
+
+from sememe import kernels
+from sememe.dictionaries.base import Loss, Sites
+from sememe.dictionaries.penalised import Penalised, PenalisedConfig
+from sememe.encoded import Encoded
+
+__all__ = ["JumpReLU", "JumpReLUConfig"]
+
+N_THRESHOLD_ROWS = 1024
+"""Rows of the sample that set the first thresholds: it holds their pre-activations densely."""
+
+
+class JumpReLUConfig(PenalisedConfig):
+    """Options of a JumpReLU dictionary."""
+
+    kind: Literal["jumprelu"] = "jumprelu"
+    """Name of the architecture."""
+    target_l0: float | None = Field(default=32.0, gt=0)
+    """Active latents per row that the penalty (l0 / target - 1)^2 steers to; without it the penalty is l0."""
+    l0_coefficient: float | None = Field(default=None, gt=0)
+    """Weight of the penalty; if not given, 1 with a target and 0.001 without one."""
+    bandwidth: float = Field(default=0.005, gt=0)
+    """Width of the window about a threshold in which it gets gradients, in units of the rows' mean norm."""
+    sparsity_warmup: float = Field(default=0.05, ge=0, le=1)
+    """Share of the run over which the penalty's weight rises from 0."""
+
+
+@final
+class JumpReLU(Penalised):
+    """`acts = z * H(z - threshold)`, `z = (x - b_pre) W_enc + b_enc`, `recon = acts W_dec + b_dec`.
+
+    Thresholds learn through a rectangle window. The parameter is `relative_threshold`, and
+    `threshold = relative_threshold * threshold_unit`, where the unit is the mean norm of the centred rows:
+    a step of Adam moves each weight of the encoder by about the learning rate, a pre-activation thereby by up to
+    that times the norm of the row, and a threshold by that as well. A threshold in plain or logarithmic units
+    moves tens of times more slowly than what it is compared with.
+
+    Source: Rajamanoharan et al. 2024b, arXiv:2407.14435, eqs. 9-12, and appendix F for the target. Differs:
+    the parametrisation above instead of log thresholds; thresholds start at quantiles of the sample, so that l0
+    starts at 4 x the target (5% of the latents without one) instead of near all of them; resampling; Adam's betas
+    are the trainer's.
+    """
+
+    kind = "jumprelu"
+    config_class = JumpReLUConfig
+    config: JumpReLUConfig
+    latent_units = ("b_enc", "threshold_unit")
+    threshold_unit: Tensor
+
+    def __init__(
+        self, config: JumpReLUConfig, d_in: int, d_out: int, d_sae: int, sites: Sites | None = None
+    ) -> None:
+        super().__init__(config, d_in, d_out, d_sae, sites)
+        self.relative_threshold = nn.Parameter(torch.zeros(d_sae))
+        self.register_buffer("threshold_unit", torch.ones(()))
+
+    @property
+    def threshold(self) -> Float[Tensor, " d_sae"]:
+        """What a pre-activation has to exceed."""
+        return self.relative_threshold * self.threshold_unit
+
+    def encode(self, x: Float[Tensor, "batch d_in"]) -> Encoded:
+        """Every pre-activation above its latent's threshold."""
+        self.check_input(x)
+        return kernels.encode_threshold(x, self.W_enc, self.b_enc, self.b_pre, self.threshold.detach())
+
+    def initialise(
+        self, x: Float[Tensor, "rows d_in"], target: Float[Tensor, "rows d_out"], generator: torch.Generator
+    ) -> None:
+        """As every linear dictionary; thresholds are the quantile of the sample that gives the l0 to start at."""
+        super().initialise(x, target, generator)
+        goal = self.config.target_l0
+        start_l0 = 0.05 * self.d_sae if goal is None else 4 * goal
+        with torch.no_grad():
+            centred = x - self.b_pre
+            self.threshold_unit.copy_(centred.norm(dim=1).mean().clamp_min(1e-12))
+            pre_acts = centred[:N_THRESHOLD_ROWS] @ self.W_enc + self.b_enc
+            share = min(0.5, start_l0 / self.d_sae)
+            n_above = max(1, round(share * pre_acts.shape[0]))
+            lowest = pre_acts.topk(n_above, dim=0).values[-1]
+            self.relative_threshold.copy_((lowest / self.threshold_unit).clamp_min(0))
+
+    def loss(
+        self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], progress: float
+    ) -> Loss:
+        """Mean squared error, and `coefficient * l0` or `coefficient * (l0 / target - 1)^2`, l0 per row on average.
+
+        Only pre-activations above the window's lower end are computed with: nothing else has a gradient.
+        """
+        config = self.config
+        self.check_input(x)
+        threshold, width = self.threshold, config.bandwidth * self.threshold_unit
+        lower = (threshold.detach() - width / 2).clamp_min(0)
+        near = kernels.encode_threshold(x, self.W_enc, self.b_enc, self.b_pre, lower)
+        per_entry = threshold.index_select(0, near.indices)
+        acts, open_ = _Jump.apply(near.acts, per_entry, width)  # type: ignore[no-untyped-call]
+        encoded = near.with_acts(acts)
+        mse = (target - self.decode(encoded)).square().mean()
+        l0 = open_.sum() / encoded.n_rows
+        goal, coefficient = config.target_l0, config.l0_coefficient
+        penalty = l0 if goal is None else (l0 / goal - 1).square()
+        if coefficient is None:
+            coefficient = 1e-3 if goal is None else 1.0
+        warm = min(1.0, progress / config.sparsity_warmup) if config.sparsity_warmup else 1.0
+        total = mse + coefficient * warm * penalty
+        return Loss(total, {"mse": mse.detach(), "penalty": penalty.detach()}, encoded.detach())
+
+    @torch.no_grad()
+    def after_step(self, encoded: Encoded) -> None:
+        """Thresholds stay >= 0, beside the bookkeeping."""
+        super().after_step(encoded)
+        self.relative_threshold.clamp_(min=0)
+
+    def reset_latents(self, ids: Int[Tensor, " n"], directions: Float[Tensor, "n d_out"]) -> None:
+        """The encoder at its usual length (a fifth would never reach a threshold), the threshold as is usual."""
+        super().reset_latents(ids, directions)
+        with torch.no_grad():
+            self.relative_threshold[ids] = self.relative_threshold.median()
+
+    def _reset_norm(self, norms: Float[Tensor, " d_sae"], ids: Int[Tensor, " n"]) -> Float[Tensor, ""]:
+        return norms.median()
+
+
+class _Jump(torch.autograd.Function):
+    """`z * H(z - threshold)` and `H(z - threshold)`, with gradients for the threshold through a rectangle of area 1.
+
+    Source: Rajamanoharan et al. 2024b, eqs. 11 and 12: -(threshold / width) K and -(1 / width) K, where K is 1
+    within half a width of the threshold.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, z: Float[Tensor, " nnz"], threshold: Float[Tensor, " nnz"], width: Float[Tensor, ""]
+    ) -> tuple[Float[Tensor, " nnz"], Float[Tensor, " nnz"]]:
+        above = z > threshold
+        ctx.save_for_backward(above, (z - threshold).abs() < width / 2, threshold, width)
+        return z * above, above.to(z.dtype)
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_acts: Float[Tensor, " nnz"], grad_open: Float[Tensor, " nnz"]
+    ) -> tuple[Float[Tensor, " nnz"], Float[Tensor, " nnz"], None]:
+        above, window, threshold, width = ctx.saved_tensors
+        grad_threshold = -(threshold * grad_acts + grad_open) * window / width
+        return grad_acts * above, grad_threshold, None
