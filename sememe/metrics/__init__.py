@@ -1,0 +1,54 @@
+"""What is measured, as sums that stream. Knows no language model and no dictionary: tensors in, numbers out.
+
+Every metric is a ratio of sums over rows (tokens). Sums are kept in float64 per *unit* of a bootstrap (a
+document) and divided once at the end, so that a value does not depend on how the rows were cut into batches,
+and so that a confidence interval over documents costs nothing more than the sums. Rows that a mask leaves out
+are not read at all: NaN there changes nothing. NaN elsewhere comes out as NaN, with its cause.
+
+    fvu                 sum |x - recon|^2 / sum |x - mean|^2, the mean being that of the same rows
+    explained_variance  1 - fvu
+    mse                 mean over rows and d_out of (x - recon)^2;  rmse its square root
+    cosine              mean over rows of cos(x, recon); 0 where either is the zero vector
+    l0, l1              mean over rows of the number of non-zero acts, and of the sum of their absolute values
+    density             per latent, the share of rows on which it is active;  frac_alive: the share of
+                        latents that are active on at least one row
+    ce_increase         CE(arm) - CE(base), means over predictions, in nats
+    ce_recovered_zero   (CE(zero) - CE(arm)) / (CE(zero) - CE(base)): 1 is as good as unedited, 0 as zeros
+    ce_recovered_mean   the same with mean ablation
+    kl                  mean over predictions of KL(base || arm), in nats
+    perplexity          exp(CE(arm))
+    mcs, mmcs           the largest cosine of each direction with another dictionary's; the mean of those
+"""
+
+from __future__ import annotations
+
+from sememe.metrics.directions import Nearest, mcs, mmcs, nearest_directions
+from sememe.metrics.predictions import (
+    BaseTerms,
+    LanguageModelLoss,
+    PredictionTerms,
+    base_terms,
+    prediction_terms,
+)
+from sememe.metrics.reconstruction import Reconstruction
+from sememe.metrics.sparsity import DensityHistogram, Sparsity, density_histogram
+from sememe.metrics.sums import Statistic, Sums, bootstrap
+
+__all__ = [
+    "BaseTerms",
+    "DensityHistogram",
+    "LanguageModelLoss",
+    "Nearest",
+    "PredictionTerms",
+    "Reconstruction",
+    "Sparsity",
+    "Statistic",
+    "Sums",
+    "base_terms",
+    "bootstrap",
+    "density_histogram",
+    "mcs",
+    "mmcs",
+    "nearest_directions",
+    "prediction_terms",
+]

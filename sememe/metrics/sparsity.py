@@ -1,0 +1,100 @@
+"""How many latents are active, and how often each. Knows sparse activations, not what they stand for."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sememe.encoded import Encoded
+from sememe.errors import ShapeError
+from sememe.metrics.sums import Formula, Statistic, Sums, bootstrap, select, units_of
+
+__all__ = ["DensityHistogram", "Sparsity", "density_histogram"]
+
+HISTOGRAM_LOW = 1e-6
+HISTOGRAM_BINS = 60
+
+
+class Sparsity:
+    """How many latents are active, how much, and how often each: l0, l1, frac_alive, density.
+
+    `active_rows` counts, per latent, the non-zero entries seen.
+    """
+
+    def __init__(self, d_sae: int) -> None:
+        self.sums = Sums()
+        self.active_rows = torch.zeros(d_sae, dtype=torch.int64)
+        self.n_rows = 0
+
+    def update(
+        self,
+        encoded: Encoded,
+        mask: Bool[Tensor, " rows"] | None = None,
+        units: Int[Tensor, " rows"] | None = None,
+    ) -> None:
+        """Add rows; arguments as in `Reconstruction.update`."""
+        units = units_of(units, encoded.row_ptr[:-1])
+        if mask is not None:
+            encoded, units = encoded.select_rows(mask), units[mask]
+        if encoded.n_rows == 0:
+            return
+        encoded = encoded.detach()
+        size = encoded.acts.to(torch.float64).abs()
+        l1 = size.new_zeros(encoded.n_rows).index_add_(0, encoded.row_ids(), size)
+        self.sums.add(units, {"n": torch.ones_like(l1), "l0": encoded.l0().to(torch.float64), "l1": l1})
+        self.active_rows = self.active_rows.to(encoded.acts.device)
+        self.active_rows += torch.bincount(encoded.indices[encoded.acts != 0].long(), minlength=encoded.d_sae)
+        self.n_rows += encoded.n_rows
+
+    def density(self) -> Float[Tensor, " d_sae"]:
+        """Per latent, the share of rows on which it is active; NaN before the first row."""
+        return self.active_rows.to(torch.float64) / (self.n_rows or math.nan)
+
+    def compute(
+        self, *, n_bootstrap: int = 0, seed: int = 0, units: Bool[np.ndarray, " units"] | None = None
+    ) -> dict[str, Statistic]:
+        """l0, l1 and frac_alive. frac_alive has no interval: drawing documents again loses latents, never
+        finds new ones, so its bootstrap does not cover; it is over all units whatever `units` says."""
+        sums = select(self.sums.arrays(), units)
+        formulas: dict[str, Formula] = {"l0": lambda t: t["l0"] / t["n"], "l1": lambda t: t["l1"] / t["n"]}
+        if not sums:
+            return dict.fromkeys((*formulas, "frac_alive"), Statistic(math.nan, cause="there were no rows"))
+        cause = "activations are NaN or infinite"
+        out = bootstrap(sums, formulas, n=n_bootstrap, seed=seed, causes=dict.fromkeys(formulas, cause))
+        out["frac_alive"] = Statistic(float((self.active_rows > 0).double().mean()))
+        return out
+
+
+class DensityHistogram(NamedTuple):
+    """Latents per density on a logarithmic axis. `counts[i]` are in [edges[i], edges[i + 1])."""
+
+    edges: list[float]
+    counts: list[int]
+    n_silent: int
+    n_below: int
+
+
+def density_histogram(
+    density: Float[Tensor, " d_sae"], n_bins: int = HISTOGRAM_BINS, low: float = HISTOGRAM_LOW
+) -> DensityHistogram:
+    """Latents per density, in logarithmic bins between `low` and 1; density 1 belongs to the last bin.
+
+    Latents that never fired are counted in `n_silent`, those that fired more rarely than `low` in `n_below`:
+    every latent is counted once.
+    """
+    values = density.detach().cpu().to(torch.float64).numpy()
+    if not np.isfinite(values).all():
+        raise ShapeError(
+            "densities must be finite", "NaN", "Count at least one row before asking for a histogram."
+        )
+    edges = np.logspace(math.log10(low), 0, n_bins + 1)
+    edges[0], edges[-1] = low, 1.0
+    silent, below = values == 0, (values > 0) & (values < low)
+    inside = values[~silent & ~below].clip(max=1.0)  # duplicate entries of a row can count a latent twice
+    counts, _ = np.histogram(inside, bins=edges)
+    return DensityHistogram(edges.tolist(), counts.tolist(), int(silent.sum()), int(below.sum()))

@@ -1,0 +1,148 @@
+"""Sums per unit of a bootstrap, ratios of them, and their intervals. Knows no metric."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sememe.errors import ShapeError
+
+__all__ = ["Array", "Formula", "Statistic", "Sums", "Totals", "bootstrap", "select", "units_of"]
+
+Array = npt.NDArray[np.float64]
+Totals = Mapping[str, Array]
+Formula = Callable[[Totals], Array]
+
+
+class Statistic(NamedTuple):
+    """A number, its bootstrap interval, and, where it is NaN, why."""
+
+    value: float
+    low: float = math.nan
+    high: float = math.nan
+    cause: str = ""
+
+    def to_json(self) -> dict[str, float | str | None]:
+        """Plain data; JSON has no NaN, so NaN is null beside its cause."""
+        out: dict[str, float | str | None] = {
+            name: number if math.isfinite(number) else None
+            for name, number in (("value", self.value), ("low", self.low), ("high", self.high))
+        }
+        if self.cause:
+            out["cause"] = self.cause
+        return out
+
+
+class Sums:
+    """Named float64 sums, one row per unit; a unit is what a bootstrap draws, a document or a few."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self.n_units = 0
+
+    def add(self, units: Int[Tensor, " rows"], values: Mapping[str, Float[Tensor, "rows ..."]]) -> None:
+        """Add each row's values to the sums of its unit."""
+        if units.numel() == 0:
+            return
+        needed = int(units.max()) + 1
+        for name, value in values.items():
+            if value.shape[0] != units.shape[0]:
+                raise ShapeError(
+                    f"{name} must have one row per unit id ({units.shape[0]})",
+                    value.shape[0],
+                    "Pass one unit id for each row.",
+                )
+            have = self._sums.get(name)
+            if have is None or have.shape[0] < needed:
+                grown = value.new_zeros(
+                    (max(needed, 2 * self.n_units), *value.shape[1:]), dtype=torch.float64
+                )
+                if have is not None:
+                    grown[: have.shape[0]] = have
+                self._sums[name] = have = grown
+            have.index_add_(0, units.to(value.device), value.to(torch.float64))
+        self.n_units = max(self.n_units, needed)
+
+    def arrays(self, n_units: int | None = None) -> dict[str, Array]:
+        """The sums as NumPy arrays with one row per unit (zeros for units that were never seen)."""
+        n = self.n_units if n_units is None else n_units
+        out = {}
+        for name, tensor in self._sums.items():
+            array: Array = np.zeros((n, *tensor.shape[1:]))
+            rows = min(n, tensor.shape[0])
+            array[:rows] = tensor[:rows].cpu().numpy()
+            out[name] = array
+        return out
+
+
+def bootstrap(
+    sums: Mapping[str, Array],
+    formulas: Mapping[str, Formula],
+    *,
+    n: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+    causes: Mapping[str, str] | None = None,
+) -> dict[str, Statistic]:
+    """Ratios of sums with percentile intervals, units (documents) drawn with replacement.
+
+    Equal seeds and numbers of units draw equal units: intervals of several calls are paired.
+
+    Args:
+        sums: Sums per unit, arrays of shape (units, ...).
+        formulas: From sums with a leading axis (draws, ...) to values (draws,).
+        n: Number of draws; 0 gives no intervals.
+        seed: Of the draws.
+        level: Probability that the interval covers.
+        causes: What it means when a statistic is NaN, by name.
+    """
+    n_units = next(iter(sums.values())).shape[0] if sums else 0
+    seen = np.flatnonzero(sums["n"] > 0) if "n" in sums else np.arange(n_units)
+    whole = {name: array[seen].sum(0)[None] for name, array in sums.items()}
+    draws: dict[str, Array] | None = None
+    if n and seen.size > 1:
+        weights = np.random.default_rng(seed).multinomial(
+            seen.size, np.full(seen.size, 1 / seen.size), size=n
+        )
+        draws = {
+            name: np.tensordot(weights.astype(np.float64), array[seen], axes=1)
+            for name, array in sums.items()
+        }
+    out: dict[str, Statistic] = {}
+    with np.errstate(all="ignore"):
+        for name, formula in formulas.items():
+            value = float(formula(whole)[0])
+            low = high = math.nan
+            cause = "" if math.isfinite(value) else (causes or {}).get(name, "its denominator is zero")
+            if seen.size == 0:
+                cause = "there were no rows"
+            value = math.nan if cause else value
+            if not cause and n:
+                if draws is None:
+                    cause = "an interval needs at least 2 documents"
+                else:
+                    drawn = formula(draws)
+                    low, high = (float(q) for q in np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2]))
+                    if not (math.isfinite(low) and math.isfinite(high)):
+                        cause = "some draws of documents leave it undefined"
+            out[name] = Statistic(value, low, high, cause)
+    return out
+
+
+def units_of(units: Int[Tensor, " rows"] | None, like: Tensor) -> Int[Tensor, " rows"]:
+    if units is None:
+        return torch.zeros(like.shape[0], dtype=torch.int64, device=like.device)
+    return units.to(like.device)
+
+
+def select(sums: dict[str, Array], units: Bool[np.ndarray, " units"] | None) -> dict[str, Array]:
+    if units is None:
+        return sums
+    return {name: array[units[: array.shape[0]]] for name, array in sums.items()}
