@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from jaxtyping import Float64, Int32
 from pydantic import Field
 
 from sememe import artifact, dictionaries, figures, metrics
@@ -114,7 +115,7 @@ def _measure(config: CompareConfig, loaded: dict[str, Dictionary], folder: Path)
         cosines, indices = nearest.cosines.cpu().numpy(), nearest.indices.cpu().numpy().astype(np.int32)
         np.savez_compressed(folder / MATCHES.format(one, other), indices=indices, cosines=cosines)
         best = cosines[:, 0].astype(np.float64)
-        order = np.argsort(-best, kind="stable")
+        order = np.argsort(-best, kind="stable").tolist()
         counts, _ = np.histogram(best.clip(-1, 1), bins=edges)
         data[f"mmcs_{one}_to_{other}"] = float(best.mean())
         data[f"{one}_to_{other}"] = {
@@ -129,8 +130,10 @@ def _measure(config: CompareConfig, loaded: dict[str, Dictionary], folder: Path)
     return data
 
 
-def _match(latent: int, indices: np.ndarray[Any, Any], best: np.ndarray[Any, Any]) -> dict[str, Any]:
-    return {"latent": int(latent), "nearest": int(indices[latent, 0]), "cosine": float(best[latent])}
+def _match(
+    latent: int, indices: Int32[np.ndarray, "latents n_nearest"], best: Float64[np.ndarray, " latents"]
+) -> dict[str, Any]:
+    return {"latent": latent, "nearest": int(indices[latent, 0]), "cosine": float(best[latent])}
 
 
 def _describe(saved: artifact.Artifact, dictionary: Dictionary) -> dict[str, Any]:

@@ -93,6 +93,7 @@ def test_the_fast_path_was_taken():
     assert kernels.path_for(torch.zeros(2, 2, dtype=torch.float64)) == "reference"
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_an_unknown_path_is_an_error():
     with pytest.raises(ConfigError, match="'auto' or 'reference', got 'fast'"), kernels.use("fast"):
         pass

@@ -282,6 +282,7 @@ def test_heads_are_joined() -> None:
         (torch.zeros(1, 0, dtype=torch.long), ShapeError, "Pass a batch of rows."),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_bad_ids(llama: LanguageModel, ids: torch.Tensor, error: type[Exception], message: str) -> None:
     for call in (llama.hidden, lambda i: llama.capture(i, "resid_post.0"), lambda i: llama.generate(i, 1)):
         with pytest.raises(error) as raised:
@@ -289,6 +290,7 @@ def test_bad_ids(llama: LanguageModel, ids: torch.Tensor, error: type[Exception]
         assert message in str(raised.value)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_bad_mask(llama: LanguageModel) -> None:
     with pytest.raises(ShapeError, match="the mask must have the shape of the ids"):
         llama.hidden(some_ids(), torch.ones(2, 6))

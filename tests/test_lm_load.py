@@ -6,6 +6,7 @@ import json
 import shutil
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -106,10 +107,7 @@ def test_layers_on_a_device_map_are_skipped_and_restored() -> None:
 
 
 def test_device_map_without_accelerate(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sememe.lm import load as module_function
-
-    globals_ = module_function.__globals__
-    monkeypatch.setattr(globals_["importlib"].util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ResourceError, match="device_map needs the package accelerate, got none installed"):
         load(ModelConfig(model=str(folder), device_map="auto"))
 

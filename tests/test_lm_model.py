@@ -370,6 +370,7 @@ def test_layers_that_share_more_than_the_residual_are_run() -> None:
         assert torch.equal(doubled, lm.hidden_from(1, x * 2, ids))
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_hidden_from_bad_input(llama: LanguageModel) -> None:
     ids = some_ids()
     with pytest.raises(HookpointError, match=r"the layer to start from must be in \[-1, 2\], got 3"):

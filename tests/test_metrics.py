@@ -138,6 +138,7 @@ def test_no_rows_is_not_a_number() -> None:
     assert metrics.LanguageModelLoss().compute("base")["ce"].cause == "there were no predictions"
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_shapes_must_agree() -> None:
     with pytest.raises(
         ShapeError, match=r"target and recon must have one shape .* got \(5, 12\) and \(4, 12\)"
@@ -383,6 +384,7 @@ def test_a_zero_direction_is_near_nothing() -> None:
     assert metrics.mcs(torch.zeros(1, 4), torch.eye(4)).item() == 0
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_directions_of_other_widths_cannot_be_compared() -> None:
     with pytest.raises(ShapeError, match=r"must have one width, got \(3, 4\) and \(3, 5\). Compare"):
         metrics.mcs(torch.zeros(3, 4), torch.zeros(3, 5))

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,6 @@ from sememe import artifact, dictionaries
 from sememe.checkpoint import load_checkpoint, save_checkpoint
 from sememe.dictionaries import TRAINABLE
 from sememe.dictionaries.relu import ReLUConfig
-from sememe.dictionaries.topk import TopKConfig
 from sememe.errors import ActivationError, ConfigError, CorruptError, MismatchError, ResourceError
 from sememe.harvest import harvest
 from sememe.metrics import mmcs
@@ -25,9 +25,17 @@ from sememe.store import open_store
 from sememe.tracking import Log, read_log
 from sememe.train import TrainConfig, learning_rate, train
 
-CONFIGS = {
-    "topk": TopKConfig(k=3, d_sae=64, dead_after_tokens=2000),
-    "relu": ReLUConfig(d_sae=64, l1_coefficient=0.05, resample_after_tokens=500, rewarmup_steps=5),
+_RESAMPLED = {"d_sae": 64, "resample_after_tokens": 500, "rewarmup_steps": 5}
+CONFIGS: dict[str, dict[str, Any]] = {
+    kind: {"k": 3, "d_sae": 64, "dead_after_tokens": 2000}
+    for kind in ("topk", "batch_topk", "matryoshka", "multi_topk", "abs_topk")
+} | {
+    "group_max": {"k": 4, "d_sae": 64, "dead_after_tokens": 2000},
+    "relu": _RESAMPLED | {"l1_coefficient": 0.05},
+    "gated": _RESAMPLED | {"l1_coefficient": 0.05},
+    "tied": _RESAMPLED | {"l1_coefficient": 0.05},
+    "p_anneal": _RESAMPLED | {"l1_coefficient": 0.05},
+    "jumprelu": _RESAMPLED | {"target_l0": 3.0, "bandwidth": 0.05},
 }
 
 
@@ -49,7 +57,7 @@ def config(kind: str, out: Path, **changes) -> TrainConfig:
     return TrainConfig.build(
         {
             "out": out,
-            "architecture": CONFIGS[kind],
+            "architecture": {"kind": kind, **CONFIGS[kind]},
             "n_tokens": 40 * 256,
             "batch_size": 256,
             "lr": 3e-3,
@@ -120,7 +128,7 @@ def live_config(world: Path, out: Path) -> TrainConfig:
     return TrainConfig.build(
         {
             "out": out,
-            "architecture": CONFIGS["topk"],
+            "architecture": {"kind": "topk", **CONFIGS["topk"]},
             "live": True,
             "model": {"model": str(world / "model"), "dtype": "float32"},
             "text": text_of(world / "corpus.jsonl"),
@@ -312,7 +320,7 @@ def test_a_store_feeds_training_and_the_dictionary_remembers_it(tmp_path):
         {
             "store": tmp_path / "store",
             "out": tmp_path / "d",
-            "architecture": CONFIGS["topk"],
+            "architecture": {"kind": "topk", **CONFIGS["topk"]},
             "inputs": ("mlp_out.1",),
             "batch_size": 64,
             "track": ("tensorboard",),

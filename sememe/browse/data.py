@@ -20,6 +20,7 @@ from typing import Any
 import duckdb
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from sememe import __version__
 from sememe.atlas import Atlas
@@ -445,12 +446,12 @@ def _examples(table: pa.Table | None) -> Json:
     return out
 
 
-def _decimals(acts: np.ndarray[Any, Any]) -> int:
+def _decimals(acts: NDArray[Any]) -> int:
     largest = float(np.abs(acts[np.isfinite(acts)]).max(initial=0.0))
     return 3 - math.floor(math.log10(largest)) if largest > 0 else 0
 
 
-def _fixed(values: np.ndarray[Any, Any], decimals: int) -> np.ndarray[Any, Any]:
+def _fixed(values: NDArray[Any], decimals: int) -> NDArray[Any]:
     """Rounded to so many decimals (negative: tens). Dividing whole numbers gives the float nearest to the decimal."""
     values = np.nan_to_num(np.asarray(values, dtype=np.float64), nan=0.0, posinf=0.0, neginf=0.0)
     if decimals > 0:

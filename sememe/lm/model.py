@@ -163,8 +163,11 @@ class LanguageModel:
 
     def hidden(
         self, ids: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"] | None = None
-    ) -> Float[Tensor, "batch seq d_model"]:
-        """What the unembedding sees: the last layer's output after the final norm."""
+    ) -> Float[Tensor, "batch seq d_hidden"]:
+        """What the unembedding sees: the last layer's output after the final norm.
+
+        Its width is d_model but where a model projects once more before the unembedding (OPT-350m).
+        """
         found: list[Tensor] = []
 
         def take(x: Tensor) -> None:
@@ -176,7 +179,7 @@ class LanguageModel:
             self._forward(ids, mask)
         return found[0]
 
-    def logits(self, hidden: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
+    def logits(self, hidden: Float[Tensor, "*batch d_hidden"]) -> Float[Tensor, "*batch vocab"]:
         """Next-token logits of `hidden`, as the model itself makes them (Gemma's soft-capping included).
 
         The model's own forward runs with its layers left out and `hidden` put before the unembedding, so that
@@ -237,7 +240,7 @@ class LanguageModel:
         residual: Float[Tensor, "batch seq d_model"],
         ids: Int[Tensor, "batch seq"],
         mask: Bool[Tensor, "batch seq"] | None = None,
-    ) -> Float[Tensor, "batch seq d_model"]:
+    ) -> Float[Tensor, "batch seq d_hidden"]:
         """`hidden` as if the output of `layer` were `residual`, without computing layers 0 to `layer`.
 
         Equal to the bit to the full forward with an edit at `resid_post.layer`. Edits at `resid_post.layer`

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Int
-from numpy.typing import NDArray
+from jaxtyping import Integer
 
 from sememe.errors import TextError
 from sememe.lm.build import load_tokenizer, train_tokenizer
@@ -49,7 +48,7 @@ def _some_texts(config: PretrainConfig) -> Iterator[str]:
 
 def rows_of(
     config: PretrainConfig, tokenizer: Any, split: Literal["train", "heldout"], n_tokens: int, path: Path
-) -> NDArray[Any]:
+) -> Integer[np.ndarray, "n ctx"]:
     """Rows of token ids, memory-mapped from a file that is complete or absent."""
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     if not path.is_file():
@@ -81,7 +80,9 @@ class Baselines(NamedTuple):
 
 
 def baselines(
-    train_rows: Int[np.ndarray, "rows ctx"], heldout_rows: Int[np.ndarray, "n ctx"], vocab_size: int
+    train_rows: Integer[np.ndarray, "n_train ctx"],
+    heldout_rows: Integer[np.ndarray, "n_heldout heldout_ctx"],
+    vocab_size: int,
 ) -> Baselines:
     """N-gram losses on the held-out rows, on the same predictions as the model's: all but a row's first token.
 

@@ -13,7 +13,7 @@ import random
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from sememe.config import canonical_json, sha256_of
 from sememe.errors import CorruptError, ResourceError, TextError, nearest
@@ -40,6 +40,7 @@ SUFFIXES = {
 COMPRESSED = (".gz", ".bz2", ".xz")
 
 
+@runtime_checkable
 class Source(Protocol):
     """One text: an embedded part, a set of files, or a data set."""
 
