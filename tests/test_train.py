@@ -15,7 +15,16 @@ from test_harvest import config_for
 from sememe import artifact, dictionaries
 from sememe.checkpoint import load_checkpoint, save_checkpoint
 from sememe.dictionaries import TRAINABLE
+from sememe.dictionaries.abs_topk import AbsTopKConfig
+from sememe.dictionaries.batch_topk import BatchTopKConfig
+from sememe.dictionaries.gated import GatedConfig
+from sememe.dictionaries.group_max import GroupMaxConfig
+from sememe.dictionaries.jumprelu import JumpReLUConfig
+from sememe.dictionaries.matryoshka import MatryoshkaConfig
+from sememe.dictionaries.multi_topk import MultiTopKConfig
+from sememe.dictionaries.p_anneal import PAnnealConfig
 from sememe.dictionaries.relu import ReLUConfig
+from sememe.dictionaries.tied import TiedConfig
 from sememe.dictionaries.topk import TopKConfig
 from sememe.errors import ActivationError, ConfigError, CorruptError, MismatchError, ResourceError
 from sememe.harvest import harvest
@@ -27,7 +36,16 @@ from sememe.train import TrainConfig, learning_rate, train
 
 CONFIGS = {
     "topk": TopKConfig(k=3, d_sae=64, dead_after_tokens=2000),
+    "batch_topk": BatchTopKConfig(k=3, d_sae=64, dead_after_tokens=2000),
+    "matryoshka": MatryoshkaConfig(k=3, d_sae=64, dead_after_tokens=2000),
+    "multi_topk": MultiTopKConfig(k=3, d_sae=64, dead_after_tokens=2000),
+    "abs_topk": AbsTopKConfig(k=3, d_sae=64, dead_after_tokens=2000),
+    "group_max": GroupMaxConfig(k=4, d_sae=64, dead_after_tokens=2000),
     "relu": ReLUConfig(d_sae=64, l1_coefficient=0.05, resample_after_tokens=500, rewarmup_steps=5),
+    "jumprelu": JumpReLUConfig(d_sae=64, target_l0=3, resample_after_tokens=500, rewarmup_steps=5),
+    "gated": GatedConfig(d_sae=64, l1_coefficient=0.05, resample_after_tokens=500, rewarmup_steps=5),
+    "tied": TiedConfig(d_sae=64, l1_coefficient=0.02, resample_after_tokens=500, rewarmup_steps=5),
+    "p_anneal": PAnnealConfig(d_sae=64, l1_coefficient=0.03, resample_after_tokens=500, rewarmup_steps=5),
 }
 
 
