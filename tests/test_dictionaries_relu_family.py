@@ -97,7 +97,7 @@ def test_a_reset_jumprelu_latent_fires_on_what_it_was_pointed_at():
     dictionary, x = made(JumpReLUConfig(d_sae=N, target_l0=3)), sample()
     row = x[(x - dictionary.b_pre).norm(dim=1).argmax()]
     dictionary.reset_latents(torch.tensor([7]), (row - dictionary.b_pre)[None])
-    assert float(dictionary.encode(row[None]).to_dense()[0, 7]) > 0
+    assert bool(dictionary.encode(row[None]).to_dense()[0, 7] > 0)
 
 
 # -- gated -----------------------------------------------------------------------------------------

@@ -29,6 +29,8 @@ class JumpReLUConfig(PenalisedConfig):
     """Active latents per row that the penalty (l0 / target - 1)^2 steers to; without it the penalty is l0."""
     l0_coefficient: float | None = Field(default=None, gt=0)
     """Weight of the penalty; if not given, 1 with a target and 0.001 without one."""
+    start_l0: float | None = Field(default=None, gt=0)
+    """Active latents per row at the start; if not given, 4 x the target, or 5% of the latents without one."""
     bandwidth: float = Field(default=0.005, gt=0)
     """Width of the window about a threshold in which it gets gradients, in units of the rows' mean norm."""
     sparsity_warmup: float = Field(default=0.05, ge=0, le=1)
@@ -79,8 +81,9 @@ class JumpReLU(Penalised):
     ) -> None:
         """As every linear dictionary; thresholds are the quantile of the sample that gives the l0 to start at."""
         super().initialise(x, target, generator)
-        goal = self.config.target_l0
-        start_l0 = 0.05 * self.d_sae if goal is None else 4 * goal
+        goal, start_l0 = self.config.target_l0, self.config.start_l0
+        if start_l0 is None:
+            start_l0 = 0.05 * self.d_sae if goal is None else 4 * goal
         with torch.no_grad():
             centred = x - self.b_pre
             self.threshold_unit.copy_(centred.norm(dim=1).mean().clamp_min(1e-12))
