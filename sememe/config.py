@@ -145,6 +145,10 @@ def _rule(kind: str, context: dict[str, Any], value: object) -> tuple[str, str]:
     if kind in ("literal_error", "union_tag_invalid"):
         expected = str(context.get("expected", context.get("expected_tags", "")))
         return f"one of {expected}", nearest(str(value), re.findall(r"'([^']*)'", expected))
+    if kind == "too_short":
+        return f"at least {context['min_length']} long", "Give more."
+    if kind == "string_pattern_mismatch":
+        return f"of the form {context['pattern']}", ""
     return _TYPES.get(kind.split("_")[0], f"valid ({kind.replace('_', ' ')})"), ""
 
 

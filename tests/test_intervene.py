@@ -483,7 +483,7 @@ def test_steering_to_infinity_is_an_error(
     ("options", "message"),
     [
         ({"latents": (1, 1)}, r"each latent must be named once, got \(1, 1\)"),
-        ({"latents": ()}, r"latents: Tuple should have at least 1 item"),
+        ({"latents": ()}, r"latents must be at least 1 long"),
         ({"strengths": ()}, r"strengths must not be empty with prompts"),
         ({"prompts": ("",)}, r"prompts not empty"),
         ({"strength": 3}, r"strength must be a known option .*Did you mean 'strengths'"),

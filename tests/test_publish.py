@@ -313,8 +313,8 @@ def test_a_name_that_would_leave_the_folder(parts: Path) -> None:
             r"licence must be known, or come with licence_file, got 'apache'. Did you mean 'apache-2",
         ),
         ({"private": True}, r"private must go with repo, got no repo"),
-        ({"repo": "tiny"}, r"repo: String should match pattern"),
-        ({"repo": "../tiny/x"}, r"repo: String should match pattern"),
+        ({"repo": "tiny"}, r"repo must be of the form"),
+        ({"repo": "../tiny/x"}, r"repo must be of the form"),
     ],
 )
 def test_bad_options_say_what_to_do(options: dict[str, Any], message: str) -> None:

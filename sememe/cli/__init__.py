@@ -28,7 +28,9 @@ class Verb(NamedTuple):
 VERBS: dict[str, Verb] = {
     "run": Verb("Run a recipe: all its verbs in order, each skipped when its result is there.", "run_recipe"),
     "harvest": Verb("Run a language model over a text and store its activations.", "harvest"),
-    "train": Verb("Train a dictionary (topk, relu and others) on a store or straight from a model.", "train_app"),
+    "train": Verb(
+        "Train a dictionary (topk, relu and others) on a store or straight from a model.", "train_app"
+    ),
     "evaluate": Verb("Measure a dictionary on held-out documents, beside its nulls.", "evaluate"),
     "compare": Verb("Compare two dictionaries: matched latents, and their reports side by side.", "compare"),
     "report": Verb("Draw one page from one or several reports.", "report"),
