@@ -240,7 +240,7 @@ def test_without_a_port_the_next_free_one_is_taken(monkeypatch):
 
 @pytest.mark.parametrize("port", [0, 65536, -1])
 def test_ports_out_of_range_are_config_errors(port):
-    with pytest.raises(ConfigError, match=rf"port: .*got {port}"):
+    with pytest.raises(ConfigError, match=rf"port must be .*got {port}"):
         BrowseConfig.build({"port": port})
 
 
