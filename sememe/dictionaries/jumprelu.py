@@ -124,9 +124,14 @@ class JumpReLU(Penalised):
         super().after_step(encoded)
         self.relative_threshold.clamp_(min=0)
 
-    def reset_latents(self, ids: Int[Tensor, " n"], directions: Float[Tensor, "n d_out"]) -> None:
+    def reset_latents(
+        self,
+        ids: Int[Tensor, " n"],
+        directions: Float[Tensor, "n d_out"],
+        inputs: Float[Tensor, "n d_in"] | None = None,
+    ) -> None:
         """The encoder at its usual length (a fifth would never reach a threshold), the threshold as is usual."""
-        super().reset_latents(ids, directions)
+        super().reset_latents(ids, directions, inputs)
         with torch.no_grad():
             self.relative_threshold[ids] = self.relative_threshold.median()
 
