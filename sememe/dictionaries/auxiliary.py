@@ -1,17 +1,24 @@
 """Auxiliary losses that give dead latents a gradient: AuxK and ghost gradients. Know no selection rule, no penalty.
 
-Dense over the dead subset only, which is held once.
+Dense over the dead subset only; where that is large, over some rows at a time, which are computed again for the
+gradient.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from sememe.dictionaries.linear import Linear
 
 __all__ = ["auxk_loss", "ghost_loss"]
+
+GROUP_ENTRIES = 2**24
+"""Pre-activations of dead latents held at a time: 64 MB in float32."""
 
 
 def auxk_loss(
@@ -38,14 +45,19 @@ def auxk_loss(
     """
     residual = residual.detach()
     k = min(k or max(dictionary.d_in // 2, 1), dead.numel())
-    pre_acts = torch.addmm(dictionary.b_enc[dead], x - dictionary.b_pre, dictionary.W_enc[:, dead])
-    strength = pre_acts.detach().abs() if signed else pre_acts.detach()
-    columns = strength.topk(k, dim=1, sorted=False).indices
-    kept = torch.zeros_like(pre_acts, dtype=torch.bool).scatter_(1, columns, True)
-    if not signed:
-        kept &= strength > 0
-    recon = pre_acts.mul_(kept) @ dictionary.W_dec[dead]
-    return (residual - recon).square().mean() / residual.square().mean().clamp_min(1e-12)
+    W_enc, b_enc, W_dec = dictionary.W_enc[:, dead], dictionary.b_enc[dead], dictionary.W_dec[dead]
+
+    def squared_error(x: Tensor, residual: Tensor) -> Tensor:
+        pre_acts = torch.addmm(b_enc, x - dictionary.b_pre, W_enc)
+        strength = pre_acts.detach().abs() if signed else pre_acts.detach()
+        columns = strength.topk(k, dim=1, sorted=False).indices
+        kept = torch.zeros_like(pre_acts, dtype=torch.bool).scatter_(1, columns, True)
+        if not signed:
+            kept &= strength > 0
+        return (residual - pre_acts.mul_(kept) @ W_dec).square().sum()
+
+    error = _over_rows(squared_error, x, residual, dead.numel()) / residual.numel()
+    return error / residual.square().mean().clamp_min(1e-12)
 
 
 def ghost_loss(
@@ -69,10 +81,32 @@ def ghost_loss(
     row's largest exponent is subtracted first, which the row's factor undoes exactly and which cannot overflow.
     """
     residual = residual.detach()
-    pre_acts = torch.addmm(dictionary.b_enc[dead], x - dictionary.b_pre, dictionary.W_enc[:, dead])
-    largest = pre_acts.detach().amax(dim=1, keepdim=True)
-    output = pre_acts.sub_(largest).exp_() @ dictionary.W_dec[dead]
-    norms = output.detach().norm(dim=1, keepdim=True).clamp_min(1e-12)
-    output = output * (residual.norm(dim=1, keepdim=True) / (2 * norms))
-    error = (residual - output).square().mean()
+    W_enc, b_enc, W_dec = dictionary.W_enc[:, dead], dictionary.b_enc[dead], dictionary.W_dec[dead]
+
+    def squared_error(x: Tensor, residual: Tensor) -> Tensor:
+        pre_acts = torch.addmm(b_enc, x - dictionary.b_pre, W_enc)
+        largest = pre_acts.detach().amax(dim=1, keepdim=True)
+        output = pre_acts.sub_(largest).exp_() @ W_dec
+        norms = output.detach().norm(dim=1, keepdim=True).clamp_min(1e-12)
+        output = output * (residual.norm(dim=1, keepdim=True) / (2 * norms))
+        return (residual - output).square().sum()
+
+    error = _over_rows(squared_error, x, residual, dead.numel()) / residual.numel()
     return error * (residual.square().mean() / error.detach().clamp_min(1e-30))
+
+
+def _over_rows(
+    part: Callable[[Tensor, Tensor], Tensor],
+    x: Float[Tensor, "batch d_in"],
+    residual: Float[Tensor, "batch d_out"],
+    n_dead: int,
+) -> Float[Tensor, ""]:
+    """The sum of a function over groups of rows; with several, each is computed again for its gradient."""
+    n_rows = max(1, GROUP_ENTRIES // n_dead)
+    if n_rows >= x.shape[0]:
+        return part(x, residual)
+    sums = [
+        checkpoint(part, *group, use_reentrant=False, preserve_rng_state=False)
+        for group in zip(x.split(n_rows), residual.split(n_rows), strict=True)
+    ]
+    return torch.stack(sums).sum()

@@ -27,6 +27,8 @@ class ResamplingConfig(ArchitectureConfig):
     whose largest cosine to a second dictionary's is low, to rows as with loss).
     """
 
+    not_identity = frozenset({"resample_against"})  # its fingerprint is one of the result's parents
+
     resample: Literal["none", "loss", "worst", "random", "mcs"] = "none"
     """Which latents are pointed anew, and where to: none, loss, worst, random or mcs."""
     resample_at: tuple[float, ...] = (0.25, 0.5, 0.75)

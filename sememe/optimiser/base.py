@@ -125,6 +125,10 @@ class Optimiser(abc.ABC):
         self.frozen |= latents
         self._any_frozen = True
 
+    def frac_frozen(self) -> float:
+        """Share of the latents that are frozen."""
+        return float(self.frozen.float().mean())
+
     @contextlib.contextmanager
     def exported(self) -> Iterator[None]:
         """Inside, the dictionary has the weights that are meant to be used: for most optimisers, its own."""
