@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sememe import dictionaries, kernels
+from sememe.dictionaries.jumprelu import JumpReLUConfig
 from sememe.dictionaries.topk import TopKConfig
 from sememe.errors import ConfigError
 from sememe.optimiser import OPTIMISERS, AdamConfig, MuonConfig, OptimiserConfig, SignumConfig, make
@@ -294,3 +295,20 @@ def test_an_option_of_another_optimiser_is_an_error():
     with pytest.raises(ConfigError, match="momentum must be a known option"):
         AdamConfig.build({"momentum": 0.9})
     assert OptimiserConfig
+
+
+@pytest.mark.parametrize("kind", sorted(OPTIMISERS))
+def test_thresholds_never_go_below_0(kind):
+    dictionary = dictionaries.build(JumpReLUConfig(d_sae=N), D, D)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, D, generator=generator)
+    dictionary.initialise(x, x, generator)
+    optimiser = make(CONFIGS[kind], dictionary)
+    for _ in range(30):
+        dictionary.relative_threshold.grad = torch.ones(N)  # downwards
+        dictionary.b_enc.grad = torch.ones(N)
+        optimiser.step(0.1)
+        assert float(dictionary.relative_threshold.detach().min()) >= 0
+    with optimiser.exported():
+        assert float(dictionary.relative_threshold.detach().min()) >= 0
+        assert float(dictionary.b_enc.detach().max()) < 0

@@ -134,6 +134,8 @@ class Constraints(NamedTuple):
 
     unit_norm: tuple[str, ...] = ()
     """Parameters whose rows (one per latent) keep norm 1: the gradient's radial part is removed first."""
+    non_negative: tuple[str, ...] = ()
+    """Parameters whose entries stay >= 0."""
 
 
 class Resampling(NamedTuple):

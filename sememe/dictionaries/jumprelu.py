@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sememe import kernels
-from sememe.dictionaries.base import Loss, Sites
+from sememe.dictionaries.base import Constraints, Loss, Sites
 from sememe.dictionaries.penalised import Penalised, PenalisedConfig
 from sememe.encoded import Encoded
 
@@ -108,7 +108,7 @@ class JumpReLU(Penalised):
         per_entry = threshold.index_select(0, near.indices)
         acts, open_ = _Jump.apply(near.acts, per_entry, width)  # type: ignore[no-untyped-call]
         encoded = near.with_acts(acts)
-        mse = (target - self.decode(encoded)).square().mean()
+        mse = (target - self.decode(encoded, x)).square().mean()
         l0 = open_.sum() / encoded.n_rows
         goal, coefficient = config.target_l0, config.l0_coefficient
         penalty = l0 if goal is None else (l0 / goal - 1).square()
@@ -118,11 +118,9 @@ class JumpReLU(Penalised):
         total = mse + coefficient * warm * penalty
         return Loss(total, {"mse": mse.detach(), "penalty": penalty.detach()}, encoded.detach())
 
-    @torch.no_grad()
-    def after_step(self, encoded: Encoded) -> None:
-        """Thresholds stay >= 0, beside the bookkeeping."""
-        super().after_step(encoded)
-        self.relative_threshold.clamp_(min=0)
+    def constraints(self) -> Constraints:
+        """Thresholds stay >= 0, beside what every linear dictionary keeps."""
+        return super().constraints()._replace(non_negative=("relative_threshold",))
 
     def reset_latents(
         self,

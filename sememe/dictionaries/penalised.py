@@ -12,16 +12,15 @@ from torch import Tensor
 
 from sememe import kernels
 from sememe.dictionaries.auxiliary import ghost_loss
-from sememe.dictionaries.base import Resampling, Sites
+from sememe.dictionaries.base import Sites
 from sememe.dictionaries.initial import bricken_norm
-from sememe.dictionaries.linear import Linear
-from sememe.dictionaries.resampling import ResamplingConfig
+from sememe.dictionaries.linear import Linear, LinearConfig
 from sememe.encoded import Encoded
 
 __all__ = ["Penalised", "PenalisedConfig"]
 
 
-class PenalisedConfig(ResamplingConfig):
+class PenalisedConfig(LinearConfig):
     """Options of every architecture that is made sparse by a penalty."""
 
     decoder_bias: bool = True
@@ -50,10 +49,6 @@ class Penalised(Linear, abc.ABC):
     def _reset_norm(self, norms: Float[Tensor, " d_sae"], ids: Int[Tensor, " n"]) -> Float[Tensor, ""]:
         """A fifth of what live latents have. Source: Bricken et al. 2023, appendix "Neuron Resampling"."""
         return bricken_norm(norms, ids)
-
-    def resampling(self) -> Resampling | None:
-        """As its config says."""
-        return self.config.resampling()
 
     def revival_loss(
         self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], encoded: Encoded

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from sememe import kernels
 from sememe.dictionaries.auxiliary import auxk_loss
-from sememe.dictionaries.base import Loss, Resampling, Sites
+from sememe.dictionaries.base import Loss, Sites
 from sememe.dictionaries.initial import geometric_median
-from sememe.dictionaries.linear import Linear
-from sememe.dictionaries.resampling import ResamplingConfig
+from sememe.dictionaries.linear import Linear, LinearConfig
 from sememe.encoded import Encoded
 from sememe.errors import ConfigError
 
@@ -26,7 +25,7 @@ N_THRESHOLD_ROWS = 1024
 """Rows of the sample that set a first threshold: it holds their pre-activations densely."""
 
 
-class SelectionConfig(ResamplingConfig):
+class SelectionConfig(LinearConfig):
     """Options of every architecture that keeps a number of latents."""
 
     k: int = 32
@@ -67,10 +66,6 @@ class Selection(Linear, abc.ABC):
         super().__init__(config, d_in, d_out, d_sae, sites)
         if not 1 <= config.k <= d_sae:
             raise ConfigError(f"k must be in [1, d_sae={d_sae}]", config.k, "Lower k or raise d_sae.")
-
-    def resampling(self) -> Resampling | None:
-        """As its config says."""
-        return self.config.resampling()
 
     def _centre(self) -> Callable[[Tensor], Tensor]:
         return geometric_median if self.config.b_dec_init == "geometric_median" else _mean

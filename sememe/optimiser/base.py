@@ -51,7 +51,11 @@ class Optimiser(abc.ABC):
     def __init__(self, dictionary: Trainable, clip: float | None = None) -> None:
         self.clip, self.step_count = clip, 0
         self.parameters = dict(dictionary.named_parameters())
-        self.unit_norm = frozenset(dictionary.constraints().unit_norm)
+        constraints = dictionary.constraints()
+        self.unit_norm, self.non_negative = (
+            frozenset(constraints.unit_norm),
+            frozenset(constraints.non_negative),
+        )
         self.d_sae = dictionary.d_sae
         self.per_latent = frozenset(
             name
@@ -103,8 +107,16 @@ class Optimiser(abc.ABC):
             if param.grad is None:
                 continue
             frozen = self.frozen if self._any_frozen and name in self.per_latent else None
-            self._update(name, self._rows(name, param), self._rows(name, param.grad), lr, scale, frozen)
+            rows = self._rows(name, param)
+            self._update(name, rows, self._rows(name, param.grad), lr, scale, frozen)
+            if name in self.non_negative:
+                for tensor in (rows, *self._points(name)):
+                    tensor.clamp_(min=0)
             param.grad = None
+
+    def _points(self, name: str) -> tuple[Tensor, ...]:
+        """Slots that are places of the parameter, and so under its constraints."""
+        return ()
 
     def _scale(self) -> float | Float[Tensor, ""]:
         """What the gradient is multiplied by so that its norm is at most `clip`: one reduction, left on the device."""

@@ -109,6 +109,10 @@ class Signum(Optimiser):
             frozen=frozen,
         )
 
+    def _points(self, name: str) -> tuple[Tensor, ...]:
+        """The base, and the average, which began at an unclamped one."""
+        return self.slots[name]["base"], self.slots[name]["average"]
+
     def forget(self, ids: Int[Tensor, " n"]) -> None:
         """Base and average of changed latents begin where their parameters are now."""
         self._start_from(ids)
