@@ -14,6 +14,7 @@ from torch import Tensor
 from sememe import artifact, dictionaries, metrics
 from sememe.dictionaries import Resampling
 from sememe.dictionaries.initial import unit_rows
+from sememe.encoded import Encoded
 from sememe.errors import ShapeError
 from sememe.source import Batch
 from sememe.train.config import TrainConfig
@@ -81,7 +82,7 @@ def revive(member: Member, rows: Batch | None) -> None:
 def resample(member: Member, rows: Batch | None) -> None:
     """Point latents anew as the architecture's config says; the optimiser begins anew for them, then re-warms.
 
-    Frozen latents stay. Directions are taken relative to the decoder's bias.
+    Frozen latents stay. Directions are taken relative to what is reconstructed without any latent.
 
     Sources, by scheme. loss: Bricken et al. 2023, appendix "Neuron Resampling", on 8 batches instead of 819,200
     rows. worst: Cunningham et al. 2023's repository, rows with the largest error, over 8 batches instead of ten
@@ -157,5 +158,7 @@ def _badly_reconstructed(member: Member, rows: Batch, n: int, worst: bool) -> _D
     picked = picked.to(rows.x.device)
     out, into = rows.target[picked], rows.x[picked]
     x, target = member.scaled(Batch(into, out))
+    none = torch.zeros(n, 1, device=x.device)
+    silent = Encoded.from_topk(none, none.to(torch.int32), dictionary.d_sae)
     read = x - getattr(dictionary, "b_pre", 0.0) if _transcodes(member) else None
-    return _Directions(target - getattr(dictionary, "b_dec", 0.0), read)
+    return _Directions(target - dictionary.decode(silent, x), read)
