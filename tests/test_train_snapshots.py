@@ -50,7 +50,7 @@ def test_copies_are_dictionaries_and_the_last_is_the_result(optimiser, tmp_path)
         last / "weights.safetensors"
     ).read_bytes()
     similar = [float((copy * copies[-1]).sum(1).mean()) for copy in copies]
-    assert similar == sorted(similar) and similar[0] < 0.99
+    assert similar == sorted(similar) and similar[0] < 0.999
     extra = artifact.load(folder / "step-000000032", "dictionary").extra
     assert extra["step"] == 32 and extra["tokens"] == 32 * 256
     assert "checkpoints/step-000000032/weights.safetensors" in artifact.load(last).meta["files"]
@@ -108,17 +108,17 @@ def test_some_freeze_earlier_than_others_and_keep_their_bits(tmp_path, monkeypat
         return out
 
     monkeypatch.setattr(Member, "train_step", watch)
-    made = freezing(tmp_path / "d", 0.99, n_tokens=200 * 256)
+    made = freezing(tmp_path / "d", 0.99, lr=2e-2, n_tokens=200 * 256)
     train(made, source=TensorSource(x))
     assert seen[10] == 0.0 and seen == sorted(seen) and len({share for share in seen if share > 0}) > 2
 
 
 def test_a_broken_run_with_frozen_latents_goes_on_to_the_same_bits(tmp_path):
     _, x = planted()
-    train(freezing(tmp_path / "whole", 0.95), source=TensorSource(x))
+    train(freezing(tmp_path / "whole", 0.98, lr=2e-2), source=TensorSource(x))
     with pytest.raises(RuntimeError, match="the power failed"):
-        train(freezing(tmp_path / "broken", 0.95), source=Breaks(x))
-    train(freezing(tmp_path / "broken", 0.95), source=TensorSource(x))
+        train(freezing(tmp_path / "broken", 0.98, lr=2e-2), source=Breaks(x))
+    train(freezing(tmp_path / "broken", 0.98, lr=2e-2), source=TensorSource(x))
     files = [(tmp_path / name / "weights.safetensors").read_bytes() for name in ("whole", "broken")]
     assert files[0] == files[1]
     logs = [read_log(tmp_path / name / "metrics.jsonl")[-1] for name in ("whole", "broken")]
