@@ -92,7 +92,10 @@ def test_the_folder_has_an_index_and_opens(tmp_path):
         sweep.load("k4")
     with pytest.raises(ArtifactError, match="must be a dictionary, got a sweep"):
         dictionaries.load(tmp_path / "s")
-    with pytest.raises(MismatchError, match=r"\(sweep \[.*\] there, \[.*\] now\)"):
+    with pytest.raises(
+        MismatchError,
+        match=r'lr null there, 0.003 now; sweep \["k=2,3","lr=1e-3,0.004"\] there, \["k=2,3"\] now\)',
+    ):
         train_sweep(sweep_config(tmp_path / "s", "k=2,3"), source=TensorSource(x))
 
 
@@ -243,7 +246,10 @@ def test_a_diverging_member_is_named(tmp_path):
         (("k=2,x",), r"k must be a whole number, got 'x'"),
         (("k=2,65",), r"k must be in \[1, d_sae=64\], got 65"),
         (("d_sae=64,128",), r"d_sae must be left out when it is swept over: it has no effect then, got 64"),
-        (("auxk=8,16", "auxk_coefficient=0"), r"auxk must be left out when auxk_coefficient is 0"),
+        (
+            ("auxk=8,16", "auxk_coefficient=0"),
+            r"dead_after_tokens must be left out when auxk_coefficient is 0",
+        ),
         (("inputs=a,b",), r"inputs must be left out for a source without hookpoints"),
         (("inputs=a*",), r"a sweep's hookpoints must be in the source, got 'a\*'"),
     ],

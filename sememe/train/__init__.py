@@ -6,6 +6,7 @@ beyond handing their names on (training straight from one is set up in `source.p
     member.py    one dictionary in training: a step, its state
     dead.py      what is done about latents that no longer fire
     crew.py      the dictionaries of a run, side by side in one process
+    workers.py   the same on several devices, in a process for each
     run.py       the loop: a team on one source, its logs and checkpoints
     sweep.py     which dictionaries a sweep is made of, and their folder
     verb.py      from a config to finished artifacts

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+
 from sememe import artifact, dictionaries, kernels
 from sememe.dictionaries import Dictionary
 from sememe.errors import ConfigError, HookpointError, nearest
@@ -22,6 +24,7 @@ from sememe.train.member import ALONE, Spec
 from sememe.train.run import LOG, LOGS, Run
 from sememe.train.schedule import count_steps
 from sememe.train.sweep import INDEX, Sweep, Swept, open_sweep, variants
+from sememe.train.workers import Workers
 
 if TYPE_CHECKING:
     from sememe.lm import LanguageModel
@@ -277,11 +280,22 @@ def _trained(
 ) -> Iterator[Team]:
     """The dictionaries after their last step."""
     n_steps = count_steps(config, source.n_rows)
-    with kernels.threads(config.threads) as threads:
-        team = Crew(specs, n_steps, device_of((*config.devices, "cpu")[0]))
+    with kernels.threads(_threads(config)) as threads:
+        team: Team
+        if len(config.devices) > 1:
+            team = Workers(specs, n_steps, config.devices, threads, config.batch_size, work.path)
+        else:
+            team = Crew(specs, n_steps, device_of((*config.devices, "cpu")[0]))
         with team:
             Run(config, n_steps, team, configs, source, work.path, threads).go()
             yield team
+
+
+def _threads(config: TrainConfig) -> int | None:
+    """CPU threads of each process: processes on the CPU share its cores."""
+    if config.threads is not None or len(config.devices) < 2:
+        return config.threads
+    return max(1, torch.get_num_threads() // max(1, config.devices.count("cpu")))
 
 
 def _write_members(team: Team, members: list[Swept], stream: _Stream, work: artifact.Work) -> None:
