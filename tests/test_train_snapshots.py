@@ -10,7 +10,7 @@ from sememe import artifact, dictionaries
 from sememe.errors import ConfigError
 from sememe.source import TensorSource
 from sememe.tracking import read_log
-from sememe.train import TrainConfig, train
+from sememe.train import TrainConfig, train, train_sweep
 from sememe.train.member import Member
 
 
@@ -134,3 +134,17 @@ def test_intervals_without_what_they_are_for_are_errors():
         ConfigError, match="keep_every_tokens must be left out unless keep_checkpoints is set"
     ):
         TrainConfig.build({"keep_every_tokens": 5})
+
+
+def test_a_sweeps_dictionaries_keep_their_own_copies_and_end_when_all_are_settled(tmp_path):
+    _, x = planted()
+    made = freezing(tmp_path / "s", 0.3, lr=1e-5, keep_checkpoints=True, sweep=("seed=0,1",))
+    sweep = train_sweep(made, source=TensorSource(x))
+    alone = freezing(tmp_path / "alone", 0.3, lr=1e-5, keep_checkpoints=True, seed=1, data_seed=0)
+    train(alone, source=TensorSource(x))
+    for name in sweep.names:
+        assert read_log(sweep.path(name) / "metrics.jsonl")[-1]["step"] == 20
+        copies = sorted((sweep.path(name) / "checkpoints").iterdir())
+        assert [path.name for path in copies] == [f"step-{step:09}" for step in (1, 2, 4, 8, 16)]
+    weights = "checkpoints/step-000000016/weights.safetensors"
+    assert (sweep.path("seed1") / weights).read_bytes() == (tmp_path / "alone" / weights).read_bytes()
