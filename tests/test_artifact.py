@@ -264,7 +264,9 @@ def test_a_lock_file_that_its_owner_deleted_guards_nothing(tmp_path):
 
 def test_what_differs_is_named(tmp_path):
     build(tmp_path / "a", parents={"store": "abc"})
-    with pytest.raises(MismatchError, match=r'\(parents\.store "abc" there, "def" now; size 3 there, 4 now\)'):
+    with pytest.raises(
+        MismatchError, match=r'\(parents\.store "abc" there, "def" now; size 3 there, 4 now\)'
+    ):
         build(tmp_path / "a", size=4, parents={"store": "def"})
     with (
         pytest.raises(RuntimeError),

@@ -41,6 +41,10 @@ class Team(Protocol):
         """One step of each; their numbers by name, if asked."""
         ...
 
+    def finished(self) -> bool:
+        """Whether there is nothing left to train in any."""
+        ...
+
     def check(self) -> None:
         """Raise an ActivationError if a loss was or a parameter is not finite."""
         ...
@@ -121,6 +125,10 @@ class Crew:
     def _here(self, batch: Batch) -> Batch:
         x = batch.x.to(self.device, non_blocking=True)
         return Batch(x, x if batch.target is batch.x else batch.target.to(self.device, non_blocking=True))
+
+    def finished(self) -> bool:
+        """Whether all members are."""
+        return all(member.finished for member in self.members.values())
 
     def check(self) -> None:
         """Look at every member."""
