@@ -43,6 +43,7 @@ class Tied(Penalised):
     kind = "tied"
     config_class = TiedConfig
     config: TiedConfig
+    scale_per_site = False  # one decoder for both ends cannot take up different scales
 
     def __init__(
         self, config: TiedConfig, d_in: int, d_out: int, d_sae: int, sites: Sites | None = None
