@@ -123,11 +123,16 @@ class Batch(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """A training loss. `terms` are its parts, for logging, still on the device."""
+    """A training loss. `terms` are its parts, for logging, still on the device.
+
+    `total` holds the term `mse`, the mean square of target - recon, with weight 1; `recon` is in training units, and
+    gradients flow through it, so that it can be spliced into a model.
+    """
 
     total: Float[Tensor, ""]
     terms: dict[str, Float[Tensor, ""]]
     encoded: Encoded
+    recon: Float[Tensor, "batch d_out"] | None = None
 
 
 class Constraints(NamedTuple):

@@ -55,6 +55,7 @@ class GroupMax(Selection):
     ) -> Loss:
         """Mean squared error, and AuxK over dead latents."""
         encoded = self.encode(x)
-        residual = target - self.decode(encoded, x)
+        recon = self.decode(encoded, x)
+        residual = target - recon
         mse = residual.square().mean()
-        return self._with_auxk(x, residual, mse, {"mse": mse}, encoded)
+        return self._with_auxk(x, residual, mse, {"mse": mse}, encoded)._replace(recon=recon)

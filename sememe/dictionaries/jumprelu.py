@@ -108,7 +108,8 @@ class JumpReLU(Penalised):
         per_entry = threshold.index_select(0, near.indices)
         acts, open_ = _Jump.apply(near.acts, per_entry, width)  # type: ignore[no-untyped-call]
         encoded = near.with_acts(acts)
-        mse = (target - self.decode(encoded, x)).square().mean()
+        recon = self.decode(encoded, x)
+        mse = (target - recon).square().mean()
         l0 = open_.sum() / encoded.n_rows
         goal, coefficient = config.target_l0, config.l0_coefficient
         penalty = l0 if goal is None else (l0 / goal - 1).square()
@@ -116,7 +117,7 @@ class JumpReLU(Penalised):
             coefficient = 1e-3 if goal is None else 1.0
         warm = min(1.0, progress / config.sparsity_warmup) if config.sparsity_warmup else 1.0
         total = mse + coefficient * warm * penalty
-        return Loss(total, {"mse": mse.detach(), "penalty": penalty.detach()}, encoded.detach())
+        return Loss(total, {"mse": mse.detach(), "penalty": penalty.detach()}, encoded.detach(), recon)
 
     @torch.no_grad()
     def after_step(self, encoded: Encoded) -> None:

@@ -60,14 +60,15 @@ class ReLU(Penalised):
     ) -> Loss:
         """`mean (target - recon)^2 + l1_coefficient * mean_rows sum_i acts_i` (times ||W_dec_i||, if weighted)."""
         encoded = self.encode(x)
-        mse = (target - self.decode(encoded, x)).square().mean()
+        recon = self.decode(encoded, x)
+        mse = (target - recon).square().mean()
         acts = encoded.acts
         if self.config.norm_weighted:
             norms = self.W_dec.norm(dim=1) if self.config.site_norms == "l2" else self.site_norms().sum(1)
             acts = acts * norms.index_select(0, encoded.indices)
         l1 = acts.sum() / encoded.n_rows
         total = mse + self.config.l1_coefficient * l1
-        return Loss(total, {"mse": mse.detach(), "l1": l1.detach()}, encoded.detach())
+        return Loss(total, {"mse": mse.detach(), "l1": l1.detach()}, encoded.detach(), recon)
 
     def constraints(self) -> Constraints:
         """Decoder rows keep norm 1, unless the penalty weighs their norms."""

@@ -47,6 +47,7 @@ class TopK(Selection):
     ) -> Loss:
         """Mean squared error, and AuxK over dead latents (Gao et al. 2024, appendix A.2)."""
         encoded = self.encode(x)
-        residual = target - self.decode(encoded, x)
+        recon = self.decode(encoded, x)
+        residual = target - recon
         mse = residual.square().mean()
-        return self._with_auxk(x, residual, mse, {"mse": mse}, encoded)
+        return self._with_auxk(x, residual, mse, {"mse": mse}, encoded)._replace(recon=recon)

@@ -4,6 +4,7 @@ beyond handing their names on (training straight from one is set up in `source.p
     config.py    the options
     schedule.py  how many steps, and the learning rate of each
     member.py    one dictionary in training: a step, its state
+    by_site.py   what is logged of each of several outputs
     dead.py      what is done about latents that no longer fire
     run.py       the loop: members on one source, their logs and checkpoints
     verb.py      from a config to finished artifacts

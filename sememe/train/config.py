@@ -23,17 +23,20 @@ class TrainConfig(Config):
     """What to train, on what, and for how long."""
 
     not_identity: ClassVar[frozenset[str]] = frozenset(
-        {"store", "out", "checkpoint_every_seconds", "track", "log_every", "threads"}
+        {"store", "join", "out", "checkpoint_every_seconds", "track", "log_every", "threads"}
     )
 
     store: Path = Path("artifacts/store")
     """The store to train on."""
+    join: tuple[Path, ...] = ()
+    """Stores of other models over the same text, whose rows are joined to the store's: a crosscoder of models."""
     out: Path = Path("artifacts/dictionary")
     """The folder to make."""
     architecture: Architecture = TopKConfig()
     """Which dictionary, with its options."""
     inputs: tuple[str, ...] | None = None
-    """Hookpoints whose concatenation is encoded; the store's only one if not given."""
+    """Hookpoints whose concatenation is encoded; the store's only one if not given. Of joined stores, all that have
+    it; `resid_post.8@1` is the second store's."""
     outputs: tuple[str, ...] | None = None
     """Hookpoints whose concatenation is reconstructed; the inputs if not given (an autoencoder)."""
     n_tokens: int | None = Field(default=None, ge=1)
@@ -90,12 +93,13 @@ class TrainConfig(Config):
     @model_validator(mode="after")
     def _no_inert_option(self) -> TrainConfig:
         if self.live:
-            if self.store != type(self).model_fields["store"].default:
-                raise ConfigError(
-                    "store must be left out when live",
-                    self.store,
-                    "A live run reads the model itself; drop one.",
-                )
+            for name in ("store", "join"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ConfigError(
+                        f"{name} must be left out when live",
+                        getattr(self, name),
+                        "A live run reads the model itself; drop one.",
+                    )
             if self.n_tokens is None:
                 raise ConfigError(
                     "n_tokens must be given when live",

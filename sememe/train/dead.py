@@ -41,10 +41,10 @@ def resample(member: Member, source: Source) -> None:
         x, target = member.scaled(source.next_batch(member.config.batch_size))
         encoded = dictionary.encode(x)
         losses.append((target - dictionary.decode(encoded, x)).square().sum(1))
-        rows.append(target)
+        # what latents are there for: the rows without the bias and the skip connection's part
+        rows.append(target - dictionary.decode(encoded.with_acts(torch.zeros_like(encoded.acts)), x))
     weights = torch.cat(losses).square()
     ids = ids[: weights.shape[0]]
     picked = torch.multinomial(weights, ids.shape[0], replacement=False, generator=member.generator)
-    centre = getattr(dictionary, "b_dec", 0.0)
-    dictionary.reset_latents(ids, torch.cat(rows)[picked] - centre)
+    dictionary.reset_latents(ids, torch.cat(rows)[picked])
     member.optimiser.forget(ids)

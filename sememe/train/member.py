@@ -17,6 +17,7 @@ from sememe.dictionaries import Loss, Trainable
 from sememe.errors import ActivationError
 from sememe.optimiser import Adam
 from sememe.source import Batch
+from sememe.train.by_site import fvu_by_site
 from sememe.train.config import TrainConfig
 from sememe.train.schedule import Plan
 
@@ -64,8 +65,7 @@ class Member:
                 "activations must be finite", "NaN or infinity in the sample", "Check the source."
             )
         if self.config.scale:
-            self.dictionary.scale_in.fill_(_scale(sample.x))
-            self.dictionary.scale_out.fill_(_scale(sample.target))
+            self.dictionary.set_scales(sample.x, sample.target)
         self.dictionary.initialise(*self.scaled(sample), self.generator)
 
     def scaled(self, batch: Batch) -> Batch:
@@ -105,6 +105,7 @@ class Member:
         return values | {
             "loss": total,
             "fvu": values["mse"] / max(variance, 1e-12),
+            **fvu_by_site(self.dictionary.sites, target, loss.recon),
             "l0": float(loss.encoded.l0().float().mean()),
             "frac_silent": float((self.dictionary.tokens_since_fired > 100_000).float().mean()),
             "lr": lr,
@@ -141,9 +142,3 @@ class Member:
         self.optimiser.load_state_dict(state["optimiser"])
         self.generator.set_state(state["run"]["generator"])
         self.step, self.resampled_at = state["run"]["step"], state["run"]["resampled_at"]
-
-
-def _scale(x: Tensor) -> float:
-    """What makes the mean square distance from the mean, per feature, equal 1: then mse is nearly fvu."""
-    spread = float((x - x.mean(0)).square().mean().sqrt())
-    return 1.0 / spread if spread > 0 else 1.0

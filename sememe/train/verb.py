@@ -6,10 +6,11 @@ from typing import Any
 
 from sememe import artifact, dictionaries, kernels
 from sememe.dictionaries import Dictionary, Trainable
+from sememe.join import open_stores
 from sememe.source import LiveSource, Source, StoreSource
-from sememe.store import open_store
 from sememe.text import fetch
 from sememe.text import fingerprint as text_fingerprint
+from sememe.train.by_site import about_sites
 from sememe.train.config import TrainConfig
 from sememe.train.member import Member
 from sememe.train.run import Place, Run
@@ -81,10 +82,10 @@ def _train(
 
 def _stored(config: TrainConfig, extra: dict[str, Any]) -> tuple[Source, dict[str, str], dict[str, Any]]:
     """A store as a source, and what it is made from."""
-    store = open_store(config.store)
+    store = open_stores([config.store, *config.join])
     source = StoreSource(store, config.inputs, config.outputs, config.seed)
     about = {"policy": store.info.policy.resolved(), "store": store.info.resolved()}
-    return source, {"store": store.fingerprint}, about | extra
+    return source, store.parents, about | extra
 
 
 def _live(config: TrainConfig, extra: dict[str, Any]) -> tuple[Source, dict[str, str], dict[str, Any]]:
@@ -112,4 +113,7 @@ def _summary(dictionary: Trainable, source: Source) -> dict[str, Any]:
     horizon = source.n_rows
     silent = dictionary.tokens_since_fired
     alive = None if horizon is None else float((silent < horizon).float().mean())
-    return {"training": {"frac_alive_last_pass": alive, "scale_in": float(dictionary.scale_in)}}
+    scale_in = dictionary.scale_in.expand(dictionary.d_in).unique_consecutive().tolist()
+    about: dict[str, Any] = {"frac_alive_last_pass": alive, "scale_in": scale_in}
+    sites = about_sites(dictionary)
+    return {"training": about | ({"sites": sites} if sites else {})}
