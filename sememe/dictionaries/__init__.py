@@ -14,6 +14,7 @@ from sememe import artifact
 from sememe.dictionaries.abs_topk import AbsTopK, AbsTopKConfig
 from sememe.dictionaries.base import ArchitectureConfig, Constraints, Dictionary, Loss, Site, Sites, Trainable
 from sememe.dictionaries.batch_topk import BatchTopK, BatchTopKConfig
+from sememe.dictionaries.cross_layer import CrossLayer, CrossLayerConfig
 from sememe.dictionaries.gated import Gated, GatedConfig
 from sememe.dictionaries.group_max import GroupMax, GroupMaxConfig
 from sememe.dictionaries.identity import Identity
@@ -54,7 +55,8 @@ Architecture = Annotated[
     | JumpReLUConfig
     | GatedConfig
     | TiedConfig
-    | PAnnealConfig,
+    | PAnnealConfig
+    | CrossLayerConfig,
     Field(discriminator="kind"),
 ]
 """The config of any architecture that can be trained, told apart by `kind`."""
@@ -71,6 +73,7 @@ TRAINABLE: dict[str, type[Trainable]] = {
     "gated": Gated,
     "tied": Tied,
     "p_anneal": PAnneal,
+    "cross_layer": CrossLayer,
 }
 
 REGISTRY: dict[str, type[Dictionary]] = {

@@ -14,7 +14,7 @@ from sememe.dictionaries.base import Loss, Sites
 from sememe.dictionaries.penalised import Penalised, PenalisedConfig
 from sememe.encoded import Encoded
 
-__all__ = ["JumpReLU", "JumpReLUConfig"]
+__all__ = ["Jump", "JumpReLU", "JumpReLUConfig"]
 
 N_THRESHOLD_ROWS = 1024
 """Rows of the sample that set the first thresholds: it holds their pre-activations densely."""
@@ -106,7 +106,7 @@ class JumpReLU(Penalised):
         lower = (threshold.detach() - width / 2).clamp_min(0)
         near = kernels.encode_threshold(x, self.W_enc, self.b_enc, self.b_pre, lower)
         per_entry = threshold.index_select(0, near.indices)
-        acts, open_ = _Jump.apply(near.acts, per_entry, width)  # type: ignore[no-untyped-call]
+        acts, open_ = Jump.apply(near.acts, per_entry, width)  # type: ignore[no-untyped-call]
         encoded = near.with_acts(acts)
         recon = self.decode(encoded, x)
         mse = (target - recon).square().mean()
@@ -135,7 +135,7 @@ class JumpReLU(Penalised):
         return norms.median()
 
 
-class _Jump(torch.autograd.Function):
+class Jump(torch.autograd.Function):
     """`z * H(z - threshold)` and `H(z - threshold)`, with gradients for the threshold through a rectangle of area 1.
 
     Source: Rajamanoharan et al. 2024b, eqs. 11 and 12: -(threshold / width) K and -(1 / width) K, where K is 1

@@ -6,6 +6,7 @@ beyond handing their names on (training straight from one is set up in `source.p
     member.py    one dictionary in training: a step, its state
     by_site.py   what is logged of each of several outputs
     dead.py      what is done about latents that no longer fire
+    objective.py what it is trained for
     run.py       the loop: members on one source, their logs and checkpoints
     verb.py      from a config to finished artifacts
 

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from sememe.config import Config
 from sememe.dictionaries import Architecture
 from sememe.dictionaries.topk import TopKConfig
+from sememe.end_to_end import EndToEndConfig
 from sememe.errors import ConfigError
 from sememe.lm import ModelConfig
 from sememe.text import TextConfig, TokenPolicy
@@ -75,6 +76,8 @@ class TrainConfig(Config):
     """The corpus of a live run."""
     policy: TokenPolicy = TokenPolicy()
     """Which positions a live run keeps."""
+    end_to_end: EndToEndConfig = EndToEndConfig()
+    """What a live run is trained for besides the dictionary's own loss."""
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:
@@ -111,12 +114,20 @@ class TrainConfig(Config):
                     "inputs must be given when live", "nothing", "Name a hookpoint: --inputs resid_post.8."
                 )
         else:
-            for name in ("buffer_mb", "batch_rows", "model", "text", "policy"):
+            for name in ("buffer_mb", "batch_rows", "model", "text", "policy", "end_to_end"):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ConfigError(
                         f"{name} must be left out unless live is set",
                         getattr(self, name),
                         "A store brings its own; drop it.",
+                    )
+        if self.end_to_end.objective != "local":
+            for name in ("buffer_mb", "batch_rows"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ConfigError(
+                        f"{name} must be left out when the objective is {self.end_to_end.objective}",
+                        getattr(self, name),
+                        "Whole contexts go straight into a step: batch_size / context_length of them; drop it.",
                     )
         return self
 

@@ -2,7 +2,7 @@
 
 Knows one step and its own state; knows neither where batches come from nor when anything is saved.
 
-    batch * scale -> dictionary.loss -> optimiser -> dictionary.after_step
+    batch * scale -> objective -> optimiser -> dictionary.after_step
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from sememe.optimiser import Adam
 from sememe.source import Batch
 from sememe.train.by_site import fvu_by_site
 from sememe.train.config import TrainConfig
+from sememe.train.objective import Objective, own_loss
 from sememe.train.schedule import Plan
 
 __all__ = ["Member", "Stepped", "make_optimiser"]
@@ -45,10 +46,19 @@ class Member:
         config: Its options.
         dictionary: Not yet initialised.
         plan: Its steps and rates.
+        objective: What it is trained for; the dictionary's own loss if not given.
     """
 
-    def __init__(self, name: str, config: TrainConfig, dictionary: Trainable, plan: Plan) -> None:
+    def __init__(
+        self,
+        name: str,
+        config: TrainConfig,
+        dictionary: Trainable,
+        plan: Plan,
+        objective: Objective | None = None,
+    ) -> None:
         self.name, self.config, self.dictionary, self.plan = name, config, dictionary, plan
+        self.objective = objective or own_loss
         self.generator = torch.Generator().manual_seed(config.seed)
         self.optimiser = make_optimiser(config, dictionary)
         self.step = 0
@@ -77,7 +87,7 @@ class Member:
         """One update from a batch in raw units."""
         x, target = self.scaled(batch)
         self.dictionary.train()
-        loss = self.dictionary.loss(x, target, self.step / self.plan.n_steps)
+        loss = self.objective(self.dictionary, batch, x, target, self.step / self.plan.n_steps)
         loss.total.backward()  # type: ignore[no-untyped-call]
         since = None if self.resampled_at is None else self.step - self.resampled_at
         lr = self.plan.rate(self.step, self.config, since)
