@@ -1,4 +1,4 @@
-"""Training against the model's output: the loss and its gradients against a splice written by hand, and what it buys."""
+"""Training against the model's output: loss and gradients against a splice written by hand, and what it buys."""
 
 from pathlib import Path
 
