@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -13,6 +13,7 @@ from sememe.source import Batch
 __all__ = ["Objective", "own_loss"]
 
 
+@runtime_checkable
 class Objective(Protocol):
     """A loss of one batch."""
 
