@@ -12,11 +12,13 @@ policy's positions only; downstream errors are divided by the variance of what t
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, Int32
 from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
@@ -27,7 +29,7 @@ from sememe.config import Config
 from sememe.dictionaries.base import Batch, Loss, Site, Sites, Trainable
 from sememe.errors import ActivationError, ConfigError, HookpointError, TextError
 from sememe.splice import BaseRun, Splicer
-from sememe.text import Split, TextConfig, TokenBlock, TokenPolicy, token_blocks
+from sememe.text import Split, TextConfig, TokenPolicy, token_blocks
 
 if TYPE_CHECKING:
     from sememe.lm import LanguageModel
@@ -85,6 +87,19 @@ class ContextBatch(Batch):
         batch.run, batch.places = run, places
         return batch
 
+    def to(self, device: torch.device) -> Self:
+        """The rows on another device; what they are from stays where the language model is."""
+        rows = super().to(device)
+        return self.of(rows.x, rows.target, self.run, self.places)
+
+
+class _Context(NamedTuple):
+    """One row of tokens, which of its positions the policy keeps, and which are not padding."""
+
+    ids: Int32[np.ndarray, " ctx"]
+    keep: Bool[np.ndarray, " ctx"]
+    attention_mask: Bool[np.ndarray, " ctx"]
+
 
 class ContextSource:
     """Batches of whole contexts straight from a language model.
@@ -127,8 +142,8 @@ class ContextSource:
         self.max_norms = max_norms
         self.sites = Sites(inputs=self._make_sites(self.inputs), outputs=self._make_sites(self.outputs))
         self.d_in, self.d_out = self.sites.inputs[-1].stop, self.sites.outputs[-1].stop
-        self._blocks: Iterator[TokenBlock] | None = None
-        self._n_read = 0  # batches, in this pass over the text
+        self._contexts: Iterator[_Context] | None = None
+        self._n_read = 0  # contexts, in this pass over the text
 
     def _make_sites(self, names: tuple[str, ...]) -> tuple[Site, ...]:
         sites, start = [], 0
@@ -147,37 +162,37 @@ class ContextSource:
             start = stop
         return tuple(sites)
 
-    def _contexts(self, n: int) -> Iterator[TokenBlock]:
-        n_contexts = max(1, n // self.policy.context_length)
-        return token_blocks(
-            self.text, self.lm.tokenizer, self.policy, split=self.split, n_tokens=None, block_rows=n_contexts
-        )
+    def _read(self) -> Iterator[_Context]:
+        """The text's contexts from the first on."""
+        blocks = token_blocks(self.text, self.lm.tokenizer, self.policy, split=self.split, n_tokens=None)
+        for block in blocks:
+            for row in range(block.ids.shape[0]):
+                yield _Context(block.ids[row], block.keep[row], block.attention_mask[row])
 
     def next_batch(self, n: int) -> ContextBatch:
         """The next contexts; the text starts over when it ends."""
-        while True:
-            if self._blocks is None:
-                self._blocks = self._contexts(n)
-                for _ in range(self._n_read):
-                    next(self._blocks)
-            block = next(self._blocks, None)
-            if block is not None:
+        wanted: list[_Context] = []
+        while len(wanted) < max(1, n // self.policy.context_length):
+            if self._contexts is None:
+                self._contexts = itertools.islice(self._read(), self._n_read, None)
+            context = next(self._contexts, None)
+            if context is not None:
                 self._n_read += 1
-                batch = self._forward(block)
-                if batch.x.shape[0] > 0:
-                    return batch
-                continue
-            if self._n_read == 0:
+                wanted.append(context)
+            elif self._n_read == 0:
                 raise TextError("the text must hold at least one context", "none", "Give more text.")
-            self._n_read, self._blocks = 0, None
+            else:
+                self._n_read, self._contexts = 0, None
+        return self._forward(wanted)
 
     @torch.no_grad()
-    def _forward(self, block: TokenBlock) -> ContextBatch:
+    def _forward(self, contexts: list[_Context]) -> ContextBatch:
         """Not in inference mode: what is recorded takes part in the spliced forward's graph."""
-        ids = torch.from_numpy(block.ids).to(self.lm.device, torch.int64)
-        mask = None if block.attention_mask.all() else torch.from_numpy(block.attention_mask).to(ids.device)
+        tokens, kept, attention = (np.stack(parts) for parts in zip(*contexts, strict=True))
+        ids = torch.from_numpy(tokens).to(self.lm.device, torch.int64)
+        mask = None if attention.all() else torch.from_numpy(attention).to(ids.device)
         run = self.splicer.base(ids, mask)
-        keep = torch.from_numpy((block.keep & block.attention_mask).reshape(-1)).to(ids.device)
+        keep = torch.from_numpy((kept & attention).reshape(-1)).to(ids.device)
         for name, limit in self.max_norms.items():
             rows = run.activations[name].flatten(0, 1)
             norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).to(keep.device)
@@ -199,24 +214,26 @@ class ContextSource:
         return ContextBatch.of(x, x if self.inputs == self.outputs else join(self.outputs), run, places)
 
     def sample(self, n: int) -> Batch:
-        """Rows of the first contexts."""
-        parts: list[Batch] = []
-        for block in self._contexts(n):
-            parts.append(self._forward(block))
-            if sum(part.x.shape[0] for part in parts) >= n:
+        """Rows of the text's first contexts."""
+        contexts = self._read()
+        parts: list[ContextBatch] = []
+        while sum(part.x.shape[0] for part in parts) < n:
+            some = list(itertools.islice(contexts, NORM_ROWS))
+            if not some:
                 break
-        x = torch.cat([part.x for part in parts])[:n]
+            parts.append(self._forward(some))
+        x = torch.cat([part.x for part in parts])[:n].cpu()
         if self.inputs == self.outputs:
             return Batch(x, x)
-        return Batch(x, torch.cat([part.target for part in parts])[:n])
+        return Batch(x, torch.cat([part.target for part in parts])[:n].cpu())
 
     def state_dict(self) -> dict[str, Any]:
-        """How many batches of this pass over the text were read."""
+        """How many contexts of this pass over the text were read."""
         return {"n_read": self._n_read}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there: the text is read again up to that batch (tokenising only)."""
-        self._n_read, self._blocks = state["n_read"], None
+        """Go on from there: the text is read again up to that context (tokenising only)."""
+        self._n_read, self._contexts = state["n_read"], None
 
 
 class EndToEnd:
@@ -289,7 +306,7 @@ class EndToEnd:
         found: dict[str, Tensor] = {}
         with self._recording(found):
             hidden = self.splicer.spliced(batch.run, self._replaced(dictionary, batch, loss.recon))
-        output = self._output_loss(batch, hidden)
+        output = self._output_loss(batch, hidden).to(x.device)
         mse = (target - loss.recon).square().mean()
         # all that the dictionary's own objective adds to its squared error: penalties, auxiliary losses
         total = output + (loss.total - mse) + self.config.local_coefficient * mse
@@ -305,7 +322,7 @@ class EndToEnd:
     ) -> dict[str, Float[Tensor, "batch seq d"]]:
         """Each output with the reconstruction at kept positions; other positions keep their own activation."""
         assert dictionary.sites is not None
-        raw = recon / dictionary.scale_out
+        raw = recon / dictionary.scale_out  # each part goes to its layer's device
         out = {}
         for site in dictionary.sites.outputs:
             old = batch.run.activations[site.hookpoint]

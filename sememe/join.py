@@ -64,6 +64,11 @@ class JoinedStore:
         )
 
     @property
+    def name(self) -> str:
+        """Where they are, for errors."""
+        return " + ".join(store.name for store in self.stores)
+
+    @property
     def parents(self) -> dict[str, str]:
         """The fingerprint of each store."""
         return {f"store.{number}": store.fingerprint for number, store in enumerate(self.stores)}

@@ -191,6 +191,11 @@ class Store:
         return self.info, name
 
     @property
+    def name(self) -> str:
+        """Where it is, for errors."""
+        return str(self.artifact.path)
+
+    @property
     def parents(self) -> dict[str, str]:
         """The fingerprint, by its role for what is made from the store."""
         return {"store": self.fingerprint}

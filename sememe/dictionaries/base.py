@@ -121,6 +121,11 @@ class Batch(NamedTuple):
     x: Float[Tensor, "batch d_in"]
     target: Float[Tensor, "batch d_out"]
 
+    def to(self, device: torch.device) -> Batch:
+        """The rows on another device; the target stays x where it is."""
+        x = self.x.to(device, non_blocking=True)
+        return Batch(x, x if self.target is self.x else self.target.to(device, non_blocking=True))
+
 
 class Loss(NamedTuple):
     """A training loss. `terms` are its parts, for logging, still on the device.

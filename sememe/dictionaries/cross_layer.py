@@ -33,8 +33,8 @@ class CrossLayerConfig(ArchitectureConfig):
     """Layers into which bare tensors are cut, equally; where hookpoints are known, each is a layer."""
     selection: Literal["topk", "jumprelu"] = "topk"
     """topk: a number of latents is kept. jumprelu: those above a learned threshold each."""
-    k: int = 32
-    """Latents kept per row, with topk: of each layer, or of all together, as `over` says."""
+    k: int | None = None
+    """Latents kept per row, with topk: of each layer, or of all together, as `over` says; 32 if not given."""
     over: Literal["layer", "all"] = "layer"
     """Whether topk chooses within each layer, or among the latents of all layers."""
     auxk_coefficient: float = 1 / 32
@@ -99,9 +99,10 @@ class CrossLayer(Trainable):
         self.layers = _layers(config, d_in, d_out, d_sae, sites)
         sizes = [layer.latents.stop - layer.latents.start for layer in self.layers]
         most = min(sizes) if config.over == "layer" else d_sae
-        if config.selection == "topk" and not 1 <= config.k <= most:
+        self.k = 32 if config.k is None else config.k
+        if config.selection == "topk" and not 1 <= self.k <= most:
             raise ConfigError(
-                f"k must be in [1, {most}], the latents to choose from", config.k, "Lower k or raise d_sae."
+                f"k must be in [1, {most}], the latents to choose from", self.k, "Lower k or raise d_sae."
             )
         widths = [layer.inputs.stop - layer.inputs.start for layer in self.layers]
         self.encoders = nn.ParameterList(
@@ -175,7 +176,7 @@ class CrossLayer(Trainable):
         self.check_input(x)
         if self.config.selection == "jumprelu":
             return self._encode_above(x, self.threshold.detach())
-        k, acts, indices = self.config.k, [], []
+        k, acts, indices = self.k, [], []
         for number, layer in enumerate(self.layers):
             n = layer.latents.stop - layer.latents.start
             found = kernels.encode_topk(*self._reads(x, number), min(k, n))
