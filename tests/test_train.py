@@ -32,6 +32,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     kind: {"k": 3, "d_sae": 64, "dead_after_tokens": 2000}
     for kind in ("topk", "batch_topk", "matryoshka", "multi_topk", "abs_topk")
 } | {
+    "cross_layer": {"k": 4, "d_sae": 64, "n_layers": 2, "over": "all", "dead_after_tokens": 2000},
     "group_max": {"k": 4, "d_sae": 64, "dead_after_tokens": 2000},
     "relu": _RESAMPLED | {"l1_coefficient": 0.05},
     "gated": _RESAMPLED | {"l1_coefficient": 0.05},
