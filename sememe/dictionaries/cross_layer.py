@@ -366,6 +366,11 @@ class CrossLayer(Trainable):
             self.relative_threshold[ids] = self.relative_threshold.median()
         self.tokens_since_fired[ids] = 0
 
+    def latents_of(self, name: str) -> slice | None:
+        """A layer's encoder and decoder belong to its own latents."""
+        matrix, dot, number = name.partition(".")
+        return self.layers[int(number)].latents if dot else super().latents_of(matrix)
+
     def constraints(self) -> Constraints:
         """Decoder rows, over all that a latent writes, keep norm 1."""
         return Constraints(unit_norm=tuple(f"decoders.{number}" for number in range(len(self.layers))))
