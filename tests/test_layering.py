@@ -29,6 +29,8 @@ LAYERS = [
         "intervene", "pretrain", "convert", "publish", "report",
     ],
     ["browse"],
+    ["recipe"],
+    ["plan"],
     ["run"],
     ["cli"],
     ["__main__"],
