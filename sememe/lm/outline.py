@@ -131,6 +131,8 @@ def outline(config: ModelConfig) -> Outline | None:
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        return None
     dtype = native_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
     return Outline(hf, dtype, device)
 

@@ -19,7 +19,7 @@ from sememe.plan.machine import Machine, Speed, disk_free, gpu_free, measure, me
 from sememe.plan.stages import Estimate, estimates
 from sememe.recipe import Stage, place_of, read_recipe, stages
 
-__all__ = ["Plan", "check", "plan", "print_plan", "refuse"]
+__all__ = ["Machine", "Plan", "check", "plan", "print_plan", "refuse"]
 
 GB = 1e9
 
@@ -88,23 +88,40 @@ def refuse(found: Plan) -> None:
 
 
 def _refuse_all(found: Sequence[Estimate], machine: Machine) -> None:
-    """Raise for the first stage that cannot fit."""
+    """Raise for the first stage that cannot fit: in memory stage by stage, on the disk all of them together."""
+    known = [estimate for estimate in found if estimate.needs is not None]
+    for estimate in known:
+        _refuse(estimate, "memory", machine.memory, lambda needs: needs.memory)
+        if machine.gpu is not None:
+            _refuse(estimate, "memory of the GPU", machine.gpu, lambda needs: needs.gpu)
+    harvest = next((estimate for estimate in known if estimate.stage.verb == "harvest"), None)
+    if harvest is not None and not harvest.done:
+        n_tokens = harvest.knobs[0].value
+        fits = largest(lambda n: _disk(known, n) <= machine.disk, n_tokens)
+        if fits and _disk(known, n_tokens) > machine.disk:
+            raise ResourceError(
+                f"all stages together must fit in the disk that is free, {machine.disk / GB:.1f} GB",
+                f"about {_disk(known, n_tokens) / GB:.1f} GB (n_tokens={n_tokens:,})",
+                f"Lower the harvest's n_tokens to at most {fits:,}.",
+            )
     written = 0.0
+    for estimate in known:
+        _refuse(estimate, "disk", machine.disk - written, lambda needs: needs.disk)
+        written += estimate.needs.disk if estimate.needs else 0.0
+
+
+def _disk(found: Sequence[Estimate], n_tokens: int) -> float:
+    """Bytes that all stages write when the harvest reads so many tokens."""
+    total = 0.0
     for estimate in found:
-        if estimate.needs is None:
-            continue
-        places = [("memory", "memory", machine.memory), ("gpu", "memory of the GPU", machine.gpu)]
-        for field, what, free in places:
-            if free is not None:
-                _refuse(estimate, what, free, lambda needs, field=field: float(getattr(needs, field)))  # type: ignore[misc]
-        left = machine.disk - written
-        _refuse(estimate, "disk", left, lambda needs: needs.disk)
-        written += estimate.needs.disk
+        knob = next((knob for knob in estimate.knobs if knob.name == "n_tokens"), None)
+        needs = estimate.needs if knob is None else knob.bytes_at(n_tokens)
+        total += needs.disk if needs is not None else 0.0
+    return total
 
 
 def _refuse(estimate: Estimate, what: str, free: float, of: Callable[[Bytes], float]) -> None:
-    assert estimate.needs is not None
-    if of(estimate.needs) <= free:
+    if estimate.needs is None or of(estimate.needs) <= free:
         return
     options = ", ".join(f"{knob.name}={knob.value:,}" for knob in estimate.knobs)
     remedies = []

@@ -262,12 +262,12 @@ class _Planner:
         n_tokens = rows.n_tokens if stored else config.n_tokens
         shard = rows.n_bytes(inputs) / rows.n_rows * rows.shard_rows if stored else 0.0
 
-        def needs(d_sae: int, n_reservoir: int) -> Bytes:
+        def needs(n_read: int, d_sae: int, n_reservoir: int) -> Bytes:
             slots = config.n_top + n_reservoir
             return costs.interpret_bytes(
                 model,
                 dictionary.scaled(d_sae),
-                n_tokens,
+                n_read,
                 slots,
                 config.n_random,
                 config.batch_rows,
@@ -281,7 +281,8 @@ class _Planner:
 
         d_sae, reservoir = dictionary.d_sae, config.n_reservoir
         knobs = (
-            Knob("n_reservoir", reservoir, lambda n: needs(d_sae, n)),
-            Knob("d_sae", d_sae, lambda n: needs(n, reservoir)),
+            Knob("n_tokens", n_tokens, lambda n: needs(n, d_sae, reservoir)),
+            Knob("n_reservoir", reservoir, lambda n: needs(n_tokens, d_sae, n)),
+            Knob("d_sae", d_sae, lambda n: needs(n_tokens, n, reservoir)),
         )
-        return Estimate(stage, False, needs(d_sae, reservoir), seconds, knobs)
+        return Estimate(stage, False, needs(n_tokens, d_sae, reservoir), seconds, knobs[0 if stored else 1 :])
