@@ -158,6 +158,22 @@ class Store:
             self._verified.add(name)
         return Shard(activations, *rest)
 
+    def read_doc_ids(self, index: int) -> Int[Tensor, " rows"]:
+        """The document of each row of a shard; the rest of the file is neither read nor checked.
+
+        Raises:
+            CorruptError: the file is truncated.
+        """
+        path = self.artifact.file(self.info.shards[index])
+        try:
+            with safe_open(path, framework="pt") as file:
+                doc_ids: Tensor = file.get_tensor("doc_ids")
+        except SafetensorError as error:
+            raise CorruptError(
+                f"{path} must be a shard of activations", str(error), "Delete the store and harvest again."
+            ) from None
+        return doc_ids
+
     def documents(self) -> list[dict[str, Any]]:
         """The table of documents: id, source, language, title, tags (JSON)."""
         rows: list[dict[str, Any]] = pq.read_table(self.artifact.file(DOCUMENTS, verify=True)).to_pylist()

@@ -24,6 +24,7 @@ LAYERS = [
     ["store", "splice", "figures", "collect"],
     ["capture"],
     ["source"],
+    ["probes"],
     [
         "harvest", "train", "evaluate", "compare", "interpret", "explain",
         "intervene", "pretrain", "convert", "publish", "report",
@@ -36,7 +37,7 @@ LAYERS = [
     ["__main__"],
 ]  # fmt: skip
 LAYER = {name: depth for depth, names in enumerate(LAYERS) for name in names}
-VERBS = set(LAYERS[10])
+VERBS = set(LAYERS[11])
 TORCH_FREE = {
     "errors",
     "config",

@@ -5,6 +5,7 @@ beyond handing their names on (training straight from one is set up in `source.p
     schedule.py  how many steps, and the learning rate of each
     member.py    one dictionary in training: a step, its state
     dead.py      what is done about latents that no longer fire
+    watch.py     what is measured on rows that are never trained on
     run.py       the loop: members on one source, their logs and checkpoints
     verb.py      from a config to finished artifacts
 
@@ -13,5 +14,6 @@ Killed at any moment and started again, a run goes on from its last checkpoint w
 
 from sememe.train.config import TrainConfig, learning_rate
 from sememe.train.verb import train
+from sememe.train.watch import Probe
 
-__all__ = ["TrainConfig", "learning_rate", "train"]
+__all__ = ["Probe", "TrainConfig", "learning_rate", "train"]

@@ -23,7 +23,16 @@ class TrainConfig(Config):
     """What to train, on what, and for how long."""
 
     not_identity: ClassVar[frozenset[str]] = frozenset(
-        {"store", "out", "checkpoint_every_seconds", "track", "log_every", "threads"}
+        {
+            "store",
+            "out",
+            "checkpoint_every_seconds",
+            "track",
+            "log_every",
+            "threads",
+            "watch_every",
+            "watch_ce_tokens",
+        }
     )
 
     store: Path = Path("artifacts/store")
@@ -54,6 +63,12 @@ class TrainConfig(Config):
     """Of the initial weights and the data's order."""
     log_every: int = Field(default=50, ge=1)
     """Steps between lines of metrics.jsonl."""
+    watch_rows: int = Field(default=4096, ge=0)
+    """Rows held out of training, and measured while it goes on; never more than one in twenty. 0 watches none."""
+    watch_every: int = Field(default=50_000, ge=1)
+    """Tokens between two measurements on them."""
+    watch_ce_tokens: int = Field(default=0, ge=0)
+    """Tokens of held-out documents on which ce_recovered_zero is watched; needs the language model."""
     checkpoint_every_seconds: float = Field(default=60.0, ge=0)
     """Wall-clock time between checkpoints."""
     track: tuple[Tracker, ...] = ()
@@ -85,6 +100,18 @@ class TrainConfig(Config):
             raise ConfigError(
                 "warmup + decay must be <= 1", f"{self.warmup:g} + {self.decay:g}", "Lower one of them."
             )
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_watched(self) -> TrainConfig:
+        if not self.watch_rows and not self.watch_ce_tokens:
+            default = type(self).model_fields["watch_every"].default
+            if self.watch_every != default:
+                raise ConfigError(
+                    "watch_every must be left out when nothing is watched",
+                    self.watch_every,
+                    "Drop it, or raise watch_rows.",
+                )
         return self
 
     @model_validator(mode="after")

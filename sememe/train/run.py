@@ -22,6 +22,7 @@ from sememe.tracking import Log
 from sememe.train.config import TrainConfig
 from sememe.train.dead import revive
 from sememe.train.member import Member
+from sememe.train.watch import WATCHED, Watch
 
 __all__ = ["N_SAMPLE_ROWS", "Place", "Run"]
 
@@ -46,11 +47,19 @@ class Run:
         source: Where their batches come from.
         folder: Where the checkpoint is kept.
         threads: CPU threads in use.
+        watch: What is measured on the way.
     """
 
     def __init__(
-        self, config: TrainConfig, places: list[Place], source: Source, folder: Path, threads: int
+        self,
+        config: TrainConfig,
+        places: list[Place],
+        source: Source,
+        folder: Path,
+        threads: int,
+        watch: Watch,
     ) -> None:
+        self.watch = watch
         self.config, self.places, self.source, self.folder = config, places, source, folder
         self.members = [place.member for place in places]
         self.n_steps = self.members[0].plan.n_steps
@@ -109,10 +118,15 @@ class Run:
             stop_requests() as stop,
         ):
             logs = [stack.enter_context(self._log(place)) for place in self.places]
+            watched = [stack.enter_context(self._watched(place)) for place in self.places if self.watch.on]
+            if self.step == 0:
+                self._look(watched)
             saved_at = time.monotonic()
             while self.step < self.n_steps:
                 progress.note = self._one_step(logs) or progress.note
                 progress.advance(config.batch_size)
+                if self.watch.due(self.step, self.n_steps):
+                    self._look(watched)
                 if stop.is_set() or time.monotonic() - saved_at >= config.checkpoint_every_seconds:
                     self._check_weights()
                     save_checkpoint(self.folder, self.step, self._state())
@@ -130,6 +144,17 @@ class Run:
             config=config.resolved(),
             resume_step=self.step if self.step else None,
         )
+
+    def _watched(self, place: Place) -> Log:
+        return Log(place.folder / WATCHED, resume_step=self.step if self.step else None)
+
+    def _look(self, logs: list[Log]) -> None:
+        """Measure every member as it stands."""
+        about: dict[str, Any] = {"tokens": self.step * self.config.batch_size}
+        if self.step == 0 and self.watch.edges:
+            about["edges"] = self.watch.edges
+        for log, member in zip(logs, self.members, strict=bool(logs)):
+            log.write(self.step, about | self.watch(member.dictionary))
 
     def _one_step(self, logs: list[Log]) -> str:
         """Every member's next step; what the progress bar shows of it, if it was logged."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from sememe import artifact, dictionaries, kernels
 from sememe.dictionaries import Dictionary, Trainable
-from sememe.source import LiveSource, Source, StoreSource
+from sememe.probes import cross_entropy_of
+from sememe.source import HoldsOut, LiveSource, Source, StoreSource
 from sememe.store import open_store
 from sememe.text import fetch
 from sememe.text import fingerprint as text_fingerprint
@@ -14,6 +16,7 @@ from sememe.train.config import TrainConfig
 from sememe.train.member import Member
 from sememe.train.run import Place, Run
 from sememe.train.schedule import make_plan
+from sememe.train.watch import Probe, Watch
 
 __all__ = ["train"]
 
@@ -26,6 +29,7 @@ def train(
     source: Source | None = None,
     parents: dict[str, str] | None = None,
     extra: dict[str, Any] | None = None,
+    probes: Sequence[Probe] = (),
     fresh: bool = False,
 ) -> Dictionary:
     """Train a dictionary, or open it if it is there.
@@ -35,6 +39,7 @@ def train(
         source: Where activations come from; the store at config.store if not given.
         parents: Fingerprints of what the source is made from; the store's if the source is not given.
         extra: More to remember in the dictionary's meta.json (the token policy, for a live source).
+        probes: What to measure on the way, beside the held-out rows; their numbers go to watched.jsonl.
         fresh: Replace whatever stands at config.out.
 
     Returns:
@@ -46,18 +51,24 @@ def train(
         MismatchError: another dictionary, or a checkpoint of another set-up, stands at config.out.
     """
     if source is None and config.live:
-        return _train(config, *_live(config, extra or {}), fresh)
+        return _train(config, *_live(config, extra or {}), probes, fresh)
     if source is None:
-        return _train(config, *_stored(config, extra or {}), fresh)
-    return _train(config, source, parents or {}, extra or {}, fresh)
+        return _train(config, *_stored(config, extra or {}), probes, fresh)
+    return _train(config, source, parents or {}, extra or {}, probes, fresh)
 
 
 def _train(
-    config: TrainConfig, source: Source, parents: dict[str, str], extra: dict[str, Any], fresh: bool
+    config: TrainConfig,
+    source: Source,
+    parents: dict[str, str],
+    extra: dict[str, Any],
+    probes: Sequence[Probe],
+    fresh: bool,
 ) -> Dictionary:
     identity = artifact.identity_of("dictionary", VERSION, config, parents)
     if not fresh and artifact.find(config.out, "dictionary", identity):
         return dictionaries.load(config.out)
+    watch = _watch(config, source, probes)
     dictionary = dictionaries.build(config.architecture, source.d_in, source.d_out, source.sites)
     member = Member("dictionary", config, dictionary, make_plan(config, dictionary, source))
     with (
@@ -73,10 +84,21 @@ def _train(
             leave_out=("checkpoint.tmp", "checkpoint-*.safetensors"),
         ) as work,
     ):
-        Run(config, [Place(member, work.path)], source, work.path, threads).go()
+        Run(config, [Place(member, work.path)], source, work.path, threads, watch).go()
         probe_rows = source.sample(16).x
         work.extra = extra | dictionary.write(work.path, probe_rows) | _summary(dictionary, source)
     return dictionaries.load(config.out)
+
+
+def _watch(config: TrainConfig, source: Source, probes: Sequence[Probe]) -> Watch:
+    """What is measured while a dictionary is trained; held-out rows leave the source here."""
+    rows = None
+    if config.watch_rows and isinstance(source, HoldsOut):
+        held = source.hold_out(config.watch_rows)
+        rows = held if held.x.shape[0] else None
+    if config.watch_ce_tokens:
+        probes = (*probes, cross_entropy_of(source, config.watch_ce_tokens, config.batch_rows))
+    return Watch(rows, probes, config.watch_every, config.batch_size)
 
 
 def _stored(config: TrainConfig, extra: dict[str, Any]) -> tuple[Source, dict[str, str], dict[str, Any]]:
