@@ -194,8 +194,11 @@ def test_a_resumed_run_has_the_same_log_and_bits(tmp_path):
             raise RuntimeError("stopped here")
         return {"norm": float(reconstruct(x[:10]).norm())}
 
+    def plain(reconstruct):
+        return {"norm": float(reconstruct(x[:10]).norm())}
+
     options = {"watch_rows": N, "watch_every": 512, "checkpoint_every_seconds": 0.0}
-    train(config("topk", tmp_path / "whole", **options), source=TensorSource(x), probes=[lambda r: {"norm": float(r(x[:10]).norm())}])  # fmt: skip
+    train(config("topk", tmp_path / "whole", **options), source=TensorSource(x), probes=[plain])
     with pytest.raises(RuntimeError, match="stopped here"):
         train(config("topk", tmp_path / "cut", **options), source=TensorSource(x), probes=[counted])
     train(config("topk", tmp_path / "cut", **options), source=TensorSource(x), probes=[counted])
@@ -264,9 +267,10 @@ def test_the_figures_draw_what_was_watched():
 
     edges = density_edges(100)
     lines = [
-        {"step": s, "tokens": 100 * s, "fvu": 1 / (s + 1), "l0": 3.0, "frac_dead": 0.1, "density": [s] * (len(edges) - 1)}
-        for s in range(5)
-    ]  # fmt: skip
+        {"step": s, "tokens": 100 * s, "fvu": 1 / (s + 1), "l0": 3.0, "frac_dead": 0.1} for s in range(5)
+    ]
+    for line in lines:
+        line["density"] = [line["step"]] * (len(edges) - 1)
     lines[0]["edges"] = edges
     assert len(watched_plot(lines).axes) == 3
     (mesh,) = density_map(lines).axes[0].collections
