@@ -26,6 +26,8 @@ __all__ = [
     "interpret_seconds",
     "train_bytes",
     "train_seconds",
+    "watch_ce_seconds",
+    "watch_seconds",
 ]
 
 BASE = 1_100_000_000
@@ -160,6 +162,20 @@ def train_seconds(dictionary: Dictionary, speed: Speed, batch_size: int, n_steps
     row = products * dictionary.product + entries / speed.bandwidth
     step = PARAMETER_BYTES * dictionary.n_parameters / speed.bandwidth
     return START + n_steps * (batch_size * row + step)
+
+
+def watch_seconds(dictionary: Dictionary, speed: Speed, n_rows: int) -> float:
+    """Encoding and decoding held-out rows, of all looks together."""
+    return n_rows * _encode_seconds(dictionary, speed)
+
+
+def watch_ce_seconds(
+    lm: Outline, speed: Speed, n_tokens: int, n_layers_above: int, context_length: int
+) -> float:
+    """Splicing a reconstruction in, on the tokens of all looks together."""
+    first = lm.n_layers - n_layers_above
+    per_token = _forward_seconds(lm, speed, first, lm.n_layers, context_length) + _head_seconds(lm, speed)
+    return MODEL_START + n_tokens * per_token
 
 
 # -- evaluate --------------------------------------------------------------------------------------

@@ -224,8 +224,17 @@ class _Planner:
         def needs(d_sae: int, batch_size: int) -> Bytes:
             return costs.train_bytes(dictionary.scaled(d_sae), batch_size, buffer)
 
+        model, n_looks = self.model, 2 + n_trained // config.watch_every
+
         def seconds(speed: Speed) -> float:
-            return costs.train_seconds(dictionary, speed, config.batch_size, n_steps)
+            training = costs.train_seconds(dictionary, speed, config.batch_size, n_steps)
+            training += costs.watch_seconds(dictionary, speed, n_looks * config.watch_rows)
+            if config.watch_ce_tokens and model is not None:
+                above, length = model.n_layers_above(outputs), rows.policy.context_length
+                training += costs.watch_ce_seconds(
+                    model, speed, n_looks * config.watch_ce_tokens, above, length
+                )
+            return training
 
         d_sae, batch = dictionary.d_sae, config.batch_size
         knobs = (
