@@ -77,7 +77,8 @@ def run(name: str, lr: float | None, seed: int, rows: Path, arguments: argparse.
         command += [f"--{option.replace('_', '-')}", str(getattr(arguments, option))]
     command += ["--seed", str(seed), *(["--lr", str(lr)] if lr is not None else [])]
     print(f"{name} at lr {label}, seed {seed}")
-    subprocess.run(command, check=True)
+    if subprocess.run(command, check=False).returncode:
+        print(f"{name} at lr {label} failed; the others go on", file=sys.stderr)
 
 
 def results(steps: int | None = None) -> dict[str, list[dict[str, Any]]]:

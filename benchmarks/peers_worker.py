@@ -70,7 +70,8 @@ class Rows:
 
 def sae_lens(rows: Rows, options: argparse.Namespace) -> Peer:
     """TopKTrainingSAE under SAETrainer. Inputs scaled as by its "expected_average_only_in"; the last fifth decays."""
-    from sae_lens import SAETrainerConfig, TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
     config = TopKTrainingSAEConfig(
