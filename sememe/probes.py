@@ -6,7 +6,7 @@ into a few held-out contexts, as evaluation does (`evaluate`), with fewer arms a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -155,23 +155,39 @@ class CrossEntropy:
         return total / max(n, 1)
 
 
-def cross_entropy_of(source: Source, n_tokens: int, batch_rows: int) -> CrossEntropy:
-    """The probe for a dictionary that is trained on a source: on the same text, with the same model.
+def cross_entropy_of(
+    source: Source, sites: Sequence[Sites | None], n_tokens: int, batch_rows: int
+) -> list[CrossEntropy]:
+    """Probes for dictionaries that are trained on a source: on the same text, with the same model.
+
+    Args:
+        source: A store or a live run.
+        sites: What each dictionary reads and writes; those that agree share a probe.
+        n_tokens: See `CrossEntropy`.
+        batch_rows: See `CrossEntropy`.
 
     Raises:
         ConfigError: the source does not come from a language model and a text.
         ModelError: the model of a store cannot be loaded.
     """
     if isinstance(source, LiveSource):
-        return CrossEntropy(source.lm, source.sites, source.text, source.policy, n_tokens, batch_rows)
-    if not isinstance(source, StoreSource):
+        lm, text, policy = source.lm, source.text, source.policy
+    elif isinstance(source, StoreSource):
+        from sememe import lm as language_models
+
+        made = source.store.artifact.meta["config"]
+        text, policy = TextConfig.build(made["text"]), source.store.info.policy
+        fetch(text)
+        lm = language_models.load(language_models.ModelConfig.build(made["model"]))
+    else:
         raise ConfigError(
             "watch_ce_tokens needs a store, or a live run", "another source", "Leave --watch-ce-tokens out."
         )
-    from sememe import lm as language_models
-
-    made = source.store.artifact.meta["config"]
-    text = TextConfig.build(made["text"])
-    fetch(text)
-    lm = language_models.load(language_models.ModelConfig.build(made["model"]))
-    return CrossEntropy(lm, source.sites, text, source.store.info.policy, n_tokens, batch_rows)
+    found: list[CrossEntropy] = []
+    for index, one in enumerate(sites):
+        assert one is not None, "stores and live runs know their sites"
+        if one in sites[:index]:
+            found.append(found[sites.index(one)])
+        else:
+            found.append(CrossEntropy(lm, one, text, policy, n_tokens, batch_rows))
+    return found

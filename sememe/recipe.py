@@ -6,7 +6,8 @@ options; where it reads and writes follows from the name:
 
     artifacts/NAME/{store, dictionary, report, atlas, explanations, site}
 
-Several dictionaries are `[train.NAME]` tables with an architecture each; their results lie one folder deeper.
+Several dictionaries are `[train.NAME]` tables with an architecture each, or come from a `[train.sweep]`; their
+results lie one folder deeper: `dictionary/NAME`, `report/NAME`.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def stages(recipe: Recipe, base: Path) -> list[Stage]:
         ConfigError: an option of a stage is unknown, out of range, or without effect.
     """
     from sememe.harvest import HarvestConfig
-    from sememe.train import TrainConfig
+    from sememe.train import TrainConfig, swept_names
 
     where = f"the recipe {recipe.name}"
     store = base / "store"
@@ -121,12 +122,17 @@ def stages(recipe: Recipe, base: Path) -> list[Stage]:
     harvest = HarvestConfig.build({**shared, "policy": recipe.policy, **recipe.harvest, "out": store}, where)
     found = [Stage("harvest", "", store, harvest)]
     for name, table in recipe.dictionaries.items():
-        paths = {
-            kind: base / kind / name for kind in ("dictionary", "report", "atlas", "explanations", "site")
-        }
-        train = TrainConfig.build({**table, "store": store, "out": paths["dictionary"]}, where)
-        found.append(Stage("train", name, paths["dictionary"], train))
-        found += _after_training(recipe, name, store, paths, where)
+        out = base / "dictionary" / name
+        train = TrainConfig.build({**table, "store": store, "out": out}, where)
+        found.append(Stage("train", name, out, train))
+        for member in swept_names(train):
+            place = Path(name) / member
+            paths = {
+                kind: base / kind / place
+                for kind in ("dictionary", "report", "atlas", "explanations", "site")
+            }
+            label = "" if place == Path() else str(place)
+            found += _after_training(recipe, label, store, paths, where)
     return found
 
 

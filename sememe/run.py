@@ -77,7 +77,7 @@ def _do(stage: Stage, fresh: bool) -> None:
     from sememe.explain import explain
     from sememe.harvest import harvest
     from sememe.interpret import interpret
-    from sememe.train import train
+    from sememe.train import TrainConfig, train, train_sweep
 
     verbs: dict[str, Callable[..., Any]] = {
         "harvest": harvest,
@@ -87,7 +87,8 @@ def _do(stage: Stage, fresh: bool) -> None:
         "explain": explain,
         "export": export,
     }
-    result = verbs[stage.verb](stage.config, fresh=fresh)
+    swept = isinstance(stage.config, TrainConfig) and stage.config.sweep
+    result = (train_sweep if swept else verbs[stage.verb])(stage.config, fresh=fresh)
     if stage.verb == "interpret":
         result.close()
 
@@ -120,9 +121,9 @@ def _print_results(recipe: Recipe, base: Path, results: list[StageResult], secon
     from rich.table import Table
 
     console = Console()
-    for name in recipe.dictionaries:
-        if recipe.evaluate is not None:
-            print_report(base / "report" / name)
+    for result in results:
+        if result.stage.startswith("evaluate"):
+            print_report(result.path)
     table = Table(title=f"{recipe.name}: {seconds:.0f} s in all")
     for column in ("stage", "result", "seconds", "peak GB", ""):
         table.add_column(column, justify="right" if column in ("seconds", "peak GB") else "left")

@@ -15,7 +15,7 @@ from sememe.source import Batch, HoldsOut, LiveSource, StoreSource, TensorSource
 from sememe.toy import PlantedSource, ToyConfig
 from sememe.tracking import read_log
 from sememe.train import train
-from sememe.train.watch import WATCHED, Watch, density_edges
+from sememe.train.watch import WATCHED, density_edges, measure
 
 N = 150
 
@@ -169,8 +169,7 @@ def test_predicting_the_mean_has_fvu_one():
         def decode(self, encoded, _):
             return x.mean(0).expand(encoded.n_rows, -1)
 
-    watch = Watch(rows, (), 1, 64)
-    found = watch._on_rows(Mean(), rows)
+    found = measure(Mean(), rows, 64)
     assert found["fvu"] == pytest.approx(1.0) and found["frac_dead"] == 1.0 and found["l0"] == 0.0
 
 
@@ -254,9 +253,9 @@ def test_what_cannot_be_watched_is_said(world, lm, tmp_path):
     with pytest.raises(ConfigError, match=r"heldout_fraction must be > 0, .*got 0 and train.*--watch-rows 0"):
         live.hold_out(10)
     with pytest.raises(ConfigError, match="heldout_fraction must be > 0 for ce_recovered_zero"):
-        cross_entropy_of(live, 100, 4)
+        cross_entropy_of(live, [live.sites], 100, 4)
     with pytest.raises(ConfigError, match="watch_ce_tokens needs a store, or a live run"):
-        cross_entropy_of(TensorSource(torch.randn(100, 3)), 100, 4)
+        cross_entropy_of(TensorSource(torch.randn(100, 3)), [None], 100, 4)
 
 
 # -- in the report -----------------------------------------------------------------------------------

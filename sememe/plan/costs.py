@@ -6,6 +6,7 @@ text, start-up) is bytes or seconds per unit, fitted once to measurements on the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from sememe.lm import Outline
@@ -144,37 +145,40 @@ def harvest_seconds(
 # -- train -----------------------------------------------------------------------------------------
 
 
-def train_bytes(dictionary: Dictionary, batch_size: int, buffer: float) -> Bytes:
-    """Args: buffer: bytes of the shuffle buffer, or of the shards in memory at once."""
-    weights = 4 * dictionary.n_bytes  # themselves, gradients, two moments
-    rows = 4.0 * batch_size * 4 * (dictionary.d_in + dictionary.d_out)
-    per_latent = 4 if dictionary.kind in FAST else 24
-    selection = float(batch_size) * dictionary.d_sae * per_latent
-    checkpoint = 2 * 3 * dictionary.n_bytes
-    return Bytes(BASE + weights + rows + selection + buffer, dictionary.n_bytes + checkpoint)
+def train_bytes(sizes: Sequence[Dictionary], batch_size: int, buffer: float) -> Bytes:
+    """Args: sizes: the dictionaries trained side by side; buffer: bytes of the shards in memory at once."""
+    weights = sum(size.n_bytes for size in sizes)
+    rows = 4.0 * batch_size * 4 * max(size.d_in + size.d_out for size in sizes)
+    # One after the other, so that the largest batch x d_sae counts once.
+    selection = max(batch_size * size.d_sae * (4.0 if size.kind in FAST else 24.0) for size in sizes)
+    # Weights, gradients, two moments; on the disk the dictionary and two checkpoints of weights and moments.
+    return Bytes(BASE + 4 * weights + rows + selection + buffer, 7 * weights)
 
 
-def train_seconds(dictionary: Dictionary, speed: Speed, batch_size: int, n_steps: int) -> float:
+def train_seconds(sizes: Sequence[Dictionary], speed: Speed, batch_size: int, n_steps: int) -> float:
     """Every step: products, sparse entries, parameters."""
-    fast = dictionary.kind in FAST
-    products = FAST_PRODUCTS / speed.encoder if fast else DENSE_PRODUCTS / speed.dense
-    entries = ENTRY_BYTES * dictionary.l0 * (dictionary.d_in + dictionary.d_out) / 2
-    row = products * dictionary.product + entries / speed.bandwidth
-    step = PARAMETER_BYTES * dictionary.n_parameters / speed.bandwidth
-    return START + n_steps * (batch_size * row + step)
+    step = 0.0
+    for size in sizes:
+        products = FAST_PRODUCTS / speed.encoder if size.kind in FAST else DENSE_PRODUCTS / speed.dense
+        entries = ENTRY_BYTES * size.l0 * (size.d_in + size.d_out) / 2
+        step += batch_size * (products * size.product + entries / speed.bandwidth)
+        step += PARAMETER_BYTES * size.n_parameters / speed.bandwidth
+    return START + n_steps * step
 
 
-def watch_seconds(dictionary: Dictionary, speed: Speed, n_rows: int) -> float:
+def watch_seconds(sizes: Sequence[Dictionary], speed: Speed, n_rows: int) -> float:
     """Encoding and decoding held-out rows, of all looks together."""
-    return n_rows * _encode_seconds(dictionary, speed)
+    return n_rows * sum(_encode_seconds(size, speed) for size in sizes)
 
 
 def watch_ce_seconds(
-    lm: Outline, speed: Speed, n_tokens: int, n_layers_above: int, context_length: int
+    lm: Outline, speed: Speed, n_tokens: int, n_layers_above: Sequence[int], context_length: int
 ) -> float:
-    """Splicing a reconstruction in, on the tokens of all looks together."""
-    first = lm.n_layers - n_layers_above
-    per_token = _forward_seconds(lm, speed, first, lm.n_layers, context_length) + _head_seconds(lm, speed)
+    """Splicing reconstructions in. Args: n_tokens: of all looks together; n_layers_above: for each dictionary."""
+    per_token = 0.0
+    for above in n_layers_above:
+        per_token += _forward_seconds(lm, speed, lm.n_layers - above, lm.n_layers, context_length)
+        per_token += _head_seconds(lm, speed)
     return MODEL_START + n_tokens * per_token
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from sememe.plan.machine import Speed
 from sememe.recipe import Stage
 from sememe.store import StoreInfo
 from sememe.text import TokenPolicy
-from sememe.train import TrainConfig
+from sememe.train import TrainConfig, variants
 
 __all__ = ["Estimate", "Estimates", "Knob", "Shapes", "estimates"]
 
@@ -133,9 +134,10 @@ class _Planner:
         """The widths of the recipe's products, the largest where there are several."""
         configs = [stage.config for stage in self.stages]
         found = [
-            self._dictionary(config, self.rows)
+            self._dictionary(member, self.rows)
             for config in configs
             if isinstance(config, TrainConfig) and self.rows is not None
+            for member in _members(config)
         ]
         d_in, d_sae = max(((d.d_in, d.d_sae) for d in found), key=math.prod, default=(512, 4096))
         model = self.model
@@ -164,9 +166,14 @@ class _Planner:
         return _Rows(widths, n_contexts * kept, n_contexts * length, shard_rows, config.policy)
 
     def _train_config(self, name: str) -> TrainConfig:
-        config = next(s.config for s in self.stages if s.verb == "train" and s.name == name)
-        assert isinstance(config, TrainConfig)
-        return config
+        """What a dictionary is trained with: a stage's own config, or one of its sweep's."""
+        for stage in self.stages:
+            if isinstance(stage.config, TrainConfig):
+                for member in _members(stage.config):
+                    place = Path(stage.name) / (member.out.name if stage.config.sweep else "")
+                    if place == Path(name):
+                        return member
+        raise AssertionError(f"no stage trains {name!r}")
 
     def _names(self, config: TrainConfig, rows: _Rows) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Hookpoints that a dictionary reads, and those it writes."""
@@ -213,35 +220,36 @@ class _Planner:
         return Estimate(stage, False, needs(n_tokens, shard, batch), seconds, knobs)
 
     def _train(self, stage: Stage, config: TrainConfig, rows: _Rows) -> Estimate:
-        dictionary = self._dictionary(config, rows)
-        inputs, outputs = self._names(config, rows)
-        held = rows.n_bytes(tuple(dict.fromkeys((*inputs, *outputs))))
+        """One dictionary, or all of a sweep, which are trained side by side."""
+        members = _members(config)
+        sizes = [self._dictionary(member, rows) for member in members]
+        names = [self._names(member, rows) for member in members]
+        held = rows.n_bytes(tuple(dict.fromkeys(name for both in names for name in (*both[0], *both[1]))))
         shard = held / rows.n_rows * rows.shard_rows
         buffer = min(held, max(GROUP_BYTES, shard)) + shard
         n_trained = config.n_tokens or int((config.epochs or 1.0) * rows.n_rows)
         n_steps = max(1, n_trained // config.batch_size)
 
-        def needs(d_sae: int, batch_size: int) -> Bytes:
-            return costs.train_bytes(dictionary.scaled(d_sae), batch_size, buffer)
+        def needs(d_sae: int | None, batch_size: int) -> Bytes:
+            wanted = sizes if d_sae is None else [size.scaled(d_sae) for size in sizes]
+            return costs.train_bytes(wanted, batch_size, buffer)
 
         model, n_looks = self.model, 2 + n_trained // config.watch_every
 
         def seconds(speed: Speed) -> float:
-            training = costs.train_seconds(dictionary, speed, config.batch_size, n_steps)
-            training += costs.watch_seconds(dictionary, speed, n_looks * config.watch_rows)
+            total = costs.train_seconds(sizes, speed, config.batch_size, n_steps)
+            total += costs.watch_seconds(sizes, speed, n_looks * config.watch_rows)
             if config.watch_ce_tokens and model is not None:
-                above, length = model.n_layers_above(outputs), rows.policy.context_length
-                training += costs.watch_ce_seconds(
-                    model, speed, n_looks * config.watch_ce_tokens, above, length
-                )
-            return training
+                n_tokens, length = n_looks * config.watch_ce_tokens, rows.policy.context_length
+                above = [model.n_layers_above(outputs) for _, outputs in names]
+                total += costs.watch_ce_seconds(model, speed, n_tokens, above, length)
+            return total
 
-        d_sae, batch = dictionary.d_sae, config.batch_size
-        knobs = (
-            Knob("d_sae", d_sae, lambda n: needs(n, batch)),
-            Knob("batch_size", batch, lambda n: needs(d_sae, n)),
-        )
-        return Estimate(stage, False, needs(d_sae, batch), seconds, knobs)
+        batch, widths = config.batch_size, {size.d_sae for size in sizes}
+        knobs = (Knob("batch_size", batch, lambda n: needs(None, n)),)
+        if len(widths) == 1:
+            knobs = (Knob("d_sae", widths.pop(), lambda n: needs(n, batch)), *knobs)
+        return Estimate(stage, False, needs(None, batch), seconds, knobs)
 
     def _evaluate(self, stage: Stage, config: EvaluateConfig, model: Outline, rows: _Rows) -> Estimate:
         train = self._train_config(stage.name)
@@ -295,3 +303,8 @@ class _Planner:
             Knob("d_sae", d_sae, lambda n: needs(n_tokens, n, reservoir)),
         )
         return Estimate(stage, False, needs(n_tokens, d_sae, reservoir), seconds, knobs[0 if stored else 1 :])
+
+
+def _members(config: TrainConfig) -> list[TrainConfig]:
+    """A config for each dictionary that one train stage makes."""
+    return [member.config for member in variants(config)] if config.sweep else [config]

@@ -6,25 +6,40 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sememe.source import Source
+from sememe.source import Batch
+from sememe.train.config import TrainConfig
+from sememe.train.schedule import Plan
 
 if TYPE_CHECKING:
     from sememe.train.member import Member
 
-__all__ = ["revive"]
+__all__ = ["revive", "rows_wanted"]
 
 N_BATCHES = 8
 """Batches among whose rows the new directions are drawn."""
 
 
-def revive(member: Member, source: Source) -> None:
-    """Resample the member's silent latents if its plan says so for this step."""
-    if member.step in member.plan.resample_steps and member.step > 0 and member.resampled_at != member.step:
-        resample(member, source)
+def rows_wanted(config: TrainConfig, plan: Plan, step: int) -> int:
+    """How many of the rows that come next `revive` looks at before a step: known from the plan alone.
+
+    They stay in the stream: what one member does must not change what another is trained on.
+    """
+    return N_BATCHES * config.batch_size if step > 0 and step in plan.resample_steps else 0
+
+
+def revive(member: Member, rows: Batch | None) -> None:
+    """Do what the member's plan says about silent latents before this step.
+
+    Args:
+        member: Between two steps.
+        rows: As many rows as it wants (raw units, on its device); None if it wants none.
+    """
+    if rows is not None:
+        resample(member, rows)
 
 
 @torch.no_grad()
-def resample(member: Member, source: Source) -> None:
+def resample(member: Member, rows: Batch) -> None:
     """Point silent latents at rows drawn in proportion to their squared loss.
 
     Source: Bricken et al. 2023, appendix "Neuron Resampling". Differs: on 8 batches instead of 819,200 rows.
@@ -36,15 +51,16 @@ def resample(member: Member, source: Source) -> None:
     ids = torch.nonzero(dictionary.tokens_since_fired > resampling.after_tokens).view(-1)
     if ids.numel() == 0:
         return
-    rows, losses = [], []
-    for _ in range(N_BATCHES):
-        x, target = member.scaled(source.next_batch(member.config.batch_size))
-        encoded = dictionary.encode(x)
-        losses.append((target - dictionary.decode(encoded, x)).square().sum(1))
-        rows.append(target)
-    weights = torch.cat(losses).square()
+    losses, targets = [], []
+    n = member.config.batch_size
+    for start in range(0, rows.x.shape[0], n):
+        part = member.scaled(Batch(rows.x[start : start + n], rows.target[start : start + n]))
+        encoded = dictionary.encode(part.x)
+        losses.append((part.target - dictionary.decode(encoded, part.x)).square().sum(1))
+        targets.append(part.target)
+    weights = torch.cat(losses).square().cpu()  # drawn on the CPU, where the member's generator is
     ids = ids[: weights.shape[0]]
     picked = torch.multinomial(weights, ids.shape[0], replacement=False, generator=member.generator)
     centre = getattr(dictionary, "b_dec", 0.0)
-    dictionary.reset_latents(ids, torch.cat(rows)[picked] - centre)
+    dictionary.reset_latents(ids, torch.cat(targets)[picked.to(ids.device)] - centre)
     member.optimiser.forget(ids)
