@@ -87,8 +87,10 @@ def _do(stage: Stage, fresh: bool) -> None:
         "explain": explain,
         "export": export,
     }
-    swept = isinstance(stage.config, TrainConfig) and stage.config.sweep
-    result = (train_sweep if swept else verbs[stage.verb])(stage.config, fresh=fresh)
+    if isinstance(stage.config, TrainConfig) and stage.config.sweep:
+        train_sweep(stage.config, fresh=fresh)
+        return
+    result = verbs[stage.verb](stage.config, fresh=fresh)
     if stage.verb == "interpret":
         result.close()
 

@@ -232,7 +232,7 @@ def _permutation(n: int, seed: int, *salt: int) -> Tensor:
 
 def _fitting(doc_ids: Int[Tensor, " rows"], n: int, seed: int, index: int) -> list[int]:
     """Documents of a shard, at random, with about n rows together and at most an eighth of the shard's."""
-    documents, counts = torch.unique(doc_ids, return_counts=True)
+    documents, counts = doc_ids.unique(return_counts=True)
     budget, chosen = min(n, doc_ids.shape[0] // 8), []
     for place in _permutation(len(documents), seed, _HELD, index).tolist():
         if budget <= 0:

@@ -246,10 +246,9 @@ class _Planner:
             return total
 
         batch, widths = config.batch_size, {size.d_sae for size in sizes}
-        knobs = (Knob("batch_size", batch, lambda n: needs(None, n)),)
-        if len(widths) == 1:
-            knobs = (Knob("d_sae", widths.pop(), lambda n: needs(n, batch)), *knobs)
-        return Estimate(stage, False, needs(None, batch), seconds, knobs)
+        knobs = [Knob("d_sae", widths.pop(), lambda n: needs(n, batch))] if len(widths) == 1 else []
+        knobs.append(Knob("batch_size", batch, lambda n: needs(None, n)))
+        return Estimate(stage, False, needs(None, batch), seconds, tuple(knobs))
 
     def _evaluate(self, stage: Stage, config: EvaluateConfig, model: Outline, rows: _Rows) -> Estimate:
         train = self._train_config(stage.name)

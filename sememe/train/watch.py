@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ OCTAVES = 4
 Reconstruct = Callable[[Float[Tensor, "rows d_in"]], Float[Tensor, "rows d_out"]]
 
 
+@runtime_checkable
 class Probe(Protocol):
     """Something to be measured while training goes on."""
 
