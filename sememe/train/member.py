@@ -81,7 +81,7 @@ class Member:
         Raises:
             ActivationError: the rows hold NaN or infinity.
         """
-        sample = self._own(sample)
+        sample = self.own(sample)
         if not bool(torch.isfinite(sample.x).all() and torch.isfinite(sample.target).all()):
             raise ActivationError(
                 "activations must be finite", "NaN or infinity in the sample", "Check the source."
@@ -97,7 +97,7 @@ class Member:
         self.optimiser = make(self.config.optimiser, self.dictionary)
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=self.device)
 
-    def _own(self, batch: Batch) -> Batch:
+    def own(self, batch: Batch) -> Batch:
         """The member's part of the stream's rows."""
         return batch if self.columns is None else self.columns.of(batch)
 
@@ -118,10 +118,10 @@ class Member:
         n_ahead = rows_wanted(self.config, self.plan, self.step)
         if n_ahead:
             assert ahead is not None
-            revive(self, self._own(_first(ahead, n_ahead)))
+            revive(self, self.own(_first(ahead, n_ahead)))
         else:
             revive(self, None)
-        own = self._own(batch)
+        own = self.own(batch)
         x, target = self.scaled(own)
         self.dictionary.train()
         loss = self.objective(self.dictionary, own, x, target, self.step / self.plan.n_steps)
@@ -225,7 +225,7 @@ class Member:
         with self.optimiser.exported():
             by_site = about_sites(self.dictionary)
             about |= {"sites": by_site} if by_site else {}
-            return self.dictionary.write(folder, self._own(probe_rows).x) | {"training": about}
+            return self.dictionary.write(folder, self.own(probe_rows).x) | {"training": about}
 
 
 ALONE = "dictionary"
