@@ -10,19 +10,24 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sememe.capture import Rows, captured_rows, first_norms
 from sememe.dictionaries.base import Batch, Site, Sites
 from sememe.errors import ConfigError, HookpointError, ShapeError, TextError
+from sememe.join import JoinedStore
 from sememe.store import Store
 from sememe.text import Split, TextConfig, TokenPolicy, token_blocks
 
 if TYPE_CHECKING:
     from sememe.lm import LanguageModel
 
-__all__ = ["Batch", "LiveSource", "Source", "StoreSource", "TensorSource"]
+__all__ = ["Batch", "Columns", "HoldsOut", "LiveSource", "Source", "StoreSource", "TensorSource", "upcoming"]
+
+MOST_HELD = 20
+"""At most one row in so many is held out."""
+_HELD = 7_919  # salts the choice of what is held out
 
 
 @runtime_checkable
@@ -50,7 +55,7 @@ class Source(Protocol):
         ...
 
     def next_batch(self, n: int) -> Batch:
-        """The next n rows."""
+        """The next n rows; fewer only where the stream ends."""
         ...
 
     def sample(self, n: int) -> Batch:
@@ -66,6 +71,69 @@ class Source(Protocol):
         ...
 
 
+@runtime_checkable
+class HoldsOut(Protocol):
+    """A source that can set rows aside."""
+
+    def hold_out(self, n: int) -> Batch:
+        """About n rows that the stream never gives from now on, always the same for the same seed.
+
+        Called before anything else. At most one row in twenty is held out, whole documents where the source
+        knows them.
+        """
+        ...
+
+
+def upcoming(source: Source, n: int) -> Batch:
+    """Up to n of the rows that come next; the stream stays where it is."""
+    if isinstance(source, LiveSource):
+        return source.sample(n)  # its state is its buffer: too large to be taken and put back
+    state = source.state_dict()
+    batch = source.next_batch(n)
+    source.load_state_dict(state)
+    return batch
+
+
+class Columns:
+    """One dictionary's part of a stream that several share: which features of its rows are x and target.
+
+    Args:
+        shared: Where the stream's x comes from, site by site.
+        inputs: Hookpoints whose concatenation is the dictionary's x, all of them in the stream.
+        outputs: Hookpoints whose concatenation is its target; the inputs if not given.
+    """
+
+    def __init__(
+        self, shared: Sites, inputs: tuple[str, ...], outputs: tuple[str, ...] | None = None
+    ) -> None:
+        self.spans = {site.hookpoint: slice(site.start, site.stop) for site in shared.inputs}
+        self.inputs, self.outputs = inputs, outputs or inputs
+        by_name = {site.hookpoint: site for site in shared.inputs}
+        self.sites = Sites(
+            inputs=_moved([by_name[name] for name in self.inputs]),
+            outputs=_moved([by_name[name] for name in self.outputs]),
+        )
+        self.d_in, self.d_out = self.sites.inputs[-1].stop, self.sites.outputs[-1].stop
+
+    def of(self, batch: Batch) -> Batch:
+        """The dictionary's rows of a shared batch."""
+        x = self._join(batch.x, self.inputs)
+        return Batch(x, x if self.inputs == self.outputs else self._join(batch.x, self.outputs))
+
+    def _join(self, x: Tensor, names: tuple[str, ...]) -> Tensor:
+        return torch.cat([x[:, self.spans[name]] for name in names], dim=1)
+
+
+def _moved(sites: list[Site]) -> tuple[Site, ...]:
+    """Sites one after the other along a feature axis of their own."""
+    moved, start = [], 0
+    for site in sites:
+        stop = start + site.stop - site.start
+        moved.append(site.replace(start=start, stop=stop))
+        start = stop
+    return tuple(moved)
+
+
 class TensorSource:
     """Batches from one tensor in memory, in a new random order at each pass.
 
@@ -73,6 +141,9 @@ class TensorSource:
         x: The rows.
         seed: Of the order.
         target: What to reconstruct; x itself if not given.
+        sites: Where in which model the rows come from.
+        max_norm_ratio: Leave out rows of x whose Euclidean norm is more than this many times the median
+            (attention sinks; the token policy of stores and live runs takes 5). All rows are kept if not given.
     """
 
     def __init__(
@@ -81,14 +152,34 @@ class TensorSource:
         seed: int = 0,
         target: Float[Tensor, "rows d_out"] | None = None,
         sites: Sites | None = None,
+        max_norm_ratio: float | None = None,
     ) -> None:
         if x.dim() != 2 or x.shape[0] == 0:
             raise ShapeError("x must have shape (rows, d_in) with rows >= 1", tuple(x.shape), "Flatten it.")
+        if max_norm_ratio is not None:
+            if max_norm_ratio < 1:
+                raise ConfigError(
+                    "max_norm_ratio must be >= 1: half of the rows lie above the median",
+                    max_norm_ratio,
+                    "Raise it.",
+                )
+            sites, kept = _without_outliers(x, sites, max_norm_ratio)
+            x, target = x[kept], None if target is None else target[kept]
         self.x, self.target, self.seed, self.sites = x, target, seed, sites
         self.d_in, self.n_rows = x.shape[1], int(x.shape[0])
         self.d_out = self.d_in if target is None else target.shape[1]
         self._cursor = _Cursor(seed, 1)
         self._order: tuple[int, Tensor] | None = None
+        self._kept: Int[Tensor, " n_rows"] | None = None
+
+    def hold_out(self, n: int) -> Batch:
+        """Rows at random."""
+        order = _permutation(self.n_rows, self.seed, _HELD)
+        n = min(n, self.n_rows // MOST_HELD)
+        held = self._rows(order[:n])
+        self._kept = order[n:].sort().values
+        self.n_rows -= n
+        return held
 
     def next_batch(self, n: int) -> Batch:
         """The next n rows; a pass may end within a batch."""
@@ -105,7 +196,9 @@ class TensorSource:
             self._cursor.advance(len(take), self.n_rows)
         return self._rows(torch.cat(picked))
 
-    def _rows(self, rows: Tensor) -> Batch:
+    def _rows(self, rows: Int[Tensor, " n"]) -> Batch:
+        if self._kept is not None:
+            rows = self._kept[rows]
         x = self.x[rows].float()
         return Batch(x, x if self.target is None else self.target[rows].float())
 
@@ -120,6 +213,25 @@ class TensorSource:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         self._cursor.load(state)
+
+
+def _without_outliers(
+    x: Float[Tensor, "rows d_in"], sites: Sites | None, ratio: float
+) -> tuple[Sites | None, Bool[Tensor, " rows"]]:
+    """Sites that know their largest norm, and which rows exceed it at none of them."""
+    kept = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
+    inputs = []
+    for site in (None,) if sites is None else sites.inputs:
+        part = x if site is None else x[:, site.start : site.stop]
+        norms = torch.linalg.vector_norm(part, dim=1, dtype=torch.float32)
+        max_norm = ratio * float(norms.median())
+        kept &= norms <= max_norm
+        if site is not None:
+            inputs.append(site.replace(max_norm=max_norm))
+    if sites is None:
+        return None, kept
+    outputs = tuple(inputs) if sites.outputs == sites.inputs else sites.outputs
+    return Sites(inputs=tuple(inputs), outputs=outputs), kept
 
 
 class _Cursor:
@@ -151,11 +263,24 @@ def _permutation(n: int, seed: int, *salt: int) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(mixed))
 
 
+def _fitting(doc_ids: Int[Tensor, " rows"], n: int, seed: int, index: int) -> list[int]:
+    """Documents of a shard, at random, with about n rows together and at most an eighth of the shard's."""
+    documents, counts = doc_ids.unique(return_counts=True)
+    budget, chosen = min(n, doc_ids.shape[0] // 8), []
+    for place in _permutation(len(documents), seed, _HELD, index).tolist():
+        if budget <= 0:
+            break
+        if int(counts[place]) <= max(budget, doc_ids.shape[0] // 16):
+            chosen.append(int(documents[place]))
+            budget -= int(counts[place])
+    return chosen
+
+
 class StoreSource:
     """Batches from a store. Shards are grouped at random, and rows shuffled over each group in memory.
 
     Args:
-        store: The store.
+        store: The store, or several joined.
         inputs: Hookpoints whose concatenation is x; the store's only one if not given.
         outputs: Hookpoints whose concatenation is the target; the inputs if not given.
         seed: Of the order.
@@ -164,7 +289,7 @@ class StoreSource:
 
     def __init__(
         self,
-        store: Store,
+        store: Store | JoinedStore,
         inputs: tuple[str, ...] | None = None,
         outputs: tuple[str, ...] | None = None,
         seed: int = 0,
@@ -172,34 +297,39 @@ class StoreSource:
     ) -> None:
         known = tuple(store.info.hookpoints)
         if inputs is None:
-            if len(known) > 1:
+            if len({store.origin(name)[1] for name in known}) > 1:
                 raise HookpointError(
                     "a hookpoint must be chosen when the store holds several",
                     ", ".join(known),
                     "Pass --inputs with one or more of them.",
                 )
             inputs = known
-        store.check_hookpoints((*inputs, *(outputs or ())))
-        self.store, self.inputs, self.outputs, self.seed = store, inputs, outputs or inputs, seed
+        inputs = store.expand(inputs)
+        outputs = inputs if outputs is None else store.expand(outputs)
+        self.store, self.inputs, self.outputs, self.seed = store, inputs, outputs, seed
         self.sites = Sites(inputs=self._make_sites(self.inputs), outputs=self._make_sites(self.outputs))
         self.d_in, self.d_out = self.sites.inputs[-1].stop, self.sites.outputs[-1].stop
         self.n_rows = store.info.n_rows
-        width = sum(store.info.hookpoints[name].width for name in self.sites.hookpoints)
+        self._names = tuple(dict.fromkeys((*self.inputs, *self.outputs)))
+        width = sum(store.info.hookpoints[name].width for name in self._names)
         shard_bytes = 2 * width * max(store.info.shard_rows)
         self.group_shards = max(1, group_mb * 2**20 // shard_bytes)
         n_groups = -(-len(store.info.shards) // self.group_shards)
         self._cursor = _Cursor(seed, n_groups)
+        self._held: Int[Tensor, " documents"] | None = None
+        self._shard_rows = store.info.shard_rows
         self._loaded: tuple[tuple[int, int], dict[str, Tensor], Tensor] | None = None
 
     def _make_sites(self, names: tuple[str, ...]) -> tuple[Site, ...]:
         sites, start = [], 0
         for name in names:
             point = self.store.info.hookpoints[name]
+            info, hookpoint = self.store.origin(name)
             sites.append(
                 Site(
-                    model=self.store.info.model,
-                    model_fingerprint=self.store.info.model_fingerprint,
-                    hookpoint=name,
+                    model=info.model,
+                    model_fingerprint=info.model_fingerprint,
+                    hookpoint=hookpoint,
                     start=start,
                     stop=start + point.width,
                     max_norm=point.max_norm,
@@ -208,23 +338,53 @@ class StoreSource:
             start += point.width
         return tuple(sites)
 
+    def hold_out(self, n: int) -> Batch:
+        """Rows of whole documents, pieces of one title together, from as few shards as hold enough of them."""
+        n, n_shards = min(n, self.n_rows // MOST_HELD), len(self._shard_rows)
+        titles = {
+            d["id"]: (d["source"], d["title"]) if d["title"] else d["id"] for d in self.store.documents()
+        }
+        alike: dict[Any, list[int]] = {}
+        for number, title in titles.items():
+            alike.setdefault(title, []).append(number)
+        held, rows, n_held = torch.empty(0, dtype=torch.int64), [], 0
+        for index in _permutation(n_shards, self.seed, _HELD).tolist():
+            if n_held >= n:
+                break
+            shard = self.store.read(index, self._names)
+            chosen = _fitting(shard.doc_ids.long(), n - n_held, self.seed, index)
+            whole = [other for number in chosen for other in alike[titles[number]]]
+            held = torch.cat([held, torch.tensor(whole, dtype=torch.int64)]).unique()
+            mine = torch.isin(shard.doc_ids, held)
+            rows.append({name: values[mine] for name, values in shard.activations.items()})
+            n_held += int(mine.sum())
+        self._held = held
+        self._shard_rows = tuple(
+            int((~torch.isin(self.store.columns(index)[1], held)).sum()) for index in range(n_shards)
+        )
+        self.n_rows = sum(self._shard_rows)
+        empty = {name: torch.empty(0, self.store.info.hookpoints[name].width) for name in self._names}
+        joined = {name: torch.cat([part[name] for part in rows or [empty]]) for name in self._names}
+        return self._rows(joined, torch.arange(n_held))
+
     def _group(self, epoch: int, group: int) -> tuple[dict[str, Tensor], Tensor]:
         """The rows of a group and the order in which they are drawn."""
         if self._loaded is None or self._loaded[0] != (epoch, group):
             self._loaded = None  # the old group goes before the new one comes
             order = _permutation(len(self.store.info.shards), self.seed, epoch)
             picked = order[group * self.group_shards : (group + 1) * self.group_shards].tolist()
-            total = sum(self.store.info.shard_rows[index] for index in picked)
+            total = sum(self._shard_rows[index] for index in picked)
             rows = {
                 name: torch.empty(total, self.store.info.hookpoints[name].width, dtype=torch.bfloat16)
-                for name in self.sites.hookpoints
+                for name in self._names
             }
             start = 0
             for index in picked:
-                shard = self.store.read(index, self.sites.hookpoints)
-                stop = start + self.store.info.shard_rows[index]
+                shard = self.store.read(index, self._names)
+                stop = start + self._shard_rows[index]
+                keep = None if self._held is None else ~torch.isin(shard.doc_ids, self._held)
                 for name, values in shard.activations.items():
-                    rows[name][start:stop] = values
+                    rows[name][start:stop] = values if keep is None else values[keep]
                 start = stop
             self._loaded = ((epoch, group), rows, _permutation(total, self.seed, epoch, group))
         return self._loaded[1], self._loaded[2]
@@ -344,6 +504,30 @@ class LiveSource:
         ratio = self.policy.max_norm_ratio
         return {name: None if ratio is None else ratio * median for name, median in medians.items()}
 
+    def hold_out(self, n: int) -> Batch:
+        """The first rows of the documents that are held out of the stream's split.
+
+        Raises:
+            ConfigError: none are.
+        """
+        if self.split != "train" or self.text.heldout_fraction == 0:
+            raise ConfigError(
+                "heldout_fraction must be > 0, and the split train, for rows to be held out",
+                f"{self.text.heldout_fraction:g} and {self.split}",
+                "Raise heldout_fraction, or watch no rows (--watch-rows 0).",
+            )
+        n_tokens = n + self.batch_rows * self.policy.context_length
+        blocks = token_blocks(self.text, self.lm.tokenizer, self.policy, split="heldout", n_tokens=n_tokens)
+        found = captured_rows(self.lm, blocks, self.names, self.batch_rows, self.max_norms)
+        parts = [rows.activations for rows in found]
+        if not parts:
+            raise TextError("the held-out text must hold at least one context", "none", "Give more text.")
+        rows = {name: torch.cat([part[name] for part in parts])[:n] for name in self.names}
+        x, target = (
+            torch.cat([rows[name] for name in names], 1).float() for names in (self.inputs, self.outputs)
+        )
+        return Batch(x, x if self.inputs == self.outputs else target)
+
     def _next_forward(self) -> dict[str, Tensor]:
         """Kept rows of the next forward; the text starts over when it ends."""
         while True:
@@ -393,8 +577,8 @@ class LiveSource:
         return Batch(x, x if self.inputs == self.outputs else join(self.outputs))
 
     def sample(self, n: int) -> Batch:
-        """The rows that come first."""
-        if self._n_left < min(n, self.capacity // 2):
+        """The rows that come next, as many as the buffer holds; it is filled only where it is empty."""
+        if self._n_left == 0:
             self._refill()
         return self._rows(slice(max(0, self._n_left - n), self._n_left))
 

@@ -16,31 +16,35 @@ ROOT = Path(sememe.__file__).parent
 LAYERS = [
     ["errors"],
     ["config", "paths", "progress", "interrupt"],
-    ["artifact", "encoded"],
+    ["artifact", "encoded", "options"],
     ["metrics", "tracking", "checkpoint", "registry"],
     ["kernels"],
     ["dictionaries"],
     ["text", "toy", "formats", "atlas", "lm", "optimiser"],
     ["store", "splice", "figures", "collect"],
-    ["capture"],
-    ["source"],
+    ["capture", "join"],
+    ["source", "end_to_end"],
+    ["probes"],
     [
         "harvest", "train", "evaluate", "compare", "interpret", "explain",
         "intervene", "pretrain", "convert", "publish", "report",
     ],
     ["browse"],
+    ["recipe"],
+    ["plan"],
     ["run"],
     ["cli"],
     ["__main__"],
 ]  # fmt: skip
 LAYER = {name: depth for depth, names in enumerate(LAYERS) for name in names}
-VERBS = set(LAYERS[10])
+VERBS = set(LAYERS[11])
 TORCH_FREE = {
     "errors",
     "config",
     "paths",
     "progress",
     "artifact",
+    "options",
     "registry",
     "atlas",
     "browse",

@@ -14,15 +14,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sememe import kernels
-from sememe.dictionaries.base import ArchitectureConfig, Constraints, Sites, Trainable
+from sememe.dictionaries.base import Constraints, Resampling, Sites, Trainable
 from sememe.dictionaries.initial import geometric_median, latent_major, unit_rows
+from sememe.dictionaries.resampling import ResamplingConfig
 from sememe.encoded import Encoded
 from sememe.errors import ConfigError, ShapeError
 
-__all__ = ["Linear", "LinearConfig"]
+__all__ = ["Linear", "LinearConfig", "check_crosscoder"]
 
 
-class LinearConfig(ArchitectureConfig):
+class LinearConfig(ResamplingConfig):
     """Options of every architecture with one linear decoder."""
 
     skip: bool = False
@@ -126,18 +127,32 @@ class Linear(Trainable, abc.ABC):
         """Rows of W_dec."""
         return self.W_dec
 
+    def site_norms(self) -> Float[Tensor, "d_sae n_sites"]:
+        """How long each latent's decoder row is at each output; one column if the outputs are not known."""
+        if self.sites is None:
+            return self.W_dec.norm(dim=1, keepdim=True)
+        parts = [self.W_dec[:, site.start : site.stop].norm(dim=1) for site in self.sites.outputs]
+        return torch.stack(parts, dim=1)
+
     def fold(self) -> Self:
-        """Exact where selection does not depend on the scale: only what has a unit changes, and the decoder."""
+        """Exact where selection does not depend on the scale: only what has a unit changes, and the decoder.
+
+        The unit of latent activations becomes that of the inputs; of several inputs of different scales, that of
+        the one with the largest scale, and the encoder's weights take up the ratios.
+        """
         folded = self._copy_with_scales_one()
-        s_in, s_out = float(self.scale_in), float(self.scale_out)
+        s_in, s_out = self.scale_in, self.scale_out
+        unit = s_in.max()
         with torch.no_grad():
             folded.b_pre.div_(s_in)
+            if s_in.dim() > 0:
+                folded.W_enc.mul_((s_in / unit)[:, None])
             for name in self.latent_units:
-                getattr(folded, name).div_(s_in)
-            folded.W_dec.mul_(s_in / s_out)
+                getattr(folded, name).div_(unit)
+            folded.W_dec.mul_(unit / s_out)
             folded.b_dec.div_(s_out)
             if self.config.skip:
-                folded.W_skip.mul_(s_in / s_out)
+                folded.W_skip.mul_(s_in[:, None] / s_out if s_in.dim() > 0 else s_in / s_out)
         return folded
 
     # -- training ----------------------------------------------------------------------------------
@@ -162,13 +177,17 @@ class Linear(Trainable, abc.ABC):
         """What b_pre and b_dec start from, given a sample."""
         return geometric_median
 
-    def reset_latents(self, ids: Int[Tensor, " n"], directions: Float[Tensor, "n d_out"]) -> None:
-        """Unit decoder rows along the directions; the encoder reads the same direction; bias 0."""
+    def reset_latents(
+        self,
+        ids: Int[Tensor, " n"],
+        directions: Float[Tensor, "n d_out"],
+        inputs: Float[Tensor, "n d_in"] | None = None,
+    ) -> None:
+        """Unit decoder rows along the directions; the encoder reads the inputs' directions; bias 0."""
         with torch.no_grad():
-            units = directions / directions.norm(dim=1, keepdim=True).clamp_min(1e-12)
-            self.W_dec[ids] = units
-            if self.d_in == self.d_out:
-                self.W_enc[:, ids] = (units * self._reset_norm(self.W_enc.norm(dim=0), ids)).T
+            self.W_dec[ids] = _units(directions)
+            read = _units(directions if inputs is None else inputs)
+            self.W_enc[:, ids] = (read * self._reset_norm(self.W_enc.norm(dim=0), ids)).T
             self.b_enc[ids] = 0.0
             self.tokens_since_fired[ids] = 0
 
@@ -176,9 +195,31 @@ class Linear(Trainable, abc.ABC):
         """How long the encoder weights of a reset latent are: here, as long as is usual."""
         return norms.median()
 
+    def resampling(self) -> Resampling | None:
+        """As the config says."""
+        return self.config.resampling()
+
     def constraints(self) -> Constraints:
         """Decoder rows keep norm 1."""
         return Constraints(unit_norm=("W_dec",))
+
+
+def _units(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    return rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
+
+
+def check_crosscoder(site_norms: str, sites: Sites | None) -> None:
+    """Raise a ConfigError if norms are asked for site by site where there is but one.
+
+    Raises:
+        ConfigError: site_norms is l1 and the outputs are not several.
+    """
+    if site_norms == "l1" and (sites is None or len(sites.outputs) < 2):
+        raise ConfigError(
+            "site_norms l1 needs several outputs: with one it has no effect",
+            "one output" if sites is not None else "outputs that are not known",
+            "Drop site_norms, or name several hookpoints (--inputs resid_post.4 resid_post.8).",
+        )
 
 
 def _check_skip(sites: Sites | None) -> None:

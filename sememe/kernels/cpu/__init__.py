@@ -4,7 +4,7 @@
     pool       the threads that run them
     encode     selections: k per row, above a threshold, k per row on average
     sums       decoders and sparse gradients
-    optimiser  parameter updates
+    steps      parameter updates
 
 The same bits twice, and with any number of threads.
 """
@@ -14,8 +14,8 @@ from __future__ import annotations
 import numba
 
 from sememe.kernels.cpu.encode import encode_batch_topk, encode_threshold, encode_topk, native_bfloat16
-from sememe.kernels.cpu.optimiser import adam_step
 from sememe.kernels.cpu.pool import set_threads as _set_pool
+from sememe.kernels.cpu.steps import adam_step, signum_step
 from sememe.kernels.cpu.sums import decode, reconstruct
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "native_bfloat16",
     "reconstruct",
     "set_threads",
+    "signum_step",
 ]
 
 

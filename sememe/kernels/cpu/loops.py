@@ -17,10 +17,10 @@ from numba.extending import intrinsic
 
 __all__ = [
     "above",
-    "adam",
     "by_latent",
     "decode",
     "dots",
+    "jit",
     "reconstruct",
     "reconstruct_prefixes",
     "rescore",
@@ -38,7 +38,7 @@ _intrinsic = cast("Callable[[Callable[..., Any]], Callable[[Any], Any]]", intrin
 """numba's own, typed: the compiled function is called without the first argument, the context."""
 
 
-def _jit(function: _F) -> _F:
+def jit(function: _F) -> _F:
     """numba's njit with our settings; typed, which numba's own decorator is not."""
     fastmath = {"contract", "reassoc", "nsz"}
     return cast("_F", njit(cache=True, fastmath=fastmath, nogil=True)(function))
@@ -70,7 +70,7 @@ def _as_int(_: Any, value: Any) -> Any:
 # -- four rows at a time: one vector is read once for all of them, and their latencies overlap --------
 
 
-@_jit
+@jit
 def _dots(vector: Any, weights: Any, latents: Any, out: Any) -> None:
     """out[i] = vector . weights[latents[i]]."""
     n, width = latents.shape[0], vector.shape[0]
@@ -96,7 +96,7 @@ def _dots(vector: Any, weights: Any, latents: Any, out: Any) -> None:
         out[i] = t0
 
 
-@_jit
+@jit
 def _add(out: Any, factors: Any, rows: Any, vectors: Any) -> None:
     """out += sum of factors[i] * vectors[rows[i]]."""
     n, width = rows.shape[0], out.shape[0]
@@ -114,7 +114,7 @@ def _add(out: Any, factors: Any, rows: Any, vectors: Any) -> None:
 # -- selection -------------------------------------------------------------------------------------
 
 
-@_jit
+@jit
 def select(product: Any, bias: Any, n_keep: int, candidates: Any) -> None:
     """Columns of the n_keep largest positive `product + bias` of each row; ties go to lower columns; -1 fills up.
 
@@ -198,7 +198,7 @@ def select(product: Any, bias: Any, n_keep: int, candidates: Any) -> None:
             found[lowest] = found[n_ties]
 
 
-@_jit
+@jit
 def _nth_largest(keys: Any, n_keys: int, n: int, low: Any, high: Any) -> Any:
     """The n-th largest of the first n_keys keys, all of which are in [low, high]: bisection of the value."""
     first, last = np.int64(low), np.int64(high) + 1
@@ -214,7 +214,7 @@ def _nth_largest(keys: Any, n_keys: int, n: int, low: Any, high: Any) -> Any:
     return np.int32(first)
 
 
-@_jit
+@jit
 def rescore(x: Any, weights: Any, bias: Any, candidates: Any, k: int, acts: Any, indices: Any) -> None:
     """Float32 pre-activations of the candidates; the k largest are kept, those below 0 as 0.
 
@@ -253,7 +253,7 @@ def rescore(x: Any, weights: Any, bias: Any, candidates: Any, k: int, acts: Any,
             indices[row, i] = 0
 
 
-@_jit
+@jit
 def above(
     product: Any, x: Any, weights: Any, bias: Any, threshold: Any, reach: Any, counts: Any, acts: Any, indices: Any
 ) -> int:  # fmt: skip
@@ -329,7 +329,7 @@ def above(
 # -- sparse sums -----------------------------------------------------------------------------------
 
 
-@_jit
+@jit
 def decode(
     start: int, stop: int, acts: Any, indices: Any, ptr: Any, weights: Any, bias: Any, out: Any
 ) -> None:
@@ -342,7 +342,7 @@ def decode(
         _add(total, acts[ptr[row] : ptr[row + 1]], indices[ptr[row] : ptr[row + 1]], weights)
 
 
-@_jit
+@jit
 def dots(start: int, stop: int, vectors: Any, indices: Any, ptr: Any, weights: Any, out: Any) -> None:
     """out[entry] = vectors[its row] . weights[its latent]."""
     for row in range(start, stop):
@@ -350,7 +350,7 @@ def dots(start: int, stop: int, vectors: Any, indices: Any, ptr: Any, weights: A
         _dots(vectors[row], weights, indices[first:last], out[first:last])
 
 
-@_jit
+@jit
 def reconstruct(
     start: int, stop: int, acts: Any, indices: Any, ptr: Any, weights: Any, bias: Any, target: Any, error: Any,
     pull: Any,
@@ -377,7 +377,7 @@ def reconstruct(
     return squares
 
 
-@_jit
+@jit
 def reconstruct_prefixes(
     start: int, stop: int, acts: Any, indices: Any, ptr: Any, weights: Any, bias: Any, target: Any, ends: Any,
     errors: Any, pull: Any, squares: Any,
@@ -434,7 +434,7 @@ def reconstruct_prefixes(
             pull[e] = total
 
 
-@_jit
+@jit
 def by_latent(indices: Any, ptr: Any, starts: Any, entries: Any, rows: Any) -> None:
     """The transposed index: a counting sort of the entries by latent, in order within each.
 
@@ -458,7 +458,7 @@ def by_latent(indices: Any, ptr: Any, starts: Any, entries: Any, rows: Any) -> N
             cursor[indices[e]] = place + 1
 
 
-@_jit
+@jit
 def scatter(
     start: int, stop: int, factors: Any, scale: Any, vectors: Any, starts: Any, entries: Any, rows: Any, out: Any,
     totals: Any,
@@ -478,35 +478,3 @@ def scatter(
             total += factor
         _add(summed, own[first:last], rows[first:last], vectors)
         totals[latent] = total
-
-
-# -- optimiser -------------------------------------------------------------------------------------
-
-
-@_jit
-def adam(
-    start: int, stop: int, param: Any, grad: Any, exp_avg: Any, exp_avg_sq: Any, step_size: Any, beta1: Any,
-    beta2: Any, root_correction: Any, eps: Any, grad_scale: Any, unit_norm: bool,
-) -> None:  # fmt: skip
-    """One Adam step of some rows: projection, moments, update and renormalisation while a row is in the cache."""
-    width = param.shape[1]
-    one = np.float32(1.0)
-    for row in range(start, stop):
-        radial = np.float32(0.0)
-        if unit_norm:
-            for d in range(width):
-                radial += grad[row, d] * param[row, d]
-        norm_sq = np.float32(0.0)
-        for d in range(width):
-            g = (grad[row, d] - radial * param[row, d]) * grad_scale
-            m = beta1 * exp_avg[row, d] + (one - beta1) * g
-            v = beta2 * exp_avg_sq[row, d] + (one - beta2) * g * g
-            exp_avg[row, d] = m
-            exp_avg_sq[row, d] = v
-            p = param[row, d] - step_size * m / (np.sqrt(v) * root_correction + eps)
-            param[row, d] = p
-            norm_sq += p * p
-        if unit_norm:
-            inverse = one / max(np.sqrt(norm_sq), np.float32(1e-12))
-            for d in range(width):
-                param[row, d] *= inverse

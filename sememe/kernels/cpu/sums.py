@@ -141,25 +141,29 @@ class _Reconstruct(torch.autograd.Function):
 
             sums = torch.from_numpy(np.sum(pool.run(some, batch, CHUNK), axis=0))
         mses = (sums / (batch * d_out)).float()
-        ctx.save_for_backward(acts, indices, ptr)
-        ctx.errors, ctx.pull, ctx.ends, ctx.d_sae = errors, pull, ends, W_dec.shape[0]
+        ctx.save_for_backward(acts, indices, ptr, W_dec)
+        ctx.errors, ctx.pull, ctx.ends = errors, pull, ends
         error = torch.from_numpy(errors[-1])
-        ctx.mark_non_differentiable(mses, error)
+        ctx.mark_non_differentiable(mses)
+        ctx.set_materialize_grads(False)
         return mses.mean(), mses, error
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        acts, indices, ptr = ctx.saved_tensors
-        errors, ends = ctx.errors, ctx.ends
+        acts, indices, ptr, W_dec = ctx.saved_tensors
+        errors, ends, pull = ctx.errors, ctx.ends, torch.from_numpy(ctx.pull)
         scale = (
-            2.0 * float(grads[0]) / errors.size
-        )  # errors holds every prefix: its size has their number as a factor
+            0.0 if grads[0] is None else 2.0 * float(grads[0]) / errors.size
+        )  # every prefix counts into the size
+        if grads[2] is not None:  # somebody used the reconstruction itself: every prefix's latents are in it
+            errors, pull = _with_pull_of(grads[2], scale, acts, indices, ptr, W_dec, errors, pull)
+            scale = 1.0
         needs = ctx.needs_input_grad
-        grad_acts = torch.from_numpy(ctx.pull) * scale if needs[0] else None
+        grad_acts = pull * scale if needs[0] else None
         grad_W = grad_b = grad_target = None
         if needs[3]:
-            transposed = Transposed.of(indices, ptr, ctx.d_sae)
-            out = buffers.empty(ctx.d_sae, errors.shape[2])
+            transposed = Transposed.of(indices, ptr, W_dec.shape[0])
+            out = buffers.empty(*W_dec.shape)
             for start, stop, pulled in zip((0, *ends), ends, errors, strict=False):
                 grad_W, _ = scatter(acts, torch.from_numpy(pulled), transposed, scale, out, start, stop)
         if needs[4]:
@@ -167,6 +171,25 @@ class _Reconstruct(torch.autograd.Function):
         if needs[5]:
             grad_target = torch.from_numpy(errors[0]) * -scale
         return grad_acts, None, None, grad_W, grad_b, grad_target, None
+
+
+def _with_pull_of(
+    grad: Tensor,
+    scale: float,
+    acts: Tensor,
+    indices: Tensor,
+    ptr: Tensor,
+    W_dec: Tensor,
+    errors: NDArray[np.float32],
+    pull: Tensor,
+) -> tuple[NDArray[np.float32], Tensor]:
+    """The errors' gradients and the entries', with what flows back through the reconstruction from all latents."""
+    grad = grad.contiguous()
+    summed = errors * np.float32(scale) + grad.numpy()
+    own = np.empty(acts.shape, np.float32)
+    parts = (grad.numpy(), indices.numpy(), ptr.numpy(), W_dec.numpy(), own)
+    pool.run(lambda start, stop: loops.dots(start, stop, *parts), grad.shape[0], CHUNK)
+    return summed, pull * scale + torch.from_numpy(own)
 
 
 def reconstruct(
