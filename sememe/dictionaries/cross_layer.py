@@ -342,8 +342,14 @@ class CrossLayer(Trainable):
             self.relative_threshold.clamp_(min=0)
 
     @torch.no_grad()
-    def reset_latents(self, ids: Int[Tensor, " n"], directions: Float[Tensor, "n d_out"]) -> None:
-        """Unit decoder rows along what a latent may write of the directions; the encoder reads its own layer's part."""
+    def reset_latents(
+        self,
+        ids: Int[Tensor, " n"],
+        directions: Float[Tensor, "n d_out"],
+        inputs: Float[Tensor, "n d_in"] | None = None,
+    ) -> None:
+        """Unit decoder rows along what a latent may write of the directions; the encoder reads its own layer's part,
+        whatever the inputs: a latent reads one layer of them only."""
         generator = torch.Generator().manual_seed(0)
         for number, layer in enumerate(self.layers):
             mine = (ids >= layer.latents.start) & (ids < layer.latents.stop)

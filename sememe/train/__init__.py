@@ -6,7 +6,8 @@ beyond handing their names on (training straight from one is set up in `source.p
     member.py    one dictionary in training: a step, its state
     by_site.py   what is logged of each of several outputs
     objective.py what a dictionary is trained for
-    dead.py      what is done about latents that no longer fire
+    dead.py      latents that are pointed anew
+    snapshots.py copies of the dictionary as it was; latents that no longer change
     crew.py      the dictionaries of a run, side by side in one process
     workers.py   the same on several devices, in a process for each
     run.py       the loop: a team on one source, its logs and checkpoints

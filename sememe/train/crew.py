@@ -42,6 +42,10 @@ class Team(Protocol):
         """One step of each; their numbers by name, if asked."""
         ...
 
+    def finished(self) -> bool:
+        """Whether there is nothing left to train in any."""
+        ...
+
     def check(self) -> None:
         """Raise an ActivationError if a loss was or a parameter is not finite."""
         ...
@@ -121,6 +125,10 @@ class Crew:
             if logging:
                 values[name] = member.metrics(stepped)
         return values if logging else None
+
+    def finished(self) -> bool:
+        """Whether all members are."""
+        return all(member.finished for member in self.members.values())
 
     def check(self) -> None:
         """Look at every member."""

@@ -15,17 +15,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sememe import dictionaries
-from sememe.dictionaries import Loss, Sites, Trainable
+from sememe.dictionaries import Loss, Sites
 from sememe.errors import ActivationError
-from sememe.optimiser import Adam
+from sememe.optimiser import make
 from sememe.source import Batch, Columns
 from sememe.train.by_site import about_sites, fvu_by_site
 from sememe.train.config import TrainConfig
 from sememe.train.dead import revive, rows_wanted
 from sememe.train.objective import Objective, own_loss
 from sememe.train.schedule import make_plan
+from sememe.train.snapshots import compares, freeze
 
-__all__ = ["Member", "Spec", "Stepped", "make_optimiser"]
+__all__ = ["Member", "Spec", "Stepped"]
 
 
 class Spec(NamedTuple):
@@ -49,11 +50,6 @@ class Stepped(NamedTuple):
     lr: float
 
 
-def make_optimiser(config: TrainConfig, dictionary: Trainable) -> Adam:
-    """The optimiser that a config asks for."""
-    return Adam(dictionary)
-
-
 class Member:
     """One dictionary between two steps.
 
@@ -74,6 +70,10 @@ class Member:
         self.generator = torch.Generator().manual_seed(spec.config.seed)
         self.step = 0
         self.resampled_at: int | None = None
+        self.compared: Tensor | None = None
+        """Unit decoder rows at the last comparison, if latents may be frozen."""
+        self.finished = False
+        """Whether there is nothing left to train: every latent that fires is frozen."""
 
     def initialise(self, sample: Batch) -> None:
         """Set scales and parameters from rows of the stream, in raw units on the CPU.
@@ -94,7 +94,7 @@ class Member:
     def _settle(self) -> None:
         """Move to the device; what belongs to the parameters is made there."""
         self.dictionary.to(self.device)
-        self.optimiser = make_optimiser(self.config, self.dictionary)
+        self.optimiser = make(self.config.optimiser, self.dictionary)
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=self.device)
 
     def _own(self, batch: Batch) -> Batch:
@@ -125,6 +125,9 @@ class Member:
         x, target = self.scaled(own)
         self.dictionary.train()
         loss = self.objective(self.dictionary, own, x, target, self.step / self.plan.n_steps)
+        revival = self.dictionary.revival_loss(x, target, loss.encoded)
+        if revival is not None:
+            loss = loss._replace(total=loss.total + revival, terms=loss.terms | {"ghost": revival.detach()})
         loss.total.backward()  # type: ignore[no-untyped-call]
         since = None if self.resampled_at is None else self.step - self.resampled_at
         lr = self.plan.rate(self.step, self.config, since)
@@ -133,6 +136,8 @@ class Member:
         bad = ~torch.isfinite(loss.total.detach()) & (self.first_bad < 0)
         self.first_bad.masked_fill_(bad, self.step)
         self.step += 1
+        if compares(self.config, self.plan.n_steps, self.step):
+            freeze(self)
         return Stepped(loss, target, lr)
 
     def metrics(self, stepped: Stepped) -> dict[str, float]:
@@ -140,7 +145,7 @@ class Member:
         loss, target, lr = stepped
         values = {name: float(term) for name, term in loss.terms.items()}
         variance = float((target - target.mean(0)).square().mean())
-        return values | {
+        values |= {
             "loss": float(loss.total.detach()),
             "fvu": values["mse"] / max(variance, 1e-12),
             **fvu_by_site(self.dictionary.sites, target, loss.recon),
@@ -148,6 +153,9 @@ class Member:
             "frac_silent": float((self.dictionary.tokens_since_fired > 100_000).float().mean()),
             "lr": lr,
         }
+        if self.config.freeze_above is not None:
+            values["frac_frozen"] = self.optimiser.frac_frozen()
+        return values
 
     def check(self) -> None:
         """Look whether anything went wrong since the last look; waits for the device.
@@ -184,6 +192,8 @@ class Member:
                 "step": self.step,
                 "generator": self.generator.get_state(),
                 "resampled_at": self.resampled_at,
+                "compared": self.compared,
+                "finished": self.finished,
             },
         }
 
@@ -196,9 +206,11 @@ class Member:
         self.optimiser.load_state_dict(state["optimiser"])
         self.generator.set_state(state["run"]["generator"])
         self.step, self.resampled_at = state["run"]["step"], state["run"]["resampled_at"]
+        compared, self.finished = state["run"]["compared"], state["run"]["finished"]
+        self.compared = None if compared is None else compared.to(self.device)
 
     def write(self, folder: Path, probe_rows: Batch, n_rows: int | None) -> dict[str, Any]:
-        """Write the finished dictionary's files; what its meta.json shall remember.
+        """Write the dictionary's files; what its meta.json shall remember.
 
         Args:
             folder: An artifact's work folder.
@@ -207,11 +219,13 @@ class Member:
         """
         silent = self.dictionary.tokens_since_fired
         alive = None if n_rows is None else float((silent < n_rows).float().mean())
-        scale_in = self.dictionary.scale_in.expand(self.dictionary.d_in).unique_consecutive().tolist()
+        scales = self.dictionary.scale_in.expand(self.dictionary.d_in)
+        scale_in = torch.unique_consecutive(scales).tolist()
         about: dict[str, Any] = {"frac_alive_last_pass": alive, "scale_in": scale_in}
-        by_site = about_sites(self.dictionary)
-        about |= {"sites": by_site} if by_site else {}
-        return self.dictionary.write(folder, self._own(probe_rows).x) | {"training": about}
+        with self.optimiser.exported():
+            by_site = about_sites(self.dictionary)
+            about |= {"sites": by_site} if by_site else {}
+            return self.dictionary.write(folder, self._own(probe_rows).x) | {"training": about}
 
 
 ALONE = "dictionary"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,15 @@ from sememe.source import Batch, Source, upcoming
 from sememe.tracking import Log
 from sememe.train.config import TrainConfig
 from sememe.train.crew import Team
+from sememe.train.member import ALONE
+from sememe.train.snapshots import compares, keep, keeps
 
-__all__ = ["LOG", "LOGS", "Run"]
+__all__ = ["LOG", "LOGS", "N_PROBE_ROWS", "Run"]
 
 LOG = "metrics.jsonl"
 LOGS = "logs"
-"""Where the logs of a sweep's members are kept until each gets a folder of its own."""
+"""Where the logs and copies of a sweep's members are kept until each gets a folder of its own."""
+N_PROBE_ROWS = 16
 N_SAMPLE_ROWS = 8192
 """Rows that set the scale and the biases: enough for a stable mean at any width met here."""
 
@@ -119,11 +123,14 @@ class Run:
         ):
             whole, logs = self._open_logs(stack)
             saved_at = time.monotonic()
-            while self.step < self.n_steps:
+            finished = self._may_finish() and self.team.finished()
+            while self.step < self.n_steps and not finished:
                 values = self._one_step()
                 if values is not None:
                     progress.note = self._write(whole, logs, values)
                 progress.advance(config.batch_size)
+                self._keep()
+                finished = self._compares() and self.team.finished()
                 if stop.is_set() or time.monotonic() - saved_at >= config.checkpoint_every_seconds:
                     self._save()
                     saved_at = time.monotonic()
@@ -137,11 +144,32 @@ class Run:
         ahead = upcoming(self.source, wanted) if wanted else None
         batch = self._next_batch()
         self.step += 1
-        logging = self.step % self.config.log_every == 0 or self.step == self.n_steps
+        # a comparison may be the run's end, whose numbers must be there
+        logging = self.step % self.config.log_every == 0 or self.step == self.n_steps or self._compares()
         values = self.team.train_step(batch, ahead, logging)
         if logging:
             self.team.check()
         return values
+
+    def _members(self) -> dict[str, TrainConfig]:
+        """Each member's config."""
+        return self.configs or {ALONE: self.config}
+
+    def _may_finish(self) -> bool:
+        return any(config.freeze_above is not None for config in self._members().values())
+
+    def _compares(self) -> bool:
+        """Whether a member was compared with what it was, after the last step."""
+        return any(compares(config, self.n_steps, self.step) for config in self._members().values())
+
+    def _keep(self) -> None:
+        """Keep copies of those members that want it after this step."""
+        for name, config in self._members().items():
+            if keeps(config, self.step):
+                folder = self.folder / LOGS / name if self.configs else self.folder
+                rows = self.source.sample(N_PROBE_ROWS)
+                write = partial(self.team.write, name, probe_rows=rows, n_rows=self.source.n_rows)
+                keep(config, self.step, folder, write)
 
     def _next_batch(self) -> Batch:
         n = self.config.batch_size

@@ -22,10 +22,12 @@ from sememe.text import fingerprint as text_fingerprint
 from sememe.tracking import read_log
 from sememe.train.config import TrainConfig
 from sememe.train.crew import Crew, Team, device_of
+from sememe.train.dead import second_dictionary
 from sememe.train.member import ALONE, Spec
 from sememe.train.objective import Objective
-from sememe.train.run import LOG, LOGS, Run
+from sememe.train.run import LOG, LOGS, N_PROBE_ROWS, Run
 from sememe.train.schedule import count_steps
+from sememe.train.snapshots import FOLDER
 from sememe.train.sweep import INDEX, Sweep, Swept, open_sweep, variants
 from sememe.train.workers import Workers
 
@@ -34,8 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["train", "train_sweep"]
 
-VERSION = 1
-N_PROBE_ROWS = 16
+VERSION = 2
 
 
 class _Stream(NamedTuple):
@@ -93,6 +94,7 @@ def train(
         )
     given = None if source is None else _Stream(source, parents or {}, extra or {}, objective)
     stream = given or _stream(config, config.inputs, config.outputs, extra or {})
+    stream = stream._replace(parents=stream.parents | second_dictionary(config, stream.source.d_out))
     identity = artifact.identity_of("dictionary", VERSION, config, stream.parents)
     if not fresh and artifact.find(config.out, "dictionary", identity, config, stream.parents):
         return dictionaries.load(config.out)
@@ -145,30 +147,20 @@ def train_sweep(
             len(config.devices),
             "Name fewer, or sweep over more.",
         )
-    identity = artifact.identity_of("sweep", VERSION, config, stream.parents)
-    if not fresh and artifact.find(config.out, "sweep", identity, config, stream.parents):
+    specs = _specs(config, members, stream, opened=given is None)
+    seconds = {spec.name: second_dictionary(spec.config, spec.d_out) for spec in specs}
+    all_parents = stream.parents | {
+        f"{role} of {name}": fingerprint for name, own in seconds.items() for role, fingerprint in own.items()
+    }
+    identity = artifact.identity_of("sweep", VERSION, config, all_parents)
+    if not fresh and artifact.find(config.out, "sweep", identity, config, all_parents):
         return open_sweep(config.out)
-    alike = len({(member.config.inputs, member.config.outputs) for member in members}) == 1
-    if config.join and not alike:
-        raise ConfigError(
-            "a sweep over hookpoints needs a single store", f"{len(config.join)} more to join", "Drop --join."
-        )
-    if given is None and alike:  # the stream was opened for exactly these
-        specs = [_whole(member, stream.source) for member in members]
-    else:
-        specs = [_spec(member, stream.source) for member in members]
-    if stream.objective is not None and any(spec.columns is not None for spec in specs):
-        raise ConfigError(
-            "the dictionaries of a sweep must share inputs and outputs to be trained end to end",
-            "several",
-            "Train each hookpoint by itself.",
-        )
     configs = {member.name: member.config for member in members}
     with (
-        _building(config, "sweep", stream.parents, fresh) as work,
+        _building(config, "sweep", all_parents, fresh) as work,
         _trained(config, specs, configs, stream, work) as team,
     ):
-        _write_members(team, members, stream, work)
+        _write_members(team, members, seconds, stream, work)
     return open_sweep(config.out)
 
 
@@ -263,6 +255,33 @@ def _matching(pattern: str, known: tuple[str, ...], where: str) -> tuple[str, ..
 # -- from the source to artifacts ----------------------------------------------------------------------------
 
 
+def _specs(config: TrainConfig, members: list[Swept], stream: _Stream, opened: bool) -> list[Spec]:
+    """What the members of a sweep are made from.
+
+    Args:
+        config: The sweep's.
+        members: Which.
+        stream: Where their rows come from.
+        opened: It was opened for them, and not given by the caller.
+    """
+    alike = len({(member.config.inputs, member.config.outputs) for member in members}) == 1
+    if config.join and not alike:
+        raise ConfigError(
+            "a sweep over hookpoints needs a single store", f"{len(config.join)} more to join", "Drop --join."
+        )
+    if opened and alike:  # the stream holds exactly what they want
+        specs = [_whole(member, stream.source) for member in members]
+    else:
+        specs = [_spec(member, stream.source) for member in members]
+    if stream.objective is not None and any(spec.columns is not None for spec in specs):
+        raise ConfigError(
+            "the dictionaries of a sweep must share inputs and outputs to be trained end to end",
+            "several",
+            "Train each hookpoint by itself.",
+        )
+    return specs
+
+
 def _whole(member: Swept, source: Source) -> Spec:
     return Spec(member.name, member.config, source.d_in, source.d_out, source.sites, None)
 
@@ -332,17 +351,27 @@ def _threads(config: TrainConfig) -> int | None:
     return max(1, torch.get_num_threads() // max(1, config.devices.count("cpu")))
 
 
-def _write_members(team: Team, members: list[Swept], stream: _Stream, work: artifact.Work) -> None:
+def _write_members(
+    team: Team,
+    members: list[Swept],
+    seconds: dict[str, dict[str, str]],
+    stream: _Stream,
+    work: artifact.Work,
+) -> None:
     """A dictionary artifact for each member, and the index of them all."""
     probe_rows = stream.source.sample(N_PROBE_ROWS)
     index = []
     for name, options, config in members:
         place = work.path / name
-        log = work.path / LOGS / name / LOG
+        own = work.path / LOGS / name
+        log = own / LOG
+        parents = stream.parents | seconds[name]
         with artifact.building(
-            place, kind="dictionary", version=VERSION, config=config, parents=stream.parents, fresh=True
+            place, kind="dictionary", version=VERSION, config=config, parents=parents, fresh=True
         ) as inner:
             shutil.copy(log, inner.path / LOG)
+            if (own / FOLDER).is_dir():
+                shutil.copytree(own / FOLDER, inner.path / FOLDER)
             about = team.write(name, inner.path, probe_rows, stream.source.n_rows)
             inner.extra = stream.extra | about
         made = artifact.load(place, "dictionary")
