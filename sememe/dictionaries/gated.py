@@ -76,9 +76,11 @@ class Gated(Steered):
         self.check_input(x)
         gates = self._gates(x)
         encoded = self._magnitudes(gates)
-        mse = (target - self.decode(encoded)).square().mean()
+        mse = (target - self.decode(encoded, x)).square().mean()
         l1 = self._per_row(gates.acts, gates)
         through_gates = kernels.decode_encoded(gates, self.W_dec.detach(), self.b_dec.detach())
+        if self.config.skip:
+            through_gates = through_gates + x @ self.W_skip.detach()
         auxiliary = (target - through_gates).square().mean()
         total = mse + self._factor(progress) * self.config.l1_coefficient * l1 + auxiliary
         terms = {"mse": mse.detach(), "l1": l1.detach(), "auxiliary": auxiliary.detach()}

@@ -11,9 +11,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from sememe import kernels
-from sememe.dictionaries.base import ArchitectureConfig, Resampling, Sites
+from sememe.dictionaries.base import Resampling, Sites
 from sememe.dictionaries.initial import bricken_norm
-from sememe.dictionaries.linear import Linear
+from sememe.dictionaries.linear import Linear, LinearConfig
 from sememe.encoded import Encoded
 from sememe.errors import ConfigError
 
@@ -23,7 +23,7 @@ SMALLEST_CONSTANT = 1e-3
 """What a constant latent is at least, in training units: one of activation 0 would be silent and never learn."""
 
 
-class PenalisedConfig(ArchitectureConfig):
+class PenalisedConfig(LinearConfig):
     """Options of every architecture that is made sparse by a penalty."""
 
     decoder_bias: bool = True

@@ -58,7 +58,7 @@ class ReLU(ActivationPenalty):
         """
         factor = self._factor(progress)
         encoded = self._encode_noisy(x, factor)
-        mse = (target - self.decode(encoded)).square().mean()
+        mse = (target - self.decode(encoded, x)).square().mean()
         acts = encoded.acts
         if self.config.norm_weighted:
             acts = acts * self.W_dec.norm(dim=1).index_select(0, encoded.indices)

@@ -55,6 +55,12 @@ class Tied(ActivationPenalty):
     def __init__(
         self, config: TiedConfig, d_in: int, d_out: int, d_sae: int, sites: Sites | None = None
     ) -> None:
+        if config.skip:
+            raise ConfigError(
+                "a tied dictionary reconstructs what it reads, which a skip connection could copy",
+                "skip",
+                "Drop skip, or use relu for a transcoder.",
+            )
         if d_in != d_out or (sites is not None and sites.inputs != sites.outputs):
             raise ConfigError(
                 "a tied dictionary must read and write the same place",
@@ -82,7 +88,7 @@ class Tied(ActivationPenalty):
         """`mean (target - recon)^2 + l1_coefficient * mean_rows sum_i acts_i + bias_decay * ||b_enc||`."""
         factor = self._factor(progress)
         encoded = self._encode_noisy(x, factor)
-        mse = (target - self.decode(encoded)).square().mean()
+        mse = (target - self.decode(encoded, x)).square().mean()
         penalty, parts = self._penalty(encoded.acts, encoded)
         total = mse + factor * penalty
         if self.config.bias_decay:
