@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sememe.capture import Rows, captured_rows, first_norms
@@ -73,6 +73,9 @@ class TensorSource:
         x: The rows.
         seed: Of the order.
         target: What to reconstruct; x itself if not given.
+        sites: Where in which model the rows come from.
+        max_norm_ratio: Leave out rows of x whose Euclidean norm is more than this many times the median
+            (attention sinks; the token policy of stores and live runs takes 5). All rows are kept if not given.
     """
 
     def __init__(
@@ -81,9 +84,19 @@ class TensorSource:
         seed: int = 0,
         target: Float[Tensor, "rows d_out"] | None = None,
         sites: Sites | None = None,
+        max_norm_ratio: float | None = None,
     ) -> None:
         if x.dim() != 2 or x.shape[0] == 0:
             raise ShapeError("x must have shape (rows, d_in) with rows >= 1", tuple(x.shape), "Flatten it.")
+        if max_norm_ratio is not None:
+            if max_norm_ratio < 1:
+                raise ConfigError(
+                    "max_norm_ratio must be >= 1: half of the rows lie above the median",
+                    max_norm_ratio,
+                    "Raise it.",
+                )
+            sites, kept = _without_outliers(x, sites, max_norm_ratio)
+            x, target = x[kept], None if target is None else target[kept]
         self.x, self.target, self.seed, self.sites = x, target, seed, sites
         self.d_in, self.n_rows = x.shape[1], int(x.shape[0])
         self.d_out = self.d_in if target is None else target.shape[1]
@@ -120,6 +133,25 @@ class TensorSource:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         self._cursor.load(state)
+
+
+def _without_outliers(
+    x: Float[Tensor, "rows d_in"], sites: Sites | None, ratio: float
+) -> tuple[Sites | None, Bool[Tensor, " rows"]]:
+    """Sites that know their largest norm, and which rows exceed it at none of them."""
+    kept = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
+    inputs = []
+    for site in (None,) if sites is None else sites.inputs:
+        part = x if site is None else x[:, site.start : site.stop]
+        norms = torch.linalg.vector_norm(part, dim=1, dtype=torch.float32)
+        max_norm = ratio * float(norms.median())
+        kept &= norms <= max_norm
+        if site is not None:
+            inputs.append(site.replace(max_norm=max_norm))
+    if sites is None:
+        return None, kept
+    outputs = tuple(inputs) if sites.outputs == sites.inputs else sites.outputs
+    return Sites(inputs=tuple(inputs), outputs=outputs), kept
 
 
 class _Cursor:

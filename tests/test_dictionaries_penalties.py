@@ -15,7 +15,7 @@ from sememe.dictionaries.relu import ReLUConfig
 from sememe.dictionaries.steered import SteeredConfig
 from sememe.dictionaries.tied import TiedConfig
 from sememe.errors import ConfigError
-from sememe.optimiser import Adam
+from sememe.optimiser import Adam, Muon, Signum
 
 D, N = 12, 40
 STEERED: list[type[SteeredConfig]] = [ReLUConfig, TiedConfig, GatedConfig, PAnnealConfig]
@@ -174,7 +174,7 @@ def test_noise_is_the_steps_own_and_comes_back_with_the_state():
 
 def test_noise_alone_makes_latents_silent_that_are_not_worth_it():
     """Two orthogonal directions, one above and one below the noise: only the first is worth a latent."""
-    config = ReLUConfig(d_sae=2, l1_coefficient=0.0, noise=1.0, resample_at=())
+    config = ReLUConfig(d_sae=2, l1_coefficient=0.0, noise=1.0, resample="none")
     dictionary = dictionaries.build(config, 2, 2)
     generator = torch.Generator().manual_seed(0)
 
@@ -320,6 +320,50 @@ def test_a_constant_latent_of_centred_data_fires_and_can_learn():
     dictionary.initialise(x, x, torch.Generator().manual_seed(0))
     assert 0 < float(dictionary.encode(x).to_dense()[0, 0].detach()) < 0.01
     torch.testing.assert_close(dictionary.W_dec.detach().norm(dim=1), torch.ones(N))
+
+
+# -- a non-negative decoder ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimiser", [Adam, Muon, Signum])
+@pytest.mark.parametrize("config", [*STEERED, JumpReLUConfig])
+def test_a_non_negative_decoder_stays_so_with_rows_of_norm_1(config, optimiser):
+    dictionary, x = dictionaries.build(config(d_sae=N, non_negative_decoder=True), D, D), sample()
+    dictionary.initialise(x, x, torch.Generator().manual_seed(0))
+    dictionary.reset_latents(torch.tensor([3, 4]), torch.stack([-torch.ones(D), torch.eye(D)[2] - 0.1]))
+    torch.testing.assert_close(
+        dictionary.W_dec[3].detach(), torch.full((D,), D**-0.5), msg="no positive part"
+    )
+    torch.testing.assert_close(dictionary.W_dec[4].detach(), torch.eye(D)[2])
+    steps, started = optimiser(dictionary), dictionary.W_dec.detach().clone()
+    for _ in range(30):
+        loss = dictionary.loss(x, x, 0.5)
+        loss.total.backward()
+        steps.step(0.02)
+        dictionary.after_step(loss.encoded)
+        W_dec = dictionary.W_dec.detach()
+        assert float(W_dec.min()) >= 0
+        torch.testing.assert_close(W_dec.norm(dim=1), torch.ones(N))
+    assert int((W_dec == 0).sum()) > 20 and float((W_dec - started).abs().max()) > 0.1
+
+
+def test_frozen_rows_of_a_non_negative_decoder_keep_every_bit():
+    dictionary, x = made(ReLUConfig(d_sae=N, non_negative_decoder=True)), sample()
+    steps, before = Adam(dictionary), dictionary.W_dec.detach().clone()
+    steps.freeze(torch.arange(N) < 20)
+    for _ in range(5):
+        dictionary.loss(x, x, 0.5).total.backward()
+        steps.step(0.02)
+    assert torch.equal(dictionary.W_dec[:20], before[:20]) and not torch.equal(
+        dictionary.W_dec[20:], before[20:]
+    )
+
+
+def test_norms_are_free_when_weighted_and_the_sign_is_not():
+    constraints = made(ReLUConfig(d_sae=N, non_negative_decoder=True, norm_weighted=True)).constraints()
+    assert constraints.unit_norm == () and constraints.non_negative == ("W_dec",)
+    both = made(JumpReLUConfig(d_sae=N, non_negative_decoder=True)).constraints()
+    assert set(both.non_negative) == {"W_dec", "relative_threshold"}
 
 
 # -- options without effect ------------------------------------------------------------------------

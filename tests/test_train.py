@@ -16,14 +16,13 @@ from test_harvest import config_for
 from sememe import artifact, dictionaries
 from sememe.checkpoint import load_checkpoint, save_checkpoint
 from sememe.dictionaries import TRAINABLE
-from sememe.dictionaries.relu import ReLUConfig
 from sememe.errors import ActivationError, ConfigError, CorruptError, MismatchError, ResourceError
 from sememe.harvest import harvest
 from sememe.metrics import mmcs
 from sememe.source import TensorSource
 from sememe.store import open_store
 from sememe.tracking import Log, read_log
-from sememe.train import TrainConfig, dead, learning_rate, train
+from sememe.train import TrainConfig, learning_rate, train
 from sememe.train.schedule import Plan
 
 _RESAMPLED = {"d_sae": 64, "resample_after_tokens": 500, "rewarmup_steps": 5}
@@ -266,41 +265,6 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
         train(config("topk", tmp_path / "e"), source=TensorSource(bad))
 
 
-def test_relu_resampling_revives_silent_latents_and_forgets_their_moments(tmp_path, monkeypatch):
-    _, x = planted()
-    architecture = ReLUConfig(
-        d_sae=64, l1_coefficient=0.05, resample_at=(0.5,), resample_after_tokens=1000, rewarmup_steps=5
-    )
-    seen = {}
-    original = dead.resample
-    initialise = TRAINABLE["relu"].initialise
-
-    def half_dead(dictionary, x, target, generator):
-        initialise(dictionary, x, target, generator)
-        with torch.no_grad():
-            dictionary.b_enc[:10] = -1000.0
-
-    monkeypatch.setattr(TRAINABLE["relu"], "initialise", half_dead)
-
-    def watch(run, source):
-        silent = run.dictionary.tokens_since_fired > 1000
-        original(run, source)
-        seen["silent"] = silent
-        seen["moments"] = [
-            m[0][silent].abs().sum().item() for m in run.optimiser.moments.values() if m[0].shape[0] == 64
-        ]
-        seen["norms"] = run.dictionary.W_dec[silent].norm(dim=1)
-
-    monkeypatch.setattr(dead, "resample", watch)
-    made = train(
-        config("relu", tmp_path / "d", architecture=architecture, n_tokens=100 * 256), source=TensorSource(x)
-    )
-    assert seen["silent"][:10].all()
-    assert (made.encode(x).to_dense()[:, :10] > 0).any(), "a revived latent fires"
-    assert max(seen["moments"]) == 0.0
-    torch.testing.assert_close(seen["norms"], torch.ones_like(seen["norms"]))
-
-
 def test_the_learning_rate_rises_falls_and_rewarms():
     made = TrainConfig(warmup=0.1, decay=0.2, n_tokens=1)
     plan = Plan(100, 1.0, (50,), 10)
@@ -309,6 +273,9 @@ def test_the_learning_rate_rises_falls_and_rewarms():
     assert rates[-1] == pytest.approx(0.05) and rates == sorted(rates[:50]) + sorted(rates[50:], reverse=True)
     assert plan.rate(50, made, 0) == pytest.approx(0.1) and plan.rate(60, made, 10) == 1.0
     assert learning_rate(TrainConfig(), 4096) == pytest.approx(4 * learning_rate(TrainConfig(), 65536))
+    free = TrainConfig.build({"n_tokens": 1, "optimiser": {"kind": "signum"}})
+    assert plan.rate(99, free, None) == 1.0 and plan.rate(99, free.replace(decay=0.2), None) < 0.1
+    assert learning_rate(free, 2**14) == pytest.approx(5e-3)
 
 
 def test_a_store_feeds_training_and_the_dictionary_remembers_it(tmp_path):

@@ -40,10 +40,22 @@ def _plain(annotation: Any) -> Any:
     return annotation
 
 
+def _union(annotation: Any) -> tuple[type[Config], ...]:
+    """The config classes that a union has to choose from by their `kind`; none if it is no such union."""
+    members = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else ()
+    if typing.get_origin(annotation) is typing.Union:
+        members = typing.get_args(annotation)
+    configs = [member for member in members if _config_type(member) is not None]
+    known = len(configs) == len(members) and all("kind" in member.model_fields for member in configs)
+    return tuple(configs) if known else ()
+
+
 def flags_of(config: type[Config], choices: dict[str, type[Config]] | None = None) -> list[Flag]:
     """Every option of a config, nested ones too, each with a name of its own.
 
     An option keeps its own name unless one that lies less deep has it; then its parent's name goes before it.
+    A union of configs that is not among the choices becomes a flag of its own name, for the kind, and the options
+    of all its members; one that does not belong to the kind is refused by the config.
 
     Args:
         config: The config class.
@@ -55,7 +67,7 @@ def flags_of(config: type[Config], choices: dict[str, type[Config]] | None = Non
     taken: set[str] = set()
     named = []
     for flag in found:
-        name = flag.path[-1]
+        name = flag.name or flag.path[-1]
         if name in taken:
             name = "_".join(flag.path[-2:])
         assert name not in taken, f"two options are called {name}"
@@ -70,8 +82,18 @@ def _collect(
     for name, field in config.model_fields.items():
         chosen = choices.get(name)
         inner = chosen or _config_type(_plain(field.annotation))
+        members = () if inner is not None else _union(_plain(field.annotation))
         if inner is not None:
             _collect(inner, (*path, name), {}, found)
+        elif members:
+            kinds = [member.model_fields["kind"].default for member in members]
+            kind = getattr(field.default, "kind", kinds[0])
+            help_text = field.description or ""
+            found.append(Flag(name, (*path, name, "kind"), typing.Literal[tuple(kinds)], kind, help_text))
+            options: list[Flag] = []
+            for member in members:
+                _collect(member, (*path, name), {}, options)
+            found += {option.path: option for option in reversed(options)}.values()
         elif name != "kind":
             default = field.default if field.default is not PydanticUndefined else inspect.Parameter.empty
             if field.default_factory is not None:
@@ -148,6 +170,10 @@ def command(
                 _put(data, by_name[name].path, value)
             else:
                 options[name] = value
+        for flag in flags:
+            # an option of a union without its kind: that of the default
+            if flag.path[-1] == "kind" and _get(data, flag.path[:-1]) is not None:
+                _put(data, flag.path, _get(data, flag.path) or flag.default)
         for path, value in (fixed or {}).items():
             _put(data, tuple(path.split(".")), value)
         return verb(config.build(data), **options)
@@ -164,3 +190,10 @@ def _put(data: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
     for key in path[:-1]:
         data = data.setdefault(key, {})
     data[path[-1]] = value
+
+
+def _get(data: dict[str, Any], path: tuple[str, ...]) -> Any:
+    """What lies at a path; None if nothing does."""
+    for key in path[:-1]:
+        data = data.get(key, {})
+    return data.get(path[-1])

@@ -12,7 +12,16 @@ from pydantic import Field
 
 from sememe import artifact
 from sememe.dictionaries.abs_topk import AbsTopK, AbsTopKConfig
-from sememe.dictionaries.base import ArchitectureConfig, Constraints, Dictionary, Loss, Site, Sites, Trainable
+from sememe.dictionaries.base import (
+    ArchitectureConfig,
+    Constraints,
+    Dictionary,
+    Loss,
+    Resampling,
+    Site,
+    Sites,
+    Trainable,
+)
 from sememe.dictionaries.batch_topk import BatchTopK, BatchTopKConfig
 from sememe.dictionaries.gated import Gated, GatedConfig
 from sememe.dictionaries.group_max import GroupMax, GroupMaxConfig
@@ -24,6 +33,7 @@ from sememe.dictionaries.p_anneal import PAnneal, PAnnealConfig
 from sememe.dictionaries.pca import PCA
 from sememe.dictionaries.random_directions import RandomDirections
 from sememe.dictionaries.relu import ReLU, ReLUConfig
+from sememe.dictionaries.resampling import ResamplingConfig
 from sememe.dictionaries.tied import Tied, TiedConfig
 from sememe.dictionaries.topk import TopK, TopKConfig
 from sememe.errors import ArtifactError, nearest
@@ -36,6 +46,8 @@ __all__ = [
     "Constraints",
     "Dictionary",
     "Loss",
+    "Resampling",
+    "ResamplingConfig",
     "Site",
     "Sites",
     "Trainable",

@@ -15,7 +15,7 @@ import copy
 import html
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import pydantic
 import torch
@@ -134,10 +134,12 @@ class Constraints(NamedTuple):
 
     unit_norm: tuple[str, ...] = ()
     """Parameters whose rows (one per latent) keep norm 1: the gradient's radial part is removed first."""
+    non_negative: tuple[str, ...] = ()
+    """Parameters whose entries stay >= 0."""
 
 
 class Resampling(NamedTuple):
-    """When and which silent latents are pointed at badly reconstructed rows."""
+    """Which latents are pointed anew, where to, and when."""
 
     at: tuple[float, ...]
     """Shares of the run."""
@@ -145,6 +147,12 @@ class Resampling(NamedTuple):
     """Training rows without firing after which a latent counts as silent."""
     rewarmup_steps: int
     """Steps over which the learning rate climbs back."""
+    scheme: Literal["loss", "worst", "random", "mcs"] = "loss"
+    """As `ResamplingConfig.resample`."""
+    against: Path | None = None
+    """The second dictionary of mcs."""
+    below: float = 0.0
+    """The smallest of its cosines that spares a latent."""
 
 
 class Dictionary(nn.Module, abc.ABC):
@@ -309,6 +317,8 @@ class Trainable(Dictionary):
     `tokens_since_fired` counts, per latent, the rows since it was last active.
     """
 
+    shared: ClassVar[frozenset[str]] = frozenset({"b_dec", "W_skip"})
+    """Parameters without a latent axis, whatever their shape; in any other, an axis of d_sae is that of the latents."""
     tokens_since_fired: Int[Tensor, " d_sae"]
 
     def __init__(self, config: Config, d_in: int, d_out: int, d_sae: int, sites: Sites | None = None) -> None:
@@ -328,8 +338,25 @@ class Trainable(Dictionary):
         """The objective of its paper; `progress` goes from 0 to 1 over the run."""
 
     @abc.abstractmethod
-    def reset_latents(self, ids: Int[Tensor, " n"], directions: Float[Tensor, "n d_out"]) -> None:
-        """Point latents at new directions (of any length); the optimiser forgets their moments."""
+    def reset_latents(
+        self,
+        ids: Int[Tensor, " n"],
+        directions: Float[Tensor, "n d_out"],
+        inputs: Float[Tensor, "n d_in"] | None = None,
+    ) -> None:
+        """Point latents at new directions (of any length); the optimiser forgets their moments.
+
+        Args:
+            ids: The latents.
+            directions: What they write from now on.
+            inputs: What they read; the directions, if not given (an autoencoder).
+        """
+
+    def revival_loss(
+        self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], encoded: Encoded
+    ) -> Float[Tensor, ""] | None:
+        """What the trainer adds to `loss` for the sake of dead latents; None if nothing."""
+        return None
 
     def after_step(self, encoded: Encoded) -> None:
         """Bookkeeping after the optimiser's step: which latents fired. Never waits for the device."""
@@ -344,7 +371,7 @@ class Trainable(Dictionary):
         return Constraints()
 
     def resampling(self) -> Resampling | None:
-        """Whether and when the trainer resamples silent latents."""
+        """Whether and when the trainer points latents anew."""
         return None
 
     def training_buffers(self) -> dict[str, Tensor]:

@@ -86,9 +86,14 @@ class Gated(Steered):
         terms = {"mse": mse.detach(), "l1": l1.detach(), "auxiliary": auxiliary.detach()}
         return Loss(total, terms | self._steering_terms(), encoded.detach())
 
-    def reset_latents(self, ids: Int[Tensor, " n"], directions: Float[Tensor, "n d_out"]) -> None:
+    def reset_latents(
+        self,
+        ids: Int[Tensor, " n"],
+        directions: Float[Tensor, "n d_out"],
+        inputs: Float[Tensor, "n d_in"] | None = None,
+    ) -> None:
         """As every ReLU; magnitudes start as the gates."""
-        super().reset_latents(ids, directions)
+        super().reset_latents(ids, directions, inputs)
         with torch.no_grad():
             self.r_mag[ids] = 0.0
             self.b_mag[ids] = 0.0

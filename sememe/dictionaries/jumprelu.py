@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from sememe import kernels
-from sememe.dictionaries.base import Loss, Sites
+from sememe.dictionaries.base import Constraints, Loss, Sites
 from sememe.dictionaries.penalised import Penalised, PenalisedConfig, moved
 from sememe.encoded import Encoded
 
@@ -133,15 +133,19 @@ class JumpReLU(Penalised):
         total = mse + coefficient * self._warmed(progress) * penalty
         return Loss(total, {"mse": mse.detach(), "penalty": penalty.detach()}, encoded.detach())
 
-    @torch.no_grad()
-    def after_step(self, encoded: Encoded) -> None:
-        """Thresholds stay >= 0, beside the bookkeeping."""
-        super().after_step(encoded)
-        self.relative_threshold.clamp_(min=0)
+    def constraints(self) -> Constraints:
+        """Thresholds stay >= 0, beside what every linear dictionary keeps."""
+        kept = super().constraints()
+        return kept._replace(non_negative=(*kept.non_negative, "relative_threshold"))
 
-    def reset_latents(self, ids: Int[Tensor, " n"], directions: Float[Tensor, "n d_out"]) -> None:
+    def reset_latents(
+        self,
+        ids: Int[Tensor, " n"],
+        directions: Float[Tensor, "n d_out"],
+        inputs: Float[Tensor, "n d_in"] | None = None,
+    ) -> None:
         """The encoder at its usual length (a fifth would never reach a threshold), the threshold as is usual."""
-        super().reset_latents(ids, directions)
+        super().reset_latents(ids, directions, inputs)
         with torch.no_grad():
             self.relative_threshold[ids] = self.relative_threshold.median()
 

@@ -14,15 +14,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sememe import kernels
-from sememe.dictionaries.base import ArchitectureConfig, Constraints, Sites, Trainable
+from sememe.dictionaries.base import Constraints, Resampling, Sites, Trainable
 from sememe.dictionaries.initial import geometric_median, latent_major, unit_rows
+from sememe.dictionaries.resampling import ResamplingConfig
 from sememe.encoded import Encoded
 from sememe.errors import ConfigError, ShapeError
 
 __all__ = ["Linear", "LinearConfig"]
 
 
-class LinearConfig(ArchitectureConfig):
+class LinearConfig(ResamplingConfig):
     """Options of every architecture with one linear decoder."""
 
     skip: bool = False
@@ -150,13 +151,17 @@ class Linear(Trainable, abc.ABC):
         """What b_pre and b_dec start from, given a sample."""
         return geometric_median
 
-    def reset_latents(self, ids: Int[Tensor, " n"], directions: Float[Tensor, "n d_out"]) -> None:
-        """Unit decoder rows along the directions; the encoder reads the same direction; bias 0."""
+    def reset_latents(
+        self,
+        ids: Int[Tensor, " n"],
+        directions: Float[Tensor, "n d_out"],
+        inputs: Float[Tensor, "n d_in"] | None = None,
+    ) -> None:
+        """Unit decoder rows along the directions; the encoder reads the inputs' directions; bias 0."""
         with torch.no_grad():
-            units = directions / directions.norm(dim=1, keepdim=True).clamp_min(1e-12)
-            self.W_dec[ids] = units
-            if self.d_in == self.d_out:
-                self.W_enc[:, ids] = (units * self._reset_norm(self.W_enc.norm(dim=0), ids)).T
+            self.W_dec[ids] = _units(directions)
+            read = _units(directions if inputs is None else inputs)
+            self.W_enc[:, ids] = (read * self._reset_norm(self.W_enc.norm(dim=0), ids)).T
             self.b_enc[ids] = 0.0
             self.tokens_since_fired[ids] = 0
 
@@ -164,9 +169,17 @@ class Linear(Trainable, abc.ABC):
         """How long the encoder weights of a reset latent are: here, as long as is usual."""
         return norms.median()
 
+    def resampling(self) -> Resampling | None:
+        """As the config says."""
+        return self.config.resampling()
+
     def constraints(self) -> Constraints:
         """Decoder rows keep norm 1."""
         return Constraints(unit_norm=("W_dec",))
+
+
+def _units(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    return rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
 
 
 def _check_skip(sites: Sites | None) -> None:

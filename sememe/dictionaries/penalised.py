@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -11,7 +11,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from sememe import kernels
-from sememe.dictionaries.base import Resampling, Sites
+from sememe.dictionaries.auxiliary import ghost_loss
+from sememe.dictionaries.base import Constraints, Sites
 from sememe.dictionaries.initial import bricken_norm
 from sememe.dictionaries.linear import Linear, LinearConfig
 from sememe.encoded import Encoded
@@ -30,14 +31,14 @@ class PenalisedConfig(LinearConfig):
     """Learn a decoder bias; else it is 0, and latents have to carry the mean."""
     constant_latent: bool = False
     """Let latent 0 start as a constant that writes the sample's centre, and leave it out of the penalty."""
+    non_negative_decoder: bool = False
+    """Keep every number of the decoder's rows >= 0; the decoder bias stays free."""
     sparsity_warmup: float = Field(default=0.0, ge=0, le=1)
     """Share of the run over which the penalty's weight rises from 0."""
-    resample_at: tuple[float, ...] = (0.25, 0.5, 0.75)
-    """When latents that have not fired lately are pointed at badly reconstructed rows, as shares of the run."""
-    resample_after_tokens: int = 100_000
-    """A latent that has not fired for this many training rows is resampled."""
-    rewarmup_steps: int = 100
-    """Steps over which the learning rate climbs back after each resampling."""
+    resample: Literal["none", "loss", "worst", "random", "mcs"] = "loss"
+    """Which latents are pointed anew, and where to: none, loss, worst, random or mcs."""
+    ghost_after_tokens: int | None = Field(default=None, ge=1)
+    """A latent that has not fired for this many training rows gets ghost gradients; none does if not given."""
 
     @model_validator(mode="after")
     def _one_carries_the_mean(self) -> Self:
@@ -46,16 +47,6 @@ class PenalisedConfig(LinearConfig):
                 "constant_latent must go without a decoder bias, which already is a constant",
                 "decoder_bias true",
                 "Set decoder_bias to false (--no-decoder-bias), or drop constant_latent.",
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _resampling_has_an_effect(self) -> Self:
-        if not self.resample_at:
-            self.check_inert("resample_after_tokens", "rewarmup_steps", without="resample_at is empty")
-        if not all(0 < share < 1 for share in self.resample_at):
-            raise ConfigError(
-                "resample_at must hold shares of the run in (0, 1)", self.resample_at, "Change resample_at."
             )
         return self
 
@@ -88,9 +79,16 @@ class Penalised(Linear, abc.ABC):
     ) -> None:
         """As every linear dictionary. A constant latent reads nothing, and writes the centre of the targets."""
         super().initialise(x, target, generator)
+        positive = self.config.non_negative_decoder
+        if positive:
+            with torch.no_grad():
+                self.W_dec.abs_()
+                if self.d_in == self.d_out:
+                    self.W_enc.copy_(self.W_dec.T)
         if self.config.constant_latent:
             with torch.no_grad():
                 centre = self._centre()(target)
+                centre = centre.clamp_min(0) if positive else centre
                 norm = centre.norm()
                 self.W_dec[0] = torch.where(norm > 0, centre / norm.clamp_min(1e-12), self.W_dec[0])
                 self.W_enc[:, 0] = 0.0
@@ -115,11 +113,35 @@ class Penalised(Linear, abc.ABC):
         """A fifth of what live latents have. Source: Bricken et al. 2023, appendix "Neuron Resampling"."""
         return bricken_norm(norms, ids)
 
-    def resampling(self) -> Resampling:
-        """As its config says."""
-        return Resampling(
-            self.config.resample_at, self.config.resample_after_tokens, self.config.rewarmup_steps
-        )
+    def revival_loss(
+        self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], encoded: Encoded
+    ) -> Float[Tensor, ""] | None:
+        """Ghost gradients for latents that are silent for too long, if the config asks for them."""
+        if self.config.ghost_after_tokens is None:
+            return None
+        dead = torch.nonzero(self.tokens_since_fired > self.config.ghost_after_tokens).view(-1)
+        if dead.numel() == 0:
+            return None
+        with torch.no_grad():
+            residual = target - self.decode(encoded, x)
+        return ghost_loss(self, x, residual, dead)
+
+    def constraints(self) -> Constraints:
+        """What every linear dictionary keeps, and the decoder's sign if asked for."""
+        kept = super().constraints()
+        return kept._replace(non_negative=("W_dec",)) if self.config.non_negative_decoder else kept
+
+    def reset_latents(
+        self,
+        ids: Int[Tensor, " n"],
+        directions: Float[Tensor, "n d_out"],
+        inputs: Float[Tensor, "n d_in"] | None = None,
+    ) -> None:
+        """As every linear dictionary; of a direction that a non-negative decoder cannot write, the positive part."""
+        if self.config.non_negative_decoder:
+            positive = directions.clamp_min(0)
+            directions = torch.where(positive.any(dim=1, keepdim=True), positive, directions.abs())
+        super().reset_latents(ids, directions, inputs)
 
 
 def moved(start: float, goal: float, share: float) -> float:

@@ -68,4 +68,5 @@ class ReLU(ActivationPenalty):
 
     def constraints(self) -> Constraints:
         """Decoder rows keep norm 1, unless the penalty weighs their norms."""
-        return Constraints() if self.config.norm_weighted else super().constraints()
+        kept = super().constraints()
+        return kept._replace(unit_norm=()) if self.config.norm_weighted else kept

@@ -4,7 +4,8 @@ beyond handing their names on (training straight from one is set up in `source.p
     config.py    the options
     schedule.py  how many steps, and the learning rate of each
     member.py    one dictionary in training: a step, its state
-    dead.py      what is done about latents that no longer fire
+    dead.py      latents that are pointed anew
+    snapshots.py what is kept of, and compared with, the dictionary as it was
     run.py       the loop: members on one source, their logs and checkpoints
     verb.py      from a config to finished artifacts
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,6 +12,7 @@ from sememe.dictionaries import Architecture
 from sememe.dictionaries.topk import TopKConfig
 from sememe.errors import ConfigError
 from sememe.lm import ModelConfig
+from sememe.optimiser import AdamConfig, OptimiserConfig
 from sememe.text import TextConfig, TokenPolicy
 from sememe.tracking import Tracker
 
@@ -42,12 +42,22 @@ class TrainConfig(Config):
     """Passes over the store; 1 if n_tokens is not given either."""
     batch_size: int = Field(default=2048, ge=1)
     """Rows per step."""
+    optimiser: OptimiserConfig = AdamConfig()
+    """How parameters are updated: adam, signum or muon."""
     lr: float | None = Field(default=None, gt=0)
-    """Learning rate; 1.2e-3 / sqrt(d_sae / 4096) if not given."""
+    """Learning rate; if not given, what the optimiser's rule says for the width."""
     warmup: float = Field(default=0.05, ge=0, le=1)
     """Share of the run over which the learning rate rises from 0."""
-    decay: float = Field(default=0.3, ge=0, le=1)
-    """Share of the run, at its end, over which the learning rate falls to 0."""
+    decay: float | None = Field(default=None, ge=0, le=1)
+    """Share of the run, at its end, over which the learning rate falls to 0; 0.3 if not given, with signum 0."""
+    freeze_above: float | None = Field(default=None, gt=0, le=1)
+    """Freeze latents whose decoder row has at least this cosine to what it was one comparison ago."""
+    freeze_every_tokens: int | None = Field(default=None, ge=1)
+    """Training rows between comparisons; a tenth of the run if not given."""
+    keep_checkpoints: bool = False
+    """Keep the dictionary as it is after 1, 2, 4, 8, ... steps, in its folder's checkpoints/."""
+    keep_every_tokens: int | None = Field(default=None, ge=1)
+    """Keep it after every so many training rows, too."""
     scale: bool = True
     """Divide activations by their root mean square distance from the mean while training; folded back after."""
     seed: int = 0
@@ -81,9 +91,30 @@ class TrainConfig(Config):
                 f"{self.n_tokens} and {self.epochs:g}",
                 "Drop one of them.",
             )
-        if self.warmup + self.decay > 1:
+        if self.warmup + self.decay_share > 1:
             raise ConfigError(
-                "warmup + decay must be <= 1", f"{self.warmup:g} + {self.decay:g}", "Lower one of them."
+                "warmup + decay must be <= 1", f"{self.warmup:g} + {self.decay_share:g}", "Lower one of them."
+            )
+        return self
+
+    @property
+    def decay_share(self) -> float:
+        """`decay`, or what the optimiser wants."""
+        return self.optimiser.default_decay if self.decay is None else self.decay
+
+    @model_validator(mode="after")
+    def _snapshots_have_an_effect(self) -> TrainConfig:
+        if self.freeze_every_tokens is not None and self.freeze_above is None:
+            raise ConfigError(
+                "freeze_every_tokens must be left out unless freeze_above is given",
+                self.freeze_every_tokens,
+                "Drop it, or pass --freeze-above.",
+            )
+        if self.keep_every_tokens is not None and not self.keep_checkpoints:
+            raise ConfigError(
+                "keep_every_tokens must be left out unless keep_checkpoints is set",
+                self.keep_every_tokens,
+                "Drop it, or pass --keep-checkpoints.",
             )
         return self
 
@@ -118,5 +149,5 @@ class TrainConfig(Config):
 
 
 def learning_rate(config: TrainConfig, d_sae: int) -> float:
-    """The peak learning rate. Source: the 1/sqrt(width) rule of Gao et al. 2024, appendix A.3."""
-    return config.lr if config.lr is not None else 1.2e-3 / math.sqrt(d_sae / 4096)
+    """The peak learning rate: as given, or by the optimiser's rule for the width."""
+    return config.lr if config.lr is not None else config.optimiser.learning_rate(d_sae)

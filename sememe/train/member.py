@@ -8,6 +8,7 @@ Knows one step and its own state; knows neither where batches come from nor when
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -15,12 +16,13 @@ from torch import Tensor
 
 from sememe.dictionaries import Loss, Trainable
 from sememe.errors import ActivationError
-from sememe.optimiser import Adam
+from sememe.optimiser import make
 from sememe.source import Batch
 from sememe.train.config import TrainConfig
 from sememe.train.schedule import Plan
+from sememe.train.snapshots import compares, freeze
 
-__all__ = ["Member", "Stepped", "make_optimiser"]
+__all__ = ["Member", "Stepped"]
 
 
 class Stepped(NamedTuple):
@@ -29,11 +31,6 @@ class Stepped(NamedTuple):
     loss: Loss
     target: Tensor
     lr: float
-
-
-def make_optimiser(config: TrainConfig, dictionary: Trainable) -> Adam:
-    """The optimiser that a config asks for."""
-    return Adam(dictionary)
 
 
 class Member:
@@ -49,9 +46,13 @@ class Member:
     def __init__(self, name: str, config: TrainConfig, dictionary: Trainable, plan: Plan) -> None:
         self.name, self.config, self.dictionary, self.plan = name, config, dictionary, plan
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.optimiser = make_optimiser(config, dictionary)
+        self.optimiser = make(config.optimiser, dictionary)
         self.step = 0
         self.resampled_at: int | None = None
+        self.compared: Tensor | None = None
+        """Unit decoder rows at the last comparison, if latents may be frozen."""
+        self.settled = False
+        """Whether there is nothing left to train: every latent that fires is frozen."""
 
     def initialise(self, sample: Batch) -> None:
         """Set scales and parameters from rows in raw units.
@@ -78,12 +79,17 @@ class Member:
         x, target = self.scaled(batch)
         self.dictionary.train()
         loss = self.dictionary.loss(x, target, self.step / self.plan.n_steps)
+        revival = self.dictionary.revival_loss(x, target, loss.encoded)
+        if revival is not None:
+            loss = loss._replace(total=loss.total + revival, terms=loss.terms | {"ghost": revival.detach()})
         loss.total.backward()  # type: ignore[no-untyped-call]
         since = None if self.resampled_at is None else self.step - self.resampled_at
         lr = self.plan.rate(self.step, self.config, since)
         self.optimiser.step(lr)
         self.dictionary.after_step(loss.encoded)
         self.step += 1
+        if compares(self.config, self.plan.n_steps, self.step):
+            freeze(self)
         return Stepped(loss, target, lr)
 
     def metrics(self, stepped: Stepped) -> dict[str, float]:
@@ -102,13 +108,17 @@ class Member:
                 "Lower --lr; the last checkpoint is kept.",
             )
         variance = float((target - target.mean(0)).square().mean())
-        return values | {
-            "loss": total,
-            "fvu": values["mse"] / max(variance, 1e-12),
-            "l0": float(loss.encoded.l0().float().mean()),
-            "frac_silent": float((self.dictionary.tokens_since_fired > 100_000).float().mean()),
-            "lr": lr,
-        }
+        return (
+            values
+            | {
+                "loss": total,
+                "fvu": values["mse"] / max(variance, 1e-12),
+                "l0": float(loss.encoded.l0().float().mean()),
+                "frac_silent": float((self.dictionary.tokens_since_fired > 100_000).float().mean()),
+                "lr": lr,
+            }
+            | ({} if self.config.freeze_above is None else {"frac_frozen": self.optimiser.frac_frozen()})
+        )
 
     def check_weights(self) -> None:
         """A checkpoint or a dictionary with NaN in it is never written."""
@@ -130,6 +140,8 @@ class Member:
                 "step": self.step,
                 "generator": self.generator.get_state(),
                 "resampled_at": self.resampled_at,
+                "compared": self.compared,
+                "settled": self.settled,
             },
         }
 
@@ -141,6 +153,21 @@ class Member:
         self.optimiser.load_state_dict(state["optimiser"])
         self.generator.set_state(state["run"]["generator"])
         self.step, self.resampled_at = state["run"]["step"], state["run"]["resampled_at"]
+        self.compared, self.settled = state["run"]["compared"], state["run"]["settled"]
+
+    def write(self, folder: Path, probe_rows: Batch, n_rows: int | None) -> dict[str, Any]:
+        """Write the dictionary's files; what its meta.json shall remember.
+
+        Args:
+            folder: An artifact's work folder.
+            probe_rows: A few rows of the stream, on the CPU.
+            n_rows: Rows in one pass of the source, if it has an end.
+        """
+        silent = self.dictionary.tokens_since_fired
+        alive = None if n_rows is None else float((silent < n_rows).float().mean())
+        about = {"frac_alive_last_pass": alive, "scale_in": float(self.dictionary.scale_in)}
+        with self.optimiser.exported():
+            return self.dictionary.write(folder, probe_rows.x) | {"training": about}
 
 
 def _scale(x: Tensor) -> float:

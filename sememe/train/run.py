@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,14 +21,16 @@ from sememe.progress import track
 from sememe.source import Source
 from sememe.tracking import Log
 from sememe.train.config import TrainConfig
-from sememe.train.dead import revive
+from sememe.train.dead import revive, rows_wanted
 from sememe.train.member import Member
+from sememe.train.snapshots import keep, keeps
 
 __all__ = ["N_SAMPLE_ROWS", "Place", "Run"]
 
 LOG = "metrics.jsonl"
 N_SAMPLE_ROWS = 8192
 """Rows that set the scale and the biases: enough for a stable mean at any width met here."""
+N_PROBE_ROWS = 16
 
 
 class Place(NamedTuple):
@@ -110,7 +113,7 @@ class Run:
         ):
             logs = [stack.enter_context(self._log(place)) for place in self.places]
             saved_at = time.monotonic()
-            while self.step < self.n_steps:
+            while self.step < self.n_steps and not self._settled():
                 progress.note = self._one_step(logs) or progress.note
                 progress.advance(config.batch_size)
                 if stop.is_set() or time.monotonic() - saved_at >= config.checkpoint_every_seconds:
@@ -134,19 +137,28 @@ class Run:
     def _one_step(self, logs: list[Log]) -> str:
         """Every member's next step; what the progress bar shows of it, if it was logged."""
         for member in self.members:
-            revive(member, self.source)
+            n_wanted = rows_wanted(member.config, member.plan, self.step)
+            revive(member, self.source.next_batch(n_wanted) if n_wanted else None)
         batch = self.source.next_batch(self.config.batch_size)
         self.step += 1
         logging = self.step % self.config.log_every == 0 or self.step == self.n_steps
         note = ""
-        for member, log in zip(self.members, logs, strict=True):
+        for (member, folder), log in zip(self.places, logs, strict=True):
             stepped = member.train_step(batch)
-            if logging:
+            if keeps(member.config, self.step):
+                probe_rows = self.source.sample(N_PROBE_ROWS)
+                write = partial(member.write, probe_rows=probe_rows, n_rows=self.source.n_rows)
+                keep(member.config, self.step, folder, write)
+            if logging or self._settled():
                 values = member.metrics(stepped)
                 place = {"tokens": self.step * self.config.batch_size, "seconds": self._seconds()}
                 log.write(self.step, values | place)
                 note = note or f"fvu {values['fvu']:.3f}  l0 {values['l0']:.0f}"
         return note
+
+    def _settled(self) -> bool:
+        """Whether every member is done before its time."""
+        return all(member.settled for member in self.members)
 
     def _check_weights(self) -> None:
         for member in self.members:

@@ -5,19 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from sememe import artifact, dictionaries, kernels
-from sememe.dictionaries import Dictionary, Trainable
+from sememe.dictionaries import Dictionary
 from sememe.source import LiveSource, Source, StoreSource
 from sememe.store import open_store
 from sememe.text import fetch
 from sememe.text import fingerprint as text_fingerprint
 from sememe.train.config import TrainConfig
+from sememe.train.dead import second_dictionary
 from sememe.train.member import Member
-from sememe.train.run import Place, Run
+from sememe.train.run import N_PROBE_ROWS, Place, Run
 from sememe.train.schedule import make_plan
 
 __all__ = ["train"]
 
-VERSION = 1
+VERSION = 2
 
 
 def train(
@@ -55,6 +56,7 @@ def train(
 def _train(
     config: TrainConfig, source: Source, parents: dict[str, str], extra: dict[str, Any], fresh: bool
 ) -> Dictionary:
+    parents = parents | second_dictionary(config, source.d_out)
     identity = artifact.identity_of("dictionary", VERSION, config, parents)
     if not fresh and artifact.find(config.out, "dictionary", identity):
         return dictionaries.load(config.out)
@@ -74,8 +76,7 @@ def _train(
         ) as work,
     ):
         Run(config, [Place(member, work.path)], source, work.path, threads).go()
-        probe_rows = source.sample(16).x
-        work.extra = extra | dictionary.write(work.path, probe_rows) | _summary(dictionary, source)
+        work.extra = extra | member.write(work.path, source.sample(N_PROBE_ROWS), source.n_rows)
     return dictionaries.load(config.out)
 
 
@@ -106,10 +107,3 @@ def _live(config: TrainConfig, extra: dict[str, Any]) -> tuple[Source, dict[str,
     )
     parents = {"model": lm.fingerprint, "text": text_fingerprint(config.text)}
     return source, parents, extra | {"policy": config.policy.resolved()}
-
-
-def _summary(dictionary: Trainable, source: Source) -> dict[str, Any]:
-    horizon = source.n_rows
-    silent = dictionary.tokens_since_fired
-    alive = None if horizon is None else float((silent < horizon).float().mean())
-    return {"training": {"frac_alive_last_pass": alive, "scale_in": float(dictionary.scale_in)}}
