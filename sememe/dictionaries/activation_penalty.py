@@ -116,7 +116,8 @@ class ActivationPenalty(Steered, abc.ABC):
 
 def root_sum(acts: Float[Tensor, " nnz"], n_rows: int, eps: float) -> Float[Tensor, ""]:
     """Mean over rows of `sum_i sqrt(acts_i + eps) - sqrt(eps)`: 0 for an inactive latent."""
-    return ((acts + eps).sqrt() - eps**0.5).sum() / n_rows
+    per_entry: Tensor = (acts + eps).sqrt() - eps**0.5
+    return per_entry.sum() / n_rows
 
 
 def entropy(encoded: Encoded) -> Float[Tensor, ""]:
