@@ -22,7 +22,7 @@ from sememe.text import Split, TextConfig, TokenPolicy, token_blocks
 if TYPE_CHECKING:
     from sememe.lm import LanguageModel
 
-__all__ = ["Batch", "LiveSource", "Source", "StoreSource", "TensorSource"]
+__all__ = ["Batch", "Columns", "LiveSource", "Source", "StoreSource", "TensorSource", "upcoming"]
 
 
 @runtime_checkable
@@ -50,7 +50,7 @@ class Source(Protocol):
         ...
 
     def next_batch(self, n: int) -> Batch:
-        """The next n rows."""
+        """The next n rows; fewer only where the stream ends."""
         ...
 
     def sample(self, n: int) -> Batch:
@@ -64,6 +64,56 @@ class Source(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         ...
+
+
+def upcoming(source: Source, n: int) -> Batch:
+    """Up to n of the rows that come next; the stream stays where it is."""
+    if isinstance(source, LiveSource):
+        return source.sample(n)  # its state is its buffer: too large to be taken and put back
+    state = source.state_dict()
+    batch = source.next_batch(n)
+    source.load_state_dict(state)
+    return batch
+
+
+class Columns:
+    """One dictionary's part of a stream that several share: which features of its rows are x and target.
+
+    Args:
+        shared: Where the stream's x comes from, site by site.
+        inputs: Hookpoints whose concatenation is the dictionary's x, all of them in the stream.
+        outputs: Hookpoints whose concatenation is its target; the inputs if not given.
+    """
+
+    def __init__(
+        self, shared: Sites, inputs: tuple[str, ...], outputs: tuple[str, ...] | None = None
+    ) -> None:
+        self.spans = {site.hookpoint: slice(site.start, site.stop) for site in shared.inputs}
+        self.inputs, self.outputs = inputs, outputs or inputs
+        by_name = {site.hookpoint: site for site in shared.inputs}
+        self.sites = Sites(
+            inputs=_moved([by_name[name] for name in self.inputs]),
+            outputs=_moved([by_name[name] for name in self.outputs]),
+        )
+        self.d_in, self.d_out = self.sites.inputs[-1].stop, self.sites.outputs[-1].stop
+
+    def of(self, batch: Batch) -> Batch:
+        """The dictionary's rows of a shared batch."""
+        x = self._join(batch.x, self.inputs)
+        return Batch(x, x if self.inputs == self.outputs else self._join(batch.x, self.outputs))
+
+    def _join(self, x: Tensor, names: tuple[str, ...]) -> Tensor:
+        return torch.cat([x[:, self.spans[name]] for name in names], dim=1)
+
+
+def _moved(sites: list[Site]) -> tuple[Site, ...]:
+    """Sites one after the other along a feature axis of their own."""
+    moved, start = [], 0
+    for site in sites:
+        stop = start + site.stop - site.start
+        moved.append(site.replace(start=start, stop=stop))
+        start = stop
+    return tuple(moved)
 
 
 class TensorSource:
@@ -425,8 +475,8 @@ class LiveSource:
         return Batch(x, x if self.inputs == self.outputs else join(self.outputs))
 
     def sample(self, n: int) -> Batch:
-        """The rows that come first."""
-        if self._n_left < min(n, self.capacity // 2):
+        """The rows that come next, as many as the buffer holds; it is filled only where it is empty."""
+        if self._n_left == 0:
             self._refill()
         return self._rows(slice(max(0, self._n_left - n), self._n_left))
 

@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from sememe.cli import VERBS, _run, app
-from sememe.cli.flags import flags_of
 from sememe.config import Config
+from sememe.options import flags_of
 
 CONFIGS = {
     "harvest": "HarvestConfig",

@@ -16,7 +16,7 @@ ROOT = Path(sememe.__file__).parent
 LAYERS = [
     ["errors"],
     ["config", "paths", "progress", "interrupt"],
-    ["artifact", "encoded"],
+    ["artifact", "encoded", "options"],
     ["metrics", "tracking", "checkpoint", "registry"],
     ["kernels"],
     ["dictionaries"],
@@ -41,6 +41,7 @@ TORCH_FREE = {
     "paths",
     "progress",
     "artifact",
+    "options",
     "registry",
     "atlas",
     "browse",

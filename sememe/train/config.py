@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from sememe.config import Config
 from sememe.dictionaries import Architecture
@@ -23,8 +24,16 @@ class TrainConfig(Config):
     """What to train, on what, and for how long."""
 
     not_identity: ClassVar[frozenset[str]] = frozenset(
-        {"store", "out", "checkpoint_every_seconds", "track", "log_every", "threads"}
+        {"store", "out", "checkpoint_every_seconds", "track", "log_every", "threads", "devices"}
     )
+    shared: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("store", "out", "n_tokens", "epochs", "batch_size", "data_seed", "log_every"),
+            *("checkpoint_every_seconds", "track", "threads", "devices", "sweep"),
+            *("live", "buffer_mb", "batch_rows", "model", "text", "policy"),
+        }
+    )
+    """Options that all dictionaries of a sweep have in common: they say what the one stream is, or how it runs."""
 
     store: Path = Path("artifacts/store")
     """The store to train on."""
@@ -61,7 +70,9 @@ class TrainConfig(Config):
     scale: bool = True
     """Divide activations by their root mean square distance from the mean while training; folded back after."""
     seed: int = 0
-    """Of the initial weights and the data's order."""
+    """Of the initial weights, and of the data's order unless data_seed is given."""
+    data_seed: int | None = None
+    """Of the data's order."""
     log_every: int = Field(default=50, ge=1)
     """Steps between lines of metrics.jsonl."""
     checkpoint_every_seconds: float = Field(default=60.0, ge=0)
@@ -69,7 +80,11 @@ class TrainConfig(Config):
     track: tuple[Tracker, ...] = ()
     """Trackers that get the metrics too: tensorboard, wandb, trackio."""
     threads: int | None = Field(default=None, ge=1)
-    """CPU threads; all cores if not given."""
+    """CPU threads; all cores if not given. With several devices: of each process."""
+    devices: tuple[str, ...] = ()
+    """Where to train: cpu, cuda, cuda:1, mps. Several share the dictionaries of a sweep, a process for each."""
+    sweep: tuple[str, ...] = ()
+    """A dictionary per combination, all from one stream: k=16,32 seed=0,1. Lists are joined by +; globs in inputs."""
     live: bool = False
     """Train straight from the language model, through a shuffle buffer in memory, instead of from a store."""
     buffer_mb: int = Field(default=512, ge=1)
@@ -82,6 +97,27 @@ class TrainConfig(Config):
     """The corpus of a live run."""
     policy: TokenPolicy = TokenPolicy()
     """Which positions a live run keeps."""
+
+    @field_validator("sweep", mode="before")
+    @classmethod
+    def _table(cls, value: Any) -> Any:
+        """A table of a recipe, option = [values], as the texts of the command line."""
+        if not isinstance(value, dict):
+            return value
+        return tuple(
+            f"{name}={','.join(_text(v) for v in (values if isinstance(values, list | tuple) else [values]))}"
+            for name, values in value.items()
+        )
+
+    @field_validator("devices")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for device in value:
+            if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
+                raise ConfigError(
+                    "a device must be cpu, mps, cuda or cuda:N", repr(device), "Change --devices."
+                )
+        return value
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:
@@ -133,7 +169,8 @@ class TrainConfig(Config):
                     "nothing",
                     "A live stream has no end: pass --n-tokens.",
                 )
-            if self.inputs is None:
+            swept = any(re.match(r"-*inputs\s*=", entry) for entry in self.sweep)
+            if self.inputs is None and not swept:
                 raise ConfigError(
                     "inputs must be given when live", "nothing", "Name a hookpoint: --inputs resid_post.8."
                 )
@@ -146,6 +183,13 @@ class TrainConfig(Config):
                         "A store brings its own; drop it.",
                     )
         return self
+
+
+def _text(value: Any) -> str:
+    """A value of a recipe's sweep as it would be typed."""
+    if isinstance(value, list | tuple):
+        return "+".join(_text(part) for part in value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def learning_rate(config: TrainConfig, d_sae: int) -> float:

@@ -57,7 +57,10 @@ def second_dictionary(config: TrainConfig, d_out: int) -> dict[str, str]:
 
 
 def rows_wanted(config: TrainConfig, plan: Plan, step: int) -> int:
-    """How many of the rows that come next `revive` looks at before a step: known from the plan alone."""
+    """How many of the rows that come next `revive` looks at before a step: known from the plan alone.
+
+    They stay in the stream: what one member does must not change what another is trained on.
+    """
     if (
         step == 0
         or step not in plan.resample_steps

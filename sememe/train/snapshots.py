@@ -70,7 +70,7 @@ def _passed(config: TrainConfig, step: int, rows: float) -> bool:
 def freeze(member: Member) -> None:
     """Freeze latents that fire and whose decoder row is nearly what it was at the last comparison.
 
-    The member is settled once every latent that fired since then is frozen, unless latents are still to be
+    The member is finished once every latent that fired since then is frozen, unless latents are still to be
     pointed anew.
 
     Source: the authors of Cunningham et al. 2023, who froze features with a self-similarity of 0.9 between two
@@ -86,5 +86,5 @@ def freeze(member: Member) -> None:
         optimiser.freeze(fires & ((units * member.compared).sum(1) >= config.freeze_above))
         to_come = any(step >= member.step for step in member.plan.resample_steps)
         left = fires & ~optimiser.frozen
-        member.settled = not to_come and bool(optimiser.frozen.any() & ~left.any())
+        member.finished = not to_come and bool(optimiser.frozen.any() & ~left.any())
     member.compared = units
