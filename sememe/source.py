@@ -16,6 +16,7 @@ from torch import Tensor
 from sememe.capture import Rows, captured_rows, first_norms
 from sememe.dictionaries.base import Batch, Site, Sites
 from sememe.errors import ConfigError, HookpointError, ShapeError, TextError
+from sememe.join import JoinedStore
 from sememe.store import Store
 from sememe.text import Split, TextConfig, TokenPolicy, token_blocks
 
@@ -237,7 +238,7 @@ class StoreSource:
     """Batches from a store. Shards are grouped at random, and rows shuffled over each group in memory.
 
     Args:
-        store: The store.
+        store: The store, or several joined.
         inputs: Hookpoints whose concatenation is x; the store's only one if not given.
         outputs: Hookpoints whose concatenation is the target; the inputs if not given.
         seed: Of the order.
@@ -246,7 +247,7 @@ class StoreSource:
 
     def __init__(
         self,
-        store: Store,
+        store: Store | JoinedStore,
         inputs: tuple[str, ...] | None = None,
         outputs: tuple[str, ...] | None = None,
         seed: int = 0,
@@ -254,19 +255,21 @@ class StoreSource:
     ) -> None:
         known = tuple(store.info.hookpoints)
         if inputs is None:
-            if len(known) > 1:
+            if len({store.origin(name)[1] for name in known}) > 1:
                 raise HookpointError(
                     "a hookpoint must be chosen when the store holds several",
                     ", ".join(known),
                     "Pass --inputs with one or more of them.",
                 )
             inputs = known
-        store.check_hookpoints((*inputs, *(outputs or ())))
-        self.store, self.inputs, self.outputs, self.seed = store, inputs, outputs or inputs, seed
+        inputs = store.expand(inputs)
+        outputs = inputs if outputs is None else store.expand(outputs)
+        self.store, self.inputs, self.outputs, self.seed = store, inputs, outputs, seed
         self.sites = Sites(inputs=self._make_sites(self.inputs), outputs=self._make_sites(self.outputs))
         self.d_in, self.d_out = self.sites.inputs[-1].stop, self.sites.outputs[-1].stop
         self.n_rows = store.info.n_rows
-        width = sum(store.info.hookpoints[name].width for name in self.sites.hookpoints)
+        self._names = tuple(dict.fromkeys((*self.inputs, *self.outputs)))
+        width = sum(store.info.hookpoints[name].width for name in self._names)
         shard_bytes = 2 * width * max(store.info.shard_rows)
         self.group_shards = max(1, group_mb * 2**20 // shard_bytes)
         n_groups = -(-len(store.info.shards) // self.group_shards)
@@ -277,11 +280,12 @@ class StoreSource:
         sites, start = [], 0
         for name in names:
             point = self.store.info.hookpoints[name]
+            info, hookpoint = self.store.origin(name)
             sites.append(
                 Site(
-                    model=self.store.info.model,
-                    model_fingerprint=self.store.info.model_fingerprint,
-                    hookpoint=name,
+                    model=info.model,
+                    model_fingerprint=info.model_fingerprint,
+                    hookpoint=hookpoint,
                     start=start,
                     stop=start + point.width,
                     max_norm=point.max_norm,
@@ -299,11 +303,11 @@ class StoreSource:
             total = sum(self.store.info.shard_rows[index] for index in picked)
             rows = {
                 name: torch.empty(total, self.store.info.hookpoints[name].width, dtype=torch.bfloat16)
-                for name in self.sites.hookpoints
+                for name in self._names
             }
             start = 0
             for index in picked:
-                shard = self.store.read(index, self.sites.hookpoints)
+                shard = self.store.read(index, self._names)
                 stop = start + self.store.info.shard_rows[index]
                 for name, values in shard.activations.items():
                     rows[name][start:stop] = values

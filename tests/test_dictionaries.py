@@ -11,6 +11,7 @@ from sememe.dictionaries.abs_topk import AbsTopKConfig
 from sememe.dictionaries.auxiliary import auxk_loss
 from sememe.dictionaries.base import ArchitectureConfig
 from sememe.dictionaries.batch_topk import BatchTopKConfig
+from sememe.dictionaries.cross_layer import CrossLayerConfig
 from sememe.dictionaries.gated import GatedConfig
 from sememe.dictionaries.group_max import GroupMaxConfig
 from sememe.dictionaries.initial import geometric_median
@@ -35,6 +36,7 @@ CONFIGS: dict[str, ArchitectureConfig] = {
     "gated": GatedConfig(d_sae=40),
     "tied": TiedConfig(d_sae=40),
     "p_anneal": PAnnealConfig(d_sae=40),
+    "cross_layer": CrossLayerConfig(k=5, d_sae=40, n_layers=3, over="all"),
 }
 EASY: dict[str, dict[str, Any]] = {
     "relu": {"l1_coefficient": 1e-4},

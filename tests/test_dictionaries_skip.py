@@ -114,7 +114,7 @@ def test_it_is_refused_where_it_could_copy_the_input(kind):
 
 
 def test_a_tied_dictionary_has_none_and_other_tools_formats_refuse_it():
-    with pytest.raises(ConfigError, match="a tied dictionary reconstructs what it reads.*got skip"):
+    with pytest.raises(ConfigError, match=r"a tied dictionary reconstructs what it reads.*got skip"):
         dictionaries.build(CONFIGS["tied"].replace(skip=True), D, D)
     with pytest.raises(FormatError, match="must have no skip connection to be written as sparsify"):
         parts_of(turned("topk"), "sparsify")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from small_world import POLICY, load_model, text_of, write_corpus, write_model
 from test_harvest import config_for
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sememe import artifact, dictionaries
 from sememe.checkpoint import load_checkpoint, save_checkpoint
@@ -19,10 +20,11 @@ from sememe.dictionaries import TRAINABLE
 from sememe.errors import ActivationError, ConfigError, CorruptError, MismatchError, ResourceError
 from sememe.harvest import harvest
 from sememe.metrics import mmcs
-from sememe.source import TensorSource
+from sememe.source import Batch, TensorSource
 from sememe.store import open_store
 from sememe.tracking import Log, read_log
 from sememe.train import TrainConfig, learning_rate, train
+from sememe.train.member import Member, Spec
 from sememe.train.schedule import Plan
 
 _RESAMPLED = {"d_sae": 64, "resample_after_tokens": 500, "rewarmup_steps": 5}
@@ -30,6 +32,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     kind: {"k": 3, "d_sae": 64, "dead_after_tokens": 2000}
     for kind in ("topk", "batch_topk", "matryoshka", "multi_topk", "abs_topk")
 } | {
+    "cross_layer": {"k": 4, "d_sae": 64, "n_layers": 2, "over": "all", "dead_after_tokens": 2000},
     "group_max": {"k": 4, "d_sae": 64, "dead_after_tokens": 2000},
     "relu": _RESAMPLED | {"l1_coefficient": 0.05},
     "gated": _RESAMPLED | {"l1_coefficient": 0.05},
@@ -218,7 +221,7 @@ def test_a_checkpoint_of_other_threads_or_config_is_refused(tmp_path):
         MismatchError, match="must go on with the threads, kernels and torch it was made with"
     ):
         train(made.replace(threads=2), source=TensorSource(x))
-    with pytest.raises(MismatchError, match="unfinished work"):
+    with pytest.raises(MismatchError, match=r"unfinished work .* \(lr 0\.003 there, 0\.001 now\)"):
         train(made.replace(lr=1e-3), source=TensorSource(x))
     path = next((tmp_path / ".d.partial").glob("checkpoint-*.safetensors"))
     content = bytearray(path.read_bytes())
@@ -365,3 +368,74 @@ def test_checkpoints_round_trip_and_replace_each_other(tmp_path):
     assert torch.equal(loaded["b"]["c"], state["b"]["c"]) and loaded["b"]["none"] is None
     assert load_checkpoint(tmp_path / "nowhere") is None
     assert dictionaries.TRAINABLE
+
+
+def test_a_source_that_ends_early_says_where(tmp_path):
+    _, x = planted(1000)
+
+    class Once(TensorSource):
+        """A single pass, as a file or a queue would give it."""
+
+        def next_batch(self, n):
+            start = self._cursor.epoch * 1000 + self._cursor.offset
+            self._cursor.offset = min(start + n, 1000)
+            rows = self.x[start : start + n]
+            return Batch(rows, rows)
+
+    with pytest.raises(
+        ActivationError,
+        match=r"must give the 10,240 rows of this run \(n_tokens\), got 1,000: it ended at step 4 of 40\. "
+        r"Train on fewer \(--n-tokens 768\)",
+    ):
+        train(config("topk", tmp_path / "d"), source=Once(x))
+    assert not (tmp_path / "d").exists()
+    made = train(config("topk", tmp_path / "d", n_tokens=768), source=Once(x), fresh=True)
+    assert made.d_in == 16
+
+
+def test_the_first_bad_step_is_told_even_when_it_is_read_later(tmp_path):
+    _, x = planted()
+
+    class OneBadBatch(TensorSource):
+        n = 0
+
+        def next_batch(self, n):
+            self.n += 1
+            batch = super().next_batch(n)
+            if self.n == 13:
+                batch.x[0, 0] = float("inf")
+            return batch
+
+    with pytest.raises(ActivationError, match=r"first at step 13, on rows 3,072 to 3,327 of the stream"):
+        train(config("topk", tmp_path / "d", log_every=20), source=OneBadBatch(x))
+    assert load_checkpoint(tmp_path / ".d.partial") is None
+
+
+class Reads(TorchDispatchMode):
+    """Counts the operations that make the host wait for the device."""
+
+    waiting = ("_local_scalar_dense", "is_nonzero", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket.__name__ in self.waiting:
+            self.found.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["topk", "relu", "gated"])
+def test_a_step_reads_nothing_from_the_device(kind):
+    _, x = planted(512)
+    made = config(kind, Path("nowhere"))
+    member = Member(Spec("dictionary", made, 16, 16, None, None), 40, torch.device("cpu"))
+    member.initialise(Batch(x, x))
+    member.train_step(Batch(x[:256], x[:256]))
+    with Reads() as reads:
+        stepped = member.train_step(Batch(x[256:], x[256:]))
+    assert reads.found == []
+    with Reads() as reads:
+        member.metrics(stepped)
+    assert reads.found, "the log does"

@@ -29,12 +29,12 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "mcs": RELU | {"resample": "mcs", "resample_below": 0.5} | AT,
     "ghost": RELU | OFF | {"ghost_after_tokens": 1000},
     "topk_loss": TOPK | {"auxk_coefficient": 0.0, "resample": "loss"} | SILENT,
-    "topk_auxk": TOPK | {"dead_after_tokens": 1000},
+    "topk_auxk": TOPK | {"k": 1, "dead_after_tokens": 1000},
 }
 CONTROLS = {
     "relu": RELU | OFF,
     "topk": TOPK | {"auxk_coefficient": 0.0},
-    "topk_short": TOPK | {"auxk_coefficient": 0.0},
+    "topk_short": TOPK | {"k": 1, "auxk_coefficient": 0.0},
 }
 SHORT = {"topk_auxk", "topk_short"}
 """Planted by short encoder rows, which AuxK reaches, and the others by biases, which it does not."""

@@ -23,6 +23,7 @@ from sememe.dictionaries.base import (
     Trainable,
 )
 from sememe.dictionaries.batch_topk import BatchTopK, BatchTopKConfig
+from sememe.dictionaries.cross_layer import CrossLayer, CrossLayerConfig
 from sememe.dictionaries.gated import Gated, GatedConfig
 from sememe.dictionaries.group_max import GroupMax, GroupMaxConfig
 from sememe.dictionaries.identity import Identity
@@ -66,7 +67,8 @@ Architecture = Annotated[
     | JumpReLUConfig
     | GatedConfig
     | TiedConfig
-    | PAnnealConfig,
+    | PAnnealConfig
+    | CrossLayerConfig,
     Field(discriminator="kind"),
 ]
 """The config of any architecture that can be trained, told apart by `kind`."""
@@ -83,6 +85,7 @@ TRAINABLE: dict[str, type[Trainable]] = {
     "gated": Gated,
     "tied": Tied,
     "p_anneal": PAnneal,
+    "cross_layer": CrossLayer,
 }
 
 REGISTRY: dict[str, type[Dictionary]] = {

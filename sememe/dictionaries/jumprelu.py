@@ -14,7 +14,7 @@ from sememe.dictionaries.base import Constraints, Loss, Sites
 from sememe.dictionaries.penalised import Penalised, PenalisedConfig, moved
 from sememe.encoded import Encoded
 
-__all__ = ["JumpReLU", "JumpReLUConfig"]
+__all__ = ["Jump", "JumpReLU", "JumpReLUConfig"]
 
 N_THRESHOLD_ROWS = 1024
 """Rows of the sample that set the first thresholds: it holds their pre-activations densely."""
@@ -119,9 +119,10 @@ class JumpReLU(Penalised):
         lower = (threshold.detach() - width / 2).clamp_min(0)
         near = kernels.encode_threshold(x, self.W_enc, self.b_enc, self.b_pre, lower)
         per_entry = threshold.index_select(0, near.indices)
-        acts, open_ = _Jump.apply(near.acts, per_entry, width)  # type: ignore[no-untyped-call]
+        acts, open_ = Jump.apply(near.acts, per_entry, width)  # type: ignore[no-untyped-call]
         encoded = near.with_acts(acts)
-        mse = (target - self.decode(encoded, x)).square().mean()
+        recon = self.decode(encoded, x)
+        mse = (target - recon).square().mean()
         l0 = self._per_row(open_, encoded)
         goal, coefficient = config.target_l0, config.l0_coefficient
         if goal is None:
@@ -131,7 +132,7 @@ class JumpReLU(Penalised):
         if coefficient is None:
             coefficient = 1e-3 if goal is None else 1.0
         total = mse + coefficient * self._warmed(progress) * penalty
-        return Loss(total, {"mse": mse.detach(), "penalty": penalty.detach()}, encoded.detach())
+        return Loss(total, {"mse": mse.detach(), "penalty": penalty.detach()}, encoded.detach(), recon)
 
     def constraints(self) -> Constraints:
         """Thresholds stay >= 0, beside what every linear dictionary keeps."""
@@ -153,7 +154,7 @@ class JumpReLU(Penalised):
         return norms.median()
 
 
-class _Jump(torch.autograd.Function):
+class Jump(torch.autograd.Function):
     """`z * H(z - threshold)` and `H(z - threshold)`, with gradients for the threshold through a rectangle of area 1.
 
     Source: Rajamanoharan et al. 2024b, eqs. 11 and 12: -(threshold / width) K and -(1 / width) K, where K is 1

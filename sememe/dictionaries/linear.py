@@ -20,7 +20,7 @@ from sememe.dictionaries.resampling import ResamplingConfig
 from sememe.encoded import Encoded
 from sememe.errors import ConfigError, ShapeError
 
-__all__ = ["Linear", "LinearConfig"]
+__all__ = ["Linear", "LinearConfig", "check_crosscoder"]
 
 
 class LinearConfig(ResamplingConfig):
@@ -115,18 +115,32 @@ class Linear(Trainable, abc.ABC):
         """Rows of W_dec."""
         return self.W_dec
 
+    def site_norms(self) -> Float[Tensor, "d_sae n_sites"]:
+        """How long each latent's decoder row is at each output; one column if the outputs are not known."""
+        if self.sites is None:
+            return self.W_dec.norm(dim=1, keepdim=True)
+        parts = [self.W_dec[:, site.start : site.stop].norm(dim=1) for site in self.sites.outputs]
+        return torch.stack(parts, dim=1)
+
     def fold(self) -> Self:
-        """Exact where selection does not depend on the scale: only what has a unit changes, and the decoder."""
+        """Exact where selection does not depend on the scale: only what has a unit changes, and the decoder.
+
+        The unit of latent activations becomes that of the inputs; of several inputs of different scales, that of
+        the one with the largest scale, and the encoder's weights take up the ratios.
+        """
         folded = self._copy_with_scales_one()
-        s_in, s_out = float(self.scale_in), float(self.scale_out)
+        s_in, s_out = self.scale_in, self.scale_out
+        unit = s_in.max()
         with torch.no_grad():
             folded.b_pre.div_(s_in)
+            if s_in.dim() > 0:
+                folded.W_enc.mul_((s_in / unit)[:, None])
             for name in self.latent_units:
-                getattr(folded, name).div_(s_in)
-            folded.W_dec.mul_(s_in / s_out)
+                getattr(folded, name).div_(unit)
+            folded.W_dec.mul_(unit / s_out)
             folded.b_dec.div_(s_out)
             if self.config.skip:
-                folded.W_skip.mul_(s_in / s_out)
+                folded.W_skip.mul_(s_in[:, None] / s_out if s_in.dim() > 0 else s_in / s_out)
         return folded
 
     # -- training ----------------------------------------------------------------------------------
@@ -180,6 +194,20 @@ class Linear(Trainable, abc.ABC):
 
 def _units(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     return rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
+
+
+def check_crosscoder(site_norms: str, sites: Sites | None) -> None:
+    """Raise a ConfigError if norms are asked for site by site where there is but one.
+
+    Raises:
+        ConfigError: site_norms is l1 and the outputs are not several.
+    """
+    if site_norms == "l1" and (sites is None or len(sites.outputs) < 2):
+        raise ConfigError(
+            "site_norms l1 needs several outputs: with one it has no effect",
+            "one output" if sites is not None else "outputs that are not known",
+            "Drop site_norms, or name several hookpoints (--inputs resid_post.4 resid_post.8).",
+        )
 
 
 def _check_skip(sites: Sites | None) -> None:

@@ -51,6 +51,7 @@ class Tied(ActivationPenalty):
     kind = "tied"
     config_class = TiedConfig
     config: TiedConfig
+    scale_per_site = False  # one decoder for both ends cannot take up different scales
 
     def __init__(
         self, config: TiedConfig, d_in: int, d_out: int, d_sae: int, sites: Sites | None = None
@@ -88,13 +89,14 @@ class Tied(ActivationPenalty):
         """`mean (target - recon)^2 + l1_coefficient * mean_rows sum_i acts_i + bias_decay * ||b_enc||`."""
         factor = self._factor(progress)
         encoded = self._encode_noisy(x, factor)
-        mse = (target - self.decode(encoded, x)).square().mean()
+        recon = self.decode(encoded, x)
+        mse = (target - recon).square().mean()
         penalty, parts = self._penalty(encoded.acts, encoded)
         total = mse + factor * penalty
         if self.config.bias_decay:
             total = total + self.config.bias_decay * self.b_enc.norm()
         terms = {"mse": mse.detach(), **parts, **self._steering_terms()}
-        return Loss(total, terms, encoded.detach())
+        return Loss(total, terms, encoded.detach(), recon)
 
     def _reset_norm(self, norms: Float[Tensor, " d_sae"], ids: Int[Tensor, " n"]) -> Float[Tensor, ""]:
         """1: the encoder's weights are the decoder's."""

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from sememe.config import Config
 from sememe.dictionaries import Architecture
 from sememe.dictionaries.topk import TopKConfig
+from sememe.end_to_end import EndToEndConfig
 from sememe.errors import ConfigError
 from sememe.lm import ModelConfig
 from sememe.optimiser import AdamConfig, OptimiserConfig
@@ -24,25 +25,28 @@ class TrainConfig(Config):
     """What to train, on what, and for how long."""
 
     not_identity: ClassVar[frozenset[str]] = frozenset(
-        {"store", "out", "checkpoint_every_seconds", "track", "log_every", "threads", "devices"}
+        {"store", "join", "out", "checkpoint_every_seconds", "track", "log_every", "threads", "devices"}
     )
     shared: ClassVar[frozenset[str]] = frozenset(
         {
-            *("store", "out", "n_tokens", "epochs", "batch_size", "data_seed", "log_every"),
+            *("store", "join", "out", "n_tokens", "epochs", "batch_size", "data_seed", "log_every"),
             *("checkpoint_every_seconds", "track", "threads", "devices", "sweep"),
-            *("live", "buffer_mb", "batch_rows", "model", "text", "policy"),
+            *("live", "buffer_mb", "batch_rows", "model", "text", "policy", "end_to_end"),
         }
     )
     """Options that all dictionaries of a sweep have in common: they say what the one stream is, or how it runs."""
 
     store: Path = Path("artifacts/store")
     """The store to train on."""
+    join: tuple[Path, ...] = ()
+    """Stores of other models over the same text, whose rows are joined to the store's: a crosscoder of models."""
     out: Path = Path("artifacts/dictionary")
     """The folder to make."""
     architecture: Architecture = TopKConfig()
     """Which dictionary, with its options."""
     inputs: tuple[str, ...] | None = None
-    """Hookpoints whose concatenation is encoded; the store's only one if not given."""
+    """Hookpoints whose concatenation is encoded; the store's only one if not given. Of joined stores, all that have
+    it; `resid_post.8@1` is the second store's."""
     outputs: tuple[str, ...] | None = None
     """Hookpoints whose concatenation is reconstructed; the inputs if not given (an autoencoder)."""
     n_tokens: int | None = Field(default=None, ge=1)
@@ -97,6 +101,8 @@ class TrainConfig(Config):
     """The corpus of a live run."""
     policy: TokenPolicy = TokenPolicy()
     """Which positions a live run keeps."""
+    end_to_end: EndToEndConfig = EndToEndConfig()
+    """What a live run is trained for besides the dictionary's own loss."""
 
     @field_validator("sweep", mode="before")
     @classmethod
@@ -157,12 +163,13 @@ class TrainConfig(Config):
     @model_validator(mode="after")
     def _no_inert_option(self) -> TrainConfig:
         if self.live:
-            if self.store != type(self).model_fields["store"].default:
-                raise ConfigError(
-                    "store must be left out when live",
-                    self.store,
-                    "A live run reads the model itself; drop one.",
-                )
+            for name in ("store", "join"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ConfigError(
+                        f"{name} must be left out when live",
+                        getattr(self, name),
+                        "A live run reads the model itself; drop one.",
+                    )
             if self.n_tokens is None:
                 raise ConfigError(
                     "n_tokens must be given when live",
@@ -175,14 +182,31 @@ class TrainConfig(Config):
                     "inputs must be given when live", "nothing", "Name a hookpoint: --inputs resid_post.8."
                 )
         else:
-            for name in ("buffer_mb", "batch_rows", "model", "text", "policy"):
+            for name in ("buffer_mb", "batch_rows", "model", "text", "policy", "end_to_end"):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ConfigError(
                         f"{name} must be left out unless live is set",
                         getattr(self, name),
                         "A store brings its own; drop it.",
                     )
+        if self.end_to_end.objective != "local":
+            self._check_end_to_end()
         return self
+
+    def _check_end_to_end(self) -> None:
+        for name in ("buffer_mb", "batch_rows", "data_seed"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ConfigError(
+                    f"{name} must be left out when the objective is {self.end_to_end.objective}",
+                    getattr(self, name),
+                    "Whole contexts go straight into a step, in the text's own order; drop it.",
+                )
+        if len(self.devices) > 1:
+            raise ConfigError(
+                "devices must be one when trained end to end: the language model is there",
+                ", ".join(self.devices),
+                "Name one.",
+            )
 
 
 def _text(value: Any) -> str:

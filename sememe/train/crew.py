@@ -16,6 +16,7 @@ from sememe.errors import ResourceError
 from sememe.source import Batch
 from sememe.train.dead import rows_wanted
 from sememe.train.member import Member, Spec
+from sememe.train.objective import Objective
 
 __all__ = ["Crew", "Team", "device_of"]
 
@@ -92,11 +93,14 @@ class Crew:
         specs: What to make.
         n_steps: Length of the run.
         device: Where.
+        objective: What they are trained for; each dictionary's own loss if not given.
     """
 
-    def __init__(self, specs: list[Spec], n_steps: int, device: torch.device) -> None:
+    def __init__(
+        self, specs: list[Spec], n_steps: int, device: torch.device, objective: Objective | None = None
+    ) -> None:
         self.device = device
-        self.members = {spec.name: Member(spec, n_steps, device) for spec in specs}
+        self.members = {spec.name: Member(spec, n_steps, device, objective) for spec in specs}
         probe = torch.empty(0, dtype=torch.float32, device=device)
         self.kinds: tuple[str, ...] = (kernels.path_for(probe),)
 
@@ -113,18 +117,14 @@ class Crew:
         self, batch: Batch, ahead: Batch | None, logging: bool
     ) -> dict[str, dict[str, float]] | None:
         """One step of each."""
-        batch = self._here(batch)
-        ahead = None if ahead is None else self._here(ahead)
+        batch = batch.to(self.device)
+        ahead = None if ahead is None else ahead.to(self.device)
         values = {}
         for name, member in self.members.items():
             stepped = member.train_step(batch, ahead)
             if logging:
                 values[name] = member.metrics(stepped)
         return values if logging else None
-
-    def _here(self, batch: Batch) -> Batch:
-        x = batch.x.to(self.device, non_blocking=True)
-        return Batch(x, x if batch.target is batch.x else batch.target.to(self.device, non_blocking=True))
 
     def finished(self) -> bool:
         """Whether all members are."""

@@ -148,7 +148,8 @@ def _badly_reconstructed(member: Member, rows: Batch, n: int, worst: bool) -> _D
     """
     dictionary, size = member.dictionary, member.config.batch_size
     errors = []
-    for x, target in zip(rows.x.split(size), rows.target.split(size), strict=True):
+    for start in range(0, rows.x.shape[0], size):
+        x, target = rows.x[start : start + size], rows.target[start : start + size]
         part = member.scaled(Batch(x, x if rows.target is rows.x else target))
         recon = dictionary.decode(dictionary.encode(part.x), part.x)
         errors.append((part.target - recon).square().sum(1))

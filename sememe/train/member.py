@@ -2,7 +2,7 @@
 
 Knows one step and its own state; knows neither where batches come from nor when anything is saved.
 
-    batch * scale -> dictionary.loss -> optimiser -> dictionary.after_step
+    batch * scale -> objective -> optimiser -> dictionary.after_step
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from sememe.dictionaries import Loss, Sites
 from sememe.errors import ActivationError
 from sememe.optimiser import make
 from sememe.source import Batch, Columns
+from sememe.train.by_site import about_sites, fvu_by_site
 from sememe.train.config import TrainConfig
 from sememe.train.dead import revive, rows_wanted
+from sememe.train.objective import Objective, own_loss
 from sememe.train.schedule import make_plan
 from sememe.train.snapshots import compares, freeze
 
@@ -55,9 +57,13 @@ class Member:
         spec: What to make.
         n_steps: Length of the run.
         device: Where it is trained. Initialised on the CPU, so that it starts with the same bits everywhere.
+        objective: What it is trained for; the dictionary's own loss if not given.
     """
 
-    def __init__(self, spec: Spec, n_steps: int, device: torch.device) -> None:
+    def __init__(
+        self, spec: Spec, n_steps: int, device: torch.device, objective: Objective | None = None
+    ) -> None:
+        self.objective = objective or own_loss
         self.name, self.config, self.columns, self.device = spec.name, spec.config, spec.columns, device
         self.dictionary = dictionaries.build(spec.config.architecture, spec.d_in, spec.d_out, spec.sites)
         self.plan = make_plan(spec.config, self.dictionary, n_steps)
@@ -81,8 +87,7 @@ class Member:
                 "activations must be finite", "NaN or infinity in the sample", "Check the source."
             )
         if self.config.scale:
-            self.dictionary.scale_in.fill_(_scale(sample.x))
-            self.dictionary.scale_out.fill_(_scale(sample.target))
+            self.dictionary.set_scales(sample.x, sample.target)
         self.dictionary.initialise(*self.scaled(sample), self.generator)
         self._settle()
 
@@ -116,9 +121,10 @@ class Member:
             revive(self, self._own(_first(ahead, n_ahead)))
         else:
             revive(self, None)
-        x, target = self.scaled(self._own(batch))
+        own = self._own(batch)
+        x, target = self.scaled(own)
         self.dictionary.train()
-        loss = self.dictionary.loss(x, target, self.step / self.plan.n_steps)
+        loss = self.objective(self.dictionary, own, x, target, self.step / self.plan.n_steps)
         revival = self.dictionary.revival_loss(x, target, loss.encoded)
         if revival is not None:
             loss = loss._replace(total=loss.total + revival, terms=loss.terms | {"ghost": revival.detach()})
@@ -142,6 +148,7 @@ class Member:
         values |= {
             "loss": float(loss.total.detach()),
             "fvu": values["mse"] / max(variance, 1e-12),
+            **fvu_by_site(self.dictionary.sites, target, loss.recon),
             "l0": float(loss.encoded.l0().float().mean()),
             "frac_silent": float((self.dictionary.tokens_since_fired > 100_000).float().mean()),
             "lr": lr,
@@ -212,8 +219,12 @@ class Member:
         """
         silent = self.dictionary.tokens_since_fired
         alive = None if n_rows is None else float((silent < n_rows).float().mean())
-        about = {"frac_alive_last_pass": alive, "scale_in": float(self.dictionary.scale_in)}
+        scales = self.dictionary.scale_in.expand(self.dictionary.d_in)
+        scale_in = torch.unique_consecutive(scales).tolist()
+        about: dict[str, Any] = {"frac_alive_last_pass": alive, "scale_in": scale_in}
         with self.optimiser.exported():
+            by_site = about_sites(self.dictionary)
+            about |= {"sites": by_site} if by_site else {}
             return self.dictionary.write(folder, self._own(probe_rows).x) | {"training": about}
 
 
@@ -224,9 +235,3 @@ ALONE = "dictionary"
 def _first(batch: Batch, n: int) -> Batch:
     x = batch.x[:n]
     return Batch(x, x if batch.target is batch.x else batch.target[:n])
-
-
-def _scale(x: Tensor) -> float:
-    """What makes the mean square distance from the mean, per feature, equal 1: then mse is nearly fvu."""
-    spread = float((x - x.mean(0)).square().mean().sqrt())
-    return 1.0 / spread if spread > 0 else 1.0

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from sememe.checkpoint import load_checkpoint, save_checkpoint
+from sememe.end_to_end import ContextBatch
 from sememe.errors import ActivationError, MismatchError
 from sememe.interrupt import stop_requests
 from sememe.progress import track
@@ -174,7 +175,9 @@ class Run:
         n = self.config.batch_size
         batch = self.source.next_batch(n)
         found = batch.x.shape[0]
-        if found < n:
+        if found < n and not isinstance(
+            batch, ContextBatch
+        ):  # which holds what the policy keeps of its contexts
             rows = self.step * n + found
             raise ActivationError(
                 f"the source must give the {self.n_steps * n:,} rows of this run (n_tokens)",
