@@ -4,7 +4,7 @@
 #   make test       every test but the slow ones
 #   make test-all   the slow ones too
 #   make check      format, lint, types, layering, docs
-#   make bench      every benchmark; make bench-NAME for one (harvest, train, evaluate, atlas)
+#   make bench      every benchmark; make bench-NAME for one (harvest, train, evaluate, atlas, toy)
 #   make install    .venv with the `sememe` command
 
 PYTHON ?= python3
@@ -62,7 +62,7 @@ bench-%: install
 	@mkdir -p artifacts/bench
 	@$(BIN)/python benchmarks/bench_$*.py
 
-bench: bench-harvest bench-train bench-evaluate bench-atlas
+bench: bench-harvest bench-train bench-evaluate bench-atlas bench-toy
 
 clean:
 	rm -rf artifacts build dist *.egg-info
