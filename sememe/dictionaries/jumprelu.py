@@ -31,7 +31,7 @@ class JumpReLUConfig(PenalisedConfig):
     """Weight of the penalty; if not given, 1 with a target and 0.001 without one."""
     start_l0: float | None = Field(default=None, gt=0)
     """Active latents per row at the start; if not given, 4 x the target, or 5% of the latents without one."""
-    l0_anneal: float = Field(default=0.5, gt=0, le=1)
+    l0_anneal: float = Field(default=0.3, gt=0, le=1)
     """Share of the run over which what l0 is steered to moves from start_l0 to the target, by equal factors."""
     bandwidth: float = Field(default=0.005, gt=0)
     """Width of the window about a threshold in which it gets gradients, in units of the rows' mean norm."""
@@ -59,7 +59,8 @@ class JumpReLU(Penalised):
 
     Source: Rajamanoharan et al. 2024b, arXiv:2407.14435, eqs. 9-12, and appendix F for the target. Differs:
     the parametrisation above instead of log thresholds; thresholds start at quantiles of the sample, so that l0
-    starts at 4 x the target (5% of the latents without one) instead of near all of them; resampling; Adam's betas
+    starts at 4 x the target (5% of the latents without one) instead of near all of them, and what it is steered
+    to moves from there to the target; resampling; Adam's betas
     are the trainer's.
     """
 
