@@ -111,6 +111,10 @@ class Optimiser(abc.ABC):
             if name in self.non_negative:
                 for tensor in (rows, *self._points(name)):
                     tensor.clamp_(min=0)
+                if name in self.unit_norm:
+                    norms = rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
+                    # a frozen row keeps every bit: dividing it by a norm of nearly 1 would not
+                    rows.div_(norms if frozen is None else norms.masked_fill(frozen[:, None], 1.0))
             param.grad = None
 
     def _points(self, name: str) -> tuple[Tensor, ...]:
