@@ -37,7 +37,7 @@ def auxk_loss(
     """
     residual = residual.detach()
     k = min(k or max(dictionary.d_in // 2, 1), dead.numel())
-    pre_acts = (x - dictionary.b_pre) @ dictionary.W_enc[:, dead] + dictionary.b_enc[dead]
+    pre_acts = dictionary.pre_acts(x, dead)
     strength = pre_acts.detach().abs() if signed else pre_acts.detach()
     columns = strength.topk(k, dim=1, sorted=False).indices
     values = pre_acts.gather(1, columns)

@@ -17,8 +17,27 @@ from sememe import kernels
 from sememe.dictionaries.base import ArchitectureConfig, Constraints, Sites, Trainable
 from sememe.dictionaries.initial import geometric_median, latent_major, unit_rows
 from sememe.encoded import Encoded
+from sememe.errors import ConfigError
 
-__all__ = ["Linear"]
+__all__ = ["Linear", "check_one_place"]
+
+
+def check_one_place(kind: str, instead: str, d_in: int, d_out: int, sites: Sites | None) -> None:
+    """Raise a ConfigError unless a dictionary reads and writes the same place.
+
+    Args:
+        kind: Its architecture, whose encoder and decoder share weights.
+        instead: An architecture that can be a transcoder.
+        d_in: Width of the input.
+        d_out: Width of the output.
+        sites: Where inputs come from and outputs go, if known.
+    """
+    if d_in != d_out or (sites is not None and sites.inputs != sites.outputs):
+        raise ConfigError(
+            f"a {kind} dictionary must read and write the same place",
+            f"d_in {d_in} and d_out {d_out}, or different sites",
+            f"Use {instead} for a transcoder.",
+        )
 
 
 class Linear(Trainable, abc.ABC):
@@ -55,23 +74,27 @@ class Linear(Trainable, abc.ABC):
     ) -> None:
         super().__init__(config, d_in, d_out, d_sae, sites)
         self._add_encoder()
-        self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.W_dec = nn.Parameter(torch.zeros(d_sae, d_out))
         self.decoder_bias = decoder_bias
         if decoder_bias:
             self.b_dec = nn.Parameter(torch.zeros(d_out))
         else:
             self.register_buffer("b_dec", torch.zeros(d_out), persistent=False)
-        self.register_buffer("b_pre", torch.zeros(d_in))
 
     def _add_encoder(self) -> None:
-        """Make W_enc; a tied architecture has it from its decoder."""
+        """Make W_enc, b_enc and b_pre; an architecture that has them from its decoder makes fewer."""
         self.W_enc = nn.Parameter(latent_major(self.d_in, self.d_sae))
+        self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
+        self.register_buffer("b_pre", torch.zeros(self.d_in))
 
     @classmethod
     def rebuild(cls, config: dict[str, Any], d_in: int, d_out: int, d_sae: int, sites: Sites | None) -> Self:
         """An empty dictionary of the given shape."""
         return cls(cls.config_class.build(config), d_in, d_out, d_sae, sites)
+
+    def pre_acts(self, x: Float[Tensor, "batch d_in"], ids: Int[Tensor, " n"]) -> Float[Tensor, "batch n"]:
+        """Pre-activations of some latents, densely."""
+        return (x - self.b_pre) @ self.W_enc[:, ids] + self.b_enc[ids]
 
     def decode(
         self, encoded: Encoded, x: Float[Tensor, "batch d_in"] | None = None
@@ -88,12 +111,16 @@ class Linear(Trainable, abc.ABC):
         folded = self._copy_with_scales_one()
         s_in, s_out = float(self.scale_in), float(self.scale_out)
         with torch.no_grad():
-            folded.b_pre.div_(s_in)
-            for name in self.latent_units:
-                getattr(folded, name).div_(s_in)
+            folded._fold_encoder(s_in)
             folded.W_dec.mul_(s_in / s_out)
             folded.b_dec.div_(s_out)
         return folded
+
+    def _fold_encoder(self, s_in: float) -> None:
+        """Make the encoder, in place, one of inputs that are s_in times smaller."""
+        self.b_pre.div_(s_in)
+        for name in self.latent_units:
+            getattr(self, name).div_(s_in)
 
     # -- training ----------------------------------------------------------------------------------
 
@@ -103,13 +130,17 @@ class Linear(Trainable, abc.ABC):
         """Random unit decoder rows; for an autoencoder the encoder starts as their transpose."""
         with torch.no_grad():
             self.W_dec.copy_(unit_rows(self.d_sae, self.d_out, generator))
-            tied = self.d_in == self.d_out
-            self.W_enc.copy_((self.W_dec if tied else unit_rows(self.d_sae, self.d_in, generator)).T)
-            self.b_enc.zero_()
             centre = self._centre()
-            self.b_pre.copy_(centre(x))
             if self.decoder_bias:
                 self.b_dec.copy_(centre(target))
+            self._start_encoder(centre(x), generator)
+
+    def _start_encoder(self, centre: Float[Tensor, " d_in"], generator: torch.Generator) -> None:
+        """Set the encoder, once the decoder is set."""
+        tied = self.d_in == self.d_out
+        self.W_enc.copy_((self.W_dec if tied else unit_rows(self.d_sae, self.d_in, generator)).T)
+        self.b_enc.zero_()
+        self.b_pre.copy_(centre)
 
     def _centre(self) -> Callable[[Tensor], Tensor]:
         """What b_pre and b_dec start from, given a sample."""
@@ -120,10 +151,14 @@ class Linear(Trainable, abc.ABC):
         with torch.no_grad():
             units = directions / directions.norm(dim=1, keepdim=True).clamp_min(1e-12)
             self.W_dec[ids] = units
-            if self.d_in == self.d_out:
-                self.W_enc[:, ids] = (units * self._reset_norm(self.W_enc.norm(dim=0), ids)).T
-            self.b_enc[ids] = 0.0
+            self._reset_encoder(ids, units)
             self.tokens_since_fired[ids] = 0
+
+    def _reset_encoder(self, ids: Int[Tensor, " n"], units: Float[Tensor, "n d_out"]) -> None:
+        """Make the encoders of some latents read what they write."""
+        if self.d_in == self.d_out:
+            self.W_enc[:, ids] = (units * self._reset_norm(self.W_enc.norm(dim=0), ids)).T
+        self.b_enc[ids] = 0.0
 
     def _reset_norm(self, norms: Float[Tensor, " d_sae"], ids: Int[Tensor, " n"]) -> Float[Tensor, ""]:
         """How long the encoder weights of a reset latent are: here, as long as is usual."""

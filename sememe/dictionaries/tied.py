@@ -8,10 +8,11 @@ from typing import Literal, final
 import torch
 from jaxtyping import Float, Int
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from sememe.dictionaries.base import Loss, Sites
 from sememe.dictionaries.initial import geometric_median
+from sememe.dictionaries.linear import check_one_place
 from sememe.dictionaries.penalised import Penalised, PenalisedConfig
 from sememe.errors import ConfigError
 
@@ -47,18 +48,15 @@ class Tied(Penalised):
     def __init__(
         self, config: TiedConfig, d_in: int, d_out: int, d_sae: int, sites: Sites | None = None
     ) -> None:
-        if d_in != d_out or (sites is not None and sites.inputs != sites.outputs):
-            raise ConfigError(
-                "a tied dictionary must read and write the same place",
-                f"d_in {d_in} and d_out {d_out}, or different sites",
-                "Use relu for a transcoder.",
-            )
+        check_one_place("tied", "relu", d_in, d_out, sites)
         if config.centre and not config.decoder_bias:
             raise ConfigError("centre needs a decoder bias", "decoder_bias false", "Drop one of the two.")
         super().__init__(config, d_in, d_out, d_sae, sites)
 
     def _add_encoder(self) -> None:
         """The decoder's transpose serves."""
+        self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
+        self.register_buffer("b_pre", torch.zeros(self.d_in))
 
     @property
     def W_enc(self) -> Float[Tensor, "d_in d_sae"]:  # type: ignore[override]
