@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, final
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 from torch.utils.checkpoint import checkpoint
@@ -35,7 +35,7 @@ class VariationalConfig(PenalisedConfig):
     """Name of the architecture."""
     prior_l0: float = Field(default=32.0, gt=0)
     """Active latents per row that the prior expects on average."""
-    decoder_variance: float = Field(default=0.1, gt=0)
+    decoder_variance: float = Field(default=0.3, gt=0)
     """Variance per dimension of what the reconstruction leaves over, as a share of the data's: the larger, the
     more a nat of information costs."""
     n_pseudo_inputs: int = Field(default=16, ge=1)
@@ -46,6 +46,12 @@ class VariationalConfig(PenalisedConfig):
     """The same, once warm."""
     sharpness_warmup: float = Field(default=0.5, ge=0, le=1)
     """Share of the run over which the slope grows."""
+
+    @model_validator(mode="after")
+    def _sharpening_has_an_effect(self) -> VariationalConfig:
+        if self.sharpness_warmup == 0:
+            self.check_inert("sharpness_start", without="sharpness_warmup is 0")
+        return self
 
 
 class _Posterior(NamedTuple):

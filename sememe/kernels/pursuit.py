@@ -28,8 +28,11 @@ __all__ = ["matching_pursuit"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
-BLOCK = 32
-"""Correlations per block: one maximum is kept for each."""
+LANES = 32
+"""Correlations per maximum that is kept. Latents b, b + n, b + 2 n, ... share one: all are found side by side."""
+
+LEAST = np.float32(np.finfo(np.float32).min)
+"""Less than any score; not infinite, for infinity times 0 is not a number."""
 
 STALE = 0.125
 """Scores are computed afresh once the residual's norm has fallen to this share."""
@@ -56,13 +59,14 @@ def _dot(a: Any, b: Any) -> Any:
 
 
 @_jit()
-def _block_maxima(values: Any, maxima: Any) -> None:
-    for block in range(maxima.shape[0]):
-        start = block * BLOCK
-        largest = values[start]
-        for i in range(start, min(start + BLOCK, values.shape[0])):
-            largest = max(largest, values[i])
-        maxima[block] = largest
+def _maxima(scores: Any, out: Any) -> None:
+    """The largest of scores[b], scores[b + n], ... for each b of n = out.shape[0]: whole vectors at a time."""
+    n = out.shape[0]
+    for b in range(n):
+        out[b] = scores[b]
+    for lane in range(1, LANES):
+        for b in range(n):
+            out[b] = max(out[b], scores[lane * n + b])
 
 
 @_jit()
@@ -72,18 +76,19 @@ def _choose(scores: Any, maxima: Any, slack: Any, rounding: Any, residual: Any, 
     Every latent whose score is so near the largest that rounding may have changed their order is multiplied again, in
     float32. -1 if none is positive.
     """
+    n = maxima.shape[0]
     top = maxima[0]
-    for block in range(maxima.shape[0]):
-        top = max(top, maxima[block])
+    for b in range(n):
+        top = max(top, maxima[b])
     bound = top - slack - rounding * abs(top)
     chosen, largest = -1, np.float32(0.0)
-    for block in range(maxima.shape[0]):
-        if maxima[block] >= bound:
-            start = block * BLOCK
-            for i in range(start, min(start + BLOCK, scores.shape[0])):
-                if scores[i] >= bound:
+    for b in range(n):
+        if maxima[b] >= bound:
+            for lane in range(LANES):
+                i = lane * n + b
+                if scores[i] >= bound and i < W.shape[0]:
                     exact = _dot(residual, W[i])
-                    if exact > largest:
+                    if exact > largest or (exact == largest and i < chosen):
                         chosen, largest = i, exact
     return chosen, largest
 
@@ -94,6 +99,21 @@ def _widen(bits: Any, out: Any) -> None:
     words = out.view(np.int32)
     for i in range(bits.shape[0]):
         words[i] = np.int32(bits[i]) << 16
+
+
+@_jit()
+def _start(scores: Any, narrow: bool) -> Any:
+    """Scores in float32, filled up to whole lanes with what is never chosen, and their maxima."""
+    d_sae = scores.shape[0]
+    n = (d_sae + LANES - 1) // LANES
+    current = np.full(n * LANES, LEAST, dtype=np.float32)
+    if narrow:
+        _widen(scores, current)
+    else:
+        current[:d_sae] = scores
+    maxima = np.empty(n, dtype=np.float32)
+    _maxima(current, maxima)
+    return current, maxima
 
 
 @_jit(parallel=True)
@@ -111,18 +131,11 @@ def _pursue_gram(
     """k steps for every row. `scores` and `gram` hold bfloat16 bits if narrow, else float32; residual starts as x."""
     n_rows, k = acts.shape
     d_sae, width = W.shape
-    n_blocks = (d_sae + BLOCK - 1) // BLOCK
     for row in prange(n_rows):
-        current = np.empty(d_sae, dtype=np.float32)
+        current, maxima = _start(scores[row], narrow)
         change = np.empty(d_sae, dtype=np.float32)
-        maxima = np.empty(n_blocks, dtype=np.float32)
         acts[row] = 0.0
         indices[row] = 0
-        if narrow:
-            _widen(scores[row], current)
-        else:
-            current[:] = scores[row]
-        _block_maxima(current, maxima)
         norm = np.sqrt(_dot(residual[row], residual[row]))
         for t in range(k):
             latent, act = _choose(current, maxima, slack * norm, rounding, residual[row], W)
@@ -140,20 +153,14 @@ def _pursue_gram(
                 norm = left
                 for i in range(d_sae):
                     current[i] = _dot(residual[row], W[i])
-                _block_maxima(current, maxima)
-                continue
-            if narrow:
-                _widen(gram[latent], change)
             else:
-                change[:] = gram[latent]
-            for block in range(n_blocks):
-                start = block * BLOCK
-                largest = current[start] - act * change[start]
-                for i in range(start, min(start + BLOCK, d_sae)):
-                    value = current[i] - act * change[i]
-                    current[i] = value
-                    largest = max(largest, value)
-                maxima[block] = largest
+                if narrow:
+                    _widen(gram[latent], change)
+                else:
+                    change[:] = gram[latent]
+                for i in range(d_sae):
+                    current[i] -= act * change[i]
+            _maxima(current, maxima)
 
 
 @_jit(parallel=True)
@@ -161,16 +168,8 @@ def _pursue_once(
     scores: Any, narrow: bool, slack: Any, rounding: Any, W: Any, acts: Any, indices: Any, residual: Any
 ) -> None:
     """One step for every row, from scores of the current residuals; acts and indices are of that step."""
-    n_rows, d_sae = scores.shape
-    n_blocks = (d_sae + BLOCK - 1) // BLOCK
-    for row in prange(n_rows):
-        current = np.empty(d_sae, dtype=np.float32)
-        maxima = np.empty(n_blocks, dtype=np.float32)
-        if narrow:
-            _widen(scores[row], current)
-        else:
-            current[:] = scores[row]
-        _block_maxima(current, maxima)
+    for row in prange(scores.shape[0]):
+        current, maxima = _start(scores[row], narrow)
         norm = np.sqrt(_dot(residual[row], residual[row]))
         latent, act = _choose(current, maxima, slack * norm, rounding, residual[row], W)
         acts[row] = act
