@@ -71,7 +71,7 @@ class LISTA(Penalised):
     ) -> Loss:
         """`mean (target - recon)^2 + l1_coefficient * mean_rows sum_i acts_i`, of the last step's activations."""
         encoded = self.encode(x)
-        mse = (target - self.decode(encoded)).square().mean()
+        mse = (target - self.decode(encoded, x)).square().mean()
         l1 = encoded.acts.sum() / encoded.n_rows
         total = mse + self.config.l1_coefficient * l1
         return Loss(total, {"mse": mse.detach(), "l1": l1.detach()}, encoded.detach())

@@ -43,7 +43,7 @@ class MatchingPursuit(Selection):
     def __init__(
         self, config: MatchingPursuitConfig, d_in: int, d_out: int, d_sae: int, sites: Sites | None = None
     ) -> None:
-        check_one_place("matching pursuit", "topk", d_in, d_out, sites)
+        check_one_place(config, "topk", d_in, d_out, sites)
         super().__init__(config, d_in, d_out, d_sae, sites)
 
     def _add_encoder(self) -> None:

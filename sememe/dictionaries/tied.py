@@ -48,7 +48,7 @@ class Tied(Penalised):
     def __init__(
         self, config: TiedConfig, d_in: int, d_out: int, d_sae: int, sites: Sites | None = None
     ) -> None:
-        check_one_place("tied", "relu", d_in, d_out, sites)
+        check_one_place(config, "relu", d_in, d_out, sites)
         if config.centre and not config.decoder_bias:
             raise ConfigError("centre needs a decoder bias", "decoder_bias false", "Drop one of the two.")
         super().__init__(config, d_in, d_out, d_sae, sites)
@@ -71,7 +71,7 @@ class Tied(Penalised):
     ) -> Loss:
         """`mean (target - recon)^2 + l1_coefficient * mean_rows sum_i acts_i + bias_decay * ||b_enc||`."""
         encoded = self.encode(x)
-        mse = (target - self.decode(encoded)).square().mean()
+        mse = (target - self.decode(encoded, x)).square().mean()
         l1 = encoded.acts.sum() / encoded.n_rows
         total = mse + self.config.l1_coefficient * l1
         if self.config.bias_decay:

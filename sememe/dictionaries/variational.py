@@ -170,7 +170,7 @@ class Variational(Penalised):
         total = sampled + 2 * config.decoder_variance / self.d_out * (kl + kl_prior)
         with torch.no_grad():
             encoded = self.encode(x)
-            mse = (target - self.decode(encoded)).square().mean()
+            mse = (target - self.decode(encoded, x)).square().mean()
         terms = {"mse": mse, "mse_sampled": sampled, "kl": kl, "kl_prior": kl_prior}
         return Loss(total, {name: term.detach() for name, term in terms.items()}, encoded)
 
@@ -191,7 +191,8 @@ class Variational(Penalised):
         normal = torch.randn(spike.shape, generator=generator, dtype=x.dtype, device=x.device)
         on = torch.sigmoid(sharpness * (uniform + spike - 1))
         acts = on * (q.mean + torch.exp(q.log_var / 2) * normal)
-        error = (target - torch.addmm(self.b_dec, acts, self.W_dec)).square().sum()
+        recon = self._with_skip(torch.addmm(self.b_dec, acts, self.W_dec), x)
+        error = (target - recon).square().sum()
         return _Sums(error, (choice * _divergences(q, spike, prior)).sum())
 
     def _generator(self, start: int, device: torch.device) -> torch.Generator:
