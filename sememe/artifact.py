@@ -16,14 +16,15 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
 import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from sememe import __version__
-from sememe.config import Config, sha256_of
+from sememe.config import Config, canonical_json, sha256_of
 from sememe.errors import (
     ArtifactError,
     CorruptError,
@@ -48,6 +49,8 @@ __all__ = [
 
 FORMAT_VERSION = 1
 META = "meta.json"
+IDENTITY = ".identity.json"
+"""In a partial folder: what it was begun as."""
 
 
 def file_sha256(path: str | Path) -> str:
@@ -184,8 +187,21 @@ def load(path: str | Path, kind: str | None = None) -> Artifact:
     return artifact
 
 
-def find(path: str | Path, kind: str, identity: str) -> Artifact | None:
+def find(
+    path: str | Path,
+    kind: str,
+    identity: str,
+    config: Config | None = None,
+    parents: Mapping[str, str] | None = None,
+) -> Artifact | None:
     """The artifact at the path if it is the one that would be made now; None if nothing is there.
+
+    Args:
+        path: Where.
+        kind: What it must be.
+        identity: What would be made now.
+        config: The config behind that identity, if an error shall name the options that differ.
+        parents: The parents behind it, likewise.
 
     Raises:
         MismatchError: something else is there, made from another config, parent or version.
@@ -195,13 +211,23 @@ def find(path: str | Path, kind: str, identity: str) -> Artifact | None:
         return None
     artifact = load(path, kind)
     if artifact.identity != identity:
+        why = ""
+        if config is not None:
+            there = {**artifact.meta["config"], "parents": artifact.meta["parents"]}
+            why = f" ({_named(_differences(there, _about(config, parents or {})))})"
         raise MismatchError(
             f"the {kind} at {path} must have been made with this config, these parents and this version "
             f"(identity {identity[:16]})",
-            f"identity {artifact.identity[:16]}",
+            f"identity {artifact.identity[:16]}{why}",
             f"Delete {path}, write elsewhere, or pass --fresh to replace it.",
         )
     return artifact
+
+
+def _about(config: Config, parents: Mapping[str, str]) -> dict[str, Any]:
+    """What goes into an identity, as JSON would give it back."""
+    about: dict[str, Any] = json.loads(canonical_json({**config.identity(), "parents": dict(parents)}))
+    return about
 
 
 def remove(path: str | Path) -> None:
@@ -261,8 +287,8 @@ def building(
             if fresh:
                 shutil.rmtree(_partial(path), ignore_errors=True)
             else:
-                find(path, kind, identity)
-            work = _open_work(path, identity, resumable)
+                find(path, kind, identity, config, parents)
+            work = _open_work(path, identity, _about(config, parents), resumable)
             try:
                 yield work
             except BaseException:
@@ -310,20 +336,13 @@ def _partial(path: Path) -> Path:
 def _lock(path: Path) -> Iterator[None]:
     """One writer per artifact. The lock file names its owner; the kernel frees it when the owner dies."""
     lock_path = path.with_name(f".{path.name}.lock")
-    with lock_path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            owner = file.read().strip() or "another process"
-            raise LockError(
-                f"only one run may write {path}",
-                f"a lock held by {owner}",
-                "Wait for it, stop it, or write elsewhere.",
-            ) from None
+    file = _taken(lock_path, path)
+    with file:
         file.seek(0)
         file.truncate()
-        file.write(f"process {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        file.write(
+            f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S %Z')}"
+        )
         file.flush()
         try:
             yield
@@ -332,23 +351,81 @@ def _lock(path: Path) -> Iterator[None]:
                 lock_path.unlink()
 
 
-def _open_work(path: Path, identity: str, resumable: bool) -> Work:
+def _taken(lock_path: Path, path: Path) -> TextIO:
+    """The open, locked file. One that its owner deleted between our opening and locking it guards nothing."""
+    while True:
+        file = lock_path.open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if lock_path.exists() and os.path.samestat(os.fstat(file.fileno()), lock_path.stat()):
+                return file
+            file.close()
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            file.close()
+            raise LockError(
+                f"only one run may write {path}",
+                f"a lock held by {owner}",
+                "Wait for it, stop it, or write elsewhere.",
+            ) from None
+        except BaseException:
+            file.close()
+            raise
+
+
+def _differences(there: Any, now: Any, place: str = "") -> list[str]:
+    """What differs between two configs as plain data, option by option: "architecture.k 4 there, 5 now".
+
+    Only options known now are looked at.
+    """
+    if isinstance(there, dict) and isinstance(now, dict) and there.get("kind") == now.get("kind"):
+        return [
+            line
+            for name, value in now.items()
+            for line in _differences(there.get(name), value, f"{place}.{name}" if place else name)
+        ]
+    return [] if there == now else [f"{place} {_short(there)} there, {_short(now)} now"]
+
+
+def _short(value: Any) -> str:
+    text = str(value["kind"]) if isinstance(value, dict) and "kind" in value else canonical_json(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _named(lines: list[str]) -> str:
+    """The first few differences, for an error; what hides behind them is another version or parent."""
+    if not lines:
+        return "another version of sememe's verb"
+    return "; ".join(lines[:4]) + (f"; and {len(lines) - 4} more" if len(lines) > 4 else "")
+
+
+def _open_work(path: Path, identity: str, about: dict[str, Any], resumable: bool) -> Work:
     partial = _partial(path)
-    marker = partial / ".identity"
-    found = marker.read_text() if marker.is_file() else None
-    if resumable and found is not None and found != identity:
+    marker = partial / IDENTITY
+    found = _marked(marker)
+    if resumable and found is not None and found["identity"] != identity:
         raise MismatchError(
             f"the unfinished work at {partial} must have been started with this config, these parents and this "
             f"version (identity {identity[:16]})",
-            f"identity {found[:16]}",
+            f"identity {found['identity'][:16]} ({_named(_differences(found['about'], about))})",
             f"Finish it with its own config, write elsewhere, delete {partial}, or pass --fresh.",
         )
-    resumed = resumable and found == identity
+    resumed = resumable and found is not None
     if not resumed:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        marker.write_text(identity)
+        write_json(marker, {"identity": identity, "about": about})
     return Work(partial, resumed)
+
+
+def _marked(marker: Path) -> dict[str, Any] | None:
+    """What a partial folder was begun as; None if nothing, or nothing whole, says so."""
+    try:
+        marked: dict[str, Any] = json.loads(marker.read_text(encoding="utf-8"))
+        return marked if {"identity", "about"} <= set(marked) else None
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def _finish(
@@ -361,7 +438,7 @@ def _finish(
     identity: str,
     leave_out: tuple[str, ...],
 ) -> None:
-    for pattern in (".identity", *leave_out):
+    for pattern in (IDENTITY, *leave_out):
         for target in work.path.glob(pattern):
             if target.is_dir():
                 shutil.rmtree(target)

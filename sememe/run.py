@@ -6,7 +6,8 @@ options; where it reads and writes follows from the name:
 
     artifacts/NAME/{store, dictionary, report, atlas, explanations, site}
 
-Several dictionaries are `[train.NAME]` tables with an architecture each; their results lie one folder deeper.
+Several dictionaries are `[train.NAME]` tables with an architecture each, or come from a `[train.sweep]`; their
+results lie one folder deeper: `dictionary/NAME`, `report/NAME`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import re
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -137,7 +139,7 @@ def _made_at(folder: Path) -> float | None:
 def _stages(recipe: Recipe, base: Path, fresh: bool) -> list[tuple[str, Path, Callable[[], object]]]:
     """Every stage as (name, artifact, what to call). All configs are built, and so checked, before anything runs."""
     from sememe.harvest import HarvestConfig, harvest
-    from sememe.train import TrainConfig, train
+    from sememe.train import TrainConfig, swept_names, train, train_sweep
 
     shared = {"model": recipe.model, "text": recipe.text}
     where = f"the recipe {recipe.name}"
@@ -149,15 +151,19 @@ def _stages(recipe: Recipe, base: Path, fresh: bool) -> list[tuple[str, Path, Ca
         ("harvest", store, lambda: harvest(harvest_config, fresh=fresh))
     ]
     for name, table in recipe.dictionaries.items():
-        paths = {
-            kind: base / kind / name for kind in ("dictionary", "report", "atlas", "explanations", "site")
-        }
+        out = base / "dictionary" / name
+        config = TrainConfig.build({**table, "store": store, "out": out}, where)
+        verb = train_sweep if config.sweep else train
         label = f" {name}" if name else ""
-        train_config = TrainConfig.build({**table, "store": store, "out": paths["dictionary"]}, where)
-        stages.append(
-            (f"train{label}", paths["dictionary"], lambda config=train_config: train(config, fresh=fresh))  # type: ignore[misc]
-        )
-        stages += _after_training(recipe, shared, store, paths, label, where, fresh)
+        stages.append((f"train{label}", out, partial(verb, config, fresh=fresh)))
+        for member in swept_names(config):
+            place = Path(name) / member
+            paths = {
+                kind: base / kind / place
+                for kind in ("dictionary", "report", "atlas", "explanations", "site")
+            }
+            label = "" if place == Path() else f" {place}"
+            stages += _after_training(recipe, shared, store, paths, label, where, fresh)
     return stages
 
 
@@ -248,9 +254,9 @@ def _print_results(recipe: Recipe, base: Path, results: list[StageResult], secon
     from rich.table import Table
 
     console = Console()
-    for name in recipe.dictionaries:
-        if recipe.evaluate is not None:
-            print_report(base / "report" / name)
+    for result in results:
+        if result.stage.startswith("evaluate"):
+            print_report(result.path)
     table = Table(title=f"{recipe.name}: {seconds:.0f} s in all")
     for column in ("stage", "result", "seconds", "peak GB", ""):
         table.add_column(column, justify="right" if column in ("seconds", "peak GB") else "left")

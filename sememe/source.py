@@ -10,19 +10,20 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sememe.capture import Rows, captured_rows, first_norms
 from sememe.dictionaries.base import Batch, Site, Sites
 from sememe.errors import ConfigError, HookpointError, ShapeError, TextError
+from sememe.join import JoinedStore
 from sememe.store import Store
 from sememe.text import Split, TextConfig, TokenPolicy, token_blocks
 
 if TYPE_CHECKING:
     from sememe.lm import LanguageModel
 
-__all__ = ["Batch", "LiveSource", "Source", "StoreSource", "TensorSource"]
+__all__ = ["Batch", "Columns", "LiveSource", "Source", "StoreSource", "TensorSource", "upcoming"]
 
 
 @runtime_checkable
@@ -50,7 +51,7 @@ class Source(Protocol):
         ...
 
     def next_batch(self, n: int) -> Batch:
-        """The next n rows."""
+        """The next n rows; fewer only where the stream ends."""
         ...
 
     def sample(self, n: int) -> Batch:
@@ -66,6 +67,56 @@ class Source(Protocol):
         ...
 
 
+def upcoming(source: Source, n: int) -> Batch:
+    """Up to n of the rows that come next; the stream stays where it is."""
+    if isinstance(source, LiveSource):
+        return source.sample(n)  # its state is its buffer: too large to be taken and put back
+    state = source.state_dict()
+    batch = source.next_batch(n)
+    source.load_state_dict(state)
+    return batch
+
+
+class Columns:
+    """One dictionary's part of a stream that several share: which features of its rows are x and target.
+
+    Args:
+        shared: Where the stream's x comes from, site by site.
+        inputs: Hookpoints whose concatenation is the dictionary's x, all of them in the stream.
+        outputs: Hookpoints whose concatenation is its target; the inputs if not given.
+    """
+
+    def __init__(
+        self, shared: Sites, inputs: tuple[str, ...], outputs: tuple[str, ...] | None = None
+    ) -> None:
+        self.spans = {site.hookpoint: slice(site.start, site.stop) for site in shared.inputs}
+        self.inputs, self.outputs = inputs, outputs or inputs
+        by_name = {site.hookpoint: site for site in shared.inputs}
+        self.sites = Sites(
+            inputs=_moved([by_name[name] for name in self.inputs]),
+            outputs=_moved([by_name[name] for name in self.outputs]),
+        )
+        self.d_in, self.d_out = self.sites.inputs[-1].stop, self.sites.outputs[-1].stop
+
+    def of(self, batch: Batch) -> Batch:
+        """The dictionary's rows of a shared batch."""
+        x = self._join(batch.x, self.inputs)
+        return Batch(x, x if self.inputs == self.outputs else self._join(batch.x, self.outputs))
+
+    def _join(self, x: Tensor, names: tuple[str, ...]) -> Tensor:
+        return torch.cat([x[:, self.spans[name]] for name in names], dim=1)
+
+
+def _moved(sites: list[Site]) -> tuple[Site, ...]:
+    """Sites one after the other along a feature axis of their own."""
+    moved, start = [], 0
+    for site in sites:
+        stop = start + site.stop - site.start
+        moved.append(site.replace(start=start, stop=stop))
+        start = stop
+    return tuple(moved)
+
+
 class TensorSource:
     """Batches from one tensor in memory, in a new random order at each pass.
 
@@ -73,6 +124,9 @@ class TensorSource:
         x: The rows.
         seed: Of the order.
         target: What to reconstruct; x itself if not given.
+        sites: Where in which model the rows come from.
+        max_norm_ratio: Leave out rows of x whose Euclidean norm is more than this many times the median
+            (attention sinks; the token policy of stores and live runs takes 5). All rows are kept if not given.
     """
 
     def __init__(
@@ -81,9 +135,19 @@ class TensorSource:
         seed: int = 0,
         target: Float[Tensor, "rows d_out"] | None = None,
         sites: Sites | None = None,
+        max_norm_ratio: float | None = None,
     ) -> None:
         if x.dim() != 2 or x.shape[0] == 0:
             raise ShapeError("x must have shape (rows, d_in) with rows >= 1", tuple(x.shape), "Flatten it.")
+        if max_norm_ratio is not None:
+            if max_norm_ratio < 1:
+                raise ConfigError(
+                    "max_norm_ratio must be >= 1: half of the rows lie above the median",
+                    max_norm_ratio,
+                    "Raise it.",
+                )
+            sites, kept = _without_outliers(x, sites, max_norm_ratio)
+            x, target = x[kept], None if target is None else target[kept]
         self.x, self.target, self.seed, self.sites = x, target, seed, sites
         self.d_in, self.n_rows = x.shape[1], int(x.shape[0])
         self.d_out = self.d_in if target is None else target.shape[1]
@@ -122,6 +186,25 @@ class TensorSource:
         self._cursor.load(state)
 
 
+def _without_outliers(
+    x: Float[Tensor, "rows d_in"], sites: Sites | None, ratio: float
+) -> tuple[Sites | None, Bool[Tensor, " rows"]]:
+    """Sites that know their largest norm, and which rows exceed it at none of them."""
+    kept = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
+    inputs = []
+    for site in (None,) if sites is None else sites.inputs:
+        part = x if site is None else x[:, site.start : site.stop]
+        norms = torch.linalg.vector_norm(part, dim=1, dtype=torch.float32)
+        max_norm = ratio * float(norms.median())
+        kept &= norms <= max_norm
+        if site is not None:
+            inputs.append(site.replace(max_norm=max_norm))
+    if sites is None:
+        return None, kept
+    outputs = tuple(inputs) if sites.outputs == sites.inputs else sites.outputs
+    return Sites(inputs=tuple(inputs), outputs=outputs), kept
+
+
 class _Cursor:
     """Where a shuffled stream stands: pass, group within the pass, row within the group."""
 
@@ -155,7 +238,7 @@ class StoreSource:
     """Batches from a store. Shards are grouped at random, and rows shuffled over each group in memory.
 
     Args:
-        store: The store.
+        store: The store, or several joined.
         inputs: Hookpoints whose concatenation is x; the store's only one if not given.
         outputs: Hookpoints whose concatenation is the target; the inputs if not given.
         seed: Of the order.
@@ -164,7 +247,7 @@ class StoreSource:
 
     def __init__(
         self,
-        store: Store,
+        store: Store | JoinedStore,
         inputs: tuple[str, ...] | None = None,
         outputs: tuple[str, ...] | None = None,
         seed: int = 0,
@@ -172,19 +255,21 @@ class StoreSource:
     ) -> None:
         known = tuple(store.info.hookpoints)
         if inputs is None:
-            if len(known) > 1:
+            if len({store.origin(name)[1] for name in known}) > 1:
                 raise HookpointError(
                     "a hookpoint must be chosen when the store holds several",
                     ", ".join(known),
                     "Pass --inputs with one or more of them.",
                 )
             inputs = known
-        store.check_hookpoints((*inputs, *(outputs or ())))
-        self.store, self.inputs, self.outputs, self.seed = store, inputs, outputs or inputs, seed
+        inputs = store.expand(inputs)
+        outputs = inputs if outputs is None else store.expand(outputs)
+        self.store, self.inputs, self.outputs, self.seed = store, inputs, outputs, seed
         self.sites = Sites(inputs=self._make_sites(self.inputs), outputs=self._make_sites(self.outputs))
         self.d_in, self.d_out = self.sites.inputs[-1].stop, self.sites.outputs[-1].stop
         self.n_rows = store.info.n_rows
-        width = sum(store.info.hookpoints[name].width for name in self.sites.hookpoints)
+        self._names = tuple(dict.fromkeys((*self.inputs, *self.outputs)))
+        width = sum(store.info.hookpoints[name].width for name in self._names)
         shard_bytes = 2 * width * max(store.info.shard_rows)
         self.group_shards = max(1, group_mb * 2**20 // shard_bytes)
         n_groups = -(-len(store.info.shards) // self.group_shards)
@@ -195,11 +280,12 @@ class StoreSource:
         sites, start = [], 0
         for name in names:
             point = self.store.info.hookpoints[name]
+            info, hookpoint = self.store.origin(name)
             sites.append(
                 Site(
-                    model=self.store.info.model,
-                    model_fingerprint=self.store.info.model_fingerprint,
-                    hookpoint=name,
+                    model=info.model,
+                    model_fingerprint=info.model_fingerprint,
+                    hookpoint=hookpoint,
                     start=start,
                     stop=start + point.width,
                     max_norm=point.max_norm,
@@ -217,11 +303,11 @@ class StoreSource:
             total = sum(self.store.info.shard_rows[index] for index in picked)
             rows = {
                 name: torch.empty(total, self.store.info.hookpoints[name].width, dtype=torch.bfloat16)
-                for name in self.sites.hookpoints
+                for name in self._names
             }
             start = 0
             for index in picked:
-                shard = self.store.read(index, self.sites.hookpoints)
+                shard = self.store.read(index, self._names)
                 stop = start + self.store.info.shard_rows[index]
                 for name, values in shard.activations.items():
                     rows[name][start:stop] = values
@@ -393,8 +479,8 @@ class LiveSource:
         return Batch(x, x if self.inputs == self.outputs else join(self.outputs))
 
     def sample(self, n: int) -> Batch:
-        """The rows that come first."""
-        if self._n_left < min(n, self.capacity // 2):
+        """The rows that come next, as many as the buffer holds; it is filled only where it is empty."""
+        if self._n_left == 0:
             self._refill()
         return self._rows(slice(max(0, self._n_left - n), self._n_left))
 

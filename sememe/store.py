@@ -158,6 +158,48 @@ class Store:
             self._verified.add(name)
         return Shard(activations, *rest)
 
+    def columns(self, index: int) -> tuple[Int[Tensor, " rows"], Int[Tensor, " rows"], Int[Tensor, " rows"]]:
+        """Token ids, document ids and positions of a shard's rows, without its activations.
+
+        Raises:
+            CorruptError: the file is truncated.
+        """
+        path = self.artifact.file(self.info.shards[index])
+        try:
+            with safe_open(path, framework="pt") as file:
+                tokens, documents, positions = (
+                    file.get_tensor(key) for key in ("token_ids", "doc_ids", "positions")
+                )
+        except SafetensorError as error:
+            raise CorruptError(
+                f"{path} must be a shard of activations", str(error), "Delete the store and harvest again."
+            ) from None
+        return tokens, documents, positions
+
+    def expand(self, names: Iterable[str]) -> tuple[str, ...]:
+        """The names, which must be in the store.
+
+        Raises:
+            HookpointError: one is not.
+        """
+        names = tuple(names)
+        self.check_hookpoints(names)
+        return names
+
+    def origin(self, name: str) -> tuple[StoreInfo, str]:
+        """What is known about the model a hookpoint belongs to, and the hookpoint's name there."""
+        return self.info, name
+
+    @property
+    def name(self) -> str:
+        """Where it is, for errors."""
+        return str(self.artifact.path)
+
+    @property
+    def parents(self) -> dict[str, str]:
+        """The fingerprint, by its role for what is made from the store."""
+        return {"store": self.fingerprint}
+
     def documents(self) -> list[dict[str, Any]]:
         """The table of documents: id, source, language, title, tags (JSON)."""
         rows: list[dict[str, Any]] = pq.read_table(self.artifact.file(DOCUMENTS, verify=True)).to_pylist()

@@ -20,6 +20,7 @@ UNCHECKED = {
     "sememe.collect.loops",
     "sememe.explain.loops",
     "sememe.kernels.cpu",
+    "sememe.kernels.cpu_steps",
     "sememe.kernels.gpu",
     "sememe.kernels.pursuit",
 }

@@ -11,6 +11,7 @@ from sememe.dictionaries.abs_topk import AbsTopKConfig
 from sememe.dictionaries.auxiliary import auxk_loss
 from sememe.dictionaries.base import ArchitectureConfig
 from sememe.dictionaries.batch_topk import BatchTopKConfig
+from sememe.dictionaries.cross_layer import CrossLayerConfig
 from sememe.dictionaries.gated import GatedConfig
 from sememe.dictionaries.group_max import GroupMaxConfig
 from sememe.dictionaries.initial import geometric_median
@@ -43,6 +44,7 @@ CONFIGS: dict[str, ArchitectureConfig] = {
     "p_anneal": PAnnealConfig(d_sae=40),
     "lista": LISTAConfig(d_sae=40),
     "variational": VariationalConfig(d_sae=40, prior_l0=5),
+    "cross_layer": CrossLayerConfig(k=5, d_sae=40, n_layers=3, over="all"),
 }
 EASY: dict[str, dict[str, Any]] = {
     "relu": {"l1_coefficient": 1e-4},
@@ -257,13 +259,24 @@ def test_errors():
             TopKConfig.build(options)
     for options, message in [
         (
-            {"resample_at": (), "rewarmup_steps": 8},
-            r"rewarmup_steps must be left out when resample_at is empty",
+            {"resample": "none", "rewarmup_steps": 8},
+            r"rewarmup_steps must be left out when resample is none",
         ),
         (
-            {"resample_at": (0.5, 1.0)},
-            r"resample_at must hold shares of the run in \(0, 1\), got \(0.5, 1.0\)",
+            {"resample_at": ()},
+            r"resample_at must hold at least one share of the run, got none. Set resample to none",
         ),
+        (
+            {"resample_at": (0.5, 0.9)},
+            r"resample_at must hold shares of the run in \(0, 0.8\], none close to its end, got \(0.5, 0.9\)",
+        ),
+        ({"resample_below": 0.2}, r"resample_below must be left out when resample is not mcs"),
+        ({"resample": "mcs"}, r"resample mcs needs a second dictionary"),
+        (
+            {"resample": "mcs", "resample_against": "x", "resample_after_tokens": 7},
+            r"resample_after_tokens must be left out when resample is mcs",
+        ),
+        ({"resample": "bricken"}, r"resample must be one of .*'worst'"),
     ]:
         with pytest.raises(ConfigError, match=message):
             ReLUConfig.build(options)

@@ -262,6 +262,8 @@ def test_folding_keeps_the_whole_posterior():
     torch.testing.assert_close(*choices, atol=1e-4, rtol=1e-4)
 
 
-def test_the_prior_must_expect_fewer_latents_than_there_are():
+def test_what_a_variational_dictionary_cannot_do_is_refused():
+    with pytest.raises(ConfigError, match=r"ghost_after_tokens must be left out: .*got 5. Drop it"):
+        VariationalConfig.build({"ghost_after_tokens": 5})
     with pytest.raises(ConfigError, match="prior_l0 must be less than d_sae=40, got 40"):
         made(VariationalConfig(d_sae=N, prior_l0=N))

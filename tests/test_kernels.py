@@ -187,6 +187,58 @@ def test_adam_agrees_with_the_reference_and_with_torch(rows, columns, n_steps, u
         torch.testing.assert_close(results[1], theirs.detach(), atol=1e-5, rtol=1e-4)
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 7), st.integers(1, 40), st.integers(1, 5), st.booleans(), st.integers(0, 1000))
+def test_signum_agrees_with_the_reference(rows, columns, n_steps, unit_norm, seed):
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(rows, columns, generator=generator)
+    start /= start.norm(dim=1, keepdim=True)
+    grads = [torch.randn(rows, columns, generator=generator) for _ in range(n_steps)]
+    grads[0][0] = 0.0
+    results = []
+    for path in ("reference", "auto"):
+        param, base, average = start.clone(), start.clone(), start.clone()
+        with kernels.use(path):
+            for step, grad in enumerate(grads, 1):
+                weight = torch.full((rows,), 1 / step)
+                kernels.signum_step(
+                    param, grad, base, average, weight, lr=0.01, momentum=0.9, unit_norm=unit_norm
+                )
+        results.append((param, base, average))
+    for fast, slow in zip(results[1], results[0], strict=True):
+        # one coordinate whose projected gradient is within rounding of 0 may be stepped either way
+        differs = (fast - slow).abs() > 1e-5
+        assert int(differs.sum()) <= (columns if unit_norm and columns < 3 else 0)
+    if unit_norm:
+        torch.testing.assert_close(results[1][0].norm(dim=1), torch.ones(rows))
+
+
+@pytest.mark.parametrize("path", ["reference", "auto"])
+def test_frozen_rows_keep_every_bit_and_a_nan_is_passed_on(path):
+    generator = torch.Generator().manual_seed(0)
+    frozen = torch.tensor([True, False, True, False])
+    for unit_norm in (False, True):
+        grad = torch.randn(4, 5, generator=generator)
+        grad[3, 2] = float("nan")
+        with kernels.use(path):
+            adam = [torch.randn(4, 5, generator=generator).abs() for _ in range(3)]
+            kept = [tensor.clone() for tensor in adam]
+            kernels.adam_step(
+                adam[0], grad, adam[1], adam[2],
+                step=3, lr=0.1, betas=(0.9, 0.99), eps=1e-8, grad_scale=0.5, unit_norm=unit_norm, frozen=frozen,
+            )  # fmt: skip
+            signum = [torch.randn(4, 5, generator=generator) for _ in range(3)]
+            kept += [tensor.clone() for tensor in signum]
+            kernels.signum_step(
+                *(signum[0], grad, signum[1], signum[2]), torch.full((4,), 0.5),
+                lr=0.1, momentum=0.9, unit_norm=unit_norm, frozen=frozen,
+            )  # fmt: skip
+        for tensor, before in zip(adam + signum, kept, strict=True):
+            assert torch.equal(tensor[frozen], before[frozen])
+            assert not torch.equal(tensor[1], before[1])
+            assert bool(tensor[3].isnan().any())
+
+
 TRITON_CHECK = """
 import torch
 from sememe.kernels import gpu, reference

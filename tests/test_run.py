@@ -88,6 +88,24 @@ def test_several_dictionaries_share_a_store(place, tmp_path):
     }
 
 
+def test_a_sweep_makes_a_dictionary_and_a_report_for_each(place, tmp_path):
+    recipe = (place / "small.toml").read_text().replace("epochs = 3", "epochs = 1\nsweep = {k = [2, 4]}")
+    recipe = recipe.replace("k = 4\n", "").replace("[interpret]\nn_tokens = 6000", "")
+    (tmp_path / "swept.toml").write_text(recipe.replace("n_tokens = 1500", "n_tokens = 600"))
+    run(tmp_path / "swept.toml", out=tmp_path / "out")
+    assert (tmp_path / "out" / "dictionary" / "index.json").is_file()
+    fvu = {}
+    for name in ("k2", "k4"):
+        assert (tmp_path / "out" / "dictionary" / name / "meta.json").is_file()
+        report = json.loads((tmp_path / "out" / "report" / name / "report.json").read_text())
+        fvu[name] = report["metrics"]["fvu"]["value"]
+    assert fvu["k4"] < fvu["k2"]
+    results = run(tmp_path / "swept.toml", out=tmp_path / "out")
+    assert all(result.reused for result in results)
+    stages = [result.stage for result in results if not result.stage.startswith(("interpret", "export"))]
+    assert stages == ["harvest", "train", "evaluate k2", "evaluate k4"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -98,6 +116,10 @@ def test_several_dictionaries_share_a_store(place, tmp_path):
         (
             ("k = 4", "k = 4\nkk = 3"),
             r"architecture.topk.kk must be a known option of TrainConfig in the recipe small, got 3",
+        ),
+        (
+            ("epochs = 3", "sweep = {kk = [2, 4]}"),
+            r"a sweep must be over an option .* got 'kk'\. Did you mean 'k'",
         ),
         (("n_tokens = 1500", "n_tokenz = 1500"), "n_tokenz must be a known option of EvaluateConfig"),
         (('name = "small"', 'name = "../up"'), "a recipe's name must be letters"),

@@ -1,4 +1,4 @@
-"""Flags from configs: one short, unique flag per option, however deep the option lies. Knows no verb."""
+"""Commands from configs: each option a flag, under the name that `options` gives it. Knows no verb."""
 
 from __future__ import annotations
 
@@ -6,77 +6,14 @@ import inspect
 import types
 import typing
 from collections.abc import Callable
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
-from pydantic_core import PydanticUndefined
 
 from sememe.config import Config
+from sememe.options import flags_of
 
-__all__ = ["Flag", "command", "flags_of"]
-
-
-class Flag(NamedTuple):
-    """One option of a config, or of a config inside it."""
-
-    name: str
-    path: tuple[str, ...]
-    annotation: Any
-    default: Any
-    help: str
-
-
-def _config_type(annotation: Any) -> type[Config] | None:
-    """The config class behind an annotation, if it is one."""
-    if isinstance(annotation, type) and issubclass(annotation, Config):
-        return annotation
-    return None
-
-
-def _plain(annotation: Any) -> Any:
-    """An annotation without pydantic's metadata."""
-    if typing.get_origin(annotation) is Annotated:
-        return _plain(typing.get_args(annotation)[0])
-    return annotation
-
-
-def flags_of(config: type[Config], choices: dict[str, type[Config]] | None = None) -> list[Flag]:
-    """Every option of a config, nested ones too, each with a name of its own.
-
-    An option keeps its own name unless one that lies less deep has it; then its parent's name goes before it.
-
-    Args:
-        config: The config class.
-        choices: For fields that are unions, the member that was chosen.
-    """
-    found: list[Flag] = []
-    _collect(config, (), choices or {}, found)
-    found.sort(key=lambda flag: len(flag.path))
-    taken: set[str] = set()
-    named = []
-    for flag in found:
-        name = flag.path[-1]
-        if name in taken:
-            name = "_".join(flag.path[-2:])
-        assert name not in taken, f"two options are called {name}"
-        taken.add(name)
-        named.append(flag._replace(name=name))
-    return named
-
-
-def _collect(
-    config: type[Config], path: tuple[str, ...], choices: dict[str, type[Config]], found: list[Flag]
-) -> None:
-    for name, field in config.model_fields.items():
-        chosen = choices.get(name)
-        inner = chosen or _config_type(_plain(field.annotation))
-        if inner is not None:
-            _collect(inner, (*path, name), {}, found)
-        elif name != "kind":
-            default = field.default if field.default is not PydanticUndefined else inspect.Parameter.empty
-            if field.default_factory is not None:
-                default = field.get_default(call_default_factory=True)
-            found.append(Flag("", (*path, name), _plain(field.annotation), default, field.description or ""))
+__all__ = ["command"]
 
 
 def command(
@@ -148,6 +85,10 @@ def command(
                 _put(data, by_name[name].path, value)
             else:
                 options[name] = value
+        for flag in flags:
+            # an option of a union without its kind: that of the default
+            if flag.path[-1] == "kind" and _get(data, flag.path[:-1]) is not None:
+                _put(data, flag.path, _get(data, flag.path) or flag.default)
         for path, value in (fixed or {}).items():
             _put(data, tuple(path.split(".")), value)
         return verb(config.build(data), **options)
@@ -164,3 +105,10 @@ def _put(data: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
     for key in path[:-1]:
         data = data.setdefault(key, {})
     data[path[-1]] = value
+
+
+def _get(data: dict[str, Any], path: tuple[str, ...]) -> Any:
+    """What lies at a path; None if nothing does."""
+    for key in path[:-1]:
+        data = data.get(key, {})
+    return data.get(path[-1])

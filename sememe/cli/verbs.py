@@ -41,7 +41,7 @@ def _harvest() -> Any:
 
 def _train() -> App:
     from sememe.dictionaries import TRAINABLE
-    from sememe.train import TrainConfig, train
+    from sememe.train import TrainConfig, train, train_sweep
 
     app = App(
         name="train", help="Train a dictionary; the architecture comes first: `sememe train topk --k 64`."
@@ -49,8 +49,14 @@ def _train() -> App:
     app.result_action = "return_value"
 
     def verb(config: TrainConfig, fresh: bool = False) -> None:
-        train(config, fresh=fresh)
-        _say(f"{config.architecture.kind} dictionary", config.out)
+        kind = config.architecture.kind
+        if config.sweep:
+            sweep = train_sweep(config, fresh=fresh)
+            for name in sweep.names:
+                _say(f"{kind} dictionary", sweep.path(name))
+        else:
+            train(config, fresh=fresh)
+            _say(f"{kind} dictionary", config.out)
 
     for kind, architecture in _architectures(TRAINABLE):
         doc = f"Train a {kind} dictionary."
@@ -70,9 +76,9 @@ def _train() -> App:
 
 def _toy() -> App:
     from sememe.config import sha256_of
-    from sememe.dictionaries import TRAINABLE
+    from sememe.dictionaries import TRAINABLE, Dictionary
     from sememe.toy import PlantedSource, ToyConfig, recovery
-    from sememe.train import TrainConfig, train
+    from sememe.train import TrainConfig, train, train_sweep
 
     app = App(
         name="toy", help="Train on planted features and see how many are found: `sememe toy topk --k 5`."
@@ -83,14 +89,21 @@ def _toy() -> App:
         planted = ToyConfig.build({name.removeprefix("planted_"): value for name, value in options.items()})
         source = PlantedSource(planted)
         parents = {"planted": sha256_of(planted.resolved())}
-        dictionary = train(
-            config, source=source, parents=parents, extra={"planted": planted.resolved()}, fresh=fresh
-        )
+        about = {"planted": planted.resolved()}
+        if config.sweep:
+            sweep = train_sweep(config, source=source, parents=parents, extra=about, fresh=fresh)
+            for name in sweep.names:
+                show(source, sweep.load(name))
+                _say(f"{config.architecture.kind} dictionary", sweep.path(name))
+        else:
+            show(source, train(config, source=source, parents=parents, extra=about, fresh=fresh))
+            _say(f"{config.architecture.kind} dictionary", config.out)
+
+    def show(source: PlantedSource, dictionary: Dictionary) -> None:
         found = recovery(source.planted, dictionary)
         print(f"recall (mmcs planted -> learned)     {found.recall:.4f}")
         print(f"precision (mmcs learned -> planted)  {found.precision:.4f}")
         print(f"planted features found (> 0.9)       {found.found:.1%}")
-        _say(f"{config.architecture.kind} dictionary", config.out)
 
     planted_options = {
         f"planted_{name}": (field.annotation, field.default, field.description or "")

@@ -12,8 +12,18 @@ from pydantic import Field
 
 from sememe import artifact
 from sememe.dictionaries.abs_topk import AbsTopK, AbsTopKConfig
-from sememe.dictionaries.base import ArchitectureConfig, Constraints, Dictionary, Loss, Site, Sites, Trainable
+from sememe.dictionaries.base import (
+    ArchitectureConfig,
+    Constraints,
+    Dictionary,
+    Loss,
+    Resampling,
+    Site,
+    Sites,
+    Trainable,
+)
 from sememe.dictionaries.batch_topk import BatchTopK, BatchTopKConfig
+from sememe.dictionaries.cross_layer import CrossLayer, CrossLayerConfig
 from sememe.dictionaries.gated import Gated, GatedConfig
 from sememe.dictionaries.group_max import GroupMax, GroupMaxConfig
 from sememe.dictionaries.identity import Identity
@@ -27,6 +37,7 @@ from sememe.dictionaries.p_anneal import PAnneal, PAnnealConfig
 from sememe.dictionaries.pca import PCA
 from sememe.dictionaries.random_directions import RandomDirections
 from sememe.dictionaries.relu import ReLU, ReLUConfig
+from sememe.dictionaries.resampling import ResamplingConfig
 from sememe.dictionaries.tied import Tied, TiedConfig
 from sememe.dictionaries.topk import TopK, TopKConfig
 from sememe.dictionaries.variational import Variational, VariationalConfig
@@ -40,6 +51,8 @@ __all__ = [
     "Constraints",
     "Dictionary",
     "Loss",
+    "Resampling",
+    "ResamplingConfig",
     "Site",
     "Sites",
     "Trainable",
@@ -62,7 +75,8 @@ Architecture = Annotated[
     | TiedConfig
     | PAnnealConfig
     | LISTAConfig
-    | VariationalConfig,
+    | VariationalConfig
+    | CrossLayerConfig,
     Field(discriminator="kind"),
 ]
 """The config of any architecture that can be trained, told apart by `kind`."""
@@ -83,6 +97,7 @@ TRAINABLE: dict[str, type[Trainable]] = {
     "p_anneal": PAnneal,
     "lista": LISTA,
     "variational": Variational,
+    "cross_layer": CrossLayer,
 }
 
 REGISTRY: dict[str, type[Dictionary]] = {

@@ -37,6 +37,7 @@ class BatchTopK(BatchSelection):
     ) -> Loss:
         """Mean squared error, and AuxK over dead latents."""
         encoded = self._encode_batch(x)
-        residual = target - self.decode(encoded, x)
+        recon = self.decode(encoded, x)
+        residual = target - recon
         mse = residual.square().mean()
-        return self._with_auxk(x, residual, mse, {"mse": mse}, encoded)
+        return self._with_auxk(x, residual, mse, {"mse": mse}, encoded)._replace(recon=recon)

@@ -66,7 +66,8 @@ class Gated(Penalised):
         self.check_input(x)
         gates = self._gates(x)
         encoded = self._magnitudes(gates)
-        mse = (target - self.decode(encoded, x)).square().mean()
+        recon = self.decode(encoded, x)
+        mse = (target - recon).square().mean()
         l1 = gates.acts.sum() / gates.n_rows
         through_gates = kernels.decode_encoded(gates, self.W_dec.detach(), self.b_dec.detach())
         if self.config.skip:
@@ -74,11 +75,16 @@ class Gated(Penalised):
         auxiliary = (target - through_gates).square().mean()
         total = mse + self.config.l1_coefficient * l1 + auxiliary
         terms = {"mse": mse.detach(), "l1": l1.detach(), "auxiliary": auxiliary.detach()}
-        return Loss(total, terms, encoded.detach())
+        return Loss(total, terms, encoded.detach(), recon)
 
-    def reset_latents(self, ids: Int[Tensor, " n"], directions: Float[Tensor, "n d_out"]) -> None:
+    def reset_latents(
+        self,
+        ids: Int[Tensor, " n"],
+        directions: Float[Tensor, "n d_out"],
+        inputs: Float[Tensor, "n d_in"] | None = None,
+    ) -> None:
         """As every ReLU; magnitudes start as the gates."""
-        super().reset_latents(ids, directions)
+        super().reset_latents(ids, directions, inputs)
         with torch.no_grad():
             self.r_mag[ids] = 0.0
             self.b_mag[ids] = 0.0

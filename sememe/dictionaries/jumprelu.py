@@ -10,11 +10,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sememe import kernels
-from sememe.dictionaries.base import Loss, Sites
+from sememe.dictionaries.base import Constraints, Loss, Sites
 from sememe.dictionaries.penalised import Penalised, PenalisedConfig
 from sememe.encoded import Encoded
 
-__all__ = ["JumpReLU", "JumpReLUConfig"]
+__all__ = ["Jump", "JumpReLU", "JumpReLUConfig"]
 
 N_THRESHOLD_ROWS = 1024
 """Rows of the sample that set the first thresholds: it holds their pre-activations densely."""
@@ -106,9 +106,10 @@ class JumpReLU(Penalised):
         lower = (threshold.detach() - width / 2).clamp_min(0)
         near = kernels.encode_threshold(x, self.W_enc, self.b_enc, self.b_pre, lower)
         per_entry = threshold.index_select(0, near.indices)
-        acts, open_ = _Jump.apply(near.acts, per_entry, width)  # type: ignore[no-untyped-call]
+        acts, open_ = Jump.apply(near.acts, per_entry, width)  # type: ignore[no-untyped-call]
         encoded = near.with_acts(acts)
-        mse = (target - self.decode(encoded, x)).square().mean()
+        recon = self.decode(encoded, x)
+        mse = (target - recon).square().mean()
         l0 = open_.sum() / encoded.n_rows
         goal, coefficient = config.target_l0, config.l0_coefficient
         penalty = l0 if goal is None else (l0 / goal - 1).square()
@@ -116,17 +117,20 @@ class JumpReLU(Penalised):
             coefficient = 1e-3 if goal is None else 1.0
         warm = min(1.0, progress / config.sparsity_warmup) if config.sparsity_warmup else 1.0
         total = mse + coefficient * warm * penalty
-        return Loss(total, {"mse": mse.detach(), "penalty": penalty.detach()}, encoded.detach())
+        return Loss(total, {"mse": mse.detach(), "penalty": penalty.detach()}, encoded.detach(), recon)
 
-    @torch.no_grad()
-    def after_step(self, encoded: Encoded) -> None:
-        """Thresholds stay >= 0, beside the bookkeeping."""
-        super().after_step(encoded)
-        self.relative_threshold.clamp_(min=0)
+    def constraints(self) -> Constraints:
+        """Thresholds stay >= 0, beside what every linear dictionary keeps."""
+        return super().constraints()._replace(non_negative=("relative_threshold",))
 
-    def reset_latents(self, ids: Int[Tensor, " n"], directions: Float[Tensor, "n d_out"]) -> None:
+    def reset_latents(
+        self,
+        ids: Int[Tensor, " n"],
+        directions: Float[Tensor, "n d_out"],
+        inputs: Float[Tensor, "n d_in"] | None = None,
+    ) -> None:
         """The encoder at its usual length (a fifth would never reach a threshold), the threshold as is usual."""
-        super().reset_latents(ids, directions)
+        super().reset_latents(ids, directions, inputs)
         with torch.no_grad():
             self.relative_threshold[ids] = self.relative_threshold.median()
 
@@ -134,7 +138,7 @@ class JumpReLU(Penalised):
         return norms.median()
 
 
-class _Jump(torch.autograd.Function):
+class Jump(torch.autograd.Function):
     """`z * H(z - threshold)` and `H(z - threshold)`, with gradients for the threshold through a rectangle of area 1.
 
     Source: Rajamanoharan et al. 2024b, eqs. 11 and 12: -(threshold / width) K and -(1 / width) K, where K is 1

@@ -14,15 +14,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sememe import kernels
-from sememe.dictionaries.base import ArchitectureConfig, Constraints, Sites, Trainable
+from sememe.dictionaries.base import Constraints, Resampling, Sites, Trainable
 from sememe.dictionaries.initial import geometric_median, latent_major, unit_rows
+from sememe.dictionaries.resampling import ResamplingConfig
 from sememe.encoded import Encoded
 from sememe.errors import ConfigError, ShapeError
 
-__all__ = ["Linear", "LinearConfig", "check_one_place"]
+__all__ = ["Linear", "LinearConfig", "check_crosscoder", "check_one_place"]
 
 
-class LinearConfig(ArchitectureConfig):
+class LinearConfig(ResamplingConfig):
     """Options of every architecture with one linear decoder."""
 
     skip: bool = False
@@ -86,9 +87,10 @@ class Linear(Trainable, abc.ABC):
         """An empty dictionary of the given shape."""
         return cls(cls.config_class.build(config), d_in, d_out, d_sae, sites)
 
-    def pre_acts(self, x: Float[Tensor, "batch d_in"], ids: Int[Tensor, " n"]) -> Float[Tensor, "batch n"]:
-        """Pre-activations of some latents, densely."""
-        return (x - self.b_pre) @ self.W_enc[:, ids] + self.b_enc[ids]
+    def pre_acts_of(self, ids: Int[Tensor, " n"]) -> Callable[[Tensor], Tensor]:
+        """What gives the pre-activations of some latents, densely, from inputs; each result is a new tensor."""
+        W_enc, b_enc = self.W_enc[:, ids], self.b_enc[ids]
+        return lambda x: torch.addmm(b_enc, x - self.b_pre, W_enc)
 
     def decode(
         self, encoded: Encoded, x: Float[Tensor, "batch d_in"] | None = None
@@ -118,23 +120,42 @@ class Linear(Trainable, abc.ABC):
         """Rows of W_dec."""
         return self.W_dec
 
+    def site_norms(self) -> Float[Tensor, "d_sae n_sites"]:
+        """How long each latent's decoder row is at each output; one column if the outputs are not known."""
+        if self.sites is None:
+            return self.W_dec.norm(dim=1, keepdim=True)
+        parts = [self.W_dec[:, site.start : site.stop].norm(dim=1) for site in self.sites.outputs]
+        return torch.stack(parts, dim=1)
+
     def fold(self) -> Self:
-        """Exact where selection does not depend on the scale: only what has a unit changes, and the decoder."""
+        """Exact where selection does not depend on the scale: only what has a unit changes, and the decoder.
+
+        The unit of latent activations becomes that of the inputs; of several inputs of different scales, that of
+        the one with the largest scale, and the encoder's weights take up the ratios.
+        """
         folded = self._copy_with_scales_one()
-        s_in, s_out = float(self.scale_in), float(self.scale_out)
+        s_in, s_out = self.scale_in, self.scale_out
+        unit = s_in.max()
         with torch.no_grad():
-            folded._fold_encoder(s_in)
-            folded.W_dec.mul_(s_in / s_out)
+            folded._fold_encoder(s_in, unit)
+            folded.W_dec.mul_(unit / s_out)
             folded.b_dec.div_(s_out)
             if self.config.skip:
-                folded.W_skip.mul_(s_in / s_out)
+                folded.W_skip.mul_(s_in[:, None] / s_out if s_in.dim() > 0 else s_in / s_out)
         return folded
 
-    def _fold_encoder(self, s_in: float) -> None:
-        """Make the encoder, in place, one of inputs that are s_in times smaller."""
+    def _fold_encoder(self, s_in: Tensor, unit: Tensor) -> None:
+        """Make the encoder, in place, one of raw inputs.
+
+        Args:
+            s_in: What inputs were multiplied by: one number, or one per dimension.
+            unit: The largest of them. Activations become that many times smaller.
+        """
         self.b_pre.div_(s_in)
+        if s_in.dim() > 0:
+            self.W_enc.mul_((s_in / unit)[:, None])
         for name in self.latent_units:
-            getattr(self, name).div_(s_in)
+            getattr(self, name).div_(unit)
 
     # -- training ----------------------------------------------------------------------------------
 
@@ -162,23 +183,30 @@ class Linear(Trainable, abc.ABC):
         """What b_pre and b_dec start from, given a sample."""
         return geometric_median
 
-    def reset_latents(self, ids: Int[Tensor, " n"], directions: Float[Tensor, "n d_out"]) -> None:
-        """Unit decoder rows along the directions; the encoder reads the same direction; bias 0."""
+    def reset_latents(
+        self,
+        ids: Int[Tensor, " n"],
+        directions: Float[Tensor, "n d_out"],
+        inputs: Float[Tensor, "n d_in"] | None = None,
+    ) -> None:
+        """Unit decoder rows along the directions; the encoder reads the inputs' directions; bias 0."""
         with torch.no_grad():
-            units = directions / directions.norm(dim=1, keepdim=True).clamp_min(1e-12)
-            self.W_dec[ids] = units
-            self._reset_encoder(ids, units)
+            self.W_dec[ids] = _units(directions)
+            self._reset_encoder(ids, _units(directions if inputs is None else inputs))
             self.tokens_since_fired[ids] = 0
 
-    def _reset_encoder(self, ids: Int[Tensor, " n"], units: Float[Tensor, "n d_out"]) -> None:
-        """Make the encoders of some latents read what they write."""
-        if self.d_in == self.d_out:
-            self.W_enc[:, ids] = (units * self._reset_norm(self.W_enc.norm(dim=0), ids)).T
+    def _reset_encoder(self, ids: Int[Tensor, " n"], units: Float[Tensor, "n d_in"]) -> None:
+        """Make some latents read directions of norm 1."""
+        self.W_enc[:, ids] = (units * self._reset_norm(self.W_enc.norm(dim=0), ids)).T
         self.b_enc[ids] = 0.0
 
     def _reset_norm(self, norms: Float[Tensor, " d_sae"], ids: Int[Tensor, " n"]) -> Float[Tensor, ""]:
         """How long the encoder weights of a reset latent are: here, as long as is usual."""
         return norms.median()
+
+    def resampling(self) -> Resampling | None:
+        """As the config says."""
+        return self.config.resampling()
 
     def constraints(self) -> Constraints:
         """Decoder rows keep norm 1."""
@@ -207,6 +235,24 @@ def check_one_place(config: LinearConfig, instead: str, d_in: int, d_out: int, s
             f"a {name} dictionary must read and write the same place",
             f"d_in {d_in} and d_out {d_out}, or different sites",
             f"Use {instead} for a transcoder.",
+        )
+
+
+def _units(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    return rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
+
+
+def check_crosscoder(site_norms: str, sites: Sites | None) -> None:
+    """Raise a ConfigError if norms are asked for site by site where there is but one.
+
+    Raises:
+        ConfigError: site_norms is l1 and the outputs are not several.
+    """
+    if site_norms == "l1" and (sites is None or len(sites.outputs) < 2):
+        raise ConfigError(
+            "site_norms l1 needs several outputs: with one it has no effect",
+            "one output" if sites is not None else "outputs that are not known",
+            "Drop site_norms, or name several hookpoints (--inputs resid_post.4 resid_post.8).",
         )
 
 

@@ -71,10 +71,11 @@ class LISTA(Penalised):
     ) -> Loss:
         """`mean (target - recon)^2 + l1_coefficient * mean_rows sum_i acts_i`, of the last step's activations."""
         encoded = self.encode(x)
-        mse = (target - self.decode(encoded, x)).square().mean()
+        recon = self.decode(encoded, x)
+        mse = (target - recon).square().mean()
         l1 = encoded.acts.sum() / encoded.n_rows
         total = mse + self.config.l1_coefficient * l1
-        return Loss(total, {"mse": mse.detach(), "l1": l1.detach()}, encoded.detach())
+        return Loss(total, {"mse": mse.detach(), "l1": l1.detach()}, encoded.detach(), recon)
 
     def _start_encoder(self, centre: Float[Tensor, " d_in"], generator: torch.Generator) -> None:
         """ISTA for the first decoder: its transpose, over the largest eigenvalue that so many directions have."""
@@ -82,11 +83,15 @@ class LISTA(Penalised):
         self.W_back.copy_(self.W_enc.T)
         self.W_enc.div_((1 + (self.d_sae / self.d_in) ** 0.5) ** 2)
 
-    def _reset_encoder(self, ids: Int[Tensor, " n"], units: Float[Tensor, "n d_out"]) -> None:
-        """As every linear encoder; what is taken off the input is what the latent writes."""
+    def _reset_encoder(self, ids: Int[Tensor, " n"], units: Float[Tensor, "n d_in"]) -> None:
+        """As every linear encoder; what is taken off the input is what the latent reads."""
         super()._reset_encoder(ids, units)
-        if self.d_in == self.d_out:
-            self.W_back[ids] = units
+        self.W_back[ids] = units
+
+    def _fold_encoder(self, s_in: Tensor, unit: Tensor) -> None:
+        """As every linear encoder; what is taken off raw inputs is in raw units."""
+        super()._fold_encoder(s_in, unit)
+        self.W_back.mul_(unit / s_in)
 
 
 def _places(encoded: Encoded) -> Int[Tensor, " nnz"]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, final
 
 import torch
 from jaxtyping import Float, Int
+from pydantic import model_validator
 from torch import Tensor
 
 from sememe import kernels
@@ -13,6 +15,7 @@ from sememe.dictionaries.base import Loss, Sites
 from sememe.dictionaries.linear import check_one_place
 from sememe.dictionaries.selection import Selection, SelectionConfig
 from sememe.encoded import Encoded
+from sememe.errors import ConfigError
 
 __all__ = ["MatchingPursuit", "MatchingPursuitConfig"]
 
@@ -22,6 +25,16 @@ class MatchingPursuitConfig(SelectionConfig):
 
     kind: Literal["matching_pursuit"] = "matching_pursuit"
     """Name of the architecture."""
+
+    @model_validator(mode="after")
+    def _correlations_choose(self) -> MatchingPursuitConfig:
+        if self.site_norms != "l2":
+            raise ConfigError(
+                "site_norms must be l2 in a pursuit, which takes away what it chose by: rows of norm 1",
+                self.site_norms,
+                "Drop it, or use topk.",
+            )
+        return self
 
 
 @final
@@ -39,6 +52,7 @@ class MatchingPursuit(Selection):
     kind = "matching_pursuit"
     config_class = MatchingPursuitConfig
     config: MatchingPursuitConfig
+    scale_per_site = False  # one decoder for both ends cannot take up different scales
 
     def __init__(
         self, config: MatchingPursuitConfig, d_in: int, d_out: int, d_sae: int, sites: Sites | None = None
@@ -66,26 +80,28 @@ class MatchingPursuit(Selection):
         acts, indices, residual = kernels.matching_pursuit(x - self.b_dec, self.W_dec, self.config.k)
         return Encoded.from_topk(acts, indices, self.d_sae), residual
 
-    def pre_acts(self, x: Float[Tensor, "batch d_in"], ids: Int[Tensor, " n"]) -> Float[Tensor, "batch n"]:
-        """Correlations of the centred rows with some latents."""
-        return (x - self.b_dec) @ self.W_dec[ids].T
+    def pre_acts_of(self, ids: Int[Tensor, " n"]) -> Callable[[Tensor], Tensor]:
+        """What gives the correlations of rows, once centred, with some latents."""
+        directions = self.W_dec[ids].T
+        return lambda x: (x - self.b_dec) @ directions
 
     def loss(
         self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], progress: float
     ) -> Loss:
         """Mean squared error, differentiated through every step, and AuxK over dead latents."""
-        encoded, residual = self._pursue(x)
-        if target is not x:
-            residual = residual + (target - x)
+        encoded, left = self._pursue(x)
+        recon = x - left
+        residual = left if target is x else target - recon
         mse = residual.square().mean()
-        left = (residual + self.b_dec).detach()
-        return self._with_auxk(left, residual, mse, {"mse": mse}, encoded)
+        return self._with_auxk((left + self.b_dec).detach(), residual, mse, {"mse": mse}, encoded)._replace(
+            recon=recon
+        )
 
     def _start_encoder(self, centre: Float[Tensor, " d_in"], generator: torch.Generator) -> None:
         """Nothing: the decoder is set."""
 
-    def _reset_encoder(self, ids: Int[Tensor, " n"], units: Float[Tensor, "n d_out"]) -> None:
+    def _reset_encoder(self, ids: Int[Tensor, " n"], units: Float[Tensor, "n d_in"]) -> None:
         """Nothing: the decoder is set."""
 
-    def _fold_encoder(self, s_in: float) -> None:
+    def _fold_encoder(self, s_in: Tensor, unit: Tensor) -> None:
         """Nothing: correlations and biases scale with the input, choices do not."""

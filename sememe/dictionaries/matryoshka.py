@@ -56,7 +56,9 @@ class Matryoshka(BatchSelection):
         """The mean of the prefixes' mean squared errors, and AuxK; the term `mse` is that of all latents."""
         encoded = self._encode_batch(x)
         recons = kernels.decode_prefixes(encoded, self.W_dec, self.b_dec, self.ends)
-        residuals = [target - self._with_skip(recon, x) for recon in recons]
+        recons = [self._with_skip(recon, x) for recon in recons]
+        residuals = [target - recon for recon in recons]
         errors = [residual.square().mean() for residual in residuals]
         prefixes = torch.stack(errors).mean()
-        return self._with_auxk(x, residuals[-1], prefixes, {"mse": errors[-1], "prefixes": prefixes}, encoded)
+        terms = {"mse": errors[-1], "prefixes": prefixes}
+        return self._with_auxk(x, residuals[-1], prefixes, terms, encoded)._replace(recon=recons[-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, final
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from sememe import kernels
 from sememe.dictionaries.base import Loss, Sites
 from sememe.dictionaries.initial import unit_rows
-from sememe.dictionaries.selection import Selection, SelectionConfig
+from sememe.dictionaries.selection import Selection, SelectionConfig, unweighed
 from sememe.encoded import Encoded
 
 __all__ = ["MLPEncoder", "MLPEncoderConfig"]
@@ -44,6 +45,7 @@ class MLPEncoder(Selection):
     config_class = MLPEncoderConfig
     config: MLPEncoderConfig
     latent_units = ("b_enc", "b_in")
+    shared = Selection.shared | {"W_in", "b_in", "W_out"}
 
     def __init__(
         self, config: MLPEncoderConfig, d_in: int, d_out: int, d_sae: int, sites: Sites | None = None
@@ -60,26 +62,28 @@ class MLPEncoder(Selection):
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Encoded:
         """The k largest positive pre-activations of each row; fewer if fewer are positive (then acts are 0)."""
         self.check_input(x)
-        hidden, no_centre = self._hidden(x), torch.zeros_like(self.b_pre)
-        acts, indices = kernels.encode_topk(hidden, self.W_enc, self.b_enc, no_centre, self.config.k)
-        return Encoded.from_topk(acts, indices, self.d_sae)
+        hidden, no_centre, weights = self._hidden(x), torch.zeros_like(self.b_pre), self._weights()
+        acts, indices = kernels.encode_topk(hidden, *self._choosing(weights), no_centre, self.config.k)
+        return unweighed(Encoded.from_topk(acts, indices, self.d_sae), weights)
 
     def _hidden(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
         centred = x - self.b_pre
         return centred + torch.relu(centred @ self.W_in + self.b_in) @ self.W_out
 
-    def pre_acts(self, x: Float[Tensor, "batch d_in"], ids: Int[Tensor, " n"]) -> Float[Tensor, "batch n"]:
-        """Pre-activations of some latents, densely."""
-        return self._hidden(x) @ self.W_enc[:, ids] + self.b_enc[ids]
+    def pre_acts_of(self, ids: Int[Tensor, " n"]) -> Callable[[Tensor], Tensor]:
+        """What gives the pre-activations of some latents, densely, from inputs."""
+        W_enc, b_enc = self.W_enc[:, ids], self.b_enc[ids]
+        return lambda x: torch.addmm(b_enc, self._hidden(x), W_enc)
 
     def loss(
         self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], progress: float
     ) -> Loss:
         """Mean squared error, and AuxK over dead latents."""
         encoded = self.encode(x)
-        residual = target - self.decode(encoded, x)
+        recon = self.decode(encoded, x)
+        residual = target - recon
         mse = residual.square().mean()
-        return self._with_auxk(x, residual, mse, {"mse": mse}, encoded)
+        return self._with_auxk(x, residual, mse, {"mse": mse}, encoded)._replace(recon=recon)
 
     def _start_encoder(self, centre: Float[Tensor, " d_in"], generator: torch.Generator) -> None:
         """As TopK, and a hidden layer of random directions that adds little."""
@@ -88,3 +92,10 @@ class MLPEncoder(Selection):
         self.W_in.copy_(unit_rows(d_hidden, self.d_in, generator).T)
         self.b_in.zero_()
         self.W_out.copy_(unit_rows(d_hidden, self.d_in, generator) * (START / d_hidden**0.5))
+
+    def _fold_encoder(self, s_in: Tensor, unit: Tensor) -> None:
+        """As every linear encoder; with a scale per dimension the hidden layer gives raw units, as its input has."""
+        super()._fold_encoder(s_in, unit)
+        if s_in.dim() > 0:
+            self.W_in.mul_((s_in / unit)[:, None])
+            self.W_out.mul_(unit / s_in)

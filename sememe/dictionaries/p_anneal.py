@@ -72,7 +72,8 @@ class PAnneal(Penalised):
         """
         config = self.config
         encoded = self.encode(x)
-        mse = (target - self.decode(encoded, x)).square().mean()
+        recon = self.decode(encoded, x)
+        mse = (target - recon).square().mean()
         done = (progress - config.anneal_from) / (config.anneal_until - config.anneal_from)
         p = torch.full_like(self.p, 1 - (1 - config.p_end) * min(1.0, max(0.0, done)))
         penalty = _power(encoded.acts, p).sum() / encoded.n_rows
@@ -83,7 +84,7 @@ class PAnneal(Penalised):
         self._next = p, scale
         total = mse + config.l1_coefficient * scale * penalty
         terms = {"mse": mse, "penalty": penalty, "l1": encoded.acts.sum() / encoded.n_rows}
-        return Loss(total, {name: term.detach() for name, term in terms.items()}, encoded.detach())
+        return Loss(total, {name: term.detach() for name, term in terms.items()}, encoded.detach(), recon)
 
     def after_step(self, encoded: Encoded) -> None:
         """What the step used becomes what the next one starts from, beside the bookkeeping."""

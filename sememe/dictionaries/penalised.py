@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import abc
-from typing import Self
+from typing import Literal
 
+import torch
 from jaxtyping import Float, Int
-from pydantic import model_validator
+from pydantic import Field
 from torch import Tensor
 
 from sememe import kernels
-from sememe.dictionaries.base import Resampling, Sites
+from sememe.dictionaries.auxiliary import ghost_loss
+from sememe.dictionaries.base import Sites
 from sememe.dictionaries.initial import bricken_norm
 from sememe.dictionaries.linear import Linear, LinearConfig
 from sememe.encoded import Encoded
-from sememe.errors import ConfigError
 
 __all__ = ["Penalised", "PenalisedConfig"]
 
@@ -24,22 +25,10 @@ class PenalisedConfig(LinearConfig):
 
     decoder_bias: bool = True
     """Learn a decoder bias; else it is 0, and latents have to carry the mean."""
-    resample_at: tuple[float, ...] = (0.25, 0.5, 0.75)
-    """When latents that have not fired lately are pointed at badly reconstructed rows, as shares of the run."""
-    resample_after_tokens: int = 100_000
-    """A latent that has not fired for this many training rows is resampled."""
-    rewarmup_steps: int = 100
-    """Steps over which the learning rate climbs back after each resampling."""
-
-    @model_validator(mode="after")
-    def _resampling_has_an_effect(self) -> Self:
-        if not self.resample_at:
-            self.check_inert("resample_after_tokens", "rewarmup_steps", without="resample_at is empty")
-        if not all(0 < share < 1 for share in self.resample_at):
-            raise ConfigError(
-                "resample_at must hold shares of the run in (0, 1)", self.resample_at, "Change resample_at."
-            )
-        return self
+    resample: Literal["none", "loss", "worst", "random", "mcs"] = "loss"
+    """Which latents are pointed anew, and where to: none, loss, worst, random or mcs."""
+    ghost_after_tokens: int | None = Field(default=None, ge=1)
+    """A latent that has not fired for this many training rows gets ghost gradients; none does if not given."""
 
 
 class Penalised(Linear, abc.ABC):
@@ -61,8 +50,15 @@ class Penalised(Linear, abc.ABC):
         """A fifth of what live latents have. Source: Bricken et al. 2023, appendix "Neuron Resampling"."""
         return bricken_norm(norms, ids)
 
-    def resampling(self) -> Resampling:
-        """As its config says."""
-        return Resampling(
-            self.config.resample_at, self.config.resample_after_tokens, self.config.rewarmup_steps
-        )
+    def revival_loss(
+        self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], encoded: Encoded
+    ) -> Float[Tensor, ""] | None:
+        """Ghost gradients for latents that are silent for too long, if the config asks for them."""
+        if self.config.ghost_after_tokens is None:
+            return None
+        dead = torch.nonzero(self.tokens_since_fired > self.config.ghost_after_tokens).view(-1)
+        if dead.numel() == 0:
+            return None
+        with torch.no_grad():
+            residual = target - self.decode(encoded, x)
+        return ghost_loss(self, x, residual, dead)

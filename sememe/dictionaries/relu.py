@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Literal, final
 
 from jaxtyping import Float
+from pydantic import model_validator
 from torch import Tensor
 
-from sememe.dictionaries.base import Constraints, Loss
+from sememe.dictionaries.base import Constraints, Loss, Sites
+from sememe.dictionaries.linear import check_crosscoder
 from sememe.dictionaries.penalised import Penalised, PenalisedConfig
 
 __all__ = ["ReLU", "ReLUConfig"]
@@ -22,6 +24,14 @@ class ReLUConfig(PenalisedConfig):
     """Weight of the mean over rows of the sum of activations, against the mean squared error per dimension."""
     norm_weighted: bool = False
     """Weigh each activation by the norm of its decoder row in the penalty, and leave those norms free."""
+    site_norms: Literal["l2", "l1"] = "l2"
+    """With several outputs, that norm: l1, the sum of the norms at each (a crosscoder); l2, that of the whole row."""
+
+    @model_validator(mode="after")
+    def _norms_have_an_effect(self) -> ReLUConfig:
+        if not self.norm_weighted:
+            self.check_inert("site_norms", without="norm_weighted is not set")
+        return self
 
 
 @final
@@ -29,26 +39,36 @@ class ReLU(Penalised):
     """`acts = relu((x - b_pre) W_enc + b_enc)`, `recon = acts W_dec + b_dec`, rows of W_dec of norm 1.
 
     Source: Bricken et al. 2023 (Towards Monosemanticity), appendix; Marks & Mueller's dictionaries. With
-    `norm_weighted`: Conerly et al. 2024 (Anthropic's Circuits Updates, April 2024). Differs: b_pre is set once
-    from the sample and kept, instead of tied to b_dec or absent (b_enc can learn whatever it would).
+    `norm_weighted`: Conerly et al. 2024 (Anthropic's Circuits Updates, April 2024), and with several outputs and
+    `site_norms` l1 the crosscoder of Lindsey et al. 2024 (Sparse Crosscoders for Cross-Layer Features and Model
+    Diffing). Differs: b_pre is set once from the sample and kept, instead of tied to b_dec or absent (b_enc can learn
+    whatever it would).
     """
 
     kind = "relu"
     config_class = ReLUConfig
     config: ReLUConfig
 
+    def __init__(
+        self, config: ReLUConfig, d_in: int, d_out: int, d_sae: int, sites: Sites | None = None
+    ) -> None:
+        check_crosscoder(config.site_norms, sites)
+        super().__init__(config, d_in, d_out, d_sae, sites)
+
     def loss(
         self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], progress: float
     ) -> Loss:
         """`mean (target - recon)^2 + l1_coefficient * mean_rows sum_i acts_i` (times ||W_dec_i||, if weighted)."""
         encoded = self.encode(x)
-        mse = (target - self.decode(encoded, x)).square().mean()
+        recon = self.decode(encoded, x)
+        mse = (target - recon).square().mean()
         acts = encoded.acts
         if self.config.norm_weighted:
-            acts = acts * self.W_dec.norm(dim=1).index_select(0, encoded.indices)
+            norms = self.W_dec.norm(dim=1) if self.config.site_norms == "l2" else self.site_norms().sum(1)
+            acts = acts * norms.index_select(0, encoded.indices)
         l1 = acts.sum() / encoded.n_rows
         total = mse + self.config.l1_coefficient * l1
-        return Loss(total, {"mse": mse.detach(), "l1": l1.detach()}, encoded.detach())
+        return Loss(total, {"mse": mse.detach(), "l1": l1.detach()}, encoded.detach(), recon)
 
     def constraints(self) -> Constraints:
         """Decoder rows keep norm 1, unless the penalty weighs their norms."""

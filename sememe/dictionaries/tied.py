@@ -44,6 +44,7 @@ class Tied(Penalised):
     kind = "tied"
     config_class = TiedConfig
     config: TiedConfig
+    scale_per_site = False  # one decoder for both ends cannot take up different scales
 
     def __init__(
         self, config: TiedConfig, d_in: int, d_out: int, d_sae: int, sites: Sites | None = None
@@ -71,12 +72,13 @@ class Tied(Penalised):
     ) -> Loss:
         """`mean (target - recon)^2 + l1_coefficient * mean_rows sum_i acts_i + bias_decay * ||b_enc||`."""
         encoded = self.encode(x)
-        mse = (target - self.decode(encoded, x)).square().mean()
+        recon = self.decode(encoded, x)
+        mse = (target - recon).square().mean()
         l1 = encoded.acts.sum() / encoded.n_rows
         total = mse + self.config.l1_coefficient * l1
         if self.config.bias_decay:
             total = total + self.config.bias_decay * self.b_enc.norm()
-        return Loss(total, {"mse": mse.detach(), "l1": l1.detach()}, encoded.detach())
+        return Loss(total, {"mse": mse.detach(), "l1": l1.detach()}, encoded.detach(), recon)
 
     def _reset_norm(self, norms: Float[Tensor, " d_sae"], ids: Int[Tensor, " n"]) -> Float[Tensor, ""]:
         """1: the encoder's weights are the decoder's."""

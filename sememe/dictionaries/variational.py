@@ -51,6 +51,12 @@ class VariationalConfig(PenalisedConfig):
     def _sharpening_has_an_effect(self) -> VariationalConfig:
         if self.sharpness_warmup == 0:
             self.check_inert("sharpness_start", without="sharpness_warmup is 0")
+        if self.ghost_after_tokens is not None:
+            raise ConfigError(
+                "ghost_after_tokens must be left out: a dead latent's mean is not what keeps its spike off",
+                self.ghost_after_tokens,
+                "Drop it; resample points dead latents anew, spike and all.",
+            )
         return self
 
 
@@ -62,10 +68,10 @@ class _Posterior(NamedTuple):
     log_var: Float[Tensor, "rows d_sae"]
 
 
-class _Sums(NamedTuple):
-    """What a chunk of rows adds to the loss."""
+class _Sampled(NamedTuple):
+    """What a chunk of rows adds to the loss: reconstructions from a sample, and the summed divergence."""
 
-    error: Float[Tensor, ""]
+    recon: Float[Tensor, "rows d_out"]
     kl: Float[Tensor, ""]
 
 
@@ -87,6 +93,7 @@ class Variational(Penalised):
     kind = "variational"
     config_class = VariationalConfig
     config: VariationalConfig
+    shared = Penalised.shared | {"pseudo_inputs", "W_choice", "b_choice"}
 
     def __init__(
         self, config: VariationalConfig, d_in: int, d_out: int, d_sae: int, sites: Sites | None = None
@@ -156,15 +163,17 @@ class Variational(Penalised):
             warm = min(1.0, progress / config.sharpness_warmup)
             sharpness = config.sharpness_start + warm * (config.sharpness - config.sharpness_start)
         chunks = self._chunks(n_rows)
-        error, kl = x.new_zeros(()), x.new_zeros(())
+        parts: list[_Sampled] = []
         for start in chunks:
             rows = slice(start, start + chunks.step)
-            sums: _Sums = checkpoint(
-                self._chunk, x[rows], target[rows], choice[rows], prior, sharpness, start,
+            part = checkpoint(
+                self._chunk, x[rows], choice[rows], prior, sharpness, start,
                 use_reentrant=False, preserve_rng_state=False,
             )  # fmt: skip
-            error, kl = error + sums.error, kl + sums.kl
-        sampled, kl = error / target.numel(), kl / n_rows
+            parts.append(part)
+        recon = torch.cat([part.recon for part in parts])
+        sampled = (target - recon).square().mean()
+        kl = torch.stack([part.kl for part in parts]).sum() / n_rows
         mean_spike = (choice.mean(0) @ torch.sigmoid(prior.logit)).mean()
         kl_prior = self.d_sae * _bernoulli_kl(mean_spike, config.prior_l0 / self.d_sae)
         total = sampled + 2 * config.decoder_variance / self.d_out * (kl + kl_prior)
@@ -172,18 +181,17 @@ class Variational(Penalised):
             encoded = self.encode(x)
             mse = (target - self.decode(encoded, x)).square().mean()
         terms = {"mse": mse, "mse_sampled": sampled, "kl": kl, "kl_prior": kl_prior}
-        return Loss(total, {name: term.detach() for name, term in terms.items()}, encoded)
+        return Loss(total, {name: term.detach() for name, term in terms.items()}, encoded, recon)
 
     def _chunk(
         self,
         x: Float[Tensor, "rows d_in"],
-        target: Float[Tensor, "rows d_out"],
         choice: Float[Tensor, "rows n_pseudo"],
         prior: _Posterior,
         sharpness: float,
         start: int,
-    ) -> _Sums:
-        """Summed squared error and divergence; computed again for the gradient, with the same noise."""
+    ) -> _Sampled:
+        """Reconstructions and divergence; computed again for the gradient, with the same noise."""
         q = self._posterior(x)
         spike = torch.sigmoid(q.logit)
         generator = self._generator(start, x.device)
@@ -192,8 +200,7 @@ class Variational(Penalised):
         on = torch.sigmoid(sharpness * (uniform + spike - 1))
         acts = on * (q.mean + torch.exp(q.log_var / 2) * normal)
         recon = self._with_skip(torch.addmm(self.b_dec, acts, self.W_dec), x)
-        error = (target - recon).square().sum()
-        return _Sums(error, (choice * _divergences(q, spike, prior)).sum())
+        return _Sampled(recon, (choice * _divergences(q, spike, prior)).sum())
 
     def _generator(self, start: int, device: torch.device) -> torch.Generator:
         """Noise of its own for each step and chunk: the same whenever a step is computed again."""
@@ -233,12 +240,11 @@ class Variational(Penalised):
         self.W_var.zero_()
         self.b_var.fill_(START_LOG_VAR)
 
-    def _reset_encoder(self, ids: Int[Tensor, " n"], units: Float[Tensor, "n d_out"]) -> None:
+    def _reset_encoder(self, ids: Int[Tensor, " n"], units: Float[Tensor, "n d_in"]) -> None:
         """Mean, spike and slab as at the start, along the new direction."""
         super()._reset_encoder(ids, units)
         bias, length = START_SPIKE
-        if self.d_in == self.d_out:
-            self.W_spike[:, ids] = units.T * length
+        self.W_spike[:, ids] = units.T * length
         self.b_spike[ids] = bias
         self.W_var[:, ids] = 0.0
         self.b_var[ids] = START_LOG_VAR
@@ -246,12 +252,12 @@ class Variational(Penalised):
     def _reset_norm(self, norms: Float[Tensor, " d_sae"], ids: Int[Tensor, " n"]) -> Float[Tensor, ""]:
         return norms.median()
 
-    def _fold_encoder(self, s_in: float) -> None:
+    def _fold_encoder(self, s_in: Tensor, unit: Tensor) -> None:
         """Spikes and relative variances stay what they are: their weights grow as the input shrinks."""
-        super()._fold_encoder(s_in)
+        super()._fold_encoder(s_in, unit)
         for weights in (self.W_spike, self.W_var, self.W_choice):
-            weights.mul_(s_in)
-        self.b_var.sub_(2 * torch.log(self.b_var.new_tensor(s_in)))
+            weights.mul_(s_in[:, None] if s_in.dim() > 0 else s_in)
+        self.b_var.sub_(2 * torch.log(unit))
         self.pseudo_inputs.div_(s_in)
 
 

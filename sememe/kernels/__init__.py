@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sememe.encoded import Encoded
@@ -35,7 +35,9 @@ __all__ = [
     "encode_threshold",
     "encode_topk",
     "matching_pursuit",
+    "native_bfloat16",
     "path_for",
+    "signum_step",
     "threads",
     "use",
 ]
@@ -113,6 +115,16 @@ def path_for(x: Tensor) -> Path:
     if x.device.type == "cuda" and _has_triton():
         return "gpu"
     return "reference"
+
+
+def native_bfloat16(x: Tensor) -> bool:
+    """Whether the fast path multiplies bfloat16 natively where a tensor is; never when the reference is forced."""
+    path = path_for(x)
+    if path == "cpu":
+        from sememe.kernels import cpu
+
+        return cpu.native_bfloat16()
+    return path == "gpu"
 
 
 def _has_triton() -> bool:
@@ -287,20 +299,71 @@ def adam_step(
     lr: float,
     betas: tuple[float, float],
     eps: float,
-    grad_scale: float,
+    grad_scale: float | Float[Tensor, ""],
     unit_norm: bool,
+    frozen: Bool[Tensor, " rows"] | None = None,
 ) -> None:
     """One Adam step in place, in one pass over the memory.
 
-    With `unit_norm`, every row keeps Euclidean norm 1: the gradient's component along the row is removed
-    before the step and the row is divided by its norm after it.
+    Args:
+        param: Updated.
+        grad: Its gradient, as autograd gave it.
+        exp_avg: First moments; updated.
+        exp_avg_sq: Second moments; updated.
+        step: How many steps this makes, counted from 1.
+        lr: Learning rate.
+        betas: Decay rates of the moments.
+        eps: Added to the root of the second moment.
+        grad_scale: What the gradient is multiplied by first; a tensor is not waited for.
+        unit_norm: Every row keeps Euclidean norm 1: the gradient's component along the row is removed before
+            the step and the row is divided by its norm after it.
+        frozen: Rows that stay as they are, moments included.
 
     Source: Kingma & Ba 2015, arXiv:1412.6980, algorithm 1; projection: Bricken et al. 2023, appendix.
     """
-    options = (step, lr, betas, eps, grad_scale, unit_norm)
+    options = (step, lr, betas, eps, grad_scale, unit_norm, frozen)
     if path_for(param) == "cpu":
-        from sememe.kernels import cpu
+        from sememe.kernels import cpu_steps
 
-        cpu.adam_step(param, grad, exp_avg, exp_avg_sq, *options)
+        cpu_steps.adam_step(param, grad, exp_avg, exp_avg_sq, *options)
     else:
         reference.adam_step(param, grad, exp_avg, exp_avg_sq, *options)
+
+
+def signum_step(
+    param: Float[Tensor, "rows columns"],
+    grad: Float[Tensor, "rows columns"],
+    base: Float[Tensor, "rows columns"],
+    average: Float[Tensor, "rows columns"],
+    weight: Float[Tensor, " rows"],
+    *,
+    lr: float,
+    momentum: float,
+    unit_norm: bool,
+    frozen: Bool[Tensor, " rows"] | None = None,
+) -> None:
+    """One step of schedule-free sign descent in place, in one pass over the memory.
+
+    `base -= lr sign(grad)`, `average += weight (base - average)`, `param = base + momentum (average - base)`.
+
+    Args:
+        param: Where gradients are taken; updated.
+        grad: Its gradient.
+        base: Where sign descent stands; updated.
+        average: What is exported; updated.
+        weight: Share of this step in each row's average.
+        lr: Length of the step in every coordinate whose gradient is not 0.
+        momentum: How near to the average the next gradient is taken.
+        unit_norm: Rows of `base` and `param` keep Euclidean norm 1: the gradient's component along the row is
+            removed before the sign is taken. Rows of the average are means of unit rows, and so shorter.
+        frozen: Rows that stay as they are.
+
+    Source: Defazio et al. 2024, arXiv:2405.15682, eqs. 1-3; Bernstein et al. 2018, arXiv:1802.04434.
+    """
+    options = (lr, momentum, unit_norm, frozen)
+    if path_for(param) == "cpu":
+        from sememe.kernels import cpu_steps
+
+        cpu_steps.signum_step(param, grad, base, average, weight, *options)
+    else:
+        reference.signum_step(param, grad, base, average, weight, *options)

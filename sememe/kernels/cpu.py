@@ -18,7 +18,7 @@ from numba import njit, prange
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["adam_step", "decode", "encode_topk", "native_bfloat16", "set_threads", "transposed_index"]
+__all__ = ["decode", "encode_topk", "jit", "native_bfloat16", "set_threads", "transposed_index"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -30,7 +30,7 @@ SPARE = 8
 drops one of the true k."""
 
 
-def _jit(**options: Any) -> Callable[[_F], _F]:
+def jit(**options: Any) -> Callable[[_F], _F]:
     """numba's njit with our settings; typed, which numba's own decorator is not."""
     fastmath = {"contract", "reassoc", "nsz"}
     return cast("Callable[[_F], _F]", njit(cache=True, fastmath=fastmath, nogil=True, **options))
@@ -47,7 +47,7 @@ def native_bfloat16() -> bool:
 # -- encode ----------------------------------------------------------------------------------------
 
 
-@_jit(parallel=True)
+@jit(parallel=True)
 def _select(ordered: Any, n_keep: int, candidates: Any) -> None:
     """The n_keep largest entries of each row of a non-negative-ordered integer matrix, ties to lower columns.
 
@@ -89,7 +89,7 @@ def _select(ordered: Any, n_keep: int, candidates: Any) -> None:
             candidates[row, i] = -1
 
 
-@_jit(parallel=True)
+@jit(parallel=True)
 def _rescore(x: Any, W_enc_t: Any, b_enc: Any, candidates: Any, k: int, acts: Any, indices: Any) -> None:
     """Exact float32 pre-activations of the candidates; the k largest positive ones are kept."""
     n_rows, n_candidates = candidates.shape
@@ -208,7 +208,7 @@ def encode_topk(
 # -- decode ----------------------------------------------------------------------------------------
 
 
-@_jit(parallel=True)
+@jit(parallel=True)
 def _gather(acts: Any, indices: Any, W: Any, bias: Any, out: Any) -> None:
     """out[row] = bias + sum_i acts[row, i] * W[indices[row, i]]."""
     n_rows, k = acts.shape
@@ -224,7 +224,7 @@ def _gather(acts: Any, indices: Any, W: Any, bias: Any, out: Any) -> None:
                     out[row, d] += act * W[latent, d]
 
 
-@_jit(parallel=True)
+@jit(parallel=True)
 def _dots(grad: Any, indices: Any, W: Any, out: Any) -> None:
     """out[row, i] = grad[row] . W[indices[row, i]]."""
     n_rows, k = indices.shape
@@ -238,7 +238,7 @@ def _dots(grad: Any, indices: Any, W: Any, out: Any) -> None:
             out[row, i] = total
 
 
-@_jit()
+@jit()
 def _count_sort(indices: Any, ptr: Any, entries: Any) -> None:
     """Entry numbers grouped by latent, in order within each: a counting sort."""
     for e in range(indices.shape[0]):
@@ -252,7 +252,7 @@ def _count_sort(indices: Any, ptr: Any, entries: Any) -> None:
         cursor[latent] += 1
 
 
-@_jit(parallel=True)
+@jit(parallel=True)
 def _scatter(weights: Any, rows: Any, ptr: Any, entries: Any, k: int, out: Any, totals: Any) -> None:
     """out[latent] = sum over its entries of weights[entry] * rows[entry // k]; totals[latent] = sum of weights."""
     n_latents, width = out.shape
@@ -320,66 +320,6 @@ def decode(
     """See `kernels.decode`."""
     apply = cast(Any, _Decode.apply)
     return cast(Tensor, apply(acts, indices, W_dec, b_dec))
-
-
-# -- optimiser -------------------------------------------------------------------------------------
-
-
-@_jit(parallel=True)
-def _adam(
-    param: Any, grad: Any, exp_avg: Any, exp_avg_sq: Any, step_size: Any, beta1: Any, beta2: Any,
-    root_correction: Any, eps: Any, grad_scale: Any, unit_norm: bool,
-) -> None:  # fmt: skip
-    n_rows, width = param.shape
-    one = np.float32(1.0)
-    for row in prange(n_rows):
-        radial = np.float32(0.0)
-        if unit_norm:
-            for d in range(width):
-                radial += grad[row, d] * param[row, d]
-        norm_sq = np.float32(0.0)
-        for d in range(width):
-            g = (grad[row, d] - radial * param[row, d]) * grad_scale
-            m = beta1 * exp_avg[row, d] + (one - beta1) * g
-            v = beta2 * exp_avg_sq[row, d] + (one - beta2) * g * g
-            exp_avg[row, d] = m
-            exp_avg_sq[row, d] = v
-            p = param[row, d] - step_size * m / (np.sqrt(v) * root_correction + eps)
-            param[row, d] = p
-            norm_sq += p * p
-        if unit_norm:
-            inverse = one / max(np.sqrt(norm_sq), np.float32(1e-12))
-            for d in range(width):
-                param[row, d] *= inverse
-
-
-def adam_step(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    grad_scale: float,
-    unit_norm: bool,
-) -> None:
-    """See `kernels.adam_step`. All four tensors must be contiguous."""
-    f32 = np.float32
-    _adam(
-        param.detach().numpy(),
-        grad.detach().contiguous().numpy(),
-        exp_avg.numpy(),
-        exp_avg_sq.numpy(),
-        f32(lr / (1 - betas[0] ** step)),
-        f32(betas[0]),
-        f32(betas[1]),
-        f32(1 / (1 - betas[1] ** step) ** 0.5),
-        f32(eps),
-        f32(grad_scale),
-        unit_norm,
-    )
 
 
 def set_threads(n: int) -> None:

@@ -18,6 +18,7 @@ __all__ = [
     "encode_threshold",
     "encode_topk",
     "matching_pursuit",
+    "signum_step",
 ]
 
 
@@ -151,10 +152,12 @@ def adam_step(
     lr: float,
     betas: tuple[float, float],
     eps: float,
-    grad_scale: float,
+    grad_scale: float | Tensor,
     unit_norm: bool,
+    frozen: Tensor | None,
 ) -> None:
     """Adam with bias correction; projection before and renormalisation after, if asked."""
+    before = _copies((param, exp_avg, exp_avg_sq), frozen)
     grad = grad * grad_scale
     if unit_norm:
         grad = grad - (grad * param).sum(1, keepdim=True) * param
@@ -163,4 +166,45 @@ def adam_step(
     denominator = (exp_avg_sq / (1 - betas[1] ** step)).sqrt_().add_(eps)
     param.sub_(exp_avg / denominator, alpha=lr / (1 - betas[0] ** step))
     if unit_norm:
-        param.div_(param.norm(dim=1, keepdim=True).clamp_min(1e-12))
+        _renormalise(param)
+    _put_back((param, exp_avg, exp_avg_sq), before, frozen)
+
+
+def signum_step(
+    param: Tensor,
+    grad: Tensor,
+    base: Tensor,
+    average: Tensor,
+    weight: Tensor,
+    lr: float,
+    momentum: float,
+    unit_norm: bool,
+    frozen: Tensor | None,
+) -> None:
+    """A step of the base by the gradient's sign, the average after it, the parameter between the two."""
+    before = _copies((param, base, average), frozen)
+    if unit_norm:
+        grad = grad - (grad * param).sum(1, keepdim=True) * param
+    base.sub_(torch.where(grad.isnan(), grad, grad.sign()), alpha=lr)  # a NaN's sign is 0, and would be lost
+    if unit_norm:
+        _renormalise(base)
+    average.add_(weight[:, None] * (base - average))
+    param.copy_(base).lerp_(average, momentum)
+    if unit_norm:
+        _renormalise(param)
+    _put_back((param, base, average), before, frozen)
+
+
+def _renormalise(rows: Tensor) -> None:
+    rows.div_(rows.norm(dim=1, keepdim=True).clamp_min(1e-12))
+
+
+def _copies(tensors: tuple[Tensor, ...], frozen: Tensor | None) -> tuple[Tensor, ...]:
+    return () if frozen is None else tuple(tensor.clone() for tensor in tensors)
+
+
+def _put_back(now: tuple[Tensor, ...], before: tuple[Tensor, ...], frozen: Tensor | None) -> None:
+    """Frozen rows are what they were."""
+    if frozen is not None:
+        for tensor, old in zip(now, before, strict=True):
+            tensor.copy_(torch.where(frozen[:, None], old, tensor))

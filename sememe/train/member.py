@@ -2,123 +2,185 @@
 
 Knows one step and its own state; knows neither where batches come from nor when anything is saved.
 
-    batch * scale -> dictionary.loss -> optimiser -> dictionary.after_step
+    batch * scale -> objective -> optimiser -> dictionary.after_step
 """
 
 from __future__ import annotations
 
-import math
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from sememe.dictionaries import Loss, Trainable
+from sememe import dictionaries
+from sememe.dictionaries import Loss, Sites
 from sememe.errors import ActivationError
-from sememe.optimiser import Adam
-from sememe.source import Batch
+from sememe.optimiser import make
+from sememe.source import Batch, Columns
+from sememe.train.by_site import about_sites, fvu_by_site
 from sememe.train.config import TrainConfig
-from sememe.train.schedule import Plan
+from sememe.train.dead import revive, rows_wanted
+from sememe.train.objective import Objective, own_loss
+from sememe.train.schedule import make_plan
+from sememe.train.snapshots import compares, freeze
 
-__all__ = ["Member", "Stepped", "make_optimiser"]
+__all__ = ["Member", "Spec", "Stepped"]
+
+
+class Spec(NamedTuple):
+    """What a member is made from, wherever it is made."""
+
+    name: str
+    """What its state is called in a checkpoint, and it itself in errors."""
+    config: TrainConfig
+    d_in: int
+    d_out: int
+    sites: Sites | None
+    columns: Columns | None
+    """Its part of the stream; None if that is the whole."""
 
 
 class Stepped(NamedTuple):
     """What a step leaves for the log, still on the device."""
 
     loss: Loss
-    target: Tensor
+    target: Float[Tensor, "batch d_out"]
     lr: float
-
-
-def make_optimiser(config: TrainConfig, dictionary: Trainable) -> Adam:
-    """The optimiser that a config asks for."""
-    return Adam(dictionary)
 
 
 class Member:
     """One dictionary between two steps.
 
     Args:
-        name: What its state is called in a checkpoint.
-        config: Its options.
-        dictionary: Not yet initialised.
-        plan: Its steps and rates.
+        spec: What to make.
+        n_steps: Length of the run.
+        device: Where it is trained. Initialised on the CPU, so that it starts with the same bits everywhere.
+        objective: What it is trained for; the dictionary's own loss if not given.
     """
 
-    def __init__(self, name: str, config: TrainConfig, dictionary: Trainable, plan: Plan) -> None:
-        self.name, self.config, self.dictionary, self.plan = name, config, dictionary, plan
-        self.generator = torch.Generator().manual_seed(config.seed)
-        self.optimiser = make_optimiser(config, dictionary)
+    def __init__(
+        self, spec: Spec, n_steps: int, device: torch.device, objective: Objective | None = None
+    ) -> None:
+        self.objective = objective or own_loss
+        self.name, self.config, self.columns, self.device = spec.name, spec.config, spec.columns, device
+        self.dictionary = dictionaries.build(spec.config.architecture, spec.d_in, spec.d_out, spec.sites)
+        self.plan = make_plan(spec.config, self.dictionary, n_steps)
+        self.generator = torch.Generator().manual_seed(spec.config.seed)
         self.step = 0
         self.resampled_at: int | None = None
+        self.compared: Tensor | None = None
+        """Unit decoder rows at the last comparison, if latents may be frozen."""
+        self.finished = False
+        """Whether there is nothing left to train: every latent that fires is frozen."""
 
     def initialise(self, sample: Batch) -> None:
-        """Set scales and parameters from rows in raw units.
+        """Set scales and parameters from rows of the stream, in raw units on the CPU.
 
         Raises:
             ActivationError: the rows hold NaN or infinity.
         """
+        sample = self._own(sample)
         if not bool(torch.isfinite(sample.x).all() and torch.isfinite(sample.target).all()):
             raise ActivationError(
                 "activations must be finite", "NaN or infinity in the sample", "Check the source."
             )
         if self.config.scale:
-            self.dictionary.scale_in.fill_(_scale(sample.x))
-            self.dictionary.scale_out.fill_(_scale(sample.target))
+            self.dictionary.set_scales(sample.x, sample.target)
         self.dictionary.initialise(*self.scaled(sample), self.generator)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Move to the device; what belongs to the parameters is made there."""
+        self.dictionary.to(self.device)
+        self.optimiser = make(self.config.optimiser, self.dictionary)
+        self.first_bad = torch.full((), -1, dtype=torch.int64, device=self.device)
+
+    def _own(self, batch: Batch) -> Batch:
+        """The member's part of the stream's rows."""
+        return batch if self.columns is None else self.columns.of(batch)
 
     def scaled(self, batch: Batch) -> Batch:
         """Raw rows in training units."""
         x = batch.x * self.dictionary.scale_in
         return Batch(x, x if batch.target is batch.x else batch.target * self.dictionary.scale_out)
 
-    def train_step(self, batch: Batch) -> Stepped:
-        """One update from a batch in raw units."""
-        x, target = self.scaled(batch)
+    # -- a step --------------------------------------------------------------------------------------
+
+    def train_step(self, batch: Batch, ahead: Batch | None = None) -> Stepped:
+        """One update.
+
+        Args:
+            batch: Rows of the stream, in raw units and on the device.
+            ahead: The rows that come next, likewise; not looked at but where `rows_wanted` says so.
+        """
+        n_ahead = rows_wanted(self.config, self.plan, self.step)
+        if n_ahead:
+            assert ahead is not None
+            revive(self, self._own(_first(ahead, n_ahead)))
+        else:
+            revive(self, None)
+        own = self._own(batch)
+        x, target = self.scaled(own)
         self.dictionary.train()
-        loss = self.dictionary.loss(x, target, self.step / self.plan.n_steps)
+        loss = self.objective(self.dictionary, own, x, target, self.step / self.plan.n_steps)
+        revival = self.dictionary.revival_loss(x, target, loss.encoded)
+        if revival is not None:
+            loss = loss._replace(total=loss.total + revival, terms=loss.terms | {"ghost": revival.detach()})
         loss.total.backward()  # type: ignore[no-untyped-call]
         since = None if self.resampled_at is None else self.step - self.resampled_at
         lr = self.plan.rate(self.step, self.config, since)
         self.optimiser.step(lr)
         self.dictionary.after_step(loss.encoded)
+        bad = ~torch.isfinite(loss.total.detach()) & (self.first_bad < 0)
+        self.first_bad.masked_fill_(bad, self.step)
         self.step += 1
+        if compares(self.config, self.plan.n_steps, self.step):
+            freeze(self)
         return Stepped(loss, target, lr)
 
     def metrics(self, stepped: Stepped) -> dict[str, float]:
-        """A step's numbers for the log, read from the device.
-
-        Raises:
-            ActivationError: the loss is NaN or infinite.
-        """
+        """A step's numbers for the log, read from the device."""
         loss, target, lr = stepped
         values = {name: float(term) for name, term in loss.terms.items()}
-        total = float(loss.total.detach())
-        if not math.isfinite(total):
-            raise ActivationError(
-                f"the loss must be finite at step {self.step}",
-                total,
-                "Lower --lr; the last checkpoint is kept.",
-            )
         variance = float((target - target.mean(0)).square().mean())
-        return values | {
-            "loss": total,
+        values |= {
+            "loss": float(loss.total.detach()),
             "fvu": values["mse"] / max(variance, 1e-12),
+            **fvu_by_site(self.dictionary.sites, target, loss.recon),
             "l0": float(loss.encoded.l0().float().mean()),
             "frac_silent": float((self.dictionary.tokens_since_fired > 100_000).float().mean()),
             "lr": lr,
         }
+        if self.config.freeze_above is not None:
+            values["frac_frozen"] = self.optimiser.frac_frozen()
+        return values
 
-    def check_weights(self) -> None:
-        """A checkpoint or a dictionary with NaN in it is never written."""
+    def check(self) -> None:
+        """Look whether anything went wrong since the last look; waits for the device.
+
+        Raises:
+            ActivationError: a loss was, or a parameter is, NaN or infinite.
+        """
+        bad = int(self.first_bad)
+        where = "" if self.name == ALONE else f" of {self.name}"
+        if bad >= 0:
+            n = self.config.batch_size
+            raise ActivationError(
+                f"the loss{where} must be finite",
+                f"NaN or infinity first at step {bad + 1}, on rows {bad * n:,} to {(bad + 1) * n - 1:,} of the stream",
+                "Lower --lr, or look at those rows; the last checkpoint is kept.",
+            )
         for name, parameter in self.dictionary.named_parameters():
             if not bool(torch.isfinite(parameter).all()):
                 raise ActivationError(
-                    f"{name} must be finite at step {self.step}",
-                    "NaN or infinity",
+                    f"{name}{where} must be finite",
+                    f"NaN or infinity after step {self.step}, though every loss was finite",
                     "Lower --lr; the last checkpoint is kept.",
                 )
+
+    # -- state ---------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next step's bits depend on, but the data."""
@@ -130,20 +192,46 @@ class Member:
                 "step": self.step,
                 "generator": self.generator.get_state(),
                 "resampled_at": self.resampled_at,
+                "compared": self.compared,
+                "finished": self.finished,
             },
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
+        self._settle()
         self.dictionary.load_state_dict(state["weights"])
         for name, buffer in self.dictionary.training_buffers().items():
             buffer.copy_(state["training"][name])
         self.optimiser.load_state_dict(state["optimiser"])
         self.generator.set_state(state["run"]["generator"])
         self.step, self.resampled_at = state["run"]["step"], state["run"]["resampled_at"]
+        compared, self.finished = state["run"]["compared"], state["run"]["finished"]
+        self.compared = None if compared is None else compared.to(self.device)
+
+    def write(self, folder: Path, probe_rows: Batch, n_rows: int | None) -> dict[str, Any]:
+        """Write the dictionary's files; what its meta.json shall remember.
+
+        Args:
+            folder: An artifact's work folder.
+            probe_rows: A few rows of the stream, on the CPU.
+            n_rows: Rows in one pass of the source, if it has an end.
+        """
+        silent = self.dictionary.tokens_since_fired
+        alive = None if n_rows is None else float((silent < n_rows).float().mean())
+        scales = self.dictionary.scale_in.expand(self.dictionary.d_in)
+        scale_in = torch.unique_consecutive(scales).tolist()
+        about: dict[str, Any] = {"frac_alive_last_pass": alive, "scale_in": scale_in}
+        with self.optimiser.exported():
+            by_site = about_sites(self.dictionary)
+            about |= {"sites": by_site} if by_site else {}
+            return self.dictionary.write(folder, self._own(probe_rows).x) | {"training": about}
 
 
-def _scale(x: Tensor) -> float:
-    """What makes the mean square distance from the mean, per feature, equal 1: then mse is nearly fvu."""
-    spread = float((x - x.mean(0)).square().mean().sqrt())
-    return 1.0 / spread if spread > 0 else 1.0
+ALONE = "dictionary"
+"""The name of a run's only member."""
+
+
+def _first(batch: Batch, n: int) -> Batch:
+    x = batch.x[:n]
+    return Batch(x, x if batch.target is batch.x else batch.target[:n])

@@ -1,23 +1,51 @@
-"""The verb itself: finds the source, builds the members, and leaves finished artifacts."""
+"""The verb itself: finds the source, makes the dictionaries, and leaves finished artifacts."""
 
 from __future__ import annotations
 
-from typing import Any
+import fnmatch
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
 
 from sememe import artifact, dictionaries, kernels
-from sememe.dictionaries import Dictionary, Trainable
-from sememe.source import LiveSource, Source, StoreSource
-from sememe.store import open_store
+from sememe.dictionaries import Dictionary
+from sememe.end_to_end import EndToEnd
+from sememe.errors import ConfigError, HookpointError, nearest
+from sememe.join import JoinedStore, open_stores
+from sememe.source import Columns, LiveSource, Source, StoreSource
+from sememe.store import Store
 from sememe.text import fetch
 from sememe.text import fingerprint as text_fingerprint
+from sememe.tracking import read_log
 from sememe.train.config import TrainConfig
-from sememe.train.member import Member
-from sememe.train.run import Place, Run
-from sememe.train.schedule import make_plan
+from sememe.train.crew import Crew, Team, device_of
+from sememe.train.dead import second_dictionary
+from sememe.train.member import ALONE, Spec
+from sememe.train.objective import Objective
+from sememe.train.run import LOG, LOGS, N_PROBE_ROWS, Run
+from sememe.train.schedule import count_steps
+from sememe.train.snapshots import FOLDER
+from sememe.train.sweep import INDEX, Sweep, Swept, open_sweep, variants
+from sememe.train.workers import Workers
 
-__all__ = ["train"]
+if TYPE_CHECKING:
+    from sememe.lm import LanguageModel
 
-VERSION = 1
+__all__ = ["train", "train_sweep"]
+
+VERSION = 2
+
+
+class _Stream(NamedTuple):
+    """Where activations come from, and what an artifact remembers of that."""
+
+    source: Source
+    parents: dict[str, str]
+    extra: dict[str, Any]
+    objective: Objective | None = None
 
 
 def train(
@@ -26,6 +54,7 @@ def train(
     source: Source | None = None,
     parents: dict[str, str] | None = None,
     extra: dict[str, Any] | None = None,
+    objective: Objective | None = None,
     fresh: bool = False,
 ) -> Dictionary:
     """Train a dictionary, or open it if it is there.
@@ -35,81 +64,327 @@ def train(
         source: Where activations come from; the store at config.store if not given.
         parents: Fingerprints of what the source is made from; the store's if the source is not given.
         extra: More to remember in the dictionary's meta.json (the token policy, for a live source).
+        objective: What it is trained for on the given source; the dictionary's own loss if not given.
         fresh: Replace whatever stands at config.out.
 
     Returns:
         The finished dictionary, folded: it takes and gives raw activations.
 
     Raises:
-        ConfigError: an option is out of range for this source.
-        ActivationError: the loss is NaN or infinite; the last good checkpoint is kept.
+        ConfigError: an option is out of range for this source, or the config is a sweep's.
+        ActivationError: the loss is NaN or infinite, or the source ended early; the last good checkpoint is kept.
         MismatchError: another dictionary, or a checkpoint of another set-up, stands at config.out.
+        LockError: another run is writing there.
     """
-    if source is None and config.live:
-        return _train(config, *_live(config, extra or {}), fresh)
-    if source is None:
-        return _train(config, *_stored(config, extra or {}), fresh)
-    return _train(config, source, parents or {}, extra or {}, fresh)
-
-
-def _train(
-    config: TrainConfig, source: Source, parents: dict[str, str], extra: dict[str, Any], fresh: bool
-) -> Dictionary:
-    identity = artifact.identity_of("dictionary", VERSION, config, parents)
-    if not fresh and artifact.find(config.out, "dictionary", identity):
+    if config.sweep:
+        raise ConfigError(
+            "train makes one dictionary", f"a sweep over {', '.join(config.sweep)}", "Call train_sweep."
+        )
+    if len(config.devices) > 1:
+        raise ConfigError(
+            "devices must be one for one dictionary: more share the dictionaries of a sweep",
+            ", ".join(config.devices),
+            "Name one, or sweep over something.",
+        )
+    if source is None and objective is not None:
+        raise ConfigError(
+            "an objective must come with its source",
+            "no source",
+            "Pass both, or set end_to_end in the config.",
+        )
+    given = None if source is None else _Stream(source, parents or {}, extra or {}, objective)
+    stream = given or _stream(config, config.inputs, config.outputs, extra or {})
+    stream = stream._replace(parents=stream.parents | second_dictionary(config, stream.source.d_out))
+    identity = artifact.identity_of("dictionary", VERSION, config, stream.parents)
+    if not fresh and artifact.find(config.out, "dictionary", identity, config, stream.parents):
         return dictionaries.load(config.out)
-    dictionary = dictionaries.build(config.architecture, source.d_in, source.d_out, source.sites)
-    member = Member("dictionary", config, dictionary, make_plan(config, dictionary, source))
+    source = stream.source
+    spec = Spec(ALONE, config, source.d_in, source.d_out, source.sites, None)
     with (
-        kernels.threads(config.threads) as threads,
-        artifact.building(
-            config.out,
-            kind="dictionary",
-            version=VERSION,
-            config=config,
-            parents=parents,
-            resumable=True,
-            fresh=fresh,
-            leave_out=("checkpoint.tmp", "checkpoint-*.safetensors"),
-        ) as work,
+        _building(config, "dictionary", stream.parents, fresh) as work,
+        _trained(config, [spec], {}, stream, work) as team,
     ):
-        Run(config, [Place(member, work.path)], source, work.path, threads).go()
-        probe_rows = source.sample(16).x
-        work.extra = extra | dictionary.write(work.path, probe_rows) | _summary(dictionary, source)
+        about = team.write(ALONE, work.path, source.sample(N_PROBE_ROWS), source.n_rows)
+        work.extra = stream.extra | about
     return dictionaries.load(config.out)
 
 
-def _stored(config: TrainConfig, extra: dict[str, Any]) -> tuple[Source, dict[str, str], dict[str, Any]]:
-    """A store as a source, and what it is made from."""
-    store = open_store(config.store)
-    source = StoreSource(store, config.inputs, config.outputs, config.seed)
-    about = {"policy": store.info.policy.resolved(), "store": store.info.resolved()}
-    return source, {"store": store.fingerprint}, about | extra
+def train_sweep(
+    config: TrainConfig,
+    *,
+    source: Source | None = None,
+    parents: dict[str, str] | None = None,
+    extra: dict[str, Any] | None = None,
+    fresh: bool = False,
+) -> Sweep:
+    """Train the dictionaries of a sweep side by side on one stream, or open them if they are there.
+
+    Each becomes what `train` would make of its own config from the same stream, to the same bits.
+
+    Args:
+        config: With a sweep; the rest as for `train`.
+        source: Where activations come from; the store at config.store if not given.
+        parents: Fingerprints of what the source is made from; the store's if the source is not given.
+        extra: More to remember in each dictionary's meta.json.
+        fresh: Replace whatever stands at config.out.
+
+    Returns:
+        The sweep's folder, opened: an index, and a dictionary in a folder of its own for each combination.
+
+    Raises:
+        ConfigError: the sweep is over an option that is unknown, shared or without effect; also as for `train`.
+        ActivationError, MismatchError, LockError: as for `train`.
+    """
+    if not config.sweep:
+        raise ConfigError(
+            "sweep must be given for a sweep", "nothing", "Call train, or pass --sweep k=16,32."
+        )
+    given = None if source is None else _Stream(source, parents or {}, extra or {})
+    stream, members = _opened(config, given, extra or {})
+    if len(config.devices) > len(members):
+        raise ConfigError(
+            f"devices must be no more than the dictionaries ({len(members)})",
+            len(config.devices),
+            "Name fewer, or sweep over more.",
+        )
+    specs = _specs(config, members, stream, opened=given is None)
+    seconds = {spec.name: second_dictionary(spec.config, spec.d_out) for spec in specs}
+    all_parents = stream.parents | {
+        f"{role} of {name}": fingerprint for name, own in seconds.items() for role, fingerprint in own.items()
+    }
+    identity = artifact.identity_of("sweep", VERSION, config, all_parents)
+    if not fresh and artifact.find(config.out, "sweep", identity, config, all_parents):
+        return open_sweep(config.out)
+    configs = {member.name: member.config for member in members}
+    with (
+        _building(config, "sweep", all_parents, fresh) as work,
+        _trained(config, specs, configs, stream, work) as team,
+    ):
+        _write_members(team, members, seconds, stream, work)
+    return open_sweep(config.out)
 
 
-def _live(config: TrainConfig, extra: dict[str, Any]) -> tuple[Source, dict[str, str], dict[str, Any]]:
-    """A live source and what it is made from. The only path here that loads a language model."""
-    from sememe import lm as language_models
+# -- where activations come from -----------------------------------------------------------------------------
 
-    assert config.inputs is not None
+
+def _opened(config: TrainConfig, given: _Stream | None, extra: dict[str, Any]) -> tuple[_Stream, list[Swept]]:
+    """A sweep's stream and its members; globs among their hookpoints need the store or the model to be resolved."""
+    if given is not None:
+        return given, variants(config, _expand_among(given.source))
+    lm = None
+    if config.live:
+        lm = _load(config)
+        members = variants(config, lambda pattern: lm.expand((pattern,)))
+    else:
+        members = variants(config, _expand_in(open_stores([config.store, *config.join])))
+    return _stream(config, *_hookpoints(members), extra, lm), members
+
+
+def _hookpoints(members: list[Swept]) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
+    """What the stream must hold: every member's inputs and outputs, once each; as they are where all agree."""
+    wanted = {(member.config.inputs, member.config.outputs) for member in members}
+    if len(wanted) == 1:
+        return wanted.pop()
+    names: dict[str, None] = {}
+    for member in members:
+        names |= dict.fromkeys((*(member.config.inputs or ()), *(member.config.outputs or ())))
+    return tuple(names), None
+
+
+def _stream(
+    config: TrainConfig,
+    inputs: tuple[str, ...] | None,
+    outputs: tuple[str, ...] | None,
+    extra: dict[str, Any],
+    lm: LanguageModel | None = None,
+) -> _Stream:
+    """The store at config.store, or the language model as it runs."""
+    seed = config.seed if config.data_seed is None else config.data_seed
+    if not config.live:
+        store = open_stores([config.store, *config.join])
+        about = {"policy": store.info.policy.resolved(), "store": store.info.resolved()}
+        stored = StoreSource(store, inputs, outputs, seed)
+        return _Stream(stored, store.parents, about | extra)
+    assert inputs is not None
     fetch(config.text)
-    lm = language_models.load(config.model)
-    source = LiveSource(
+    lm = lm or _load(config)
+    parents = {"model": lm.fingerprint, "text": text_fingerprint(config.text)}
+    about = extra | {"policy": config.policy.resolved()}
+    if config.end_to_end.objective != "local":
+        objective = EndToEnd(config.end_to_end, lm, inputs, outputs or inputs)
+        contexts = objective.source(config.text, config.policy, inputs, outputs)
+        return _Stream(contexts, parents, about, objective)
+    live = LiveSource(
         lm,
         config.text,
         config.policy,
-        config.inputs,
-        config.outputs,
-        seed=config.seed,
+        inputs,
+        outputs,
+        seed=seed,
         buffer_mb=config.buffer_mb,
         batch_rows=config.batch_rows,
     )
-    parents = {"model": lm.fingerprint, "text": text_fingerprint(config.text)}
-    return source, parents, extra | {"policy": config.policy.resolved()}
+    return _Stream(live, parents, about)
 
 
-def _summary(dictionary: Trainable, source: Source) -> dict[str, Any]:
-    horizon = source.n_rows
-    silent = dictionary.tokens_since_fired
-    alive = None if horizon is None else float((silent < horizon).float().mean())
-    return {"training": {"frac_alive_last_pass": alive, "scale_in": float(dictionary.scale_in)}}
+def _load(config: TrainConfig) -> LanguageModel:
+    """The only place here that loads a language model."""
+    from sememe import lm as language_models
+
+    return language_models.load(config.model)
+
+
+def _expand_in(store: Store | JoinedStore) -> Callable[[str], tuple[str, ...]]:
+    return lambda pattern: _matching(pattern, tuple(store.info.hookpoints), f"the store {store.name}")
+
+
+def _expand_among(source: Source) -> Callable[[str], tuple[str, ...]]:
+    known = () if source.sites is None else tuple(site.hookpoint for site in source.sites.inputs)
+    return lambda pattern: _matching(pattern, known, "the source")
+
+
+def _matching(pattern: str, known: tuple[str, ...], where: str) -> tuple[str, ...]:
+    found = tuple(name for name in known if fnmatch.fnmatchcase(name, pattern))
+    if not found:
+        raise HookpointError(
+            f"a sweep's hookpoints must be in {where}", repr(pattern), nearest(pattern, known)
+        )
+    return found
+
+
+# -- from the source to artifacts ----------------------------------------------------------------------------
+
+
+def _specs(config: TrainConfig, members: list[Swept], stream: _Stream, opened: bool) -> list[Spec]:
+    """What the members of a sweep are made from.
+
+    Args:
+        config: The sweep's.
+        members: Which.
+        stream: Where their rows come from.
+        opened: It was opened for them, and not given by the caller.
+    """
+    alike = len({(member.config.inputs, member.config.outputs) for member in members}) == 1
+    if config.join and not alike:
+        raise ConfigError(
+            "a sweep over hookpoints needs a single store", f"{len(config.join)} more to join", "Drop --join."
+        )
+    if opened and alike:  # the stream holds exactly what they want
+        specs = [_whole(member, stream.source) for member in members]
+    else:
+        specs = [_spec(member, stream.source) for member in members]
+    if stream.objective is not None and any(spec.columns is not None for spec in specs):
+        raise ConfigError(
+            "the dictionaries of a sweep must share inputs and outputs to be trained end to end",
+            "several",
+            "Train each hookpoint by itself.",
+        )
+    return specs
+
+
+def _whole(member: Swept, source: Source) -> Spec:
+    return Spec(member.name, member.config, source.d_in, source.d_out, source.sites, None)
+
+
+def _spec(member: Swept, source: Source) -> Spec:
+    """What a member is made from, and which part of the stream is its own."""
+    config, sites = member.config, source.sites
+    asked = (config.inputs, config.outputs)
+    whole = sites is not None and (
+        tuple(site.hookpoint for site in sites.inputs),
+        tuple(site.hookpoint for site in sites.outputs),
+    )
+    inputs = config.inputs or ()
+    if asked == (None, None) or whole == (inputs, config.outputs or inputs):
+        return _whole(member, source)
+    if sites is None:
+        raise ConfigError(
+            "inputs must be left out for a source without hookpoints", asked, "Drop them from the sweep."
+        )
+    columns = Columns(sites, inputs, config.outputs)
+    return Spec(member.name, config, columns.d_in, columns.d_out, columns.sites, columns)
+
+
+@contextmanager
+def _building(
+    config: TrainConfig, kind: str, parents: dict[str, str], fresh: bool
+) -> Iterator[artifact.Work]:
+    with artifact.building(
+        config.out,
+        kind=kind,
+        version=VERSION,
+        config=config,
+        parents=parents,
+        resumable=True,
+        fresh=fresh,
+        leave_out=("checkpoint.tmp", "checkpoint-*.safetensors", LOGS),
+    ) as work:
+        yield work
+
+
+@contextmanager
+def _trained(
+    config: TrainConfig,
+    specs: list[Spec],
+    configs: dict[str, TrainConfig],
+    stream: _Stream,
+    work: artifact.Work,
+) -> Iterator[Team]:
+    """The dictionaries after their last step."""
+    source = stream.source
+    n_steps = count_steps(config, source.n_rows)
+    with kernels.threads(_threads(config)) as threads:
+        team: Team
+        if len(config.devices) > 1:
+            team = Workers(specs, n_steps, config.devices, threads, config.batch_size, work.path)
+        else:
+            team = Crew(specs, n_steps, device_of((*config.devices, "cpu")[0]), stream.objective)
+        with team:
+            Run(config, n_steps, team, configs, source, work.path, threads).go()
+            yield team
+
+
+def _threads(config: TrainConfig) -> int | None:
+    """CPU threads of each process: processes on the CPU share its cores."""
+    if config.threads is not None or len(config.devices) < 2:
+        return config.threads
+    return max(1, torch.get_num_threads() // max(1, config.devices.count("cpu")))
+
+
+def _write_members(
+    team: Team,
+    members: list[Swept],
+    seconds: dict[str, dict[str, str]],
+    stream: _Stream,
+    work: artifact.Work,
+) -> None:
+    """A dictionary artifact for each member, and the index of them all."""
+    probe_rows = stream.source.sample(N_PROBE_ROWS)
+    index = []
+    for name, options, config in members:
+        place = work.path / name
+        own = work.path / LOGS / name
+        log = own / LOG
+        parents = stream.parents | seconds[name]
+        with artifact.building(
+            place, kind="dictionary", version=VERSION, config=config, parents=parents, fresh=True
+        ) as inner:
+            shutil.copy(log, inner.path / LOG)
+            if (own / FOLDER).is_dir():
+                shutil.copytree(own / FOLDER, inner.path / FOLDER)
+            about = team.write(name, inner.path, probe_rows, stream.source.n_rows)
+            inner.extra = stream.extra | about
+        made = artifact.load(place, "dictionary")
+        index.append(
+            {
+                "name": name,
+                "options": options,
+                "seed": config.seed,
+                "identity": made.identity,
+                "fingerprint": made.fingerprint,
+                "metrics": read_log(log)[-1],
+                "config": config.resolved(),
+            }
+        )
+    artifact.write_json(work.path / INDEX, {"format_version": 1, "dictionaries": index})
+    work.extra = {"dictionaries": [member.name for member in members]}

@@ -1,0 +1,157 @@
+"""Members that take each batch together, in this process. Knows no source, no log and no file.
+
+`workers.Workers` does the same with other processes; `run.Run` cannot tell them apart.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self, runtime_checkable
+
+import torch
+
+from sememe import kernels
+from sememe.errors import ResourceError
+from sememe.source import Batch
+from sememe.train.dead import rows_wanted
+from sememe.train.member import Member, Spec
+from sememe.train.objective import Objective
+
+__all__ = ["Crew", "Team", "device_of"]
+
+
+@runtime_checkable
+class Team(Protocol):
+    """What the loop needs of the dictionaries it trains."""
+
+    kinds: tuple[str, ...]
+    """Which kernels serve them; the bits depend on that."""
+
+    def initialise(self, sample: Batch) -> None:
+        """Start from rows of the stream."""
+        ...
+
+    def rows_wanted(self, step: int) -> int:
+        """How many of the rows that come next the members look at before a step."""
+        ...
+
+    def train_step(
+        self, batch: Batch, ahead: Batch | None, logging: bool
+    ) -> dict[str, dict[str, float]] | None:
+        """One step of each; their numbers by name, if asked."""
+        ...
+
+    def finished(self) -> bool:
+        """Whether there is nothing left to train in any."""
+        ...
+
+    def check(self) -> None:
+        """Raise an ActivationError if a loss was or a parameter is not finite."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Each member's state by name, on the CPU or to be copied there."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        ...
+
+    def write(self, name: str, folder: Path, probe_rows: Batch, n_rows: int | None) -> dict[str, Any]:
+        """Write a finished dictionary's files; what its meta.json shall remember."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def device_of(name: str) -> torch.device:
+    """A device by its name.
+
+    Raises:
+        ResourceError: it is not there.
+    """
+    device = torch.device(name)
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= count[device.type]:
+        raise ResourceError(
+            f"a device of this machine must be given (it has {count[device.type]} of type {device.type})",
+            name,
+            "Change --devices.",
+        )
+    return device
+
+
+class Crew:
+    """Members on one device, one after the other.
+
+    Args:
+        specs: What to make.
+        n_steps: Length of the run.
+        device: Where.
+        objective: What they are trained for; each dictionary's own loss if not given.
+    """
+
+    def __init__(
+        self, specs: list[Spec], n_steps: int, device: torch.device, objective: Objective | None = None
+    ) -> None:
+        self.device = device
+        self.members = {spec.name: Member(spec, n_steps, device, objective) for spec in specs}
+        probe = torch.empty(0, dtype=torch.float32, device=device)
+        self.kinds: tuple[str, ...] = (kernels.path_for(probe),)
+
+    def initialise(self, sample: Batch) -> None:
+        """Start from rows of the stream."""
+        for member in self.members.values():
+            member.initialise(sample)
+
+    def rows_wanted(self, step: int) -> int:
+        """The most that any member wants."""
+        return max(rows_wanted(member.config, member.plan, step) for member in self.members.values())
+
+    def train_step(
+        self, batch: Batch, ahead: Batch | None, logging: bool
+    ) -> dict[str, dict[str, float]] | None:
+        """One step of each."""
+        batch = batch.to(self.device)
+        ahead = None if ahead is None else ahead.to(self.device)
+        values = {}
+        for name, member in self.members.items():
+            stepped = member.train_step(batch, ahead)
+            if logging:
+                values[name] = member.metrics(stepped)
+        return values if logging else None
+
+    def finished(self) -> bool:
+        """Whether all members are."""
+        return all(member.finished for member in self.members.values())
+
+    def check(self) -> None:
+        """Look at every member."""
+        for member in self.members.values():
+            member.check()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Each member's state."""
+        return {name: member.state_dict() for name, member in self.members.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        for name, member in self.members.items():
+            member.load_state_dict(state[name])
+
+    def write(self, name: str, folder: Path, probe_rows: Batch, n_rows: int | None) -> dict[str, Any]:
+        """Write one of them."""
+        return self.members[name].write(folder, probe_rows, n_rows)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
