@@ -110,9 +110,8 @@ class Variational(Penalised):
         self.pseudo_inputs = nn.Parameter(torch.zeros(config.n_pseudo_inputs, d_in))
         self.W_choice = nn.Parameter(torch.zeros(d_in, config.n_pseudo_inputs))
         self.b_choice = nn.Parameter(torch.zeros(config.n_pseudo_inputs))
-        self._noise = torch.zeros(
-            2, dtype=torch.int64
-        )  # a seed and a step; on the CPU, so that nothing waits
+        # a seed and a step; no buffer, so that it stays on the CPU and nothing waits for it
+        self._noise = torch.zeros(2, dtype=torch.int64)
 
     def encoder_directions(self) -> None:
         """None: one direction decides whether a latent is active, another how much."""
