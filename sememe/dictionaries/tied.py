@@ -19,6 +19,10 @@ from sememe.errors import ConfigError
 __all__ = ["Tied", "TiedConfig"]
 
 
+N_START_ROWS = 1024
+"""Rows of the sample that set the first biases: it holds their pre-activations densely."""
+
+
 class TiedConfig(PenalisedConfig):
     """Options of a tied dictionary."""
 
@@ -28,6 +32,8 @@ class TiedConfig(PenalisedConfig):
     """Weight of the mean over rows of the sum of activations, against the mean squared error per dimension."""
     bias_decay: float = Field(default=0.0, ge=0)
     """Weight of the encoder bias's Euclidean norm in the loss."""
+    start_density: float = Field(default=0.025, gt=0, le=0.5)
+    """Share of the sample's rows on which each latent is active at the start; its bias is set so."""
     centre: bool = False
     """Subtract the sample's geometric median before encoding; b_dec starts there."""
 
@@ -37,8 +43,8 @@ class Tied(Penalised):
     """`acts = relu((x - b_pre) W^T + b_enc)`, `recon = acts W + b_dec`, rows of W of norm 1; W is W_dec.
 
     Source: Cunningham et al. 2023, arXiv:2309.08600, section 2. Differs: rows are kept at norm 1 by the optimiser
-    (radial gradient removed, then renormalised) instead of being normalised in the graph; resampling as Bricken
-    et al. 2023.
+    (radial gradient removed, then renormalised) instead of being normalised in the graph; biases start where few latents
+    are active instead of at 0; resampling as Bricken et al. 2023.
     """
 
     kind = "tied"
@@ -63,6 +69,21 @@ class Tied(Penalised):
     def W_enc(self) -> Float[Tensor, "d_in d_sae"]:  # type: ignore[override]
         """The decoder's transpose, latent-major as every encoder."""
         return self.W_dec.T
+
+    def initialise(
+        self, x: Float[Tensor, "rows d_in"], target: Float[Tensor, "rows d_out"], generator: torch.Generator
+    ) -> None:
+        """As every linear dictionary; biases are the quantile of the sample that gives the density to start at."""
+        super().initialise(x, target, generator)
+        with torch.no_grad():
+            pre_acts = (x[:N_START_ROWS] - self.b_pre) @ self.W_enc
+            n_above = max(1, round(self.config.start_density * pre_acts.shape[0]))
+            self.b_enc.copy_(-pre_acts.topk(n_above, dim=0).values[-1].clamp_min(0))
+
+    def _reset_encoder(self, ids: Int[Tensor, " n"], units: Float[Tensor, "n d_in"]) -> None:
+        """As every linear encoder; the bias is what is usual, for from 0 it would take long to get there."""
+        super()._reset_encoder(ids, units)
+        self.b_enc[ids] = self.b_enc.median()
 
     def _centre(self) -> Callable[[Tensor], Tensor]:
         return geometric_median if self.config.centre else _zero
