@@ -43,8 +43,8 @@ class Tied(Penalised):
     """`acts = relu((x - b_pre) W^T + b_enc)`, `recon = acts W + b_dec`, rows of W of norm 1; W is W_dec.
 
     Source: Cunningham et al. 2023, arXiv:2309.08600, section 2. Differs: rows are kept at norm 1 by the optimiser
-    (radial gradient removed, then renormalised) instead of being normalised in the graph; biases start where few latents
-    are active instead of at 0; resampling as Bricken et al. 2023.
+    (radial gradient removed, then renormalised) instead of being normalised in the graph; biases start where few
+    latents are active instead of at 0; resampling as Bricken et al. 2023.
     """
 
     kind = "tied"
