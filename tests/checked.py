@@ -22,6 +22,7 @@ UNCHECKED = {
     "sememe.kernels.cpu.loops",
     "sememe.kernels.cpu.steps",
     "sememe.kernels.gpu",
+    "sememe.kernels.pursuit",
 }
 """numba and Triton compile a function's source, which a checked function no longer is."""
 

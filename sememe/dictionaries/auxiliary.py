@@ -45,10 +45,10 @@ def auxk_loss(
     """
     residual = residual.detach()
     k = min(k or max(dictionary.d_in // 2, 1), dead.numel())
-    W_enc, b_enc, W_dec = dictionary.W_enc[:, dead], dictionary.b_enc[dead], dictionary.W_dec[dead]
+    reads, W_dec = dictionary.pre_acts_of(dead), dictionary.W_dec[dead]
 
     def squared_error(x: Tensor, residual: Tensor) -> Tensor:
-        pre_acts = torch.addmm(b_enc, x - dictionary.b_pre, W_enc)
+        pre_acts = reads(x)
         strength = pre_acts.detach().abs() if signed else pre_acts.detach()
         columns = strength.topk(k, dim=1, sorted=False).indices
         kept = torch.zeros_like(pre_acts, dtype=torch.bool).scatter_(1, columns, True)
@@ -81,10 +81,10 @@ def ghost_loss(
     row's largest exponent is subtracted first, which the row's factor undoes exactly and which cannot overflow.
     """
     residual = residual.detach()
-    W_enc, b_enc, W_dec = dictionary.W_enc[:, dead], dictionary.b_enc[dead], dictionary.W_dec[dead]
+    reads, W_dec = dictionary.pre_acts_of(dead), dictionary.W_dec[dead]
 
     def squared_error(x: Tensor, residual: Tensor) -> Tensor:
-        pre_acts = torch.addmm(b_enc, x - dictionary.b_pre, W_enc)
+        pre_acts = reads(x)
         largest = pre_acts.detach().amax(dim=1, keepdim=True)
         output = pre_acts.sub_(largest).exp_() @ W_dec
         norms = output.detach().norm(dim=1, keepdim=True).clamp_min(1e-12)

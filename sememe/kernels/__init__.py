@@ -23,6 +23,7 @@ from sememe.kernels import reference
 
 __all__ = [
     "BatchTopK",
+    "Pursuit",
     "Reconstruction",
     "TopK",
     "adam_step",
@@ -34,6 +35,7 @@ __all__ = [
     "encode_group_max",
     "encode_threshold",
     "encode_topk",
+    "matching_pursuit",
     "native_bfloat16",
     "path_for",
     "reconstruct",
@@ -73,6 +75,17 @@ class Reconstruction(NamedTuple):
     """That of each prefix; without gradient."""
     error: Float[Tensor, "batch d_out"]
     """Reconstruction from all latents minus target; differentiable too."""
+
+
+class Pursuit(NamedTuple):
+    """k entries per row, in the order in which they were taken, and what they leave over.
+
+    A latent that was taken again adds to its first entry; the later one has activation 0.
+    """
+
+    acts: Float[Tensor, "batch k"]
+    indices: Int[Tensor, "batch k"]
+    residual: Float[Tensor, "batch d_in"]
 
 
 @contextlib.contextmanager
@@ -220,6 +233,28 @@ def encode_batch_topk(
 
         return BatchTopK(*cpu.encode_batch_topk(x, W_enc, b_enc, b_pre, n_kept))
     return BatchTopK(*reference.encode_batch_topk(x, W_enc, b_enc, b_pre, n_kept))
+
+
+def matching_pursuit(x: Float[Tensor, "batch d_in"], W: Float[Tensor, "d_sae d_in"], k: int) -> Pursuit:
+    """k times: the row of W that correlates most with what is left of x (ties to the lower one), and its part of it
+    taken away; nothing once no correlation is positive.
+
+    Differentiable in x and W through every step. Rows of W must have norm 1.
+
+    Args:
+        x: Rows, already centred.
+        W: Directions.
+        k: Steps.
+    """
+    if path_for(x) == "cpu":
+        from sememe.kernels import pursuit
+
+        steps, indices, residual = pursuit.matching_pursuit(x, W, k)
+    else:
+        steps, indices, residual = reference.matching_pursuit(x, W, k)
+    again = indices[:, :, None] == indices[:, None, :]
+    first = torch.where(again, torch.arange(k, device=x.device), k).amin(dim=2)
+    return Pursuit(torch.zeros_like(steps).scatter_add(1, first, steps), indices, residual)
 
 
 def decode(
