@@ -237,7 +237,8 @@ def _fitting(doc_ids: Int[Tensor, " rows"], n: int, seed: int, index: int) -> li
     for place in _permutation(len(documents), seed, _HELD, index).tolist():
         if budget <= 0:
             break
-        if int(counts[place]) <= max(budget, doc_ids.shape[0] // 16):
+        # A long document may be the first, or none would do where all are long.
+        if int(counts[place]) <= (budget if chosen else max(budget, doc_ids.shape[0] // 16)):
             chosen.append(int(documents[place]))
             budget -= int(counts[place])
     return chosen
