@@ -6,6 +6,7 @@ in raw units, and a state from which it goes on with the same bits.
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -230,20 +231,6 @@ def _permutation(n: int, seed: int, *salt: int) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(mixed))
 
 
-def _fitting(doc_ids: Int[Tensor, " rows"], n: int, seed: int, index: int) -> list[int]:
-    """Documents of a shard, at random, with about n rows together and at most an eighth of the shard's."""
-    documents, counts = doc_ids.unique(return_counts=True)
-    budget, chosen = min(n, doc_ids.shape[0] // 8), []
-    for place in _permutation(len(documents), seed, _HELD, index).tolist():
-        if budget <= 0:
-            break
-        # A long document may be the first, or none would do where all are long.
-        if int(counts[place]) <= (budget if chosen else max(budget, doc_ids.shape[0] // 16)):
-            chosen.append(int(documents[place]))
-            budget -= int(counts[place])
-    return chosen
-
-
 class StoreSource:
     """Batches from a store. Shards are grouped at random, and rows shuffled over each group in memory.
 
@@ -304,22 +291,36 @@ class StoreSource:
         return tuple(sites)
 
     def hold_out(self, n: int) -> Batch:
-        """Rows of whole documents, pieces of one title together, from as few shards as hold enough of them."""
-        n, n_shards = min(n, self.n_rows // MOST_HELD), len(self._shard_rows)
+        """Rows of whole documents, pieces of one title together, from as few shards as hold enough of them.
+
+        All rows of such a document leave the stream, also those of other shards; never more than a tenth of all.
+        """
+        n, left, n_shards = min(n, self.n_rows // MOST_HELD), self.n_rows // 10, len(self._shard_rows)
         titles = {
             d["id"]: (d["source"], d["title"]) if d["title"] else d["id"] for d in self.store.documents()
         }
         alike: dict[Any, list[int]] = {}
         for number, title in titles.items():
             alike.setdefault(title, []).append(number)
+        totals = collections.Counter[int]()
+        for index in range(n_shards):
+            totals.update(self.store.read_doc_ids(index).tolist())
+        chosen: set[int] = set()
         held, rows, n_held = torch.empty(0, dtype=torch.int64), [], 0
         for index in _permutation(n_shards, self.seed, _HELD).tolist():
             if n_held >= n:
                 break
             shard = self.store.read(index, self.sites.hookpoints)
-            chosen = _fitting(shard.doc_ids.long(), n - n_held, self.seed, index)
-            whole = [other for number in chosen for other in alike[titles[number]]]
-            held = torch.cat([held, torch.tensor(whole, dtype=torch.int64)]).unique()
+            documents, counts = shard.doc_ids.long().unique(return_counts=True)
+            wanted = n - n_held
+            for place in _permutation(len(documents), self.seed, _HELD, index).tolist():
+                whole = alike[titles[int(documents[place])]]
+                leaving = sum(totals[other] for other in whole if other not in chosen)
+                if 0 < leaving <= left and wanted > 0:
+                    chosen.update(whole)
+                    left -= leaving
+                    wanted -= int(counts[place])
+            held = torch.tensor(sorted(chosen), dtype=torch.int64)
             mine = torch.isin(shard.doc_ids, held)
             rows.append({name: values[mine] for name, values in shard.activations.items()})
             n_held += int(mine.sum())
