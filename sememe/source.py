@@ -304,7 +304,8 @@ class StoreSource:
             alike.setdefault(title, []).append(number)
         totals = collections.Counter[int]()
         for index in range(n_shards):
-            totals.update(self.store.read_doc_ids(index).tolist())
+            found, counts = self.store.read_doc_ids(index).unique(return_counts=True)
+            totals.update(dict(zip(found.tolist(), counts.tolist(), strict=True)))
         chosen: set[int] = set()
         held, rows, n_held = torch.empty(0, dtype=torch.int64), [], 0
         for index in _permutation(n_shards, self.seed, _HELD).tolist():
@@ -316,7 +317,9 @@ class StoreSource:
             for place in _permutation(len(documents), self.seed, _HELD, index).tolist():
                 whole = alike[titles[int(documents[place])]]
                 leaving = sum(totals[other] for other in whole if other not in chosen)
-                if 0 < leaving <= left and wanted > 0:
+                if wanted <= 0:
+                    break
+                if 0 < leaving <= left:
                     chosen.update(whole)
                     left -= leaving
                     wanted -= int(counts[place])
