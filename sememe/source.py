@@ -6,7 +6,6 @@ in raw units, and a state from which it goes on with the same bits.
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -291,52 +290,11 @@ class StoreSource:
         return tuple(sites)
 
     def hold_out(self, n: int) -> Batch:
-        """Rows of whole documents, pieces of one title together, from as few shards as hold enough of them.
-
-        All rows of such a document leave the stream, also those of other shards; never more than a tenth of all.
-        """
-        n, left, n_shards = min(n, self.n_rows // MOST_HELD), self.n_rows // 10, len(self._shard_rows)
-        titles = {
-            d["id"]: (d["source"], d["title"]) if d["title"] else d["id"] for d in self.store.documents()
-        }
-        alike: dict[Any, list[int]] = {}
-        for number, title in titles.items():
-            alike.setdefault(title, []).append(number)
-        totals = collections.Counter[int]()
-        for index in range(n_shards):
-            found, counts = self.store.read_doc_ids(index).unique(return_counts=True)
-            totals.update(dict(zip(found.tolist(), counts.tolist(), strict=True)))
-        chosen: set[int] = set()
-        held, rows, n_held = torch.empty(0, dtype=torch.int64), [], 0
-        for index in _permutation(n_shards, self.seed, _HELD).tolist():
-            if n_held >= n:
-                break
-            shard = self.store.read(index, self.sites.hookpoints)
-            documents, counts = shard.doc_ids.long().unique(return_counts=True)
-            wanted = n - n_held
-            for place in _permutation(len(documents), self.seed, _HELD, index).tolist():
-                whole = alike[titles[int(documents[place])]]
-                leaving = sum(totals[other] for other in whole if other not in chosen)
-                if wanted <= 0:
-                    break
-                if 0 < leaving <= left:
-                    chosen.update(whole)
-                    left -= leaving
-                    wanted -= int(counts[place])
-            held = torch.tensor(sorted(chosen), dtype=torch.int64)
-            mine = torch.isin(shard.doc_ids, held)
-            rows.append({name: values[mine] for name, values in shard.activations.items()})
-            n_held += int(mine.sum())
-        self._held = held
-        self._shard_rows = tuple(
-            int((~torch.isin(self.store.read_doc_ids(index), held)).sum()) for index in range(n_shards)
-        )
+        """Rows of whole documents; all their rows leave the stream, at most a tenth of it."""
+        held = self.store.hold_out(self.sites.hookpoints, min(n, self.n_rows // MOST_HELD), self.seed)
+        self._held, self._shard_rows = held.documents, held.shard_rows
         self.n_rows = sum(self._shard_rows)
-        empty = {
-            name: torch.empty(0, self.store.info.hookpoints[name].width) for name in self.sites.hookpoints
-        }
-        joined = {name: torch.cat([part[name] for part in rows or [empty]]) for name in self.sites.hookpoints}
-        return self._rows(joined, torch.arange(n_held))
+        return self._rows(held.activations, torch.arange(next(iter(held.activations.values())).shape[0]))
 
     def _group(self, epoch: int, group: int) -> tuple[dict[str, Tensor], Tensor]:
         """The rows of a group and the order in which they are drawn."""
