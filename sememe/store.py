@@ -212,7 +212,9 @@ class Store:
             totals.update(dict(zip(numbers.tolist(), counts.tolist(), strict=True)))
         chosen: set[int] = set()
         held, n_held = torch.empty(0, dtype=torch.int32), 0
-        parts = [{name: torch.empty(0, self.info.hookpoints[name].width) for name in names}]
+        parts = [
+            {name: torch.empty(0, self.info.hookpoints[name].width, dtype=torch.bfloat16) for name in names}
+        ]
         for index in torch.randperm(n_shards, generator=generator).tolist():
             if n_held >= n:
                 break
