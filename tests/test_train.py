@@ -23,7 +23,8 @@ from sememe.metrics import mmcs
 from sememe.source import TensorSource
 from sememe.store import open_store
 from sememe.tracking import Log, read_log
-from sememe.train import TrainConfig, learning_rate, train
+from sememe.train import TrainConfig, dead, learning_rate, train
+from sememe.train.schedule import Plan
 
 _RESAMPLED = {"d_sae": 64, "resample_after_tokens": 500, "rewarmup_steps": 5}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -109,18 +110,20 @@ import sys, time
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 import test_train as t
-from sememe import train as room
+from sememe.train import train
+from sememe.train.run import Run
 kind, out, live = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "live"
-step = room._Run._one_step
-def counted(run, log, progress):
-    step(run, log, progress)
+step = Run._one_step
+def counted(run, logs):
+    note = step(run, logs)
     time.sleep(0.02)
     print("step", run.step, flush=True)
-room._Run._one_step = counted
+    return note
+Run._one_step = counted
 if live:
-    room.train(t.live_config(Path(sys.argv[4]), out))
+    train(t.live_config(Path(sys.argv[4]), out))
 else:
-    room.train(t.config(kind, out, checkpoint_every_seconds=0), source=t.TensorSource(t.planted()[1]))
+    train(t.config(kind, out, checkpoint_every_seconds=0), source=t.TensorSource(t.planted()[1]))
 """
 
 
@@ -258,7 +261,7 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     assert not (tmp_path / "d").exists()
     saved = load_checkpoint(tmp_path / ".d.partial")
     assert saved is not None and saved["run"]["step"] == 25
-    assert all(torch.isfinite(t).all() for t in saved["weights"].values())
+    assert all(torch.isfinite(t).all() for t in saved["members"]["dictionary"]["weights"].values())
     with pytest.raises(ActivationError, match="NaN or infinity in the sample"):
         train(config("topk", tmp_path / "e"), source=TensorSource(bad))
 
@@ -268,29 +271,27 @@ def test_relu_resampling_revives_silent_latents_and_forgets_their_moments(tmp_pa
     architecture = ReLUConfig(
         d_sae=64, l1_coefficient=0.05, resample_at=(0.5,), resample_after_tokens=1000, rewarmup_steps=5
     )
-    from sememe import train as room
-
     seen = {}
-    original = room._Run._resample
-    initialise = room.dictionaries.TRAINABLE["relu"].initialise
+    original = dead.resample
+    initialise = TRAINABLE["relu"].initialise
 
     def half_dead(dictionary, x, target, generator):
         initialise(dictionary, x, target, generator)
         with torch.no_grad():
             dictionary.b_enc[:10] = -1000.0
 
-    monkeypatch.setattr(room.dictionaries.TRAINABLE["relu"], "initialise", half_dead)
+    monkeypatch.setattr(TRAINABLE["relu"], "initialise", half_dead)
 
-    def watch(run, log):
+    def watch(run, source):
         silent = run.dictionary.tokens_since_fired > 1000
-        original(run, log)
+        original(run, source)
         seen["silent"] = silent
         seen["moments"] = [
             m[0][silent].abs().sum().item() for m in run.optimiser.moments.values() if m[0].shape[0] == 64
         ]
         seen["norms"] = run.dictionary.W_dec[silent].norm(dim=1)
 
-    monkeypatch.setattr(room._Run, "_resample", watch)
+    monkeypatch.setattr(dead, "resample", watch)
     made = train(
         config("relu", tmp_path / "d", architecture=architecture, n_tokens=100 * 256), source=TensorSource(x)
     )
@@ -301,10 +302,8 @@ def test_relu_resampling_revives_silent_latents_and_forgets_their_moments(tmp_pa
 
 
 def test_the_learning_rate_rises_falls_and_rewarms():
-    from sememe.train import _Plan
-
     made = TrainConfig(warmup=0.1, decay=0.2, n_tokens=1)
-    plan = _Plan(100, 1.0, (50,), 10)
+    plan = Plan(100, 1.0, (50,), 10)
     rates = [plan.rate(step, made, None) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == rates[50] == 1.0
     assert rates[-1] == pytest.approx(0.05) and rates == sorted(rates[:50]) + sorted(rates[50:], reverse=True)

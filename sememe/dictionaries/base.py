@@ -1,7 +1,7 @@
 """The contracts: what every dictionary promises, and what a dictionary that can be trained promises besides.
 
 Knows nothing about language models, stores or optimisers. `Dictionary` is all that evaluation, interpretation
-and intervention use; `Trainable` is all that `train.py` uses. Concrete classes are final, one file each.
+and intervention use; `Trainable` is all that `train` uses. Concrete classes are final, one file each.
 
 Units: a model's activations are *raw*. While training, inputs are multiplied by `scale_in` and targets by
 `scale_out` (so that learning rates carry over between models), and the parameters live in those *training
@@ -304,7 +304,7 @@ class Dictionary(nn.Module, abc.ABC):
 
 
 class Trainable(Dictionary):
-    """A dictionary that `train.py` can train. All tensors here are in training units.
+    """A dictionary that `train` can train. All tensors here are in training units.
 
     `tokens_since_fired` counts, per latent, the rows since it was last active.
     """

@@ -37,6 +37,6 @@ class BatchTopK(BatchSelection):
     ) -> Loss:
         """Mean squared error, and AuxK over dead latents."""
         encoded = self._encode_batch(x)
-        residual = target - self.decode(encoded)
+        residual = target - self.decode(encoded, x)
         mse = residual.square().mean()
         return self._with_auxk(x, residual, mse, {"mse": mse}, encoded)

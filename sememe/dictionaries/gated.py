@@ -66,9 +66,11 @@ class Gated(Penalised):
         self.check_input(x)
         gates = self._gates(x)
         encoded = self._magnitudes(gates)
-        mse = (target - self.decode(encoded)).square().mean()
+        mse = (target - self.decode(encoded, x)).square().mean()
         l1 = gates.acts.sum() / gates.n_rows
         through_gates = kernels.decode_encoded(gates, self.W_dec.detach(), self.b_dec.detach())
+        if self.config.skip:
+            through_gates = through_gates + x @ self.W_skip.detach()
         auxiliary = (target - through_gates).square().mean()
         total = mse + self.config.l1_coefficient * l1 + auxiliary
         terms = {"mse": mse.detach(), "l1": l1.detach(), "auxiliary": auxiliary.detach()}

@@ -54,6 +54,6 @@ class GroupMax(Selection):
     ) -> Loss:
         """Mean squared error, and AuxK over dead latents."""
         encoded = self.encode(x)
-        residual = target - self.decode(encoded)
+        residual = target - self.decode(encoded, x)
         mse = residual.square().mean()
         return self._with_auxk(x, residual, mse, {"mse": mse}, encoded)

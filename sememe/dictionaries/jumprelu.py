@@ -108,7 +108,7 @@ class JumpReLU(Penalised):
         per_entry = threshold.index_select(0, near.indices)
         acts, open_ = _Jump.apply(near.acts, per_entry, width)  # type: ignore[no-untyped-call]
         encoded = near.with_acts(acts)
-        mse = (target - self.decode(encoded)).square().mean()
+        mse = (target - self.decode(encoded, x)).square().mean()
         l0 = open_.sum() / encoded.n_rows
         goal, coefficient = config.target_l0, config.l0_coefficient
         penalty = l0 if goal is None else (l0 / goal - 1).square()

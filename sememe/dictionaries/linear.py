@@ -17,14 +17,23 @@ from sememe import kernels
 from sememe.dictionaries.base import ArchitectureConfig, Constraints, Sites, Trainable
 from sememe.dictionaries.initial import geometric_median, latent_major, unit_rows
 from sememe.encoded import Encoded
+from sememe.errors import ConfigError, ShapeError
 
-__all__ = ["Linear"]
+__all__ = ["Linear", "LinearConfig"]
+
+
+class LinearConfig(ArchitectureConfig):
+    """Options of every architecture with one linear decoder."""
+
+    skip: bool = False
+    """Add a linear map of the input to the reconstruction: a skip transcoder. Not where it could copy its input."""
 
 
 class Linear(Trainable, abc.ABC):
-    """`pre_acts = (x - b_pre) W_enc + b_enc`, `recon = acts W_dec + b_dec`.
+    """`pre_acts = (x - b_pre) W_enc + b_enc`, `recon = acts W_dec + b_dec`, plus `x W_skip` if asked for.
 
-    b_pre is a constant that the sample sets: b_enc can learn whatever it would.
+    b_pre is a constant that the sample sets: b_enc can learn whatever it would. W_skip starts at 0 (Paulo, Shabalin
+    & Belrose 2025, arXiv:2501.18823, section 3).
 
     Args:
         config: The architecture's options.
@@ -35,7 +44,8 @@ class Linear(Trainable, abc.ABC):
         decoder_bias: Whether b_dec is learned; else it is 0, and neither a parameter nor saved.
     """
 
-    config_class: ClassVar[type[ArchitectureConfig]]
+    config_class: ClassVar[type[LinearConfig]]
+    config: LinearConfig
     latent_units: ClassVar[tuple[str, ...]] = ("b_enc",)
     """Parameters and buffers that are measured in latent activations, and so divide by scale_in when folded."""
 
@@ -45,7 +55,7 @@ class Linear(Trainable, abc.ABC):
 
     def __init__(
         self,
-        config: ArchitectureConfig,
+        config: LinearConfig,
         d_in: int,
         d_out: int,
         d_sae: int,
@@ -63,6 +73,9 @@ class Linear(Trainable, abc.ABC):
         else:
             self.register_buffer("b_dec", torch.zeros(d_out), persistent=False)
         self.register_buffer("b_pre", torch.zeros(d_in))
+        if config.skip:
+            _check_skip(sites)
+            self.W_skip = nn.Parameter(torch.zeros(d_in, d_out))
 
     def _add_encoder(self) -> None:
         """Make W_enc; a tied architecture has it from its decoder."""
@@ -76,8 +89,26 @@ class Linear(Trainable, abc.ABC):
     def decode(
         self, encoded: Encoded, x: Float[Tensor, "batch d_in"] | None = None
     ) -> Float[Tensor, "batch d_out"]:
-        """The weighted sum of decoder rows, plus the bias."""
-        return kernels.decode_encoded(encoded, self.W_dec, self.b_dec)
+        """The weighted sum of decoder rows, plus the bias, plus the skip connection's part where there is one.
+
+        Raises:
+            ShapeError: there is a skip connection and no x.
+        """
+        return self._with_skip(kernels.decode_encoded(encoded, self.W_dec, self.b_dec), x)
+
+    def _with_skip(
+        self, recon: Float[Tensor, "batch d_out"], x: Float[Tensor, "batch d_in"] | None
+    ) -> Float[Tensor, "batch d_out"]:
+        """What the latents reconstruct, plus `x W_skip` where there is a skip connection."""
+        if not self.config.skip:
+            return recon
+        if x is None:
+            raise ShapeError(
+                "a dictionary with a skip connection needs the input beside the latents",
+                "no x",
+                "Pass decode(encoded, x).",
+            )
+        return recon + x @ self.W_skip
 
     def decoder_directions(self) -> Float[Tensor, "d_sae d_out"]:
         """Rows of W_dec."""
@@ -93,6 +124,8 @@ class Linear(Trainable, abc.ABC):
                 getattr(folded, name).div_(s_in)
             folded.W_dec.mul_(s_in / s_out)
             folded.b_dec.div_(s_out)
+            if self.config.skip:
+                folded.W_skip.mul_(s_in / s_out)
         return folded
 
     # -- training ----------------------------------------------------------------------------------
@@ -101,6 +134,8 @@ class Linear(Trainable, abc.ABC):
         self, x: Float[Tensor, "rows d_in"], target: Float[Tensor, "rows d_out"], generator: torch.Generator
     ) -> None:
         """Random unit decoder rows; for an autoencoder the encoder starts as their transpose."""
+        if self.config.skip and x.shape == target.shape and torch.equal(x, target):
+            raise _trivial_skip("the targets are the inputs")
         with torch.no_grad():
             self.W_dec.copy_(unit_rows(self.d_sae, self.d_out, generator))
             tied = self.d_in == self.d_out
@@ -132,3 +167,21 @@ class Linear(Trainable, abc.ABC):
     def constraints(self) -> Constraints:
         """Decoder rows keep norm 1."""
         return Constraints(unit_norm=("W_dec",))
+
+
+def _check_skip(sites: Sites | None) -> None:
+    """Raise a ConfigError if the skip connection could copy what is to be reconstructed."""
+    if sites is None:
+        return  # bare tensors: the sample will tell
+    read = {(site.model_fingerprint, site.hookpoint) for site in sites.inputs}
+    for site in sites.outputs:
+        if (site.model_fingerprint, site.hookpoint) in read:
+            raise _trivial_skip(f"{site.hookpoint} on both sides")
+
+
+def _trivial_skip(value: str) -> ConfigError:
+    return ConfigError(
+        "a dictionary with a skip connection must write elsewhere than it reads: else it could copy its input",
+        value,
+        "Drop skip, or name other outputs (--outputs mlp_out.8 for --inputs mlp_in.8).",
+    )

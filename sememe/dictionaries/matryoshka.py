@@ -55,9 +55,8 @@ class Matryoshka(BatchSelection):
     ) -> Loss:
         """The mean of the prefixes' mean squared errors, and AuxK; the term `mse` is that of all latents."""
         encoded = self._encode_batch(x)
-        residuals = [
-            target - recon for recon in kernels.decode_prefixes(encoded, self.W_dec, self.b_dec, self.ends)
-        ]
+        recons = kernels.decode_prefixes(encoded, self.W_dec, self.b_dec, self.ends)
+        residuals = [target - self._with_skip(recon, x) for recon in recons]
         errors = [residual.square().mean() for residual in residuals]
         prefixes = torch.stack(errors).mean()
         return self._with_auxk(x, residuals[-1], prefixes, {"mse": errors[-1], "prefixes": prefixes}, encoded)

@@ -56,7 +56,7 @@ class MultiTopK(Selection):
         acts, indices = wide.topk_view()
         columns = acts.detach().topk(self.config.k, dim=1, sorted=False).indices
         encoded = Encoded.from_topk(acts.gather(1, columns), indices.gather(1, columns), self.d_sae)
-        residual = target - self.decode(encoded)
-        mse, multi = residual.square().mean(), (target - self.decode(wide)).square().mean()
+        residual = target - self.decode(encoded, x)
+        mse, multi = residual.square().mean(), (target - self.decode(wide, x)).square().mean()
         total = mse + self.config.multi_coefficient * multi
         return self._with_auxk(x, residual, total, {"mse": mse, "mse_multi": multi}, encoded)

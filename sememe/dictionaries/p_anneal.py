@@ -72,7 +72,7 @@ class PAnneal(Penalised):
         """
         config = self.config
         encoded = self.encode(x)
-        mse = (target - self.decode(encoded)).square().mean()
+        mse = (target - self.decode(encoded, x)).square().mean()
         done = (progress - config.anneal_from) / (config.anneal_until - config.anneal_from)
         p = torch.full_like(self.p, 1 - (1 - config.p_end) * min(1.0, max(0.0, done)))
         penalty = _power(encoded.acts, p).sum() / encoded.n_rows

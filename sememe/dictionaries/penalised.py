@@ -10,16 +10,16 @@ from pydantic import model_validator
 from torch import Tensor
 
 from sememe import kernels
-from sememe.dictionaries.base import ArchitectureConfig, Resampling, Sites
+from sememe.dictionaries.base import Resampling, Sites
 from sememe.dictionaries.initial import bricken_norm
-from sememe.dictionaries.linear import Linear
+from sememe.dictionaries.linear import Linear, LinearConfig
 from sememe.encoded import Encoded
 from sememe.errors import ConfigError
 
 __all__ = ["Penalised", "PenalisedConfig"]
 
 
-class PenalisedConfig(ArchitectureConfig):
+class PenalisedConfig(LinearConfig):
     """Options of every architecture that is made sparse by a penalty."""
 
     decoder_bias: bool = True

@@ -42,7 +42,7 @@ class ReLU(Penalised):
     ) -> Loss:
         """`mean (target - recon)^2 + l1_coefficient * mean_rows sum_i acts_i` (times ||W_dec_i||, if weighted)."""
         encoded = self.encode(x)
-        mse = (target - self.decode(encoded)).square().mean()
+        mse = (target - self.decode(encoded, x)).square().mean()
         acts = encoded.acts
         if self.config.norm_weighted:
             acts = acts * self.W_dec.norm(dim=1).index_select(0, encoded.indices)

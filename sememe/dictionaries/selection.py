@@ -13,9 +13,9 @@ from torch import Tensor
 
 from sememe import kernels
 from sememe.dictionaries.auxiliary import auxk_loss
-from sememe.dictionaries.base import ArchitectureConfig, Loss, Sites
+from sememe.dictionaries.base import Loss, Sites
 from sememe.dictionaries.initial import geometric_median
-from sememe.dictionaries.linear import Linear
+from sememe.dictionaries.linear import Linear, LinearConfig
 from sememe.encoded import Encoded
 from sememe.errors import ConfigError
 
@@ -25,7 +25,7 @@ N_THRESHOLD_ROWS = 1024
 """Rows of the sample that set a first threshold: it holds their pre-activations densely."""
 
 
-class SelectionConfig(ArchitectureConfig):
+class SelectionConfig(LinearConfig):
     """Options of every architecture that keeps a number of latents."""
 
     k: int = 32

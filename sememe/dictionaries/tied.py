@@ -47,6 +47,12 @@ class Tied(Penalised):
     def __init__(
         self, config: TiedConfig, d_in: int, d_out: int, d_sae: int, sites: Sites | None = None
     ) -> None:
+        if config.skip:
+            raise ConfigError(
+                "a tied dictionary reconstructs what it reads, which a skip connection could copy",
+                "skip",
+                "Drop skip, or use relu for a transcoder.",
+            )
         if d_in != d_out or (sites is not None and sites.inputs != sites.outputs):
             raise ConfigError(
                 "a tied dictionary must read and write the same place",
@@ -73,7 +79,7 @@ class Tied(Penalised):
     ) -> Loss:
         """`mean (target - recon)^2 + l1_coefficient * mean_rows sum_i acts_i + bias_decay * ||b_enc||`."""
         encoded = self.encode(x)
-        mse = (target - self.decode(encoded)).square().mean()
+        mse = (target - self.decode(encoded, x)).square().mean()
         l1 = encoded.acts.sum() / encoded.n_rows
         total = mse + self.config.l1_coefficient * l1
         if self.config.bias_decay:

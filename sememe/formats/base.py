@@ -249,6 +249,12 @@ def parts_of(dictionary: Dictionary, format_name: str) -> Parts:
             folded.kind,
             "Keep it in Sememe's own format.",
         )
+    if folded.config.skip:
+        raise FormatError(
+            f"a dictionary must have no skip connection to be written as {format_name}",
+            "one with W_skip",
+            "Keep it in Sememe's own format.",
+        )
     tensors = {
         name: getattr(folded, name).detach().to("cpu", torch.float32).contiguous()
         for name in ("W_enc", "b_enc", "b_pre", "W_dec", "b_dec")

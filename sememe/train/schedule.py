@@ -1,0 +1,50 @@
+"""How long a run is, and the learning rate of each of its steps. Knows no data and no optimiser."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from sememe.dictionaries import Trainable
+from sememe.errors import ConfigError
+from sememe.source import Source
+from sememe.train.config import TrainConfig, learning_rate
+
+__all__ = ["Plan", "make_plan"]
+
+
+class Plan(NamedTuple):
+    """What follows from the config and the source."""
+
+    n_steps: int
+    lr: float
+    resample_steps: tuple[int, ...]
+    rewarmup_steps: int
+
+    def rate(self, step: int, config: TrainConfig, since_resample: int | None) -> float:
+        """The learning rate of a step (counted from 0)."""
+        rise = min(1.0, (step + 1) / max(1.0, config.warmup * self.n_steps))
+        fall = min(1.0, (self.n_steps - step) / max(1.0, config.decay * self.n_steps))
+        again = 1.0
+        if since_resample is not None and self.rewarmup_steps:
+            again = min(1.0, (since_resample + 1) / self.rewarmup_steps)
+        return self.lr * min(rise, fall) * again
+
+
+def make_plan(config: TrainConfig, dictionary: Trainable, source: Source) -> Plan:
+    """The steps of one dictionary's training.
+
+    Raises:
+        ConfigError: the source has no end and n_tokens is not given.
+    """
+    n_tokens = config.n_tokens
+    if n_tokens is None:
+        if source.n_rows is None:
+            raise ConfigError(
+                "n_tokens must be given for a stream without an end", "nothing", "Pass --n-tokens."
+            )
+        n_tokens = int((config.epochs or 1.0) * source.n_rows)
+    n_steps = max(1, n_tokens // config.batch_size)
+    resampling = dictionary.resampling()
+    at = () if resampling is None else tuple(int(share * n_steps) for share in resampling.at)
+    rewarmup_steps = resampling.rewarmup_steps if resampling else 0
+    return Plan(n_steps, learning_rate(config, dictionary.d_sae), at, rewarmup_steps)
