@@ -11,17 +11,18 @@ from triton.compiler import ASTSource
 
 from sememe.kernels.gpu import optimiser, selection, sparse
 
-FLOATS = "acts weights bias out rows totals offset row_margin column_margin scores param grad exp_avg exp_avg_sq grad_scale"
-TYPES = {
-    **dict.fromkeys(FLOATS.split(), "*fp32"),
-    **dict.fromkeys("indices keys_in latents_in used_in keys_out latents_out used_out seen latents used".split(), "*i32"),
-    **dict.fromkeys("starts stops ptr entries entry_rows".split(), "*i64"),
-    **dict.fromkeys("width n_tile first_latent n_keep k n".split(), "i32"),
-    **dict.fromkeys("step_size beta1 beta2 root_correction eps".split(), "fp32"),
-    "tile": "*i16",
-    "shadow": "*bf16",
-    "frozen": "*i1",
+ARGUMENTS = {
+    "*fp32": """acts weights bias out rows totals offset row_margin column_margin scores param grad exp_avg exp_avg_sq
+        grad_scale""",
+    "*i32": "indices keys_in latents_in used_in keys_out latents_out used_out seen latents used",
+    "*i64": "starts stops ptr entries entry_rows",
+    "*i16": "tile",
+    "*bf16": "shadow",
+    "*i1": "frozen",
+    "i32": "width n_tile first_latent n_keep k n",
+    "fp32": "step_size beta1 beta2 root_correction eps",
 }
+TYPES = {name: kind for kind, names in ARGUMENTS.items() for name in names.split()}
 BLOCKS = {"BLOCK": [sparse.BLOCK], "ENTRIES": [sparse.ENTRIES]}
 BOTH = [False, True]
 KERNELS = [

@@ -17,7 +17,6 @@ import triton.language as tl
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sememe.encoded import Encoded
 from sememe.kernels.gpu.sparse import OPTIONS, dots, gather, scatter, transposed_index
 
 __all__ = [
@@ -72,7 +71,7 @@ def _merge(
     keys_in, latents_in, used_in, keys_out, latents_out, used_out, seen, n_keep,
     TILE: tl.constexpr, SLOTS: tl.constexpr, SIGNED: tl.constexpr, MARGIN: tl.constexpr,
 ):  # fmt: skip
-    """The n_keep largest of a row's candidates and of its tile, in order of their latents, from one buffer to another."""
+    """The n_keep largest of a row's candidates and of its tile, by rising latent, from one buffer to another."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, TILE)
     inside = column < n_tile
@@ -255,7 +254,12 @@ class _Encode(torch.autograd.Function):
 
 
 def encode_by(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, choose: Callable[[Encoder], Chosen], rectified: bool
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_pre: Tensor,
+    choose: Callable[[Encoder], Chosen],
+    rectified: bool,
 ) -> Chosen:
     """What `choose` keeps, differentiable in x, W_enc and b_enc; if rectified, only through positive entries."""
     apply = cast(Any, _Encode.apply)

@@ -16,7 +16,16 @@ from torch import Tensor
 
 from sememe.encoded import Encoded
 
-__all__ = ["OPTIONS", "Transposed", "decode", "decode_encoded", "dots", "gather", "scatter", "transposed_index"]
+__all__ = [
+    "OPTIONS",
+    "Transposed",
+    "decode",
+    "decode_encoded",
+    "dots",
+    "gather",
+    "scatter",
+    "transposed_index",
+]
 
 BLOCK = 128
 """Features per program. Programs of one block of features run side by side, and what they read of the weights
@@ -155,7 +164,8 @@ def dots(
     """For each entry its row times its latent's weights, plus the bias if given; 0 for entries of no row."""
     out = torch.zeros(indices.shape[0], device=rows.device)
     _dots[(rows.shape[0],)](
-        rows, indices, starts, stops, weights, weights if bias is None else bias, out, rows.shape[1],
+        rows, indices, starts.contiguous(), stops.contiguous(), weights,
+        weights if bias is None else bias, out, rows.shape[1],
         BLOCK=BLOCK, ENTRIES=ENTRIES, BIAS=bias is not None, **OPTIONS,
     )  # fmt: skip
     return out
@@ -178,9 +188,7 @@ def scatter(
     return out, totals
 
 
-def transposed_index(
-    indices: Int[Tensor, " nnz"], weights: Float[Tensor, " nnz"], d_sae: int
-) -> Transposed:
+def transposed_index(indices: Int[Tensor, " nnz"], weights: Float[Tensor, " nnz"], d_sae: int) -> Transposed:
     """Entries grouped by latent; those of weight 0 (silent ones, and what fills a buffer up) belong to none."""
     keys = torch.where(weights != 0, indices, d_sae)
     ordered, entries = torch.sort(keys, stable=True)
