@@ -179,13 +179,28 @@ class Encoded:
         return Encoded(self.acts[entries], self.indices[entries], row_ptr, self.d_sae, self.k)
 
     def select_latents(self, keep: Bool[Tensor, " d_sae"]) -> Encoded:
-        """Only the entries of latents where `keep` is true; latent ids and rows stay."""
-        if self.overflow is not None:
-            return self.compact().select_latents(keep)
+        """Only the entries of latents where `keep` is true; latent ids and rows stay, and so does a buffer's length."""
         entries = keep[self.indices.long()]
+        if self.overflow is not None:
+            return self._moved_up(entries)
         counts = _zeros(self.n_rows, self.row_ptr).index_add_(0, self.row_ids(), entries.to(torch.int64))
         row_ptr = torch.cat([_zeros(1, counts), counts.cumsum(0)])
         return Encoded(self.acts[entries], self.indices[entries], row_ptr, self.d_sae)
+
+    def _moved_up(self, entries: Bool[Tensor, " nnz"]) -> Encoded:
+        """Only some entries of a buffer, in their order; never waits for the device."""
+        entries = entries & (torch.arange(entries.shape[0], device=entries.device) < self.row_ptr[-1])
+        order = torch.sort((~entries).to(torch.int8), stable=True).indices
+        kept = entries[order]
+        counted = torch.cat([_zeros(1, self.row_ptr), entries.cumsum(0)])
+        return Encoded(
+            torch.where(kept, self.acts.gather(0, order), 0.0),
+            torch.where(kept, self.indices[order], 0),
+            counted[self.row_ptr],
+            self.d_sae,
+            None,
+            self.overflow,
+        )
 
     def with_acts(self, acts: Float[Tensor, " nnz"]) -> Encoded:
         """The same pattern with other activations."""
