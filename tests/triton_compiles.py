@@ -14,12 +14,12 @@ from sememe.kernels.gpu import optimiser, selection, sparse
 ARGUMENTS = {
     "*fp32": """acts weights bias out rows totals offset row_margin column_margin scores param grad exp_avg exp_avg_sq
         grad_scale""",
-    "*i32": "indices keys_in latents_in used_in keys_out latents_out used_out seen latents used",
+    "*i32": "indices keys latents used bounds dropped",
     "*i64": "starts stops ptr entries entry_rows",
     "*i16": "tile",
     "*bf16": "shadow",
-    "*i1": "frozen",
-    "i32": "width n_tile first_latent n_keep k n",
+    "*u8": "frozen",
+    "i32": "width n_tile first_latent n_keep limit k n",
     "fp32": "step_size beta1 beta2 root_correction eps",
 }
 TYPES = {name: kind for kind, names in ARGUMENTS.items() for name in names.split()}

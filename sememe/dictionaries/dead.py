@@ -37,7 +37,7 @@ class DeadLatents:
             return
         number = torch.empty((), dtype=torch.int64, pin_memory=True)
         number.copy_((silent > after).sum(), non_blocking=True)
-        arrived = torch.cuda.Event()
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
         arrived.record(torch.cuda.current_stream(silent.device))
         self._sent = (number, arrived, silent._version)
 

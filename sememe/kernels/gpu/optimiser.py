@@ -25,7 +25,7 @@ def _adam_flat(
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < n
     if FROZEN:
-        inside = inside & (tl.load(frozen + place // width, mask=inside, other=1) == 0)
+        inside = inside & (tl.load(frozen + place // width, mask=inside, other=1).to(tl.int32) == 0)
     g = tl.load(grad + place, mask=inside, other=0.0) * tl.load(grad_scale)
     m = beta1 * tl.load(exp_avg + place, mask=inside, other=0.0) + (1.0 - beta1) * g
     v = beta2 * tl.load(exp_avg_sq + place, mask=inside, other=0.0) + (1.0 - beta2) * g * g
@@ -48,7 +48,7 @@ def _adam_rows(
     row = tl.program_id(0).to(tl.int64)
     inside = column < width
     if FROZEN:
-        inside = inside & (tl.load(frozen + row) == 0)
+        inside = inside & (tl.load(frozen + row).to(tl.int32) == 0)
     place = row * width + column
     p = tl.load(param + place, mask=inside, other=0.0)
     g = tl.load(grad + place, mask=inside, other=0.0) * tl.load(grad_scale)
@@ -101,7 +101,7 @@ def adam_step(
     kernel = _adam_rows if unit_norm else _adam_flat
     kernel[(rows if unit_norm else triton.cdiv(param.numel(), FLAT),)](
         param.detach(), grad.detach().contiguous(), exp_avg, exp_avg_sq, scale,
-        param if frozen is None else frozen, param if shadow is None else shadow, param.numel(), width,
+        param if frozen is None else frozen.to(torch.uint8), param if shadow is None else shadow, param.numel(), width,
         float(lr / (1 - betas[0] ** step)), float(betas[0]), float(betas[1]),
         float(1 / (1 - betas[1] ** step) ** 0.5), float(eps),
         BLOCK=block, FROZEN=frozen is not None, SHADOW=shadow is not None,

@@ -41,11 +41,11 @@ class Candidates(NamedTuple):
     """Per row, the latents with the largest values, by rising id; the first `used` of `width` slots hold them."""
 
     keys: Int[Tensor, "batch width"]
-    """Rank of the value: larger for larger values, 0 in empty slots."""
+    """Rank of the value: larger for larger values. Slots that are not used hold anything."""
     latents: Int[Tensor, "batch width"]
     used: Int[Tensor, " batch"]
-    seen: Int[Tensor, " batch"]
-    """How many latents qualified, whether or not there was room."""
+    dropped: Int[Tensor, " batch"]
+    """1 where more latents qualified than there was room for, else 0."""
 
 
 class Chosen(NamedTuple):
@@ -68,10 +68,13 @@ class Encoder(NamedTuple):
 @triton.jit
 def _merge(
     tile, n_tile, first_latent, offset, row_margin, column_margin,
-    keys_in, latents_in, used_in, keys_out, latents_out, used_out, seen, n_keep,
+    keys, latents, used, bounds, dropped, n_keep, limit,
     TILE: tl.constexpr, SLOTS: tl.constexpr, SIGNED: tl.constexpr, MARGIN: tl.constexpr,
 ):  # fmt: skip
-    """The n_keep largest of a row's candidates and of its tile, by rising latent, from one buffer to another."""
+    """Add to a row's candidates what its tile holds above the row's bound; the n_keep largest stay beyond the limit.
+
+    Candidates stand by rising latent, so that what ties with the bound later on has a higher latent, and loses.
+    """
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, TILE)
     inside = column < n_tile
@@ -88,51 +91,58 @@ def _merge(
     else:
         qualifies = inside & (value > 0.0)
     rounded = ((value.to(tl.int32, bitcast=True) >> 15) + 1) >> 1
-    key = tl.where(qualifies, rounded + 1, 0)
-    slot = tl.arange(0, SLOTS)
-    n_used = tl.load(used_in + row)
-    old = tl.load(keys_in + row * SLOTS + slot, mask=slot < n_used, other=0)
-    old_latent = tl.load(latents_in + row * SLOTS + slot, mask=slot < n_used, other=0)
-    n_new = tl.sum((key > 0).to(tl.int32))
-    tl.store(seen + row, tl.load(seen + row) + n_new)
-    # the largest key that at least n_keep entries reach, by bisection; 1 if all entries have room
-    crowded = n_used + n_new > n_keep
-    high = tl.where(crowded, tl.maximum(tl.max(key), tl.max(old)), 1)
-    low = tl.where(crowded & (n_used == n_keep), tl.min(tl.where(slot < n_used, old, 0x7FFFFFFF)), 1)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if tl.sum((key >= middle).to(tl.int32)) + tl.sum((old >= middle).to(tl.int32)) >= n_keep:
-            low = middle
-        else:
-            high = middle - 1
-    over, old_over = (key > low).to(tl.int32), (old > low).to(tl.int32)
-    tie, old_tie = (key == low).to(tl.int32), (old == low).to(tl.int32)
-    room = n_keep - tl.sum(over) - tl.sum(old_over)
-    old_ties = tl.cumsum(old_tie, 0)
-    ties = tl.cumsum(tie, 0) + tl.sum(old_tie)
-    old_kept = (old_over == 1) | ((old_tie == 1) & (old_ties <= room))
-    kept = (over == 1) | ((tie == 1) & (ties <= room))
-    old_place = tl.cumsum(old_kept.to(tl.int32), 0) - 1
-    n_old = tl.sum(old_kept.to(tl.int32))
-    place = n_old + tl.cumsum(kept.to(tl.int32), 0) - 1
-    tl.store(keys_out + row * SLOTS + old_place, old, mask=old_kept)
-    tl.store(latents_out + row * SLOTS + old_place, old_latent, mask=old_kept)
-    tl.store(keys_out + row * SLOTS + place, key, mask=kept)
-    tl.store(latents_out + row * SLOTS + place, first_latent + column, mask=kept)
-    tl.store(used_out + row, n_old + tl.sum(kept.to(tl.int32)))
+    bound = tl.load(bounds + row)
+    fresh = qualifies & (rounded + 1 > bound)
+    key = tl.where(fresh, rounded + 1, 0)
+    n_used = tl.load(used + row)
+    n_new = tl.sum(fresh.to(tl.int32))
+    if n_used + n_new <= limit:
+        place = n_used + tl.cumsum(fresh.to(tl.int32), 0) - 1
+        tl.store(keys + row * SLOTS + place, key, mask=fresh)
+        tl.store(latents + row * SLOTS + place, first_latent + column, mask=fresh)
+        tl.store(used + row, n_used + n_new)
+    else:
+        slot = tl.arange(0, SLOTS)
+        old = tl.load(keys + row * SLOTS + slot, mask=slot < n_used, other=0)
+        old_latent = tl.load(latents + row * SLOTS + slot, mask=slot < n_used, other=0)
+        # the largest key that at least n_keep entries reach, by bisection
+        low = tl.maximum(bound, 1)
+        high = tl.maximum(tl.max(key), tl.max(old))
+        while low < high:
+            middle = (low + high + 1) // 2
+            if tl.sum((key >= middle).to(tl.int32)) + tl.sum((old >= middle).to(tl.int32)) >= n_keep:
+                low = middle
+            else:
+                high = middle - 1
+        room = n_keep - tl.sum((key > low).to(tl.int32)) - tl.sum((old > low).to(tl.int32))
+        old_ties = tl.cumsum((old == low).to(tl.int32), 0)
+        ties = tl.cumsum((key == low).to(tl.int32), 0) + tl.sum((old == low).to(tl.int32))
+        old_kept = (old > low) | ((old == low) & (old_ties <= room))
+        kept = (key > low) | ((key == low) & (ties <= room))
+        old_place = tl.cumsum(old_kept.to(tl.int32), 0) - 1
+        n_old = tl.sum(old_kept.to(tl.int32))
+        place = n_old + tl.cumsum(kept.to(tl.int32), 0) - 1
+        # in place: each store waits for sums over all that was loaded
+        tl.store(keys + row * SLOTS + old_place, old, mask=old_kept)
+        tl.store(latents + row * SLOTS + old_place, old_latent, mask=old_kept)
+        tl.store(keys + row * SLOTS + place, key, mask=kept)
+        tl.store(latents + row * SLOTS + place, first_latent + column, mask=kept)
+        tl.store(used + row, n_keep)
+        tl.store(bounds + row, low)
+        tl.store(dropped + row, 1)
 
 
 @triton.jit
 def _keep(
-    scores, latents, used, acts, indices, k,
+    scores, latents, used, acts, indices, width, k,
     SLOTS: tl.constexpr, SIGNED: tl.constexpr,
 ):  # fmt: skip
     """The k candidates of a row with the largest scores, ties to the lower latent; the rest gets 0 and 0."""
     row = tl.program_id(0).to(tl.int64)
     slot = tl.arange(0, SLOTS)
     valid = slot < tl.load(used + row)
-    score = tl.load(scores + row * SLOTS + slot, mask=valid, other=0.0)
-    latent = tl.load(latents + row * SLOTS + slot, mask=valid, other=0)
+    score = tl.load(scores + row * width + slot, mask=valid, other=0.0)
+    latent = tl.load(latents + row * width + slot, mask=valid, other=0)
     if SIGNED:
         negative = (score < 0.0).to(tl.int64)
         size = tl.abs(score)
@@ -174,15 +184,11 @@ def candidates_of(
     batch, device = x16.shape[0], x16.device
     d_sae, d_in = encoder.W.shape
     width = min(TILE, triton.next_power_of_2(d_sae))
-    slots = triton.next_power_of_2(n_keep)
+    slots = triton.next_power_of_2(2 * n_keep)  # room to collect in, so that most tiles only add
     product = torch.empty(batch * width, dtype=torch.bfloat16, device=device)
     rounded = None if shadow is not None else torch.empty(width, d_in, dtype=torch.bfloat16, device=device)
-    new = lambda *shape: torch.zeros(*shape, dtype=torch.int32, device=device)  # noqa: E731
-    now, after = (
-        (new(batch, slots), new(batch, slots), new(batch)),
-        (new(batch, slots), new(batch, slots), new(batch)),
-    )
-    seen = new(batch)
+    keys, latents = (torch.zeros(batch, slots, dtype=torch.int32, device=device) for _ in range(2))
+    used, bounds, dropped = (torch.zeros(batch, dtype=torch.int32, device=device) for _ in range(3))
     row_margin, column_margin = margins if margins is not None else (offset, offset)
     for first in range(0, d_sae, width):
         n = min(width, d_sae - first)
@@ -195,12 +201,11 @@ def candidates_of(
         torch.mm(x16, weights.T, out=tile)
         _merge[(batch,)](
             tile.view(torch.int16), n, first, offset, row_margin, column_margin,
-            *now, *after, seen, n_keep,
+            keys, latents, used, bounds, dropped, n_keep, n_keep if first + n == d_sae else slots,
             TILE=width, SLOTS=slots, SIGNED=signed, MARGIN=margins is not None,
             num_warps=8 if width >= 2048 else 4, **OPTIONS,
         )  # fmt: skip
-        now, after = after, now
-    return Candidates(*now, seen)
+    return Candidates(keys, latents, used, dropped)
 
 
 def scores_of(encoder: Encoder, candidates: Candidates) -> Float[Tensor, "batch width"]:
@@ -278,8 +283,9 @@ def _per_row(encoder: Encoder, k: int, signed: bool, shadow: Tensor | None) -> C
     acts = torch.empty(batch * k, device=device)
     indices = torch.empty(batch * k, dtype=torch.int32, device=device)
     _keep[(batch,)](
-        scores, candidates.latents, candidates.used, acts, indices, k, SLOTS=slots, SIGNED=signed, **OPTIONS
-    )
+        scores, candidates.latents, candidates.used, acts, indices, slots, k,
+        SLOTS=triton.next_power_of_2(n_keep), SIGNED=signed, **OPTIONS,
+    )  # fmt: skip
     row_ptr = torch.arange(0, batch * k + 1, k, device=device)
     return Chosen(acts, indices, row_ptr, torch.zeros((), dtype=torch.bool, device=device))
 

@@ -78,7 +78,7 @@ def _above(encoder: Encoder, threshold: Float[Tensor, " d_sae"] | None, capacity
     counted, acts, indices = _squeezed(kept.view(-1), capacity, scores.view(-1), candidates.latents.view(-1))
     stops = counted.view(batch, -1)[:, -1]
     row_ptr = torch.cat([stops.new_zeros(1), stops]).clamp_(max=capacity)
-    return Chosen(acts, indices, row_ptr, (stops[-1] > capacity) | (candidates.seen > per_row).any())
+    return Chosen(acts, indices, row_ptr, (stops[-1] > capacity) | (candidates.dropped > 0).any())
 
 
 def _of_batch(encoder: Encoder, n_kept: int) -> Chosen:
@@ -102,7 +102,7 @@ def _of_batch(encoder: Encoder, n_kept: int) -> Chosen:
     reached, acts, indices = _squeezed(chosen, n_kept, scores, latents)
     row_ptr = torch.cat([reached.new_zeros(1), reached])[torch.cat([starts, stops[-1:]])]
     smallest = torch.where(keys > 0, keys, 2**KEY_BITS).amin(1)
-    full = (candidates.seen > candidates.used) & (smallest >= bound)
+    full = (candidates.dropped > 0) & (smallest >= bound)
     return Chosen(acts, indices, row_ptr, full.any())
 
 
