@@ -8,6 +8,8 @@ import torch
 from sememe import dictionaries, kernels
 from sememe.dictionaries.dead import DeadLatents
 from sememe.dictionaries.topk import TopKConfig
+from sememe.encoded import Encoded
+from sememe.kernels.reference import fit
 from sememe.optimiser import Adam
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -56,3 +58,13 @@ def test_dead_latents_are_those_silent_for_longer_whoever_counted_them(device):
     assert dead.ids(silent, 10).tolist() == [1, 5]
     dead.send(silent, 10)
     assert copy.deepcopy(dead).ids(silent, 10).tolist() == [1, 5]
+
+
+def test_steps_whose_buffer_was_too_small_are_counted():
+    dictionary = dictionaries.build(TopKConfig(k=2, d_sae=8), 4, 4)
+    plain = Encoded.from_dense(torch.ones(3, 8))
+    for capacity in (24, 23, 20):
+        dictionary.after_step(fit(plain, capacity))
+    dictionary.after_step(plain)
+    assert int(dictionary.overflow_steps) == 2
+    assert dictionary.tokens_since_fired.tolist() == [0] * 8

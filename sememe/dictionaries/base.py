@@ -310,10 +310,13 @@ class Trainable(Dictionary):
     """
 
     tokens_since_fired: Int[Tensor, " d_sae"]
+    overflow_steps: Int[Tensor, ""]
+    """Steps since the start or the last resume in which a buffer was too small for all entries (see `Encoded`)."""
 
     def __init__(self, config: Config, d_in: int, d_out: int, d_sae: int, sites: Sites | None = None) -> None:
         super().__init__(config, d_in, d_out, d_sae, sites)
         self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.int64), persistent=False)
+        self.register_buffer("overflow_steps", torch.zeros((), dtype=torch.int64), persistent=False)
 
     @abc.abstractmethod
     def initialise(
@@ -338,6 +341,8 @@ class Trainable(Dictionary):
         fired.index_add_(0, encoded.indices.long(), active)
         self.tokens_since_fired += encoded.n_rows
         self.tokens_since_fired.masked_fill_(fired > 0, 0)
+        if encoded.overflow is not None:
+            self.overflow_steps += encoded.overflow
 
     def constraints(self) -> Constraints:
         """What the optimiser keeps true."""

@@ -101,6 +101,8 @@ class Member:
                 total,
                 "Lower --lr; the last checkpoint is kept.",
             )
+        if loss.encoded.overflow is not None:
+            values["overflow_steps"] = float(self.dictionary.overflow_steps)
         variance = float((target - target.mean(0)).square().mean())
         return values | {
             "loss": total,
