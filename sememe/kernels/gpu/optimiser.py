@@ -48,7 +48,8 @@ def _adam_rows(
     row = tl.program_id(0).to(tl.int64)
     inside = column < width
     if FROZEN:
-        inside = inside & (tl.load(frozen + row).to(tl.int32) == 0)
+        # a whole block of the one flag: the interpreter takes no mask made of a scalar
+        inside = inside & (tl.load(frozen + row + 0 * column, mask=inside, other=1).to(tl.int32) == 0)
     place = row * width + column
     p = tl.load(param + place, mask=inside, other=0.0)
     g = tl.load(grad + place, mask=inside, other=0.0) * tl.load(grad_scale)
