@@ -84,7 +84,8 @@ def _step(data: torch.Tensor) -> tuple[Callable[[], None], list[torch.Tensor]]:
         dictionary.after_step(loss.encoded)
 
     weights = [parameter.detach() for parameter in dictionary.parameters()]
-    return step, [*weights, *(moment for pair in optimiser.moments.values() for moment in pair)]
+    state = optimiser.state_dict().values()
+    return step, [*weights, *(moment for moment in state if isinstance(moment, torch.Tensor))]
 
 
 def _timed(functions: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
