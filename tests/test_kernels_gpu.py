@@ -14,9 +14,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triton.runtime.jit import KernelInterface
 
 pytest.importorskip("triton")
+
+from triton.runtime.jit import KernelInterface
 
 from sememe import dictionaries, kernels
 from sememe.dictionaries.abs_topk import AbsTopKConfig
