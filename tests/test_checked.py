@@ -71,8 +71,8 @@ def test_a_wrong_type_fails_in_a_method_and_in_a_class_method() -> None:
 
 
 def test_a_wrong_result_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "repeat_interleave", lambda rows, counts: rows.float())
-    encoded = Encoded.from_topk(torch.ones(2, 3), torch.zeros(2, 3, dtype=torch.int32), 7)
+    monkeypatch.setattr(torch, "repeat_interleave", lambda rows, counts, output_size: rows.float())
+    encoded = Encoded.from_dense(torch.eye(3))
     with pytest.raises(TypeCheckError, match=r"return value of sememe\.encoded\.Encoded\.row_ids"):
         encoded.row_ids()
 

@@ -256,7 +256,7 @@ def test_adam(rows, columns, n_steps, unit_norm, seed):
     for step_of in (reference.adam_step, partial(gpu.adam_step, shadow=shadow)):
         state = [start.clone(), torch.zeros_like(start), torch.zeros_like(start)]
         for step, grad in enumerate(grads, 1):
-            step_of(state[0], grad, *state[1:], step, 0.01, (0.9, 0.99), 1e-8, 0.5, unit_norm)
+            step_of(state[0], grad, *state[1:], step, 0.01, (0.9, 0.99), 1e-8, 0.5, unit_norm, None)
         results.append(state)
     for name, slow, fast in zip(("param", "exp_avg", "exp_avg_sq"), *results, strict=True):
         torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
