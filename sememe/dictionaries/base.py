@@ -328,7 +328,9 @@ class Trainable(Dictionary):
     `tokens_since_fired` counts, per latent, the rows since it was last active.
     """
 
-    shared: ClassVar[frozenset[str]] = frozenset({"b_dec", "W_skip"})
+    can_freeze: ClassVar[bool] = True
+    """Whether all that belongs to a latent lies along an axis of d_sae, so that an optimiser can leave it alone."""
+    shared: frozenset[str] = frozenset({"b_dec", "W_skip"})
     """Parameters without a latent axis, whatever their shape; in any other, an axis of d_sae is that of the latents."""
     tokens_since_fired: Int[Tensor, " d_sae"]
     scale_per_site: ClassVar[bool] = True
