@@ -89,7 +89,6 @@ class CrossLayer(Trainable):
 
     kind = "cross_layer"
     config: CrossLayerConfig
-    can_freeze = False
     b_pre: Tensor
     threshold_unit: Tensor
 
@@ -115,8 +114,6 @@ class CrossLayer(Trainable):
                 for n, layer in zip(sizes, self.layers, strict=True)
             ]
         )
-        # no axis of all latents: a layer's own ones are what its matrices have
-        self.shared = frozenset({"b_dec", *(name for name, p in self.named_parameters() if p.dim() == 2)})
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.b_dec = nn.Parameter(torch.zeros(d_out))
         self.register_buffer("b_pre", torch.zeros(d_in))
@@ -360,6 +357,11 @@ class CrossLayer(Trainable):
         if self.config.selection == "jumprelu":
             self.relative_threshold[ids] = self.relative_threshold.median()
         self.tokens_since_fired[ids] = 0
+
+    def latents_of(self, name: str) -> slice | None:
+        """A layer's encoder and decoder belong to its own latents."""
+        matrix, dot, number = name.partition(".")
+        return self.layers[int(number)].latents if dot else super().latents_of(matrix)
 
     def constraints(self) -> Constraints:
         """Decoder rows, over all that a latent writes, keep norm 1; thresholds stay >= 0."""
