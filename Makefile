@@ -74,6 +74,8 @@ PEER_dictionary_learning := dictionary-learning==0.1.0
 	@$(PYTHON) -m venv .venv-peers-$*
 	@PIP_DISABLE_PIP_VERSION_CHECK=1 .venv-peers-$*/bin/python -m pip install --quiet --no-compile \
 	  --constraint constraints.txt $(PEER_$*) 2>.venv-peers-$*/install.log || { cat .venv-peers-$*/install.log; exit 1; }
+	@# A torchvision of another build than torch breaks transformers, which does without one.
+	@.venv-peers-$*/bin/python -m pip uninstall --quiet --yes torchvision 2>/dev/null || true
 	@touch $@
 
 bench-peers: install $(PEERS:%=.venv-peers-%/.installed)
