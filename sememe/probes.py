@@ -16,8 +16,8 @@ from torch import Tensor
 from sememe.dictionaries.base import Site, Sites
 from sememe.errors import ConfigError, TextError
 from sememe.source import LiveSource, Source, StoreSource
-from sememe.store import Store
 from sememe.splice import BaseRun, Splicer
+from sememe.store import Store
 from sememe.text import TextConfig, TokenBlock, TokenPolicy, fetch, token_blocks
 
 if TYPE_CHECKING:

@@ -19,9 +19,10 @@ __all__ = ["UNCHECKED", "check", "install"]
 UNCHECKED = {
     "sememe.collect.loops",
     "sememe.explain.loops",
-    "sememe.kernels.cpu",
-    "sememe.kernels.cpu_steps",
+    "sememe.kernels.cpu.loops",
+    "sememe.kernels.cpu.steps",
     "sememe.kernels.gpu",
+    "sememe.kernels.pursuit",
 }
 """numba and Triton compile a function's source, which a checked function no longer is."""
 

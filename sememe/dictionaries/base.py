@@ -130,14 +130,14 @@ class Batch(NamedTuple):
 class Loss(NamedTuple):
     """A training loss. `terms` are its parts, for logging, still on the device.
 
-    `total` holds the term `mse`, the mean square of target - recon, with weight 1; `recon` is in training units, and
-    gradients flow through it, so that it can be spliced into a model.
+    `total` holds the term `mse`, the mean square of `error`, with weight 1. `error` is the reconstruction minus the
+    target, in training units; gradients flow through it, so that the reconstruction can be spliced into a model.
     """
 
     total: Float[Tensor, ""]
     terms: dict[str, Float[Tensor, ""]]
     encoded: Encoded
-    recon: Float[Tensor, "batch d_out"] | None = None
+    error: Float[Tensor, "batch d_out"] | None = None
 
 
 class Constraints(NamedTuple):

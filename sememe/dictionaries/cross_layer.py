@@ -288,17 +288,16 @@ class CrossLayer(Trainable):
             return self._loss_jumprelu(x, target, progress)
         config = self.config
         encoded = self.encode(x)
-        recon = self.decode(encoded)
-        residual = target - recon
-        mse = total = residual.square().mean()
+        error = self.decode(encoded) - target
+        mse = total = error.square().mean()
         terms = {"mse": mse.detach()}
         if config.auxk_coefficient > 0:
             dead = torch.nonzero(self.tokens_since_fired > config.dead_after_tokens).view(-1)
             if dead.numel() > 0:
-                auxk = self._auxk(x, residual.detach(), dead)
+                auxk = self._auxk(x, -error.detach(), dead)
                 terms["auxk"] = auxk.detach()
                 total = total + config.auxk_coefficient * auxk
-        return Loss(total, terms, encoded.detach(), recon)
+        return Loss(total, terms, encoded.detach(), error)
 
     def _auxk(
         self, x: Float[Tensor, "batch d_in"], residual: Float[Tensor, "batch d_out"], dead: Int[Tensor, " n"]
@@ -326,12 +325,12 @@ class CrossLayer(Trainable):
         near = self._encode_above(x, (threshold.detach() - width / 2).clamp_min(0))
         acts, open_ = Jump.apply(near.acts, threshold.index_select(0, near.indices), width)  # type: ignore[no-untyped-call]
         encoded = near.with_acts(acts)
-        recon = self.decode(encoded)
-        mse = (target - recon).square().mean()
+        error = self.decode(encoded) - target
+        mse = error.square().mean()
         penalty = (open_.sum() / encoded.n_rows / config.target_l0 - 1).square()
         warm = min(1.0, progress / config.sparsity_warmup) if config.sparsity_warmup else 1.0
         total = mse + config.l0_coefficient * warm * penalty
-        return Loss(total, {"mse": mse.detach(), "penalty": penalty.detach()}, encoded.detach(), recon)
+        return Loss(total, {"mse": mse.detach(), "penalty": penalty.detach()}, encoded.detach(), error)
 
     @torch.no_grad()
     def reset_latents(

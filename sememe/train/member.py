@@ -148,7 +148,7 @@ class Member:
         values |= {
             "loss": float(loss.total.detach()),
             "fvu": values["mse"] / max(variance, 1e-12),
-            **fvu_by_site(self.dictionary.sites, target, loss.recon),
+            **fvu_by_site(self.dictionary.sites, target, loss.error),
             "l0": float(loss.encoded.l0().float().mean()),
             "frac_silent": float((self.dictionary.tokens_since_fired > 100_000).float().mean()),
             "lr": lr,
