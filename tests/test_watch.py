@@ -233,7 +233,7 @@ def test_a_store_brings_its_model(world, lm, tmp_path):
     out = tmp_path / "d"
     train(
         config("topk", out, watch_ce_tokens=500, watch_rows=100, watch_every=4000, n_tokens=8192).replace(
-            store=tmp_path / "store"
+            store=tmp_path / "store", inputs=("resid_post.0",)
         )
     )
     lines = read_log(out / WATCHED)
