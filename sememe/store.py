@@ -233,41 +233,27 @@ class Store:
         )
 
 
-def _check_finite(path: Path, hookpoint: str, values: Tensor, doc_ids: Tensor, positions: Tensor) -> None:
-    finite = torch.isfinite(values).all(dim=1)
-    if not bool(finite.all()):
-        row = int(torch.nonzero(~finite)[0])
-        raise ActivationError(
-            f"activations in {path} must be finite",
-            f"NaN or infinity at {hookpoint}, row {row} (document {int(doc_ids[row])}, position {int(positions[row])})",
-            "Harvest again; in bfloat16 or float32 if the model overflows float16.",
-        )
-
-
 @runtime_checkable
 class Shards(Protocol):
-    """What a store and several joined ones have in common."""
+    """What holds activations shard by shard: a store, or several joined."""
 
     info: StoreInfo
 
     def read(self, index: int, hookpoints: Iterable[str]) -> Shard:
         """One shard."""
-        ...
 
     def columns(self, index: int) -> tuple[Int[Tensor, " rows"], Int[Tensor, " rows"], Int[Tensor, " rows"]]:
         """Token ids, document ids and positions of a shard's rows."""
-        ...
 
     def documents(self) -> list[dict[str, Any]]:
         """The table of documents."""
-        ...
 
 
 def hold_out(store: Shards, hookpoints: Iterable[str], n: int, seed: int) -> HeldOut:
     """About n rows of documents at random, pieces of one title together, from as few shards as hold enough.
 
     Args:
-        store: Whose.
+        store: Where from; its hookpoints by their full names.
         hookpoints: What to read.
         n: Rows wanted; fewer where a tenth of all rows would belong to the documents.
         seed: Of the choice.
@@ -309,6 +295,17 @@ def hold_out(store: Shards, hookpoints: Iterable[str], n: int, seed: int) -> Hel
     activations = {name: torch.cat([part[name] for part in parts]) for name in names}
     shard_rows = tuple(int((~torch.isin(store.columns(i)[1], held)).sum()) for i in range(n_shards))
     return HeldOut(activations, held, shard_rows)
+
+
+def _check_finite(path: Path, hookpoint: str, values: Tensor, doc_ids: Tensor, positions: Tensor) -> None:
+    finite = torch.isfinite(values).all(dim=1)
+    if not bool(finite.all()):
+        row = int(torch.nonzero(~finite)[0])
+        raise ActivationError(
+            f"activations in {path} must be finite",
+            f"NaN or infinity at {hookpoint}, row {row} (document {int(doc_ids[row])}, position {int(positions[row])})",
+            "Harvest again; in bfloat16 or float32 if the model overflows float16.",
+        )
 
 
 def open_store(path: str | Path) -> Store:

@@ -54,9 +54,8 @@ class CrossLayerConfig(ArchitectureConfig):
 
     @model_validator(mode="after")
     def _no_inert_option(self) -> Self:
-        names: tuple[str, ...]
         if self.selection == "topk":
-            names = ("target_l0", "l0_coefficient", "bandwidth", "sparsity_warmup")
+            names: tuple[str, ...] = ("target_l0", "l0_coefficient", "bandwidth", "sparsity_warmup")
             self.check_inert(*names, without="selection is topk")
             if self.auxk_coefficient == 0:
                 self.check_inert("auxk", "dead_after_tokens", without="auxk_coefficient is 0")
