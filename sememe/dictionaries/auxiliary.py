@@ -92,7 +92,8 @@ def ghost_loss(
         return (residual - output).square().sum()
 
     error = _over_rows(squared_error, x, residual, dead.numel()) / residual.numel()
-    return error * (residual.square().mean() / error.detach().clamp_min(1e-30))
+    loss: Tensor = error * (residual.square().mean() / error.detach().clamp_min(1e-30))
+    return loss
 
 
 def _over_rows(
@@ -105,8 +106,8 @@ def _over_rows(
     n_rows = max(1, GROUP_ENTRIES // n_dead)
     if n_rows >= x.shape[0]:
         return part(x, residual)
-    sums = [
-        checkpoint(part, *group, use_reentrant=False, preserve_rng_state=False)
-        for group in zip(x.split(n_rows), residual.split(n_rows), strict=True)
-    ]
+    sums = []
+    for start in range(0, x.shape[0], n_rows):
+        group = (x[start : start + n_rows], residual[start : start + n_rows])
+        sums.append(checkpoint(part, *group, use_reentrant=False, preserve_rng_state=False))
     return torch.stack(sums).sum()

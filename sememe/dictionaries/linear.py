@@ -251,7 +251,8 @@ def check_one_place(config: LinearConfig, instead: str, d_in: int, d_out: int, s
 
 
 def _units(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    return rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    units: Tensor = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    return units
 
 
 def check_crosscoder(site_norms: str, sites: Sites | None) -> None:
