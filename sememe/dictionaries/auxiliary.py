@@ -89,11 +89,11 @@ def ghost_loss(
         output = pre_acts.sub_(largest).exp_() @ W_dec
         norms = output.detach().norm(dim=1, keepdim=True).clamp_min(1e-12)
         output = output * (residual.norm(dim=1, keepdim=True) / (2 * norms))
-        return (residual - output).square().sum()
+        error: Tensor = (residual - output).square().sum()
+        return error
 
     error = _over_rows(squared_error, x, residual, dead.numel()) / residual.numel()
-    loss: Tensor = error * (residual.square().mean() / error.detach().clamp_min(1e-30))
-    return loss
+    return error * (residual.square().mean() / error.detach().clamp_min(1e-30))
 
 
 def _over_rows(
@@ -106,8 +106,8 @@ def _over_rows(
     n_rows = max(1, GROUP_ENTRIES // n_dead)
     if n_rows >= x.shape[0]:
         return part(x, residual)
-    sums = []
-    for start in range(0, x.shape[0], n_rows):
-        group = (x[start : start + n_rows], residual[start : start + n_rows])
-        sums.append(checkpoint(part, *group, use_reentrant=False, preserve_rng_state=False))
+    sums = [
+        checkpoint(part, *group, use_reentrant=False, preserve_rng_state=False)
+        for group in zip(torch.split(x, n_rows), torch.split(residual, n_rows), strict=True)
+    ]
     return torch.stack(sums).sum()

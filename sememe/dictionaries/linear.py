@@ -135,7 +135,8 @@ class Linear(Trainable, abc.ABC):
     def site_norms(self) -> Float[Tensor, "d_sae n_sites"]:
         """How long each latent's decoder row is at each output; one column if the outputs are not known."""
         if self.sites is None:
-            return self.W_dec.norm(dim=1, keepdim=True)
+            norms: Tensor = self.W_dec.norm(dim=1, keepdim=True)
+            return norms
         parts = [self.W_dec[:, site.start : site.stop].norm(dim=1) for site in self.sites.outputs]
         return torch.stack(parts, dim=1)
 
