@@ -28,12 +28,15 @@ from sememe.store import open_store
 from sememe.tracking import read_log
 from sememe.train import TrainConfig, open_sweep, swept_names, train, train_sweep, variants
 
+DYING = {"l1_coefficient": 0.5, "resample_after_tokens": 200}
+"""Of a ReLU dictionary some of whose latents fall silent, so that resampling has something to do."""
 FILES = ("weights.safetensors", "probe.safetensors")
 
 
 def sweep_config(out: Path, *sweep: str, kind: str = "topk", **changes) -> TrainConfig:
     swept = {entry.split("=")[0] for entry in sweep}
-    architecture = {name: value for name, value in CONFIGS[kind].items() if name not in swept}
+    options = CONFIGS[kind] | (DYING if kind == "relu" else {})
+    architecture = {name: value for name, value in options.items() if name not in swept}
     base = {"architecture": {"kind": kind, **architecture}, "sweep": sweep}
     if "lr" in swept:
         base["lr"] = None
