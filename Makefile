@@ -4,7 +4,7 @@
 #   make test       every test but the slow ones
 #   make test-all   the slow ones too
 #   make check      format, lint, types, layering, docs
-#   make bench      every benchmark; make bench-NAME for one (harvest, train, evaluate, atlas)
+#   make bench      every benchmark; make bench-NAME for one (harvest, train, evaluate, atlas, toy)
 #   make bench-peers  the same rows through SAELens, sparsify and dictionary_learning: an environment for each
 #   make install    .venv with the `sememe` command
 
@@ -74,12 +74,14 @@ PEER_dictionary_learning := dictionary-learning==0.1.0
 	@$(PYTHON) -m venv .venv-peers-$*
 	@PIP_DISABLE_PIP_VERSION_CHECK=1 .venv-peers-$*/bin/python -m pip install --quiet --no-compile \
 	  --constraint constraints.txt $(PEER_$*) 2>.venv-peers-$*/install.log || { cat .venv-peers-$*/install.log; exit 1; }
+	@# A torchvision of another build than torch breaks transformers, which does without one.
+	@.venv-peers-$*/bin/python -m pip uninstall --quiet --yes torchvision 2>/dev/null || true
 	@touch $@
 
 bench-peers: install $(PEERS:%=.venv-peers-%/.installed)
 	@$(BIN)/python benchmarks/bench_peers.py $(ARGS)
 
-bench: bench-harvest bench-train bench-evaluate bench-atlas
+bench: bench-harvest bench-train bench-evaluate bench-atlas bench-toy
 
 clean:
 	rm -rf artifacts .venv-peers-* build dist *.egg-info

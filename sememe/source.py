@@ -17,7 +17,7 @@ from sememe.capture import Rows, captured_rows, first_norms
 from sememe.dictionaries.base import Batch, Site, Sites
 from sememe.errors import ConfigError, HookpointError, ShapeError, TextError
 from sememe.join import JoinedStore
-from sememe.store import Store
+from sememe.store import Store, hold_out
 from sememe.text import Split, TextConfig, TokenPolicy, token_blocks
 
 if TYPE_CHECKING:
@@ -263,19 +263,6 @@ def _permutation(n: int, seed: int, *salt: int) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(mixed))
 
 
-def _fitting(doc_ids: Int[Tensor, " rows"], n: int, seed: int, index: int) -> list[int]:
-    """Documents of a shard, at random, with about n rows together and at most an eighth of the shard's."""
-    documents, counts = doc_ids.unique(return_counts=True)
-    budget, chosen = min(n, doc_ids.shape[0] // 8), []
-    for place in _permutation(len(documents), seed, _HELD, index).tolist():
-        if budget <= 0:
-            break
-        if int(counts[place]) <= max(budget, doc_ids.shape[0] // 16):
-            chosen.append(int(documents[place]))
-            budget -= int(counts[place])
-    return chosen
-
-
 class StoreSource:
     """Batches from a store. Shards are grouped at random, and rows shuffled over each group in memory.
 
@@ -339,33 +326,11 @@ class StoreSource:
         return tuple(sites)
 
     def hold_out(self, n: int) -> Batch:
-        """Rows of whole documents, pieces of one title together, from as few shards as hold enough of them."""
-        n, n_shards = min(n, self.n_rows // MOST_HELD), len(self._shard_rows)
-        titles = {
-            d["id"]: (d["source"], d["title"]) if d["title"] else d["id"] for d in self.store.documents()
-        }
-        alike: dict[Any, list[int]] = {}
-        for number, title in titles.items():
-            alike.setdefault(title, []).append(number)
-        held, rows, n_held = torch.empty(0, dtype=torch.int64), [], 0
-        for index in _permutation(n_shards, self.seed, _HELD).tolist():
-            if n_held >= n:
-                break
-            shard = self.store.read(index, self._names)
-            chosen = _fitting(shard.doc_ids.long(), n - n_held, self.seed, index)
-            whole = [other for number in chosen for other in alike[titles[number]]]
-            held = torch.cat([held, torch.tensor(whole, dtype=torch.int64)]).unique()
-            mine = torch.isin(shard.doc_ids, held)
-            rows.append({name: values[mine] for name, values in shard.activations.items()})
-            n_held += int(mine.sum())
-        self._held = held
-        self._shard_rows = tuple(
-            int((~torch.isin(self.store.columns(index)[1], held)).sum()) for index in range(n_shards)
-        )
+        """Rows of whole documents; all their rows leave the stream, at most a tenth of it."""
+        held = hold_out(self.store, self._names, min(n, self.n_rows // MOST_HELD), self.seed)
+        self._held, self._shard_rows = held.documents, held.shard_rows
         self.n_rows = sum(self._shard_rows)
-        empty = {name: torch.empty(0, self.store.info.hookpoints[name].width) for name in self._names}
-        joined = {name: torch.cat([part[name] for part in rows or [empty]]) for name in self._names}
-        return self._rows(joined, torch.arange(n_held))
+        return self._rows(held.activations, torch.arange(next(iter(held.activations.values())).shape[0]))
 
     def _group(self, epoch: int, group: int) -> tuple[dict[str, Tensor], Tensor]:
         """The rows of a group and the order in which they are drawn."""

@@ -167,3 +167,16 @@ def test_the_command_prints_the_table_and_then_refuses(place, tmp_path, capsys):
     printed = capsys.readouterr()
     assert "interpret" in printed.out and "Lower d_sae to at most" in printed.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_sweep_is_planned_as_one_stage_with_all_its_dictionaries(place, tmp_path):
+    recipe = changed(place, tmp_path, "k = 4\n", "")
+    one = {e.stage.label: e for e in plan(recipe, out=tmp_path / "out").estimates}
+    recipe.write_text(recipe.read_text().replace("epochs = 3", "epochs = 3\nsweep = {k = [2, 4, 8]}"))
+    swept = plan(recipe, out=tmp_path / "out")
+    many = {e.stage.label: e for e in swept.estimates}
+    for label in ("evaluate k2", "interpret k4", "export k8"):
+        assert many[label].needs == one[label.split()[0]].needs
+    assert many["train"].needs.disk == pytest.approx(3 * one["train"].needs.disk)
+    assert many["train"].needs.memory > one["train"].needs.memory
+    assert {knob.name for knob in many["train"].knobs} == {"d_sae", "batch_size"}

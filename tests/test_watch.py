@@ -8,13 +8,14 @@ from test_harvest import config_for
 from test_train import config, planted
 
 from sememe import dictionaries, metrics
+from sememe.dictionaries.topk import TopKConfig
 from sememe.errors import ConfigError
 from sememe.harvest import harvest
 from sememe.probes import CrossEntropy, cross_entropy_of
 from sememe.source import Batch, HoldsOut, LiveSource, StoreSource, TensorSource
 from sememe.toy import PlantedSource, ToyConfig
 from sememe.tracking import read_log
-from sememe.train import train
+from sememe.train import train, train_sweep
 from sememe.train.watch import WATCHED, density_edges, measure
 
 N = 150
@@ -71,13 +72,15 @@ def test_held_out_rows_are_always_the_same_and_never_come(make):
     before = one.n_rows
     held = one.hold_out(N)
     assert torch.equal(held.x, other.hold_out(N).x) and held.target is held.x
-    assert 0 < held.x.shape[0] <= 2 * N and held.x.shape[1] == one.d_in
+    assert 0 < held.x.shape[0] <= N + (before or 0) // 16 and held.x.shape[1] == one.d_in
     seen = keys(one.sample(500).x)
     for _ in range(20 if before is None else -(-before // 100) + 5):  # more than a pass
         seen |= keys(one.next_batch(100).x)
-    assert not seen & keys(held.x)
-    if before is not None:
-        assert one.n_rows < before and len(seen) == one.n_rows
+    shared = len(seen & keys(held.x)) / len(keys(held.x))
+    if isinstance(one, TensorSource):
+        assert shared == 0 and len(seen) == one.n_rows == before - held.x.shape[0]
+    # Elsewhere two rows may well be equal: no feature is active, or the same two tokens begin a context.
+    assert shared < 0.5 and (before is None or one.n_rows <= before - held.x.shape[0])
 
 
 def test_a_store_holds_out_whole_documents(store):
@@ -88,10 +91,13 @@ def test_a_store_holds_out_whole_documents(store):
         shard = store.read(index, ("resid_post.0",))
         for row, document in zip(shard.activations["resid_post.0"].float(), shard.doc_ids, strict=True):
             of.setdefault(row.numpy().tobytes(), set()).add(int(document))
+
+    def documents(rows: set[bytes]) -> set[int]:
+        return set().union(*(of[row] for row in rows if len(of[row]) == 1))
+
     trained = keys(source.next_batch(source.n_rows).x)
-    held_documents = set().union(*(of[row] for row in held))
-    assert held_documents and not held_documents & set().union(*(of[row] for row in trained))
-    assert len(held) <= store.info.n_rows // 8
+    assert documents(held) and not documents(held) & documents(trained)
+    assert source.n_rows >= 0.9 * store.info.n_rows
 
 
 def test_another_seed_holds_out_other_rows(store):
@@ -150,26 +156,14 @@ def test_the_log_agrees_with_a_measurement_afterwards(tmp_path):
         assert sum(line["density"]) + round(line["frac_dead"] * 64) == 64, "every latent is counted once"
 
 
+@torch.no_grad()
 def test_predicting_the_mean_has_fvu_one():
     x = torch.randn(300, 5) + 3
-    rows = Batch(x, x)
-
-    class Mean:
-        d_sae, scale_in, scale_out = 4, torch.tensor(1.0), torch.tensor(1.0)
-
-        def eval(self) -> None: ...
-
-        def encode(self, x):
-            from sememe.encoded import Encoded
-
-            return Encoded.from_topk(
-                torch.zeros(x.shape[0], 1), torch.zeros(x.shape[0], 1, dtype=torch.int32), 4
-            )
-
-        def decode(self, encoded, _):
-            return x.mean(0).expand(encoded.n_rows, -1)
-
-    found = measure(Mean(), rows, 64)
+    dictionary = dictionaries.build(TopKConfig(d_sae=4, k=1), 5, 5)
+    dictionary.W_enc.zero_()
+    dictionary.b_enc.fill_(-1.0)
+    dictionary.b_dec.copy_(x.mean(0))
+    found = measure(dictionary, Batch(x, x), 64)
     assert found["fvu"] == pytest.approx(1.0) and found["frac_dead"] == 1.0 and found["l0"] == 0.0
 
 
@@ -256,6 +250,17 @@ def test_what_cannot_be_watched_is_said(world, lm, tmp_path):
         cross_entropy_of(live, [live.sites], 100, 4)
     with pytest.raises(ConfigError, match="watch_ce_tokens needs a store, or a live run"):
         cross_entropy_of(TensorSource(torch.randn(100, 3)), [None], 100, 4)
+
+
+def test_a_sweep_is_watched_too(tmp_path):
+    _, x = planted()
+    options = {"watch_rows": N, "watch_every": 4000, "sweep": ("lr=1e-3,3e-3",), "lr": None}
+    swept = config("topk", tmp_path / "s", **options)
+    sweep = train_sweep(swept, source=TensorSource(x))
+    alone = config("topk", tmp_path / "d", watch_rows=N, watch_every=4000)
+    train(alone, source=TensorSource(x))
+    logs = [read_log(sweep.path(name) / WATCHED) for name in sweep.names]
+    assert logs[1] == read_log(tmp_path / "d" / WATCHED) != logs[0]
 
 
 # -- in the report -----------------------------------------------------------------------------------

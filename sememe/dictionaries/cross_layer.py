@@ -55,7 +55,7 @@ class CrossLayerConfig(ArchitectureConfig):
     @model_validator(mode="after")
     def _no_inert_option(self) -> Self:
         if self.selection == "topk":
-            names = ("target_l0", "l0_coefficient", "bandwidth", "sparsity_warmup")
+            names: tuple[str, ...] = ("target_l0", "l0_coefficient", "bandwidth", "sparsity_warmup")
             self.check_inert(*names, without="selection is topk")
             if self.auxk_coefficient == 0:
                 self.check_inert("auxk", "dead_after_tokens", without="auxk_coefficient is 0")
@@ -251,7 +251,7 @@ class CrossLayer(Trainable):
             self.b_pre.copy_(geometric_median(x))
             self.b_dec.copy_(geometric_median(target))
             for number, decoder in enumerate(self.decoders):
-                decoder.copy_(unit_rows(*decoder.shape, generator))
+                decoder.copy_(unit_rows(decoder.shape[0], decoder.shape[1], generator))
                 self.encoders[number].copy_(self._read_as_written(number, decoder, generator))
             if self.config.selection == "jumprelu":
                 self._start_thresholds(x)
@@ -265,7 +265,8 @@ class CrossLayer(Trainable):
         own = rows[:, : starts[number + 1] - starts[number]]
         if own.shape[1] != d:
             return unit_rows(n, d, generator).to(rows.device)
-        return own / own.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        units: Tensor = own / own.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        return units
 
     def _start_thresholds(self, x: Float[Tensor, "rows d_in"]) -> None:
         """Quantiles of the sample at which l0 is 4 x the target."""
@@ -288,17 +289,16 @@ class CrossLayer(Trainable):
             return self._loss_jumprelu(x, target, progress)
         config = self.config
         encoded = self.encode(x)
-        recon = self.decode(encoded)
-        residual = target - recon
-        mse = total = residual.square().mean()
+        error = self.decode(encoded) - target
+        mse = total = error.square().mean()
         terms = {"mse": mse.detach()}
         if config.auxk_coefficient > 0:
             dead = torch.nonzero(self.tokens_since_fired > config.dead_after_tokens).view(-1)
             if dead.numel() > 0:
-                auxk = self._auxk(x, residual.detach(), dead)
+                auxk = self._auxk(x, -error.detach(), dead)
                 terms["auxk"] = auxk.detach()
                 total = total + config.auxk_coefficient * auxk
-        return Loss(total, terms, encoded.detach(), recon)
+        return Loss(total, terms, encoded.detach(), error)
 
     def _auxk(
         self, x: Float[Tensor, "batch d_in"], residual: Float[Tensor, "batch d_out"], dead: Int[Tensor, " n"]
@@ -326,12 +326,12 @@ class CrossLayer(Trainable):
         near = self._encode_above(x, (threshold.detach() - width / 2).clamp_min(0))
         acts, open_ = Jump.apply(near.acts, threshold.index_select(0, near.indices), width)  # type: ignore[no-untyped-call]
         encoded = near.with_acts(acts)
-        recon = self.decode(encoded)
-        mse = (target - recon).square().mean()
+        error = self.decode(encoded) - target
+        mse = error.square().mean()
         penalty = (open_.sum() / encoded.n_rows / config.target_l0 - 1).square()
         warm = min(1.0, progress / config.sparsity_warmup) if config.sparsity_warmup else 1.0
         total = mse + config.l0_coefficient * warm * penalty
-        return Loss(total, {"mse": mse.detach(), "penalty": penalty.detach()}, encoded.detach(), recon)
+        return Loss(total, {"mse": mse.detach(), "penalty": penalty.detach()}, encoded.detach(), error)
 
     @torch.no_grad()
     def reset_latents(

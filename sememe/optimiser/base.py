@@ -111,6 +111,10 @@ class Optimiser(abc.ABC):
             if name in self.non_negative:
                 for tensor in (rows, *self._points(name)):
                     tensor.clamp_(min=0)
+                if name in self.unit_norm:
+                    norms = rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
+                    # a frozen row keeps every bit: dividing it by a norm of nearly 1 would not
+                    rows.div_(norms if frozen is None else norms.masked_fill(frozen[:, None], 1.0))
             param.grad = None
 
     def _points(self, name: str) -> tuple[Tensor, ...]:
@@ -123,7 +127,8 @@ class Optimiser(abc.ABC):
             return 1.0
         grads = [param.grad for param in self.parameters.values() if param.grad is not None]
         norm = torch.stack([grad.norm() for grad in grads]).norm()
-        return (self.clip / norm.clamp_min(1e-12)).clamp_max(1.0)
+        scale: Tensor = (self.clip / norm.clamp_min(1e-12)).clamp_max(1.0)
+        return scale
 
     def forget(self, ids: Int[Tensor, " n"]) -> None:
         """Begin anew for latents that were changed from outside: encoder, decoder and biases."""

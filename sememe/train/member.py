@@ -144,11 +144,13 @@ class Member:
         """A step's numbers for the log, read from the device."""
         loss, target, lr = stepped
         values = {name: float(term) for name, term in loss.terms.items()}
+        if loss.encoded.overflow is not None:
+            values["overflow_steps"] = float(self.dictionary.overflow_steps)
         variance = float((target - target.mean(0)).square().mean())
         values |= {
             "loss": float(loss.total.detach()),
             "fvu": values["mse"] / max(variance, 1e-12),
-            **fvu_by_site(self.dictionary.sites, target, loss.recon),
+            **fvu_by_site(self.dictionary.sites, target, loss.error),
             "l0": float(loss.encoded.l0().float().mean()),
             "frac_silent": float((self.dictionary.tokens_since_fired > 100_000).float().mean()),
             "lr": lr,
