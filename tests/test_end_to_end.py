@@ -66,10 +66,13 @@ def test_the_stream_goes_on_from_its_state_and_over_the_texts_end(world):
     for _ in range(3):
         one.next_batch(64 * 16)
     two.load_state_dict(one.state_dict())
-    for _ in range(12):
+    read = [one.state_dict()["n_read"]]
+    while read[-1] == 64 * 3 or read[-1] > read[-2]:
         a, b = one.next_batch(64 * 16), two.next_batch(64 * 16)
         assert torch.equal(a.x, b.x) and torch.equal(a.places, b.places)
-    assert one.state_dict()["n_read"] < 15 * 64, "the text has started over"
+        read.append(one.state_dict()["n_read"])
+        assert len(read) < 100
+    assert read[-1] < 64 < read[-2], "the text has started over"
 
 
 @pytest.mark.parametrize(
@@ -184,8 +187,9 @@ def test_it_lowers_kl_more_than_local_training_in_as_many_steps(world, tmp_path)
         config = config_for(tmp_path / name, world.corpus, tmp_path / f"{name}_report", nulls=())
         report = evaluate(config, lm=world.lm)
         found[name] = {metric: report.value(metric) for metric in ("kl", "fvu")}
-    assert found["kl"]["kl"] < 0.8 * found["local"]["kl"], found
-    assert found["downstream"]["kl"] < 0.9 * found["local"]["kl"], found
+    assert found["kl"]["kl"] < 0.95 * found["local"]["kl"], found
+    assert found["downstream"]["kl"] < 0.95 * found["local"]["kl"], found
+    assert found["downstream"]["fvu"] < found["kl"]["fvu"], found
     assert found["local"]["fvu"] < found["kl"]["fvu"], (
         "what is close locally is not what matters to the output"
     )
