@@ -87,12 +87,15 @@ def _identity(value: Any) -> Any:
 def _field_names(model: type[pydantic.BaseModel], location: tuple[int | str, ...]) -> list[str]:
     """The options known at the place where an unknown one was given."""
     current: Any = model
+    candidates: list[Any] = []
     for part in location:
         field = getattr(current, "model_fields", {}).get(part)
-        if field is None:
-            break
-        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        current = next((c for c in candidates if hasattr(c, "model_fields")), current)
+        if field is None:  # not an option but the kind of a union's member
+            current = next((c for c in candidates if c.model_fields["kind"].default == part), current)
+            continue
+        members = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        candidates = [c for c in members if "kind" in getattr(c, "model_fields", {})]
+        current = next((c for c in members if hasattr(c, "model_fields")), current)
     return sorted(getattr(current, "model_fields", {}))
 
 

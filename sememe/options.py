@@ -6,6 +6,7 @@ The command line's flags and a sweep's options bear these names.
 from __future__ import annotations
 
 import inspect
+import types
 import typing
 from typing import Annotated, Any, NamedTuple
 
@@ -40,10 +41,21 @@ def _plain(annotation: Any) -> Any:
     return annotation
 
 
+def _union(annotation: Any) -> tuple[type[Config], ...]:
+    """The config classes that a union has to choose from by their `kind`; none if it is no such union."""
+    is_union = isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union
+    members = typing.get_args(annotation) if is_union else ()
+    if all(_config_type(member) is not None and "kind" in member.model_fields for member in members):
+        return members
+    return ()
+
+
 def flags_of(config: type[Config], choices: dict[str, type[Config]] | None = None) -> list[Flag]:
     """Every option of a config, nested ones too, each with a name of its own.
 
     An option keeps its own name unless one that lies less deep has it; then its parent's name goes before it.
+    A union of configs that is not among the choices becomes a flag of its own name, for the kind, and the options
+    of all its members; one that does not belong to the kind is refused by the config.
 
     Args:
         config: The config class.
@@ -55,7 +67,7 @@ def flags_of(config: type[Config], choices: dict[str, type[Config]] | None = Non
     taken: set[str] = set()
     named = []
     for flag in found:
-        name = flag.path[-1]
+        name = flag.name or flag.path[-1]
         if name in taken:
             name = "_".join(flag.path[-2:])
         assert name not in taken, f"two options are called {name}"
@@ -70,8 +82,19 @@ def _collect(
     for name, field in config.model_fields.items():
         chosen = choices.get(name)
         inner = chosen or _config_type(_plain(field.annotation))
+        members = () if inner is not None else _union(_plain(field.annotation))
         if inner is not None:
             _collect(inner, (*path, name), {}, found)
+        elif members:
+            kinds = tuple(member.model_fields["kind"].default for member in members)
+            kind = getattr(field.default, "kind", kinds[0])
+            found.append(
+                Flag(name, (*path, name, "kind"), typing.Literal[kinds], kind, field.description or "")
+            )
+            options: list[Flag] = []
+            for member in members:
+                _collect(member, (*path, name), {}, options)
+            found += {option.path: option for option in reversed(options)}.values()
         elif name != "kind":
             default = field.default if field.default is not PydanticUndefined else inspect.Parameter.empty
             if field.default_factory is not None:

@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sememe.capture import Rows, captured_rows, first_norms
 from sememe.dictionaries.base import Batch, Site, Sites
 from sememe.errors import ConfigError, HookpointError, ShapeError, TextError
-from sememe.store import Store
+from sememe.join import JoinedStore
+from sememe.store import Store, hold_out
 from sememe.text import Split, TextConfig, TokenPolicy, token_blocks
 
 if TYPE_CHECKING:
@@ -140,6 +141,9 @@ class TensorSource:
         x: The rows.
         seed: Of the order.
         target: What to reconstruct; x itself if not given.
+        sites: Where in which model the rows come from.
+        max_norm_ratio: Leave out rows of x whose Euclidean norm is more than this many times the median
+            (attention sinks; the token policy of stores and live runs takes 5). All rows are kept if not given.
     """
 
     def __init__(
@@ -148,9 +152,19 @@ class TensorSource:
         seed: int = 0,
         target: Float[Tensor, "rows d_out"] | None = None,
         sites: Sites | None = None,
+        max_norm_ratio: float | None = None,
     ) -> None:
         if x.dim() != 2 or x.shape[0] == 0:
             raise ShapeError("x must have shape (rows, d_in) with rows >= 1", tuple(x.shape), "Flatten it.")
+        if max_norm_ratio is not None:
+            if max_norm_ratio < 1:
+                raise ConfigError(
+                    "max_norm_ratio must be >= 1: half of the rows lie above the median",
+                    max_norm_ratio,
+                    "Raise it.",
+                )
+            sites, kept = _without_outliers(x, sites, max_norm_ratio)
+            x, target = x[kept], None if target is None else target[kept]
         self.x, self.target, self.seed, self.sites = x, target, seed, sites
         self.d_in, self.n_rows = x.shape[1], int(x.shape[0])
         self.d_out = self.d_in if target is None else target.shape[1]
@@ -201,6 +215,25 @@ class TensorSource:
         self._cursor.load(state)
 
 
+def _without_outliers(
+    x: Float[Tensor, "rows d_in"], sites: Sites | None, ratio: float
+) -> tuple[Sites | None, Bool[Tensor, " rows"]]:
+    """Sites that know their largest norm, and which rows exceed it at none of them."""
+    kept = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
+    inputs = []
+    for site in (None,) if sites is None else sites.inputs:
+        part = x if site is None else x[:, site.start : site.stop]
+        norms = torch.linalg.vector_norm(part, dim=1, dtype=torch.float32)
+        max_norm = ratio * float(norms.median())
+        kept &= norms <= max_norm
+        if site is not None:
+            inputs.append(site.replace(max_norm=max_norm))
+    if sites is None:
+        return None, kept
+    outputs = tuple(inputs) if sites.outputs == sites.inputs else sites.outputs
+    return Sites(inputs=tuple(inputs), outputs=outputs), kept
+
+
 class _Cursor:
     """Where a shuffled stream stands: pass, group within the pass, row within the group."""
 
@@ -234,7 +267,7 @@ class StoreSource:
     """Batches from a store. Shards are grouped at random, and rows shuffled over each group in memory.
 
     Args:
-        store: The store.
+        store: The store, or several joined.
         inputs: Hookpoints whose concatenation is x; the store's only one if not given.
         outputs: Hookpoints whose concatenation is the target; the inputs if not given.
         seed: Of the order.
@@ -243,7 +276,7 @@ class StoreSource:
 
     def __init__(
         self,
-        store: Store,
+        store: Store | JoinedStore,
         inputs: tuple[str, ...] | None = None,
         outputs: tuple[str, ...] | None = None,
         seed: int = 0,
@@ -251,19 +284,21 @@ class StoreSource:
     ) -> None:
         known = tuple(store.info.hookpoints)
         if inputs is None:
-            if len(known) > 1:
+            if len({store.origin(name)[1] for name in known}) > 1:
                 raise HookpointError(
                     "a hookpoint must be chosen when the store holds several",
                     ", ".join(known),
                     "Pass --inputs with one or more of them.",
                 )
             inputs = known
-        store.check_hookpoints((*inputs, *(outputs or ())))
-        self.store, self.inputs, self.outputs, self.seed = store, inputs, outputs or inputs, seed
+        inputs = store.expand(inputs)
+        outputs = inputs if outputs is None else store.expand(outputs)
+        self.store, self.inputs, self.outputs, self.seed = store, inputs, outputs, seed
         self.sites = Sites(inputs=self._make_sites(self.inputs), outputs=self._make_sites(self.outputs))
         self.d_in, self.d_out = self.sites.inputs[-1].stop, self.sites.outputs[-1].stop
         self.n_rows = store.info.n_rows
-        width = sum(store.info.hookpoints[name].width for name in self.sites.hookpoints)
+        self._names = tuple(dict.fromkeys((*self.inputs, *self.outputs)))
+        width = sum(store.info.hookpoints[name].width for name in self._names)
         shard_bytes = 2 * width * max(store.info.shard_rows)
         self.group_shards = max(1, group_mb * 2**20 // shard_bytes)
         n_groups = -(-len(store.info.shards) // self.group_shards)
@@ -276,11 +311,12 @@ class StoreSource:
         sites, start = [], 0
         for name in names:
             point = self.store.info.hookpoints[name]
+            info, hookpoint = self.store.origin(name)
             sites.append(
                 Site(
-                    model=self.store.info.model,
-                    model_fingerprint=self.store.info.model_fingerprint,
-                    hookpoint=name,
+                    model=info.model,
+                    model_fingerprint=info.model_fingerprint,
+                    hookpoint=hookpoint,
                     start=start,
                     stop=start + point.width,
                     max_norm=point.max_norm,
@@ -291,7 +327,7 @@ class StoreSource:
 
     def hold_out(self, n: int) -> Batch:
         """Rows of whole documents; all their rows leave the stream, at most a tenth of it."""
-        held = self.store.hold_out(self.sites.hookpoints, min(n, self.n_rows // MOST_HELD), self.seed)
+        held = hold_out(self.store, self._names, min(n, self.n_rows // MOST_HELD), self.seed)
         self._held, self._shard_rows = held.documents, held.shard_rows
         self.n_rows = sum(self._shard_rows)
         return self._rows(held.activations, torch.arange(next(iter(held.activations.values())).shape[0]))
@@ -305,11 +341,11 @@ class StoreSource:
             total = sum(self._shard_rows[index] for index in picked)
             rows = {
                 name: torch.empty(total, self.store.info.hookpoints[name].width, dtype=torch.bfloat16)
-                for name in self.sites.hookpoints
+                for name in self._names
             }
             start = 0
             for index in picked:
-                shard = self.store.read(index, self.sites.hookpoints)
+                shard = self.store.read(index, self._names)
                 stop = start + self._shard_rows[index]
                 keep = None if self._held is None else ~torch.isin(shard.doc_ids, self._held)
                 for name, values in shard.activations.items():

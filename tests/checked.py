@@ -16,7 +16,16 @@ from jaxtyping import install_import_hook
 
 __all__ = ["UNCHECKED", "check", "install"]
 
-UNCHECKED = {"sememe.collect.loops", "sememe.explain.loops", "sememe.kernels.cpu", "sememe.kernels.gpu"}
+UNCHECKED = {
+    "sememe.collect.loops",
+    "sememe.explain.loops",
+    "sememe.kernels.cpu.loops",
+    "sememe.kernels.cpu.steps",
+    "sememe.kernels.gpu.optimiser",
+    "sememe.kernels.gpu.selection",
+    "sememe.kernels.gpu.sparse",
+    "sememe.kernels.pursuit",
+}
 """numba and Triton compile a function's source, which a checked function no longer is."""
 
 _typed = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float, as in PEP 484

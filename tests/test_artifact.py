@@ -3,10 +3,12 @@
 import errno
 import json
 import os
+import platform
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -114,7 +116,9 @@ with artifact.building(Path({str(tmp_path)!r}) / "a", kind="thing", version=1, c
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    with pytest.raises(LockError, match=rf"held by process {process.pid}"):
+    with pytest.raises(
+        LockError, match=rf"held by process {process.pid} on {platform.node()} since \d{{4}}-"
+    ):
         build(tmp_path / "a")
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -227,3 +231,56 @@ def test_a_lock_frees_itself(tmp_path):
     build(tmp_path / "a")
     build(tmp_path / "a", fresh=True)
     assert time.monotonic() - started < 5
+
+
+def test_a_lock_file_that_its_owner_deleted_guards_nothing(tmp_path):
+    """Opened by a second run just before the first one ends: it must not share the folder with a third."""
+    path = tmp_path / "a"
+    opened, ended = threading.Event(), threading.Event()
+    flock = artifact.fcntl.flock
+
+    def late(file, how):
+        if threading.current_thread() is not threading.main_thread() and not opened.is_set():
+            opened.set()
+            assert ended.wait(10)
+        flock(file, how)
+
+    seen = []
+
+    def second():
+        with artifact.building(path, kind="thing", version=1, config=Plain(), parents={}):
+            seen.append(path.with_name(".a.lock").exists())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(artifact.fcntl, "flock", late)
+        with artifact.building(path, kind="thing", version=1, config=Plain(), parents={}):
+            thread = threading.Thread(target=second)
+            thread.start()
+            assert opened.wait(10)
+        ended.set()
+        thread.join()
+    assert seen == [True]
+
+
+def test_what_differs_is_named(tmp_path):
+    build(tmp_path / "a", parents={"store": "abc"})
+    with pytest.raises(
+        MismatchError, match=r'\(parents\.store "abc" there, "def" now; size 3 there, 4 now\)'
+    ):
+        build(tmp_path / "a", size=4, parents={"store": "def"})
+    with (
+        pytest.raises(RuntimeError),
+        artifact.building(
+            tmp_path / "b", kind="thing", version=1, config=Plain(), parents={}, resumable=True
+        ),
+    ):
+        raise RuntimeError
+    with pytest.raises(MismatchError, match=r"the unfinished work at .*\(size 3 there, 5 now\)"):
+        build(tmp_path / "b", size=5, resumable=True)
+    with (
+        pytest.raises(MismatchError, match=r"\(another version of sememe's verb\)"),
+        artifact.building(
+            tmp_path / "b", kind="thing", version=2, config=Plain(), parents={}, resumable=True
+        ),
+    ):
+        pass

@@ -118,3 +118,30 @@ def test_errors_are_one_line_with_the_right_code(arguments, code, message, capsy
 
 def test_completion_can_be_installed():
     assert "complet" in app.generate_completion(shell="bash").lower()
+
+
+def test_a_sweep_from_the_command_line(tmp_path, capsys):
+    common = [
+        "toy",
+        "topk",
+        "--n-tokens",
+        "4096",
+        "--d-sae",
+        "32",
+        "--batch-size",
+        "256",
+        "--planted-d",
+        "16",
+    ]
+    sweep = ["--sweep", "k=2,3", "--sweep", "seed=0,1", "--out", str(tmp_path / "s")]
+    assert _run([*common, *sweep]) == 0
+    out = capsys.readouterr().out
+    for name in ("k2-seed0", "k2-seed1", "k3-seed0", "k3-seed1"):
+        assert (
+            tmp_path / "s" / name / "meta.json"
+        ).is_file() and f"topk dictionary: {tmp_path}/s/{name}" in out
+    assert out.count("recall (mmcs") == 4
+    assert _run([*common, "--sweep", "ks=2,3", "--out", str(tmp_path / "t")]) == 2
+    assert capsys.readouterr().err.startswith(
+        "sememe: a sweep must be over an option of a topk dictionary, got 'ks'. Did you mean 'k'"
+    )

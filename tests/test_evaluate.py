@@ -240,8 +240,14 @@ def test_several_outputs_are_spliced_at_once(tmp_path: Path, corpus: Path, lm: L
         config_for(identity(lm, tmp_path / "d", both), corpus, tmp_path / "r", nulls=("pca",)), lm=lm
     )
     assert found.value("kl") == 0 and found.value("ce_recovered_zero") == 1
+    by_site = found.data["by_site"]
+    assert {name: values["fvu"]["value"] for name, values in by_site.items()} == {
+        HOOKPOINT: 0,
+        "resid_post.2": 0,
+    }
     last = zeros(lm, tmp_path / "d2", autoencoder(lm, "resid_post.2"))
     only_last = evaluate(config_for(last, corpus, tmp_path / "r2", nulls=()), lm=lm)
+    assert "by_site" not in only_last.data
     assert found.value("ce_zero") == pytest.approx(only_last.value("ce_zero"), abs=0.5)
 
 

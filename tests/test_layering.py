@@ -22,8 +22,8 @@ LAYERS = [
     ["dictionaries"],
     ["text", "toy", "formats", "atlas", "lm", "optimiser"],
     ["store", "splice", "figures", "collect"],
-    ["capture"],
-    ["source"],
+    ["capture", "join"],
+    ["source", "end_to_end"],
     ["probes"],
     [
         "harvest", "train", "evaluate", "compare", "interpret", "explain",

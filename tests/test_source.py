@@ -5,6 +5,7 @@ import torch
 from small_world import POLICY, load_model, text_of, write_corpus, write_model
 from test_harvest import config_for
 
+from sememe.dictionaries import Site, Sites
 from sememe.errors import ConfigError, HookpointError, ShapeError
 from sememe.harvest import harvest
 from sememe.source import LiveSource, Source, StoreSource, TensorSource
@@ -138,3 +139,22 @@ def test_errors(store, lm, world):
     )
     with pytest.raises(ConfigError, match="batch_size must be <= half the buffer"):
         live.next_batch(10**6)
+
+
+def test_a_tensor_source_leaves_out_norm_outliers_and_says_where_it_cut():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.nn.functional.normalize(torch.randn(100, 8, generator=generator), dim=1)
+    x[[3, 70]] *= 50
+    target = torch.arange(100.0)[:, None].repeat(1, 2)
+    site = Site(model="m", model_fingerprint="f", hookpoint="resid_post.0", start=0, stop=8)
+    sites = Sites(inputs=(site,), outputs=(site,))
+    source = TensorSource(x, target=target, sites=sites, max_norm_ratio=5.0)
+    batch = source.next_batch(98)
+    assert source.n_rows == 98 and sorted(batch.target[:, 0].tolist()) == [
+        float(i) for i in range(100) if i not in (3, 70)
+    ]
+    assert source.sites is not None
+    assert source.sites.inputs[0].max_norm == source.sites.outputs[0].max_norm == pytest.approx(5.0)
+    assert TensorSource(x).n_rows == 100 and TensorSource(x, max_norm_ratio=5.0).sites is None
+    with pytest.raises(ConfigError, match="max_norm_ratio must be >= 1"):
+        TensorSource(x, max_norm_ratio=0.5)

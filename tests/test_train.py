@@ -12,30 +12,42 @@ import pytest
 import torch
 from small_world import POLICY, load_model, text_of, write_corpus, write_model
 from test_harvest import config_for
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sememe import artifact, dictionaries
 from sememe.checkpoint import load_checkpoint, save_checkpoint
 from sememe.dictionaries import TRAINABLE
-from sememe.dictionaries.relu import ReLUConfig
 from sememe.errors import ActivationError, ConfigError, CorruptError, MismatchError, ResourceError
 from sememe.harvest import harvest
 from sememe.metrics import mmcs
-from sememe.source import TensorSource
+from sememe.source import Batch, TensorSource
 from sememe.store import open_store
 from sememe.tracking import Log, read_log
-from sememe.train import TrainConfig, dead, learning_rate, train
+from sememe.train import TrainConfig, learning_rate, train
+from sememe.train.member import Member, Spec
 from sememe.train.schedule import Plan
 
 _RESAMPLED = {"d_sae": 64, "resample_after_tokens": 500, "rewarmup_steps": 5}
 CONFIGS: dict[str, dict[str, Any]] = {
     kind: {"k": 3, "d_sae": 64, "dead_after_tokens": 2000}
-    for kind in ("topk", "batch_topk", "matryoshka", "multi_topk", "abs_topk")
+    for kind in (
+        "topk",
+        "batch_topk",
+        "matryoshka",
+        "multi_topk",
+        "abs_topk",
+        "matching_pursuit",
+        "mlp_encoder",
+    )
 } | {
+    "cross_layer": {"k": 4, "d_sae": 64, "n_layers": 2, "over": "all", "dead_after_tokens": 2000},
     "group_max": {"k": 4, "d_sae": 64, "dead_after_tokens": 2000},
     "relu": _RESAMPLED | {"l1_coefficient": 0.05},
     "gated": _RESAMPLED | {"l1_coefficient": 0.05},
     "tied": _RESAMPLED | {"l1_coefficient": 0.05},
     "p_anneal": _RESAMPLED | {"l1_coefficient": 0.05},
+    "lista": _RESAMPLED | {"l1_coefficient": 0.05},
+    "variational": _RESAMPLED | {"prior_l0": 3.0},
     "jumprelu": _RESAMPLED | {"target_l0": 3.0, "bandwidth": 0.05},
 }
 
@@ -219,7 +231,7 @@ def test_a_checkpoint_of_other_threads_or_config_is_refused(tmp_path):
         MismatchError, match="must go on with the threads, kernels and torch it was made with"
     ):
         train(made.replace(threads=2), source=TensorSource(x))
-    with pytest.raises(MismatchError, match="unfinished work"):
+    with pytest.raises(MismatchError, match=r"unfinished work .* \(lr 0\.003 there, 0\.001 now\)"):
         train(made.replace(lr=1e-3), source=TensorSource(x))
     path = next((tmp_path / ".d.partial").glob("checkpoint-*.safetensors"))
     content = bytearray(path.read_bytes())
@@ -269,41 +281,6 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
         train(config("topk", tmp_path / "e"), source=TensorSource(bad))
 
 
-def test_relu_resampling_revives_silent_latents_and_forgets_their_moments(tmp_path, monkeypatch):
-    _, x = planted()
-    architecture = ReLUConfig(
-        d_sae=64, l1_coefficient=0.05, resample_at=(0.5,), resample_after_tokens=1000, rewarmup_steps=5
-    )
-    seen = {}
-    original = dead.resample
-    initialise = TRAINABLE["relu"].initialise
-
-    def half_dead(dictionary, x, target, generator):
-        initialise(dictionary, x, target, generator)
-        with torch.no_grad():
-            dictionary.b_enc[:10] = -1000.0
-
-    monkeypatch.setattr(TRAINABLE["relu"], "initialise", half_dead)
-
-    def watch(run, rows):
-        silent = run.dictionary.tokens_since_fired > 1000
-        original(run, rows)
-        seen["silent"] = silent
-        seen["moments"] = [
-            m[0][silent].abs().sum().item() for m in run.optimiser.moments.values() if m[0].shape[0] == 64
-        ]
-        seen["norms"] = run.dictionary.W_dec[silent].norm(dim=1)
-
-    monkeypatch.setattr(dead, "resample", watch)
-    made = train(
-        config("relu", tmp_path / "d", architecture=architecture, n_tokens=100 * 256), source=TensorSource(x)
-    )
-    assert seen["silent"][:10].all()
-    assert (made.encode(x).to_dense()[:, :10] > 0).any(), "a revived latent fires"
-    assert max(seen["moments"]) == 0.0
-    torch.testing.assert_close(seen["norms"], torch.ones_like(seen["norms"]))
-
-
 def test_the_learning_rate_rises_falls_and_rewarms():
     made = TrainConfig(warmup=0.1, decay=0.2, n_tokens=1)
     plan = Plan(100, 1.0, (50,), 10)
@@ -312,6 +289,9 @@ def test_the_learning_rate_rises_falls_and_rewarms():
     assert rates[-1] == pytest.approx(0.05) and rates == sorted(rates[:50]) + sorted(rates[50:], reverse=True)
     assert plan.rate(50, made, 0) == pytest.approx(0.1) and plan.rate(60, made, 10) == 1.0
     assert learning_rate(TrainConfig(), 4096) == pytest.approx(4 * learning_rate(TrainConfig(), 65536))
+    free = TrainConfig.build({"n_tokens": 1, "optimiser": {"kind": "signum"}})
+    assert plan.rate(99, free, None) == 1.0 and plan.rate(99, free.replace(decay=0.2), None) < 0.1
+    assert learning_rate(free, 2**14) == pytest.approx(5e-3)
 
 
 def test_a_store_feeds_training_and_the_dictionary_remembers_it(tmp_path):
@@ -398,3 +378,74 @@ def test_checkpoints_round_trip_and_replace_each_other(tmp_path):
     assert torch.equal(loaded["b"]["c"], state["b"]["c"]) and loaded["b"]["none"] is None
     assert load_checkpoint(tmp_path / "nowhere") is None
     assert dictionaries.TRAINABLE
+
+
+def test_a_source_that_ends_early_says_where(tmp_path):
+    _, x = planted(1000)
+
+    class Once(TensorSource):
+        """A single pass, as a file or a queue would give it."""
+
+        def next_batch(self, n):
+            start = self._cursor.epoch * 1000 + self._cursor.offset
+            self._cursor.offset = min(start + n, 1000)
+            rows = self.x[start : start + n]
+            return Batch(rows, rows)
+
+    with pytest.raises(
+        ActivationError,
+        match=r"must give the 10,240 rows of this run \(n_tokens\), got 1,000: it ended at step 4 of 40\. "
+        r"Train on fewer \(--n-tokens 768\)",
+    ):
+        train(config("topk", tmp_path / "d"), source=Once(x))
+    assert not (tmp_path / "d").exists()
+    made = train(config("topk", tmp_path / "d", n_tokens=768), source=Once(x), fresh=True)
+    assert made.d_in == 16
+
+
+def test_the_first_bad_step_is_told_even_when_it_is_read_later(tmp_path):
+    _, x = planted()
+
+    class OneBadBatch(TensorSource):
+        n = 0
+
+        def next_batch(self, n):
+            self.n += 1
+            batch = super().next_batch(n)
+            if self.n == 13:
+                batch.x[0, 0] = float("inf")
+            return batch
+
+    with pytest.raises(ActivationError, match=r"first at step 13, on rows 3,072 to 3,327 of the stream"):
+        train(config("topk", tmp_path / "d", log_every=20), source=OneBadBatch(x))
+    assert load_checkpoint(tmp_path / ".d.partial") is None
+
+
+class Reads(TorchDispatchMode):
+    """Counts the operations that make the host wait for the device."""
+
+    waiting = ("_local_scalar_dense", "is_nonzero", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket.__name__ in self.waiting:
+            self.found.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["topk", "relu", "gated"])
+def test_a_step_reads_nothing_from_the_device(kind):
+    _, x = planted(512)
+    made = config(kind, Path("nowhere"))
+    member = Member(Spec("dictionary", made, 16, 16, None, None), 40, torch.device("cpu"))
+    member.initialise(Batch(x, x))
+    member.train_step(Batch(x[:256], x[:256]))
+    with Reads() as reads:
+        stepped = member.train_step(Batch(x[256:], x[256:]))
+    assert reads.found == []
+    with Reads() as reads:
+        member.metrics(stepped)
+    assert reads.found, "the log does"

@@ -85,6 +85,10 @@ def command(
                 _put(data, by_name[name].path, value)
             else:
                 options[name] = value
+        for flag in flags:
+            # an option of a union without its kind: that of the default
+            if flag.path[-1] == "kind" and _get(data, flag.path[:-1]) is not None:
+                _put(data, flag.path, _get(data, flag.path) or flag.default)
         for path, value in (fixed or {}).items():
             _put(data, tuple(path.split(".")), value)
         return verb(config.build(data), **options)
@@ -101,3 +105,10 @@ def _put(data: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
     for key in path[:-1]:
         data = data.setdefault(key, {})
     data[path[-1]] = value
+
+
+def _get(data: dict[str, Any], path: tuple[str, ...]) -> Any:
+    """What lies at a path; None if nothing does."""
+    for key in path[:-1]:
+        data = data.get(key, {})
+    return data.get(path[-1])

@@ -12,20 +12,35 @@ from pydantic import Field
 
 from sememe import artifact
 from sememe.dictionaries.abs_topk import AbsTopK, AbsTopKConfig
-from sememe.dictionaries.base import ArchitectureConfig, Constraints, Dictionary, Loss, Site, Sites, Trainable
+from sememe.dictionaries.base import (
+    ArchitectureConfig,
+    Constraints,
+    Dictionary,
+    Loss,
+    Resampling,
+    Site,
+    Sites,
+    Trainable,
+)
 from sememe.dictionaries.batch_topk import BatchTopK, BatchTopKConfig
+from sememe.dictionaries.cross_layer import CrossLayer, CrossLayerConfig
 from sememe.dictionaries.gated import Gated, GatedConfig
 from sememe.dictionaries.group_max import GroupMax, GroupMaxConfig
 from sememe.dictionaries.identity import Identity
 from sememe.dictionaries.jumprelu import JumpReLU, JumpReLUConfig
+from sememe.dictionaries.lista import LISTA, LISTAConfig
+from sememe.dictionaries.matching_pursuit import MatchingPursuit, MatchingPursuitConfig
 from sememe.dictionaries.matryoshka import Matryoshka, MatryoshkaConfig
+from sememe.dictionaries.mlp_encoder import MLPEncoder, MLPEncoderConfig
 from sememe.dictionaries.multi_topk import MultiTopK, MultiTopKConfig
 from sememe.dictionaries.p_anneal import PAnneal, PAnnealConfig
 from sememe.dictionaries.pca import PCA
 from sememe.dictionaries.random_directions import RandomDirections
 from sememe.dictionaries.relu import ReLU, ReLUConfig
+from sememe.dictionaries.resampling import ResamplingConfig
 from sememe.dictionaries.tied import Tied, TiedConfig
 from sememe.dictionaries.topk import TopK, TopKConfig
+from sememe.dictionaries.variational import Variational, VariationalConfig
 from sememe.errors import ArtifactError, nearest
 
 __all__ = [
@@ -36,6 +51,8 @@ __all__ = [
     "Constraints",
     "Dictionary",
     "Loss",
+    "Resampling",
+    "ResamplingConfig",
     "Site",
     "Sites",
     "Trainable",
@@ -50,11 +67,16 @@ Architecture = Annotated[
     | MultiTopKConfig
     | AbsTopKConfig
     | GroupMaxConfig
+    | MatchingPursuitConfig
+    | MLPEncoderConfig
     | ReLUConfig
     | JumpReLUConfig
     | GatedConfig
     | TiedConfig
-    | PAnnealConfig,
+    | PAnnealConfig
+    | LISTAConfig
+    | VariationalConfig
+    | CrossLayerConfig,
     Field(discriminator="kind"),
 ]
 """The config of any architecture that can be trained, told apart by `kind`."""
@@ -66,11 +88,16 @@ TRAINABLE: dict[str, type[Trainable]] = {
     "multi_topk": MultiTopK,
     "abs_topk": AbsTopK,
     "group_max": GroupMax,
+    "matching_pursuit": MatchingPursuit,
+    "mlp_encoder": MLPEncoder,
     "relu": ReLU,
     "jumprelu": JumpReLU,
     "gated": Gated,
     "tied": Tied,
     "p_anneal": PAnneal,
+    "lista": LISTA,
+    "variational": Variational,
+    "cross_layer": CrossLayer,
 }
 
 REGISTRY: dict[str, type[Dictionary]] = {

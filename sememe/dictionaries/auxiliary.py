@@ -1,14 +1,24 @@
-"""AuxK: how dead latents get a gradient in architectures without a penalty. Knows no selection rule."""
+"""Auxiliary losses that give dead latents a gradient: AuxK and ghost gradients. Know no selection rule, no penalty.
+
+Dense over the dead subset only; where that is large, over some rows at a time, which are computed again for the
+gradient.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from sememe.dictionaries.linear import Linear
 
-__all__ = ["auxk_loss"]
+__all__ = ["auxk_loss", "ghost_loss"]
+
+GROUP_ENTRIES = 2**24
+"""Pre-activations of dead latents held at a time: 64 MB in float32."""
 
 
 def auxk_loss(
@@ -21,8 +31,6 @@ def auxk_loss(
     signed: bool = False,
 ) -> Float[Tensor, ""]:
     """How badly the strongest dead latents reconstruct what the live ones leave over, in [0, 1] or so.
-
-    Dense over the dead subset only.
 
     Args:
         dictionary: Whose encoder and decoder.
@@ -37,10 +45,69 @@ def auxk_loss(
     """
     residual = residual.detach()
     k = min(k or max(dictionary.d_in // 2, 1), dead.numel())
-    pre_acts = (x - dictionary.b_pre) @ dictionary.W_enc[:, dead] + dictionary.b_enc[dead]
-    strength = pre_acts.detach().abs() if signed else pre_acts.detach()
-    columns = strength.topk(k, dim=1, sorted=False).indices
-    values = pre_acts.gather(1, columns)
-    sparse = torch.zeros_like(pre_acts).scatter(1, columns, values if signed else torch.relu(values))
-    recon = sparse @ dictionary.W_dec[dead]
-    return (residual - recon).square().mean() / residual.square().mean().clamp_min(1e-12)
+    reads, W_dec = dictionary.pre_acts_of(dead), dictionary.W_dec[dead]
+
+    def squared_error(x: Tensor, residual: Tensor) -> Tensor:
+        pre_acts = reads(x)
+        strength = pre_acts.detach().abs() if signed else pre_acts.detach()
+        columns = strength.topk(k, dim=1, sorted=False).indices
+        kept = torch.zeros_like(pre_acts, dtype=torch.bool).scatter_(1, columns, True)
+        if not signed:
+            kept &= strength > 0
+        return (residual - pre_acts.mul_(kept) @ W_dec).square().sum()
+
+    error = _over_rows(squared_error, x, residual, dead.numel()) / residual.numel()
+    return error / residual.square().mean().clamp_min(1e-12)
+
+
+def ghost_loss(
+    dictionary: Linear,
+    x: Float[Tensor, "batch d_in"],
+    residual: Float[Tensor, "batch d_out"],
+    dead: Int[Tensor, " n_dead"],
+) -> Float[Tensor, ""]:
+    """The mean squared error once more: as what dead latents, made active by an exponential, leave of the residual.
+
+    Their output `exp(pre_acts) W_dec` is scaled row by row to half the residual's norm, and the loss to the mean
+    squared error; both factors are constants, so that the value says nothing and the gradient is what counts.
+
+    Args:
+        dictionary: Whose encoder and decoder.
+        x: Inputs.
+        residual: What the live latents left over; detached here.
+        dead: Ids of the dead latents, at least one.
+
+    Source: Jermyn & Templeton 2024 (Anthropic's Circuits Updates, January 2024, "Ghost Grads"). Differs: each
+    row's largest exponent is subtracted first, which the row's factor undoes exactly and which cannot overflow.
+    """
+    residual = residual.detach()
+    reads, W_dec = dictionary.pre_acts_of(dead), dictionary.W_dec[dead]
+
+    def squared_error(x: Tensor, residual: Tensor) -> Tensor:
+        pre_acts = reads(x)
+        largest = pre_acts.detach().amax(dim=1, keepdim=True)
+        output = pre_acts.sub_(largest).exp_() @ W_dec
+        norms = output.detach().norm(dim=1, keepdim=True).clamp_min(1e-12)
+        output = output * (residual.norm(dim=1, keepdim=True) / (2 * norms))
+        error: Tensor = (residual - output).square().sum()
+        return error
+
+    error = _over_rows(squared_error, x, residual, dead.numel()) / residual.numel()
+    return error * (residual.square().mean() / error.detach().clamp_min(1e-30))
+
+
+def _over_rows(
+    part: Callable[[Tensor, Tensor], Tensor],
+    x: Float[Tensor, "batch d_in"],
+    residual: Float[Tensor, "batch d_out"],
+    n_dead: int,
+) -> Float[Tensor, ""]:
+    """The sum of a function over groups of rows; with several, each is computed again for its gradient."""
+    n_rows = max(1, GROUP_ENTRIES // n_dead)
+    if n_rows >= x.shape[0]:
+        return part(x, residual)
+    sums = [
+        checkpoint(part, *group, use_reentrant=False, preserve_rng_state=False)
+        for group in zip(torch.split(x, n_rows), torch.split(residual, n_rows), strict=True)
+    ]
+    return torch.stack(sums).sum()

@@ -5,7 +5,8 @@ and intervention use; `Trainable` is all that `train` uses. Concrete classes are
 
 Units: a model's activations are *raw*. While training, inputs are multiplied by `scale_in` and targets by
 `scale_out` (so that learning rates carry over between models), and the parameters live in those *training
-units*. `fold()` gives the same map in raw units with both scales 1; only folded dictionaries are saved.
+units*. A scale is one number, or, where several sites are concatenated, one number per feature that is the same
+within a site. `fold()` gives the same map in raw units with both scales 1; only folded dictionaries are saved.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import copy
 import html
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import pydantic
 import torch
@@ -120,13 +121,23 @@ class Batch(NamedTuple):
     x: Float[Tensor, "batch d_in"]
     target: Float[Tensor, "batch d_out"]
 
+    def to(self, device: torch.device) -> Batch:
+        """The rows on another device; the target stays x where it is."""
+        x = self.x.to(device, non_blocking=True)
+        return Batch(x, x if self.target is self.x else self.target.to(device, non_blocking=True))
+
 
 class Loss(NamedTuple):
-    """A training loss. `terms` are its parts, for logging, still on the device."""
+    """A training loss. `terms` are its parts, for logging, still on the device.
+
+    `total` holds the term `mse`, the mean square of `error`, with weight 1. `error` is the reconstruction minus the
+    target, in training units; gradients flow through it, so that the reconstruction can be spliced into a model.
+    """
 
     total: Float[Tensor, ""]
     terms: dict[str, Float[Tensor, ""]]
     encoded: Encoded
+    error: Float[Tensor, "batch d_out"] | None = None
 
 
 class Constraints(NamedTuple):
@@ -134,10 +145,12 @@ class Constraints(NamedTuple):
 
     unit_norm: tuple[str, ...] = ()
     """Parameters whose rows (one per latent) keep norm 1: the gradient's radial part is removed first."""
+    non_negative: tuple[str, ...] = ()
+    """Parameters whose entries stay >= 0."""
 
 
 class Resampling(NamedTuple):
-    """When and which silent latents are pointed at badly reconstructed rows."""
+    """Which latents are pointed anew, where to, and when."""
 
     at: tuple[float, ...]
     """Shares of the run."""
@@ -145,6 +158,12 @@ class Resampling(NamedTuple):
     """Training rows without firing after which a latent counts as silent."""
     rewarmup_steps: int
     """Steps over which the learning rate climbs back."""
+    scheme: Literal["loss", "worst", "random", "mcs"] = "loss"
+    """As `ResamplingConfig.resample`."""
+    against: Path | None = None
+    """The second dictionary of mcs."""
+    below: float = 0.0
+    """The smallest of its cosines that spares a latent."""
 
 
 class Dictionary(nn.Module, abc.ABC):
@@ -219,7 +238,7 @@ class Dictionary(nn.Module, abc.ABC):
         save_file(tensors, folder / WEIGHTS)
         save_file({"x": x, "recon": recon.contiguous()}, folder / PROBE)
         return {
-            "architecture": {"kind": self.kind, **self.config.resolved()},
+            "architecture": {"kind": self.kind, **folded.config.resolved()},
             "d_in": self.d_in,
             "d_out": self.d_out,
             "d_sae": self.d_sae,
@@ -309,11 +328,40 @@ class Trainable(Dictionary):
     `tokens_since_fired` counts, per latent, the rows since it was last active.
     """
 
+    can_freeze: ClassVar[bool] = True
+    """Whether all that belongs to a latent lies along an axis of d_sae, so that an optimiser can leave it alone."""
+    shared: frozenset[str] = frozenset({"b_dec", "W_skip"})
+    """Parameters without a latent axis, whatever their shape; in any other, an axis of d_sae is that of the latents."""
     tokens_since_fired: Int[Tensor, " d_sae"]
+    overflow_steps: Int[Tensor, ""]
+    """Steps since the start or the last resume in which a buffer was too small for all entries (see `Encoded`)."""
+    scale_per_site: ClassVar[bool] = True
+    """Whether concatenated sites are scaled one by one, so that each counts alike whatever its size."""
 
     def __init__(self, config: Config, d_in: int, d_out: int, d_sae: int, sites: Sites | None = None) -> None:
         super().__init__(config, d_in, d_out, d_sae, sites)
+        if sites is not None and self.scale_per_site:
+            if len(sites.inputs) > 1:
+                self.scale_in = torch.ones(d_in)
+            if len(sites.outputs) > 1:
+                self.scale_out = torch.ones(d_out)
         self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.int64), persistent=False)
+        self.register_buffer("overflow_steps", torch.zeros((), dtype=torch.int64), persistent=False)
+
+    def set_scales(self, x: Float[Tensor, "rows d_in"], target: Float[Tensor, "rows d_out"]) -> None:
+        """Scale inputs and targets so that the mean square distance from the mean, per feature, is 1 at each site.
+
+        Args:
+            x: A sample of raw inputs.
+            target: Of raw targets.
+        """
+        for scale, rows, side in ((self.scale_in, x, "inputs"), (self.scale_out, target, "outputs")):
+            if scale.dim() == 0:
+                scale.fill_(_one_over_spread(rows))
+                continue
+            for site in getattr(self.sites, side):
+                part = slice(site.start, site.stop)
+                scale[part] = _one_over_spread(rows[:, part])
 
     @abc.abstractmethod
     def initialise(
@@ -328,8 +376,25 @@ class Trainable(Dictionary):
         """The objective of its paper; `progress` goes from 0 to 1 over the run."""
 
     @abc.abstractmethod
-    def reset_latents(self, ids: Int[Tensor, " n"], directions: Float[Tensor, "n d_out"]) -> None:
-        """Point latents at new directions (of any length); the optimiser forgets their moments."""
+    def reset_latents(
+        self,
+        ids: Int[Tensor, " n"],
+        directions: Float[Tensor, "n d_out"],
+        inputs: Float[Tensor, "n d_in"] | None = None,
+    ) -> None:
+        """Point latents at new directions (of any length); the optimiser forgets their moments.
+
+        Args:
+            ids: The latents.
+            directions: What they write from now on.
+            inputs: What they read; the directions, if not given (an autoencoder).
+        """
+
+    def revival_loss(
+        self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], encoded: Encoded
+    ) -> Float[Tensor, ""] | None:
+        """What the trainer adds to `loss` for the sake of dead latents; None if nothing."""
+        return None
 
     def after_step(self, encoded: Encoded) -> None:
         """Bookkeeping after the optimiser's step: which latents fired. Never waits for the device."""
@@ -338,13 +403,25 @@ class Trainable(Dictionary):
         fired.index_add_(0, encoded.indices.long(), active)
         self.tokens_since_fired += encoded.n_rows
         self.tokens_since_fired.masked_fill_(fired > 0, 0)
+        if encoded.overflow is not None:
+            self.overflow_steps += encoded.overflow
+
+    def latents_of(self, name: str) -> slice | None:
+        """Which latents a parameter's entries belong to; None if it has no latent axis.
+
+        Here: all of them, where the first or the last axis is as long as there are latents.
+        """
+        shape = self.get_parameter(name).shape
+        if name in self.shared or not shape or self.d_sae not in (shape[0], shape[-1]):
+            return None
+        return slice(0, self.d_sae)
 
     def constraints(self) -> Constraints:
         """What the optimiser keeps true."""
         return Constraints()
 
     def resampling(self) -> Resampling | None:
-        """Whether and when the trainer resamples silent latents."""
+        """Whether and when the trainer points latents anew."""
         return None
 
     def training_buffers(self) -> dict[str, Tensor]:
@@ -356,3 +433,9 @@ class Trainable(Dictionary):
         folded.scale_in.fill_(1.0)
         folded.scale_out.fill_(1.0)
         return folded
+
+
+def _one_over_spread(x: Tensor) -> float:
+    """What makes the mean square distance from the mean, per feature, equal 1: then mse is nearly fvu."""
+    spread = float((x - x.mean(0)).square().mean().sqrt())
+    return 1.0 / spread if spread > 0 else 1.0

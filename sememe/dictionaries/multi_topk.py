@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sememe import kernels
 from sememe.dictionaries.base import Loss
-from sememe.dictionaries.selection import Selection, SelectionConfig
+from sememe.dictionaries.selection import Selection, SelectionConfig, unweighed
 from sememe.encoded import Encoded
 
 __all__ = ["MultiTopK", "MultiTopKConfig"]
@@ -41,22 +41,28 @@ class MultiTopK(Selection):
 
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Encoded:
         """The k largest positive pre-activations of each row; fewer if fewer are positive (then acts are 0)."""
-        return self._encode(x, self.config.k)
+        weights = self._weights()
+        return unweighed(self._encode(x, self.config.k, weights), weights)
 
-    def _encode(self, x: Tensor, k: int) -> Encoded:
+    def _encode(
+        self, x: Float[Tensor, "batch d_in"], k: int, weights: Float[Tensor, " d_sae"] | None
+    ) -> Encoded:
+        """Activations as they are weighed."""
         self.check_input(x)
-        acts, indices = kernels.encode_topk(x, self.W_enc, self.b_enc, self.b_pre, k)
+        acts, indices = kernels.encode_topk(x, *self._choosing(weights), self.b_pre, k)
         return Encoded.from_topk(acts, indices, self.d_sae)
 
     def loss(
         self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], progress: float
     ) -> Loss:
         """Mean squared error at k, an eighth of that at 4k, and AuxK over latents that k never keeps."""
-        wide = self._encode(x, min(self.config.k * self.config.multiple, self.d_sae))
+        weights = self._weights()
+        wide = self._encode(x, min(self.config.k * self.config.multiple, self.d_sae), weights)
         acts, indices = wide.topk_view()
         columns = acts.detach().topk(self.config.k, dim=1, sorted=False).indices
         encoded = Encoded.from_topk(acts.gather(1, columns), indices.gather(1, columns), self.d_sae)
-        residual = target - self.decode(encoded, x)
-        mse, multi = residual.square().mean(), (target - self.decode(wide, x)).square().mean()
+        encoded, wide = unweighed(encoded, weights), unweighed(wide, weights)
+        mse, _, error = self._reconstruct(encoded, x, target)
+        multi = self._reconstruct(wide, x, target).mse
         total = mse + self.config.multi_coefficient * multi
-        return self._with_auxk(x, residual, total, {"mse": mse, "mse_multi": multi}, encoded)
+        return self._with_auxk(x, error, total, {"mse": mse, "mse_multi": multi}, encoded)

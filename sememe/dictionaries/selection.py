@@ -14,12 +14,13 @@ from torch import Tensor
 from sememe import kernels
 from sememe.dictionaries.auxiliary import auxk_loss
 from sememe.dictionaries.base import Loss, Sites
+from sememe.dictionaries.dead import DeadLatents
 from sememe.dictionaries.initial import geometric_median
-from sememe.dictionaries.linear import Linear, LinearConfig
+from sememe.dictionaries.linear import Linear, LinearConfig, check_crosscoder
 from sememe.encoded import Encoded
 from sememe.errors import ConfigError
 
-__all__ = ["BatchSelection", "BatchSelectionConfig", "Selection", "SelectionConfig"]
+__all__ = ["BatchSelection", "BatchSelectionConfig", "Selection", "SelectionConfig", "unweighed"]
 
 N_THRESHOLD_ROWS = 1024
 """Rows of the sample that set a first threshold: it holds their pre-activations densely."""
@@ -38,6 +39,9 @@ class SelectionConfig(LinearConfig):
     """Dead latents used per row in the auxiliary loss; d_in / 2 if not given."""
     dead_after_tokens: int = 10_000_000
     """A latent that has not been kept for this many training rows counts as dead."""
+    site_norms: Literal["l2", "l1"] = "l2"
+    """With several outputs, what an activation is weighed by when latents are chosen: l1, the sum of its decoder
+    norms at each (a crosscoder); l2, the norm of the whole row, which is 1."""
 
     @model_validator(mode="after")
     def _auxk_has_an_effect(self) -> Self:
@@ -63,9 +67,43 @@ class Selection(Linear, abc.ABC):
     def __init__(
         self, config: SelectionConfig, d_in: int, d_out: int, d_sae: int, sites: Sites | None = None
     ) -> None:
+        check_crosscoder(config.site_norms, sites)
         super().__init__(config, d_in, d_out, d_sae, sites)
         if not 1 <= config.k <= d_sae:
             raise ConfigError(f"k must be in [1, d_sae={d_sae}]", config.k, "Lower k or raise d_sae.")
+        self.dead = DeadLatents()
+
+    def after_step(self, encoded: Encoded) -> None:
+        """The bookkeeping, and the number of dead latents on its way for the next step's AuxK."""
+        super().after_step(encoded)
+        if self.config.auxk_coefficient > 0:
+            self.dead.send(self.tokens_since_fired, self.config.dead_after_tokens)
+
+    def _weights(self) -> Float[Tensor, " d_sae"] | None:
+        """What activations are weighed by when latents are chosen; None for 1. Gradients do not flow through it."""
+        if self.config.site_norms == "l2":
+            return None
+        return self.site_norms().sum(1).detach().clamp_min(1e-12)
+
+    def _choosing(
+        self, weights: Float[Tensor, " d_sae"] | None
+    ) -> tuple[Float[Tensor, "d_in d_sae"], Float[Tensor, " d_sae"]]:
+        """Encoder weights and bias whose pre-activations are weighed."""
+        if weights is None:
+            return self.W_enc, self.b_enc
+        return self.W_enc * weights, self.b_enc * weights
+
+    def fold(self) -> Self:
+        """As every linear dictionary; the weights of the choice go into encoder and decoder."""
+        folded = super().fold()
+        weights = self._weights()
+        if weights is not None:
+            with torch.no_grad():
+                folded.W_enc.mul_(weights)
+                folded.b_enc.mul_(weights)
+                folded.W_dec.div_(weights[:, None])
+            folded.config = self.config.replace(site_norms="l2")
+        return folded
 
     def _centre(self) -> Callable[[Tensor], Tensor]:
         return geometric_median if self.config.b_dec_init == "geometric_median" else _mean
@@ -73,7 +111,7 @@ class Selection(Linear, abc.ABC):
     def _with_auxk(
         self,
         x: Float[Tensor, "batch d_in"],
-        residual: Float[Tensor, "batch d_out"],
+        error: Float[Tensor, "batch d_out"],
         total: Float[Tensor, ""],
         terms: dict[str, Tensor],
         encoded: Encoded,
@@ -82,19 +120,19 @@ class Selection(Linear, abc.ABC):
 
         Args:
             x: Inputs.
-            residual: What the kept latents leave over.
+            error: What the kept latents reconstruct minus the target.
             total: The objective without AuxK.
             terms: Its parts.
             encoded: The latents that were kept.
         """
         config = self.config
         if config.auxk_coefficient > 0:
-            dead = torch.nonzero(self.tokens_since_fired > config.dead_after_tokens).view(-1)
+            dead = self.dead.ids(self.tokens_since_fired, config.dead_after_tokens)
             if dead.numel() > 0:
-                auxk = auxk_loss(self, x, residual, dead, config.auxk, signed=self.signed)
+                auxk = auxk_loss(self, x, -error.detach(), dead, config.auxk, signed=self.signed)
                 terms = terms | {"auxk": auxk}
                 total = total + config.auxk_coefficient * auxk
-        return Loss(total, {name: term.detach() for name, term in terms.items()}, encoded.detach())
+        return Loss(total, {name: term.detach() for name, term in terms.items()}, encoded.detach(), error)
 
 
 class BatchSelection(Selection, abc.ABC):
@@ -113,13 +151,21 @@ class BatchSelection(Selection, abc.ABC):
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Encoded:
         """Every pre-activation above the threshold, in training mode too: only the loss looks at the batch."""
         self.check_input(x)
-        threshold = self.threshold.expand(self.d_sae)
+        weights = self._weights()
+        threshold = self.threshold.expand(self.d_sae) if weights is None else self.threshold / weights
         return kernels.encode_threshold(x, self.W_enc, self.b_enc, self.b_pre, threshold)
 
     def _encode_batch(self, x: Float[Tensor, "batch d_in"]) -> Encoded:
         self.check_input(x)
         n_kept = self.config.k * x.shape[0]
-        return kernels.encode_batch_topk(x, self.W_enc, self.b_enc, self.b_pre, n_kept).encoded
+        weights = self._weights()
+        weighed = kernels.encode_batch_topk(x, *self._choosing(weights), self.b_pre, n_kept).encoded
+        return unweighed(weighed, weights)
+
+    def _smallest(self, encoded: Encoded) -> Float[Tensor, ""]:
+        """The smallest activation that was chosen, as it was weighed."""
+        acts, weights = encoded.acts.detach(), self._weights()
+        return (acts if weights is None else acts * weights.index_select(0, encoded.indices)).min()
 
     def initialise(
         self, x: Float[Tensor, "rows d_in"], target: Float[Tensor, "rows d_out"], generator: torch.Generator
@@ -127,12 +173,19 @@ class BatchSelection(Selection, abc.ABC):
         """As every linear dictionary; the threshold starts as what the sample's first rows would set it to."""
         super().initialise(x, target, generator)
         with torch.no_grad():
-            self.threshold.copy_(self._encode_batch(x[:N_THRESHOLD_ROWS]).acts.min())
+            self.threshold.copy_(self._smallest(self._encode_batch(x[:N_THRESHOLD_ROWS])))
 
     def after_step(self, encoded: Encoded) -> None:
         """The threshold follows the batch's smallest kept activation."""
         super().after_step(encoded)
-        self.threshold.lerp_(encoded.acts.detach().min(), 1 - self.config.threshold_decay)
+        self.threshold.lerp_(self._smallest(encoded), 1 - self.config.threshold_decay)
+
+
+def unweighed(encoded: Encoded, weights: Float[Tensor, " d_sae"] | None) -> Encoded:
+    """The same entries with the weights of the choice taken out again."""
+    if weights is None:
+        return encoded
+    return encoded.with_acts(encoded.acts / weights.index_select(0, encoded.indices))
 
 
 def _mean(x: Tensor) -> Tensor:

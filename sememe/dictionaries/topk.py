@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sememe import kernels
 from sememe.dictionaries.base import Loss
-from sememe.dictionaries.selection import Selection, SelectionConfig
+from sememe.dictionaries.selection import Selection, SelectionConfig, unweighed
 from sememe.encoded import Encoded
 
 __all__ = ["TopK", "TopKConfig"]
@@ -38,14 +38,14 @@ class TopK(Selection):
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Encoded:
         """The k largest positive pre-activations of each row; fewer if fewer are positive (then acts are 0)."""
         self.check_input(x)
-        acts, indices = kernels.encode_topk(x, self.W_enc, self.b_enc, self.b_pre, self.config.k)
-        return Encoded.from_topk(acts, indices, self.d_sae)
+        weights = self._weights()
+        acts, indices = kernels.encode_topk(x, *self._choosing(weights), self.b_pre, self.config.k)
+        return unweighed(Encoded.from_topk(acts, indices, self.d_sae), weights)
 
     def loss(
         self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], progress: float
     ) -> Loss:
         """Mean squared error, and AuxK over dead latents (Gao et al. 2024, appendix A.2)."""
         encoded = self.encode(x)
-        residual = target - self.decode(encoded, x)
-        mse = residual.square().mean()
-        return self._with_auxk(x, residual, mse, {"mse": mse}, encoded)
+        mse, _, error = self._reconstruct(encoded, x, target)
+        return self._with_auxk(x, error, mse, {"mse": mse}, encoded)

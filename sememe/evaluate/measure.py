@@ -89,6 +89,7 @@ class Measured:
         self.kept: dict[str, metrics.Reconstruction] = {}
         self.all_rows: dict[str, metrics.Reconstruction] = {}
         self.sparsity: dict[str, metrics.Sparsity] = {}
+        self.by_site = [metrics.Reconstruction() for _ in sites.outputs] if len(sites.outputs) > 1 else []
         self.units = _Units()
         self.n_tokens = self.n_rows = self.n_outliers = self.n_predictions = 0
 
@@ -141,6 +142,10 @@ class Measured:
             self.sparsity[name].update(encoded, keep, units)
             self.kept[name].update(batch.target, recon, keep, units)
             self.all_rows[name].update(batch.target, recon, None, units)
+            if name == "dictionary":
+                for site, sums in zip(self.sites.outputs, self.by_site, strict=False):
+                    part = slice(site.start, site.stop)
+                    sums.update(batch.target[:, part], recon[:, part], keep, units)
             whole = recon.new_zeros(shape).view(-1, shape[-1]).index_copy_(0, flat_valid, recon).view(shape)
             hidden[name] = self._spliced(batch, whole, predicting)
         hidden["zero"] = self._spliced(batch, batch.target.new_zeros(1), predicting)
@@ -248,6 +253,7 @@ class Measured:
             "density": {name: self._density(name) for name in arms.dictionaries},
             "by_language": self._grouped(0),
             "by_source": self._grouped(1),
+            **self._by_site(),
             "bootstrap": {
                 "unit": "document" if len(self.units.of) == len(self.units.tags) else "group of documents",
                 "n_units": len(self.units.tags),
@@ -280,6 +286,16 @@ class Measured:
         statistics["fvu_all_rows"] = self.all_rows[name].compute(**options)["fvu"]
         statistics |= self.loss.compute(name, **options)
         return {key: statistic.to_json() for key, statistic in statistics.items()}
+
+    def _by_site(self) -> dict[str, Any]:
+        """The dictionary's reconstruction of each output, where there are several."""
+        if not self.by_site:
+            return {}
+        found = {}
+        for site, sums in zip(self.sites.outputs, self.by_site, strict=True):
+            statistics = sums.compute(**self._options(None))
+            found[site.hookpoint] = {key: statistic.to_json() for key, statistic in statistics.items()}
+        return {"by_site": found}
 
     def _quality(self, name: str) -> dict[str, Any]:
         return {key: s.to_json() for key, s in self.loss.compute(name, **self._options(None)).items()}

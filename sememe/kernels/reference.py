@@ -17,6 +17,9 @@ __all__ = [
     "encode_group_max",
     "encode_threshold",
     "encode_topk",
+    "fit",
+    "matching_pursuit",
+    "signum_step",
 ]
 
 
@@ -72,12 +75,28 @@ def encode_threshold(
 ) -> Encoded:
     """Every pre-activation above its latent's threshold (0 if None), in the order of the latents."""
     pre_acts = (x - b_pre) @ W_enc + b_enc
-    above = pre_acts.detach() > (0.0 if threshold is None else threshold.detach())
+    above = ~(
+        pre_acts.detach() <= (0.0 if threshold is None else threshold.detach())
+    )  # so written, NaN is kept
     columns = torch.nonzero(above)[:, 1]
     counts = above.sum(1)
     row_ptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     # masked_select and not indexing: the gradient of indexing adds up serially, this one copies
     return Encoded(pre_acts.masked_select(above), columns.to(torch.int32), row_ptr, W_enc.shape[1])
+
+
+def fit(encoded: Encoded, capacity: int) -> Encoded:
+    """The same entries in a buffer of fixed capacity; the last ones are left out if there are more."""
+    n = encoded.acts.shape[0]
+    missing = max(capacity - n, 0)
+    return Encoded(
+        torch.cat([encoded.acts[:capacity], encoded.acts.new_zeros(missing)]),
+        torch.cat([encoded.indices[:capacity], encoded.indices.new_zeros(missing)]),
+        encoded.row_ptr.clamp(max=capacity),
+        encoded.d_sae,
+        None,
+        torch.tensor(n > capacity, device=encoded.acts.device),
+    )
 
 
 def encode_batch_topk(
@@ -100,6 +119,25 @@ def encode_batch_topk(
         d_sae,
     )
     return encoded, encoded.acts.detach().min()
+
+
+def matching_pursuit(
+    x: Float[Tensor, "batch d_in"], W: Float[Tensor, "d_sae d_in"], k: int
+) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"], Float[Tensor, "batch d_in"]]:
+    """k greedy steps; the choice has no gradient, what is done with it has."""
+    residual, acts, indices = x, [], []
+    latents = torch.arange(W.shape[0], device=W.device)
+    for _ in range(k):
+        scores = (residual @ W.T).detach()
+        largest = scores == scores.amax(dim=1, keepdim=True)
+        # not argmax: which of several equal values it names is left open
+        chosen = torch.where(largest, latents, W.shape[0] - 1).amin(dim=1)
+        directions = W[chosen]
+        act = torch.relu((residual * directions).sum(1))
+        residual = residual - act[:, None] * directions
+        acts.append(act)
+        indices.append(chosen)
+    return torch.stack(acts, dim=1), torch.stack(indices, dim=1).to(torch.int32), residual
 
 
 def decode(
@@ -131,10 +169,12 @@ def adam_step(
     lr: float,
     betas: tuple[float, float],
     eps: float,
-    grad_scale: float,
+    grad_scale: float | Tensor,
     unit_norm: bool,
+    frozen: Tensor | None,
 ) -> None:
     """Adam with bias correction; projection before and renormalisation after, if asked."""
+    before = _copies((param, exp_avg, exp_avg_sq), frozen)
     grad = grad * grad_scale
     if unit_norm:
         grad = grad - (grad * param).sum(1, keepdim=True) * param
@@ -143,4 +183,45 @@ def adam_step(
     denominator = (exp_avg_sq / (1 - betas[1] ** step)).sqrt_().add_(eps)
     param.sub_(exp_avg / denominator, alpha=lr / (1 - betas[0] ** step))
     if unit_norm:
-        param.div_(param.norm(dim=1, keepdim=True).clamp_min(1e-12))
+        _renormalise(param)
+    _put_back((param, exp_avg, exp_avg_sq), before, frozen)
+
+
+def signum_step(
+    param: Tensor,
+    grad: Tensor,
+    base: Tensor,
+    average: Tensor,
+    weight: Tensor,
+    lr: float,
+    momentum: float,
+    unit_norm: bool,
+    frozen: Tensor | None,
+) -> None:
+    """A step of the base by the gradient's sign, the average after it, the parameter between the two."""
+    before = _copies((param, base, average), frozen)
+    if unit_norm:
+        grad = grad - (grad * param).sum(1, keepdim=True) * param
+    base.sub_(torch.where(grad.isnan(), grad, grad.sign()), alpha=lr)  # a NaN's sign is 0, and would be lost
+    if unit_norm:
+        _renormalise(base)
+    average.add_(weight[:, None] * (base - average))
+    param.copy_(base).lerp_(average, momentum)
+    if unit_norm:
+        _renormalise(param)
+    _put_back((param, base, average), before, frozen)
+
+
+def _renormalise(rows: Tensor) -> None:
+    rows.div_(rows.norm(dim=1, keepdim=True).clamp_min(1e-12))
+
+
+def _copies(tensors: tuple[Tensor, ...], frozen: Tensor | None) -> tuple[Tensor, ...]:
+    return () if frozen is None else tuple(tensor.clone() for tensor in tensors)
+
+
+def _put_back(now: tuple[Tensor, ...], before: tuple[Tensor, ...], frozen: Tensor | None) -> None:
+    """Frozen rows are what they were."""
+    if frozen is not None:
+        for tensor, old in zip(now, before, strict=True):
+            tensor.copy_(torch.where(frozen[:, None], old, tensor))

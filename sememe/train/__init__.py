@@ -4,7 +4,10 @@ beyond handing their names on (training straight from one is set up in `source.p
     config.py    the options
     schedule.py  how many steps, and the learning rate of each
     member.py    one dictionary in training: a step, its state
-    dead.py      what is done about latents that no longer fire
+    by_site.py   what is logged of each of several outputs
+    objective.py what a dictionary is trained for
+    dead.py      latents that are pointed anew
+    snapshots.py copies of the dictionary as it was; latents that no longer change
     crew.py      the dictionaries of a run, side by side in one process
     workers.py   the same on several devices, in a process for each
     watch.py     what is measured on rows that are never trained on

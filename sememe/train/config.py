@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,8 +11,10 @@ from pydantic import Field, field_validator, model_validator
 from sememe.config import Config
 from sememe.dictionaries import Architecture
 from sememe.dictionaries.topk import TopKConfig
+from sememe.end_to_end import EndToEndConfig
 from sememe.errors import ConfigError
 from sememe.lm import ModelConfig
+from sememe.optimiser import AdamConfig, OptimiserConfig
 from sememe.text import TextConfig, TokenPolicy
 from sememe.tracking import Tracker
 
@@ -25,15 +26,15 @@ class TrainConfig(Config):
 
     not_identity: ClassVar[frozenset[str]] = frozenset(
         {
-            *("store", "out", "checkpoint_every_seconds", "track", "log_every", "threads", "devices"),
+            *("store", "join", "out", "checkpoint_every_seconds", "track", "log_every", "threads", "devices"),
             *("watch_every", "watch_ce_tokens"),
         }
     )
     shared: ClassVar[frozenset[str]] = frozenset(
         {
-            *("store", "out", "n_tokens", "epochs", "batch_size", "data_seed", "log_every"),
+            *("store", "join", "out", "n_tokens", "epochs", "batch_size", "data_seed", "log_every"),
             *("checkpoint_every_seconds", "track", "threads", "devices", "sweep"),
-            *("live", "buffer_mb", "batch_rows", "model", "text", "policy"),
+            *("live", "buffer_mb", "batch_rows", "model", "text", "policy", "end_to_end"),
             *("watch_rows", "watch_every", "watch_ce_tokens"),
         }
     )
@@ -41,12 +42,15 @@ class TrainConfig(Config):
 
     store: Path = Path("artifacts/store")
     """The store to train on."""
+    join: tuple[Path, ...] = ()
+    """Stores of other models over the same text, whose rows are joined to the store's: a crosscoder of models."""
     out: Path = Path("artifacts/dictionary")
     """The folder to make."""
     architecture: Architecture = TopKConfig()
     """Which dictionary, with its options."""
     inputs: tuple[str, ...] | None = None
-    """Hookpoints whose concatenation is encoded; the store's only one if not given."""
+    """Hookpoints whose concatenation is encoded; the store's only one if not given. Of joined stores, all that have
+    it; `resid_post.8@1` is the second store's."""
     outputs: tuple[str, ...] | None = None
     """Hookpoints whose concatenation is reconstructed; the inputs if not given (an autoencoder)."""
     n_tokens: int | None = Field(default=None, ge=1)
@@ -55,12 +59,22 @@ class TrainConfig(Config):
     """Passes over the store; 1 if n_tokens is not given either."""
     batch_size: int = Field(default=2048, ge=1)
     """Rows per step."""
+    optimiser: OptimiserConfig = AdamConfig()
+    """How parameters are updated: adam, signum or muon."""
     lr: float | None = Field(default=None, gt=0)
-    """Learning rate; 1.2e-3 / sqrt(d_sae / 4096) if not given."""
+    """Learning rate; if not given, what the optimiser's rule says for the width."""
     warmup: float = Field(default=0.05, ge=0, le=1)
     """Share of the run over which the learning rate rises from 0."""
-    decay: float = Field(default=0.3, ge=0, le=1)
-    """Share of the run, at its end, over which the learning rate falls to 0."""
+    decay: float | None = Field(default=None, ge=0, le=1)
+    """Share of the run, at its end, over which the learning rate falls to 0; 0.3 if not given, with signum 0."""
+    freeze_above: float | None = Field(default=None, gt=0, le=1)
+    """Freeze latents whose decoder row has at least this cosine to what it was one comparison ago."""
+    freeze_every_tokens: int | None = Field(default=None, ge=1)
+    """Training rows between comparisons; a tenth of the run if not given."""
+    keep_checkpoints: bool = False
+    """Keep the dictionary as it is after 1, 2, 4, 8, ... steps, in its folder's checkpoints/."""
+    keep_every_tokens: int | None = Field(default=None, ge=1)
+    """Keep it after every so many training rows, too."""
     scale: bool = True
     """Divide activations by their root mean square distance from the mean while training; folded back after."""
     seed: int = 0
@@ -97,6 +111,8 @@ class TrainConfig(Config):
     """The corpus of a live run."""
     policy: TokenPolicy = TokenPolicy()
     """Which positions a live run keeps."""
+    end_to_end: EndToEndConfig = EndToEndConfig()
+    """What a live run is trained for besides the dictionary's own loss."""
 
     @field_validator("sweep", mode="before")
     @classmethod
@@ -127,9 +143,30 @@ class TrainConfig(Config):
                 f"{self.n_tokens} and {self.epochs:g}",
                 "Drop one of them.",
             )
-        if self.warmup + self.decay > 1:
+        if self.warmup + self.decay_share > 1:
             raise ConfigError(
-                "warmup + decay must be <= 1", f"{self.warmup:g} + {self.decay:g}", "Lower one of them."
+                "warmup + decay must be <= 1", f"{self.warmup:g} + {self.decay_share:g}", "Lower one of them."
+            )
+        return self
+
+    @property
+    def decay_share(self) -> float:
+        """`decay`, or what the optimiser wants."""
+        return self.optimiser.default_decay if self.decay is None else self.decay
+
+    @model_validator(mode="after")
+    def _snapshots_have_an_effect(self) -> TrainConfig:
+        if self.freeze_every_tokens is not None and self.freeze_above is None:
+            raise ConfigError(
+                "freeze_every_tokens must be left out unless freeze_above is given",
+                self.freeze_every_tokens,
+                "Drop it, or pass --freeze-above.",
+            )
+        if self.keep_every_tokens is not None and not self.keep_checkpoints:
+            raise ConfigError(
+                "keep_every_tokens must be left out unless keep_checkpoints is set",
+                self.keep_every_tokens,
+                "Drop it, or pass --keep-checkpoints.",
             )
         return self
 
@@ -148,12 +185,13 @@ class TrainConfig(Config):
     @model_validator(mode="after")
     def _no_inert_option(self) -> TrainConfig:
         if self.live:
-            if self.store != type(self).model_fields["store"].default:
-                raise ConfigError(
-                    "store must be left out when live",
-                    self.store,
-                    "A live run reads the model itself; drop one.",
-                )
+            for name in ("store", "join"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ConfigError(
+                        f"{name} must be left out when live",
+                        getattr(self, name),
+                        "A live run reads the model itself; drop one.",
+                    )
             if self.n_tokens is None:
                 raise ConfigError(
                     "n_tokens must be given when live",
@@ -166,14 +204,31 @@ class TrainConfig(Config):
                     "inputs must be given when live", "nothing", "Name a hookpoint: --inputs resid_post.8."
                 )
         else:
-            for name in ("buffer_mb", "batch_rows", "model", "text", "policy"):
+            for name in ("buffer_mb", "batch_rows", "model", "text", "policy", "end_to_end"):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ConfigError(
                         f"{name} must be left out unless live is set",
                         getattr(self, name),
                         "A store brings its own; drop it.",
                     )
+        if self.end_to_end.objective != "local":
+            self._check_end_to_end()
         return self
+
+    def _check_end_to_end(self) -> None:
+        for name in ("buffer_mb", "batch_rows", "data_seed"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ConfigError(
+                    f"{name} must be left out when the objective is {self.end_to_end.objective}",
+                    getattr(self, name),
+                    "Whole contexts go straight into a step, in the text's own order; drop it.",
+                )
+        if len(self.devices) > 1:
+            raise ConfigError(
+                "devices must be one when trained end to end: the language model is there",
+                ", ".join(self.devices),
+                "Name one.",
+            )
 
 
 def _text(value: Any) -> str:
@@ -184,5 +239,5 @@ def _text(value: Any) -> str:
 
 
 def learning_rate(config: TrainConfig, d_sae: int) -> float:
-    """The peak learning rate. Source: the 1/sqrt(width) rule of Gao et al. 2024, appendix A.3."""
-    return config.lr if config.lr is not None else 1.2e-3 / math.sqrt(d_sae / 4096)
+    """The peak learning rate: as given, or by the optimiser's rule for the width."""
+    return config.lr if config.lr is not None else config.optimiser.learning_rate(d_sae)

@@ -18,6 +18,7 @@ from sememe.errors import ResourceError
 from sememe.source import Batch
 from sememe.train.dead import rows_wanted
 from sememe.train.member import Member, Spec
+from sememe.train.objective import Objective
 from sememe.train.watch import measure, reconstruct
 
 __all__ = ["Crew", "Team", "device_of"]
@@ -42,6 +43,10 @@ class Team(Protocol):
         self, batch: Batch, ahead: Batch | None, logging: bool
     ) -> dict[str, dict[str, float]] | None:
         """One step of each; their numbers by name, if asked."""
+        ...
+
+    def finished(self) -> bool:
+        """Whether there is nothing left to train in any."""
         ...
 
     def check(self) -> None:
@@ -99,11 +104,14 @@ class Crew:
         specs: What to make.
         n_steps: Length of the run.
         device: Where.
+        objective: What they are trained for; each dictionary's own loss if not given.
     """
 
-    def __init__(self, specs: list[Spec], n_steps: int, device: torch.device) -> None:
+    def __init__(
+        self, specs: list[Spec], n_steps: int, device: torch.device, objective: Objective | None = None
+    ) -> None:
         self.device = device
-        self.members = {spec.name: Member(spec, n_steps, device) for spec in specs}
+        self.members = {spec.name: Member(spec, n_steps, device, objective) for spec in specs}
         probe = torch.empty(0, dtype=torch.float32, device=device)
         self.kinds: tuple[str, ...] = (kernels.path_for(probe),)
 
@@ -120,8 +128,8 @@ class Crew:
         self, batch: Batch, ahead: Batch | None, logging: bool
     ) -> dict[str, dict[str, float]] | None:
         """One step of each."""
-        batch = self._here(batch)
-        ahead = None if ahead is None else self._here(ahead)
+        batch = batch.to(self.device)
+        ahead = None if ahead is None else ahead.to(self.device)
         values = {}
         for name, member in self.members.items():
             stepped = member.train_step(batch, ahead)
@@ -129,9 +137,9 @@ class Crew:
                 values[name] = member.metrics(stepped)
         return values if logging else None
 
-    def _here(self, batch: Batch) -> Batch:
-        x = batch.x.to(self.device, non_blocking=True)
-        return Batch(x, x if batch.target is batch.x else batch.target.to(self.device, non_blocking=True))
+    def finished(self) -> bool:
+        """Whether all members are."""
+        return all(member.finished for member in self.members.values())
 
     def check(self) -> None:
         """Look at every member."""
@@ -149,15 +157,18 @@ class Crew:
 
     def look(self, rows: Batch) -> dict[str, dict[str, Any]]:
         """Each in turn."""
-        rows = self._here(rows)
-        return {
-            name: measure(member.dictionary, member.own(rows), member.config.batch_size)
-            for name, member in self.members.items()
-        }
+        rows = rows.to(self.device)
+        found = {}
+        for name, member in self.members.items():
+            with member.optimiser.exported():
+                found[name] = measure(member.dictionary, member.own(rows), member.config.batch_size)
+        return found
 
     def reconstruct(self, name: str, x: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_out"]:
         """There and back."""
-        return reconstruct(self.members[name].dictionary, x.to(self.device)).to(x.device)
+        member = self.members[name]
+        with member.optimiser.exported():
+            return reconstruct(member.dictionary, x.to(self.device)).to(x.device)
 
     def write(self, name: str, folder: Path, probe_rows: Batch, n_rows: int | None) -> dict[str, Any]:
         """Write one of them."""

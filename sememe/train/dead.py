@@ -1,11 +1,21 @@
-"""What is done about latents that no longer fire, once before each step. Knows one member and its data."""
+"""Latents that are pointed anew at set times: which, and where to. Knows one member and its data.
+
+Auxiliary losses (AuxK, ghost gradients) are the architectures' own; this is what is done from outside.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
 
+from sememe import artifact, dictionaries, metrics
+from sememe.dictionaries import Resampling
+from sememe.dictionaries.initial import unit_rows
+from sememe.encoded import Encoded
+from sememe.errors import ShapeError
 from sememe.source import Batch
 from sememe.train.config import TrainConfig
 from sememe.train.schedule import Plan
@@ -13,10 +23,37 @@ from sememe.train.schedule import Plan
 if TYPE_CHECKING:
     from sememe.train.member import Member
 
-__all__ = ["revive", "rows_wanted"]
+__all__ = ["resample", "revive", "rows_wanted", "second_dictionary"]
 
 N_BATCHES = 8
-"""Batches among whose rows the new directions are drawn."""
+"""Batches among whose rows the new directions are looked for."""
+
+
+class _Directions(NamedTuple):
+    """What changed latents write and read from now on."""
+
+    out: Float[Tensor, "n d_out"]
+    into: Float[Tensor, "n d_in"] | None
+
+
+def second_dictionary(config: TrainConfig, d_out: int) -> dict[str, str]:
+    """The fingerprint of the dictionary that latents are compared with, as a parent of the result; {} if none is.
+
+    Raises:
+        ArtifactError: there is none.
+        ShapeError: it has another width.
+    """
+    path = getattr(config.architecture, "resample_against", None)
+    if path is None:
+        return {}
+    saved = artifact.load(path, "dictionary")
+    if saved.extra["d_out"] != d_out:
+        raise ShapeError(
+            f"the dictionary {path} must have d_out={d_out} like the one in training",
+            saved.extra["d_out"],
+            "Name one of the same hookpoint: --resample-against.",
+        )
+    return {"resample_against": saved.fingerprint}
 
 
 def rows_wanted(config: TrainConfig, plan: Plan, step: int) -> int:
@@ -24,43 +61,108 @@ def rows_wanted(config: TrainConfig, plan: Plan, step: int) -> int:
 
     They stay in the stream: what one member does must not change what another is trained on.
     """
-    return N_BATCHES * config.batch_size if step > 0 and step in plan.resample_steps else 0
+    if (
+        step == 0
+        or step not in plan.resample_steps
+        or getattr(config.architecture, "resample", "") == "random"
+    ):
+        return 0
+    return N_BATCHES * config.batch_size
 
 
 def revive(member: Member, rows: Batch | None) -> None:
-    """Do what the member's plan says about silent latents before this step.
+    """Point the member's latents anew if its plan says so for this step.
 
     Args:
         member: Between two steps.
         rows: As many rows as it wants (raw units, on its device); None if it wants none.
     """
-    if rows is not None:
+    if member.step > 0 and member.step in member.plan.resample_steps:
         resample(member, rows)
 
 
 @torch.no_grad()
-def resample(member: Member, rows: Batch) -> None:
-    """Point silent latents at rows drawn in proportion to their squared loss.
+def resample(member: Member, rows: Batch | None) -> None:
+    """Point latents anew as the architecture's config says; the optimiser begins anew for them, then re-warms.
 
-    Source: Bricken et al. 2023, appendix "Neuron Resampling". Differs: on 8 batches instead of 819,200 rows.
+    Frozen latents stay. Directions are taken relative to what is reconstructed without any latent.
+
+    Sources, by scheme. loss: Bricken et al. 2023, appendix "Neuron Resampling", on 8 batches instead of 819,200
+    rows. worst: Cunningham et al. 2023's repository, rows with the largest error, over 8 batches instead of ten
+    chunks; the decoder row is pointed there, too, where theirs stays. random: Nanda 2023, directions uniform on
+    the sphere instead of Kaiming-uniform entries, which differ little in direction. mcs: proposed by Cunningham,
+    Riggs, Ewart & Huben; which latents is theirs, where to as loss.
+
+    Args:
+        member: Between two steps.
+        rows: Raw rows among which directions are looked for; not read by random.
     """
-    dictionary = member.dictionary
+    dictionary, optimiser = member.dictionary, member.optimiser
     resampling = dictionary.resampling()
     assert resampling is not None
-    member.resampled_at = member.step
-    ids = torch.nonzero(dictionary.tokens_since_fired > resampling.after_tokens).view(-1)
+    ids = torch.nonzero(_chosen(member, resampling) & ~optimiser.frozen).view(-1)
     if ids.numel() == 0:
         return
-    losses, targets = [], []
-    n = member.config.batch_size
-    for start in range(0, rows.x.shape[0], n):
-        part = member.scaled(Batch(rows.x[start : start + n], rows.target[start : start + n]))
-        encoded = dictionary.encode(part.x)
-        losses.append((part.target - dictionary.decode(encoded, part.x)).square().sum(1))
-        targets.append(part.target)
-    weights = torch.cat(losses).square().cpu()  # drawn on the CPU, where the member's generator is
-    ids = ids[: weights.shape[0]]
-    picked = torch.multinomial(weights, ids.shape[0], replacement=False, generator=member.generator)
-    centre = getattr(dictionary, "b_dec", 0.0)
-    dictionary.reset_latents(ids, torch.cat(targets)[picked.to(ids.device)] - centre)
-    member.optimiser.forget(ids)
+    if resampling.scheme == "random":
+        device = ids.device
+        out = unit_rows(ids.numel(), dictionary.d_out, member.generator).to(device)
+        into = unit_rows(ids.numel(), dictionary.d_in, member.generator).to(device)
+        directions = _Directions(out, into if _transcodes(member) else None)
+    else:
+        assert rows is not None
+        directions = _badly_reconstructed(member, rows, ids.numel(), resampling.scheme == "worst")
+    ids = ids[: directions.out.shape[0]]
+    dictionary.reset_latents(ids, *directions)
+    optimiser.forget(ids)
+    member.resampled_at = member.step
+
+
+def _chosen(member: Member, resampling: Resampling) -> Bool[Tensor, " d_sae"]:
+    """Which latents: the silent ones, or those unlike any of the second dictionary's."""
+    dictionary = member.dictionary
+    if resampling.scheme != "mcs":
+        return dictionary.tokens_since_fired > resampling.after_tokens
+    assert resampling.against is not None
+    with member.optimiser.exported():
+        ours = dictionary.decoder_directions().detach()
+    theirs = dictionaries.load(resampling.against).decoder_directions().detach().to(ours.device)
+    return metrics.mcs(ours, theirs) < resampling.below
+
+
+def _transcodes(member: Member) -> bool:
+    """Whether latents read elsewhere than they write, so that a direction to write is none to read."""
+    sites = member.dictionary.sites
+    return member.dictionary.d_in != member.dictionary.d_out or (
+        sites is not None and sites.inputs != sites.outputs
+    )
+
+
+def _badly_reconstructed(member: Member, rows: Batch, n: int, worst: bool) -> _Directions:
+    """Up to n of the rows: those with the largest error, or drawn in proportion to its square.
+
+    Args:
+        member: Whose errors.
+        rows: Raw rows; computed with a batch at a time.
+        n: How many.
+        worst: The largest errors, instead of a draw.
+    """
+    dictionary, size = member.dictionary, member.config.batch_size
+    errors = []
+    for start in range(0, rows.x.shape[0], size):
+        x, target = rows.x[start : start + size], rows.target[start : start + size]
+        part = member.scaled(Batch(x, x if rows.target is rows.x else target))
+        recon = dictionary.decode(dictionary.encode(part.x), part.x)
+        errors.append((part.target - recon).square().sum(1))
+    error = torch.cat(errors).cpu()  # drawn on the CPU, where the member's generator is
+    n = min(n, error.shape[0])
+    if worst:
+        picked = error.topk(n).indices
+    else:
+        picked = torch.multinomial(error.square(), n, replacement=False, generator=member.generator)
+    picked = picked.to(rows.x.device)
+    out, into = rows.target[picked], rows.x[picked]
+    x, target = member.scaled(Batch(into, out))
+    none = torch.zeros(n, 1, device=x.device)
+    silent = Encoded.from_topk(none, none.to(torch.int32), dictionary.d_sae)
+    read = x - getattr(dictionary, "b_pre", 0.0) if _transcodes(member) else None
+    return _Directions(target - dictionary.decode(silent, x), read)

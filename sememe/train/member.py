@@ -2,7 +2,7 @@
 
 Knows one step and its own state; knows neither where batches come from nor when anything is saved.
 
-    batch * scale -> dictionary.loss -> optimiser -> dictionary.after_step
+    batch * scale -> objective -> optimiser -> dictionary.after_step
 """
 
 from __future__ import annotations
@@ -15,15 +15,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sememe import dictionaries
-from sememe.dictionaries import Loss, Sites, Trainable
-from sememe.errors import ActivationError
-from sememe.optimiser import Adam
+from sememe.dictionaries import Loss, Sites
+from sememe.errors import ActivationError, ConfigError
+from sememe.optimiser import make
 from sememe.source import Batch, Columns
+from sememe.train.by_site import about_sites, fvu_by_site
 from sememe.train.config import TrainConfig
 from sememe.train.dead import revive, rows_wanted
+from sememe.train.objective import Objective, own_loss
 from sememe.train.schedule import make_plan
+from sememe.train.snapshots import compares, freeze
 
-__all__ = ["Member", "Spec", "Stepped", "make_optimiser"]
+__all__ = ["Member", "Spec", "Stepped"]
 
 
 class Spec(NamedTuple):
@@ -47,11 +50,6 @@ class Stepped(NamedTuple):
     lr: float
 
 
-def make_optimiser(config: TrainConfig, dictionary: Trainable) -> Adam:
-    """The optimiser that a config asks for."""
-    return Adam(dictionary)
-
-
 class Member:
     """One dictionary between two steps.
 
@@ -59,15 +57,29 @@ class Member:
         spec: What to make.
         n_steps: Length of the run.
         device: Where it is trained. Initialised on the CPU, so that it starts with the same bits everywhere.
+        objective: What it is trained for; the dictionary's own loss if not given.
     """
 
-    def __init__(self, spec: Spec, n_steps: int, device: torch.device) -> None:
+    def __init__(
+        self, spec: Spec, n_steps: int, device: torch.device, objective: Objective | None = None
+    ) -> None:
+        self.objective = objective or own_loss
         self.name, self.config, self.columns, self.device = spec.name, spec.config, spec.columns, device
         self.dictionary = dictionaries.build(spec.config.architecture, spec.d_in, spec.d_out, spec.sites)
+        if self.config.freeze_above is not None and not self.dictionary.can_freeze:
+            raise ConfigError(
+                f"freeze_above must be left out for {self.dictionary.kind}: its latents cannot be frozen one by one",
+                self.config.freeze_above,
+                "Drop it.",
+            )
         self.plan = make_plan(spec.config, self.dictionary, n_steps)
         self.generator = torch.Generator().manual_seed(spec.config.seed)
         self.step = 0
         self.resampled_at: int | None = None
+        self.compared: Tensor | None = None
+        """Unit decoder rows at the last comparison, if latents may be frozen."""
+        self.finished = False
+        """Whether there is nothing left to train: every latent that fires is frozen."""
 
     def initialise(self, sample: Batch) -> None:
         """Set scales and parameters from rows of the stream, in raw units on the CPU.
@@ -81,15 +93,14 @@ class Member:
                 "activations must be finite", "NaN or infinity in the sample", "Check the source."
             )
         if self.config.scale:
-            self.dictionary.scale_in.fill_(_scale(sample.x))
-            self.dictionary.scale_out.fill_(_scale(sample.target))
+            self.dictionary.set_scales(sample.x, sample.target)
         self.dictionary.initialise(*self.scaled(sample), self.generator)
         self._settle()
 
     def _settle(self) -> None:
         """Move to the device; what belongs to the parameters is made there."""
         self.dictionary.to(self.device)
-        self.optimiser = make_optimiser(self.config, self.dictionary)
+        self.optimiser = make(self.config.optimiser, self.dictionary)
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=self.device)
 
     def own(self, batch: Batch) -> Batch:
@@ -116,9 +127,13 @@ class Member:
             revive(self, self.own(_first(ahead, n_ahead)))
         else:
             revive(self, None)
-        x, target = self.scaled(self.own(batch))
+        own = self.own(batch)
+        x, target = self.scaled(own)
         self.dictionary.train()
-        loss = self.dictionary.loss(x, target, self.step / self.plan.n_steps)
+        loss = self.objective(self.dictionary, own, x, target, self.step / self.plan.n_steps)
+        revival = self.dictionary.revival_loss(x, target, loss.encoded)
+        if revival is not None:
+            loss = loss._replace(total=loss.total + revival, terms=loss.terms | {"ghost": revival.detach()})
         loss.total.backward()  # type: ignore[no-untyped-call]
         since = None if self.resampled_at is None else self.step - self.resampled_at
         lr = self.plan.rate(self.step, self.config, since)
@@ -127,20 +142,28 @@ class Member:
         bad = ~torch.isfinite(loss.total.detach()) & (self.first_bad < 0)
         self.first_bad.masked_fill_(bad, self.step)
         self.step += 1
+        if compares(self.config, self.plan.n_steps, self.step):
+            freeze(self)
         return Stepped(loss, target, lr)
 
     def metrics(self, stepped: Stepped) -> dict[str, float]:
         """A step's numbers for the log, read from the device."""
         loss, target, lr = stepped
         values = {name: float(term) for name, term in loss.terms.items()}
+        if loss.encoded.overflow is not None:
+            values["overflow_steps"] = float(self.dictionary.overflow_steps)
         variance = float((target - target.mean(0)).square().mean())
-        return values | {
+        values |= {
             "loss": float(loss.total.detach()),
             "fvu": values["mse"] / max(variance, 1e-12),
+            **fvu_by_site(self.dictionary.sites, target, loss.error),
             "l0": float(loss.encoded.l0().float().mean()),
             "frac_silent": float((self.dictionary.tokens_since_fired > 100_000).float().mean()),
             "lr": lr,
         }
+        if self.config.freeze_above is not None:
+            values["frac_frozen"] = self.optimiser.frac_frozen()
+        return values
 
     def check(self) -> None:
         """Look whether anything went wrong since the last look; waits for the device.
@@ -177,6 +200,8 @@ class Member:
                 "step": self.step,
                 "generator": self.generator.get_state(),
                 "resampled_at": self.resampled_at,
+                "compared": self.compared,
+                "finished": self.finished,
             },
         }
 
@@ -189,9 +214,11 @@ class Member:
         self.optimiser.load_state_dict(state["optimiser"])
         self.generator.set_state(state["run"]["generator"])
         self.step, self.resampled_at = state["run"]["step"], state["run"]["resampled_at"]
+        compared, self.finished = state["run"]["compared"], state["run"]["finished"]
+        self.compared = None if compared is None else compared.to(self.device)
 
     def write(self, folder: Path, probe_rows: Batch, n_rows: int | None) -> dict[str, Any]:
-        """Write the finished dictionary's files; what its meta.json shall remember.
+        """Write the dictionary's files; what its meta.json shall remember.
 
         Args:
             folder: An artifact's work folder.
@@ -200,8 +227,13 @@ class Member:
         """
         silent = self.dictionary.tokens_since_fired
         alive = None if n_rows is None else float((silent < n_rows).float().mean())
-        about = {"frac_alive_last_pass": alive, "scale_in": float(self.dictionary.scale_in)}
-        return self.dictionary.write(folder, self.own(probe_rows).x) | {"training": about}
+        scales = self.dictionary.scale_in.expand(self.dictionary.d_in)
+        scale_in = torch.unique_consecutive(scales).tolist()
+        about: dict[str, Any] = {"frac_alive_last_pass": alive, "scale_in": scale_in}
+        with self.optimiser.exported():
+            by_site = about_sites(self.dictionary)
+            about |= {"sites": by_site} if by_site else {}
+            return self.dictionary.write(folder, self.own(probe_rows).x) | {"training": about}
 
 
 ALONE = "dictionary"
@@ -211,9 +243,3 @@ ALONE = "dictionary"
 def _first(batch: Batch, n: int) -> Batch:
     x = batch.x[:n]
     return Batch(x, x if batch.target is batch.x else batch.target[:n])
-
-
-def _scale(x: Tensor) -> float:
-    """What makes the mean square distance from the mean, per feature, equal 1: then mse is nearly fvu."""
-    spread = float((x - x.mean(0)).square().mean().sqrt())
-    return 1.0 / spread if spread > 0 else 1.0

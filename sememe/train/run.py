@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sememe.checkpoint import load_checkpoint, save_checkpoint
+from sememe.end_to_end import ContextBatch
 from sememe.errors import ActivationError, MismatchError
 from sememe.interrupt import stop_requests
 from sememe.progress import track
@@ -21,13 +23,15 @@ from sememe.tracking import Log
 from sememe.train.config import TrainConfig
 from sememe.train.crew import Team
 from sememe.train.member import ALONE
+from sememe.train.snapshots import compares, keep, keeps
 from sememe.train.watch import WATCHED, Watch
 
-__all__ = ["LOG", "LOGS", "Run"]
+__all__ = ["LOG", "LOGS", "N_PROBE_ROWS", "Run"]
 
 LOG = "metrics.jsonl"
 LOGS = "logs"
-"""Where the logs of a sweep's members are kept until each gets a folder of its own."""
+"""Where the logs and copies of a sweep's members are kept until each gets a folder of its own."""
+N_PROBE_ROWS = 16
 N_SAMPLE_ROWS = 8192
 """Rows that set the scale and the biases: enough for a stable mean at any width met here."""
 
@@ -124,14 +128,17 @@ class Run:
             whole, logs = self._open_logs(stack)
             watched = self._open_watched(stack) if self.watch.on else {}
             if self.step == 0:
-                self._look(watched)
+                self._look(watched, self.n_steps)
             saved_at = time.monotonic()
-            while self.step < self.n_steps:
+            finished = self._may_finish() and self.team.finished()
+            while self.step < self.n_steps and not finished:
                 values = self._one_step()
                 if values is not None:
                     progress.note = self._write(whole, logs, values)
                 progress.advance(config.batch_size)
-                self._look(watched)
+                self._keep()
+                finished = self._compares() and self.team.finished()
+                self._look(watched, self.step if finished else self.n_steps)
                 if stop.is_set() or time.monotonic() - saved_at >= config.checkpoint_every_seconds:
                     self._save()
                     saved_at = time.monotonic()
@@ -145,17 +152,40 @@ class Run:
         ahead = upcoming(self.source, wanted) if wanted else None
         batch = self._next_batch()
         self.step += 1
-        logging = self.step % self.config.log_every == 0 or self.step == self.n_steps
+        # a comparison may be the run's end, whose numbers must be there
+        logging = self.step % self.config.log_every == 0 or self.step == self.n_steps or self._compares()
         values = self.team.train_step(batch, ahead, logging)
         if logging:
             self.team.check()
         return values
 
+    def _members(self) -> dict[str, TrainConfig]:
+        """Each member's config."""
+        return self.configs or {ALONE: self.config}
+
+    def _may_finish(self) -> bool:
+        return any(config.freeze_above is not None for config in self._members().values())
+
+    def _compares(self) -> bool:
+        """Whether a member was compared with what it was, after the last step."""
+        return any(compares(config, self.n_steps, self.step) for config in self._members().values())
+
+    def _keep(self) -> None:
+        """Keep copies of those members that want it after this step."""
+        for name, config in self._members().items():
+            if keeps(config, self.step):
+                folder = self.folder / LOGS / name if self.configs else self.folder
+                rows = self.source.sample(N_PROBE_ROWS)
+                write = partial(self.team.write, name, probe_rows=rows, n_rows=self.source.n_rows)
+                keep(config, self.step, folder, write)
+
     def _next_batch(self) -> Batch:
         n = self.config.batch_size
         batch = self.source.next_batch(n)
         found = batch.x.shape[0]
-        if found < n:
+        if found < n and not isinstance(
+            batch, ContextBatch
+        ):  # which holds what the policy keeps of its contexts
             rows = self.step * n + found
             raise ActivationError(
                 f"the source must give the {self.n_steps * n:,} rows of this run (n_tokens)",
@@ -193,9 +223,9 @@ class Run:
             for name, place in places.items()
         }
 
-    def _look(self, watched: dict[str, Log]) -> None:
-        """Measure the dictionaries as they stand, if it is time."""
-        if self.watch.due(self.step, self.n_steps):
+    def _look(self, watched: dict[str, Log], last: int) -> None:
+        """Measure the dictionaries as they stand, if it is time or this step is the last."""
+        if self.watch.due(self.step, last):
             for name, values in self.watch.look(self.team, self.step).items():
                 watched[name].write(self.step, values)
 

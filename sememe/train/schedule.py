@@ -22,7 +22,7 @@ class Plan(NamedTuple):
     def rate(self, step: int, config: TrainConfig, since_resample: int | None) -> float:
         """The learning rate of a step (counted from 0)."""
         rise = min(1.0, (step + 1) / max(1.0, config.warmup * self.n_steps))
-        fall = min(1.0, (self.n_steps - step) / max(1.0, config.decay * self.n_steps))
+        fall = min(1.0, (self.n_steps - step) / max(1.0, config.decay_share * self.n_steps))
         again = 1.0
         if since_resample is not None and self.rewarmup_steps:
             again = min(1.0, (since_resample + 1) / self.rewarmup_steps)

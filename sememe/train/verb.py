@@ -12,18 +12,23 @@ import torch
 
 from sememe import artifact, dictionaries, kernels
 from sememe.dictionaries import Dictionary
+from sememe.end_to_end import EndToEnd
 from sememe.errors import ConfigError, HookpointError, nearest
+from sememe.join import JoinedStore, open_stores
 from sememe.probes import cross_entropy_of
 from sememe.source import Columns, HoldsOut, LiveSource, Source, StoreSource
-from sememe.store import Store, open_store
+from sememe.store import Store
 from sememe.text import fetch
 from sememe.text import fingerprint as text_fingerprint
 from sememe.tracking import read_log
 from sememe.train.config import TrainConfig
 from sememe.train.crew import Crew, Team, device_of
+from sememe.train.dead import second_dictionary
 from sememe.train.member import ALONE, Spec
-from sememe.train.run import LOG, LOGS, Run
+from sememe.train.objective import Objective
+from sememe.train.run import LOG, LOGS, N_PROBE_ROWS, Run
 from sememe.train.schedule import count_steps
+from sememe.train.snapshots import FOLDER
 from sememe.train.sweep import INDEX, Sweep, Swept, open_sweep, variants
 from sememe.train.watch import WATCHED, Probe, Watch
 from sememe.train.workers import Workers
@@ -33,8 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["train", "train_sweep"]
 
-VERSION = 1
-N_PROBE_ROWS = 16
+VERSION = 2
 
 
 class _Stream(NamedTuple):
@@ -43,6 +47,7 @@ class _Stream(NamedTuple):
     source: Source
     parents: dict[str, str]
     extra: dict[str, Any]
+    objective: Objective | None = None
 
 
 def train(
@@ -51,6 +56,7 @@ def train(
     source: Source | None = None,
     parents: dict[str, str] | None = None,
     extra: dict[str, Any] | None = None,
+    objective: Objective | None = None,
     probes: Sequence[Probe] = (),
     fresh: bool = False,
 ) -> Dictionary:
@@ -61,6 +67,7 @@ def train(
         source: Where activations come from; the store at config.store if not given.
         parents: Fingerprints of what the source is made from; the store's if the source is not given.
         extra: More to remember in the dictionary's meta.json (the token policy, for a live source).
+        objective: What it is trained for on the given source; the dictionary's own loss if not given.
         probes: What to measure on the way, beside the held-out rows; their numbers go to watched.jsonl.
         fresh: Replace whatever stands at config.out.
 
@@ -83,8 +90,15 @@ def train(
             ", ".join(config.devices),
             "Name one, or sweep over something.",
         )
-    given = None if source is None else _Stream(source, parents or {}, extra or {})
+    if source is None and objective is not None:
+        raise ConfigError(
+            "an objective must come with its source",
+            "no source",
+            "Pass both, or set end_to_end in the config.",
+        )
+    given = None if source is None else _Stream(source, parents or {}, extra or {}, objective)
     stream = given or _stream(config, config.inputs, config.outputs, extra or {})
+    stream = stream._replace(parents=stream.parents | second_dictionary(config, stream.source.d_out))
     identity = artifact.identity_of("dictionary", VERSION, config, stream.parents)
     if not fresh and artifact.find(config.out, "dictionary", identity, config, stream.parents):
         return dictionaries.load(config.out)
@@ -92,7 +106,7 @@ def train(
     spec = Spec(ALONE, config, source.d_in, source.d_out, source.sites, None)
     with (
         _building(config, "dictionary", stream.parents, fresh) as work,
-        _trained(config, [spec], {}, source, work, probes) as team,
+        _trained(config, [spec], {}, stream, work, probes) as team,
     ):
         about = team.write(ALONE, work.path, source.sample(N_PROBE_ROWS), source.n_rows)
         work.extra = stream.extra | about
@@ -137,16 +151,20 @@ def train_sweep(
             len(config.devices),
             "Name fewer, or sweep over more.",
         )
-    identity = artifact.identity_of("sweep", VERSION, config, stream.parents)
-    if not fresh and artifact.find(config.out, "sweep", identity, config, stream.parents):
+    specs = _specs(config, members, stream, opened=given is None)
+    seconds = {spec.name: second_dictionary(spec.config, spec.d_out) for spec in specs}
+    all_parents = stream.parents | {
+        f"{role} of {name}": fingerprint for name, own in seconds.items() for role, fingerprint in own.items()
+    }
+    identity = artifact.identity_of("sweep", VERSION, config, all_parents)
+    if not fresh and artifact.find(config.out, "sweep", identity, config, all_parents):
         return open_sweep(config.out)
-    specs = [_spec(member, stream.source) for member in members]
     configs = {member.name: member.config for member in members}
     with (
-        _building(config, "sweep", stream.parents, fresh) as work,
-        _trained(config, specs, configs, stream.source, work) as team,
+        _building(config, "sweep", all_parents, fresh) as work,
+        _trained(config, specs, configs, stream, work) as team,
     ):
-        _write_members(team, members, stream, work)
+        _write_members(team, members, seconds, stream, work)
     return open_sweep(config.out)
 
 
@@ -162,7 +180,7 @@ def _opened(config: TrainConfig, given: _Stream | None, extra: dict[str, Any]) -
         lm = _load(config)
         members = variants(config, lambda pattern: lm.expand((pattern,)))
     else:
-        members = variants(config, _expand_in(open_store(config.store)))
+        members = variants(config, _expand_in(open_stores([config.store, *config.join])))
     return _stream(config, *_hookpoints(members), extra, lm), members
 
 
@@ -187,13 +205,19 @@ def _stream(
     """The store at config.store, or the language model as it runs."""
     seed = config.seed if config.data_seed is None else config.data_seed
     if not config.live:
-        store = open_store(config.store)
+        store = open_stores([config.store, *config.join])
         about = {"policy": store.info.policy.resolved(), "store": store.info.resolved()}
         stored = StoreSource(store, inputs, outputs, seed)
-        return _Stream(stored, {"store": store.fingerprint}, about | extra)
+        return _Stream(stored, store.parents, about | extra)
     assert inputs is not None
     fetch(config.text)
     lm = lm or _load(config)
+    parents = {"model": lm.fingerprint, "text": text_fingerprint(config.text)}
+    about = extra | {"policy": config.policy.resolved()}
+    if config.end_to_end.objective != "local":
+        objective = EndToEnd(config.end_to_end, lm, inputs, outputs or inputs)
+        contexts = objective.source(config.text, config.policy, inputs, outputs)
+        return _Stream(contexts, parents, about, objective)
     live = LiveSource(
         lm,
         config.text,
@@ -204,8 +228,7 @@ def _stream(
         buffer_mb=config.buffer_mb,
         batch_rows=config.batch_rows,
     )
-    parents = {"model": lm.fingerprint, "text": text_fingerprint(config.text)}
-    return _Stream(live, parents, extra | {"policy": config.policy.resolved()})
+    return _Stream(live, parents, about)
 
 
 def _load(config: TrainConfig) -> LanguageModel:
@@ -215,10 +238,8 @@ def _load(config: TrainConfig) -> LanguageModel:
     return language_models.load(config.model)
 
 
-def _expand_in(store: Store) -> Callable[[str], tuple[str, ...]]:
-    return lambda pattern: _matching(
-        pattern, tuple(store.info.hookpoints), f"the store {store.artifact.path}"
-    )
+def _expand_in(store: Store | JoinedStore) -> Callable[[str], tuple[str, ...]]:
+    return lambda pattern: _matching(pattern, tuple(store.info.hookpoints), f"the store {store.name}")
 
 
 def _expand_among(source: Source) -> Callable[[str], tuple[str, ...]]:
@@ -238,6 +259,37 @@ def _matching(pattern: str, known: tuple[str, ...], where: str) -> tuple[str, ..
 # -- from the source to artifacts ----------------------------------------------------------------------------
 
 
+def _specs(config: TrainConfig, members: list[Swept], stream: _Stream, opened: bool) -> list[Spec]:
+    """What the members of a sweep are made from.
+
+    Args:
+        config: The sweep's.
+        members: Which.
+        stream: Where their rows come from.
+        opened: It was opened for them, and not given by the caller.
+    """
+    alike = len({(member.config.inputs, member.config.outputs) for member in members}) == 1
+    if config.join and not alike:
+        raise ConfigError(
+            "a sweep over hookpoints needs a single store", f"{len(config.join)} more to join", "Drop --join."
+        )
+    if opened and alike:  # the stream holds exactly what they want
+        specs = [_whole(member, stream.source) for member in members]
+    else:
+        specs = [_spec(member, stream.source) for member in members]
+    if stream.objective is not None and any(spec.columns is not None for spec in specs):
+        raise ConfigError(
+            "the dictionaries of a sweep must share inputs and outputs to be trained end to end",
+            "several",
+            "Train each hookpoint by itself.",
+        )
+    return specs
+
+
+def _whole(member: Swept, source: Source) -> Spec:
+    return Spec(member.name, member.config, source.d_in, source.d_out, source.sites, None)
+
+
 def _spec(member: Swept, source: Source) -> Spec:
     """What a member is made from, and which part of the stream is its own."""
     config, sites = member.config, source.sites
@@ -248,7 +300,7 @@ def _spec(member: Swept, source: Source) -> Spec:
     )
     inputs = config.inputs or ()
     if asked == (None, None) or whole == (inputs, config.outputs or inputs):
-        return Spec(member.name, config, source.d_in, source.d_out, sites, None)
+        return _whole(member, source)
     if sites is None:
         raise ConfigError(
             "inputs must be left out for a source without hookpoints", asked, "Drop them from the sweep."
@@ -279,11 +331,12 @@ def _trained(
     config: TrainConfig,
     specs: list[Spec],
     configs: dict[str, TrainConfig],
-    source: Source,
+    stream: _Stream,
     work: artifact.Work,
     probes: Sequence[Probe] = (),
 ) -> Iterator[Team]:
     """The dictionaries after their last step."""
+    source = stream.source
     watch = _watch(config, specs, source, probes)
     n_steps = count_steps(config, source.n_rows)
     with kernels.threads(_threads(config)) as threads:
@@ -291,7 +344,7 @@ def _trained(
         if len(config.devices) > 1:
             team = Workers(specs, n_steps, config.devices, threads, config.batch_size, work.path)
         else:
-            team = Crew(specs, n_steps, device_of((*config.devices, "cpu")[0]))
+            team = Crew(specs, n_steps, device_of((*config.devices, "cpu")[0]), stream.objective)
         with team:
             Run(config, n_steps, team, configs, source, work.path, threads, watch).go()
             yield team
@@ -320,19 +373,29 @@ def _threads(config: TrainConfig) -> int | None:
     return max(1, torch.get_num_threads() // max(1, config.devices.count("cpu")))
 
 
-def _write_members(team: Team, members: list[Swept], stream: _Stream, work: artifact.Work) -> None:
+def _write_members(
+    team: Team,
+    members: list[Swept],
+    seconds: dict[str, dict[str, str]],
+    stream: _Stream,
+    work: artifact.Work,
+) -> None:
     """A dictionary artifact for each member, and the index of them all."""
     probe_rows = stream.source.sample(N_PROBE_ROWS)
     index = []
     for name, options, config in members:
         place = work.path / name
-        log = work.path / LOGS / name / LOG
+        own = work.path / LOGS / name
+        log = own / LOG
+        parents = stream.parents | seconds[name]
         with artifact.building(
-            place, kind="dictionary", version=VERSION, config=config, parents=stream.parents, fresh=True
+            place, kind="dictionary", version=VERSION, config=config, parents=parents, fresh=True
         ) as inner:
             for file in (log, log.with_name(WATCHED)):
                 if file.is_file():
                     shutil.copy(file, inner.path / file.name)
+            if (own / FOLDER).is_dir():
+                shutil.copytree(own / FOLDER, inner.path / FOLDER)
             about = team.write(name, inner.path, probe_rows, stream.source.n_rows)
             inner.extra = stream.extra | about
         made = artifact.load(place, "dictionary")

@@ -144,6 +144,10 @@ class Workers:
             values |= answer
         return {name: values[name] for name in self.homes}
 
+    def finished(self) -> bool:
+        """Whether all members are."""
+        return all(self._all("finished"))
+
     def check(self) -> None:
         """Look at every member."""
         self._all("check")

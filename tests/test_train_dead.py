@@ -1,0 +1,269 @@
+"""Dead latents: every scheme revives planted ones, a run without it does not, and all resume to the same bits."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_train import planted
+
+from sememe import artifact, dictionaries
+from sememe.dictionaries import TRAINABLE, auxiliary
+from sememe.dictionaries.auxiliary import auxk_loss, ghost_loss
+from sememe.dictionaries.relu import ReLUConfig
+from sememe.dictionaries.topk import TopKConfig
+from sememe.errors import ShapeError
+from sememe.source import TensorSource
+from sememe.train import TrainConfig, dead, train
+
+N_DEAD, D_SAE, D = 10, 40, 16
+OFF = {"resample": "none"}
+RELU = {"kind": "relu", "d_sae": D_SAE, "l1_coefficient": 0.05}
+TOPK = {"kind": "topk", "d_sae": D_SAE, "k": 3}
+AT = {"resample_at": (0.5,), "rewarmup_steps": 5}
+SILENT = AT | {"resample_after_tokens": 1000}
+SCHEMES: dict[str, dict[str, Any]] = {
+    "loss": RELU | {"resample": "loss"} | SILENT,
+    "worst": RELU | {"resample": "worst"} | SILENT,
+    "random": RELU | {"resample": "random"} | SILENT,
+    "mcs": RELU | {"resample": "mcs", "resample_below": 0.5} | AT,
+    "ghost": RELU | OFF | {"ghost_after_tokens": 1000},
+    "topk_loss": TOPK | {"auxk_coefficient": 0.0, "resample": "loss"} | SILENT,
+    "topk_auxk": TOPK | {"k": 1, "dead_after_tokens": 1000},
+}
+CONTROLS = {
+    "relu": RELU | OFF,
+    "topk": TOPK | {"auxk_coefficient": 0.0},
+    "topk_short": TOPK | {"k": 1, "auxk_coefficient": 0.0},
+}
+SHORT = {"topk_auxk", "topk_short"}
+"""Planted by short encoder rows, which AuxK reaches, and the others by biases, which it does not."""
+
+
+def config(scheme: dict[str, Any], out: Path, n_steps: int = 200, **changes) -> TrainConfig:
+    return TrainConfig.build(
+        {
+            "out": out,
+            "architecture": scheme,
+            "n_tokens": n_steps * 256,
+            "batch_size": 256,
+            "lr": 1e-2,
+            "decay": 0.1,
+            "threads": 1,
+            "checkpoint_every_seconds": 1000,
+            **changes,
+        }
+    )
+
+
+@pytest.fixture
+def name(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def plant(monkeypatch, name):
+    """Latents 0 to 9 start where no row reaches them."""
+    for kind in ("relu", "topk"):
+        initialise = TRAINABLE[kind].initialise
+
+        def half_dead(dictionary, x, target, generator, initialise=initialise):
+            initialise(dictionary, x, target, generator)
+            with torch.no_grad():
+                if name in SHORT:
+                    dictionary.W_enc[:, :N_DEAD] *= 0.01
+                else:
+                    dictionary.b_enc[:N_DEAD] = -8.0
+
+        monkeypatch.setattr(TRAINABLE[kind], "initialise", half_dead)
+
+
+def second(tmp_path: Path, x: torch.Tensor) -> Path:
+    """A dictionary whose latents are the run's own at its start, but for the planted ones, which it lacks."""
+    path = tmp_path / "second"
+    dictionary = dictionaries.build(TopKConfig(d_sae=D_SAE, k=3), D, D)
+    sample = TensorSource(x).sample(8192).x
+    dictionary.initialise(sample, sample, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        own = dictionary.W_dec.clone()
+        nearest = (own[N_DEAD:] @ own[:N_DEAD].T).amax(1)
+        dictionary.W_dec[:] = own[N_DEAD:][nearest.argsort()][:1]
+        dictionary.W_dec[N_DEAD:] = own[N_DEAD:]
+    dictionary.save(path, sample)
+    return path
+
+
+def completed(name: str, tmp_path: Path, x: torch.Tensor) -> dict[str, Any]:
+    return SCHEMES[name] | ({"resample_against": second(tmp_path, x)} if name == "mcs" else {})
+
+
+def alive(dictionary: dictionaries.Dictionary, x: torch.Tensor) -> int:
+    """How many of the planted latents fire on any row."""
+    return int((dictionary.encode(x).to_dense()[:, :N_DEAD] != 0).any(0).sum())
+
+
+@pytest.mark.parametrize("name", sorted(CONTROLS), indirect=True)
+def test_without_a_scheme_planted_dead_latents_stay_dead(name, plant, tmp_path):
+    _, x = planted()
+    assert alive(train(config(CONTROLS[name], tmp_path / "d"), source=TensorSource(x)), x) == 0
+
+
+@pytest.mark.parametrize("name", sorted(SCHEMES), indirect=True)
+def test_every_scheme_revives_planted_dead_latents(name, plant, tmp_path, monkeypatch):
+    _, x = planted()
+    changed: list[torch.Tensor] = []
+    original = dead.resample
+
+    def watch(member, rows):
+        before = member.dictionary.W_dec.detach().clone()
+        original(member, rows)
+        ids = torch.nonzero((member.dictionary.W_dec != before).any(1)).view(-1)
+        changed.append(ids)
+        for parameter, slots in member.optimiser.slots.items():
+            for slot in slots.values():
+                if parameter != "b_dec":
+                    assert float(slot[ids].abs().sum()) == 0.0, "moments of changed latents are forgotten"
+                assert float(slot.abs().sum()) > 0, "the others' are not"
+        assert member.resampled_at == member.step
+        assert member.plan.rate(member.step, member.config, 0) < 0.3 * member.plan.lr, "it re-warms"
+
+    monkeypatch.setattr(dead, "resample", watch)
+    made = train(config(completed(name, tmp_path, x), tmp_path / "d"), source=TensorSource(x))
+    assert alive(made, x) >= N_DEAD // 2
+    assert len(changed) == ("resample_at" in SCHEMES[name])
+    if changed:
+        assert set(range(N_DEAD)) <= set(changed[0].tolist())
+        assert changed[0].numel() < D_SAE // 2, "those that fire, or are like the second dictionary's, stay"
+
+
+@pytest.mark.parametrize("name", sorted(SCHEMES), indirect=True)
+def test_a_run_that_breaks_goes_on_to_the_same_bits(name, plant, tmp_path):
+    _, x = planted()
+    scheme = completed(name, tmp_path, x)
+
+    class Breaks(TensorSource):
+        n = 0
+
+        def next_batch(self, n):
+            self.n += 1
+            if self.n == 27:
+                raise RuntimeError("the power failed")
+            return super().next_batch(n)
+
+    def short(out: str) -> TrainConfig:
+        return config(scheme, tmp_path / out, n_steps=40, checkpoint_every_seconds=0)
+
+    train(short("whole"), source=TensorSource(x))
+    with pytest.raises(RuntimeError, match="the power failed"):
+        train(short("broken"), source=Breaks(x))
+    train(short("broken"), source=TensorSource(x))
+    files = [(tmp_path / name / "weights.safetensors").read_bytes() for name in ("whole", "broken")]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("name", ["loss"], indirect=True)
+def test_a_transcoders_revived_latents_read_the_rows_they_write(plant, tmp_path):
+    _, x = planted()
+    turned = torch.cat([x.flip(1), x[:, :4]], dim=1)
+    made = train(config(SCHEMES["loss"], tmp_path / "d"), source=TensorSource(x, target=turned))
+    assert made.d_out == 20 and alive(made, x) >= N_DEAD // 2
+
+
+def test_the_second_dictionary_is_a_parent_and_must_fit(tmp_path):
+    _, x = planted()
+    scheme = completed("mcs", tmp_path, x)
+    train(config(scheme, tmp_path / "d", n_steps=10), source=TensorSource(x))
+    fingerprint = artifact.load(tmp_path / "second").fingerprint
+    assert artifact.load(tmp_path / "d").meta["parents"] == {"resample_against": fingerprint}
+    with pytest.raises(ShapeError, match="must have d_out=8 like the one in training, got 16"):
+        train(config(scheme, tmp_path / "e"), source=TensorSource(x[:, :8]))
+
+
+# -- auxiliary losses ------------------------------------------------------------------------------
+
+
+def made(seed: int = 0) -> tuple[dictionaries.Trainable, torch.Tensor, torch.Tensor]:
+    dictionary = dictionaries.build(ReLUConfig(d_sae=12), 6, 6)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(9, 6, generator=generator)
+    dictionary.initialise(x, x, generator)
+    return dictionary, x, torch.randn(9, 6, generator=generator)
+
+
+def slow_ghost(dictionary, x, residual, dead_ids):
+    """As published, row by row."""
+    errors = []
+    for row, left in zip(x, residual, strict=True):
+        pre = (row - dictionary.b_pre) @ dictionary.W_enc[:, dead_ids] + dictionary.b_enc[dead_ids]
+        output = torch.exp(pre) @ dictionary.W_dec[dead_ids]
+        output = output * (left.norm() / (2 * output.norm())).detach()
+        errors.append((left - output).square().mean())
+    error = torch.stack(errors).mean()
+    return error * (residual.square().mean() / error).detach()
+
+
+def slow_auxk(dictionary, x, residual, dead_ids, k):
+    errors = []
+    for row, left in zip(x, residual, strict=True):
+        pre = (row - dictionary.b_pre) @ dictionary.W_enc[:, dead_ids] + dictionary.b_enc[dead_ids]
+        best = pre.argsort(descending=True)[:k]
+        recon = torch.relu(pre[best]) @ dictionary.W_dec[dead_ids[best]]
+        errors.append((left - recon).square().mean())
+    return torch.stack(errors).mean() / residual.square().mean()
+
+
+@pytest.mark.parametrize("rows_at_a_time", [100, 4])
+@pytest.mark.parametrize("loss", ["ghost", "auxk"])
+def test_auxiliary_losses_and_their_gradients_are_those_of_a_slow_loop(loss, rows_at_a_time, monkeypatch):
+    dead_ids = torch.tensor([1, 4, 5, 9])
+    monkeypatch.setattr(auxiliary, "GROUP_ENTRIES", rows_at_a_time * 4)
+    results = []
+    for fast in (True, False):
+        dictionary, x, residual = made()
+        if loss == "ghost":
+            value = (ghost_loss if fast else slow_ghost)(dictionary, x, residual, dead_ids)
+        else:
+            value = (auxk_loss if fast else slow_auxk)(dictionary, x, residual, dead_ids, 2)
+        value.backward()
+        results.append((value.detach(), {n: p.grad for n, p in dictionary.named_parameters()}))
+    torch.testing.assert_close(results[0][0], results[1][0])
+    for name in ("W_enc", "W_dec", "b_enc"):
+        torch.testing.assert_close(results[0][1][name], results[1][1][name], atol=1e-6, rtol=1e-4)
+        live = torch.ones(12, dtype=torch.bool)
+        live[dead_ids] = False
+        grad = results[0][1][name]
+        assert float((grad[:, live] if name == "W_enc" else grad[live]).abs().sum()) == 0.0
+    assert results[0][1]["b_dec"] is None
+
+
+def test_ghost_gradients_survive_pre_activations_that_overflow_an_exponential():
+    dictionary, x, residual = made()
+    with torch.no_grad():
+        dictionary.b_enc[:] = 1000.0
+    ghost_loss(dictionary, x, residual, torch.tensor([0, 3])).backward()
+    assert all(bool(torch.isfinite(p.grad).all()) for p in dictionary.parameters() if p.grad is not None)
+
+
+def test_a_large_dead_subset_is_never_held_at_once(monkeypatch):
+    """No tensor of an auxiliary loss, forward or backward, is larger than a group of rows allows."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        n = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(tensor, torch.Tensor):
+                    self.n = max(self.n, tensor.numel())
+            return out
+
+    monkeypatch.setattr(auxiliary, "GROUP_ENTRIES", 400 * 8)
+    dictionary = dictionaries.build(ReLUConfig(d_sae=400), 4, 4)
+    x = torch.randn(256, 4, generator=torch.Generator().manual_seed(0))
+    dictionary.initialise(x, x, torch.Generator().manual_seed(0))
+    for loss in (lambda: ghost_loss(dictionary, x, x, torch.arange(400)),
+                 lambda: auxk_loss(dictionary, x, x, torch.arange(400), None)):  # fmt: skip
+        with Largest() as largest:
+            loss().backward()
+        assert largest.n <= 400 * 8, "256 x 400 would be all of it"
