@@ -54,6 +54,7 @@ class CrossLayerConfig(ArchitectureConfig):
 
     @model_validator(mode="after")
     def _no_inert_option(self) -> Self:
+        names: tuple[str, ...]
         if self.selection == "topk":
             names: tuple[str, ...] = ("target_l0", "l0_coefficient", "bandwidth", "sparsity_warmup")
             self.check_inert(*names, without="selection is topk")
@@ -89,7 +90,6 @@ class CrossLayer(Trainable):
 
     kind = "cross_layer"
     config: CrossLayerConfig
-    can_freeze = False
     b_pre: Tensor
     threshold_unit: Tensor
 
@@ -115,8 +115,6 @@ class CrossLayer(Trainable):
                 for n, layer in zip(sizes, self.layers, strict=True)
             ]
         )
-        # no axis of all latents: a layer's own ones are what its matrices have
-        self.shared = frozenset({"b_dec", *(name for name, p in self.named_parameters() if p.dim() == 2)})
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.b_dec = nn.Parameter(torch.zeros(d_out))
         self.register_buffer("b_pre", torch.zeros(d_in))
