@@ -182,13 +182,9 @@ def cross_entropy_of(
         lm = language_models.load(language_models.ModelConfig.build(made["model"]))
     else:
         raise ConfigError(
-<<<<<<< HEAD
-            "watch_ce_tokens needs one store, or a live run", "another source", "Leave --watch-ce-tokens out."
-=======
             "watch_ce_tokens needs a single store, or a live run",
             "another source",
             "Leave --watch-ce-tokens out.",
->>>>>>> engine
         )
     found: list[CrossEntropy] = []
     for index, one in enumerate(sites):
