@@ -182,9 +182,7 @@ def cross_entropy_of(
         lm = language_models.load(language_models.ModelConfig.build(made["model"]))
     else:
         raise ConfigError(
-            "watch_ce_tokens needs a single store, or a live run",
-            "another source",
-            "Leave --watch-ce-tokens out.",
+            "watch_ce_tokens needs one store, or a live run", "another source", "Leave --watch-ce-tokens out."
         )
     found: list[CrossEntropy] = []
     for index, one in enumerate(sites):

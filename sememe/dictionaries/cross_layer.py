@@ -54,7 +54,6 @@ class CrossLayerConfig(ArchitectureConfig):
 
     @model_validator(mode="after")
     def _no_inert_option(self) -> Self:
-        names: tuple[str, ...]
         if self.selection == "topk":
             names: tuple[str, ...] = ("target_l0", "l0_coefficient", "bandwidth", "sparsity_warmup")
             self.check_inert(*names, without="selection is topk")
