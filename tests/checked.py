@@ -19,9 +19,12 @@ __all__ = ["UNCHECKED", "check", "install"]
 UNCHECKED = {
     "sememe.collect.loops",
     "sememe.explain.loops",
-    "sememe.kernels.cpu",
-    "sememe.kernels.cpu_steps",
-    "sememe.kernels.gpu",
+    "sememe.kernels.cpu.loops",
+    "sememe.kernels.cpu.steps",
+    "sememe.kernels.gpu.optimiser",
+    "sememe.kernels.gpu.selection",
+    "sememe.kernels.gpu.sparse",
+    "sememe.kernels.pursuit",
 }
 """numba and Triton compile a function's source, which a checked function no longer is."""
 

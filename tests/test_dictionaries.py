@@ -16,12 +16,16 @@ from sememe.dictionaries.gated import GatedConfig
 from sememe.dictionaries.group_max import GroupMaxConfig
 from sememe.dictionaries.initial import geometric_median
 from sememe.dictionaries.jumprelu import JumpReLUConfig
+from sememe.dictionaries.lista import LISTAConfig
+from sememe.dictionaries.matching_pursuit import MatchingPursuitConfig
 from sememe.dictionaries.matryoshka import MatryoshkaConfig
+from sememe.dictionaries.mlp_encoder import MLPEncoderConfig
 from sememe.dictionaries.multi_topk import MultiTopKConfig
 from sememe.dictionaries.p_anneal import PAnnealConfig
 from sememe.dictionaries.relu import ReLUConfig
 from sememe.dictionaries.tied import TiedConfig
 from sememe.dictionaries.topk import TopKConfig
+from sememe.dictionaries.variational import VariationalConfig
 from sememe.errors import ArtifactError, ConfigError, CorruptError, MismatchError, ShapeError
 
 CONFIGS: dict[str, ArchitectureConfig] = {
@@ -31,11 +35,15 @@ CONFIGS: dict[str, ArchitectureConfig] = {
     "multi_topk": MultiTopKConfig(k=5, d_sae=40),
     "abs_topk": AbsTopKConfig(k=5, d_sae=40),
     "group_max": GroupMaxConfig(k=5, d_sae=40),
+    "matching_pursuit": MatchingPursuitConfig(k=5, d_sae=40),
+    "mlp_encoder": MLPEncoderConfig(k=5, d_sae=40),
     "relu": ReLUConfig(d_sae=40),
     "jumprelu": JumpReLUConfig(d_sae=40, target_l0=5, bandwidth=0.05),
     "gated": GatedConfig(d_sae=40),
     "tied": TiedConfig(d_sae=40),
     "p_anneal": PAnnealConfig(d_sae=40),
+    "lista": LISTAConfig(d_sae=40),
+    "variational": VariationalConfig(d_sae=40, prior_l0=5),
     "cross_layer": CrossLayerConfig(k=5, d_sae=40, n_layers=3, over="all"),
 }
 EASY: dict[str, dict[str, Any]] = {
@@ -44,6 +52,8 @@ EASY: dict[str, dict[str, Any]] = {
     "gated": {"l1_coefficient": 1e-4},
     "tied": {"l1_coefficient": 1e-4},
     "p_anneal": {"l1_coefficient": 1e-4},
+    "lista": {"l1_coefficient": 1e-4},
+    "variational": {"prior_l0": 2.0, "decoder_variance": 0.01},
 }
 """Options that solve one-hot data; one latent per row where nothing is said."""
 FROZEN: dict[str, set[str]] = {
@@ -51,6 +61,8 @@ FROZEN: dict[str, set[str]] = {
     "jumprelu": {"relative_threshold"},  # straight-through
 }
 """Parameters whose gradient is, by its paper, not the loss's derivative; each has a test of its own."""
+ONE_PLACE = {"tied", "matching_pursuit"}
+"""Encoder and decoder share weights: no transcoders."""
 D = 12
 
 
@@ -64,7 +76,8 @@ def made(kind: str, d_out: int = D, seed: int = 0) -> Trainable:
     x, target = sample(), sample(d=d_out, seed=1) if d_out != D else sample()
     dictionary.initialise(x, target, torch.Generator().manual_seed(seed))
     with torch.no_grad():
-        dictionary.b_enc.add_(0.05 * torch.randn(40, generator=torch.Generator().manual_seed(7)))
+        if kind != "matching_pursuit":  # which has none
+            dictionary.b_enc.add_(0.05 * torch.randn(40, generator=torch.Generator().manual_seed(7)))
     return dictionary
 
 
@@ -83,8 +96,9 @@ def test_rows_do_not_influence_each_other(kind):
 
 @pytest.mark.parametrize("d_out", [D, 9])
 def test_folding_keeps_the_map(kind, d_out):
-    if kind == "tied" and d_out != D:
-        with pytest.raises(ConfigError, match="a tied dictionary must read and write the same place"):
+    if kind in ONE_PLACE and d_out != D:
+        name = kind.replace("_", " ")
+        with pytest.raises(ConfigError, match=f"a {name} dictionary must read and write the same place"):
             made(kind, d_out)
         return
     dictionary = made(kind, d_out)

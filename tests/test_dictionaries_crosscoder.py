@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from test_dictionaries import CONFIGS
+from test_dictionaries import CONFIGS, ONE_PLACE
 
 from sememe import dictionaries, kernels
 from sememe.dictionaries import TRAINABLE, Site, Sites, Trainable
+from sememe.dictionaries.matching_pursuit import MatchingPursuitConfig
 from sememe.dictionaries.relu import ReLUConfig
 from sememe.dictionaries.selection import SelectionConfig
 from sememe.dictionaries.topk import TopKConfig
@@ -16,8 +17,10 @@ SIZES = (1.0, 30.0, 0.2)
 """How large the activations of each site are."""
 D = sum(WIDTHS)
 PARTS = (slice(0, 5), slice(5, 12), slice(12, 16))
-KINDS = sorted(TRAINABLE)
-CHOOSING = sorted(kind for kind in KINDS if isinstance(CONFIGS[kind], SelectionConfig))
+KINDS = sorted(kind for kind in TRAINABLE if kind != "cross_layer")
+CHOOSING = sorted(
+    kind for kind in KINDS if isinstance(CONFIGS[kind], SelectionConfig) and kind != "matching_pursuit"
+)
 
 
 def sites() -> Sites:
@@ -46,7 +49,8 @@ def made(kind: str, **options) -> Trainable:
         for part in PARTS:
             dictionary.W_dec[:, part] *= torch.rand(40, 1, generator=generator) + 0.1
         dictionary.W_dec /= dictionary.W_dec.norm(dim=1, keepdim=True)
-        dictionary.b_enc.add_(0.05 * torch.randn(40, generator=generator))
+        if kind != "matching_pursuit":  # which has none
+            dictionary.b_enc.add_(0.05 * torch.randn(40, generator=generator))
         if hasattr(dictionary, "threshold") and kind in ("batch_topk", "matryoshka"):
             dictionary.threshold.fill_(0.4)
     return dictionary.eval()
@@ -55,7 +59,7 @@ def made(kind: str, **options) -> Trainable:
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_site_is_scaled_by_itself(kind):
     dictionary, x = made(kind), sample()
-    if kind == "tied":
+    if kind in ONE_PLACE:
         assert dictionary.scale_in.shape == (), "one decoder for both ends: one scale"
         return
     for part in PARTS:
@@ -96,7 +100,10 @@ def test_l1_chooses_latents_by_activation_times_the_sum_of_decoder_norms(kind):
     pre_acts = ((x - dictionary.b_pre) @ dictionary.W_enc + dictionary.b_enc).detach()
     weighed = pre_acts * norms
     acts = dictionary.encode(x).to_dense().detach()
-    if kind in ("topk", "multi_topk"):
+    if kind == "mlp_encoder":
+        pre_acts = dictionary.pre_acts_of(torch.arange(40))(x).detach()
+        weighed = pre_acts * norms
+    if kind in ("topk", "multi_topk", "mlp_encoder"):
         chosen = torch.zeros_like(acts).scatter(1, weighed.topk(5, dim=1).indices, 1.0)
     elif kind == "abs_topk":
         chosen = torch.zeros_like(acts).scatter(1, weighed.abs().topk(5, dim=1).indices, 1.0)
@@ -163,3 +170,10 @@ def test_norms_per_site_need_several_sites():
         )
     with pytest.raises(ConfigError, match="site_norms must be left out when norm_weighted is not set"):
         ReLUConfig(site_norms="l1")
+
+
+def test_a_pursuit_takes_away_what_it_chose_by():
+    with pytest.raises(
+        ConfigError, match=r"site_norms must be l2 in a pursuit.*got l1. Drop it, or use topk"
+    ):
+        MatchingPursuitConfig.build({"site_norms": "l1"})

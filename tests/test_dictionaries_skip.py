@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_dictionaries import CONFIGS, EASY, D, sample
+from test_dictionaries import CONFIGS, EASY, ONE_PLACE, D, sample
 
 from sememe import dictionaries, kernels
 from sememe.dictionaries import TRAINABLE, Site, Sites, Trainable
@@ -12,7 +12,9 @@ from sememe.formats.base import parts_of
 from sememe.optimiser import Adam
 
 D_OUT = 9
-KINDS = sorted(kind for kind in TRAINABLE if isinstance(CONFIGS[kind], LinearConfig) and kind != "tied")
+KINDS = sorted(
+    kind for kind in TRAINABLE if isinstance(CONFIGS[kind], LinearConfig) and kind not in ONE_PLACE
+)
 
 
 def sites(read: str, write: str, d_out: int = D_OUT) -> Sites:
@@ -114,7 +116,9 @@ def test_it_is_refused_where_it_could_copy_the_input(kind):
 
 
 def test_a_tied_dictionary_has_none_and_other_tools_formats_refuse_it():
-    with pytest.raises(ConfigError, match=r"a tied dictionary reconstructs what it reads.*got skip"):
-        dictionaries.build(CONFIGS["tied"].replace(skip=True), D, D)
+    for kind in sorted(ONE_PLACE):
+        message = rf"a {kind.replace('_', ' ')} dictionary reconstructs what it reads.*got skip"
+        with pytest.raises(ConfigError, match=message):
+            dictionaries.build(CONFIGS[kind].replace(skip=True), D, D)
     with pytest.raises(FormatError, match="must have no skip connection to be written as sparsify"):
         parts_of(turned("topk"), "sparsify")

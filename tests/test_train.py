@@ -30,7 +30,15 @@ from sememe.train.schedule import Plan
 _RESAMPLED = {"d_sae": 64, "resample_after_tokens": 500, "rewarmup_steps": 5}
 CONFIGS: dict[str, dict[str, Any]] = {
     kind: {"k": 3, "d_sae": 64, "dead_after_tokens": 2000}
-    for kind in ("topk", "batch_topk", "matryoshka", "multi_topk", "abs_topk")
+    for kind in (
+        "topk",
+        "batch_topk",
+        "matryoshka",
+        "multi_topk",
+        "abs_topk",
+        "matching_pursuit",
+        "mlp_encoder",
+    )
 } | {
     "cross_layer": {"k": 4, "d_sae": 64, "n_layers": 2, "over": "all", "dead_after_tokens": 2000},
     "group_max": {"k": 4, "d_sae": 64, "dead_after_tokens": 2000},
@@ -38,6 +46,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gated": _RESAMPLED | {"l1_coefficient": 0.05},
     "tied": _RESAMPLED | {"l1_coefficient": 0.05},
     "p_anneal": _RESAMPLED | {"l1_coefficient": 0.05},
+    "lista": _RESAMPLED | {"l1_coefficient": 0.05},
+    "variational": _RESAMPLED | {"prior_l0": 3.0},
     "jumprelu": _RESAMPLED | {"target_l0": 3.0, "bandwidth": 0.05},
 }
 

@@ -28,7 +28,10 @@ from sememe.dictionaries.gated import Gated, GatedConfig
 from sememe.dictionaries.group_max import GroupMax, GroupMaxConfig
 from sememe.dictionaries.identity import Identity
 from sememe.dictionaries.jumprelu import JumpReLU, JumpReLUConfig
+from sememe.dictionaries.lista import LISTA, LISTAConfig
+from sememe.dictionaries.matching_pursuit import MatchingPursuit, MatchingPursuitConfig
 from sememe.dictionaries.matryoshka import Matryoshka, MatryoshkaConfig
+from sememe.dictionaries.mlp_encoder import MLPEncoder, MLPEncoderConfig
 from sememe.dictionaries.multi_topk import MultiTopK, MultiTopKConfig
 from sememe.dictionaries.p_anneal import PAnneal, PAnnealConfig
 from sememe.dictionaries.pca import PCA
@@ -37,6 +40,7 @@ from sememe.dictionaries.relu import ReLU, ReLUConfig
 from sememe.dictionaries.resampling import ResamplingConfig
 from sememe.dictionaries.tied import Tied, TiedConfig
 from sememe.dictionaries.topk import TopK, TopKConfig
+from sememe.dictionaries.variational import Variational, VariationalConfig
 from sememe.errors import ArtifactError, nearest
 
 __all__ = [
@@ -63,11 +67,15 @@ Architecture = Annotated[
     | MultiTopKConfig
     | AbsTopKConfig
     | GroupMaxConfig
+    | MatchingPursuitConfig
+    | MLPEncoderConfig
     | ReLUConfig
     | JumpReLUConfig
     | GatedConfig
     | TiedConfig
     | PAnnealConfig
+    | LISTAConfig
+    | VariationalConfig
     | CrossLayerConfig,
     Field(discriminator="kind"),
 ]
@@ -80,11 +88,15 @@ TRAINABLE: dict[str, type[Trainable]] = {
     "multi_topk": MultiTopK,
     "abs_topk": AbsTopK,
     "group_max": GroupMax,
+    "matching_pursuit": MatchingPursuit,
+    "mlp_encoder": MLPEncoder,
     "relu": ReLU,
     "jumprelu": JumpReLU,
     "gated": Gated,
     "tied": Tied,
     "p_anneal": PAnneal,
+    "lista": LISTA,
+    "variational": Variational,
     "cross_layer": CrossLayer,
 }
 

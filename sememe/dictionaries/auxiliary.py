@@ -45,10 +45,10 @@ def auxk_loss(
     """
     residual = residual.detach()
     k = min(k or max(dictionary.d_in // 2, 1), dead.numel())
-    W_enc, b_enc, W_dec = dictionary.W_enc[:, dead], dictionary.b_enc[dead], dictionary.W_dec[dead]
+    reads, W_dec = dictionary.pre_acts_of(dead), dictionary.W_dec[dead]
 
     def squared_error(x: Tensor, residual: Tensor) -> Tensor:
-        pre_acts = torch.addmm(b_enc, x - dictionary.b_pre, W_enc)
+        pre_acts = reads(x)
         strength = pre_acts.detach().abs() if signed else pre_acts.detach()
         columns = strength.topk(k, dim=1, sorted=False).indices
         kept = torch.zeros_like(pre_acts, dtype=torch.bool).scatter_(1, columns, True)
@@ -81,15 +81,16 @@ def ghost_loss(
     row's largest exponent is subtracted first, which the row's factor undoes exactly and which cannot overflow.
     """
     residual = residual.detach()
-    W_enc, b_enc, W_dec = dictionary.W_enc[:, dead], dictionary.b_enc[dead], dictionary.W_dec[dead]
+    reads, W_dec = dictionary.pre_acts_of(dead), dictionary.W_dec[dead]
 
     def squared_error(x: Tensor, residual: Tensor) -> Tensor:
-        pre_acts = torch.addmm(b_enc, x - dictionary.b_pre, W_enc)
+        pre_acts = reads(x)
         largest = pre_acts.detach().amax(dim=1, keepdim=True)
         output = pre_acts.sub_(largest).exp_() @ W_dec
         norms = output.detach().norm(dim=1, keepdim=True).clamp_min(1e-12)
         output = output * (residual.norm(dim=1, keepdim=True) / (2 * norms))
-        return (residual - output).square().sum()
+        error: Tensor = (residual - output).square().sum()
+        return error
 
     error = _over_rows(squared_error, x, residual, dead.numel()) / residual.numel()
     return error * (residual.square().mean() / error.detach().clamp_min(1e-30))
@@ -107,6 +108,6 @@ def _over_rows(
         return part(x, residual)
     sums = [
         checkpoint(part, *group, use_reentrant=False, preserve_rng_state=False)
-        for group in zip(x.split(n_rows), residual.split(n_rows), strict=True)
+        for group in zip(torch.split(x, n_rows), torch.split(residual, n_rows), strict=True)
     ]
     return torch.stack(sums).sum()

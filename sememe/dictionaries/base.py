@@ -130,14 +130,14 @@ class Batch(NamedTuple):
 class Loss(NamedTuple):
     """A training loss. `terms` are its parts, for logging, still on the device.
 
-    `total` holds the term `mse`, the mean square of target - recon, with weight 1; `recon` is in training units, and
-    gradients flow through it, so that it can be spliced into a model.
+    `total` holds the term `mse`, the mean square of `error`, with weight 1. `error` is the reconstruction minus the
+    target, in training units; gradients flow through it, so that the reconstruction can be spliced into a model.
     """
 
     total: Float[Tensor, ""]
     terms: dict[str, Float[Tensor, ""]]
     encoded: Encoded
-    recon: Float[Tensor, "batch d_out"] | None = None
+    error: Float[Tensor, "batch d_out"] | None = None
 
 
 class Constraints(NamedTuple):
@@ -328,9 +328,13 @@ class Trainable(Dictionary):
     `tokens_since_fired` counts, per latent, the rows since it was last active.
     """
 
-    shared: ClassVar[frozenset[str]] = frozenset({"b_dec", "W_skip"})
-    """Parameters without a latent axis, whatever their shape."""
+    can_freeze: ClassVar[bool] = True
+    """Whether all that belongs to a latent lies along an axis of d_sae, so that an optimiser can leave it alone."""
+    shared: frozenset[str] = frozenset({"b_dec", "W_skip"})
+    """Parameters without a latent axis, whatever their shape; in any other, an axis of d_sae is that of the latents."""
     tokens_since_fired: Int[Tensor, " d_sae"]
+    overflow_steps: Int[Tensor, ""]
+    """Steps since the start or the last resume in which a buffer was too small for all entries (see `Encoded`)."""
     scale_per_site: ClassVar[bool] = True
     """Whether concatenated sites are scaled one by one, so that each counts alike whatever its size."""
 
@@ -342,6 +346,7 @@ class Trainable(Dictionary):
             if len(sites.outputs) > 1:
                 self.scale_out = torch.ones(d_out)
         self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.int64), persistent=False)
+        self.register_buffer("overflow_steps", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def set_scales(self, x: Float[Tensor, "rows d_in"], target: Float[Tensor, "rows d_out"]) -> None:
         """Scale inputs and targets so that the mean square distance from the mean, per feature, is 1 at each site.
@@ -398,6 +403,8 @@ class Trainable(Dictionary):
         fired.index_add_(0, encoded.indices.long(), active)
         self.tokens_since_fired += encoded.n_rows
         self.tokens_since_fired.masked_fill_(fired > 0, 0)
+        if encoded.overflow is not None:
+            self.overflow_steps += encoded.overflow
 
     def latents_of(self, name: str) -> slice | None:
         """Which latents a parameter's entries belong to; None if it has no latent axis.

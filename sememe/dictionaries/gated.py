@@ -76,8 +76,8 @@ class Gated(Steered):
         self.check_input(x)
         gates = self._gates(x)
         encoded = self._magnitudes(gates)
-        recon = self.decode(encoded, x)
-        mse = (target - recon).square().mean()
+        error = self.decode(encoded, x) - target
+        mse = error.square().mean()
         l1 = self._per_row(gates.acts, gates)
         through_gates = kernels.decode_encoded(gates, self.W_dec.detach(), self.b_dec.detach())
         if self.config.skip:
@@ -85,7 +85,7 @@ class Gated(Steered):
         auxiliary = (target - through_gates).square().mean()
         total = mse + self._factor(progress) * self.config.l1_coefficient * l1 + auxiliary
         terms = {"mse": mse.detach(), "l1": l1.detach(), "auxiliary": auxiliary.detach()}
-        return Loss(total, terms | self._steering_terms(), encoded.detach(), recon)
+        return Loss(total, terms | self._steering_terms(), encoded.detach(), error)
 
     def reset_latents(
         self,

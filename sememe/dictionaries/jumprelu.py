@@ -122,8 +122,7 @@ class JumpReLU(Penalised):
         per_entry = threshold.index_select(0, near.indices)
         acts, open_ = Jump.apply(near.acts, per_entry, width)  # type: ignore[no-untyped-call]
         encoded = near.with_acts(acts)
-        recon = self.decode(encoded, x)
-        mse = (target - recon).square().mean()
+        mse, _, error = self._reconstruct(encoded, x, target)
         l0 = self._per_row(open_, encoded)
         goal, coefficient = config.target_l0, config.l0_coefficient
         if goal is None:
@@ -133,7 +132,7 @@ class JumpReLU(Penalised):
         if coefficient is None:
             coefficient = 1e-3 if goal is None else 1.0
         total = mse + coefficient * self._warmed(progress) * penalty
-        return Loss(total, {"mse": mse.detach(), "penalty": penalty.detach()}, encoded.detach(), recon)
+        return Loss(total, {"mse": mse.detach(), "penalty": penalty.detach()}, encoded.detach(), error)
 
     def constraints(self) -> Constraints:
         """Thresholds stay >= 0, beside what every linear dictionary keeps."""

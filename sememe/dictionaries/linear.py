@@ -6,7 +6,7 @@ Abstract: which pre-activations become activations, and what they are trained fo
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -20,7 +20,7 @@ from sememe.dictionaries.resampling import ResamplingConfig
 from sememe.encoded import Encoded
 from sememe.errors import ConfigError, ShapeError
 
-__all__ = ["Linear", "LinearConfig", "check_crosscoder"]
+__all__ = ["Linear", "LinearConfig", "check_crosscoder", "check_one_place"]
 
 
 class LinearConfig(ResamplingConfig):
@@ -66,26 +66,31 @@ class Linear(Trainable, abc.ABC):
     ) -> None:
         super().__init__(config, d_in, d_out, d_sae, sites)
         self._add_encoder()
-        self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.W_dec = nn.Parameter(torch.zeros(d_sae, d_out))
         self.decoder_bias = decoder_bias
         if decoder_bias:
             self.b_dec = nn.Parameter(torch.zeros(d_out))
         else:
             self.register_buffer("b_dec", torch.zeros(d_out), persistent=False)
-        self.register_buffer("b_pre", torch.zeros(d_in))
         if config.skip:
             _check_skip(sites)
             self.W_skip = nn.Parameter(torch.zeros(d_in, d_out))
 
     def _add_encoder(self) -> None:
-        """Make W_enc; a tied architecture has it from its decoder."""
+        """Make W_enc, b_enc and b_pre; an architecture that has them from its decoder makes fewer."""
         self.W_enc = nn.Parameter(latent_major(self.d_in, self.d_sae))
+        self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
+        self.register_buffer("b_pre", torch.zeros(self.d_in))
 
     @classmethod
     def rebuild(cls, config: dict[str, Any], d_in: int, d_out: int, d_sae: int, sites: Sites | None) -> Self:
         """An empty dictionary of the given shape."""
         return cls(cls.config_class.build(config), d_in, d_out, d_sae, sites)
+
+    def pre_acts_of(self, ids: Int[Tensor, " n"]) -> Callable[[Tensor], Tensor]:
+        """What gives the pre-activations of some latents, densely, from inputs; each result is a new tensor."""
+        W_enc, b_enc = self.W_enc[:, ids], self.b_enc[ids]
+        return lambda x: torch.addmm(b_enc, x - self.b_pre, W_enc)
 
     def decode(
         self, encoded: Encoded, x: Float[Tensor, "batch d_in"] | None = None
@@ -96,6 +101,18 @@ class Linear(Trainable, abc.ABC):
             ShapeError: there is a skip connection and no x.
         """
         return self._with_skip(kernels.decode_encoded(encoded, self.W_dec, self.b_dec), x)
+
+    def _reconstruct(
+        self,
+        encoded: Encoded,
+        x: Float[Tensor, "batch d_in"],
+        target: Float[Tensor, "batch d_out"],
+        ends: Sequence[int] | None = None,
+    ) -> kernels.Reconstruction:
+        """How far the reconstruction is from its target, in training; see `kernels.reconstruct`."""
+        if self.config.skip:
+            target = target - x @ self.W_skip
+        return kernels.reconstruct(encoded, self.W_dec, self.b_dec, target, ends)
 
     def _with_skip(
         self, recon: Float[Tensor, "batch d_out"], x: Float[Tensor, "batch d_in"] | None
@@ -118,7 +135,8 @@ class Linear(Trainable, abc.ABC):
     def site_norms(self) -> Float[Tensor, "d_sae n_sites"]:
         """How long each latent's decoder row is at each output; one column if the outputs are not known."""
         if self.sites is None:
-            return self.W_dec.norm(dim=1, keepdim=True)
+            norms: Tensor = self.W_dec.norm(dim=1, keepdim=True)
+            return norms
         parts = [self.W_dec[:, site.start : site.stop].norm(dim=1) for site in self.sites.outputs]
         return torch.stack(parts, dim=1)
 
@@ -132,16 +150,25 @@ class Linear(Trainable, abc.ABC):
         s_in, s_out = self.scale_in, self.scale_out
         unit = s_in.max()
         with torch.no_grad():
-            folded.b_pre.div_(s_in)
-            if s_in.dim() > 0:
-                folded.W_enc.mul_((s_in / unit)[:, None])
-            for name in self.latent_units:
-                getattr(folded, name).div_(unit)
+            folded._fold_encoder(s_in, unit)
             folded.W_dec.mul_(unit / s_out)
             folded.b_dec.div_(s_out)
             if self.config.skip:
                 folded.W_skip.mul_(s_in[:, None] / s_out if s_in.dim() > 0 else s_in / s_out)
         return folded
+
+    def _fold_encoder(self, s_in: Tensor, unit: Tensor) -> None:
+        """Make the encoder, in place, one of raw inputs.
+
+        Args:
+            s_in: What inputs were multiplied by: one number, or one per dimension.
+            unit: The largest of them. Activations become that many times smaller.
+        """
+        self.b_pre.div_(s_in)
+        if s_in.dim() > 0:
+            self.W_enc.mul_((s_in / unit)[:, None])
+        for name in self.latent_units:
+            getattr(self, name).div_(unit)
 
     # -- training ----------------------------------------------------------------------------------
 
@@ -153,13 +180,17 @@ class Linear(Trainable, abc.ABC):
             raise _trivial_skip("the targets are the inputs")
         with torch.no_grad():
             self.W_dec.copy_(unit_rows(self.d_sae, self.d_out, generator))
-            tied = self.d_in == self.d_out
-            self.W_enc.copy_((self.W_dec if tied else unit_rows(self.d_sae, self.d_in, generator)).T)
-            self.b_enc.zero_()
             centre = self._centre()
-            self.b_pre.copy_(centre(x))
             if self.decoder_bias:
                 self.b_dec.copy_(centre(target))
+            self._start_encoder(centre(x), generator)
+
+    def _start_encoder(self, centre: Float[Tensor, " d_in"], generator: torch.Generator) -> None:
+        """Set the encoder, once the decoder is set."""
+        tied = self.d_in == self.d_out
+        self.W_enc.copy_((self.W_dec if tied else unit_rows(self.d_sae, self.d_in, generator)).T)
+        self.b_enc.zero_()
+        self.b_pre.copy_(centre)
 
     def _centre(self) -> Callable[[Tensor], Tensor]:
         """What b_pre and b_dec start from, given a sample."""
@@ -174,10 +205,13 @@ class Linear(Trainable, abc.ABC):
         """Unit decoder rows along the directions; the encoder reads the inputs' directions; bias 0."""
         with torch.no_grad():
             self.W_dec[ids] = _units(directions)
-            read = _units(directions if inputs is None else inputs)
-            self.W_enc[:, ids] = (read * self._reset_norm(self.W_enc.norm(dim=0), ids)).T
-            self.b_enc[ids] = 0.0
+            self._reset_encoder(ids, _units(directions if inputs is None else inputs))
             self.tokens_since_fired[ids] = 0
+
+    def _reset_encoder(self, ids: Int[Tensor, " n"], units: Float[Tensor, "n d_in"]) -> None:
+        """Make some latents read directions of norm 1."""
+        self.W_enc[:, ids] = (units * self._reset_norm(self.W_enc.norm(dim=0), ids)).T
+        self.b_enc[ids] = 0.0
 
     def _reset_norm(self, norms: Float[Tensor, " d_sae"], ids: Int[Tensor, " n"]) -> Float[Tensor, ""]:
         """How long the encoder weights of a reset latent are: here, as long as is usual."""
@@ -192,8 +226,34 @@ class Linear(Trainable, abc.ABC):
         return Constraints(unit_norm=("W_dec",))
 
 
+def check_one_place(config: LinearConfig, instead: str, d_in: int, d_out: int, sites: Sites | None) -> None:
+    """Raise a ConfigError unless a dictionary reads and writes the same place, and has no skip connection.
+
+    Args:
+        config: Options of an architecture whose encoder and decoder share weights.
+        instead: An architecture that can be a transcoder.
+        d_in: Width of the input.
+        d_out: Width of the output.
+        sites: Where inputs come from and outputs go, if known.
+    """
+    name = config.kind.replace("_", " ")
+    if config.skip:
+        raise ConfigError(
+            f"a {name} dictionary reconstructs what it reads, which a skip connection could copy",
+            "skip",
+            f"Drop skip, or use {instead} for a transcoder.",
+        )
+    if d_in != d_out or (sites is not None and sites.inputs != sites.outputs):
+        raise ConfigError(
+            f"a {name} dictionary must read and write the same place",
+            f"d_in {d_in} and d_out {d_out}, or different sites",
+            f"Use {instead} for a transcoder.",
+        )
+
+
 def _units(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    return rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    units: Tensor = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    return units
 
 
 def check_crosscoder(site_norms: str, sites: Sites | None) -> None:

@@ -72,8 +72,7 @@ class PAnneal(Steered):
         """
         config = self.config
         encoded = self.encode(x)
-        recon = self.decode(encoded, x)
-        mse = (target - recon).square().mean()
+        mse, _, error = self._reconstruct(encoded, x, target)
         done = (progress - config.anneal_from) / (config.anneal_until - config.anneal_from)
         p = torch.full_like(self.p, 1 - (1 - config.p_end) * min(1.0, max(0.0, done)))
         penalty = self._per_row(_power(encoded.acts, p), encoded)
@@ -85,7 +84,7 @@ class PAnneal(Steered):
         total = mse + self._factor(progress) * config.l1_coefficient * scale * penalty
         terms = {"mse": mse, "penalty": penalty, "l1": self._per_row(encoded.acts, encoded)}
         terms |= self._steering_terms()
-        return Loss(total, {name: term.detach() for name, term in terms.items()}, encoded.detach(), recon)
+        return Loss(total, {name: term.detach() for name, term in terms.items()}, encoded.detach(), error)
 
     def after_step(self, encoded: Encoded) -> None:
         """What the step used becomes what the next one starts from, beside the bookkeeping."""

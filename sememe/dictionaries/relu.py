@@ -71,15 +71,14 @@ class ReLU(ActivationPenalty):
         """
         factor = self._factor(progress)
         encoded = self._encode_noisy(x, factor)
-        recon = self.decode(encoded, x)
-        mse = (target - recon).square().mean()
+        mse, _, error = self._reconstruct(encoded, x, target)
         acts = encoded.acts
         if self.config.norm_weighted:
             norms = self.W_dec.norm(dim=1) if self.config.site_norms == "l2" else self.site_norms().sum(1)
             acts = acts * norms.index_select(0, encoded.indices)
         penalty, parts = self._penalty(acts, encoded)
         terms = {"mse": mse.detach(), **parts, **self._steering_terms()}
-        return Loss(mse + factor * penalty, terms, encoded.detach(), recon)
+        return Loss(mse + factor * penalty, terms, encoded.detach(), error)
 
     def constraints(self) -> Constraints:
         """Decoder rows keep norm 1, unless the penalty weighs their norms."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from sememe import kernels
 from sememe.dictionaries.auxiliary import auxk_loss
 from sememe.dictionaries.base import Loss, Sites
+from sememe.dictionaries.dead import DeadLatents
 from sememe.dictionaries.initial import geometric_median
 from sememe.dictionaries.linear import Linear, LinearConfig, check_crosscoder
 from sememe.encoded import Encoded
@@ -70,6 +71,13 @@ class Selection(Linear, abc.ABC):
         super().__init__(config, d_in, d_out, d_sae, sites)
         if not 1 <= config.k <= d_sae:
             raise ConfigError(f"k must be in [1, d_sae={d_sae}]", config.k, "Lower k or raise d_sae.")
+        self.dead = DeadLatents()
+
+    def after_step(self, encoded: Encoded) -> None:
+        """The bookkeeping, and the number of dead latents on its way for the next step's AuxK."""
+        super().after_step(encoded)
+        if self.config.auxk_coefficient > 0:
+            self.dead.send(self.tokens_since_fired, self.config.dead_after_tokens)
 
     def _weights(self) -> Float[Tensor, " d_sae"] | None:
         """What activations are weighed by when latents are chosen; None for 1. Gradients do not flow through it."""
@@ -103,7 +111,7 @@ class Selection(Linear, abc.ABC):
     def _with_auxk(
         self,
         x: Float[Tensor, "batch d_in"],
-        residual: Float[Tensor, "batch d_out"],
+        error: Float[Tensor, "batch d_out"],
         total: Float[Tensor, ""],
         terms: dict[str, Tensor],
         encoded: Encoded,
@@ -112,19 +120,19 @@ class Selection(Linear, abc.ABC):
 
         Args:
             x: Inputs.
-            residual: What the kept latents leave over.
+            error: What the kept latents reconstruct minus the target.
             total: The objective without AuxK.
             terms: Its parts.
             encoded: The latents that were kept.
         """
         config = self.config
         if config.auxk_coefficient > 0:
-            dead = torch.nonzero(self.tokens_since_fired > config.dead_after_tokens).view(-1)
+            dead = self.dead.ids(self.tokens_since_fired, config.dead_after_tokens)
             if dead.numel() > 0:
-                auxk = auxk_loss(self, x, residual, dead, config.auxk, signed=self.signed)
+                auxk = auxk_loss(self, x, -error.detach(), dead, config.auxk, signed=self.signed)
                 terms = terms | {"auxk": auxk}
                 total = total + config.auxk_coefficient * auxk
-        return Loss(total, {name: term.detach() for name, term in terms.items()}, encoded.detach())
+        return Loss(total, {name: term.detach() for name, term in terms.items()}, encoded.detach(), error)
 
 
 class BatchSelection(Selection, abc.ABC):

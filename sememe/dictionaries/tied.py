@@ -8,14 +8,18 @@ from typing import Literal, final
 import torch
 from jaxtyping import Float, Int
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from sememe.dictionaries.activation_penalty import ActivationPenalty, ActivationPenaltyConfig
 from sememe.dictionaries.base import Loss, Sites
 from sememe.dictionaries.initial import geometric_median
+from sememe.dictionaries.linear import check_one_place
 from sememe.errors import ConfigError
 
 __all__ = ["Tied", "TiedConfig"]
+
+N_START_ROWS = 1024
+"""Rows of the sample that set the first biases: it holds their pre-activations densely."""
 
 
 class TiedConfig(ActivationPenaltyConfig):
@@ -25,6 +29,8 @@ class TiedConfig(ActivationPenaltyConfig):
     """Name of the architecture."""
     bias_decay: float = Field(default=0.0, ge=0)
     """Weight of the encoder bias's Euclidean norm in the loss."""
+    start_density: float = Field(default=0.025, gt=0, le=0.5)
+    """Share of the sample's rows on which each latent is active at the start; its bias is set so."""
     centre: bool = False
     """Subtract the sample's geometric median before encoding; b_dec starts there."""
 
@@ -44,8 +50,8 @@ class Tied(ActivationPenalty):
     """`acts = relu((x - b_pre) W^T + b_enc)`, `recon = acts W + b_dec`, rows of W of norm 1; W is W_dec.
 
     Source: Cunningham et al. 2023, arXiv:2309.08600, section 2. Differs: rows are kept at norm 1 by the optimiser
-    (radial gradient removed, then renormalised) instead of being normalised in the graph; resampling as Bricken
-    et al. 2023.
+    (radial gradient removed, then renormalised) instead of being normalised in the graph; biases start where few
+    latents are active instead of at 0; resampling as Bricken et al. 2023.
     """
 
     kind = "tied"
@@ -56,29 +62,35 @@ class Tied(ActivationPenalty):
     def __init__(
         self, config: TiedConfig, d_in: int, d_out: int, d_sae: int, sites: Sites | None = None
     ) -> None:
-        if config.skip:
-            raise ConfigError(
-                "a tied dictionary reconstructs what it reads, which a skip connection could copy",
-                "skip",
-                "Drop skip, or use relu for a transcoder.",
-            )
-        if d_in != d_out or (sites is not None and sites.inputs != sites.outputs):
-            raise ConfigError(
-                "a tied dictionary must read and write the same place",
-                f"d_in {d_in} and d_out {d_out}, or different sites",
-                "Use relu for a transcoder.",
-            )
+        check_one_place(config, "relu", d_in, d_out, sites)
         if config.centre and not config.decoder_bias:
             raise ConfigError("centre needs a decoder bias", "decoder_bias false", "Drop one of the two.")
         super().__init__(config, d_in, d_out, d_sae, sites)
 
     def _add_encoder(self) -> None:
         """The decoder's transpose serves."""
+        self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
+        self.register_buffer("b_pre", torch.zeros(self.d_in))
 
     @property
     def W_enc(self) -> Float[Tensor, "d_in d_sae"]:  # type: ignore[override]
         """The decoder's transpose, latent-major as every encoder."""
         return self.W_dec.T
+
+    def initialise(
+        self, x: Float[Tensor, "rows d_in"], target: Float[Tensor, "rows d_out"], generator: torch.Generator
+    ) -> None:
+        """As every linear dictionary; biases are the quantile of the sample that gives the density to start at."""
+        super().initialise(x, target, generator)
+        with torch.no_grad():
+            pre_acts = (x[:N_START_ROWS] - self.b_pre) @ self.W_enc
+            n_above = max(1, round(self.config.start_density * pre_acts.shape[0]))
+            self.b_enc.copy_(-pre_acts.topk(n_above, dim=0).values[-1].clamp_min(0))
+
+    def _reset_encoder(self, ids: Int[Tensor, " n"], units: Float[Tensor, "n d_in"]) -> None:
+        """As every linear encoder; the bias is what is usual, for from 0 it would take long to get there."""
+        super()._reset_encoder(ids, units)
+        self.b_enc[ids] = self.b_enc.median()
 
     def _centre(self) -> Callable[[Tensor], Tensor]:
         return geometric_median if self.config.centre else _zero
@@ -89,14 +101,14 @@ class Tied(ActivationPenalty):
         """`mean (target - recon)^2 + l1_coefficient * mean_rows sum_i acts_i + bias_decay * ||b_enc||`."""
         factor = self._factor(progress)
         encoded = self._encode_noisy(x, factor)
-        recon = self.decode(encoded, x)
-        mse = (target - recon).square().mean()
+        error = self.decode(encoded, x) - target
+        mse = error.square().mean()
         penalty, parts = self._penalty(encoded.acts, encoded)
         total = mse + factor * penalty
         if self.config.bias_decay:
             total = total + self.config.bias_decay * self.b_enc.norm()
         terms = {"mse": mse.detach(), **parts, **self._steering_terms()}
-        return Loss(total, terms, encoded.detach(), recon)
+        return Loss(total, terms, encoded.detach(), error)
 
     def _reset_norm(self, norms: Float[Tensor, " d_sae"], ids: Int[Tensor, " n"]) -> Float[Tensor, ""]:
         """1: the encoder's weights are the decoder's."""

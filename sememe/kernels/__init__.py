@@ -23,6 +23,8 @@ from sememe.kernels import reference
 
 __all__ = [
     "BatchTopK",
+    "Pursuit",
+    "Reconstruction",
     "TopK",
     "adam_step",
     "decode",
@@ -33,8 +35,10 @@ __all__ = [
     "encode_group_max",
     "encode_threshold",
     "encode_topk",
+    "matching_pursuit",
     "native_bfloat16",
     "path_for",
+    "reconstruct",
     "signum_step",
     "threads",
     "use",
@@ -60,6 +64,28 @@ class BatchTopK(NamedTuple):
 
     encoded: Encoded
     threshold: Float[Tensor, ""]
+
+
+class Reconstruction(NamedTuple):
+    """How far a batch's reconstruction is from its target."""
+
+    mse: Float[Tensor, ""]
+    """Mean square over batch and features (and prefixes); differentiable in all that made it."""
+    mses: Float[Tensor, " prefixes"]
+    """That of each prefix; without gradient."""
+    error: Float[Tensor, "batch d_out"]
+    """Reconstruction from all latents minus target; differentiable too."""
+
+
+class Pursuit(NamedTuple):
+    """k entries per row, in the order in which they were taken, and what they leave over.
+
+    A latent that was taken again adds to its first entry; the later one has activation 0.
+    """
+
+    acts: Float[Tensor, "batch k"]
+    indices: Int[Tensor, "batch k"]
+    residual: Float[Tensor, "batch d_in"]
 
 
 @contextlib.contextmanager
@@ -134,10 +160,15 @@ def encode_topk(
     Differentiable in x, W_enc and b_enc (b_pre is a constant). The fast path selects candidates in bfloat16
     where the CPU multiplies it natively and scores them again in float32.
     """
-    if path_for(x) == "cpu":
+    path = path_for(x)
+    if path == "cpu":
         from sememe.kernels import cpu
 
         acts, indices = cpu.encode_topk(x, W_enc, b_enc, b_pre, k)
+    elif path == "gpu":
+        from sememe.kernels import gpu
+
+        acts, indices = gpu.encode_topk(x, W_enc, b_enc, b_pre, k)
     else:
         acts, indices = reference.encode_topk(x, W_enc, b_enc, b_pre, k)
     return TopK(acts, indices)
@@ -154,6 +185,10 @@ def encode_abs_topk(
 
     Differentiable in x, W_enc and b_enc.
     """
+    if path_for(x) == "gpu":
+        from sememe.kernels import gpu
+
+        return TopK(*gpu.encode_abs_topk(x, W_enc, b_enc, b_pre, k))
     return TopK(*reference.encode_abs_topk(x, W_enc, b_enc, b_pre, k))
 
 
@@ -177,13 +212,34 @@ def encode_threshold(
     b_enc: Float[Tensor, " d_sae"],
     b_pre: Float[Tensor, " d_in"],
     threshold: Float[Tensor, " d_sae"] | None,
+    capacity: int | None = None,
 ) -> Encoded:
     """Every `(x - b_pre) @ W_enc + b_enc` that is above its latent's threshold (0 if None); acts may be negative
     where a threshold is.
 
     Differentiable in x, W_enc and b_enc; the threshold only selects.
+
+    Args:
+        x: Inputs.
+        W_enc: Encoder weights.
+        b_enc: Their biases.
+        b_pre: Subtracted from the inputs; a constant.
+        threshold: What a latent has to exceed.
+        capacity: Entries to have room for. With it, nothing waits for the device to learn how many there are (see
+            `Encoded`), and a GPU holds no batch x d_sae; if there are more, some are left out and `overflow` is set.
     """
-    return reference.encode_threshold(x, W_enc, b_enc, b_pre, threshold)
+    if path_for(x) == "cpu":
+        from sememe.kernels import cpu
+
+        encoded = cpu.encode_threshold(x, W_enc, b_enc, b_pre, threshold)
+        return encoded if capacity is None else reference.fit(encoded, capacity)
+    if capacity is None:
+        return reference.encode_threshold(x, W_enc, b_enc, b_pre, threshold)
+    if path_for(x) == "gpu":
+        from sememe.kernels import gpu
+
+        return gpu.encode_threshold(x, W_enc, b_enc, b_pre, threshold, capacity)
+    return reference.fit(reference.encode_threshold(x, W_enc, b_enc, b_pre, threshold), capacity)
 
 
 def encode_batch_topk(
@@ -197,8 +253,41 @@ def encode_batch_topk(
 
     Always n_kept entries (so that nothing waits to learn how many): where fewer are positive, the rest have
     activation 0. Ties go to the lower row, then to the lower latent. Differentiable in x, W_enc and b_enc.
+
+    On a GPU the positive ones come first and the rest belongs to no row. There the result has an `overflow`: it is
+    set if a row was kept from having more than 16 times the average.
     """
+    if path_for(x) == "cpu":
+        from sememe.kernels import cpu
+
+        return BatchTopK(*cpu.encode_batch_topk(x, W_enc, b_enc, b_pre, n_kept))
+    if path_for(x) == "gpu":
+        from sememe.kernels import gpu
+
+        return BatchTopK(*gpu.encode_batch_topk(x, W_enc, b_enc, b_pre, n_kept))
     return BatchTopK(*reference.encode_batch_topk(x, W_enc, b_enc, b_pre, n_kept))
+
+
+def matching_pursuit(x: Float[Tensor, "batch d_in"], W: Float[Tensor, "d_sae d_in"], k: int) -> Pursuit:
+    """k times: the row of W that correlates most with what is left of x (ties to the lower one), and its part of it
+    taken away; nothing once no correlation is positive.
+
+    Differentiable in x and W through every step. Rows of W must have norm 1.
+
+    Args:
+        x: Rows, already centred.
+        W: Directions.
+        k: Steps.
+    """
+    if path_for(x) == "cpu":
+        from sememe.kernels import pursuit
+
+        steps, indices, residual = pursuit.matching_pursuit(x, W, k)
+    else:
+        steps, indices, residual = reference.matching_pursuit(x, W, k)
+    again = indices[:, :, None] == indices[:, None, :]
+    first = torch.where(again, torch.arange(k, device=x.device), k).amin(dim=2)
+    return Pursuit(torch.zeros_like(steps).scatter_add(1, first, steps), indices, residual)
 
 
 def decode(
@@ -212,7 +301,7 @@ def decode(
     if path == "cpu":
         from sememe.kernels import cpu
 
-        return cpu.decode(acts, indices, W_dec, b_dec)
+        return cpu.decode(Encoded.from_topk(acts, indices, W_dec.shape[0]), W_dec, b_dec)
     if path == "gpu":
         from sememe.kernels import gpu
 
@@ -224,8 +313,16 @@ def decode_encoded(
     encoded: Encoded, W_dec: Float[Tensor, "d_sae d_out"], b_dec: Float[Tensor, " d_out"]
 ) -> Float[Tensor, "batch d_out"]:
     """As `decode`, for rows of any length; dense once more than 5% of the latents are active."""
-    if encoded.k is None and encoded.acts.shape[0] > DENSE_SHARE * encoded.n_rows * encoded.d_sae:
+    if _is_dense(encoded):
         return reference.decode_dense(encoded, W_dec, b_dec)
+    if path_for(encoded.acts) == "cpu":
+        from sememe.kernels import cpu
+
+        return cpu.decode(encoded, W_dec, b_dec)
+    if path_for(encoded.acts) == "gpu":
+        from sememe.kernels import gpu
+
+        return gpu.decode_encoded(encoded, W_dec, b_dec)
     view = encoded.padded()
     return decode(view.acts, view.indices, W_dec, b_dec)
 
@@ -252,6 +349,41 @@ def decode_prefixes(
         recons.append(recons[-1] + part if recons else part)
         bias, start = torch.zeros_like(b_dec), end
     return recons
+
+
+def reconstruct(
+    encoded: Encoded,
+    W_dec: Float[Tensor, "d_sae d_out"],
+    b_dec: Float[Tensor, " d_out"],
+    target: Float[Tensor, "batch d_out"],
+    ends: Sequence[int] | None = None,
+) -> Reconstruction:
+    """The mean squared error of a batch's reconstruction, with its gradients taken in the same pass.
+
+    Args:
+        encoded: Activations of any latents.
+        W_dec: Decoder rows.
+        b_dec: Bias.
+        target: What is to be reconstructed.
+        ends: Rising numbers of latents up to d_sae; if given, the error is the mean of those of the reconstructions
+            from the latents below each.
+    """
+    whole = (encoded.d_sae,) if ends is None else tuple(ends)
+    if path_for(encoded.acts) == "cpu" and not _is_dense(encoded):
+        from sememe.kernels import cpu
+
+        return Reconstruction(*cpu.reconstruct(encoded, W_dec, b_dec, target, whole))
+    recons = (
+        [decode_encoded(encoded, W_dec, b_dec)]
+        if ends is None
+        else decode_prefixes(encoded, W_dec, b_dec, whole)
+    )
+    mses = torch.stack([(recon - target).square().mean() for recon in recons])
+    return Reconstruction(mses.mean(), mses.detach(), recons[-1] - target)
+
+
+def _is_dense(encoded: Encoded) -> bool:
+    return encoded.k is None and encoded.acts.shape[0] > DENSE_SHARE * encoded.n_rows * encoded.d_sae
 
 
 def adam_step(
@@ -288,9 +420,13 @@ def adam_step(
     """
     options = (step, lr, betas, eps, grad_scale, unit_norm, frozen)
     if path_for(param) == "cpu":
-        from sememe.kernels import cpu_steps
+        from sememe.kernels import cpu
 
-        cpu_steps.adam_step(param, grad, exp_avg, exp_avg_sq, *options)
+        cpu.adam_step(param, grad, exp_avg, exp_avg_sq, *options)
+    elif path_for(param) == "gpu":
+        from sememe.kernels import gpu
+
+        gpu.adam_step(param, grad, exp_avg, exp_avg_sq, *options)
     else:
         reference.adam_step(param, grad, exp_avg, exp_avg_sq, *options)
 
@@ -327,8 +463,8 @@ def signum_step(
     """
     options = (lr, momentum, unit_norm, frozen)
     if path_for(param) == "cpu":
-        from sememe.kernels import cpu_steps
+        from sememe.kernels import cpu
 
-        cpu_steps.signum_step(param, grad, base, average, weight, *options)
+        cpu.signum_step(param, grad, base, average, weight, *options)
     else:
         reference.signum_step(param, grad, base, average, weight, *options)

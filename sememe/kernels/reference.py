@@ -17,6 +17,8 @@ __all__ = [
     "encode_group_max",
     "encode_threshold",
     "encode_topk",
+    "fit",
+    "matching_pursuit",
     "signum_step",
 ]
 
@@ -73,12 +75,28 @@ def encode_threshold(
 ) -> Encoded:
     """Every pre-activation above its latent's threshold (0 if None), in the order of the latents."""
     pre_acts = (x - b_pre) @ W_enc + b_enc
-    above = pre_acts.detach() > (0.0 if threshold is None else threshold.detach())
+    above = ~(
+        pre_acts.detach() <= (0.0 if threshold is None else threshold.detach())
+    )  # so written, NaN is kept
     columns = torch.nonzero(above)[:, 1]
     counts = above.sum(1)
     row_ptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     # masked_select and not indexing: the gradient of indexing adds up serially, this one copies
     return Encoded(pre_acts.masked_select(above), columns.to(torch.int32), row_ptr, W_enc.shape[1])
+
+
+def fit(encoded: Encoded, capacity: int) -> Encoded:
+    """The same entries in a buffer of fixed capacity; the last ones are left out if there are more."""
+    n = encoded.acts.shape[0]
+    missing = max(capacity - n, 0)
+    return Encoded(
+        torch.cat([encoded.acts[:capacity], encoded.acts.new_zeros(missing)]),
+        torch.cat([encoded.indices[:capacity], encoded.indices.new_zeros(missing)]),
+        encoded.row_ptr.clamp(max=capacity),
+        encoded.d_sae,
+        None,
+        torch.tensor(n > capacity, device=encoded.acts.device),
+    )
 
 
 def encode_batch_topk(
@@ -101,6 +119,25 @@ def encode_batch_topk(
         d_sae,
     )
     return encoded, encoded.acts.detach().min()
+
+
+def matching_pursuit(
+    x: Float[Tensor, "batch d_in"], W: Float[Tensor, "d_sae d_in"], k: int
+) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"], Float[Tensor, "batch d_in"]]:
+    """k greedy steps; the choice has no gradient, what is done with it has."""
+    residual, acts, indices = x, [], []
+    latents = torch.arange(W.shape[0], device=W.device)
+    for _ in range(k):
+        scores = (residual @ W.T).detach()
+        largest = scores == scores.amax(dim=1, keepdim=True)
+        # not argmax: which of several equal values it names is left open
+        chosen = torch.where(largest, latents, W.shape[0] - 1).amin(dim=1)
+        directions = W[chosen]
+        act = torch.relu((residual * directions).sum(1))
+        residual = residual - act[:, None] * directions
+        acts.append(act)
+        indices.append(chosen)
+    return torch.stack(acts, dim=1), torch.stack(indices, dim=1).to(torch.int32), residual
 
 
 def decode(

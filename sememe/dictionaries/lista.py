@@ -1,0 +1,147 @@
+"""LISTA: an encoder that looks again at what its code leaves over, a fixed number of times."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, cast, final
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor, nn
+
+from sememe import kernels
+from sememe.dictionaries.base import Loss, Sites
+from sememe.dictionaries.penalised import Penalised, PenalisedConfig
+from sememe.encoded import Encoded
+
+__all__ = ["LISTA", "LISTAConfig"]
+
+
+class LISTAConfig(PenalisedConfig):
+    """Options of a dictionary with a LISTA encoder."""
+
+    kind: Literal["lista"] = "lista"
+    """Name of the architecture."""
+    l1_coefficient: float = 1e-3
+    """Weight of the mean over rows of the sum of activations, against the mean squared error per dimension."""
+    n_steps: int = Field(default=3, ge=1)
+    """How often the code is refined after the first guess; each costs about as much as a ReLU encoder."""
+
+
+@final
+class LISTA(Penalised):
+    """`acts_0 = relu(b)`, `acts_{t+1} = relu(b + acts_t S)`, `b = (x - b_pre) W_enc + b_enc`, `S = I - W_back W_enc`.
+
+    That is, `acts_{t+1} = relu(acts_t + (x - b_pre - acts_t W_back) W_enc + b_enc)`: what the code leaves over of the
+    input is encoded again and added. All steps share their weights.
+
+    Source: Gregor & LeCun 2010, "Learning Fast Approximations of Sparse Coding". Differs: activations
+    are non-negative; S is the identity less a product of two thin matrices (as in Chen et al. 2018, arXiv:1808.10038,
+    whose second factor is the dictionary; here it is learned, so that a transcoder can have one), and nothing
+    of size d_sae x d_sae exists; the encoder learns with the decoder from the reconstruction and an L1 penalty
+    instead of from codes that were computed before.
+    """
+
+    kind = "lista"
+    config_class = LISTAConfig
+    config: LISTAConfig
+
+    def __init__(
+        self, config: LISTAConfig, d_in: int, d_out: int, d_sae: int, sites: Sites | None = None
+    ) -> None:
+        super().__init__(config, d_in, d_out, d_sae, sites)
+        self.W_back = nn.Parameter(torch.zeros(d_sae, d_in))
+
+    def encoder_directions(self) -> None:
+        """None: what a latent reads depends on which others are active."""
+
+    def encode(self, x: Float[Tensor, "batch d_in"]) -> Encoded:
+        """Every latent that is positive after the last step."""
+        self.check_input(x)
+        centred, no_bias = x - self.b_pre, torch.zeros_like(self.b_pre)
+        places = torch.zeros(0, dtype=torch.int64, device=x.device)
+        encoded = _step(centred, x.new_zeros(0), places, self.W_enc, self.b_enc)
+        for _ in range(self.config.n_steps):
+            left = centred - kernels.decode_encoded(encoded, self.W_back, no_bias)
+            encoded = _step(left, encoded.acts, _places(encoded), self.W_enc, self.b_enc)
+        return encoded
+
+    def loss(
+        self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], progress: float
+    ) -> Loss:
+        """`mean (target - recon)^2 + l1_coefficient * mean_rows sum_i acts_i`, of the last step's activations."""
+        encoded = self.encode(x)
+        error = self.decode(encoded, x) - target
+        mse = error.square().mean()
+        l1 = encoded.acts.sum() / encoded.n_rows
+        total = mse + self.config.l1_coefficient * l1
+        return Loss(total, {"mse": mse.detach(), "l1": l1.detach()}, encoded.detach(), error)
+
+    def _start_encoder(self, centre: Float[Tensor, " d_in"], generator: torch.Generator) -> None:
+        """ISTA for the first decoder: its transpose, over the largest eigenvalue that so many directions have."""
+        super()._start_encoder(centre, generator)
+        self.W_back.copy_(self.W_enc.T)
+        self.W_enc.div_((1 + (self.d_sae / self.d_in) ** 0.5) ** 2)
+
+    def _reset_encoder(self, ids: Int[Tensor, " n"], units: Float[Tensor, "n d_in"]) -> None:
+        """As every linear encoder; what is taken off the input is what the latent reads."""
+        super()._reset_encoder(ids, units)
+        self.W_back[ids] = units
+
+    def _fold_encoder(self, s_in: Tensor, unit: Tensor) -> None:
+        """As every linear encoder; what is taken off raw inputs is in raw units."""
+        super()._fold_encoder(s_in, unit)
+        self.W_back.mul_(unit / s_in)
+
+
+def _places(encoded: Encoded) -> Int[Tensor, " nnz"]:
+    """Where in a dense matrix the entries are, in rising order."""
+    return encoded.row_ids() * encoded.d_sae + encoded.indices.long()
+
+
+def _at(acts: Float[Tensor, " nnz"], places: Int[Tensor, " nnz"], n_rows: int, d_sae: int) -> Encoded:
+    starts = torch.arange(n_rows + 1, device=places.device) * d_sae
+    return Encoded(acts, (places % d_sae).to(torch.int32), torch.searchsorted(places, starts), d_sae)
+
+
+def _step(
+    left: Float[Tensor, "batch d_in"],
+    acts: Float[Tensor, " nnz"],
+    places: Int[Tensor, " nnz"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+) -> Encoded:
+    """`relu(acts at their places + left @ W_enc + b_enc)`, sparse."""
+    kept, where = cast(Any, _Step.apply)(left, acts, places, W_enc, b_enc)
+    return _at(kept, where, left.shape[0], W_enc.shape[1])
+
+
+class _Step(torch.autograd.Function):
+    """One step that is dense only while it selects: its gradients are those of the entries it kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, left: Tensor, acts: Tensor, places: Tensor, W_enc: Tensor, b_enc: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        pre_acts = torch.addmm(b_enc, left, W_enc).view(-1)
+        pre_acts[places] += acts
+        chosen = torch.nonzero(pre_acts > 0).view(-1)
+        ctx.save_for_backward(left, places, chosen, W_enc)
+        ctx.mark_non_differentiable(chosen)
+        return pre_acts[chosen], chosen
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        left, places, chosen, W_enc = ctx.saved_tensors
+        grad, d_sae = grads[0].contiguous(), W_enc.shape[1]
+        kept = _at(grad, chosen, left.shape[0], d_sae)
+        rows = W_enc.detach().T.requires_grad_()
+        with torch.enable_grad():  # the sums over entries and over rows that a decoder and its gradient are
+            grad_left = kernels.decode_encoded(kept, rows, torch.zeros_like(left[0]))
+        (grad_rows,) = torch.autograd.grad(grad_left, rows, left)
+        grad_b = grad.new_zeros(d_sae).index_add_(0, kept.indices.long(), grad)
+        grad_acts = grad.new_zeros(places.shape[0])
+        if chosen.numel() > 0:
+            at = torch.searchsorted(chosen, places).clamp_(max=chosen.numel() - 1)
+            grad_acts = torch.where(chosen[at] == places, grad[at], grad_acts)
+        return grad_left.detach(), grad_acts, None, grad_rows.T, grad_b

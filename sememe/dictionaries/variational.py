@@ -1,0 +1,285 @@
+"""Variational sparse coding: each latent is off with some probability, and what it is when on is uncertain too."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Literal, NamedTuple, final
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+from torch.utils.checkpoint import checkpoint
+
+from sememe.dictionaries.base import Loss, Sites
+from sememe.dictionaries.initial import latent_major
+from sememe.dictionaries.penalised import Penalised, PenalisedConfig
+from sememe.encoded import Encoded
+from sememe.errors import ConfigError
+
+__all__ = ["Variational", "VariationalConfig"]
+
+CHUNK_ENTRIES = 1 << 21
+"""Latents x rows that are worked on at a time: a dozen dense arrays of that size exist at once, and none larger."""
+START_LOG_VAR = -2.0
+"""The slab's logarithmic variance at the start, in training units."""
+START_SPIKE = -2.0, 2.0
+"""The spike's bias and length at the start: a row at a latent's bias is rarely on, one two units along it is."""
+
+
+class VariationalConfig(PenalisedConfig):
+    """Options of a variational sparse coding dictionary."""
+
+    kind: Literal["variational"] = "variational"
+    """Name of the architecture."""
+    prior_l0: float = Field(default=32.0, gt=0)
+    """Active latents per row that the prior expects on average."""
+    decoder_variance: float = Field(default=0.3, gt=0)
+    """Variance per dimension of what the reconstruction leaves over, as a share of the data's: the larger, the
+    more a nat of information costs."""
+    n_pseudo_inputs: int = Field(default=16, ge=1)
+    """Learned inputs whose posteriors make up the prior."""
+    sharpness_start: float = Field(default=10.0, gt=0)
+    """Slope of the smooth step that turns a uniform number into a sampled spike, at the start."""
+    sharpness: float = Field(default=50.0, gt=0)
+    """The same, once warm."""
+    sharpness_warmup: float = Field(default=0.5, ge=0, le=1)
+    """Share of the run over which the slope grows."""
+
+    @model_validator(mode="after")
+    def _sharpening_has_an_effect(self) -> VariationalConfig:
+        if self.sharpness_warmup == 0:
+            self.check_inert("sharpness_start", without="sharpness_warmup is 0")
+        if self.ghost_after_tokens is not None:
+            raise ConfigError(
+                "ghost_after_tokens must be left out: a dead latent's mean is not what keeps its spike off",
+                self.ghost_after_tokens,
+                "Drop it; resample points dead latents anew, spike and all.",
+            )
+        return self
+
+
+class _Posterior(NamedTuple):
+    """Spike and slab per row and latent."""
+
+    logit: Float[Tensor, "rows d_sae"]
+    mean: Float[Tensor, "rows d_sae"]
+    log_var: Float[Tensor, "rows d_sae"]
+
+
+class _Sampled(NamedTuple):
+    """What a chunk of rows adds to the loss: reconstructions from a sample, and the summed divergence."""
+
+    recon: Float[Tensor, "rows d_out"]
+    kl: Float[Tensor, ""]
+
+
+@final
+class Variational(Penalised):
+    """`q(acts_i | x) = spike_i N(mean_i, var_i) + (1 - spike_i) delta_0`, `recon = acts W_dec + b_dec`.
+
+    `mean = relu((x - b_pre) W_enc + b_enc)`, `spike = sigmoid((x - b_pre) W_spike + b_spike)`,
+    `log var = (x - b_pre) W_var + b_var`. `encode` gives the mode: the mean of every latent whose spike exceeds 1/2.
+
+    Source: Tonolini, Jensen & Murray-Smith 2019, arXiv:1806.08464, and the authors' code. Differs: linear maps and
+    a linear decoder of unit rows instead of networks; slabs have non-negative means; spikes are sigmoids; the
+    variance of the data given the latents is an option, and the bound is divided so that the squared error has
+    weight 1 per dimension; instead of one pseudo-input, a row is compared with all, by weights that a linear
+    classifier gives it (as the code has it); the spike's sharpness grows, and the slab is learned from the start:
+    without a mean it carries nothing through a linear decoder; resampling as Bricken et al. 2023.
+    """
+
+    kind = "variational"
+    config_class = VariationalConfig
+    config: VariationalConfig
+    shared = Penalised.shared | {"pseudo_inputs", "W_choice", "b_choice"}
+
+    def __init__(
+        self, config: VariationalConfig, d_in: int, d_out: int, d_sae: int, sites: Sites | None = None
+    ) -> None:
+        if not config.prior_l0 < d_sae:
+            raise ConfigError(
+                f"prior_l0 must be less than d_sae={d_sae}", config.prior_l0, "Lower prior_l0 or raise d_sae."
+            )
+        super().__init__(config, d_in, d_out, d_sae, sites)
+        self.W_spike = nn.Parameter(latent_major(d_in, d_sae))
+        self.b_spike = nn.Parameter(torch.zeros(d_sae))
+        self.W_var = nn.Parameter(latent_major(d_in, d_sae))
+        self.b_var = nn.Parameter(torch.zeros(d_sae))
+        self.pseudo_inputs = nn.Parameter(torch.zeros(config.n_pseudo_inputs, d_in))
+        self.W_choice = nn.Parameter(torch.zeros(d_in, config.n_pseudo_inputs))
+        self.b_choice = nn.Parameter(torch.zeros(config.n_pseudo_inputs))
+        # a seed and a step; no buffer, so that it stays on the CPU and nothing waits for it
+        self._noise = torch.zeros(2, dtype=torch.int64)
+
+    def encoder_directions(self) -> None:
+        """None: one direction decides whether a latent is active, another how much."""
+
+    # -- the posterior -----------------------------------------------------------------------------
+
+    def _posterior(self, x: Float[Tensor, "rows d_in"]) -> _Posterior:
+        centred = x - self.b_pre
+        return _Posterior(
+            torch.addmm(self.b_spike, centred, self.W_spike),
+            torch.relu(torch.addmm(self.b_enc, centred, self.W_enc)),
+            torch.addmm(self.b_var, centred, self.W_var),
+        )
+
+    def _chunks(self, n_rows: int) -> range:
+        return range(0, n_rows, max(1, CHUNK_ENTRIES // self.d_sae))
+
+    def encode(self, x: Float[Tensor, "batch d_in"]) -> Encoded:
+        """The mean of every latent that is more likely on than off, where it is positive."""
+        self.check_input(x)
+        chunks = self._chunks(x.shape[0])
+        parts = [self._mode(x[start : start + chunks.step]) for start in chunks]
+        return Encoded.cat(parts) if parts else Encoded.from_dense(x.new_zeros(0, self.d_sae))
+
+    def _mode(self, x: Float[Tensor, "rows d_in"]) -> Encoded:
+        centred = x - self.b_pre
+        mean = torch.relu(torch.addmm(self.b_enc, centred, self.W_enc))
+        on = torch.addmm(self.b_spike, centred, self.W_spike) > 0
+        return Encoded.from_dense(mean * on)
+
+    # -- training ----------------------------------------------------------------------------------
+
+    def loss(
+        self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], progress: float
+    ) -> Loss:
+        """`mean (target - recon)^2 + (2 decoder_variance / d_out) * (kl + kl_prior)`, recon from one sample per row.
+
+        `kl` is the mean over rows of the divergence of q(acts | x) from those of the pseudo-inputs, weighed by the
+        row's classifier; `kl_prior` is d_sae times that of the pseudo-inputs' mean spike from prior_l0 / d_sae. Terms
+        are of the mode, `mse`, and of the sample, `mse_sampled`.
+        """
+        self.check_input(x)
+        config, n_rows = self.config, x.shape[0]
+        prior = self._posterior(self.pseudo_inputs)
+        choice = torch.softmax((x - self.b_pre) @ self.W_choice + self.b_choice, dim=1)
+        sharpness = config.sharpness
+        if config.sharpness_warmup:
+            warm = min(1.0, progress / config.sharpness_warmup)
+            sharpness = config.sharpness_start + warm * (config.sharpness - config.sharpness_start)
+        chunks = self._chunks(n_rows)
+        parts: list[_Sampled] = []
+        for start in chunks:
+            rows = slice(start, start + chunks.step)
+            part = checkpoint(
+                self._chunk, x[rows], choice[rows], prior, sharpness, start,
+                use_reentrant=False, preserve_rng_state=False,
+            )  # fmt: skip
+            parts.append(part)
+        error = torch.cat([part.recon for part in parts]) - target
+        sampled = error.square().mean()
+        kl = torch.stack([part.kl for part in parts]).sum() / n_rows
+        mean_spike = (choice.mean(0) @ torch.sigmoid(prior.logit)).mean()
+        kl_prior = self.d_sae * _bernoulli_kl(mean_spike, config.prior_l0 / self.d_sae)
+        total = sampled + 2 * config.decoder_variance / self.d_out * (kl + kl_prior)
+        with torch.no_grad():
+            encoded = self.encode(x)
+            mse = (target - self.decode(encoded, x)).square().mean()
+        terms = {"mse": mse, "mse_sampled": sampled, "kl": kl, "kl_prior": kl_prior}
+        return Loss(total, {name: term.detach() for name, term in terms.items()}, encoded, error)
+
+    def _chunk(
+        self,
+        x: Float[Tensor, "rows d_in"],
+        choice: Float[Tensor, "rows n_pseudo"],
+        prior: _Posterior,
+        sharpness: float,
+        start: int,
+    ) -> _Sampled:
+        """Reconstructions and divergence; computed again for the gradient, with the same noise."""
+        q = self._posterior(x)
+        spike = torch.sigmoid(q.logit)
+        generator = self._generator(start, x.device)
+        uniform = torch.rand(spike.shape, generator=generator, dtype=x.dtype, device=x.device)
+        normal = torch.randn(spike.shape, generator=generator, dtype=x.dtype, device=x.device)
+        on = torch.sigmoid(sharpness * (uniform + spike - 1))
+        acts = on * (q.mean + torch.exp(q.log_var / 2) * normal)
+        recon = self._with_skip(torch.addmm(self.b_dec, acts, self.W_dec), x)
+        return _Sampled(recon, (choice * _divergences(q, spike, prior)).sum())
+
+    def _generator(self, start: int, device: torch.device) -> torch.Generator:
+        """Noise of its own for each step and chunk: the same whenever a step is computed again."""
+        seed, step = self._noise.tolist()
+        digest = hashlib.sha256(f"{seed} {step} {start}".encode()).digest()
+        return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
+
+    def after_step(self, encoded: Encoded) -> None:
+        """Other noise for the next step, beside the bookkeeping."""
+        super().after_step(encoded)
+        self._noise[1] += 1
+
+    def training_buffers(self) -> dict[str, Tensor]:
+        """Where the noise is, too."""
+        return {**super().training_buffers(), "noise": self._noise}
+
+    # -- state -------------------------------------------------------------------------------------
+
+    def initialise(
+        self, x: Float[Tensor, "rows d_in"], target: Float[Tensor, "rows d_out"], generator: torch.Generator
+    ) -> None:
+        """As every linear dictionary; pseudo-inputs are rows of the sample."""
+        super().initialise(x, target, generator)
+        with torch.no_grad():
+            rows = torch.randint(x.shape[0], (self.config.n_pseudo_inputs,), generator=generator)
+            self.pseudo_inputs.copy_(x[rows])
+            self.W_choice.copy_((self.pseudo_inputs - self.b_pre).T / self.d_in)
+            self.b_choice.zero_()
+        self._noise[0] = int(torch.randint(2**62, (), generator=generator))
+        self._noise[1] = 0
+
+    def _start_encoder(self, centre: Float[Tensor, " d_in"], generator: torch.Generator) -> None:
+        super()._start_encoder(centre, generator)
+        bias, length = START_SPIKE
+        self.W_spike.copy_(self.W_enc * length)
+        self.b_spike.fill_(bias)
+        self.W_var.zero_()
+        self.b_var.fill_(START_LOG_VAR)
+
+    def _reset_encoder(self, ids: Int[Tensor, " n"], units: Float[Tensor, "n d_in"]) -> None:
+        """Mean, spike and slab as at the start, along the new direction."""
+        super()._reset_encoder(ids, units)
+        bias, length = START_SPIKE
+        self.W_spike[:, ids] = units.T * length
+        self.b_spike[ids] = bias
+        self.W_var[:, ids] = 0.0
+        self.b_var[ids] = START_LOG_VAR
+
+    def _reset_norm(self, norms: Float[Tensor, " d_sae"], ids: Int[Tensor, " n"]) -> Float[Tensor, ""]:
+        return norms.median()
+
+    def _fold_encoder(self, s_in: Tensor, unit: Tensor) -> None:
+        """Spikes and relative variances stay what they are: their weights grow as the input shrinks."""
+        super()._fold_encoder(s_in, unit)
+        for weights in (self.W_spike, self.W_var, self.W_choice):
+            weights.mul_(s_in[:, None] if s_in.dim() > 0 else s_in)
+        self.b_var.sub_(2 * torch.log(unit))
+        self.pseudo_inputs.div_(s_in)
+
+
+def _bernoulli_kl(p: Float[Tensor, ""], q: float) -> Float[Tensor, ""]:
+    return torch.xlogy(p, p / q) + torch.xlogy(1 - p, (1 - p) / (1 - q))
+
+
+def _divergences(
+    q: _Posterior, spike: Float[Tensor, "rows d_sae"], prior: _Posterior
+) -> Float[Tensor, "rows n_pseudo"]:
+    """The divergence of each row's spike and slab from each pseudo-input's, summed over latents.
+
+    The closed form of Tonolini et al. 2019 (per latent, spike times that of two Gaussians, and that of two
+    Bernoullis), with every product of something of the row and something of the pseudo-input as a matrix product.
+    """
+    precision = torch.exp(-prior.log_var)
+    of_row = spike * (logsigmoid(q.logit) - 0.5 - q.log_var / 2) + (1 - spike) * logsigmoid(-q.logit)
+    per_spike = (prior.log_var + prior.mean.square() * precision) / 2 - prior.logit
+    spread = spike * (torch.exp(q.log_var) + q.mean.square())
+    return (
+        of_row.sum(1, keepdim=True)
+        - logsigmoid(-prior.logit).sum(1)
+        + spike @ per_spike.T
+        + spread @ (precision / 2).T
+        - (spike * q.mean) @ (prior.mean * precision).T
+    )

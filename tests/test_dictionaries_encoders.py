@@ -1,0 +1,269 @@
+"""What architectures promise whose encoder is more than one product: pursuit, hidden layer, LISTA, variational."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from sklearn.linear_model import Lasso
+
+from sememe import dictionaries, kernels
+from sememe.dictionaries import variational
+from sememe.dictionaries.base import Trainable
+from sememe.dictionaries.lista import LISTAConfig
+from sememe.dictionaries.matching_pursuit import MatchingPursuitConfig
+from sememe.dictionaries.mlp_encoder import MLPEncoderConfig
+from sememe.dictionaries.topk import TopKConfig
+from sememe.dictionaries.variational import VariationalConfig
+from sememe.errors import ConfigError
+
+D, N = 12, 40
+
+
+def sample(n: int = 64, seed: int = 0) -> torch.Tensor:
+    return 3 * torch.randn(n, D, generator=torch.Generator().manual_seed(seed)) + 1
+
+
+def made(config) -> Trainable:
+    dictionary, x = dictionaries.build(config, D, D), sample()
+    dictionary.initialise(x, x, torch.Generator().manual_seed(0))
+    return dictionary
+
+
+@pytest.mark.parametrize("kind", ["matching_pursuit", "mlp_encoder", "lista", "variational"])
+def test_an_encoder_that_is_not_linear_names_no_directions(kind):
+    assert (
+        dictionaries.build(dictionaries.TRAINABLE[kind].config_class(d_sae=N), D, D).encoder_directions()
+        is None
+    )
+
+
+# -- matching pursuit ------------------------------------------------------------------------------
+
+
+def test_pursuit_leaves_less_at_every_step_and_what_it_returns_is_what_is_left():
+    dictionary, x = made(MatchingPursuitConfig(k=8, d_sae=N)), sample(seed=4)
+    norms = []
+    for k in range(1, 9):
+        shorter = dictionaries.build(MatchingPursuitConfig(k=k, d_sae=N), D, D)
+        shorter.load_state_dict(dictionary.state_dict())
+        norms.append((x - shorter(x)).detach().norm(dim=1))
+        mse = float(shorter.loss(x, x, 0.5).terms["mse"])
+        assert mse == pytest.approx(float(norms[-1].square().sum() / x.numel()), rel=1e-4)
+    assert all(bool((b <= a + 1e-5).all()) for a, b in itertools.pairwise(norms))
+    assert float(norms[-1].mean()) < 0.5 * float(norms[0].mean())
+
+
+def test_pursuit_does_not_take_a_second_latent_for_what_the_first_explains():
+    """Three directions 20 degrees apart and one across: TopK takes two of the three, the pursuit the one across."""
+    angles = torch.tensor([0.0, 20.0, 40.0, 110.0]) * math.pi / 180
+    W = torch.stack([angles.cos(), angles.sin()], dim=1)
+    x = 4 * W[1:2] + 0.5 * W[3:4]
+    pursuit = dictionaries.build(MatchingPursuitConfig(k=2, d_sae=4), 2, 2)
+    topk = dictionaries.build(TopKConfig(k=2, d_sae=4), 2, 2)
+    with torch.no_grad():
+        for dictionary in (pursuit, topk):
+            dictionary.W_dec.copy_(W)
+        topk.W_enc.copy_(W.T)
+    assert (pursuit.encode(x).to_dense() > 0).tolist() == [[False, True, False, True]]
+    assert (topk.encode(x).to_dense() > 0).tolist() == [[False, True, True, False]]
+
+
+def test_pursuits_bias_is_one_and_its_dead_latents_go_on_where_the_live_ones_ended():
+    config = MatchingPursuitConfig(k=2, d_sae=N, dead_after_tokens=10, auxk=4)
+    dictionary, x = made(config), sample(seed=4)
+    assert set(dict(dictionary.named_parameters())) == {"W_dec", "b_dec"}
+    with torch.no_grad():
+        dictionary.b_dec.add_(1.0)
+    assert "auxk" not in dictionary.loss(x, x, 0.5).terms
+    dictionary.tokens_since_fired[20:] = 11
+    loss = dictionary.loss(x, x, 0.5)
+    residual = (x - dictionary(x)).detach()
+    scores = torch.relu(residual @ dictionary.W_dec[20:].T)
+    kept = scores.topk(4, dim=1)
+    recon = torch.zeros_like(scores).scatter(1, kept.indices, kept.values) @ dictionary.W_dec[20:]
+    wanted = (residual - recon).square().mean() / residual.square().mean()
+    torch.testing.assert_close(loss.terms["auxk"], wanted.detach())
+
+
+def test_pursuits_loss_against_another_target():
+    dictionary, x, target = made(MatchingPursuitConfig(k=4, d_sae=N)), sample(seed=4), sample(seed=5)
+    wanted = (target - dictionary(x)).square().mean()
+    torch.testing.assert_close(dictionary.loss(x, target, 0.5).terms["mse"], wanted.detach())
+
+
+# -- hidden layer ----------------------------------------------------------------------------------
+
+
+def test_the_mlp_encoder_starts_close_to_topk_and_is_topk_without_its_hidden_layer():
+    x = sample(seed=4)
+    ours, topk = made(MLPEncoderConfig(k=5, d_sae=N, d_hidden=7)), made(TopKConfig(k=5, d_sae=N))
+    assert ours.W_in.shape == (D, 7)
+    near = float((ours(x) - topk(x)).detach().norm() / topk(x).detach().norm())
+    assert 0 < near < 0.2
+    with torch.no_grad():
+        ours.W_out.zero_()
+    assert torch.equal(ours(x), topk(x))
+
+
+# -- LISTA -----------------------------------------------------------------------------------------
+
+
+def lasso_like(n_steps: int, penalty: float) -> Trainable:
+    """LISTA with the weights of ISTA for the non-negative Lasso about its start."""
+    dictionary = made(LISTAConfig(d_sae=N, n_steps=n_steps))
+    with torch.no_grad():
+        step = 1 / torch.linalg.matrix_norm(dictionary.W_dec, ord=2) ** 2
+        dictionary.W_enc.copy_(dictionary.W_dec.T * step)
+        dictionary.b_enc.fill_(-penalty * float(step))
+    return dictionary
+
+
+def test_lista_with_istas_weights_goes_to_the_lasso():
+    x, penalty = sample(n=6, seed=4), 0.8
+    centred = (x - made(LISTAConfig(d_sae=N)).b_pre).double()
+    errors = []
+    for n_steps in (1, 10, 2000):
+        dictionary = lasso_like(n_steps, penalty)
+        lasso = Lasso(alpha=penalty / D, fit_intercept=False, positive=True, tol=1e-10, max_iter=100_000)
+        wanted = lasso.fit(dictionary.W_dec.detach().double().T.numpy(), centred.T.numpy()).coef_
+        found = dictionary.encode(x).to_dense().detach().double()
+        errors.append(
+            float((found - torch.from_numpy(wanted)).norm()) / float(torch.from_numpy(wanted).norm())
+        )
+    assert errors[0] > errors[1] > errors[2] and errors[2] < 0.02
+
+
+@pytest.mark.parametrize("path", ["reference", "auto"])
+def test_listas_gradients_are_those_of_the_dense_formula(path):
+    dictionary, x = made(LISTAConfig(d_sae=N, n_steps=3, l1_coefficient=0.01)), sample(seed=4)
+    with torch.no_grad():
+        dictionary.b_enc.normal_(-0.05, 0.05, generator=torch.Generator().manual_seed(1))
+        dictionary.W_back.add_(0.05 * torch.randn(N, D, generator=torch.Generator().manual_seed(2)))
+    with kernels.use(path):
+        loss = dictionary.loss(x, x, 0.5)
+        got = torch.autograd.grad(loss.total, list(dictionary.parameters()))
+    b = (x - dictionary.b_pre) @ dictionary.W_enc + dictionary.b_enc
+    S = torch.eye(N) - dictionary.W_back @ dictionary.W_enc
+    acts = torch.relu(b)
+    for _ in range(3):
+        acts = torch.relu(b + acts @ S)
+    torch.testing.assert_close(loss.encoded.to_dense(), acts.detach(), atol=1e-4, rtol=1e-4)
+    mse = (x - acts @ dictionary.W_dec - dictionary.b_dec).square().mean()
+    total = mse + 0.01 * acts.sum(1).mean()
+    torch.testing.assert_close(loss.total, total)
+    names = list(dict(dictionary.named_parameters()))
+    for name, a, b in zip(names, got, torch.autograd.grad(total, list(dictionary.parameters())), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_lista_without_an_active_latent_gives_the_bias():
+    dictionary, x = made(LISTAConfig(d_sae=N)), sample(seed=4)
+    with torch.no_grad():
+        dictionary.b_enc.fill_(-1e6)
+    loss = dictionary.loss(x, x, 0.5)
+    loss.total.backward()
+    assert loss.encoded.acts.numel() == 0
+    assert torch.equal(dictionary(x), dictionary.b_dec.expand(64, -1))
+    assert float(dictionary.W_enc.grad.abs().max()) == 0
+
+
+# -- variational -----------------------------------------------------------------------------------
+
+
+def test_divergences_are_those_of_their_definition():
+    dictionary, x = (
+        made(VariationalConfig(d_sae=N, prior_l0=5, n_pseudo_inputs=3)).double(),
+        sample(5).double(),
+    )
+    with torch.no_grad():
+        for seed, p in enumerate(dictionary.parameters()):
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)))
+        q, prior = dictionary._posterior(x), dictionary._posterior(dictionary.pseudo_inputs)
+        got = variational._divergences(q, torch.sigmoid(q.logit), prior)
+    bernoulli, normal = torch.distributions.Bernoulli, torch.distributions.Normal
+    for row in range(5):
+        for u in range(3):
+            spikes = bernoulli(logits=q.logit[row]), bernoulli(logits=prior.logit[u])
+            slabs = (
+                normal(q.mean[row], torch.exp(q.log_var[row] / 2)),
+                normal(prior.mean[u], torch.exp(prior.log_var[u] / 2)),
+            )
+            kl = torch.distributions.kl_divergence(*spikes)
+            kl = kl + spikes[0].probs * torch.distributions.kl_divergence(*slabs)
+            torch.testing.assert_close(got[row, u], kl.sum())
+
+
+def test_the_prior_spike_term_is_0_where_the_pseudo_inputs_have_the_priors_l0():
+    dictionary, x = made(VariationalConfig(d_sae=N, prior_l0=5)), sample(seed=4)
+    with torch.no_grad():
+        dictionary.W_spike.zero_()
+        dictionary.b_spike.fill_(math.log(5 / 35))
+        assert float(dictionary.loss(x, x, 0.5).terms["kl_prior"]) == pytest.approx(0, abs=1e-4)
+        dictionary.b_spike.fill_(math.log(10 / 30))
+    by_hand = 10 * math.log(10 / 5) + 30 * math.log(30 / 35)
+    assert float(dictionary.loss(x, x, 0.5).terms["kl_prior"]) == pytest.approx(by_hand, rel=1e-4)
+
+
+def test_noise_is_part_of_the_training_state_and_evaluation_has_none():
+    config = VariationalConfig(d_sae=N, prior_l0=5)
+    dictionary, x = made(config), sample(seed=4)
+
+    def sampled() -> float:
+        return float(dictionary.loss(x, x, 0.5).terms["mse_sampled"])
+
+    first = sampled()
+    assert sampled() == first, "a step that is computed again sees the same noise"
+    recon = dictionary.eval()(x)
+    dictionary.after_step(dictionary.encode(x))
+    saved = {name: buffer.clone() for name, buffer in dictionary.training_buffers().items()}
+    second = sampled()
+    assert second != first and torch.equal(dictionary(x), recon)
+    dictionary.after_step(dictionary.encode(x))
+    assert sampled() != second
+    for name, buffer in dictionary.training_buffers().items():
+        buffer.copy_(saved[name])
+    assert sampled() == second
+
+
+def test_chunks_hold_the_memory_down_and_change_nothing_but_the_noise(monkeypatch):
+    dictionary, x = made(VariationalConfig(d_sae=N, prior_l0=5)), sample(n=200, seed=4)
+    whole, encoded = dictionary.loss(x, x, 0.5), dictionary.encode(x)
+    monkeypatch.setattr(variational, "CHUNK_ENTRIES", N * 7)
+    parts = dictionary.loss(x, x, 0.5)
+    for term in ("mse", "kl", "kl_prior"):
+        torch.testing.assert_close(parts.terms[term], whole.terms[term])
+    assert float(parts.terms["mse_sampled"]) == pytest.approx(float(whole.terms["mse_sampled"]), rel=0.1)
+    torch.testing.assert_close(dictionary.encode(x).to_dense(), encoded.to_dense())
+
+
+def test_sampled_spikes_sharpen():
+    dictionary, x = made(VariationalConfig(d_sae=N, prior_l0=5, sharpness_start=1, sharpness=1e4)), sample()
+    steps = [float(dictionary.loss(x, x, progress).total) for progress in (0.0, 0.25, 0.5, 1.0)]
+    assert len(set(steps[:3])) == 3 and steps[2] == steps[3], "the slope grows over half of the run"
+    with pytest.raises(ConfigError, match="sharpness_start must be left out when sharpness_warmup is 0"):
+        VariationalConfig.build({"sharpness_warmup": 0.0, "sharpness_start": 3.0})
+
+
+def test_folding_keeps_the_whole_posterior():
+    dictionary, x = made(VariationalConfig(d_sae=N, prior_l0=5)), sample(seed=4)
+    with torch.no_grad():
+        dictionary.W_var.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
+    dictionary.scale_in.fill_(0.2)
+    dictionary.scale_out.fill_(0.2)
+    folded = dictionary.fold()
+    before, after = dictionary._posterior(x * 0.2), folded._posterior(x)
+    torch.testing.assert_close(after.logit, before.logit, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(after.mean * 0.2, before.mean, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(after.log_var + 2 * math.log(0.2), before.log_var, atol=1e-4, rtol=1e-4)
+    before, after = (d._posterior(d.pseudo_inputs) for d in (dictionary, folded))
+    torch.testing.assert_close(after.logit, before.logit, atol=1e-4, rtol=1e-4)
+    choices = [(rows - d.b_pre) @ d.W_choice + d.b_choice for d, rows in ((dictionary, x * 0.2), (folded, x))]
+    torch.testing.assert_close(*choices, atol=1e-4, rtol=1e-4)
+
+
+def test_what_a_variational_dictionary_cannot_do_is_refused():
+    with pytest.raises(ConfigError, match=r"ghost_after_tokens must be left out: .*got 5. Drop it"):
+        VariationalConfig.build({"ghost_after_tokens": 5})
+    with pytest.raises(ConfigError, match="prior_l0 must be less than d_sae=40, got 40"):
+        made(VariationalConfig(d_sae=N, prior_l0=N))
