@@ -64,7 +64,7 @@ def root(acts: torch.Tensor) -> torch.Tensor:
 
 
 def entropy(acts: torch.Tensor) -> torch.Tensor:
-    p = acts / acts.sum(1, keepdim=True)
+    p = acts / acts.sum(1, keepdim=True).clamp_min(1e-8)  # a row may have none
     return -(p * p.clamp_min(1e-30).log()).sum(1).mean()
 
 
