@@ -4,7 +4,8 @@
 #   make test       every test but the slow ones
 #   make test-all   the slow ones too
 #   make check      format, lint, types, layering, docs
-#   make bench      every benchmark; make bench-NAME for one (harvest, train, evaluate, atlas)
+#   make bench      every benchmark; make bench-NAME for one (harvest, train, evaluate, atlas, toy)
+#   make bench-peers  the same rows through SAELens, sparsify and dictionary_learning: an environment for each
 #   make install    .venv with the `sememe` command
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ BIN    := $(VENV)/bin
 PIP    := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
 
 .DELETE_ON_ERROR:
-.PHONY: install demo demo-run test test-all check format bench clean
+.PHONY: install demo demo-run test test-all check format bench bench-peers clean
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -62,7 +63,25 @@ bench-%: install
 	@mkdir -p artifacts/bench
 	@$(BIN)/python benchmarks/bench_$*.py
 
-bench: bench-harvest bench-train bench-evaluate bench-atlas
+# Each package has an environment of its own, as their pins conflict. ARGS="--only sae_lens" runs a part.
+PEERS := sae_lens sparsify dictionary_learning
+PEER_sae_lens := sae-lens==6.54.12
+PEER_sparsify := eai-sparsify==1.3.3
+PEER_dictionary_learning := dictionary-learning==0.1.0
+
+.venv-peers-%/.installed: constraints.txt
+	@echo "Installing $(PEER_$*) into .venv-peers-$* ..."
+	@$(PYTHON) -m venv .venv-peers-$*
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 .venv-peers-$*/bin/python -m pip install --quiet --no-compile \
+	  --constraint constraints.txt $(PEER_$*) 2>.venv-peers-$*/install.log || { cat .venv-peers-$*/install.log; exit 1; }
+	@# A torchvision of another build than torch breaks transformers, which does without one.
+	@.venv-peers-$*/bin/python -m pip uninstall --quiet --yes torchvision 2>/dev/null || true
+	@touch $@
+
+bench-peers: install $(PEERS:%=.venv-peers-%/.installed)
+	@$(BIN)/python benchmarks/bench_peers.py $(ARGS)
+
+bench: bench-harvest bench-train bench-evaluate bench-atlas bench-toy
 
 clean:
-	rm -rf artifacts build dist *.egg-info
+	rm -rf artifacts .venv-peers-* build dist *.egg-info

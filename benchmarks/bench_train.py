@@ -20,6 +20,9 @@ from sememe.dictionaries.relu import ReLUConfig
 from sememe.dictionaries.topk import TopKConfig
 from sememe.optimiser import Adam
 from sememe.source import TensorSource
+from sememe.train import TrainConfig
+from sememe.train.crew import Crew
+from sememe.train.member import Spec
 
 D_IN, K = 512, 32
 
@@ -39,6 +42,18 @@ def step_of(config: TopKConfig | ReLUConfig, batch: int, source: TensorSource) -
         dictionary.after_step(loss.encoded)
 
     return step
+
+
+def crew_step(n: int, batch: int, source: TensorSource) -> Callable[[], object]:
+    """What `train` does in a step of n dictionaries on one stream: checks, schedule and bookkeeping included."""
+    architecture = TopKConfig(k=K, d_sae=8192, auxk_coefficient=0.0)
+    specs = [
+        Spec(f"seed{seed}", TrainConfig(architecture=architecture, seed=seed), D_IN, D_IN, None, None)
+        for seed in range(n)
+    ]
+    crew = Crew(specs, 1000, torch.device("cpu"))
+    crew.initialise(source.sample(8192))
+    return lambda: crew.train_step(source.next_batch(batch), None, False)
 
 
 def main() -> None:
@@ -82,6 +97,9 @@ def main() -> None:
                 "relu_8192_b4096_dense", ratio(times, "step", "product"), "", "x one bfloat16 encoder product"
             )
         )
+        steps = {"one": crew_step(1, 2048, source), "eight": crew_step(8, 2048, source)}
+        times = interleaved(steps, arguments.rounds)
+        figures.append(row("sweep_8_over_one", ratio(times, "eight", "one"), "<= 8", "x a step of one"))
     finish("train", figures)
 
 

@@ -297,7 +297,7 @@ class EndToEnd:
         """
         assert isinstance(batch, ContextBatch), "end-to-end training needs whole contexts"
         loss = dictionary.loss(x, target, progress)
-        if loss.recon is None:
+        if loss.error is None:
             raise ConfigError(
                 "an architecture must give its reconstruction to be trained end to end",
                 dictionary.kind,
@@ -305,9 +305,9 @@ class EndToEnd:
             )
         found: dict[str, Tensor] = {}
         with self._recording(found):
-            hidden = self.splicer.spliced(batch.run, self._replaced(dictionary, batch, loss.recon))
+            hidden = self.splicer.spliced(batch.run, self._replaced(dictionary, batch, target + loss.error))
         output = self._output_loss(batch, hidden).to(x.device)
-        mse = (target - loss.recon).square().mean()
+        mse = loss.error.square().mean()
         # all that the dictionary's own objective adds to its squared error: penalties, auxiliary losses
         total = output + (loss.total - mse) + self.config.local_coefficient * mse
         terms = loss.terms | {self.config.objective: output.detach()}
@@ -315,7 +315,7 @@ class EndToEnd:
             missed = self._downstream_loss(batch, found)
             total = total + self.config.downstream_coefficient * missed
             terms["downstream"] = missed.detach()
-        return Loss(total, terms, loss.encoded, loss.recon)
+        return Loss(total, terms, loss.encoded, loss.error)
 
     def _replaced(
         self, dictionary: Trainable, batch: ContextBatch, recon: Float[Tensor, "rows d_out"]

@@ -115,8 +115,18 @@ class JoinedStore:
                 for name in wanted:
                     values = shard.activations[self._places[name].hookpoint]
                     activations[name] = values.index_select(0, rows[number])
-        columns = [column.index_select(0, rows[0]) for column in self.stores[0].columns(index)]
-        return Shard(activations, *columns)
+        return Shard(activations, *self.columns(index))
+
+    def columns(self, index: int) -> tuple[Int[Tensor, " rows"], Int[Tensor, " rows"], Int[Tensor, " rows"]]:
+        """Token ids, document ids and positions of a shard's joined rows."""
+        tokens, documents, positions = (
+            column.index_select(0, self._rows[index][0]) for column in self.stores[0].columns(index)
+        )
+        return tokens, documents, positions
+
+    def documents(self) -> list[dict[str, Any]]:
+        """The table of documents, the same in all stores."""
+        return self.stores[0].documents()
 
     # -- matching ----------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sememe.capture import Rows, captured_rows, first_norms
@@ -23,7 +23,11 @@ from sememe.text import Split, TextConfig, TokenPolicy, token_blocks
 if TYPE_CHECKING:
     from sememe.lm import LanguageModel
 
-__all__ = ["Batch", "Columns", "LiveSource", "Source", "StoreSource", "TensorSource", "upcoming"]
+__all__ = ["Batch", "Columns", "HoldsOut", "LiveSource", "Source", "StoreSource", "TensorSource", "upcoming"]
+
+MOST_HELD = 20
+"""At most one row in so many is held out."""
+_HELD = 7_919  # salts the choice of what is held out
 
 
 @runtime_checkable
@@ -64,6 +68,19 @@ class Source(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
+        ...
+
+
+@runtime_checkable
+class HoldsOut(Protocol):
+    """A source that can set rows aside."""
+
+    def hold_out(self, n: int) -> Batch:
+        """About n rows that the stream never gives from now on, always the same for the same seed.
+
+        Called before anything else. At most one row in twenty is held out, whole documents where the source
+        knows them.
+        """
         ...
 
 
@@ -153,6 +170,16 @@ class TensorSource:
         self.d_out = self.d_in if target is None else target.shape[1]
         self._cursor = _Cursor(seed, 1)
         self._order: tuple[int, Tensor] | None = None
+        self._kept: Int[Tensor, " n_rows"] | None = None
+
+    def hold_out(self, n: int) -> Batch:
+        """Rows at random."""
+        order = _permutation(self.n_rows, self.seed, _HELD)
+        n = min(n, self.n_rows // MOST_HELD)
+        held = self._rows(order[:n])
+        self._kept = order[n:].sort().values
+        self.n_rows -= n
+        return held
 
     def next_batch(self, n: int) -> Batch:
         """The next n rows; a pass may end within a batch."""
@@ -169,7 +196,9 @@ class TensorSource:
             self._cursor.advance(len(take), self.n_rows)
         return self._rows(torch.cat(picked))
 
-    def _rows(self, rows: Tensor) -> Batch:
+    def _rows(self, rows: Int[Tensor, " n"]) -> Batch:
+        if self._kept is not None:
+            rows = self._kept[rows]
         x = self.x[rows].float()
         return Batch(x, x if self.target is None else self.target[rows].float())
 
@@ -274,6 +303,8 @@ class StoreSource:
         self.group_shards = max(1, group_mb * 2**20 // shard_bytes)
         n_groups = -(-len(store.info.shards) // self.group_shards)
         self._cursor = _Cursor(seed, n_groups)
+        self._held: Int[Tensor, " documents"] | None = None
+        self._shard_rows = store.info.shard_rows
         self._loaded: tuple[tuple[int, int], dict[str, Tensor], Tensor] | None = None
 
     def _make_sites(self, names: tuple[str, ...]) -> tuple[Site, ...]:
@@ -294,13 +325,20 @@ class StoreSource:
             start += point.width
         return tuple(sites)
 
+    def hold_out(self, n: int) -> Batch:
+        """Rows of whole documents; all their rows leave the stream, at most a tenth of it."""
+        held = self.store.hold_out(self.sites.hookpoints, min(n, self.n_rows // MOST_HELD), self.seed)
+        self._held, self._shard_rows = held.documents, held.shard_rows
+        self.n_rows = sum(self._shard_rows)
+        return self._rows(held.activations, torch.arange(next(iter(held.activations.values())).shape[0]))
+
     def _group(self, epoch: int, group: int) -> tuple[dict[str, Tensor], Tensor]:
         """The rows of a group and the order in which they are drawn."""
         if self._loaded is None or self._loaded[0] != (epoch, group):
             self._loaded = None  # the old group goes before the new one comes
             order = _permutation(len(self.store.info.shards), self.seed, epoch)
             picked = order[group * self.group_shards : (group + 1) * self.group_shards].tolist()
-            total = sum(self.store.info.shard_rows[index] for index in picked)
+            total = sum(self._shard_rows[index] for index in picked)
             rows = {
                 name: torch.empty(total, self.store.info.hookpoints[name].width, dtype=torch.bfloat16)
                 for name in self._names
@@ -308,9 +346,10 @@ class StoreSource:
             start = 0
             for index in picked:
                 shard = self.store.read(index, self._names)
-                stop = start + self.store.info.shard_rows[index]
+                stop = start + self._shard_rows[index]
+                keep = None if self._held is None else ~torch.isin(shard.doc_ids, self._held)
                 for name, values in shard.activations.items():
-                    rows[name][start:stop] = values
+                    rows[name][start:stop] = values if keep is None else values[keep]
                 start = stop
             self._loaded = ((epoch, group), rows, _permutation(total, self.seed, epoch, group))
         return self._loaded[1], self._loaded[2]
@@ -429,6 +468,30 @@ class LiveSource:
         medians = first_norms(self.lm, self.text, self.policy, self.names, self.batch_rows, self.split)
         ratio = self.policy.max_norm_ratio
         return {name: None if ratio is None else ratio * median for name, median in medians.items()}
+
+    def hold_out(self, n: int) -> Batch:
+        """The first rows of the documents that are held out of the stream's split.
+
+        Raises:
+            ConfigError: none are.
+        """
+        if self.split != "train" or self.text.heldout_fraction == 0:
+            raise ConfigError(
+                "heldout_fraction must be > 0, and the split train, for rows to be held out",
+                f"{self.text.heldout_fraction:g} and {self.split}",
+                "Raise heldout_fraction, or watch no rows (--watch-rows 0).",
+            )
+        n_tokens = n + self.batch_rows * self.policy.context_length
+        blocks = token_blocks(self.text, self.lm.tokenizer, self.policy, split="heldout", n_tokens=n_tokens)
+        found = captured_rows(self.lm, blocks, self.names, self.batch_rows, self.max_norms)
+        parts = [rows.activations for rows in found]
+        if not parts:
+            raise TextError("the held-out text must hold at least one context", "none", "Give more text.")
+        rows = {name: torch.cat([part[name] for part in parts])[:n] for name in self.names}
+        x, target = (
+            torch.cat([rows[name] for name in names], 1).float() for names in (self.inputs, self.outputs)
+        )
+        return Batch(x, x if self.inputs == self.outputs else target)
 
     def _next_forward(self) -> dict[str, Tensor]:
         """Kept rows of the next forward; the text starts over when it ends."""

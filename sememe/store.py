@@ -14,6 +14,7 @@ Rows are shuffled within each shard, and each shard draws on contexts from all o
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +32,16 @@ from sememe.config import Config
 from sememe.errors import ActivationError, CorruptError, HookpointError, nearest
 from sememe.text import TokenPolicy
 
-__all__ = ["HookpointInfo", "Shard", "Store", "StoreInfo", "open_store", "write_documents", "write_shard"]
+__all__ = [
+    "HeldOut",
+    "HookpointInfo",
+    "Shard",
+    "Store",
+    "StoreInfo",
+    "open_store",
+    "write_documents",
+    "write_shard",
+]
 
 DOCUMENTS = "documents.parquet"
 
@@ -79,6 +89,14 @@ class Shard(NamedTuple):
     token_ids: Int[Tensor, " rows"]
     doc_ids: Int[Tensor, " rows"]
     positions: Int[Tensor, " rows"]
+
+
+class HeldOut(NamedTuple):
+    """Rows set aside, and what is left of each shard without their documents."""
+
+    activations: dict[str, Tensor]
+    documents: Int[Tensor, " documents"]
+    shard_rows: tuple[int, ...]
 
 
 def write_shard(path: str | Path, shard: Shard) -> None:
@@ -199,6 +217,52 @@ class Store:
     def parents(self) -> dict[str, str]:
         """The fingerprint, by its role for what is made from the store."""
         return {"store": self.fingerprint}
+
+    def hold_out(self, hookpoints: Iterable[str], n: int, seed: int) -> HeldOut:
+        """About n rows of documents at random, pieces of one title together, from as few shards as hold enough.
+
+        Args:
+            hookpoints: What to read.
+            n: Rows wanted; fewer where a tenth of all rows would belong to the documents.
+            seed: Of the choice.
+        """
+        generator, names = torch.Generator().manual_seed(seed), tuple(hookpoints)
+        n_shards, left = len(self.info.shards), self.info.n_rows // 10
+        title_of = {d["id"]: (d["source"], d["title"]) if d["title"] else d["id"] for d in self.documents()}
+        alike: dict[Any, list[int]] = {}
+        for number, title in title_of.items():
+            alike.setdefault(title, []).append(number)
+        totals = collections.Counter[int]()
+        for index in range(n_shards):
+            numbers, counts = self.read_doc_ids(index).unique(return_counts=True)
+            totals.update(dict(zip(numbers.tolist(), counts.tolist(), strict=True)))
+        chosen: set[int] = set()
+        held, n_held = torch.empty(0, dtype=torch.int32), 0
+        parts = [
+            {name: torch.empty(0, self.info.hookpoints[name].width, dtype=torch.bfloat16) for name in names}
+        ]
+        for index in torch.randperm(n_shards, generator=generator).tolist():
+            if n_held >= n:
+                break
+            shard = self.read(index, names)
+            numbers, counts = shard.doc_ids.unique(return_counts=True)
+            wanted = n - n_held
+            for place in torch.randperm(len(numbers), generator=generator).tolist():
+                if wanted <= 0:
+                    break
+                whole = alike[title_of[int(numbers[place])]]
+                leaving = sum(totals[other] for other in whole if other not in chosen)
+                if 0 < leaving <= left:
+                    chosen.update(whole)
+                    left -= leaving
+                    wanted -= int(counts[place])
+            held = torch.tensor(sorted(chosen), dtype=torch.int32)
+            mine = torch.isin(shard.doc_ids, held)
+            parts.append({name: values[mine] for name, values in shard.activations.items()})
+            n_held += int(mine.sum())
+        activations = {name: torch.cat([part[name] for part in parts]) for name in names}
+        shard_rows = tuple(int((~torch.isin(self.read_doc_ids(i), held)).sum()) for i in range(n_shards))
+        return HeldOut(activations, held, shard_rows)
 
     def documents(self) -> list[dict[str, Any]]:
         """The table of documents: id, source, language, title, tags (JSON)."""

@@ -169,6 +169,11 @@ class PlantedSource:
         x = self.planted.batch(n, _generator(self.planted.config, "sample")).x
         return Batch(x, x)
 
+    def hold_out(self, n: int) -> Batch:
+        """n rows from random numbers of their own; the stream never gives them."""
+        x = self.planted.batch(n, _generator(self.planted.config, "held out")).x
+        return Batch(x, x)
+
     def state_dict(self) -> dict[str, Any]:
         """Where the stream is."""
         return {"generator": self._generator.get_state()}

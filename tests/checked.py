@@ -19,8 +19,8 @@ __all__ = ["UNCHECKED", "check", "install"]
 UNCHECKED = {
     "sememe.collect.loops",
     "sememe.explain.loops",
-    "sememe.kernels.cpu",
-    "sememe.kernels.cpu_steps",
+    "sememe.kernels.cpu.loops",
+    "sememe.kernels.cpu.steps",
     "sememe.kernels.gpu",
     "sememe.kernels.pursuit",
 }

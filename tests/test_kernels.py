@@ -13,6 +13,7 @@ from sememe import kernels
 from sememe.encoded import Encoded
 from sememe.errors import ConfigError
 from sememe.kernels import cpu, reference
+from sememe.kernels.cpu import encode as cpu_encode
 
 
 def parameters(d_in: int, d_sae: int, seed: int) -> dict[str, torch.Tensor]:
@@ -77,7 +78,7 @@ def test_selection_in_float32_is_the_references_without_exception(shape, seed, d
     p = parameters(d_in, d_sae, seed)
     slow = run("reference", x, b_pre, k, p)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "native_bfloat16", lambda: False)
+        patch.setattr(cpu_encode, "native_bfloat16", lambda: False)
         fast = run("auto", x, b_pre, k, p)
     dense = [Encoded.from_topk(a.detach(), i, d_sae).to_dense() for a, i in (slow[:2], fast[:2])]
     torch.testing.assert_close(dense[1], dense[0], atol=1e-5, rtol=1e-4)

@@ -24,17 +24,20 @@ LAYERS = [
     ["store", "splice", "figures", "collect"],
     ["capture", "join"],
     ["source", "end_to_end"],
+    ["probes"],
     [
         "harvest", "train", "evaluate", "compare", "interpret", "explain",
         "intervene", "pretrain", "convert", "publish", "report",
     ],
     ["browse"],
+    ["recipe"],
+    ["plan"],
     ["run"],
     ["cli"],
     ["__main__"],
 ]  # fmt: skip
 LAYER = {name: depth for depth, names in enumerate(LAYERS) for name in names}
-VERBS = set(LAYERS[10])
+VERBS = set(LAYERS[11])
 TORCH_FREE = {
     "errors",
     "config",

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from sememe import dictionaries, kernels
+from sememe.dictionaries import Site, Sites
+from sememe.dictionaries.cross_layer import CrossLayerConfig
 from sememe.dictionaries.jumprelu import JumpReLUConfig
 from sememe.dictionaries.topk import TopKConfig
 from sememe.errors import ConfigError
@@ -260,6 +262,41 @@ def test_changed_latents_lose_their_moments_everywhere_and_nobody_else_does(kind
             else:
                 assert float(slot[ids].abs().sum()) == 0.0, name
                 assert float(slot[others].abs().min(dim=1).values.max()) > 0, name
+
+
+@pytest.mark.parametrize("kind", sorted(OPTIMISERS))
+def test_a_cross_layer_dictionarys_latents_freeze_and_are_forgotten_layer_by_layer(kind):
+    sites = Sites(
+        inputs=tuple(_site(f"mlp_in.{i}", 4 * i) for i in range(2)),
+        outputs=tuple(_site(f"mlp_out.{i}", 4 * i) for i in range(2)),
+    )
+    dictionary = dictionaries.build(CrossLayerConfig(d_sae=12, k=2), 8, 8, sites)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 8, generator=generator)
+    dictionary.initialise(x, x, generator)
+    optimiser = make(CONFIGS[kind], dictionary)
+    grads = gradients(dictionary, 4)
+    run(dictionary, optimiser, grads[:2])
+    frozen = torch.zeros(12, dtype=torch.bool)
+    frozen[[1, 7]] = True
+    optimiser.freeze(frozen)
+    with optimiser.exported():
+        before = dictionary.W_enc.detach().T.clone(), dictionary.W_dec.detach().clone()
+    run(dictionary, optimiser, grads[2:])
+    with optimiser.exported():
+        after = dictionary.W_enc.detach().T.clone(), dictionary.W_dec.detach().clone()
+    for old, new in zip(before, after, strict=True):
+        assert (new != old).any(1).tolist() == (~frozen).tolist()
+    optimiser.forget(torch.tensor([7]))
+    if kind == "adam":
+        for name in ("encoders.1", "decoders.1"):
+            sums = optimiser.slots[name]["exp_avg"].abs().sum(1)
+            assert (sums == 0).tolist() == [False, True, False, False, False, False], name
+        assert bool((optimiser.slots["decoders.0"]["exp_avg"].abs().sum(1) > 0).all())
+
+
+def _site(hookpoint: str, start: int) -> Site:
+    return Site(model="m", model_fingerprint="f", hookpoint=hookpoint, start=start, stop=start + 4)
 
 
 def test_a_reset_latents_average_begins_where_it_was_put():

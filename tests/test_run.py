@@ -7,7 +7,8 @@ import pytest
 from small_world import write_corpus, write_model
 
 from sememe.errors import ArtifactError, ConfigError, MismatchError
-from sememe.run import print_report, read_recipe, run
+from sememe.recipe import read_recipe
+from sememe.run import print_report, run
 
 RECIPE = """
 name = "small"

@@ -144,7 +144,9 @@ def test_a_live_sweep_runs_the_model_once_for_all(world, tmp_path, monkeypatch):
     runs: list[int] = []
     original = capture.captured_rows
     monkeypatch.setattr("sememe.source.captured_rows", lambda *a, **k: (runs.append(1), original(*a, **k))[1])
-    made = live_config(world, tmp_path / "s").replace(inputs=None, sweep=("inputs=resid_post.*", "k=2,4"))
+    made = live_config(world, tmp_path / "s").replace(
+        inputs=None, sweep=("inputs=resid_post.*", "k=2,4"), watch_rows=0
+    )
     sweep = train_sweep(made.replace(architecture=made.architecture.replace(k=32)))
     assert len(runs) == 1
     assert sweep.names[:2] == ("resid_post.0-k2", "resid_post.0-k4") and len(sweep.names) % 2 == 0

@@ -27,6 +27,7 @@ class Verb(NamedTuple):
 
 VERBS: dict[str, Verb] = {
     "run": Verb("Run a recipe: all its verbs in order, each skipped when its result is there.", "run_recipe"),
+    "plan": Verb("Say what a recipe will take: memory, disk and time of each stage.", "plan_recipe"),
     "harvest": Verb("Run a language model over a text and store its activations.", "harvest"),
     "train": Verb(
         "Train a dictionary (topk, relu and others) on a store or straight from a model.", "train_app"

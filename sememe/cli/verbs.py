@@ -306,6 +306,31 @@ def _run() -> Any:
     return run_recipe
 
 
+def _plan() -> Any:
+    from sememe.plan import plan, print_plan, refuse
+
+    def plan_recipe(
+        recipe: Path,
+        *,
+        out: Annotated[
+            Path | None, Parameter(help="Folder for the results; artifacts/NAME if not given.")
+        ] = None,
+        fresh: Annotated[bool, Parameter(help="Count everything as to be made again.", negative="")] = False,
+    ) -> None:
+        """Say what a recipe will take: memory, disk and time of each stage. Starts nothing.
+
+        Parameters
+        ----------
+        recipe
+            A .toml file, see runs/.
+        """
+        found = plan(recipe, out=out, fresh=fresh)
+        print_plan(found)
+        refuse(found)
+
+    return plan_recipe
+
+
 def _models() -> Any:
     def models(
         *,
@@ -334,6 +359,7 @@ _MAKERS: dict[str, Callable[[], Any]] = {
     "interpret": _interpret,
     "explain": _explain,
     "browse": _browse,
+    "plan_recipe": _plan,
     "run_recipe": _run,
     "models": _models,
     "intervene": lambda: _simple(

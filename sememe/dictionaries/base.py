@@ -130,14 +130,14 @@ class Batch(NamedTuple):
 class Loss(NamedTuple):
     """A training loss. `terms` are its parts, for logging, still on the device.
 
-    `total` holds the term `mse`, the mean square of target - recon, with weight 1; `recon` is in training units, and
-    gradients flow through it, so that it can be spliced into a model.
+    `total` holds the term `mse`, the mean square of `error`, with weight 1. `error` is the reconstruction minus the
+    target, in training units; gradients flow through it, so that the reconstruction can be spliced into a model.
     """
 
     total: Float[Tensor, ""]
     terms: dict[str, Float[Tensor, ""]]
     encoded: Encoded
-    recon: Float[Tensor, "batch d_out"] | None = None
+    error: Float[Tensor, "batch d_out"] | None = None
 
 
 class Constraints(NamedTuple):
@@ -328,7 +328,9 @@ class Trainable(Dictionary):
     `tokens_since_fired` counts, per latent, the rows since it was last active.
     """
 
-    shared: ClassVar[frozenset[str]] = frozenset({"b_dec", "W_skip"})
+    can_freeze: ClassVar[bool] = True
+    """Whether all that belongs to a latent lies along an axis of d_sae, so that an optimiser can leave it alone."""
+    shared: frozenset[str] = frozenset({"b_dec", "W_skip"})
     """Parameters without a latent axis, whatever their shape; in any other, an axis of d_sae is that of the latents."""
     tokens_since_fired: Int[Tensor, " d_sae"]
     scale_per_site: ClassVar[bool] = True
@@ -398,6 +400,16 @@ class Trainable(Dictionary):
         fired.index_add_(0, encoded.indices.long(), active)
         self.tokens_since_fired += encoded.n_rows
         self.tokens_since_fired.masked_fill_(fired > 0, 0)
+
+    def latents_of(self, name: str) -> slice | None:
+        """Which latents a parameter's entries belong to; None if it has no latent axis.
+
+        Here: all of them, where the first or the last axis is as long as there are latents.
+        """
+        shape = self.get_parameter(name).shape
+        if name in self.shared or not shape or self.d_sae not in (shape[0], shape[-1]):
+            return None
+        return slice(0, self.d_sae)
 
     def constraints(self) -> Constraints:
         """What the optimiser keeps true."""

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from sememe import kernels
 from sememe.dictionaries.base import ArchitectureConfig, Constraints, Loss, Sites, Trainable
-from sememe.dictionaries.initial import geometric_median, latent_major, unit_rows
+from sememe.dictionaries.initial import geometric_median, unit_rows
 from sememe.dictionaries.jumprelu import Jump
 from sememe.encoded import Encoded
 from sememe.errors import ConfigError
@@ -75,7 +75,7 @@ class _Layer(NamedTuple):
 
 @final
 class CrossLayer(Trainable):
-    """`acts_l = select((x_l - b_pre_l) encoders_l + b_enc_l)`, `recon_m = sum_{l <= m} acts_l decoders_lm + b_dec_m`.
+    """`acts_l = select((x_l - b_pre_l) encoders_l^T + b_enc_l)`, `recon_m = sum_{l <= m} acts_l decoders_lm + b_dec_m`.
 
     x_l is the l-th input, recon_m the m-th output, both in the order of the hookpoints named. `decoders[l]` holds, side
     by side, what the latents of layer l write to outputs l, l + 1, ...; its rows have norm 1. What the mask forbids is
@@ -89,6 +89,7 @@ class CrossLayer(Trainable):
 
     kind = "cross_layer"
     config: CrossLayerConfig
+    can_freeze = False
     b_pre: Tensor
     threshold_unit: Tensor
 
@@ -106,7 +107,7 @@ class CrossLayer(Trainable):
             )
         widths = [layer.inputs.stop - layer.inputs.start for layer in self.layers]
         self.encoders = nn.ParameterList(
-            [nn.Parameter(latent_major(d, n)) for d, n in zip(widths, sizes, strict=True)]
+            [nn.Parameter(torch.zeros(n, d)) for d, n in zip(widths, sizes, strict=True)]
         )
         self.decoders = nn.ParameterList(
             [
@@ -114,6 +115,8 @@ class CrossLayer(Trainable):
                 for n, layer in zip(sizes, self.layers, strict=True)
             ]
         )
+        # no axis of all latents: a layer's own ones are what its matrices have
+        self.shared = frozenset({"b_dec", *(name for name, p in self.named_parameters() if p.dim() == 2)})
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.b_dec = nn.Parameter(torch.zeros(d_out))
         self.register_buffer("b_pre", torch.zeros(d_in))
@@ -141,7 +144,7 @@ class CrossLayer(Trainable):
     def encoder_directions(self) -> Float[Tensor, "d_sae d_in"]:
         """What each latent reads, over all inputs."""
         parts = [
-            pad(encoder.T, (layer.inputs.start, self.d_in - layer.inputs.stop))
+            pad(encoder, (layer.inputs.start, self.d_in - layer.inputs.stop))
             for layer, encoder in zip(self.layers, self.encoders, strict=True)
         ]
         return torch.cat(parts)
@@ -166,10 +169,10 @@ class CrossLayer(Trainable):
         return self.relative_threshold * self.threshold_unit
 
     def _reads(self, x: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The arguments that every encoding kernel begins with, for one layer."""
+        """The arguments that every encoding kernel begins with, for one layer: x, W_enc, b_enc, b_pre."""
         layer = self.layers[number]
         x_l, b_pre = x[:, layer.inputs], self.b_pre[layer.inputs]
-        return x_l, self.encoders[number], self.b_enc[layer.latents], b_pre
+        return x_l, self.encoders[number].T, self.b_enc[layer.latents], b_pre
 
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Encoded:
         """The latents of all layers that are kept; ids of layer 0 come first."""
@@ -236,7 +239,7 @@ class CrossLayer(Trainable):
             if self.config.selection == "jumprelu":
                 folded.threshold_unit.div_(unit)
             for layer, encoder, decoder in zip(self.layers, folded.encoders, folded.decoders, strict=True):
-                encoder.mul_((s_in[layer.inputs] / unit)[:, None])
+                encoder.mul_(s_in[layer.inputs] / unit)
                 decoder.mul_(unit / s_out[layer.first_output :])
         return folded
 
@@ -252,8 +255,7 @@ class CrossLayer(Trainable):
             self.b_dec.copy_(geometric_median(target))
             for number, decoder in enumerate(self.decoders):
                 decoder.copy_(unit_rows(*decoder.shape, generator))
-                encoder = self.encoders[number]
-                encoder.copy_(self._read_as_written(number, decoder, generator).T)
+                self.encoders[number].copy_(self._read_as_written(number, decoder, generator))
             if self.config.selection == "jumprelu":
                 self._start_thresholds(x)
 
@@ -261,7 +263,7 @@ class CrossLayer(Trainable):
         self, number: int, rows: Float[Tensor, "n d_written"], generator: torch.Generator
     ) -> Float[Tensor, "n d_read"]:
         """Unit encoder directions: a layer's own part of decoder rows, or random ones if it is not as wide."""
-        n, d = rows.shape[0], self.encoders[number].shape[0]
+        n, d = rows.shape[0], self.encoders[number].shape[1]
         starts = [*(layer.first_output for layer in self.layers), self.d_out]
         own = rows[:, : starts[number + 1] - starts[number]]
         if own.shape[1] != d:
@@ -289,17 +291,16 @@ class CrossLayer(Trainable):
             return self._loss_jumprelu(x, target, progress)
         config = self.config
         encoded = self.encode(x)
-        recon = self.decode(encoded)
-        residual = target - recon
-        mse = total = residual.square().mean()
+        error = self.decode(encoded) - target
+        mse = total = error.square().mean()
         terms = {"mse": mse.detach()}
         if config.auxk_coefficient > 0:
             dead = torch.nonzero(self.tokens_since_fired > config.dead_after_tokens).view(-1)
             if dead.numel() > 0:
-                auxk = self._auxk(x, residual.detach(), dead)
+                auxk = self._auxk(x, -error.detach(), dead)
                 terms["auxk"] = auxk.detach()
                 total = total + config.auxk_coefficient * auxk
-        return Loss(total, terms, encoded.detach(), recon)
+        return Loss(total, terms, encoded.detach(), error)
 
     def _auxk(
         self, x: Float[Tensor, "batch d_in"], residual: Float[Tensor, "batch d_out"], dead: Int[Tensor, " n"]
@@ -327,19 +328,12 @@ class CrossLayer(Trainable):
         near = self._encode_above(x, (threshold.detach() - width / 2).clamp_min(0))
         acts, open_ = Jump.apply(near.acts, threshold.index_select(0, near.indices), width)  # type: ignore[no-untyped-call]
         encoded = near.with_acts(acts)
-        recon = self.decode(encoded)
-        mse = (target - recon).square().mean()
+        error = self.decode(encoded) - target
+        mse = error.square().mean()
         penalty = (open_.sum() / encoded.n_rows / config.target_l0 - 1).square()
         warm = min(1.0, progress / config.sparsity_warmup) if config.sparsity_warmup else 1.0
         total = mse + config.l0_coefficient * warm * penalty
-        return Loss(total, {"mse": mse.detach(), "penalty": penalty.detach()}, encoded.detach(), recon)
-
-    @torch.no_grad()
-    def after_step(self, encoded: Encoded) -> None:
-        """Thresholds stay >= 0, beside the bookkeeping."""
-        super().after_step(encoded)
-        if self.config.selection == "jumprelu":
-            self.relative_threshold.clamp_(min=0)
+        return Loss(total, {"mse": mse.detach(), "penalty": penalty.detach()}, encoded.detach(), error)
 
     @torch.no_grad()
     def reset_latents(
@@ -359,16 +353,24 @@ class CrossLayer(Trainable):
             rows = directions[mine][:, layer.first_output :]
             rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
             self.decoders[number][of] = rows
-            length = self.encoders[number].norm(dim=0).median()
-            self.encoders[number][:, of] = (length * self._read_as_written(number, rows, generator)).T
+            length = self.encoders[number].norm(dim=1).median()
+            self.encoders[number][of] = length * self._read_as_written(number, rows, generator)
         self.b_enc[ids] = 0.0
         if self.config.selection == "jumprelu":
             self.relative_threshold[ids] = self.relative_threshold.median()
         self.tokens_since_fired[ids] = 0
 
+    def latents_of(self, name: str) -> slice | None:
+        """A layer's encoder and decoder belong to its own latents."""
+        matrix, dot, number = name.partition(".")
+        return self.layers[int(number)].latents if dot else super().latents_of(matrix)
+
     def constraints(self) -> Constraints:
-        """Decoder rows, over all that a latent writes, keep norm 1."""
-        return Constraints(unit_norm=tuple(f"decoders.{number}" for number in range(len(self.layers))))
+        """Decoder rows, over all that a latent writes, keep norm 1; thresholds stay >= 0."""
+        return Constraints(
+            unit_norm=tuple(f"decoders.{number}" for number in range(len(self.layers))),
+            non_negative=("relative_threshold",) if self.config.selection == "jumprelu" else (),
+        )
 
 
 def _layers(

@@ -6,27 +6,28 @@ from typing import Literal, final
 
 import torch
 from jaxtyping import Float, Int
+from pydantic import Field
 from torch import Tensor, nn
 
 from sememe import kernels
 from sememe.dictionaries.base import Loss, Sites
-from sememe.dictionaries.penalised import Penalised, PenalisedConfig
+from sememe.dictionaries.steered import Steered, SteeredConfig
 from sememe.encoded import Encoded
 
 __all__ = ["Gated", "GatedConfig"]
 
 
-class GatedConfig(PenalisedConfig):
+class GatedConfig(SteeredConfig):
     """Options of a gated dictionary."""
 
     kind: Literal["gated"] = "gated"
     """Name of the architecture."""
-    l1_coefficient: float = 1e-3
+    l1_coefficient: float = Field(default=1e-3, ge=0)
     """Weight of the mean over rows of the sum of positive gates, against the mean squared error per dimension."""
 
 
 @final
-class Gated(Penalised):
+class Gated(Steered):
     """`gate = (x - b_pre) W_enc + b_enc`, `acts = H(gate) * relu(exp(r_mag) * (x - b_pre) W_enc + b_mag)`.
 
     b_enc is the paper's b_gate, W_enc its W_gate.
@@ -47,6 +48,15 @@ class Gated(Penalised):
         self.r_mag = nn.Parameter(torch.zeros(d_sae))
         self.b_mag = nn.Parameter(torch.zeros(d_sae))
 
+    def initialise(
+        self, x: Float[Tensor, "rows d_in"], target: Float[Tensor, "rows d_out"], generator: torch.Generator
+    ) -> None:
+        """As every penalised dictionary; a constant latent has a constant magnitude too."""
+        super().initialise(x, target, generator)
+        if self.config.constant_latent:
+            with torch.no_grad():
+                self.b_mag[0] = self.b_enc[0]
+
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Encoded:
         """Latents with an open gate; those of magnitude 0 are held as entries of activation 0."""
         self.check_input(x)
@@ -66,16 +76,16 @@ class Gated(Penalised):
         self.check_input(x)
         gates = self._gates(x)
         encoded = self._magnitudes(gates)
-        recon = self.decode(encoded, x)
-        mse = (target - recon).square().mean()
-        l1 = gates.acts.sum() / gates.n_rows
+        error = self.decode(encoded, x) - target
+        mse = error.square().mean()
+        l1 = self._per_row(gates.acts, gates)
         through_gates = kernels.decode_encoded(gates, self.W_dec.detach(), self.b_dec.detach())
         if self.config.skip:
             through_gates = through_gates + x @ self.W_skip.detach()
         auxiliary = (target - through_gates).square().mean()
-        total = mse + self.config.l1_coefficient * l1 + auxiliary
+        total = mse + self._factor(progress) * self.config.l1_coefficient * l1 + auxiliary
         terms = {"mse": mse.detach(), "l1": l1.detach(), "auxiliary": auxiliary.detach()}
-        return Loss(total, terms, encoded.detach(), recon)
+        return Loss(total, terms | self._steering_terms(), encoded.detach(), error)
 
     def reset_latents(
         self,

@@ -55,7 +55,5 @@ class GroupMax(Selection):
     ) -> Loss:
         """Mean squared error, and AuxK over dead latents."""
         encoded = self.encode(x)
-        recon = self.decode(encoded, x)
-        residual = target - recon
-        mse = residual.square().mean()
-        return self._with_auxk(x, residual, mse, {"mse": mse}, encoded)._replace(recon=recon)
+        mse, _, error = self._reconstruct(encoded, x, target)
+        return self._with_auxk(x, error, mse, {"mse": mse}, encoded)

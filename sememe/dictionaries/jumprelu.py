@@ -6,12 +6,12 @@ from typing import Any, Literal, final
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from sememe import kernels
 from sememe.dictionaries.base import Constraints, Loss, Sites
-from sememe.dictionaries.penalised import Penalised, PenalisedConfig
+from sememe.dictionaries.penalised import Penalised, PenalisedConfig, moved
 from sememe.encoded import Encoded
 
 __all__ = ["Jump", "JumpReLU", "JumpReLUConfig"]
@@ -31,10 +31,20 @@ class JumpReLUConfig(PenalisedConfig):
     """Weight of the penalty; if not given, 1 with a target and 0.001 without one."""
     start_l0: float | None = Field(default=None, gt=0)
     """Active latents per row at the start; if not given, 4 x the target, or 5% of the latents without one."""
+    l0_anneal: float = Field(default=0.3, gt=0, le=1)
+    """Share of the run over which what l0 is steered to moves from start_l0 to the target, by equal factors."""
     bandwidth: float = Field(default=0.005, gt=0)
     """Width of the window about a threshold in which it gets gradients, in units of the rows' mean norm."""
     sparsity_warmup: float = Field(default=0.05, ge=0, le=1)
     """Share of the run over which the penalty's weight rises from 0."""
+
+    @model_validator(mode="after")
+    def _annealing_has_an_effect(self) -> JumpReLUConfig:
+        if self.target_l0 is None:
+            self.check_inert("l0_anneal", without="target_l0 is not given")
+        if self.start_l0 == self.target_l0:
+            self.check_inert("l0_anneal", without="start_l0 is the target")
+        return self
 
 
 @final
@@ -49,7 +59,8 @@ class JumpReLU(Penalised):
 
     Source: Rajamanoharan et al. 2024b, arXiv:2407.14435, eqs. 9-12, and appendix F for the target. Differs:
     the parametrisation above instead of log thresholds; thresholds start at quantiles of the sample, so that l0
-    starts at 4 x the target (5% of the latents without one) instead of near all of them; resampling; Adam's betas
+    starts at 4 x the target (5% of the latents without one) instead of near all of them, and what it is steered
+    to moves from there to the target; resampling; Adam's betas
     are the trainer's.
     """
 
@@ -71,6 +82,13 @@ class JumpReLU(Penalised):
         """What a pre-activation has to exceed."""
         return self.relative_threshold * self.threshold_unit
 
+    def _start_l0(self) -> float:
+        """What l0 starts at: as asked for, or a small multiple of where it is to end; never above half of all."""
+        goal, start = self.config.target_l0, self.config.start_l0
+        if start is None:
+            start = 0.05 * self.d_sae if goal is None else 4 * goal
+        return min(start, 0.5 * self.d_sae)
+
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Encoded:
         """Every pre-activation above its latent's threshold."""
         self.check_input(x)
@@ -81,17 +99,13 @@ class JumpReLU(Penalised):
     ) -> None:
         """As every linear dictionary; thresholds are the quantile of the sample that gives the l0 to start at."""
         super().initialise(x, target, generator)
-        goal, start_l0 = self.config.target_l0, self.config.start_l0
-        if start_l0 is None:
-            start_l0 = 0.05 * self.d_sae if goal is None else 4 * goal
         with torch.no_grad():
             centred = x - self.b_pre
             self.threshold_unit.copy_(centred.norm(dim=1).mean().clamp_min(1e-12))
             pre_acts = centred[:N_THRESHOLD_ROWS] @ self.W_enc + self.b_enc
-            share = min(0.5, start_l0 / self.d_sae)
-            n_above = max(1, round(share * pre_acts.shape[0]))
+            n_above = max(1, round(self._start_l0() / self.d_sae * pre_acts.shape[0]))
             lowest = pre_acts.topk(n_above, dim=0).values[-1]
-            self.relative_threshold.copy_((lowest / self.threshold_unit).clamp_min(0))
+            self.relative_threshold.copy_((lowest / self.threshold_unit).clamp_min(0) * self.penalised)
 
     def loss(
         self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], progress: float
@@ -108,20 +122,22 @@ class JumpReLU(Penalised):
         per_entry = threshold.index_select(0, near.indices)
         acts, open_ = Jump.apply(near.acts, per_entry, width)  # type: ignore[no-untyped-call]
         encoded = near.with_acts(acts)
-        recon = self.decode(encoded, x)
-        mse = (target - recon).square().mean()
-        l0 = open_.sum() / encoded.n_rows
+        mse, _, error = self._reconstruct(encoded, x, target)
+        l0 = self._per_row(open_, encoded)
         goal, coefficient = config.target_l0, config.l0_coefficient
-        penalty = l0 if goal is None else (l0 / goal - 1).square()
+        if goal is None:
+            penalty = l0
+        else:
+            penalty = (l0 / moved(self._start_l0(), goal, progress / config.l0_anneal) - 1).square()
         if coefficient is None:
             coefficient = 1e-3 if goal is None else 1.0
-        warm = min(1.0, progress / config.sparsity_warmup) if config.sparsity_warmup else 1.0
-        total = mse + coefficient * warm * penalty
-        return Loss(total, {"mse": mse.detach(), "penalty": penalty.detach()}, encoded.detach(), recon)
+        total = mse + coefficient * self._warmed(progress) * penalty
+        return Loss(total, {"mse": mse.detach(), "penalty": penalty.detach()}, encoded.detach(), error)
 
     def constraints(self) -> Constraints:
         """Thresholds stay >= 0, beside what every linear dictionary keeps."""
-        return super().constraints()._replace(non_negative=("relative_threshold",))
+        kept = super().constraints()
+        return kept._replace(non_negative=(*kept.non_negative, "relative_threshold"))
 
     def reset_latents(
         self,

@@ -6,7 +6,7 @@ Abstract: which pre-activations become activations, and what they are trained fo
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -101,6 +101,18 @@ class Linear(Trainable, abc.ABC):
             ShapeError: there is a skip connection and no x.
         """
         return self._with_skip(kernels.decode_encoded(encoded, self.W_dec, self.b_dec), x)
+
+    def _reconstruct(
+        self,
+        encoded: Encoded,
+        x: Float[Tensor, "batch d_in"],
+        target: Float[Tensor, "batch d_out"],
+        ends: Sequence[int] | None = None,
+    ) -> kernels.Reconstruction:
+        """How far the reconstruction is from its target, in training; see `kernels.reconstruct`."""
+        if self.config.skip:
+            target = target - x @ self.W_skip
+        return kernels.reconstruct(encoded, self.W_dec, self.b_dec, target, ends)
 
     def _with_skip(
         self, recon: Float[Tensor, "batch d_out"], x: Float[Tensor, "batch d_in"] | None

@@ -71,11 +71,11 @@ class LISTA(Penalised):
     ) -> Loss:
         """`mean (target - recon)^2 + l1_coefficient * mean_rows sum_i acts_i`, of the last step's activations."""
         encoded = self.encode(x)
-        recon = self.decode(encoded, x)
-        mse = (target - recon).square().mean()
+        error = self.decode(encoded, x) - target
+        mse = error.square().mean()
         l1 = encoded.acts.sum() / encoded.n_rows
         total = mse + self.config.l1_coefficient * l1
-        return Loss(total, {"mse": mse.detach(), "l1": l1.detach()}, encoded.detach(), recon)
+        return Loss(total, {"mse": mse.detach(), "l1": l1.detach()}, encoded.detach(), error)
 
     def _start_encoder(self, centre: Float[Tensor, " d_in"], generator: torch.Generator) -> None:
         """ISTA for the first decoder: its transpose, over the largest eigenvalue that so many directions have."""

@@ -90,12 +90,9 @@ class MatchingPursuit(Selection):
     ) -> Loss:
         """Mean squared error, differentiated through every step, and AuxK over dead latents."""
         encoded, left = self._pursue(x)
-        recon = x - left
-        residual = left if target is x else target - recon
-        mse = residual.square().mean()
-        return self._with_auxk((left + self.b_dec).detach(), residual, mse, {"mse": mse}, encoded)._replace(
-            recon=recon
-        )
+        error = -left if target is x else (x - left) - target
+        mse = error.square().mean()
+        return self._with_auxk((left + self.b_dec).detach(), error, mse, {"mse": mse}, encoded)
 
     def _start_encoder(self, centre: Float[Tensor, " d_in"], generator: torch.Generator) -> None:
         """Nothing: the decoder is set."""

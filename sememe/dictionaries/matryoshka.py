@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Literal, final
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sememe import kernels
 from sememe.dictionaries.base import Loss, Sites
 from sememe.dictionaries.selection import BatchSelection, BatchSelectionConfig
 from sememe.errors import ConfigError
@@ -55,10 +53,6 @@ class Matryoshka(BatchSelection):
     ) -> Loss:
         """The mean of the prefixes' mean squared errors, and AuxK; the term `mse` is that of all latents."""
         encoded = self._encode_batch(x)
-        recons = kernels.decode_prefixes(encoded, self.W_dec, self.b_dec, self.ends)
-        recons = [self._with_skip(recon, x) for recon in recons]
-        residuals = [target - recon for recon in recons]
-        errors = [residual.square().mean() for residual in residuals]
-        prefixes = torch.stack(errors).mean()
-        terms = {"mse": errors[-1], "prefixes": prefixes}
-        return self._with_auxk(x, residuals[-1], prefixes, terms, encoded)._replace(recon=recons[-1])
+        prefixes, mses, error = self._reconstruct(encoded, x, target, self.ends)
+        terms = {"mse": mses[-1], "prefixes": prefixes}
+        return self._with_auxk(x, error, prefixes, terms, encoded)

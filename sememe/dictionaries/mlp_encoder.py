@@ -80,10 +80,8 @@ class MLPEncoder(Selection):
     ) -> Loss:
         """Mean squared error, and AuxK over dead latents."""
         encoded = self.encode(x)
-        recon = self.decode(encoded, x)
-        residual = target - recon
-        mse = residual.square().mean()
-        return self._with_auxk(x, residual, mse, {"mse": mse}, encoded)._replace(recon=recon)
+        mse, _, error = self._reconstruct(encoded, x, target)
+        return self._with_auxk(x, error, mse, {"mse": mse}, encoded)
 
     def _start_encoder(self, centre: Float[Tensor, " d_in"], generator: torch.Generator) -> None:
         """As TopK, and a hidden layer of random directions that adds little."""

@@ -62,9 +62,7 @@ class MultiTopK(Selection):
         columns = acts.detach().topk(self.config.k, dim=1, sorted=False).indices
         encoded = Encoded.from_topk(acts.gather(1, columns), indices.gather(1, columns), self.d_sae)
         encoded, wide = unweighed(encoded, weights), unweighed(wide, weights)
-        recon = self.decode(encoded, x)
-        residual = target - recon
-        mse, multi = residual.square().mean(), (target - self.decode(wide, x)).square().mean()
+        mse, _, error = self._reconstruct(encoded, x, target)
+        multi = self._reconstruct(wide, x, target).mse
         total = mse + self.config.multi_coefficient * multi
-        terms = {"mse": mse, "mse_multi": multi}
-        return self._with_auxk(x, residual, total, terms, encoded)._replace(recon=recon)
+        return self._with_auxk(x, error, total, {"mse": mse, "mse_multi": multi}, encoded)

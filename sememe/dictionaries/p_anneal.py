@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from sememe.dictionaries.base import Loss, Sites
-from sememe.dictionaries.penalised import Penalised, PenalisedConfig
+from sememe.dictionaries.steered import Steered, SteeredConfig
 from sememe.encoded import Encoded
 
 __all__ = ["PAnneal", "PAnnealConfig"]
@@ -19,12 +19,12 @@ SMALL = 1e-3
 """Added to activations before the power, whose slope at 0 is infinite for p < 1."""
 
 
-class PAnnealConfig(PenalisedConfig):
+class PAnnealConfig(SteeredConfig):
     """Options of a p-annealed dictionary."""
 
     kind: Literal["p_anneal"] = "p_anneal"
     """Name of the architecture."""
-    l1_coefficient: float = 1e-3
+    l1_coefficient: float = Field(default=1e-3, ge=0)
     """Weight of the penalty while p is 1; afterwards it changes so that the penalty's value stays continuous."""
     p_end: float = Field(default=0.2, gt=0, lt=1)
     """The last exponent."""
@@ -41,7 +41,7 @@ class PAnnealConfig(PenalisedConfig):
 
 
 @final
-class PAnneal(Penalised):
+class PAnneal(Steered):
     """A ReLU dictionary with the penalty `mean_rows sum_i acts_i^p`, p falling linearly from 1 to p_end.
 
     Source: Karvonen et al. 2024, arXiv:2408.00113, section 4. Differs: p changes at every step; the weight is
@@ -72,19 +72,19 @@ class PAnneal(Penalised):
         """
         config = self.config
         encoded = self.encode(x)
-        recon = self.decode(encoded, x)
-        mse = (target - recon).square().mean()
+        mse, _, error = self._reconstruct(encoded, x, target)
         done = (progress - config.anneal_from) / (config.anneal_until - config.anneal_from)
         p = torch.full_like(self.p, 1 - (1 - config.p_end) * min(1.0, max(0.0, done)))
-        penalty = _power(encoded.acts, p).sum() / encoded.n_rows
+        penalty = self._per_row(_power(encoded.acts, p), encoded)
         with torch.no_grad():
-            before = _power(encoded.acts, self.p).sum() / encoded.n_rows
+            before = self._per_row(_power(encoded.acts, self.p), encoded)
             ratio = torch.where(penalty > 0, before / penalty, torch.ones_like(penalty))
             scale = self.penalty_scale * ratio
         self._next = p, scale
-        total = mse + config.l1_coefficient * scale * penalty
-        terms = {"mse": mse, "penalty": penalty, "l1": encoded.acts.sum() / encoded.n_rows}
-        return Loss(total, {name: term.detach() for name, term in terms.items()}, encoded.detach(), recon)
+        total = mse + self._factor(progress) * config.l1_coefficient * scale * penalty
+        terms = {"mse": mse, "penalty": penalty, "l1": self._per_row(encoded.acts, encoded)}
+        terms |= self._steering_terms()
+        return Loss(total, {name: term.detach() for name, term in terms.items()}, encoded.detach(), error)
 
     def after_step(self, encoded: Encoded) -> None:
         """What the step used becomes what the next one starts from, beside the bookkeeping."""

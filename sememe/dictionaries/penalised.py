@@ -1,23 +1,27 @@
-"""What the ReLU family shares: sparsity from a penalty, resampling of silent latents. Knows no penalty."""
+"""What the ReLU family shares: sparsity from a penalty, which latents it sees, resampling. Knows no penalty."""
 
 from __future__ import annotations
 
 import abc
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from sememe import kernels
 from sememe.dictionaries.auxiliary import ghost_loss
-from sememe.dictionaries.base import Sites
+from sememe.dictionaries.base import Constraints, Sites
 from sememe.dictionaries.initial import bricken_norm
 from sememe.dictionaries.linear import Linear, LinearConfig
 from sememe.encoded import Encoded
+from sememe.errors import ConfigError
 
-__all__ = ["Penalised", "PenalisedConfig"]
+__all__ = ["Penalised", "PenalisedConfig", "moved"]
+
+SMALLEST_CONSTANT = 1e-3
+"""What a constant latent is at least, in training units: one of activation 0 would be silent and never learn."""
 
 
 class PenalisedConfig(LinearConfig):
@@ -25,26 +29,85 @@ class PenalisedConfig(LinearConfig):
 
     decoder_bias: bool = True
     """Learn a decoder bias; else it is 0, and latents have to carry the mean."""
+    constant_latent: bool = False
+    """Let latent 0 start as a constant that writes the sample's centre, and leave it out of the penalty."""
+    non_negative_decoder: bool = False
+    """Keep every number of the decoder's rows >= 0; the decoder bias stays free."""
+    sparsity_warmup: float = Field(default=0.0, ge=0, le=1)
+    """Share of the run over which the penalty's weight rises from 0."""
     resample: Literal["none", "loss", "worst", "random", "mcs"] = "loss"
     """Which latents are pointed anew, and where to: none, loss, worst, random or mcs."""
     ghost_after_tokens: int | None = Field(default=None, ge=1)
     """A latent that has not fired for this many training rows gets ghost gradients; none does if not given."""
 
+    @model_validator(mode="after")
+    def _one_carries_the_mean(self) -> Self:
+        if self.constant_latent and self.decoder_bias:
+            raise ConfigError(
+                "constant_latent must go without a decoder bias, which already is a constant",
+                "decoder_bias true",
+                "Set decoder_bias to false (--no-decoder-bias), or drop constant_latent.",
+            )
+        return self
+
 
 class Penalised(Linear, abc.ABC):
-    """A linear dictionary made sparse by a penalty; unless it says otherwise, every positive latent is active."""
+    """A linear dictionary made sparse by a penalty; unless it says otherwise, every positive latent is active.
+
+    `penalised` is 1 for each latent that the penalty sees and 0 for the others.
+    """
 
     config: PenalisedConfig
+    penalised: Tensor
 
     def __init__(
         self, config: PenalisedConfig, d_in: int, d_out: int, d_sae: int, sites: Sites | None = None
     ) -> None:
         super().__init__(config, d_in, d_out, d_sae, sites, decoder_bias=config.decoder_bias)
+        penalised = torch.ones(d_sae)
+        if config.constant_latent:
+            penalised[0] = 0.0
+        self.register_buffer("penalised", penalised, persistent=False)
 
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Encoded:
         """Every positive pre-activation."""
         self.check_input(x)
         return kernels.encode_threshold(x, self.W_enc, self.b_enc, self.b_pre, None)
+
+    def initialise(
+        self, x: Float[Tensor, "rows d_in"], target: Float[Tensor, "rows d_out"], generator: torch.Generator
+    ) -> None:
+        """As every linear dictionary. A constant latent reads nothing, and writes the centre of the targets."""
+        super().initialise(x, target, generator)
+        positive = self.config.non_negative_decoder
+        if positive:
+            with torch.no_grad():
+                self.W_dec.abs_()
+                if self.d_in == self.d_out:
+                    self.W_enc.copy_(self.W_dec.T)
+        if self.config.constant_latent:
+            with torch.no_grad():
+                centre = self._centre()(target)
+                centre = centre.clamp_min(0) if positive else centre
+                norm = centre.norm()
+                self.W_dec[0] = torch.where(norm > 0, centre / norm.clamp_min(1e-12), self.W_dec[0])
+                self.W_enc[:, 0] = 0.0
+                self.b_enc[0] = norm.clamp_min(SMALLEST_CONSTANT)
+
+    def _warmed(self, progress: float) -> float:
+        """How much of its weight the penalty has, given the share of the run that is over."""
+        warmup = self.config.sparsity_warmup
+        return min(1.0, progress / warmup) if warmup else 1.0
+
+    def _seen(self, values: Float[Tensor, " nnz"], encoded: Encoded) -> Float[Tensor, " nnz"]:
+        """The values that belong to the entries of `encoded`, 0 for latents that the penalty does not see."""
+        if not self.config.constant_latent:
+            return values
+        return values * self.penalised.index_select(0, encoded.indices)
+
+    def _per_row(self, values: Float[Tensor, " nnz"], encoded: Encoded) -> Float[Tensor, ""]:
+        """Mean over rows of the sum over the latents that the penalty sees."""
+        return self._seen(values, encoded).sum() / encoded.n_rows
 
     def _reset_norm(self, norms: Float[Tensor, " d_sae"], ids: Int[Tensor, " n"]) -> Float[Tensor, ""]:
         """A fifth of what live latents have. Source: Bricken et al. 2023, appendix "Neuron Resampling"."""
@@ -62,3 +125,25 @@ class Penalised(Linear, abc.ABC):
         with torch.no_grad():
             residual = target - self.decode(encoded, x)
         return ghost_loss(self, x, residual, dead)
+
+    def constraints(self) -> Constraints:
+        """What every linear dictionary keeps, and the decoder's sign if asked for."""
+        kept = super().constraints()
+        return kept._replace(non_negative=("W_dec",)) if self.config.non_negative_decoder else kept
+
+    def reset_latents(
+        self,
+        ids: Int[Tensor, " n"],
+        directions: Float[Tensor, "n d_out"],
+        inputs: Float[Tensor, "n d_in"] | None = None,
+    ) -> None:
+        """As every linear dictionary; of a direction that a non-negative decoder cannot write, the positive part."""
+        if self.config.non_negative_decoder:
+            positive = directions.clamp_min(0)
+            directions = torch.where(positive.any(dim=1, keepdim=True), positive, directions.abs())
+        super().reset_latents(ids, directions, inputs)
+
+
+def moved(start: float, goal: float, share: float) -> float:
+    """Where something is that moves from start to goal by equal factors, when a share of its time is over."""
+    return float(goal * (start / goal) ** max(0.0, 1.0 - share))

@@ -1,4 +1,4 @@
-"""ReLU autoencoders and transcoders with an L1 penalty."""
+"""ReLU autoencoders and transcoders: L1, or another penalty on activations."""
 
 from __future__ import annotations
 
@@ -8,20 +8,19 @@ from jaxtyping import Float
 from pydantic import model_validator
 from torch import Tensor
 
+from sememe.dictionaries.activation_penalty import ActivationPenalty, ActivationPenaltyConfig
 from sememe.dictionaries.base import Constraints, Loss, Sites
 from sememe.dictionaries.linear import check_crosscoder
-from sememe.dictionaries.penalised import Penalised, PenalisedConfig
+from sememe.errors import ConfigError
 
 __all__ = ["ReLU", "ReLUConfig"]
 
 
-class ReLUConfig(PenalisedConfig):
+class ReLUConfig(ActivationPenaltyConfig):
     """Options of a ReLU dictionary."""
 
     kind: Literal["relu"] = "relu"
     """Name of the architecture."""
-    l1_coefficient: float = 1e-3
-    """Weight of the mean over rows of the sum of activations, against the mean squared error per dimension."""
     norm_weighted: bool = False
     """Weigh each activation by the norm of its decoder row in the penalty, and leave those norms free."""
     site_norms: Literal["l2", "l1"] = "l2"
@@ -31,11 +30,19 @@ class ReLUConfig(PenalisedConfig):
     def _norms_have_an_effect(self) -> ReLUConfig:
         if not self.norm_weighted:
             self.check_inert("site_norms", without="norm_weighted is not set")
+        if not any(self.weights().values()):
+            self.check_inert("norm_weighted", without="every weight of the penalty is 0")
+        if self.norm_weighted and self.noise:
+            raise ConfigError(
+                "norm_weighted must go without noise, which free decoder rows evade by becoming short",
+                f"noise {self.noise:g}",
+                "Drop one of them.",
+            )
         return self
 
 
 @final
-class ReLU(Penalised):
+class ReLU(ActivationPenalty):
     """`acts = relu((x - b_pre) W_enc + b_enc)`, `recon = acts W_dec + b_dec`, rows of W_dec of norm 1.
 
     Source: Bricken et al. 2023 (Towards Monosemanticity), appendix; Marks & Mueller's dictionaries. With
@@ -58,18 +65,22 @@ class ReLU(Penalised):
     def loss(
         self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], progress: float
     ) -> Loss:
-        """`mean (target - recon)^2 + l1_coefficient * mean_rows sum_i acts_i` (times ||W_dec_i||, if weighted)."""
-        encoded = self.encode(x)
-        recon = self.decode(encoded, x)
-        mse = (target - recon).square().mean()
+        """`mean (target - recon)^2 + l1_coefficient * mean_rows sum_i acts_i` (times ||W_dec_i||, if weighted).
+
+        And the other parts of the penalty, if they have a weight.
+        """
+        factor = self._factor(progress)
+        encoded = self._encode_noisy(x, factor)
+        mse, _, error = self._reconstruct(encoded, x, target)
         acts = encoded.acts
         if self.config.norm_weighted:
             norms = self.W_dec.norm(dim=1) if self.config.site_norms == "l2" else self.site_norms().sum(1)
             acts = acts * norms.index_select(0, encoded.indices)
-        l1 = acts.sum() / encoded.n_rows
-        total = mse + self.config.l1_coefficient * l1
-        return Loss(total, {"mse": mse.detach(), "l1": l1.detach()}, encoded.detach(), recon)
+        penalty, parts = self._penalty(acts, encoded)
+        terms = {"mse": mse.detach(), **parts, **self._steering_terms()}
+        return Loss(mse + factor * penalty, terms, encoded.detach(), error)
 
     def constraints(self) -> Constraints:
         """Decoder rows keep norm 1, unless the penalty weighs their norms."""
-        return Constraints() if self.config.norm_weighted else super().constraints()
+        kept = super().constraints()
+        return kept._replace(unit_norm=()) if self.config.norm_weighted else kept

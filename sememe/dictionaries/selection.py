@@ -103,7 +103,7 @@ class Selection(Linear, abc.ABC):
     def _with_auxk(
         self,
         x: Float[Tensor, "batch d_in"],
-        residual: Float[Tensor, "batch d_out"],
+        error: Float[Tensor, "batch d_out"],
         total: Float[Tensor, ""],
         terms: dict[str, Tensor],
         encoded: Encoded,
@@ -112,7 +112,7 @@ class Selection(Linear, abc.ABC):
 
         Args:
             x: Inputs.
-            residual: What the kept latents leave over.
+            error: What the kept latents reconstruct minus the target.
             total: The objective without AuxK.
             terms: Its parts.
             encoded: The latents that were kept.
@@ -121,10 +121,10 @@ class Selection(Linear, abc.ABC):
         if config.auxk_coefficient > 0:
             dead = torch.nonzero(self.tokens_since_fired > config.dead_after_tokens).view(-1)
             if dead.numel() > 0:
-                auxk = auxk_loss(self, x, residual, dead, config.auxk, signed=self.signed)
+                auxk = auxk_loss(self, x, -error.detach(), dead, config.auxk, signed=self.signed)
                 terms = terms | {"auxk": auxk}
                 total = total + config.auxk_coefficient * auxk
-        return Loss(total, {name: term.detach() for name, term in terms.items()}, encoded.detach())
+        return Loss(total, {name: term.detach() for name, term in terms.items()}, encoded.detach(), error)
 
 
 class BatchSelection(Selection, abc.ABC):

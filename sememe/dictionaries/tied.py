@@ -7,29 +7,26 @@ from typing import Literal, final
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from sememe.dictionaries.activation_penalty import ActivationPenalty, ActivationPenaltyConfig
 from sememe.dictionaries.base import Loss, Sites
 from sememe.dictionaries.initial import geometric_median
 from sememe.dictionaries.linear import check_one_place
-from sememe.dictionaries.penalised import Penalised, PenalisedConfig
 from sememe.errors import ConfigError
 
 __all__ = ["Tied", "TiedConfig"]
-
 
 N_START_ROWS = 1024
 """Rows of the sample that set the first biases: it holds their pre-activations densely."""
 
 
-class TiedConfig(PenalisedConfig):
+class TiedConfig(ActivationPenaltyConfig):
     """Options of a tied dictionary."""
 
     kind: Literal["tied"] = "tied"
     """Name of the architecture."""
-    l1_coefficient: float = 1e-3
-    """Weight of the mean over rows of the sum of activations, against the mean squared error per dimension."""
     bias_decay: float = Field(default=0.0, ge=0)
     """Weight of the encoder bias's Euclidean norm in the loss."""
     start_density: float = Field(default=0.025, gt=0, le=0.5)
@@ -37,9 +34,19 @@ class TiedConfig(PenalisedConfig):
     centre: bool = False
     """Subtract the sample's geometric median before encoding; b_dec starts there."""
 
+    @model_validator(mode="after")
+    def _no_latent_reads_nothing(self) -> TiedConfig:
+        if self.constant_latent:
+            raise ConfigError(
+                "constant_latent must be false when weights are tied: a latent that writes also reads",
+                "true",
+                "Drop it, or use relu.",
+            )
+        return self
+
 
 @final
-class Tied(Penalised):
+class Tied(ActivationPenalty):
     """`acts = relu((x - b_pre) W^T + b_enc)`, `recon = acts W + b_dec`, rows of W of norm 1; W is W_dec.
 
     Source: Cunningham et al. 2023, arXiv:2309.08600, section 2. Differs: rows are kept at norm 1 by the optimiser
@@ -92,14 +99,16 @@ class Tied(Penalised):
         self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], progress: float
     ) -> Loss:
         """`mean (target - recon)^2 + l1_coefficient * mean_rows sum_i acts_i + bias_decay * ||b_enc||`."""
-        encoded = self.encode(x)
-        recon = self.decode(encoded, x)
-        mse = (target - recon).square().mean()
-        l1 = encoded.acts.sum() / encoded.n_rows
-        total = mse + self.config.l1_coefficient * l1
+        factor = self._factor(progress)
+        encoded = self._encode_noisy(x, factor)
+        error = self.decode(encoded, x) - target
+        mse = error.square().mean()
+        penalty, parts = self._penalty(encoded.acts, encoded)
+        total = mse + factor * penalty
         if self.config.bias_decay:
             total = total + self.config.bias_decay * self.b_enc.norm()
-        return Loss(total, {"mse": mse.detach(), "l1": l1.detach()}, encoded.detach(), recon)
+        terms = {"mse": mse.detach(), **parts, **self._steering_terms()}
+        return Loss(total, terms, encoded.detach(), error)
 
     def _reset_norm(self, norms: Float[Tensor, " d_sae"], ids: Int[Tensor, " n"]) -> Float[Tensor, ""]:
         """1: the encoder's weights are the decoder's."""

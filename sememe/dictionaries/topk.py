@@ -47,7 +47,5 @@ class TopK(Selection):
     ) -> Loss:
         """Mean squared error, and AuxK over dead latents (Gao et al. 2024, appendix A.2)."""
         encoded = self.encode(x)
-        recon = self.decode(encoded, x)
-        residual = target - recon
-        mse = residual.square().mean()
-        return self._with_auxk(x, residual, mse, {"mse": mse}, encoded)._replace(recon=recon)
+        mse, _, error = self._reconstruct(encoded, x, target)
+        return self._with_auxk(x, error, mse, {"mse": mse}, encoded)

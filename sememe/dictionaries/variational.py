@@ -170,8 +170,8 @@ class Variational(Penalised):
                 use_reentrant=False, preserve_rng_state=False,
             )  # fmt: skip
             parts.append(part)
-        recon = torch.cat([part.recon for part in parts])
-        sampled = (target - recon).square().mean()
+        error = torch.cat([part.recon for part in parts]) - target
+        sampled = error.square().mean()
         kl = torch.stack([part.kl for part in parts]).sum() / n_rows
         mean_spike = (choice.mean(0) @ torch.sigmoid(prior.logit)).mean()
         kl_prior = self.d_sae * _bernoulli_kl(mean_spike, config.prior_l0 / self.d_sae)
@@ -180,7 +180,7 @@ class Variational(Penalised):
             encoded = self.encode(x)
             mse = (target - self.decode(encoded, x)).square().mean()
         terms = {"mse": mse, "mse_sampled": sampled, "kl": kl, "kl_prior": kl_prior}
-        return Loss(total, {name: term.detach() for name, term in terms.items()}, encoded, recon)
+        return Loss(total, {name: term.detach() for name, term in terms.items()}, encoded, error)
 
     def _chunk(
         self,

@@ -75,6 +75,7 @@ def evaluate(config: EvaluateConfig, *, lm: LanguageModel | None = None, fresh: 
             "text": measured.describe_text(parents["text"]),
             "store": None if store is None else {"path": str(config.store), "fingerprint": store.fingerprint},
             "training": figures.read_curves(saved),
+            "watched": figures.read_watched(saved),
             "attributions": [a._asdict() for a in text.attributions(config.text)],
         }
         artifact.write_json(work.path / figures.REPORT, data)

@@ -4,7 +4,7 @@ Knows the layout of report.json and nothing about how its numbers were made; nev
 the `report` verb share it.
 """
 
-from sememe.figures.data import HEADLINE, REPORT, Report, open_report, read_curves
+from sememe.figures.data import HEADLINE, REPORT, Report, open_report, read_curves, read_watched
 from sememe.figures.pages import write_pages
 from sememe.figures.tables import headline_table, markdown_table
 
@@ -16,5 +16,6 @@ __all__ = [
     "markdown_table",
     "open_report",
     "read_curves",
+    "read_watched",
     "write_pages",
 ]

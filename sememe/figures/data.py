@@ -21,10 +21,12 @@ __all__ = [
     "number",
     "open_report",
     "read_curves",
+    "read_watched",
 ]
 
 REPORT = "report.json"
 CURVES = "metrics.jsonl"
+WATCHED = "watched.jsonl"
 MAX_POINTS = 300
 HEADLINE = (
     "fvu",
@@ -93,18 +95,27 @@ def open_report(path: str | Path) -> Report:
 
 def read_curves(dictionary: artifact.Artifact) -> list[dict[str, float]]:
     """The numbers of the training log in a dictionary's folder, thinned out evenly; empty if there is none."""
-    if CURVES not in dictionary.meta["files"]:
-        return []
-    lines = [
-        line for line in dictionary.file(CURVES).read_text(encoding="utf-8").splitlines() if line.strip()
+    return [
+        {name: value for name, value in row.items() if _plottable(name, value)}
+        for row in _lines(dictionary, CURVES)
     ]
+
+
+def read_watched(dictionary: artifact.Artifact) -> list[dict[str, Any]]:
+    """What was measured on held-out rows while a dictionary was trained, thinned out evenly; empty if nothing was.
+
+    The first line also holds `edges`, the bins of every line's `density`.
+    """
+    return _lines(dictionary, WATCHED)
+
+
+def _lines(dictionary: artifact.Artifact, name: str) -> list[dict[str, Any]]:
+    if name not in dictionary.meta["files"]:
+        return []
+    lines = [line for line in dictionary.file(name).read_text(encoding="utf-8").splitlines() if line.strip()]
     last = len(lines) - 1
     chosen = sorted({round(i * last / (MAX_POINTS - 1)) for i in range(MAX_POINTS)}) if last >= 0 else []
-    out = []
-    for index in chosen:
-        row = json.loads(lines[index])
-        out.append({name: value for name, value in row.items() if _plottable(name, value)})
-    return out
+    return [json.loads(lines[index]) for index in chosen]
 
 
 def _plottable(name: str, value: object) -> bool:

@@ -11,6 +11,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from sememe.figures.data import Curves, Data, arms_of, number
+from sememe.figures.watched import density_map, short, watched_plot
 
 __all__ = ["frontier_plot", "plots", "svg"]
 
@@ -138,7 +139,7 @@ def curves_plot(curves: Curves) -> Figure | None:
         axes.set_xlabel(x_name)
         axes.grid()
         axes.set_axisbelow(True)
-        axes.xaxis.set_major_formatter(lambda value, _: _short(value))
+        axes.xaxis.set_major_formatter(lambda value, _: short(value))
     return figure
 
 
@@ -179,13 +180,6 @@ def _frontier(reports: Mapping[str, Data]) -> Figure:
     return figure
 
 
-def _short(value: float) -> str:
-    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= limit:
-            return f"{value / limit:g}{suffix}"
-    return f"{value:g}"
-
-
 def svg(figure: Figure, salt: str) -> str:
     """As an SVG element that can stand in a page; `salt` keeps the ids of several apart."""
     with mpl.rc_context({**STYLE, "svg.hashsalt": salt}):
@@ -207,6 +201,8 @@ def plots(data: Data) -> dict[str, Figure]:
         ),
         "density": lambda: density_plot(data),
         "training": lambda: curves_plot(data.get("training", ())),
+        "watched": lambda: watched_plot(data.get("watched", ())),
+        "density_over_time": lambda: density_map(data.get("watched", ())),
     }
     if len(data["by_language"]) > 1:
         figures["language"] = lambda: groups_plot(

@@ -24,6 +24,7 @@ from sememe.kernels import reference
 __all__ = [
     "BatchTopK",
     "Pursuit",
+    "Reconstruction",
     "TopK",
     "adam_step",
     "decode",
@@ -37,6 +38,7 @@ __all__ = [
     "matching_pursuit",
     "native_bfloat16",
     "path_for",
+    "reconstruct",
     "signum_step",
     "threads",
     "use",
@@ -62,6 +64,17 @@ class BatchTopK(NamedTuple):
 
     encoded: Encoded
     threshold: Float[Tensor, ""]
+
+
+class Reconstruction(NamedTuple):
+    """How far a batch's reconstruction is from its target."""
+
+    mse: Float[Tensor, ""]
+    """Mean square over batch and features (and prefixes); differentiable in all that made it."""
+    mses: Float[Tensor, " prefixes"]
+    """That of each prefix; without gradient."""
+    error: Float[Tensor, "batch d_out"]
+    """Reconstruction from all latents minus target; differentiable too."""
 
 
 class Pursuit(NamedTuple):
@@ -196,6 +209,10 @@ def encode_threshold(
 
     Differentiable in x, W_enc and b_enc; the threshold only selects.
     """
+    if path_for(x) == "cpu":
+        from sememe.kernels import cpu
+
+        return cpu.encode_threshold(x, W_enc, b_enc, b_pre, threshold)
     return reference.encode_threshold(x, W_enc, b_enc, b_pre, threshold)
 
 
@@ -211,6 +228,10 @@ def encode_batch_topk(
     Always n_kept entries (so that nothing waits to learn how many): where fewer are positive, the rest have
     activation 0. Ties go to the lower row, then to the lower latent. Differentiable in x, W_enc and b_enc.
     """
+    if path_for(x) == "cpu":
+        from sememe.kernels import cpu
+
+        return BatchTopK(*cpu.encode_batch_topk(x, W_enc, b_enc, b_pre, n_kept))
     return BatchTopK(*reference.encode_batch_topk(x, W_enc, b_enc, b_pre, n_kept))
 
 
@@ -247,7 +268,7 @@ def decode(
     if path == "cpu":
         from sememe.kernels import cpu
 
-        return cpu.decode(acts, indices, W_dec, b_dec)
+        return cpu.decode(Encoded.from_topk(acts, indices, W_dec.shape[0]), W_dec, b_dec)
     if path == "gpu":
         from sememe.kernels import gpu
 
@@ -259,8 +280,12 @@ def decode_encoded(
     encoded: Encoded, W_dec: Float[Tensor, "d_sae d_out"], b_dec: Float[Tensor, " d_out"]
 ) -> Float[Tensor, "batch d_out"]:
     """As `decode`, for rows of any length; dense once more than 5% of the latents are active."""
-    if encoded.k is None and encoded.acts.shape[0] > DENSE_SHARE * encoded.n_rows * encoded.d_sae:
+    if _is_dense(encoded):
         return reference.decode_dense(encoded, W_dec, b_dec)
+    if path_for(encoded.acts) == "cpu":
+        from sememe.kernels import cpu
+
+        return cpu.decode(encoded, W_dec, b_dec)
     view = encoded.padded()
     return decode(view.acts, view.indices, W_dec, b_dec)
 
@@ -287,6 +312,41 @@ def decode_prefixes(
         recons.append(recons[-1] + part if recons else part)
         bias, start = torch.zeros_like(b_dec), end
     return recons
+
+
+def reconstruct(
+    encoded: Encoded,
+    W_dec: Float[Tensor, "d_sae d_out"],
+    b_dec: Float[Tensor, " d_out"],
+    target: Float[Tensor, "batch d_out"],
+    ends: Sequence[int] | None = None,
+) -> Reconstruction:
+    """The mean squared error of a batch's reconstruction, with its gradients taken in the same pass.
+
+    Args:
+        encoded: Activations of any latents.
+        W_dec: Decoder rows.
+        b_dec: Bias.
+        target: What is to be reconstructed.
+        ends: Rising numbers of latents up to d_sae; if given, the error is the mean of those of the reconstructions
+            from the latents below each.
+    """
+    whole = (encoded.d_sae,) if ends is None else tuple(ends)
+    if path_for(encoded.acts) == "cpu" and not _is_dense(encoded):
+        from sememe.kernels import cpu
+
+        return Reconstruction(*cpu.reconstruct(encoded, W_dec, b_dec, target, whole))
+    recons = (
+        [decode_encoded(encoded, W_dec, b_dec)]
+        if ends is None
+        else decode_prefixes(encoded, W_dec, b_dec, whole)
+    )
+    mses = torch.stack([(recon - target).square().mean() for recon in recons])
+    return Reconstruction(mses.mean(), mses.detach(), recons[-1] - target)
+
+
+def _is_dense(encoded: Encoded) -> bool:
+    return encoded.k is None and encoded.acts.shape[0] > DENSE_SHARE * encoded.n_rows * encoded.d_sae
 
 
 def adam_step(
@@ -323,9 +383,9 @@ def adam_step(
     """
     options = (step, lr, betas, eps, grad_scale, unit_norm, frozen)
     if path_for(param) == "cpu":
-        from sememe.kernels import cpu_steps
+        from sememe.kernels import cpu
 
-        cpu_steps.adam_step(param, grad, exp_avg, exp_avg_sq, *options)
+        cpu.adam_step(param, grad, exp_avg, exp_avg_sq, *options)
     else:
         reference.adam_step(param, grad, exp_avg, exp_avg_sq, *options)
 
@@ -362,8 +422,8 @@ def signum_step(
     """
     options = (lr, momentum, unit_norm, frozen)
     if path_for(param) == "cpu":
-        from sememe.kernels import cpu_steps
+        from sememe.kernels import cpu
 
-        cpu_steps.signum_step(param, grad, base, average, weight, *options)
+        cpu.signum_step(param, grad, base, average, weight, *options)
     else:
         reference.signum_step(param, grad, base, average, weight, *options)

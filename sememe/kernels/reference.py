@@ -74,7 +74,9 @@ def encode_threshold(
 ) -> Encoded:
     """Every pre-activation above its latent's threshold (0 if None), in the order of the latents."""
     pre_acts = (x - b_pre) @ W_enc + b_enc
-    above = pre_acts.detach() > (0.0 if threshold is None else threshold.detach())
+    above = ~(
+        pre_acts.detach() <= (0.0 if threshold is None else threshold.detach())
+    )  # so written, NaN is kept
     columns = torch.nonzero(above)[:, 1]
     counts = above.sum(1)
     row_ptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])

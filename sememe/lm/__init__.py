@@ -6,5 +6,16 @@ The only package that imports transformers. Knows nothing about dictionaries, st
 from sememe.lm.embedded import EMBEDDED
 from sememe.lm.load import ModelConfig, fetch, fingerprint_of, load, wrap
 from sememe.lm.model import LanguageModel
+from sememe.lm.outline import Outline, outline
 
-__all__ = ["EMBEDDED", "LanguageModel", "ModelConfig", "fetch", "fingerprint_of", "load", "wrap"]
+__all__ = [
+    "EMBEDDED",
+    "LanguageModel",
+    "ModelConfig",
+    "Outline",
+    "fetch",
+    "fingerprint_of",
+    "load",
+    "outline",
+    "wrap",
+]

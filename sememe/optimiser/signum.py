@@ -81,8 +81,9 @@ class Signum(Optimiser):
             for slot in self.slots[name].values():
                 if ids is None:
                     slot.copy_(rows)
-                elif name in self.per_latent:
-                    slot[ids] = rows[ids]
+                else:
+                    own = self._own(name, ids)
+                    slot[own] = rows[own]
 
     def _update(
         self,
@@ -94,15 +95,14 @@ class Signum(Optimiser):
         frozen: Bool[Tensor, " rows"] | None,
     ) -> None:
         slots = self.slots[name]
-        weights = self._weights[0 if name in self.per_latent else 1]
-        if weights.shape[0] != rows.shape[0]:
-            weights = weights.expand(rows.shape[0]).contiguous()
+        of = self.latents[name]
+        weights = self._weights[1].expand(rows.shape[0]) if of is None else self._weights[0][of]
         kernels.signum_step(
             rows,
             grad,
             slots["base"],
             slots["average"],
-            weights,
+            weights.contiguous(),
             lr=lr,
             momentum=self.config.momentum,
             unit_norm=name in self.unit_norm,

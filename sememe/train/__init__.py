@@ -10,6 +10,7 @@ beyond handing their names on (training straight from one is set up in `source.p
     snapshots.py copies of the dictionary as it was; latents that no longer change
     crew.py      the dictionaries of a run, side by side in one process
     workers.py   the same on several devices, in a process for each
+    watch.py     what is measured on rows that are never trained on
     run.py       the loop: a team on one source, its logs and checkpoints
     sweep.py     which dictionaries a sweep is made of, and their folder
     verb.py      from a config to finished artifacts
@@ -20,8 +21,10 @@ Killed at any moment and started again, a run goes on from its last checkpoint w
 from sememe.train.config import TrainConfig, learning_rate
 from sememe.train.sweep import Sweep, Swept, open_sweep, swept_names, variants
 from sememe.train.verb import train, train_sweep
+from sememe.train.watch import Probe
 
 __all__ = [
+    "Probe",
     "Sweep",
     "Swept",
     "TrainConfig",

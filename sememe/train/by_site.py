@@ -27,17 +27,17 @@ def site_labels(sites: Sites) -> list[str]:
 
 
 def fvu_by_site(
-    sites: Sites | None, target: Float[Tensor, "batch d_out"], recon: Float[Tensor, "batch d_out"] | None
+    sites: Sites | None, target: Float[Tensor, "batch d_out"], error: Float[Tensor, "batch d_out"] | None
 ) -> dict[str, float]:
     """`fvu.SITE` of a batch for each of several outputs; empty for one."""
-    if sites is None or len(sites.outputs) < 2 or recon is None:
+    if sites is None or len(sites.outputs) < 2 or error is None:
         return {}
     out = {}
     for name, site in zip(site_labels(sites), sites.outputs, strict=True):
         part = slice(site.start, site.stop)
-        rows, error = target[:, part], target[:, part] - recon.detach()[:, part]
+        rows, missed = target[:, part], error.detach()[:, part]
         variance = float((rows - rows.mean(0)).square().mean())
-        out[f"fvu.{name}"] = float(error.square().mean()) / max(variance, 1e-12)
+        out[f"fvu.{name}"] = float(missed.square().mean()) / max(variance, 1e-12)
     return out
 
 

@@ -25,13 +25,17 @@ class TrainConfig(Config):
     """What to train, on what, and for how long."""
 
     not_identity: ClassVar[frozenset[str]] = frozenset(
-        {"store", "join", "out", "checkpoint_every_seconds", "track", "log_every", "threads", "devices"}
+        {
+            *("store", "join", "out", "checkpoint_every_seconds", "track", "log_every", "threads", "devices"),
+            *("watch_every", "watch_ce_tokens"),
+        }
     )
     shared: ClassVar[frozenset[str]] = frozenset(
         {
             *("store", "join", "out", "n_tokens", "epochs", "batch_size", "data_seed", "log_every"),
             *("checkpoint_every_seconds", "track", "threads", "devices", "sweep"),
             *("live", "buffer_mb", "batch_rows", "model", "text", "policy", "end_to_end"),
+            *("watch_rows", "watch_every", "watch_ce_tokens"),
         }
     )
     """Options that all dictionaries of a sweep have in common: they say what the one stream is, or how it runs."""
@@ -79,6 +83,12 @@ class TrainConfig(Config):
     """Of the data's order."""
     log_every: int = Field(default=50, ge=1)
     """Steps between lines of metrics.jsonl."""
+    watch_rows: int = Field(default=4096, ge=0)
+    """Rows held out of training, and measured while it goes on; never more than one in twenty. 0 watches none."""
+    watch_every: int = Field(default=50_000, ge=1)
+    """Tokens between two measurements on them."""
+    watch_ce_tokens: int = Field(default=0, ge=0)
+    """Tokens of held-out documents on which ce_recovered_zero is watched; needs the language model."""
     checkpoint_every_seconds: float = Field(default=60.0, ge=0)
     """Wall-clock time between checkpoints."""
     track: tuple[Tracker, ...] = ()
@@ -158,6 +168,18 @@ class TrainConfig(Config):
                 self.keep_every_tokens,
                 "Drop it, or pass --keep-checkpoints.",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_watched(self) -> TrainConfig:
+        if not self.watch_rows and not self.watch_ce_tokens:
+            default = type(self).model_fields["watch_every"].default
+            if self.watch_every != default:
+                raise ConfigError(
+                    "watch_every must be left out when nothing is watched",
+                    self.watch_every,
+                    "Drop it, or raise watch_rows.",
+                )
         return self
 
     @model_validator(mode="after")

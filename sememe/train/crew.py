@@ -10,6 +10,8 @@ from types import TracebackType
 from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from sememe import kernels
 from sememe.errors import ResourceError
@@ -17,6 +19,7 @@ from sememe.source import Batch
 from sememe.train.dead import rows_wanted
 from sememe.train.member import Member, Spec
 from sememe.train.objective import Objective
+from sememe.train.watch import measure, reconstruct
 
 __all__ = ["Crew", "Team", "device_of"]
 
@@ -56,6 +59,14 @@ class Team(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
+        ...
+
+    def look(self, rows: Batch) -> dict[str, dict[str, Any]]:
+        """What each does on held-out rows of the stream as it stands."""
+        ...
+
+    def reconstruct(self, name: str, x: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_out"]:
+        """What one of them makes of rows of its own, in raw units, as it stands."""
         ...
 
     def write(self, name: str, folder: Path, probe_rows: Batch, n_rows: int | None) -> dict[str, Any]:
@@ -143,6 +154,21 @@ class Crew:
         """Go on from there."""
         for name, member in self.members.items():
             member.load_state_dict(state[name])
+
+    def look(self, rows: Batch) -> dict[str, dict[str, Any]]:
+        """Each in turn."""
+        rows = rows.to(self.device)
+        found = {}
+        for name, member in self.members.items():
+            with member.optimiser.exported():
+                found[name] = measure(member.dictionary, member.own(rows), member.config.batch_size)
+        return found
+
+    def reconstruct(self, name: str, x: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_out"]:
+        """There and back."""
+        member = self.members[name]
+        with member.optimiser.exported():
+            return reconstruct(member.dictionary, x.to(self.device)).to(x.device)
 
     def write(self, name: str, folder: Path, probe_rows: Batch, n_rows: int | None) -> dict[str, Any]:
         """Write one of them."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sememe import dictionaries
 from sememe.dictionaries import Loss, Sites
-from sememe.errors import ActivationError
+from sememe.errors import ActivationError, ConfigError
 from sememe.optimiser import make
 from sememe.source import Batch, Columns
 from sememe.train.by_site import about_sites, fvu_by_site
@@ -66,6 +66,12 @@ class Member:
         self.objective = objective or own_loss
         self.name, self.config, self.columns, self.device = spec.name, spec.config, spec.columns, device
         self.dictionary = dictionaries.build(spec.config.architecture, spec.d_in, spec.d_out, spec.sites)
+        if self.config.freeze_above is not None and not self.dictionary.can_freeze:
+            raise ConfigError(
+                f"freeze_above must be left out for {self.dictionary.kind}: its latents cannot be frozen one by one",
+                self.config.freeze_above,
+                "Drop it.",
+            )
         self.plan = make_plan(spec.config, self.dictionary, n_steps)
         self.generator = torch.Generator().manual_seed(spec.config.seed)
         self.step = 0
@@ -81,7 +87,7 @@ class Member:
         Raises:
             ActivationError: the rows hold NaN or infinity.
         """
-        sample = self._own(sample)
+        sample = self.own(sample)
         if not bool(torch.isfinite(sample.x).all() and torch.isfinite(sample.target).all()):
             raise ActivationError(
                 "activations must be finite", "NaN or infinity in the sample", "Check the source."
@@ -97,7 +103,7 @@ class Member:
         self.optimiser = make(self.config.optimiser, self.dictionary)
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=self.device)
 
-    def _own(self, batch: Batch) -> Batch:
+    def own(self, batch: Batch) -> Batch:
         """The member's part of the stream's rows."""
         return batch if self.columns is None else self.columns.of(batch)
 
@@ -118,10 +124,10 @@ class Member:
         n_ahead = rows_wanted(self.config, self.plan, self.step)
         if n_ahead:
             assert ahead is not None
-            revive(self, self._own(_first(ahead, n_ahead)))
+            revive(self, self.own(_first(ahead, n_ahead)))
         else:
             revive(self, None)
-        own = self._own(batch)
+        own = self.own(batch)
         x, target = self.scaled(own)
         self.dictionary.train()
         loss = self.objective(self.dictionary, own, x, target, self.step / self.plan.n_steps)
@@ -148,7 +154,7 @@ class Member:
         values |= {
             "loss": float(loss.total.detach()),
             "fvu": values["mse"] / max(variance, 1e-12),
-            **fvu_by_site(self.dictionary.sites, target, loss.recon),
+            **fvu_by_site(self.dictionary.sites, target, loss.error),
             "l0": float(loss.encoded.l0().float().mean()),
             "frac_silent": float((self.dictionary.tokens_since_fired > 100_000).float().mean()),
             "lr": lr,
@@ -225,7 +231,7 @@ class Member:
         with self.optimiser.exported():
             by_site = about_sites(self.dictionary)
             about |= {"sites": by_site} if by_site else {}
-            return self.dictionary.write(folder, self._own(probe_rows).x) | {"training": about}
+            return self.dictionary.write(folder, self.own(probe_rows).x) | {"training": about}
 
 
 ALONE = "dictionary"

@@ -24,6 +24,7 @@ from sememe.train.config import TrainConfig
 from sememe.train.crew import Team
 from sememe.train.member import ALONE
 from sememe.train.snapshots import compares, keep, keeps
+from sememe.train.watch import WATCHED, Watch
 
 __all__ = ["LOG", "LOGS", "N_PROBE_ROWS", "Run"]
 
@@ -46,6 +47,7 @@ class Run:
         source: Where batches come from.
         folder: Where checkpoints and logs are kept.
         threads: CPU threads in use.
+        watch: What is measured on the way.
     """
 
     def __init__(
@@ -57,7 +59,9 @@ class Run:
         source: Source,
         folder: Path,
         threads: int,
+        watch: Watch,
     ) -> None:
+        self.watch = watch
         self.config, self.n_steps, self.team, self.configs = config, n_steps, team, configs
         self.source, self.folder, self.threads = source, folder, threads
         self.step = 0
@@ -122,6 +126,9 @@ class Run:
             stop_requests() as stop,
         ):
             whole, logs = self._open_logs(stack)
+            watched = self._open_watched(stack) if self.watch.on else {}
+            if self.step == 0:
+                self._look(watched, self.n_steps)
             saved_at = time.monotonic()
             finished = self._may_finish() and self.team.finished()
             while self.step < self.n_steps and not finished:
@@ -131,6 +138,7 @@ class Run:
                 progress.advance(config.batch_size)
                 self._keep()
                 finished = self._compares() and self.team.finished()
+                self._look(watched, self.step if finished else self.n_steps)
                 if stop.is_set() or time.monotonic() - saved_at >= config.checkpoint_every_seconds:
                     self._save()
                     saved_at = time.monotonic()
@@ -205,6 +213,21 @@ class Run:
             place.mkdir(parents=True, exist_ok=True)
             logs[name] = stack.enter_context(Log(place / LOG, resume_step=resume_step))
         return whole, logs
+
+    def _open_watched(self, stack: ExitStack) -> dict[str, Log]:
+        """A log of what is measured of each dictionary, beside its own."""
+        places = {name: self.folder / LOGS / name for name in self.configs} or {ALONE: self.folder}
+        resume_step = self.step if self.step else None
+        return {
+            name: stack.enter_context(Log(place / WATCHED, resume_step=resume_step))
+            for name, place in places.items()
+        }
+
+    def _look(self, watched: dict[str, Log], last: int) -> None:
+        """Measure the dictionaries as they stand, if it is time or this step is the last."""
+        if self.watch.due(self.step, last):
+            for name, values in self.watch.look(self.team, self.step).items():
+                watched[name].write(self.step, values)
 
     def _write(self, whole: Log, logs: dict[str, Log], values: dict[str, dict[str, float]]) -> str:
         """Log a step; what the progress bar says of it."""

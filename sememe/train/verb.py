@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +15,8 @@ from sememe.dictionaries import Dictionary
 from sememe.end_to_end import EndToEnd
 from sememe.errors import ConfigError, HookpointError, nearest
 from sememe.join import JoinedStore, open_stores
-from sememe.source import Columns, LiveSource, Source, StoreSource
+from sememe.probes import cross_entropy_of
+from sememe.source import Columns, HoldsOut, LiveSource, Source, StoreSource
 from sememe.store import Store
 from sememe.text import fetch
 from sememe.text import fingerprint as text_fingerprint
@@ -29,6 +30,7 @@ from sememe.train.run import LOG, LOGS, N_PROBE_ROWS, Run
 from sememe.train.schedule import count_steps
 from sememe.train.snapshots import FOLDER
 from sememe.train.sweep import INDEX, Sweep, Swept, open_sweep, variants
+from sememe.train.watch import WATCHED, Probe, Watch
 from sememe.train.workers import Workers
 
 if TYPE_CHECKING:
@@ -55,6 +57,7 @@ def train(
     parents: dict[str, str] | None = None,
     extra: dict[str, Any] | None = None,
     objective: Objective | None = None,
+    probes: Sequence[Probe] = (),
     fresh: bool = False,
 ) -> Dictionary:
     """Train a dictionary, or open it if it is there.
@@ -65,6 +68,7 @@ def train(
         parents: Fingerprints of what the source is made from; the store's if the source is not given.
         extra: More to remember in the dictionary's meta.json (the token policy, for a live source).
         objective: What it is trained for on the given source; the dictionary's own loss if not given.
+        probes: What to measure on the way, beside the held-out rows; their numbers go to watched.jsonl.
         fresh: Replace whatever stands at config.out.
 
     Returns:
@@ -102,7 +106,7 @@ def train(
     spec = Spec(ALONE, config, source.d_in, source.d_out, source.sites, None)
     with (
         _building(config, "dictionary", stream.parents, fresh) as work,
-        _trained(config, [spec], {}, stream, work) as team,
+        _trained(config, [spec], {}, stream, work, probes) as team,
     ):
         about = team.write(ALONE, work.path, source.sample(N_PROBE_ROWS), source.n_rows)
         work.extra = stream.extra | about
@@ -329,9 +333,11 @@ def _trained(
     configs: dict[str, TrainConfig],
     stream: _Stream,
     work: artifact.Work,
+    probes: Sequence[Probe] = (),
 ) -> Iterator[Team]:
     """The dictionaries after their last step."""
     source = stream.source
+    watch = _watch(config, specs, source, probes)
     n_steps = count_steps(config, source.n_rows)
     with kernels.threads(_threads(config)) as threads:
         team: Team
@@ -340,8 +346,24 @@ def _trained(
         else:
             team = Crew(specs, n_steps, device_of((*config.devices, "cpu")[0]), stream.objective)
         with team:
-            Run(config, n_steps, team, configs, source, work.path, threads).go()
+            Run(config, n_steps, team, configs, source, work.path, threads, watch).go()
             yield team
+
+
+def _watch(config: TrainConfig, specs: list[Spec], source: Source, probes: Sequence[Probe]) -> Watch:
+    """What is measured while dictionaries are trained; held-out rows leave the source here."""
+    held = None
+    if config.watch_rows and isinstance(source, HoldsOut):
+        held = source.hold_out(config.watch_rows)
+        held = held if held.x.shape[0] else None
+    by_name: dict[str, list[Probe]] = {spec.name: list(probes) for spec in specs}
+    if config.watch_ce_tokens:
+        made = cross_entropy_of(
+            source, [spec.sites for spec in specs], config.watch_ce_tokens, config.batch_rows
+        )
+        for spec, probe in zip(specs, made, strict=True):
+            by_name[spec.name].append(probe)
+    return Watch(held, by_name, config.watch_every, config.batch_size)
 
 
 def _threads(config: TrainConfig) -> int | None:
@@ -369,7 +391,9 @@ def _write_members(
         with artifact.building(
             place, kind="dictionary", version=VERSION, config=config, parents=parents, fresh=True
         ) as inner:
-            shutil.copy(log, inner.path / LOG)
+            for file in (log, log.with_name(WATCHED)):
+                if file.is_file():
+                    shutil.copy(file, inner.path / file.name)
             if (own / FOLDER).is_dir():
                 shutil.copytree(own / FOLDER, inner.path / FOLDER)
             about = team.write(name, inner.path, probe_rows, stream.source.n_rows)

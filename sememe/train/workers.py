@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from sememe import kernels
@@ -163,6 +164,20 @@ class Workers:
         for index, worker in enumerate(self.workers):
             own = {name: state[name] for name, home in self.homes.items() if home == index}
             self._ask(worker, "load_state_dict", _packed(own))
+
+    def look(self, rows: Batch) -> dict[str, dict[str, Any]]:
+        """Each in its own process."""
+        found: dict[str, dict[str, Any]] = {}
+        for answer in self._all("look", _packed(rows)):
+            found |= answer
+        return {name: found[name] for name in self.homes}
+
+    def reconstruct(self, name: str, x: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_out"]:
+        """In its own process."""
+        self._step_answers(self.n_sent)
+        worker = self.workers[self.homes[name]]
+        recon: Tensor = _unpacked(self._ask(worker, "reconstruct", name, _packed(x)))
+        return recon
 
     def write(self, name: str, folder: Path, probe_rows: Batch, n_rows: int | None) -> dict[str, Any]:
         """Write one of them, in its own process."""
@@ -320,6 +335,8 @@ def _obey(crew: Crew, slots: list[Batch], order: str, arguments: list[Any]) -> A
         return None
     if order == "state_dict":
         return _packed(crew.state_dict())
+    if order == "reconstruct":
+        return _packed(crew.reconstruct(arguments[0], _unpacked(arguments[1])))
     return getattr(crew, order)(*map(_unpacked, arguments))
 
 

@@ -1,4 +1,4 @@
-"""The optimisers' fast path on CPUs: numba loops that read and write each row of a parameter once.
+"""The optimisers' fast path on CPUs: numba loops that read and write each row of a parameter once, side by side.
 
 Projection, update, renormalisation and the mask of frozen rows happen while a row is in the cache. Knows rows,
 no dictionary.
@@ -9,27 +9,31 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import prange
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sememe.kernels.cpu import jit
+from sememe.kernels.cpu import pool
+from sememe.kernels.cpu.loops import jit
 
 __all__ = ["adam_step", "signum_step"]
+
+
+CHUNK = 2**19
+"""Numbers per task."""
 
 
 def _mask(frozen: Tensor | None) -> NDArray[np.bool_]:
     return np.zeros(0, np.bool_) if frozen is None else frozen.numpy()
 
 
-@jit(parallel=True)
+@jit
 def _adam(
-    param: Any, grad: Any, exp_avg: Any, exp_avg_sq: Any, frozen: Any, step_size: Any, beta1: Any, beta2: Any,
-    root_correction: Any, eps: Any, grad_scale: Any, unit_norm: bool,
+    start: int, stop: int, param: Any, grad: Any, exp_avg: Any, exp_avg_sq: Any, frozen: Any, step_size: Any,
+    beta1: Any, beta2: Any, root_correction: Any, eps: Any, grad_scale: Any, unit_norm: bool,
 ) -> None:  # fmt: skip
-    n_rows, width = param.shape
+    width = param.shape[1]
     one = np.float32(1.0)
-    for row in prange(n_rows):
+    for row in range(start, stop):
         if frozen.shape[0] > 0 and frozen[row]:
             continue
         radial = np.float32(0.0)
@@ -67,7 +71,7 @@ def adam_step(
 ) -> None:
     """See `kernels.adam_step`. Parameter, gradient and moments must be contiguous."""
     f32 = np.float32
-    _adam(
+    parts = (
         param.detach().numpy(),
         grad.detach().contiguous().numpy(),
         exp_avg.numpy(),
@@ -81,16 +85,17 @@ def adam_step(
         f32(float(grad_scale)),
         unit_norm,
     )
+    pool.run(lambda start, stop: _adam(start, stop, *parts), param.shape[0], max(1, CHUNK // param.shape[1]))
 
 
-@jit(parallel=True)
+@jit
 def _signum(
-    param: Any, grad: Any, base: Any, average: Any, weight: Any, frozen: Any, lr: Any, momentum: Any,
-    unit_norm: bool,
+    start: int, stop: int, param: Any, grad: Any, base: Any, average: Any, weight: Any, frozen: Any, lr: Any,
+    momentum: Any, unit_norm: bool,
 ) -> None:  # fmt: skip
-    n_rows, width = param.shape
+    width = param.shape[1]
     one, zero = np.float32(1.0), np.float32(0.0)
-    for row in prange(n_rows):
+    for row in range(start, stop):
         if frozen.shape[0] > 0 and frozen[row]:
             continue
         radial = zero
@@ -139,7 +144,7 @@ def signum_step(
 ) -> None:
     """See `kernels.signum_step`. Parameter, gradient, base and average must be contiguous."""
     f32 = np.float32
-    _signum(
+    parts = (
         param.detach().numpy(),
         grad.detach().contiguous().numpy(),
         base.numpy(),
@@ -149,4 +154,7 @@ def signum_step(
         f32(lr),
         f32(momentum),
         unit_norm,
+    )
+    pool.run(
+        lambda start, stop: _signum(start, stop, *parts), param.shape[0], max(1, CHUNK // param.shape[1])
     )

@@ -1,0 +1,131 @@
+"""Penalties on activations, and noise that makes small ones worthless: for the architectures that may choose.
+
+Parts add up: each has a weight of its own, and one of weight 0 is not computed. Knows no architecture.
+"""
+
+from __future__ import annotations
+
+import abc
+
+import torch
+from jaxtyping import Float
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from sememe import kernels
+from sememe.dictionaries.base import Sites
+from sememe.dictionaries.random_state import RandomState
+from sememe.dictionaries.steered import Steered, SteeredConfig
+from sememe.encoded import Encoded
+
+__all__ = ["ActivationPenalty", "ActivationPenaltyConfig", "entropy", "root_sum"]
+
+NOISE_CUT = 4.0
+"""Standard deviations beyond which noise is cut off: what lies further below 0 cannot fire and is not computed."""
+TINY = 1e-8
+
+
+class ActivationPenaltyConfig(SteeredConfig):
+    """Options of every architecture that may choose how its activations are made sparse."""
+
+    sqrt_coefficient: float = Field(default=0.0, ge=0)
+    """Weight of the mean over rows of sum_i sqrt(acts_i + sqrt_eps) - sqrt(sqrt_eps): the l_1/2 penalty."""
+    sqrt_eps: float = Field(default=1e-3, gt=0)
+    """Added under the root, whose slope at 0 would be infinite."""
+    entropy_coefficient: float = Field(default=0.0, ge=0)
+    """Weight of the mean over rows of the entropy of acts / sum(acts), in nats."""
+    noise: float = Field(default=0.0, ge=0)
+    """Standard deviation of Gaussian noise on pre-activations while training: smaller activations are not worth it."""
+
+    def weights(self) -> dict[str, float]:
+        """The parts of the penalty, noise among them."""
+        names = ("sqrt_coefficient", "entropy_coefficient", "noise")
+        return super().weights() | {name: getattr(self, name) for name in names}
+
+    @model_validator(mode="after")
+    def _parts_have_an_effect(self) -> ActivationPenaltyConfig:
+        if self.sqrt_coefficient == 0:
+            self.check_inert("sqrt_eps", without="sqrt_coefficient is 0")
+        return self
+
+
+class ActivationPenalty(Steered, abc.ABC):
+    """A dictionary with any of: L1, l_1/2, entropy, noise.
+
+    Source: l_1/2, noise: tried in the discussions that led to Cunningham et al. 2023, arXiv:2309.08600, and found
+    no better than L1; entropy: Marks & Mueller's code of 2023, as an experiment. Differs: noise is added before
+    the ReLU, where an inactive latent does not feel it (after it, it would cost the same whatever is active), and
+    is cut off at 4 standard deviations.
+    """
+
+    config: ActivationPenaltyConfig
+
+    def __init__(
+        self, config: ActivationPenaltyConfig, d_in: int, d_out: int, d_sae: int, sites: Sites | None = None
+    ) -> None:
+        super().__init__(config, d_in, d_out, d_sae, sites)
+        self._random = RandomState()
+
+    def initialise(
+        self, x: Float[Tensor, "rows d_in"], target: Float[Tensor, "rows d_out"], generator: torch.Generator
+    ) -> None:
+        """As every penalised dictionary; the noise gets a seed."""
+        super().initialise(x, target, generator)
+        if self.config.noise:
+            self._random.start(generator)
+
+    def _encode_noisy(self, x: Float[Tensor, "batch d_in"], factor: float | Float[Tensor, ""]) -> Encoded:
+        """As `encode`, with noise of `noise * factor` on pre-activations; some entries may be 0."""
+        if not self.config.noise:
+            return self.encode(x)
+        self.check_input(x)
+        size = self.b_enc.detach().new_ones(()) * self.config.noise * factor
+        lowest = (-NOISE_CUT * size).expand(self.d_sae)
+        near = kernels.encode_threshold(x, self.W_enc, self.b_enc, self.b_pre, lowest)
+        generator = self._random.generator(near.acts.device)
+        drawn = torch.randn(
+            near.acts.shape, generator=generator, device=near.acts.device, dtype=near.acts.dtype
+        )
+        return near.with_acts(torch.relu(near.acts + size * drawn.clamp(-NOISE_CUT, NOISE_CUT)))
+
+    def _penalty(
+        self, acts: Float[Tensor, " nnz"], encoded: Encoded
+    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        """The weighted sum of the parts, and each part, for activations at the entries of `encoded`."""
+        config = self.config
+        acts = self._seen(acts, encoded)
+        parts = {"l1": acts.sum() / encoded.n_rows}
+        total = config.l1_coefficient * parts["l1"]
+        if config.sqrt_coefficient:
+            parts["sqrt"] = root_sum(acts, encoded.n_rows, config.sqrt_eps)
+            total = total + config.sqrt_coefficient * parts["sqrt"]
+        if config.entropy_coefficient:
+            parts["entropy"] = entropy(encoded.with_acts(acts))
+            total = total + config.entropy_coefficient * parts["entropy"]
+        return total, {name: part.detach() for name, part in parts.items()}
+
+    def after_step(self, encoded: Encoded) -> None:
+        """New noise for the next step, beside the bookkeeping."""
+        super().after_step(encoded)
+        self._random.next_step()
+
+    def training_buffers(self) -> dict[str, Tensor]:
+        """The state of the noise too, where there is any."""
+        return super().training_buffers() | ({"noise": self._random.state} if self.config.noise else {})
+
+
+def root_sum(acts: Float[Tensor, " nnz"], n_rows: int, eps: float) -> Float[Tensor, ""]:
+    """Mean over rows of `sum_i sqrt(acts_i + eps) - sqrt(eps)`: 0 for an inactive latent."""
+    per_entry: Tensor = (acts + eps).sqrt() - eps**0.5
+    return per_entry.sum() / n_rows
+
+
+def entropy(encoded: Encoded) -> Float[Tensor, ""]:
+    """Mean over rows of `-sum_i p_i log p_i` in nats, p = acts / sum(acts); 0 for a row without activations.
+
+    Does not change when a row's activations are scaled: it asks for few, and not for small ones.
+    """
+    acts, rows = encoded.acts, encoded.row_ids()
+    sums = acts.new_zeros(encoded.n_rows).index_add(0, rows, acts)
+    p = acts / sums.clamp_min(TINY).index_select(0, rows)
+    return -(p * (p + TINY).log()).sum() / encoded.n_rows

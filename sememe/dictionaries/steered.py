@@ -1,0 +1,117 @@
+"""What penalties with a weight share: the weight, and its steering to an l0 set point. Knows no penalty's form."""
+
+from __future__ import annotations
+
+import abc
+from typing import Self
+
+import torch
+from jaxtyping import Float
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from sememe.dictionaries.base import Sites
+from sememe.dictionaries.penalised import Penalised, PenalisedConfig, moved
+from sememe.encoded import Encoded
+from sememe.errors import ConfigError
+
+__all__ = ["Steered", "SteeredConfig"]
+
+L0_DECAY = 0.9
+"""Share of the l0 average that a step keeps: single batches are noisy, but an old average steers too late."""
+LARGEST_ERROR = 1.0
+"""The error in log l0 beyond which steering is no faster, so that a far start does not overshoot."""
+
+
+class SteeredConfig(PenalisedConfig):
+    """Options of every architecture whose penalty has a weight."""
+
+    l1_coefficient: float = Field(default=1e-3, ge=0)
+    """Weight of the mean over rows of the sum of activations, against the mean squared error per dimension."""
+    target_l0: float | None = Field(default=None, gt=0)
+    """Active latents per row that the penalty's weight is steered to; without it the weight stays as it is given."""
+    start_l0: float | None = Field(default=None, gt=0)
+    """Where the set point starts; without it, it is the target from the first step on."""
+    l0_anneal: float = Field(default=0.5, gt=0, le=1)
+    """Share of the run over which the set point moves from its start to the target, by equal factors."""
+    steering: float = Field(default=0.01, gt=0, le=1)
+    """Change of the weight's logarithm per step and unit of log(l0 / set point)."""
+
+    def weights(self) -> dict[str, float]:
+        """The weight of each part of the penalty, by the option's name; steering and warm-up scale all of them."""
+        return {"l1_coefficient": self.l1_coefficient}
+
+    @model_validator(mode="after")
+    def _steering_has_an_effect(self) -> Self:
+        if not any(self.weights().values()):
+            self.check_inert("target_l0", "sparsity_warmup", without="every weight of the penalty is 0")
+        if self.target_l0 is None:
+            self.check_inert("start_l0", "steering", without="target_l0 is not given")
+        if self.start_l0 is None:
+            self.check_inert("l0_anneal", without="start_l0 is not given")
+        if self.start_l0 is not None and self.start_l0 == self.target_l0:
+            raise ConfigError(
+                "start_l0 must differ from target_l0: it has no effect else", self.start_l0, "Drop it."
+            )
+        return self
+
+
+class Steered(Penalised, abc.ABC):
+    """A penalised dictionary whose penalty has a weight, fixed or steered so that l0 reaches a set point.
+
+    With `target_l0`, the weight is multiplied by exp(log_factor), and after each step
+
+        l0_average += (1 - 0.9) (l0 - l0_average)
+        log_factor += steering * clamp(log(l0_average / set point), -1, 1)
+
+    l0 counts the active latents that the penalty sees. While the weight warms up, the factor rests. All of it stays
+    on the device.
+    """
+
+    config: SteeredConfig
+    log_factor: Tensor
+    l0_average: Tensor
+
+    def __init__(
+        self, config: SteeredConfig, d_in: int, d_out: int, d_sae: int, sites: Sites | None = None
+    ) -> None:
+        super().__init__(config, d_in, d_out, d_sae, sites)
+        self.register_buffer("log_factor", torch.zeros(()), persistent=False)
+        self.register_buffer("l0_average", torch.full((), -1.0), persistent=False)
+        self._progress = 0.0
+
+    def set_point(self, progress: float) -> float:
+        """The l0 to be reached at a share of the run. Only with a target."""
+        config = self.config
+        assert config.target_l0 is not None
+        if config.start_l0 is None:
+            return config.target_l0
+        return moved(config.start_l0, config.target_l0, progress / config.l0_anneal)
+
+    def _factor(self, progress: float) -> float | Float[Tensor, ""]:
+        """What every weight of the penalty is multiplied by, warm-up and steering together."""
+        self._progress = progress
+        warmed = self._warmed(progress)
+        return warmed if self.config.target_l0 is None else warmed * self.log_factor.exp()
+
+    def _steering_terms(self) -> dict[str, Tensor]:
+        """For the log: what steering multiplies the weights by."""
+        return {} if self.config.target_l0 is None else {"steered_factor": self.log_factor.exp()}
+
+    def after_step(self, encoded: Encoded) -> None:
+        """Steering, beside the bookkeeping."""
+        super().after_step(encoded)
+        if self.config.target_l0 is None or self._progress < self.config.sparsity_warmup:
+            return
+        with torch.no_grad():
+            l0 = self._per_row((encoded.acts != 0).to(self.l0_average.dtype), encoded)
+            first = self.l0_average < 0
+            self.l0_average.copy_(torch.where(first, l0, torch.lerp(l0, self.l0_average, L0_DECAY)))
+            # where nothing is active, the logarithm is cut and not infinite
+            error = (self.l0_average.clamp_min(1e-6) / self.set_point(self._progress)).log()
+            self.log_factor.add_(error.clamp(-LARGEST_ERROR, LARGEST_ERROR), alpha=self.config.steering)
+
+    def training_buffers(self) -> dict[str, Tensor]:
+        """The factor and the l0 average too, where there is a target."""
+        steered = {"log_factor": self.log_factor, "l0_average": self.l0_average}
+        return super().training_buffers() | (steered if self.config.target_l0 is not None else {})

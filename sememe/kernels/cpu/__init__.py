@@ -1,0 +1,40 @@
+"""The fast path on CPUs: rough products choose, numba loops compute in float32, no atomics.
+
+    loops      compiled loops over ranges of rows or latents
+    pool       the threads that run them
+    encode     selections: k per row, above a threshold, k per row on average
+    sums       decoders and sparse gradients
+    steps      parameter updates
+
+The same bits twice, and with any number of threads.
+"""
+
+from __future__ import annotations
+
+import numba
+
+from sememe.kernels.cpu.encode import encode_batch_topk, encode_threshold, encode_topk, native_bfloat16
+from sememe.kernels.cpu.pool import set_threads as _set_pool
+from sememe.kernels.cpu.steps import adam_step, signum_step
+from sememe.kernels.cpu.sums import decode, reconstruct
+
+__all__ = [
+    "adam_step",
+    "decode",
+    "encode_batch_topk",
+    "encode_threshold",
+    "encode_topk",
+    "native_bfloat16",
+    "reconstruct",
+    "set_threads",
+    "signum_step",
+]
+
+
+def set_threads(n: int) -> None:
+    """Let the kernels use n threads, and numba's own loops elsewhere too.
+
+    numba's OpenMP layer would else set torch's number to its own.
+    """
+    numba.set_num_threads(max(1, min(n, numba.config.NUMBA_NUM_THREADS)))
+    _set_pool(n)

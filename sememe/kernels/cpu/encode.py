@@ -1,0 +1,255 @@
+"""Encoders of the CPU path: rough products choose candidates tile by tile, float32 settles them.
+
+Nothing of size batch x d_sae is held: a tile is a few rows' product, in the cache of the core that made it. The
+product is torch's, in bfloat16 where the CPU multiplies it natively; what is kept is computed again in float32.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sememe.encoded import Encoded
+from sememe.kernels import reference
+from sememe.kernels.cpu import buffers, loops, pool
+from sememe.kernels.cpu.sums import CHUNK, Transposed, scatter
+
+__all__ = ["encode_batch_topk", "encode_threshold", "encode_topk", "native_bfloat16"]
+
+SPARE = 8
+"""Candidates beyond k (at least; k / 4 if that is more) that are scored again in float32, so that rounding rarely
+drops one of the true k."""
+
+TILE = 2**21
+"""Pre-activations per tile: 4 MB in bfloat16. Fewer make the product slower, more do not fit the cache."""
+
+REACH = 4 * 2.0**-8
+"""How far below its threshold a rough pre-activation is still looked at, in units of |x| |w| / sqrt(d_in): rounding
+x and w to bfloat16 moves a product of evenly spread vectors by a fifth of this, as standard deviation."""
+
+N_PROBE_ROWS = 32
+"""Rows that tell roughly where a batch's threshold lies, or how many entries there will be."""
+
+DENSE_SHARE = 0.06
+"""Above this share of active latents a dense float32 product is faster than settling each entry."""
+
+
+class _Entries(NamedTuple):
+    """Entries of a batch, as in `Encoded`."""
+
+    acts: NDArray[np.float32]
+    indices: NDArray[np.int32]
+    ptr: NDArray[np.int64]
+
+
+@functools.cache
+def native_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 natively (AVX512-BF16 or AMX), and torch uses it."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    supports = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return "AVX512" in capability and bool(supports and supports())
+
+
+def _rough(x: Tensor, weights: Tensor) -> Callable[[int, int], NDArray[Any]]:
+    """How to get `x[start:stop] @ weights.T` roughly: float32, or the bits of bfloat16. Valid until the next call."""
+    dtype = torch.bfloat16 if native_bfloat16() else torch.float32
+    right = weights.to(dtype).T
+
+    def product(start: int, stop: int) -> NDArray[Any]:
+        tile = pool.scratch((stop - start) * weights.shape[0], dtype).view(stop - start, -1)
+        torch.mm(x[start:stop].to(dtype), right, out=tile)
+        return tile.view(torch.uint16).numpy() if dtype == torch.bfloat16 else tile.numpy()
+
+    return product
+
+
+def _tile_rows(d_sae: int) -> int:
+    return max(32, TILE // d_sae)
+
+
+def _top(x: Tensor, weights: Tensor, b_enc: Tensor, k: int) -> _Entries:
+    batch, d_sae = x.shape[0], weights.shape[0]
+    n_keep = min(k + max(SPARE, k // 4), d_sae)
+    candidates = np.empty((batch, n_keep), np.int32)
+    acts, indices = np.empty((batch, k), np.float32), np.empty((batch, k), np.int32)
+    product, rows, W, b = _rough(x, weights), x.numpy(), weights.numpy(), b_enc.numpy()
+
+    def choose(start: int, stop: int) -> None:
+        loops.select(product(start, stop), b, n_keep, candidates[start:stop])
+
+    def settle(start: int, stop: int) -> None:
+        loops.rescore(
+            rows[start:stop], W, b, candidates[start:stop], k, acts[start:stop], indices[start:stop]
+        )
+
+    pool.run(choose, batch, _tile_rows(d_sae))
+    pool.run(
+        settle, batch, CHUNK
+    )  # afterwards: the float32 weights would fight with the product for the cache
+    return _Entries(acts.reshape(-1), indices.reshape(-1), np.arange(0, batch * k + 1, k or 1)[: batch + 1])
+
+
+def _above(x: Tensor, weights: Tensor, b_enc: Tensor, threshold: NDArray[np.float32]) -> _Entries:
+    (batch, d_in), d_sae = x.shape, weights.shape[0]
+    product, rows, W, b = _rough(x, weights), x.numpy(), weights.numpy(), b_enc.numpy()
+    share = REACH if native_bfloat16() else 2.0**-20
+    reach = (weights.norm(dim=1) * (share / d_in**0.5)).numpy()
+    counts = np.empty(batch, np.int64)
+
+    def tile(start: int, stop: int) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+        most = (stop - start) * d_sae + 1
+        acts, indices = pool.scratch(most, torch.float32).numpy(), pool.scratch(most, torch.int32).numpy()
+        n = loops.above(
+            product(start, stop), rows[start:stop], W, b, threshold, reach, counts[start:stop], acts, indices
+        )
+        return acts[:n].copy(), indices[:n].copy()
+
+    parts = pool.run(tile, batch, _tile_rows(d_sae))
+    ptr = np.zeros(batch + 1, np.int64)
+    np.cumsum(counts, out=ptr[1:])
+    return _Entries(np.concatenate([a for a, _ in parts]), np.concatenate([i for _, i in parts]), ptr)
+
+
+@torch.no_grad()
+def _share_above(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, threshold: Tensor | None) -> float:
+    """Roughly which share of all pre-activations is above the threshold, from some rows."""
+    probe = x[:: max(1, x.shape[0] // N_PROBE_ROWS)] - b_pre
+    dtype = torch.bfloat16 if native_bfloat16() else torch.float32
+    pre_acts = (probe.to(dtype) @ W_enc.to(dtype)).float() + b_enc
+    return float((pre_acts > (0.0 if threshold is None else threshold)).float().mean())
+
+
+def _batch_top(x: Tensor, weights: Tensor, b_enc: Tensor, n_kept: int) -> _Entries:
+    """All above a bound that some rows suggest, then the n_kept largest of them; a lower bound if that was too few."""
+    batch, d_sae = x.shape[0], weights.shape[0]
+    n_kept = min(n_kept, batch * d_sae)
+    probe = x[:: max(1, batch // N_PROBE_ROWS)]
+    likely = torch.relu(torch.addmm(b_enc, probe, weights.T)).view(-1)
+    n_wanted = min(likely.numel(), round(1.25 * n_kept * probe.shape[0] / batch) + 8)
+    bound = float(likely.topk(n_wanted).values[-1])
+    while True:
+        entries = _above(x, weights, b_enc, np.full(d_sae, bound, np.float32))
+        if entries.acts.shape[0] >= n_kept or bound == 0.0:
+            return _largest(entries, n_kept, d_sae)
+        bound = bound / 2 if bound > 1e-3 else 0.0
+
+
+def _largest(entries: _Entries, n_kept: int, d_sae: int) -> _Entries:
+    """The n_kept largest entries, ties to earlier rows and then to lower latents; silent ones if there are fewer."""
+    acts, indices, ptr = entries
+    batch = ptr.shape[0] - 1
+    rows: NDArray[np.int64] = np.repeat(np.arange(batch), np.diff(ptr))
+    if acts.shape[0] > n_kept:
+        last = np.partition(acts, acts.shape[0] - n_kept)[acts.shape[0] - n_kept]
+        keep = acts > last
+        ties = np.flatnonzero(acts == last)
+        ties = ties[np.lexsort((indices[ties], rows[ties]))]
+        keep[ties[: n_kept - int(keep.sum())]] = True
+        acts, indices, rows = acts[keep], indices[keep], rows[keep]
+    elif (
+        acts.shape[0] < n_kept
+    ):  # as the reference: entries of activation 0 fill up the first places that are free
+        free = _free_places(rows * d_sae + indices, n_kept - acts.shape[0])
+        order = np.argsort(np.concatenate([rows, free // d_sae]), kind="stable")
+        acts = np.concatenate([acts, np.zeros(free.shape[0], np.float32)])[order]
+        indices = np.concatenate([indices, (free % d_sae).astype(np.int32)])[order]
+        rows = np.concatenate([rows, free // d_sae])[order]
+    new_ptr = np.zeros(batch + 1, np.int64)
+    np.cumsum(np.bincount(rows, minlength=batch), out=new_ptr[1:])
+    return _Entries(acts, indices, new_ptr)
+
+
+def _free_places(taken: NDArray[np.int64], n: int) -> NDArray[np.int64]:
+    """The n lowest whole numbers that are not taken."""
+    places = np.arange(taken.shape[0] + n)
+    return places[~np.isin(places, taken)][:n]
+
+
+class _Encode(torch.autograd.Function):
+    """Any selection: its entries' pre-activations, with sparse gradients for x, W_enc and b_enc."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, chosen: Any, relu: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        centred = torch.sub(x.detach(), b_pre, out=torch.from_numpy(buffers.empty(*x.shape)))
+        weights = W_enc.detach().T.contiguous()  # free when W_enc is stored latent by latent, as ours is
+        found = chosen(centred, weights, b_enc.detach().contiguous())
+        acts, indices, ptr = (torch.from_numpy(part) for part in found)
+        if relu:
+            acts = acts.clamp_(min=0)
+        ctx.save_for_backward(centred, weights, acts, indices, ptr)
+        ctx.relu = relu
+        ctx.mark_non_differentiable(indices, ptr)
+        return acts, indices, ptr
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        centred, weights, acts, indices, ptr = ctx.saved_tensors
+        grad = (grads[0] * (acts > 0) if ctx.relu else grads[0]).contiguous()
+        grad_x = grad_W = grad_b = None
+        if ctx.needs_input_grad[0]:
+            out, zero = buffers.empty(*centred.shape), np.zeros(centred.shape[1], np.float32)
+            parts = (grad.numpy(), indices.numpy(), ptr.numpy(), weights.numpy(), zero, out)
+            pool.run(lambda start, stop: loops.decode(start, stop, *parts), centred.shape[0], CHUNK)
+            grad_x = torch.from_numpy(out)
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            transposed = Transposed.of(indices, ptr, weights.shape[0])
+            grad_weights, grad_b = scatter(grad, centred, transposed)
+            grad_W = grad_weights.T
+        return grad_x, grad_W, grad_b, None, None, None
+
+
+def _apply(
+    x: Tensor, W: Tensor, b: Tensor, b_pre: Tensor, chosen: Any, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return cast(tuple[Tensor, Tensor, Tensor], cast(Any, _Encode.apply)(x, W, b, b_pre, chosen, relu))
+
+
+def encode_topk(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    b_pre: Float[Tensor, " d_in"],
+    k: int,
+) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
+    """See `kernels.encode_topk`."""
+    chosen = functools.partial(_top, k=k)
+    acts, indices, _ = _apply(x, W_enc, b_enc, b_pre, chosen, True)
+    return acts.view(-1, k), indices.view(-1, k)
+
+
+def encode_threshold(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    b_pre: Float[Tensor, " d_in"],
+    threshold: Float[Tensor, " d_sae"] | None,
+) -> Encoded:
+    """See `kernels.encode_threshold`."""
+    d_sae = W_enc.shape[1]
+    if _share_above(x, W_enc, b_enc, b_pre, threshold) > DENSE_SHARE:
+        return reference.encode_threshold(x, W_enc, b_enc, b_pre, threshold)
+    least = np.zeros(d_sae, np.float32) if threshold is None else threshold.detach().contiguous().numpy()
+    chosen = functools.partial(_above, threshold=least)
+    return Encoded(*_apply(x, W_enc, b_enc, b_pre, chosen, False), d_sae)
+
+
+def encode_batch_topk(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    b_pre: Float[Tensor, " d_in"],
+    n_kept: int,
+) -> tuple[Encoded, Float[Tensor, ""]]:
+    """See `kernels.encode_batch_topk`."""
+    chosen = functools.partial(_batch_top, n_kept=n_kept)
+    encoded = Encoded(*_apply(x, W_enc, b_enc, b_pre, chosen, True), W_enc.shape[1])
+    return encoded, encoded.acts.detach().min()

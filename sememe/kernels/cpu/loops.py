@@ -1,0 +1,480 @@
+"""The loops of the CPU path, compiled by numba: serial over a range of rows or latents, without the GIL.
+
+Knows arrays, no tensor and no thread: `pool.py` runs ranges side by side. Every loop writes each output element once,
+in a fixed order and with float32 accumulators, so the bits do not depend on how many threads share the ranges.
+
+Sparse activations come as in `Encoded`: flat `acts` and `indices`, and `ptr`, where each row starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numpy as np
+from numba import njit, types
+from numba.extending import intrinsic
+
+__all__ = [
+    "above",
+    "by_latent",
+    "decode",
+    "dots",
+    "jit",
+    "reconstruct",
+    "reconstruct_prefixes",
+    "rescore",
+    "scatter",
+    "select",
+]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+DEPTH = 16
+"""Pre-activations per block in a selection: one maximum is kept for each."""
+
+
+_intrinsic = cast("Callable[[Callable[..., Any]], Callable[[Any], Any]]", intrinsic)
+"""numba's own, typed: the compiled function is called without the first argument, the context."""
+
+
+def jit(function: _F) -> _F:
+    """numba's njit with our settings; typed, which numba's own decorator is not."""
+    fastmath = {"contract", "reassoc", "nsz"}
+    return cast("_F", njit(cache=True, fastmath=fastmath, nogil=True)(function))
+
+
+@_intrinsic
+def _value(_: Any, entry: Any) -> Any:
+    """An entry of a product as a float32: bfloat16 comes as its bits in an uint16, the upper half of a float32's."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if entry == types.float32:
+            return arguments[0]
+        wide = builder.zext(arguments[0], context.get_value_type(types.uint32))
+        return builder.bitcast(builder.shl(wide, wide.type(16)), context.get_value_type(types.float32))
+
+    return types.float32(entry), generate
+
+
+@_intrinsic
+def _as_int(_: Any, value: Any) -> Any:
+    """A float32's bits as an int32: in the same order for positive numbers; negative ones are negative."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], context.get_value_type(types.int32))
+
+    return types.int32(types.float32), generate
+
+
+# -- four rows at a time: one vector is read once for all of them, and their latencies overlap --------
+
+
+@jit
+def _dots(vector: Any, weights: Any, latents: Any, out: Any) -> None:
+    """out[i] = vector . weights[latents[i]]."""
+    n, width = latents.shape[0], vector.shape[0]
+    for i in range(0, n - 3, 4):
+        w0, w1, w2, w3 = (
+            weights[latents[i]],
+            weights[latents[i + 1]],
+            weights[latents[i + 2]],
+            weights[latents[i + 3]],
+        )
+        t0, t1, t2, t3 = np.float32(0.0), np.float32(0.0), np.float32(0.0), np.float32(0.0)
+        for d in range(width):
+            t0 += vector[d] * w0[d]
+            t1 += vector[d] * w1[d]
+            t2 += vector[d] * w2[d]
+            t3 += vector[d] * w3[d]
+        out[i], out[i + 1], out[i + 2], out[i + 3] = t0, t1, t2, t3
+    for i in range(n // 4 * 4, n):
+        w0 = weights[latents[i]]
+        t0 = np.float32(0.0)
+        for d in range(width):
+            t0 += vector[d] * w0[d]
+        out[i] = t0
+
+
+@jit
+def _add(out: Any, factors: Any, rows: Any, vectors: Any) -> None:
+    """out += sum of factors[i] * vectors[rows[i]]."""
+    n, width = rows.shape[0], out.shape[0]
+    for i in range(0, n - 3, 4):
+        f0, f1, f2, f3 = factors[i], factors[i + 1], factors[i + 2], factors[i + 3]
+        v0, v1, v2, v3 = vectors[rows[i]], vectors[rows[i + 1]], vectors[rows[i + 2]], vectors[rows[i + 3]]
+        for d in range(width):
+            out[d] += f0 * v0[d] + f1 * v1[d] + f2 * v2[d] + f3 * v3[d]
+    for i in range(n // 4 * 4, n):
+        f0, v0 = factors[i], vectors[rows[i]]
+        for d in range(width):
+            out[d] += f0 * v0[d]
+
+
+# -- selection -------------------------------------------------------------------------------------
+
+
+@jit
+def select(product: Any, bias: Any, n_keep: int, candidates: Any) -> None:
+    """Columns of the n_keep largest positive `product + bias` of each row; ties go to lower columns; -1 fills up.
+
+    Columns are seen as blocks of DEPTH, a block being every n_blocks-th column, so that block maxima are taken side by
+    side. The n_keep-th largest maximum bounds the n_keep-th largest entry from below: only blocks that reach it are
+    looked into. Numbers are compared as int32, where NaN is the largest, so that it is not lost.
+    """
+    n_rows, n_columns = product.shape
+    n_blocks = max(1, max(n_columns // DEPTH, min(n_columns, 2 * n_keep)))
+    whole = n_columns // n_blocks * n_blocks
+    maxima = np.empty(n_blocks, dtype=np.int32)
+    blocks = np.empty(n_blocks + 1, dtype=np.int32)
+    found = np.empty(n_columns + 1, dtype=np.int32)
+    keys = np.empty(n_columns + 1, dtype=np.int32)
+    for row in range(n_rows):
+        entries = product[row]
+        for j in range(n_blocks):
+            maxima[j] = _as_int(_value(entries[j]) + bias[j])
+        for start in range(n_blocks, whole, n_blocks):
+            part, part_bias = entries[start : start + n_blocks], bias[start : start + n_blocks]
+            for j in range(n_blocks):
+                maxima[j] = max(maxima[j], _as_int(_value(part[j]) + part_bias[j]))
+        for column in range(whole, n_columns):
+            maxima[column - whole] = max(
+                maxima[column - whole], _as_int(_value(entries[column]) + bias[column])
+            )
+
+        largest = maxima[0]
+        for j in range(n_blocks):
+            largest = max(largest, maxima[j])
+        bound = np.int32(1)  # the bits of the smallest positive number
+        if n_blocks > n_keep and largest > 0:
+            low, high = np.int32(0), (largest >> np.int32(16)) + np.int32(1)  # upper halves are close enough
+            while high - low > 1:
+                middle = (low + high) >> np.int32(1)
+                least = middle << np.int32(16)
+                count = np.int32(0)
+                for j in range(n_blocks):
+                    count += np.int32(1) if maxima[j] >= least else np.int32(0)
+                if count >= n_keep:
+                    low = middle
+                else:
+                    high = middle
+            bound = max(low << np.int32(16), np.int32(1))
+
+        n_reaching = 0
+        for j in range(n_blocks):  # without a branch: the store is undone by the next one
+            blocks[n_reaching] = j
+            n_reaching += maxima[j] >= bound
+        n_found = 0
+        for i in range(n_reaching):
+            for column in range(blocks[i], n_columns, n_blocks):
+                key = _as_int(_value(entries[column]) + bias[column])
+                found[n_found] = column
+                keys[n_found] = key
+                n_found += key >= bound
+
+        if n_found <= n_keep:
+            for i in range(n_found):
+                candidates[row, i] = found[i]
+            for i in range(n_found, n_keep):
+                candidates[row, i] = -1
+            continue
+        last = _nth_largest(keys, n_found, n_keep, bound, largest)
+        n_kept, n_ties = 0, 0
+        for i in range(n_found):
+            if keys[i] > last:
+                candidates[row, n_kept] = found[i]
+                n_kept += 1
+            elif keys[i] == last:
+                found[n_ties] = found[i]
+                n_ties += 1
+        while n_kept < n_keep:
+            lowest = 0
+            for i in range(1, n_ties):
+                if found[i] < found[lowest]:
+                    lowest = i
+            candidates[row, n_kept] = found[lowest]
+            n_kept += 1
+            n_ties -= 1
+            found[lowest] = found[n_ties]
+
+
+@jit
+def _nth_largest(keys: Any, n_keys: int, n: int, low: Any, high: Any) -> Any:
+    """The n-th largest of the first n_keys keys, all of which are in [low, high]: bisection of the value."""
+    first, last = np.int64(low), np.int64(high) + 1
+    while last - first > 1:
+        middle = np.int32((first + last) >> 1)
+        count = np.int32(0)
+        for i in range(n_keys):
+            count += np.int32(1) if keys[i] >= middle else np.int32(0)
+        if count >= n:
+            first = np.int64(middle)
+        else:
+            last = np.int64(middle)
+    return np.int32(first)
+
+
+@jit
+def rescore(x: Any, weights: Any, bias: Any, candidates: Any, k: int, acts: Any, indices: Any) -> None:
+    """Float32 pre-activations of the candidates; the k largest are kept, those below 0 as 0.
+
+    Args:
+        x: (rows, d_in).
+        weights: (d_sae, d_in), one row per latent.
+        bias: (d_sae,).
+        candidates: (rows, n), -1 at the end of rows that have fewer.
+        k: Entries per row of the result.
+        acts: (rows, k), written; 0 in entries that a row lacks.
+        indices: (rows, k), written.
+    """
+    n_rows, n_candidates = candidates.shape
+    scores = np.empty(n_candidates, dtype=np.float32)
+    columns = np.empty(n_candidates, dtype=np.int32)
+    for row in range(n_rows):
+        n = 0
+        while n < n_candidates and candidates[row, n] >= 0:
+            columns[n] = candidates[row, n]
+            n += 1
+        _dots(x[row], weights, columns[:n], scores)
+        for i in range(n):
+            scores[i] += bias[columns[i]]
+        while n > k:
+            worst = 0
+            for i in range(1, n):
+                if scores[i] < scores[worst] or (scores[i] == scores[worst] and columns[i] > columns[worst]):
+                    worst = i
+            n -= 1
+            scores[worst], columns[worst] = scores[n], columns[n]
+        for i in range(n):
+            acts[row, i] = np.float32(0.0) if scores[i] < 0 else scores[i]  # so written, NaN stays
+            indices[row, i] = columns[i]
+        for i in range(n, k):
+            acts[row, i] = 0.0
+            indices[row, i] = 0
+
+
+@jit
+def above(
+    product: Any, x: Any, weights: Any, bias: Any, threshold: Any, reach: Any, counts: Any, acts: Any, indices: Any
+) -> int:  # fmt: skip
+    """Every float32 pre-activation above its latent's threshold, among those that `product` brings near it.
+
+    Args:
+        product: (rows, d_sae), x @ weights.T as computed roughly.
+        x: (rows, d_in).
+        weights: (d_sae, d_in), one row per latent.
+        bias: (d_sae,).
+        threshold: (d_sae,).
+        reach: (d_sae,), how far below its threshold a latent is still looked at, per unit of the row's norm.
+        counts: (rows,), written: entries of each row.
+        acts: Written from the start, row after row.
+        indices: Likewise; ascending within no row.
+
+    Returns:
+        The number of entries.
+    """
+    n_rows, n_columns = product.shape
+    d_in = x.shape[1]
+    n_blocks = max(1, n_columns // DEPTH)
+    whole = n_columns // n_blocks * n_blocks
+    rounding = np.float32(2**-8)
+    maxima = np.empty(n_blocks, dtype=np.float32)
+    blocks = np.empty(n_blocks + 1, dtype=np.int32)
+    found = np.empty(n_columns + 1, dtype=np.int32)
+    scores = np.empty(n_columns, dtype=np.float32)
+    offset = bias - threshold
+    n_total = 0
+    for row in range(n_rows):
+        entries = product[row]
+        square = np.float32(0.0)
+        for d in range(d_in):
+            square += x[row, d] * x[row, d]
+        norm = np.sqrt(square)
+        for j in range(n_blocks):
+            value = _value(entries[j])
+            maxima[j] = value + abs(value) * rounding + offset[j] + norm * reach[j]
+        for start in range(n_blocks, whole, n_blocks):
+            part = entries[start : start + n_blocks]
+            part_offset, part_reach = offset[start : start + n_blocks], reach[start : start + n_blocks]
+            for j in range(n_blocks):
+                value = _value(part[j])
+                maxima[j] = max(
+                    maxima[j], value + abs(value) * rounding + part_offset[j] + norm * part_reach[j]
+                )
+        for column in range(whole, n_columns):
+            value = _value(entries[column])
+            highest = value + abs(value) * rounding + offset[column] + norm * reach[column]
+            maxima[column - whole] = max(maxima[column - whole], highest)
+        n_reaching = 0
+        for j in range(n_blocks):
+            blocks[n_reaching] = j
+            n_reaching += not maxima[j] <= 0  # so written, NaN is looked at
+        n_found = 0
+        for i in range(n_reaching):
+            for column in range(blocks[i], n_columns, n_blocks):
+                value = _value(entries[column])
+                highest = value + abs(value) * rounding + offset[column] + norm * reach[column]
+                found[n_found] = column
+                n_found += not highest <= 0
+        before = n_total
+        _dots(x[row], weights, found[:n_found], scores)
+        for i in range(n_found):
+            acts[n_total] = scores[i] + bias[found[i]]
+            indices[n_total] = found[i]
+            n_total += not acts[n_total] <= threshold[found[i]]
+        counts[row] = n_total - before
+    return n_total
+
+
+# -- sparse sums -----------------------------------------------------------------------------------
+
+
+@jit
+def decode(
+    start: int, stop: int, acts: Any, indices: Any, ptr: Any, weights: Any, bias: Any, out: Any
+) -> None:
+    """out[row] = bias + sum of acts * weights[indices] over the row's entries."""
+    width = weights.shape[1]
+    for row in range(start, stop):
+        total = out[row]
+        for d in range(width):
+            total[d] = bias[d]
+        _add(total, acts[ptr[row] : ptr[row + 1]], indices[ptr[row] : ptr[row + 1]], weights)
+
+
+@jit
+def dots(start: int, stop: int, vectors: Any, indices: Any, ptr: Any, weights: Any, out: Any) -> None:
+    """out[entry] = vectors[its row] . weights[its latent]."""
+    for row in range(start, stop):
+        first, last = ptr[row], ptr[row + 1]
+        _dots(vectors[row], weights, indices[first:last], out[first:last])
+
+
+@jit
+def reconstruct(
+    start: int, stop: int, acts: Any, indices: Any, ptr: Any, weights: Any, bias: Any, target: Any, error: Any,
+    pull: Any,
+) -> float:  # fmt: skip
+    """error[row] = recon - target, pull[entry] = error[its row] . weights[its latent]; returns the sum of squares.
+
+    Both in one pass: a row's decoder rows are still in the cache when their gradients are taken.
+    """
+    width = weights.shape[1]
+    squares = 0.0
+    left = np.empty(width, dtype=np.float32)
+    for row in range(start, stop):
+        first, last = ptr[row], ptr[row + 1]
+        wanted, kept = target[row], error[row]
+        for d in range(width):
+            left[d] = bias[d] - wanted[d]
+        _add(left, acts[first:last], indices[first:last], weights)
+        square = np.float32(0.0)
+        for d in range(width):
+            square += left[d] * left[d]
+            kept[d] = left[d]
+        squares += float(square)
+        _dots(left, weights, indices[first:last], pull[first:last])
+    return squares
+
+
+@jit
+def reconstruct_prefixes(
+    start: int, stop: int, acts: Any, indices: Any, ptr: Any, weights: Any, bias: Any, target: Any, ends: Any,
+    errors: Any, pull: Any, squares: Any,
+) -> None:  # fmt: skip
+    """As `reconstruct`, for the reconstructions from the latents below each of several ends, summed.
+
+    Args:
+        start, stop: Rows.
+        acts, indices, ptr: Entries.
+        weights, bias, target: As there.
+        ends: Rising numbers of latents, the last being all.
+        errors: (prefixes, rows, width), written: the sum of the errors of this prefix and all longer ones, which is
+            what a latent that first counts in this prefix is pulled by.
+        pull: (entries,), written.
+        squares: (prefixes,), added to: sums of squares of each prefix's own error.
+    """
+    n_ends, width = ends.shape[0], weights.shape[1]
+    for row in range(start, stop):
+        for p in range(n_ends):
+            part = errors[p, row]
+            for d in range(width):
+                part[d] = 0.0
+        first = errors[0, row]
+        for d in range(width):
+            first[d] = bias[d] - target[row, d]
+        for e in range(ptr[row], ptr[row + 1]):
+            act, latent = acts[e], indices[e]
+            p = 0
+            while latent >= ends[p]:
+                p += 1
+            part = errors[p, row]
+            for d in range(width):
+                part[d] += act * weights[latent, d]
+        for p in range(n_ends):  # sums over shorter prefixes: each prefix's own error
+            square = np.float32(0.0)
+            part = errors[p, row]
+            for d in range(width):
+                if p > 0:
+                    part[d] += errors[p - 1, row, d]
+                square += part[d] * part[d]
+            squares[p] += square
+        for p in range(n_ends - 2, -1, -1):
+            for d in range(width):
+                errors[p, row, d] += errors[p + 1, row, d]
+        for e in range(ptr[row], ptr[row + 1]):
+            latent = indices[e]
+            p = 0
+            while latent >= ends[p]:
+                p += 1
+            part = errors[p, row]
+            total = np.float32(0.0)
+            for d in range(width):
+                total += part[d] * weights[latent, d]
+            pull[e] = total
+
+
+@jit
+def by_latent(indices: Any, ptr: Any, starts: Any, entries: Any, rows: Any) -> None:
+    """The transposed index: a counting sort of the entries by latent, in order within each.
+
+    Args:
+        indices: The latent of each entry.
+        ptr: Where each row starts.
+        starts: (d_sae + 1,), zeros; written: where each latent's entries start.
+        entries: Written: numbers of the entries.
+        rows: Written: their rows.
+    """
+    for e in range(indices.shape[0]):
+        starts[indices[e] + 1] += 1
+    for latent in range(starts.shape[0] - 1):
+        starts[latent + 1] += starts[latent]
+    cursor = starts[:-1].copy()
+    for row in range(ptr.shape[0] - 1):
+        for e in range(ptr[row], ptr[row + 1]):
+            place = cursor[indices[e]]
+            entries[place] = e
+            rows[place] = row
+            cursor[indices[e]] = place + 1
+
+
+@jit
+def scatter(
+    start: int, stop: int, factors: Any, scale: Any, vectors: Any, starts: Any, entries: Any, rows: Any, out: Any,
+    totals: Any,
+) -> None:  # fmt: skip
+    """out[latent] = scale * sum of factors[entry] * vectors[its row]; totals[latent] = scale * sum of factors."""
+    width = out.shape[1]
+    own = np.empty(rows.shape[0], dtype=np.float32)
+    for latent in range(start, stop):
+        summed = out[latent]
+        for d in range(width):
+            summed[d] = 0.0
+        first, last = starts[latent], starts[latent + 1]
+        total = np.float32(0.0)
+        for place in range(first, last):
+            factor = factors[entries[place]] * scale
+            own[place] = factor
+            total += factor
+        _add(summed, own[first:last], rows[first:last], vectors)
+        totals[latent] = total

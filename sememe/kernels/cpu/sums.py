@@ -1,0 +1,204 @@
+"""Decoders and gradients of the CPU path: sums over entries, by row and by latent. Knows no selection."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Self, cast
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sememe.encoded import Encoded
+from sememe.kernels.cpu import buffers, loops, pool
+
+__all__ = ["CHUNK", "Transposed", "decode", "reconstruct", "scatter"]
+
+CHUNK = 256
+"""Rows or latents per task."""
+
+
+class Transposed(NamedTuple):
+    """The entries of a batch by latent."""
+
+    starts: NDArray[np.int64]
+    """Where each latent's entries start; one longer than there are latents."""
+    entries: NDArray[np.int32]
+    """Numbers of the entries."""
+    rows: NDArray[np.int32]
+    """Their rows."""
+
+    @classmethod
+    def of(cls, indices: Int[Tensor, " nnz"], ptr: Int[Tensor, " batch_plus_1"], d_sae: int) -> Self:
+        """Sort by latent."""
+        n = indices.shape[0]
+        made = cls(np.zeros(d_sae + 1, np.int64), np.empty(n, np.int32), np.empty(n, np.int32))
+        loops.by_latent(indices.numpy(), ptr.numpy(), *made)
+        return made
+
+
+def scatter(
+    factors: Float[Tensor, " nnz"],
+    vectors: Float[Tensor, "batch width"],
+    transposed: Transposed,
+    scale: float = 1.0,
+    out: NDArray[np.float32] | None = None,
+    start: int = 0,
+    stop: int | None = None,
+) -> tuple[Float[Tensor, "d_sae width"], Float[Tensor, " d_sae"]]:
+    """Per latent, `scale` times the sum of factors * vectors over its entries, and that of the factors alone.
+
+    Args:
+        factors: One per entry.
+        vectors: One per row.
+        transposed: The entries by latent.
+        scale: A factor of all.
+        out: Where to; new if not given.
+        start: First latent to do.
+        stop: One past the last; all if not given.
+    """
+    d_sae = transposed.starts.shape[0] - 1
+    stop = d_sae if stop is None else stop
+    if out is None:
+        out = buffers.empty(d_sae, vectors.shape[1])
+    totals = np.empty(d_sae, np.float32)
+    inputs = (factors.numpy(), np.float32(scale), vectors.numpy(), *transposed, out, totals)
+    pool.run(lambda a, b: loops.scatter(start + a, start + b, *inputs), stop - start, CHUNK)
+    return torch.from_numpy(out), torch.from_numpy(totals)
+
+
+class _Decode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, acts: Tensor, indices: Tensor, ptr: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+        acts, W_dec = acts.detach().contiguous(), W_dec.detach().contiguous()
+        indices, ptr = indices.to(torch.int32).contiguous(), ptr.contiguous()
+        bias = b_dec.detach().contiguous().numpy()
+        out = buffers.empty(ptr.shape[0] - 1, W_dec.shape[1])
+        parts = (acts.numpy(), indices.numpy(), ptr.numpy(), W_dec.numpy(), bias, out)
+        pool.run(lambda start, stop: loops.decode(start, stop, *parts), out.shape[0], CHUNK)
+        ctx.save_for_backward(acts, indices, ptr, W_dec)
+        return torch.from_numpy(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        acts, indices, ptr, W_dec = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        grad_acts = grad_W = grad_b = None
+        if ctx.needs_input_grad[0]:
+            out = np.empty(acts.shape, np.float32)
+            parts = (grad.numpy(), indices.numpy(), ptr.numpy(), W_dec.numpy(), out)
+            pool.run(lambda start, stop: loops.dots(start, stop, *parts), grad.shape[0], CHUNK)
+            grad_acts = torch.from_numpy(out)
+        if ctx.needs_input_grad[3]:
+            grad_W, _ = scatter(acts, grad, Transposed.of(indices, ptr, W_dec.shape[0]))
+        if ctx.needs_input_grad[4]:
+            grad_b = grad.sum(0)
+        return grad_acts, None, None, grad_W, grad_b
+
+
+def decode(
+    encoded: Encoded, W_dec: Float[Tensor, "d_sae d_out"], b_dec: Float[Tensor, " d_out"]
+) -> Float[Tensor, "batch d_out"]:
+    """See `kernels.decode_encoded`."""
+    parts = (encoded.acts, encoded.indices, encoded.row_ptr, W_dec, b_dec)
+    return cast(Tensor, cast(Any, _Decode.apply)(*parts))
+
+
+class _Reconstruct(torch.autograd.Function):
+    """The gradients' directions come with the values, while the decoder's rows are in the cache."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, acts: Tensor, indices: Tensor, ptr: Tensor, W_dec: Tensor, b_dec: Tensor, target: Tensor,
+        ends: tuple[int, ...],
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        acts, W_dec = acts.detach().contiguous(), W_dec.detach().contiguous()
+        indices, ptr = indices.to(torch.int32).contiguous(), ptr.contiguous()
+        batch, d_out = target.shape
+        errors = buffers.empty(len(ends), batch, d_out)
+        pull = np.empty(acts.shape, np.float32)
+        parts = (
+            acts.numpy(),
+            indices.numpy(),
+            ptr.numpy(),
+            W_dec.numpy(),
+            b_dec.detach().contiguous().numpy(),
+        )
+        wanted = target.detach().contiguous().numpy()
+        if len(ends) == 1:
+            squares = pool.run(
+                lambda a, b: loops.reconstruct(a, b, *parts, wanted, errors[0], pull), batch, CHUNK
+            )
+            sums = torch.tensor([sum(squares)], dtype=torch.float64)
+        else:
+            borders = np.array(ends, np.int64)
+
+            def some(start: int, stop: int) -> NDArray[np.float64]:
+                squares = np.zeros(len(ends))
+                loops.reconstruct_prefixes(start, stop, *parts, wanted, borders, errors, pull, squares)
+                return squares
+
+            sums = torch.from_numpy(np.sum(pool.run(some, batch, CHUNK), axis=0))
+        mses = (sums / (batch * d_out)).float()
+        ctx.save_for_backward(acts, indices, ptr, W_dec)
+        ctx.errors, ctx.pull, ctx.ends = errors, pull, ends
+        error = torch.from_numpy(errors[-1])
+        ctx.mark_non_differentiable(mses)
+        ctx.set_materialize_grads(False)
+        return mses.mean(), mses, error
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        acts, indices, ptr, W_dec = ctx.saved_tensors
+        errors, ends, pull = ctx.errors, ctx.ends, torch.from_numpy(ctx.pull)
+        scale = (
+            0.0 if grads[0] is None else 2.0 * float(grads[0]) / errors.size
+        )  # every prefix counts into the size
+        if grads[2] is not None:  # somebody used the reconstruction itself: every prefix's latents are in it
+            errors, pull = _with_pull_of(grads[2], scale, acts, indices, ptr, W_dec, errors, pull)
+            scale = 1.0
+        needs = ctx.needs_input_grad
+        grad_acts = pull * scale if needs[0] else None
+        grad_W = grad_b = grad_target = None
+        if needs[3]:
+            transposed = Transposed.of(indices, ptr, W_dec.shape[0])
+            out = buffers.empty(*W_dec.shape)
+            for start, stop, pulled in zip((0, *ends), ends, errors, strict=False):
+                grad_W, _ = scatter(acts, torch.from_numpy(pulled), transposed, scale, out, start, stop)
+        if needs[4]:
+            grad_b = torch.from_numpy(errors[0]).sum(0) * scale
+        if needs[5]:
+            grad_target = torch.from_numpy(errors[0]) * -scale
+        return grad_acts, None, None, grad_W, grad_b, grad_target, None
+
+
+def _with_pull_of(
+    grad: Tensor,
+    scale: float,
+    acts: Tensor,
+    indices: Tensor,
+    ptr: Tensor,
+    W_dec: Tensor,
+    errors: NDArray[np.float32],
+    pull: Tensor,
+) -> tuple[NDArray[np.float32], Tensor]:
+    """The errors' gradients and the entries', with what flows back through the reconstruction from all latents."""
+    grad = grad.contiguous()
+    summed = errors * np.float32(scale) + grad.numpy()
+    own = np.empty(acts.shape, np.float32)
+    parts = (grad.numpy(), indices.numpy(), ptr.numpy(), W_dec.numpy(), own)
+    pool.run(lambda start, stop: loops.dots(start, stop, *parts), grad.shape[0], CHUNK)
+    return summed, pull * scale + torch.from_numpy(own)
+
+
+def reconstruct(
+    encoded: Encoded,
+    W_dec: Float[Tensor, "d_sae d_out"],
+    b_dec: Float[Tensor, " d_out"],
+    target: Float[Tensor, "batch d_out"],
+    ends: tuple[int, ...],
+) -> tuple[Float[Tensor, ""], Float[Tensor, " prefixes"], Float[Tensor, "batch d_out"]]:
+    """See `kernels.reconstruct`."""
+    parts = (encoded.acts, encoded.indices, encoded.row_ptr, W_dec, b_dec, target, ends)
+    return cast(tuple[Tensor, Tensor, Tensor], cast(Any, _Reconstruct.apply)(*parts))

@@ -1,0 +1,276 @@
+"""What each stage takes, in bytes and seconds. Pure arithmetic: opens no file, asks no machine.
+
+Floating-point operations are counted from shapes; what comes on top of them (element-wise work, sparse entries,
+text, start-up) is bytes or seconds per unit, fitted once to measurements on the demo (docs/plan.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from sememe.lm import Outline
+from sememe.plan.machine import Speed
+
+__all__ = [
+    "Bytes",
+    "Dictionary",
+    "evaluate_bytes",
+    "evaluate_seconds",
+    "explain_bytes",
+    "explain_seconds",
+    "export_bytes",
+    "export_seconds",
+    "harvest_bytes",
+    "harvest_seconds",
+    "interpret_bytes",
+    "interpret_seconds",
+    "train_bytes",
+    "train_seconds",
+    "watch_ce_seconds",
+    "watch_seconds",
+]
+
+BASE = 1_100_000_000
+"""Memory of the process itself: the interpreter, torch, transformers, compiled loops, what earlier stages left."""
+ROW_IDS = 12
+"""Bytes of a stored row beside its activations: token, document, position."""
+FORWARD_BYTES = 420
+"""Element-wise bytes per token, layer and feature of the residual."""
+LOGIT_BYTES = 48
+"""Element-wise bytes per prediction and vocabulary entry: softmax, cross-entropy, KL."""
+FAST = frozenset({"topk"})
+"""Architectures whose selection runs in the encoder's dtype and whose gradients are sparse."""
+FAST_PRODUCTS = 1.2
+"""Encoder products per step of a fast architecture."""
+DENSE_PRODUCTS = 8.0
+"""Float32 products per step of the others."""
+ENTRY_BYTES = 24
+"""Bytes per active latent and feature in a training step: decoding and both sparse gradients."""
+PARAMETER_BYTES = 145
+"""Bytes per parameter and step: gradient and optimiser."""
+TEXT_SECONDS = 1.5e-5
+"""Per token: reading, tokenising and packing."""
+COLLECT_SECONDS = 6e-7
+"""Per active latent and token: the atlas's statistics and examples."""
+MODEL_START = 8.0
+"""Seconds to import and load a small language model and its tokenizer."""
+START = 3.0
+"""Seconds of imports and of opening artifacts."""
+EXPORT_PER_LATENT = 1 / 1500
+EXPLAIN_PER_LATENT = 1 / 60
+ATLAS_BYTES = 3500
+"""On disk, per latent."""
+SITE_BYTES = 4000
+"""On disk, per latent."""
+
+
+class Bytes(NamedTuple):
+    """What a stage takes at its peak."""
+
+    memory: float
+    disk: float = 0.0
+    gpu: float = 0.0
+
+
+class Dictionary(NamedTuple):
+    """A dictionary to be trained, as numbers."""
+
+    kind: str
+    d_in: int
+    d_out: int
+    d_sae: int
+    n_parameters: int
+    l0: int
+    """Active latents per row: k where there is one."""
+
+    @property
+    def product(self) -> float:
+        """Floating-point operations of one encoder product, per row."""
+        return 2.0 * self.d_in * self.d_sae
+
+    @property
+    def n_bytes(self) -> float:
+        """Its weights in float32."""
+        return 4.0 * self.n_parameters
+
+    def scaled(self, d_sae: int) -> Dictionary:
+        """The same with another number of latents; parameters in proportion."""
+        return self._replace(d_sae=d_sae, n_parameters=round(self.n_parameters * d_sae / self.d_sae))
+
+
+def _forward_seconds(lm: Outline, speed: Speed, first: int, last: int, context_length: int) -> float:
+    """Per token, of layers first to last - 1."""
+    elementwise = FORWARD_BYTES * lm.d_model * (last - first) / speed.bandwidth
+    return lm.flops(first, last, context_length) / speed.model + elementwise
+
+
+def _head_seconds(lm: Outline, speed: Speed) -> float:
+    return lm.head_flops / speed.model + LOGIT_BYTES * lm.vocab_size / speed.bandwidth
+
+
+def _model_bytes(lm: Outline, n_positions: int) -> tuple[float, float]:
+    """Weights and a forward's activations: in host memory, on the GPU."""
+    held = lm.n_bytes + 4.0 * n_positions * (3 * lm.d_inner + 6 * lm.d_model)
+    return (held, 0.0) if lm.device == "cpu" else (0.2 * lm.n_bytes, held)
+
+
+def _encode_seconds(dictionary: Dictionary, speed: Speed) -> float:
+    """Per row."""
+    rate = speed.encoder if dictionary.kind in FAST else speed.dense
+    return 1.3 * dictionary.product / rate
+
+
+# -- harvest ---------------------------------------------------------------------------------------
+
+
+def harvest_bytes(
+    lm: Outline, widths: int, n_rows: int, shard_rows: int, batch_rows: int, context_length: int
+) -> Bytes:
+    """Args: widths: features of all hookpoints together; n_rows: rows kept; shard_rows: rows of one shard."""
+    host, gpu = _model_bytes(lm, batch_rows * context_length)
+    shard = 2.0 * min(shard_rows, n_rows) * (2 * widths + ROW_IDS)  # its parts, and the shuffled copy
+    return Bytes(BASE + host + shard, float(n_rows) * (2 * widths + ROW_IDS), gpu)
+
+
+def harvest_seconds(
+    lm: Outline, speed: Speed, n_layers: int, n_tokens: int, context_length: int, n_bytes: float
+) -> float:
+    """Args: n_layers: layers that run; n_bytes: size of the store."""
+    forward = _forward_seconds(lm, speed, 0, n_layers, context_length)
+    writing = 4 * n_bytes / speed.bandwidth
+    return MODEL_START + n_tokens * (forward + TEXT_SECONDS) + writing
+
+
+# -- train -----------------------------------------------------------------------------------------
+
+
+def train_bytes(sizes: Sequence[Dictionary], batch_size: int, buffer: float) -> Bytes:
+    """Args: sizes: the dictionaries trained side by side; buffer: bytes of the shards in memory at once."""
+    weights = sum(size.n_bytes for size in sizes)
+    rows = 4.0 * batch_size * 4 * max(size.d_in + size.d_out for size in sizes)
+    # One after the other, so that the largest batch x d_sae counts once.
+    selection = max(batch_size * size.d_sae * (4.0 if size.kind in FAST else 24.0) for size in sizes)
+    # Weights, gradients, two moments; on the disk the dictionary and two checkpoints of weights and moments.
+    return Bytes(BASE + 4 * weights + rows + selection + buffer, 7 * weights)
+
+
+def train_seconds(sizes: Sequence[Dictionary], speed: Speed, batch_size: int, n_steps: int) -> float:
+    """Every step: products, sparse entries, parameters."""
+    step = 0.0
+    for size in sizes:
+        products = FAST_PRODUCTS / speed.encoder if size.kind in FAST else DENSE_PRODUCTS / speed.dense
+        entries = ENTRY_BYTES * size.l0 * (size.d_in + size.d_out) / 2
+        step += batch_size * (products * size.product + entries / speed.bandwidth)
+        step += PARAMETER_BYTES * size.n_parameters / speed.bandwidth
+    return START + n_steps * step
+
+
+def watch_seconds(sizes: Sequence[Dictionary], speed: Speed, n_rows: int) -> float:
+    """Encoding and decoding held-out rows, of all looks together."""
+    return n_rows * sum(_encode_seconds(size, speed) for size in sizes)
+
+
+def watch_ce_seconds(
+    lm: Outline, speed: Speed, n_tokens: int, n_layers_above: Sequence[int], context_length: int
+) -> float:
+    """Splicing reconstructions in. Args: n_tokens: of all looks together; n_layers_above: for each dictionary."""
+    per_token = 0.0
+    for above in n_layers_above:
+        per_token += _forward_seconds(lm, speed, lm.n_layers - above, lm.n_layers, context_length)
+        per_token += _head_seconds(lm, speed)
+    return MODEL_START + n_tokens * per_token
+
+
+# -- evaluate --------------------------------------------------------------------------------------
+
+
+def evaluate_bytes(
+    lm: Outline, dictionary: Dictionary, n_arms: int, batch_rows: int, context_length: int
+) -> Bytes:
+    """Args: n_arms: dictionaries measured: the one in question and its nulls."""
+    n_positions = batch_rows * context_length
+    host, gpu = _model_bytes(lm, n_positions)
+    arms = (
+        n_arms * dictionary.n_bytes
+        + 4.0 * n_positions * (2 + n_arms) * dictionary.d_out
+        + 4.0 * 3 * n_positions * dictionary.d_sae
+    )
+    logits = 4.0 * 256 * lm.vocab_size * 8
+    moments = 8.0 * 3 * dictionary.d_out**2
+    if lm.device != "cpu":
+        return Bytes(BASE + host + moments, 2e6, gpu + arms + logits)
+    return Bytes(BASE + host + arms + logits + moments, 2e6)
+
+
+def evaluate_seconds(
+    lm: Outline,
+    dictionary: Dictionary,
+    speed: Speed,
+    n_tokens: int,
+    n_arms: int,
+    n_layers_above: int,
+    context_length: int,
+) -> float:
+    """Args: n_arms: dictionaries measured; n_layers_above: layers that run again for each arm."""
+    base = _forward_seconds(lm, speed, 0, lm.n_layers, context_length) + _head_seconds(lm, speed)
+    first = lm.n_layers - n_layers_above
+    spliced = _forward_seconds(lm, speed, first, lm.n_layers, context_length) + _head_seconds(lm, speed)
+    encoding = n_arms * _encode_seconds(dictionary, speed)
+    per_token = base + (n_arms + 2) * spliced + encoding + TEXT_SECONDS  # the two: zero and mean ablation
+    eigen = 30.0 * dictionary.d_out**3 / speed.dense
+    return MODEL_START + eigen + n_tokens * per_token
+
+
+# -- interpret, explain, export --------------------------------------------------------------------
+
+
+def interpret_bytes(
+    lm: Outline,
+    dictionary: Dictionary,
+    n_tokens: int,
+    slots: int,
+    n_random: int,
+    batch_rows: int,
+    context_length: int,
+    shard: float,
+) -> Bytes:
+    """Args: slots: examples kept per latent; shard: bytes of a store's shard, if one is read."""
+    host, gpu = _model_bytes(lm, batch_rows * context_length)
+    # The bound in the docstring of `collect`, with three active tokens per window.
+    collector = float(dictionary.d_sae) * (4 * 1024 + 12 * 256 + (28 + 2 * 6 * 3) * slots + 14 * n_random)
+    rows = min(batch_rows * context_length, max(2**25 // dictionary.d_sae, 64))
+    encoding = 8.0 * rows * dictionary.d_sae
+    database = 4.0 * 512 * lm.vocab_size * 2 + 0.3e9
+    memory = BASE + host + collector + dictionary.n_bytes + encoding + database + 2 * shard
+    return Bytes(memory, ATLAS_BYTES * dictionary.d_sae + 8.0 * n_tokens + collector, gpu)
+
+
+def interpret_seconds(
+    lm: Outline, dictionary: Dictionary, speed: Speed, n_tokens: int, n_layers: int, context_length: int
+) -> float:
+    """Args: n_layers: layers of the language model that run; 0 where a store is read."""
+    forward = _forward_seconds(lm, speed, 0, n_layers, context_length)
+    per_token = forward + TEXT_SECONDS + _encode_seconds(dictionary, speed) + COLLECT_SECONDS * dictionary.l0
+    logits = 2.0 * dictionary.d_sae * lm.d_model * lm.vocab_size / speed.model
+    return MODEL_START + n_tokens * per_token + logits + dictionary.d_sae / 1000
+
+
+def explain_bytes(d_sae: int) -> Bytes:
+    """Memory for an atlas's examples, and the table."""
+    return Bytes(BASE + 60_000.0 * d_sae, 400.0 * d_sae)
+
+
+def explain_seconds(d_sae: int) -> float:
+    """Finding and scoring rules, nulls included."""
+    return START + d_sae * EXPLAIN_PER_LATENT
+
+
+def export_bytes(d_sae: int) -> Bytes:
+    """Memory for a query's latents, and the site."""
+    return Bytes(BASE + 2e8, SITE_BYTES * d_sae)
+
+
+def export_seconds(d_sae: int) -> float:
+    """Writing the site."""
+    return START + d_sae * EXPORT_PER_LATENT

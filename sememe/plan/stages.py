@@ -1,0 +1,309 @@
+"""From a recipe's stages to what each takes. Reads configs and what is on disk; loads no model, downloads nothing.
+
+A stage whose numbers hang on a model that is not at hand has none, and a note that says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from sememe import artifact, dictionaries, lm
+from sememe.errors import HookpointError, nearest
+from sememe.evaluate import EvaluateConfig
+from sememe.harvest import HarvestConfig
+from sememe.interpret import InterpretConfig
+from sememe.lm import Outline
+from sememe.plan import costs
+from sememe.plan.costs import Bytes, Dictionary
+from sememe.plan.machine import Speed
+from sememe.recipe import Stage
+from sememe.store import StoreInfo
+from sememe.text import TokenPolicy
+from sememe.train import TrainConfig, variants
+
+__all__ = ["Estimate", "Estimates", "Knob", "Shapes", "estimates"]
+
+GROUP_BYTES = 2**30
+"""What `StoreSource` holds in memory of a store."""
+TYPICAL_L0 = 64
+"""Active latents per row where the architecture fixes no number."""
+
+
+class Knob(NamedTuple):
+    """An option that changes what a stage takes."""
+
+    name: str
+    value: int
+    bytes_at: Callable[[int], Bytes]
+
+
+class Estimate(NamedTuple):
+    """One stage. `needs` and `seconds_at` are None where something is not known; `note` says what."""
+
+    stage: Stage
+    done: bool
+    needs: Bytes | None
+    seconds_at: Callable[[Speed], float] | None
+    knobs: tuple[Knob, ...] = ()
+    note: str = ""
+
+
+class _Rows(NamedTuple):
+    """The rows that a store holds, or will hold."""
+
+    widths: dict[str, int]
+    n_rows: int
+    n_tokens: int
+    shard_rows: int
+    policy: TokenPolicy
+
+    def n_bytes(self, names: Sequence[str]) -> float:
+        return float(self.n_rows) * (2 * sum(self.widths[name] for name in names) + costs.ROW_IDS)
+
+
+class Shapes(NamedTuple):
+    """What a calibration should time: the widest dictionary and the language model of a recipe."""
+
+    d_in: int
+    d_sae: int
+    model: tuple[int, int, torch.dtype, str] | None
+    """Width, inner width, dtype and device; None if its config is not at hand."""
+
+
+class Estimates(NamedTuple):
+    """A recipe's stages, and the shapes of their products."""
+
+    stages: list[Estimate]
+    shapes: Shapes
+
+
+def estimates(stages: Sequence[Stage], fresh: bool = False) -> Estimates:
+    """What each stage of a recipe takes; stages that are done take nothing.
+
+    Args:
+        stages: The recipe's.
+        fresh: Whether everything will be made again.
+    """
+    planner = _Planner(stages, fresh)
+    return Estimates([planner.one(stage) for stage in stages], planner.shapes())
+
+
+class _Planner:
+    """What is known of a recipe, each thing found out once."""
+
+    def __init__(self, stages: Sequence[Stage], fresh: bool) -> None:
+        self.stages, self.fresh = stages, fresh
+        harvest = stages[0].config
+        assert isinstance(harvest, HarvestConfig)
+        self.harvest = harvest
+        done = all(self._done(stage) for stage in stages)
+        self.model = None if done else lm.outline(harvest.model)
+        self.rows = self._rows()
+
+    def _done(self, stage: Stage) -> bool:
+        return not self.fresh and (stage.path / artifact.META).is_file()
+
+    def one(self, stage: Stage) -> Estimate:
+        """One stage."""
+        if self._done(stage):
+            return Estimate(stage, True, Bytes(0.0), lambda _: 0.0)
+        config, model, rows = stage.config, self.model, self.rows
+        if rows is None or (model is None and stage.verb in ("harvest", "evaluate", "interpret")):
+            name = self.harvest.model.model
+            return Estimate(stage, False, None, None, note=f"the config of {name} is not at hand")
+        if isinstance(config, TrainConfig):
+            return self._train(stage, config, rows)
+        if model is not None and isinstance(config, HarvestConfig):
+            return self._harvest(stage, config, model, rows)
+        if model is not None and isinstance(config, EvaluateConfig):
+            return self._evaluate(stage, config, model, rows)
+        if model is not None and isinstance(config, InterpretConfig):
+            return self._interpret(stage, config, model, rows)
+        explains = stage.verb == "explain"
+        d_sae = self._dictionary(self._train_config(stage.name), rows).d_sae
+        bytes_at = costs.explain_bytes if explains else costs.export_bytes
+        seconds = costs.explain_seconds(d_sae) if explains else costs.export_seconds(d_sae)
+        return Estimate(stage, False, bytes_at(d_sae), lambda _: seconds, (Knob("d_sae", d_sae, bytes_at),))
+
+    def shapes(self) -> Shapes:
+        """The widths of the recipe's products, the largest where there are several."""
+        configs = [stage.config for stage in self.stages]
+        found = [
+            self._dictionary(member, self.rows)
+            for config in configs
+            if isinstance(config, TrainConfig) and self.rows is not None
+            for member in _members(config)
+        ]
+        d_in, d_sae = max(((d.d_in, d.d_sae) for d in found), key=math.prod, default=(512, 4096))
+        model = self.model
+        about = None if model is None else (model.d_model, model.d_inner, model.dtype, model.device)
+        return Shapes(d_in, d_sae, about)
+
+    # -- what is known -----------------------------------------------------------------------------
+
+    def _rows(self) -> _Rows | None:
+        """The store's rows: those that are there, or those that the model will give."""
+        config, stage = self.harvest, self.stages[0]
+        if self._done(stage):
+            info = StoreInfo.build(artifact.load(stage.path, "store").extra, where=str(stage.path))
+            widths = {name: point.width for name, point in info.hookpoints.items()}
+            return _Rows(widths, info.n_rows, info.n_tokens_read, max(info.shard_rows), info.policy)
+        if self.model is None:
+            return None
+        widths = {name: self.model.width(name) for name in self.model.expand(config.hookpoints)}
+        length = config.policy.context_length
+        kept = length - config.policy.drop_positions
+        if config.positions is not None:
+            kept = len(set(config.positions))
+        kept = min(kept, config.positions_per_context or kept)
+        n_contexts = -(-config.n_tokens // length)
+        shard_rows = min(config.shard_contexts, n_contexts) * kept
+        return _Rows(widths, n_contexts * kept, n_contexts * length, shard_rows, config.policy)
+
+    def _train_config(self, name: str) -> TrainConfig:
+        """What a dictionary is trained with: a stage's own config, or one of its sweep's."""
+        for stage in self.stages:
+            if isinstance(stage.config, TrainConfig):
+                for member in _members(stage.config):
+                    place = Path(stage.name) / (member.out.name if stage.config.sweep else "")
+                    if place == Path(name):
+                        return member
+        raise AssertionError(f"no stage trains {name!r}")
+
+    def _names(self, config: TrainConfig, rows: _Rows) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Hookpoints that a dictionary reads, and those it writes."""
+        inputs = config.inputs or tuple(rows.widths)
+        for name in (*inputs, *(config.outputs or ())):
+            if name not in rows.widths:
+                raise HookpointError(
+                    "a hookpoint must be in the store", repr(name), nearest(name, rows.widths)
+                )
+        return inputs, config.outputs or inputs
+
+    def _dictionary(self, config: TrainConfig, rows: _Rows) -> Dictionary:
+        inputs, outputs = self._names(config, rows)
+        d_in, d_out = (sum(rows.widths[name] for name in names) for names in (inputs, outputs))
+        architecture = config.architecture
+        with torch.device("meta"):
+            built = dictionaries.build(architecture, d_in, d_out)
+        given = (getattr(architecture, name, None) for name in ("k", "target_l0"))
+        l0 = next((int(value) for value in given if value), TYPICAL_L0)
+        n_parameters = sum(parameter.numel() for parameter in built.parameters())
+        return Dictionary(architecture.kind, d_in, d_out, built.d_sae, n_parameters, min(l0, built.d_sae))
+
+    # -- stages ------------------------------------------------------------------------------------
+
+    def _harvest(self, stage: Stage, config: HarvestConfig, model: Outline, rows: _Rows) -> Estimate:
+        names, length = tuple(rows.widths), config.policy.context_length
+        widths = sum(rows.widths.values())
+
+        def needs(n_tokens: int, shard_contexts: int, batch_rows: int) -> Bytes:
+            share = rows.n_rows / rows.n_tokens
+            shard_rows = round(share * length * shard_contexts)
+            return costs.harvest_bytes(model, widths, round(share * n_tokens), shard_rows, batch_rows, length)
+
+        def seconds(speed: Speed) -> float:
+            n_layers = model.n_layers_read(names)
+            return costs.harvest_seconds(model, speed, n_layers, rows.n_tokens, length, rows.n_bytes(names))
+
+        n_tokens, shard, batch = config.n_tokens, config.shard_contexts, config.batch_rows
+        knobs = (
+            Knob("n_tokens", n_tokens, lambda n: needs(n, shard, batch)),
+            Knob("shard_contexts", shard, lambda n: needs(n_tokens, n, batch)),
+            Knob("batch_rows", batch, lambda n: needs(n_tokens, shard, n)),
+        )
+        return Estimate(stage, False, needs(n_tokens, shard, batch), seconds, knobs)
+
+    def _train(self, stage: Stage, config: TrainConfig, rows: _Rows) -> Estimate:
+        """One dictionary, or all of a sweep, which are trained side by side."""
+        members = _members(config)
+        sizes = [self._dictionary(member, rows) for member in members]
+        names = [self._names(member, rows) for member in members]
+        held = rows.n_bytes(tuple(dict.fromkeys(name for both in names for name in (*both[0], *both[1]))))
+        shard = held / rows.n_rows * rows.shard_rows
+        buffer = min(held, max(GROUP_BYTES, shard)) + shard
+        n_trained = config.n_tokens or int((config.epochs or 1.0) * rows.n_rows)
+        n_steps = max(1, n_trained // config.batch_size)
+
+        def needs(d_sae: int | None, batch_size: int) -> Bytes:
+            wanted = sizes if d_sae is None else [size.scaled(d_sae) for size in sizes]
+            return costs.train_bytes(wanted, batch_size, buffer)
+
+        model, n_looks = self.model, 2 + n_trained // config.watch_every
+
+        def seconds(speed: Speed) -> float:
+            total = costs.train_seconds(sizes, speed, config.batch_size, n_steps)
+            total += costs.watch_seconds(sizes, speed, n_looks * config.watch_rows)
+            if config.watch_ce_tokens and model is not None:
+                n_tokens, length = n_looks * config.watch_ce_tokens, rows.policy.context_length
+                above = [model.n_layers_above(outputs) for _, outputs in names]
+                total += costs.watch_ce_seconds(model, speed, n_tokens, above, length)
+            return total
+
+        batch, widths = config.batch_size, {size.d_sae for size in sizes}
+        knobs = [Knob("d_sae", widths.pop(), lambda n: needs(n, batch))] if len(widths) == 1 else []
+        knobs.append(Knob("batch_size", batch, lambda n: needs(None, n)))
+        return Estimate(stage, False, needs(None, batch), seconds, tuple(knobs))
+
+    def _evaluate(self, stage: Stage, config: EvaluateConfig, model: Outline, rows: _Rows) -> Estimate:
+        train = self._train_config(stage.name)
+        dictionary = self._dictionary(train, rows)
+        _, outputs = self._names(train, rows)
+        length, n_arms = rows.policy.context_length, 1 + len(config.nulls)
+
+        def needs(d_sae: int, batch_rows: int) -> Bytes:
+            return costs.evaluate_bytes(model, dictionary.scaled(d_sae), n_arms, batch_rows, length)
+
+        def seconds(speed: Speed) -> float:
+            above = model.n_layers_above(outputs)
+            return costs.evaluate_seconds(model, dictionary, speed, config.n_tokens, n_arms, above, length)
+
+        d_sae, batch = dictionary.d_sae, config.batch_rows
+        knobs = (
+            Knob("batch_rows", batch, lambda n: needs(d_sae, n)),
+            Knob("d_sae", d_sae, lambda n: needs(n, batch)),
+        )
+        return Estimate(stage, False, needs(d_sae, batch), seconds, knobs)
+
+    def _interpret(self, stage: Stage, config: InterpretConfig, model: Outline, rows: _Rows) -> Estimate:
+        train = self._train_config(stage.name)
+        dictionary = self._dictionary(train, rows)
+        inputs, _ = self._names(train, rows)
+        length, stored = rows.policy.context_length, config.store is not None
+        n_tokens = rows.n_tokens if stored else config.n_tokens
+        shard = rows.n_bytes(inputs) / rows.n_rows * rows.shard_rows if stored else 0.0
+
+        def needs(n_read: int, d_sae: int, n_reservoir: int) -> Bytes:
+            slots = config.n_top + n_reservoir
+            return costs.interpret_bytes(
+                model,
+                dictionary.scaled(d_sae),
+                n_read,
+                slots,
+                config.n_random,
+                config.batch_rows,
+                length,
+                shard,
+            )
+
+        def seconds(speed: Speed) -> float:
+            n_layers = 0 if stored else model.n_layers_read(inputs)
+            return costs.interpret_seconds(model, dictionary, speed, n_tokens, n_layers, length)
+
+        d_sae, reservoir = dictionary.d_sae, config.n_reservoir
+        knobs = (
+            Knob("n_tokens", n_tokens, lambda n: needs(n, d_sae, reservoir)),
+            Knob("n_reservoir", reservoir, lambda n: needs(n_tokens, d_sae, n)),
+            Knob("d_sae", d_sae, lambda n: needs(n_tokens, n, reservoir)),
+        )
+        return Estimate(stage, False, needs(n_tokens, d_sae, reservoir), seconds, knobs[0 if stored else 1 :])
+
+
+def _members(config: TrainConfig) -> list[TrainConfig]:
+    """A config for each dictionary that one train stage makes."""
+    return [member.config for member in variants(config)] if config.sweep else [config]

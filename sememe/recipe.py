@@ -1,0 +1,176 @@
+"""A recipe as it is written: its tables, and the stages they stand for. Runs nothing.
+
+A recipe is a TOML file with a `name`, the shared tables `[model]`, `[text]` and `[policy]`, and one table per
+stage: `[harvest]`, `[train]`, `[evaluate]`, `[interpret]`, `[explain]`, `[export]`. A stage's table holds its verb's
+options; where it reads and writes follows from the name:
+
+    artifacts/NAME/{store, dictionary, report, atlas, explanations, site}
+
+Several dictionaries are `[train.NAME]` tables with an architecture each, or come from a `[train.sweep]`; their
+results lie one folder deeper: `dictionary/NAME`, `report/NAME`.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sememe.config import Config, read_toml
+from sememe.errors import ConfigError, nearest
+
+__all__ = ["Recipe", "Stage", "place_of", "read_recipe", "stages"]
+
+SHARED = ("model", "text", "policy")
+STAGES = ("harvest", "train", "evaluate", "interpret", "explain", "export")
+
+
+class Recipe(NamedTuple):
+    """A recipe's tables as plain data. `dictionaries` maps a name to a train table; "" is the only one."""
+
+    name: str
+    model: dict[str, Any]
+    text: dict[str, Any]
+    policy: dict[str, Any]
+    harvest: dict[str, Any]
+    dictionaries: dict[str, dict[str, Any]]
+    evaluate: dict[str, Any] | None
+    interpret: dict[str, Any] | None
+    explain: dict[str, Any] | None
+    export: dict[str, Any] | None
+
+
+class Stage(NamedTuple):
+    """One verb of a recipe, with all its options."""
+
+    verb: str
+    """harvest, train, evaluate, interpret, explain or export."""
+    name: str
+    """The dictionary it is about; "" for the only one, and for harvest."""
+    path: Path
+    """The artifact it makes."""
+    config: Config
+    """The verb's own config."""
+
+    @property
+    def label(self) -> str:
+        """What people call it: "train", "train small"."""
+        return f"{self.verb} {self.name}".rstrip()
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """Read and check a recipe's shape; each verb checks its own options when its turn comes, or `run` before.
+
+    Raises:
+        ConfigError: the file is missing, not TOML, or holds a table that no stage knows.
+    """
+    data = read_toml(path)
+    known = ("name", *SHARED, *STAGES)
+    for key in data:
+        if key not in known:
+            raise ConfigError(f"a table of the recipe {path} must be known", repr(key), nearest(key, known))
+    name = data.get("name", Path(path).stem)
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
+        raise ConfigError(
+            "a recipe's name must be letters, digits, '.', '-' and '_'", repr(name), "Change name."
+        )
+    for key in (*SHARED, *STAGES):
+        if not isinstance(data.get(key, {}), dict):
+            raise ConfigError(
+                f"{key} must be a table of the recipe {path}", repr(data[key]), f"Write [{key}]."
+            )
+    if "harvest" not in data or "train" not in data:
+        raise ConfigError(
+            f"the recipe {path} must have the tables [harvest] and [train]",
+            ", ".join(data) or "nothing",
+            "Add them.",
+        )
+    train = data["train"]
+    named = {
+        key: value for key, value in train.items() if isinstance(value, dict) and "architecture" in value
+    }
+    common = {key: value for key, value in train.items() if key not in named}
+    dictionaries = {key: common | value for key, value in named.items()} if named else {"": train}
+    return Recipe(
+        name,
+        data.get("model", {}),
+        data.get("text", {}),
+        data.get("policy", {}),
+        data["harvest"],
+        dictionaries,
+        *(data.get(stage, {} if stage != "explain" else None) for stage in STAGES[2:]),
+    )
+
+
+def place_of(recipe: Recipe, out: str | Path | None) -> Path:
+    """The folder of a recipe's results: artifacts/NAME if none is given."""
+    return Path(out) if out is not None else Path("artifacts") / recipe.name
+
+
+def stages(recipe: Recipe, base: Path) -> list[Stage]:
+    """Every stage in order, its config built and so checked.
+
+    Raises:
+        ConfigError: an option of a stage is unknown, out of range, or without effect.
+    """
+    from sememe.harvest import HarvestConfig
+    from sememe.train import TrainConfig, swept_names
+
+    where = f"the recipe {recipe.name}"
+    store = base / "store"
+    shared = {"model": recipe.model, "text": recipe.text}
+    harvest = HarvestConfig.build({**shared, "policy": recipe.policy, **recipe.harvest, "out": store}, where)
+    found = [Stage("harvest", "", store, harvest)]
+    for name, table in recipe.dictionaries.items():
+        out = base / "dictionary" / name
+        train = TrainConfig.build({**table, "store": store, "out": out}, where)
+        found.append(Stage("train", name, out, train))
+        for member in swept_names(train):
+            place = Path(name) / member
+            paths = {
+                kind: base / kind / place
+                for kind in ("dictionary", "report", "atlas", "explanations", "site")
+            }
+            label = "" if place == Path() else str(place)
+            found += _after_training(recipe, label, store, paths, where)
+    return found
+
+
+def _after_training(
+    recipe: Recipe, name: str, store: Path, paths: dict[str, Path], where: str
+) -> list[Stage]:
+    shared = {"model": recipe.model, "text": recipe.text}
+    found: list[Stage] = []
+    if recipe.evaluate is not None:
+        from sememe.evaluate import EvaluateConfig
+
+        about = {"dictionary": paths["dictionary"], "store": store, "out": paths["report"]}
+        evaluate = EvaluateConfig.build({**shared, **recipe.evaluate, **about}, where)
+        found.append(Stage("evaluate", name, paths["report"], evaluate))
+    if recipe.interpret is None:
+        return found
+    from sememe.interpret import InterpretConfig
+
+    # Over the store's own text, whose activations need no second forward, unless the recipe asks for another.
+    elsewhere = {"n_tokens", "split", "text"} & set(recipe.interpret)
+    origin = shared if elsewhere else {"model": recipe.model, "store": store}
+    about = {"dictionary": paths["dictionary"], "out": paths["atlas"]}
+    interpret = InterpretConfig.build({**origin, **recipe.interpret, **about}, where)
+    found.append(Stage("interpret", name, paths["atlas"], interpret))
+    if recipe.explain is not None:
+        from sememe.explain import ExplainConfig
+
+        about = {"atlas": paths["atlas"], "out": paths["explanations"]}
+        explain = ExplainConfig.build({**recipe.explain, **about}, where)
+        found.append(Stage("explain", name, paths["explanations"], explain))
+    if recipe.export is not None:
+        from sememe.browse import ExportConfig
+
+        beside = {
+            "report": paths["report"] if recipe.evaluate is not None else None,
+            "explanations": paths["explanations"] if recipe.explain is not None else None,
+        }
+        about = {"atlas": paths["atlas"], "out": paths["site"]}
+        export = ExportConfig.build({**recipe.export, **beside, **about}, where)
+        found.append(Stage("export", name, paths["site"], export))
+    return found

@@ -1,0 +1,249 @@
+"""The CPU path's own parts: selections on real numbers, reconstruction errors, buffers, threads; against the truth."""
+
+import gc
+import itertools
+import os
+import threading
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sememe import kernels
+from sememe.encoded import Encoded
+from sememe.kernels import cpu, reference
+from sememe.kernels.cpu import buffers, encode, pool
+
+shapes = st.tuples(st.integers(1, 9), st.integers(1, 40), st.integers(1, 150), st.integers(0, 10_000))
+
+
+def case(batch: int, d_in: int, d_sae: int, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    normal = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    return {
+        "x": normal(batch, d_in).requires_grad_(),
+        "W_enc": (normal(d_sae, d_in) / d_in**0.5).T.requires_grad_(),
+        "b_enc": (0.1 * normal(d_sae) - 0.5).requires_grad_(),
+        "b_pre": normal(d_in),
+    }
+
+
+def gradients(output: torch.Tensor, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    wanted = {name: value for name, value in inputs.items() if value.requires_grad}
+    return dict(zip(wanted, torch.autograd.grad(output, list(wanted.values())), strict=True))
+
+
+def weighted(dense: torch.Tensor) -> torch.Tensor:
+    return (dense * torch.linspace(-1, 2, dense.numel()).view_as(dense)).sum()
+
+
+@pytest.fixture(params=[True, False], ids=["bfloat16", "float32"])
+def rough(request, monkeypatch):
+    """Products in bfloat16 (where this CPU has it), and as on one that has not."""
+    if not request.param:
+        monkeypatch.setattr(encode, "native_bfloat16", lambda: False)
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes, st.booleans())
+def test_threshold_selection_in_float32_is_the_references(shape, with_threshold):
+    p = case(*shape)
+    threshold = torch.linspace(-0.2, 0.8, shape[2]) if with_threshold else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode, "native_bfloat16", lambda: False)
+        patch.setattr(encode, "DENSE_SHARE", 1.0)
+        fast = kernels.encode_threshold(**p, threshold=threshold)
+    slow = reference.encode_threshold(**p, threshold=threshold)
+    torch.testing.assert_close(fast.to_dense(), slow.to_dense())
+    for (name, a), b in zip(
+        gradients(weighted(fast.to_dense()), p).items(),
+        gradients(weighted(slow.to_dense()), p).values(),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_threshold_selection_in_bfloat16_loses_next_to_nothing(monkeypatch):
+    monkeypatch.setattr(encode, "DENSE_SHARE", 1.0)
+    p = case(512, 96, 1024, 1)
+    fast = kernels.encode_threshold(**p, threshold=torch.full((1024,), 1.0)).to_dense()
+    slow = reference.encode_threshold(**p, threshold=torch.full((1024,), 1.0)).to_dense()
+    both = (fast > 0) & (slow > 0)
+    assert int(both.sum()) > 10_000
+    torch.testing.assert_close(fast[both], slow[both], atol=1e-5, rtol=1e-5)
+    assert int(((fast > 0) != (slow > 0)).sum()) / int(both.sum()) < 1e-3
+
+
+def test_many_active_latents_take_the_dense_way_with_the_same_result():
+    p = case(64, 16, 100, 2)
+    fast, slow = (
+        kernels.encode_threshold(**p, threshold=None),
+        reference.encode_threshold(**p, threshold=None),
+    )
+    assert slow.acts.shape[0] > encode.DENSE_SHARE * 6400
+    assert torch.equal(fast.to_dense(), slow.to_dense())
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes, st.integers(1, 12))
+def test_batch_selection_in_float32_is_the_references(shape, k):
+    p = case(*shape)
+    n_kept = min(k, shape[2]) * shape[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode, "native_bfloat16", lambda: False)
+        fast = kernels.encode_batch_topk(**p, n_kept=n_kept)
+    slow, least = reference.encode_batch_topk(**p, n_kept=n_kept)
+    assert fast.encoded.acts.shape == slow.acts.shape == (n_kept,)
+    torch.testing.assert_close(fast.encoded.to_dense(), slow.to_dense())
+    torch.testing.assert_close(fast.threshold, least)
+    for (name, a), b in zip(
+        gradients(weighted(fast.encoded.to_dense()), p).items(),
+        gradients(weighted(slow.to_dense()), p).values(),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_batch_selection_finds_more_when_the_probed_rows_mislead():
+    """Every row that is looked at first is large, and all others small: the first bound keeps far too few."""
+    p = case(256, 8, 64, 3)
+    x = p["x"].detach() * 1e-3
+    x[:: 256 // encode.N_PROBE_ROWS] *= 1e5
+    p |= {"x": x, "b_pre": torch.zeros(8), "b_enc": torch.zeros(64)}
+    fast, slow = kernels.encode_batch_topk(**p, n_kept=2560), reference.encode_batch_topk(**p, n_kept=2560)
+    assert fast.encoded.acts.shape == (2560,)
+    shared = (fast.encoded.to_dense() > 0) & (slow[0].to_dense() > 0)
+    assert int(shared.sum()) > 0.999 * 2560
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes, st.integers(0, 4), st.booleans())
+def test_reconstruction_errors_are_the_references(shape, n_borders, rows_differ):
+    batch, d_out, d_sae, seed = shape
+    generator = torch.Generator().manual_seed(seed)
+    dense = torch.relu(torch.randn(batch, d_sae, generator=generator) - 1.9)
+    encoded = Encoded.from_dense(dense)
+    if not rows_differ:
+        k = min(3, d_sae)
+        indices = torch.stack([torch.randperm(d_sae, generator=generator)[:k] for _ in range(batch)]).int()
+        encoded = Encoded.from_topk(torch.rand(batch, k, generator=generator), indices, d_sae)
+    p = {
+        "acts": encoded.acts.clone().requires_grad_(),
+        "W_dec": torch.randn(d_sae, d_out, generator=generator).requires_grad_(),
+        "b_dec": torch.randn(d_out, generator=generator).requires_grad_(),
+        "target": torch.randn(batch, d_out, generator=generator).requires_grad_(),
+    }
+    ends = sorted({1 + seed * (i + 1) % d_sae for i in range(n_borders)} | {d_sae}) if n_borders else None
+    results = []
+    for path in ("reference", "auto"):
+        with kernels.use(path):
+            found = kernels.reconstruct(
+                encoded.with_acts(p["acts"]), p["W_dec"], p["b_dec"], p["target"], ends
+            )
+            results.append((found, gradients(3 * found.mse, p)))
+    (slow, slow_grads), (fast, fast_grads) = results
+    torch.testing.assert_close(fast.mse, slow.mse, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(fast.mses, slow.mses, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(fast.error, slow.error, atol=1e-4, rtol=1e-4)
+    assert len(fast.mses) == len(ends or [1])
+    for name, grad in slow_grads.items():
+        torch.testing.assert_close(
+            fast_grads[name], grad, atol=1e-4, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_large_rows_use_several_tiles_and_keep_their_order(monkeypatch, rough):
+    monkeypatch.setattr(encode, "TILE", 64 * 300)
+    p = case(1000, 24, 300, 4)
+    acts, indices = kernels.encode_topk(**p, k=5)
+    slow_acts, _ = reference.encode_topk(**p, k=5)
+    torch.testing.assert_close(acts.sort(1).values, slow_acts.sort(1).values, atol=2e-2, rtol=1e-2)
+    exact = ((p["x"] - p["b_pre"]) @ p["W_enc"] + p["b_enc"]).gather(1, indices.long())
+    torch.testing.assert_close(acts, exact.relu(), atol=1e-5, rtol=1e-5)
+
+
+def test_nan_is_not_lost():
+    p = case(3, 5, 40, 5)
+    x = p["x"].detach().clone()
+    x[1, 2] = float("nan")
+    for found in (
+        kernels.encode_topk(**(p | {"x": x}), k=4).acts,
+        kernels.encode_threshold(**(p | {"x": x}), threshold=None).acts,
+    ):
+        assert bool(found.isnan().any())
+
+
+def test_a_buffer_is_used_again_only_when_nobody_holds_it():
+    shape = (buffers.SMALLEST // 64, 64)
+    first = torch.from_numpy(buffers.empty(*shape))
+    first.fill_(1.0)
+    place = first.data_ptr()
+    view = first[3:]
+    del first
+    other = torch.from_numpy(buffers.empty(*shape))
+    assert other.data_ptr() != place  # a view still holds it
+    other.fill_(2.0)
+    assert float(view.min()) == 1.0
+    del view
+    gc.collect()
+    assert torch.from_numpy(buffers.empty(*shape)).data_ptr() == place
+
+
+def test_no_more_shapes_are_kept_than_said():
+    for n in range(buffers.N_SHAPES + 5):
+        buffers.empty(buffers.SMALLEST + n)
+    assert len(buffers._kept) <= buffers.N_SHAPES
+
+
+def test_ranges_cover_everything_once_and_come_back_in_order():
+    cpu.set_threads(2)
+    ranges = pool.run(lambda start, stop: (start, stop), 1000, 64)
+    assert ranges[0] == (0, 64)
+    assert ranges[-1] == (960, 1000)
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(ranges))
+
+
+def test_an_error_in_a_range_is_raised_and_the_threads_go_on():
+    def task(start: int, stop: int) -> int:
+        if start == 64:
+            raise ValueError("in a range")
+        return start
+
+    with pytest.raises(ValueError, match="in a range"):
+        pool.run(task, 200, 64)
+    assert pool.run(lambda start, stop: start, 100, 64) == [0, 64]
+
+
+def test_workers_run_torch_on_one_thread_and_leave_its_setting_alone():
+    before = torch.get_num_threads()
+    cpu.set_threads(2)
+    barrier = threading.Barrier(2)
+
+    def task(start: int, stop: int) -> int:
+        barrier.wait(timeout=30)  # both workers take part
+        return torch.get_num_threads()
+
+    assert pool.run(task, 2, 1) == [1, 1]
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_a_forked_child_gets_threads_of_its_own():
+    pool.run(lambda start, stop: start, 4, 1)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if pool.run(lambda start, stop: start, 4, 1) == [0, 1, 2, 3] else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_silent_rows_fill_up_like_the_reference():
+    x, W = torch.zeros(3, 4), torch.ones(10, 4).T
+    found = kernels.encode_batch_topk(x, W, -torch.ones(10), torch.zeros(4), 6)
+    slow, least = reference.encode_batch_topk(x, W, -torch.ones(10), torch.zeros(4), 6)
+    assert found.encoded.indices.tolist() == slow.indices.tolist()
+    assert found.encoded.row_ptr.tolist() == slow.row_ptr.tolist()
+    assert float(found.threshold) == float(least) == 0.0
+    assert np.all(found.encoded.acts.numpy() == 0)

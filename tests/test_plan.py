@@ -1,0 +1,182 @@
+"""Plans: sizes that agree with what runs then make, refusals that name a number that fits, and nothing started."""
+
+import re
+import time
+
+import pytest
+from small_world import write_corpus, write_model
+
+from sememe.cli import _run
+from sememe.errors import ResourceError
+from sememe.plan import Machine, check, plan, refuse
+from sememe.recipe import read_recipe, stages
+from sememe.run import run
+
+RECIPE = """
+name = "small"
+[model]
+model = "{place}/model"
+dtype = "float32"
+[text]
+corpus = ["{place}/corpus.jsonl"]
+heldout_fraction = 0.3
+[policy]
+context_length = 32
+[harvest]
+hookpoints = ["resid_post.0"]
+n_tokens = 6000
+batch_rows = 8
+[train]
+batch_size = 64
+epochs = 3
+[train.architecture]
+kind = "topk"
+d_sae = 48
+k = 4
+[evaluate]
+n_tokens = 1500
+n_bootstrap = 50
+[interpret]
+[explain]
+"""
+VERBS = ["harvest", "train", "evaluate", "interpret", "explain", "export"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = tmp_path_factory.mktemp("plan")
+    write_corpus(place / "corpus.jsonl", n_documents=300)
+    write_model(place / "model")
+    (place / "small.toml").write_text(RECIPE.format(place=place))
+    return place
+
+
+def changed(place, tmp_path, old: str, new: str):
+    text = (place / "small.toml").read_text()
+    assert old in text
+    (tmp_path / "changed.toml").write_text(text.replace(old, new))
+    return tmp_path / "changed.toml"
+
+
+def test_a_plan_has_a_number_for_every_stage_and_starts_nothing(place, tmp_path):
+    started = time.monotonic()
+    found = plan(place / "small.toml", out=tmp_path / "out")
+    assert [estimate.stage.verb for estimate in found.estimates] == VERBS
+    for estimate in found.estimates:
+        assert not estimate.done and estimate.needs is not None
+        assert estimate.needs.memory > 0 and estimate.needs.disk > 0 and estimate.needs.gpu == 0
+        assert 0 < found.seconds(estimate) < 600
+    assert not (tmp_path / "out").exists()
+    assert found.machine.memory > 0 and min(found.speed) > 0
+    assert time.monotonic() - started < 60  # far above the three seconds of the calibration: others may run
+
+
+def test_sizes_on_disk_are_those_that_a_run_makes(place, tmp_path):
+    out = tmp_path / "out"
+    found = {e.stage.verb: e for e in plan(place / "small.toml", out=out).estimates}
+    run(place / "small.toml", out=out)
+    store = sum(file.stat().st_size for file in (out / "store").glob("shard-*"))
+    assert found["harvest"].needs.disk == pytest.approx(store, rel=0.1)
+    again = plan(place / "small.toml", out=out)
+    assert all(e.done and again.seconds(e) == 0 and e.needs.disk == 0 for e in again.estimates)
+    fresh = plan(place / "small.toml", out=out, fresh=True)
+    assert not any(estimate.done for estimate in fresh.estimates)
+    # A dictionary with other options on the store that is there: its rows are known without the model.
+    recipe = changed(place, tmp_path, 'model"', 'nowhere"')
+    for folder in ("dictionary", "report", "atlas", "explanations", "site"):
+        (out / folder / "meta.json").unlink()
+    stored = {e.stage.verb: e for e in plan(recipe, out=out).estimates}
+    assert stored["harvest"].done and stored["train"].needs.memory > 0
+    assert stored["evaluate"].needs is None and "not at hand" in stored["evaluate"].note
+
+
+def test_more_of_anything_takes_more(place, tmp_path):
+    def needs(old: str, new: str):
+        found = plan(changed(place, tmp_path, old, new), out=tmp_path / "out")
+        return {e.stage.verb: (found.seconds(e), e.needs) for e in found.estimates}
+
+    base = needs("k = 4", "k = 4")
+    wide, long, big = (
+        needs("d_sae = 48", "d_sae = 48_000"),
+        needs("n_tokens = 6000", "n_tokens = 6_000_000"),
+        needs("batch_size = 64", "batch_size = 64_000"),
+    )
+    for verb in ("train", "evaluate", "interpret", "explain", "export"):
+        assert wide[verb][1].memory >= base[verb][1].memory
+        assert wide[verb][1].memory + wide[verb][1].disk > base[verb][1].memory + base[verb][1].disk
+    assert long["harvest"][1].disk == pytest.approx(1000 * base["harvest"][1].disk, rel=0.01)
+    assert long["harvest"][0] > 5 * base["harvest"][0] - 40
+    assert big["train"][1].memory > base["train"][1].memory
+
+
+def test_a_store_that_cannot_fit_is_refused_before_anything_starts(place, tmp_path):
+    recipe = changed(place, tmp_path, "n_tokens = 6000", "n_tokens = 100_000_000_000_000")
+    with pytest.raises(
+        ResourceError, match=r"all stages together must fit in the disk that is free, .* GB, got about"
+    ) as error:
+        run(recipe, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    fits = int(re.search(r"n_tokens to at most ([\d,]+)", str(error.value)).group(1).replace(",", ""))
+    assert fits > 6000
+    smaller = changed(place, tmp_path, "n_tokens = 6000", f"n_tokens = {fits}")
+    check(stages(read_recipe(smaller), tmp_path / "out"), tmp_path / "out")
+
+
+def test_a_dictionary_that_cannot_fit_is_refused_with_the_width_that_does(place, tmp_path):
+    recipe = changed(place, tmp_path, "d_sae = 48", "d_sae = 4_000_000_000")
+    with pytest.raises(ResourceError, match=r"train must fit in the memory that is free") as error:
+        run(recipe, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert "d_sae=4,000,000,000" in str(error.value)
+    fits = int(re.search(r"d_sae to at most ([\d,]+)", str(error.value)).group(1).replace(",", ""))
+    wide = next(e for e in plan(recipe, out=tmp_path / "out").estimates if e.stage.verb == "train")
+    knob = next(knob for knob in wide.knobs if knob.name == "d_sae")
+    free = plan(recipe, out=tmp_path / "out").machine.memory
+    assert knob.bytes_at(fits).memory <= free < knob.bytes_at(int(1.2 * fits)).memory
+
+
+def test_memory_is_asked_per_stage_and_disk_for_all_of_them_together(place, tmp_path):
+    found = plan(place / "small.toml", out=tmp_path / "out")
+    needs = [estimate.needs for estimate in found.estimates]
+    memory, disk = max(n.memory for n in needs), sum(n.disk for n in needs)
+    refuse(found._replace(machine=Machine(int(memory) + 1, int(disk) + 1, None)))
+    with pytest.raises(ResourceError, match=r"Lower the harvest's n_tokens to at most [\d,]+\."):
+        refuse(found._replace(machine=Machine(int(memory) + 1, int(0.9 * disk), None)))
+    with pytest.raises(ResourceError, match=r"must fit in the memory"):
+        refuse(found._replace(machine=Machine(int(memory) - 1, int(disk) + 1, None)))
+    with pytest.raises(ResourceError, match=r"Use a smaller model, or a larger machine"):
+        refuse(found._replace(machine=Machine(1000, int(disk) + 1, None)))
+
+
+def test_a_model_that_is_not_at_hand_is_said_and_not_fetched(place, tmp_path, capsys):
+    recipe = changed(place, tmp_path, 'model"', 'nowhere"')
+    found = plan(recipe, out=tmp_path / "out")
+    assert [estimate.needs for estimate in found.estimates] == [None] * len(VERBS)
+    assert _run(["plan", str(recipe), "--out", str(tmp_path / "out")]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "not at hand" in out and "what is not known" in out
+
+
+def test_the_command_prints_the_table_and_then_refuses(place, tmp_path, capsys):
+    assert _run(["plan", str(place / "small.toml"), "--out", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    for word in (*VERBS, "memory GB", "GFLOP/s"):
+        assert word in out
+    recipe = changed(place, tmp_path, "d_sae = 48", "d_sae = 4_000_000_000")
+    assert _run(["plan", str(recipe), "--out", str(tmp_path / "out")]) == 1
+    printed = capsys.readouterr()
+    assert "interpret" in printed.out and "Lower d_sae to at most" in printed.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sweep_is_planned_as_one_stage_with_all_its_dictionaries(place, tmp_path):
+    recipe = changed(place, tmp_path, "k = 4\n", "")
+    one = {e.stage.label: e for e in plan(recipe, out=tmp_path / "out").estimates}
+    recipe.write_text(recipe.read_text().replace("epochs = 3", "epochs = 3\nsweep = {k = [2, 4, 8]}"))
+    swept = plan(recipe, out=tmp_path / "out")
+    many = {e.stage.label: e for e in swept.estimates}
+    for label in ("evaluate k2", "interpret k4", "export k8"):
+        assert many[label].needs == one[label.split()[0]].needs
+    assert many["train"].needs.disk == pytest.approx(3 * one["train"].needs.disk)
+    assert many["train"].needs.memory > one["train"].needs.memory
+    assert {knob.name for knob in many["train"].knobs} == {"d_sae", "batch_size"}

@@ -1,0 +1,36 @@
+"""Each architecture finds a planted dictionary as well as its docs page says; `make bench-toy` prints the figures."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+from bench_toy import RECIPES, Recipe, measured
+
+from sememe.dictionaries import TRAINABLE
+
+REACHED = {recipe.name: recipe for recipe in RECIPES}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [recipe.name for recipe in RECIPES if recipe.must is not None])
+def test_planted_features_are_found(name: str) -> None:
+    recipe = REACHED[name]
+    found = measured(recipe)
+    print(name, found)
+    assert recipe.must is not None and found.recall >= recipe.must
+
+
+@pytest.mark.slow
+def test_jumprelu_at_its_default_finds_more_with_more_latents() -> None:
+    found = measured(Recipe("wide", "jumprelu", {"target_l0": 3, "d_sae": 256}))
+    assert found.recall >= 0.98 and found.l0 == pytest.approx(3, rel=0.1)
+
+
+def test_the_recipes_are_of_known_architectures_and_their_docs_pages_hold_the_figures() -> None:
+    docs = Path(__file__).parent.parent / "docs" / "dictionaries"
+    for recipe in RECIPES:
+        assert recipe.kind in TRAINABLE
+        assert "make bench-toy" in (docs / f"{recipe.kind}.md").read_text(encoding="utf-8"), recipe.kind
