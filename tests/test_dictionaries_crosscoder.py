@@ -18,7 +18,7 @@ SIZES = (1.0, 30.0, 0.2)
 """How large the activations of each site are."""
 D = sum(WIDTHS)
 PARTS = (slice(0, 5), slice(5, 12), slice(12, 16))
-KINDS = sorted(kind for kind in TRAINABLE if kind != "cross_layer")
+KINDS = sorted(kind for kind in TRAINABLE if isinstance(CONFIGS[kind], LinearConfig))
 CHOOSING = sorted(
     kind for kind in KINDS if isinstance(CONFIGS[kind], SelectionConfig) and kind != "matching_pursuit"
 )
