@@ -2,6 +2,10 @@
 
 Flat `acts` and `indices` and a `row_ptr`, as in a compressed sparse row matrix: row r holds the entries
 `row_ptr[r]:row_ptr[r + 1]`, in no particular order. Acts may be signed. Duplicate indices in a row add.
+
+Where the number of active latents varies and nothing may wait to learn it, `acts` and `indices` are a buffer of
+fixed capacity: what lies past `row_ptr[-1]` has activation 0 and index 0 and belongs to no row, the count stays on
+the device as `row_ptr[-1]`, and `overflow`, a flag on the device, says whether entries had to be left out.
 """
 
 from __future__ import annotations
@@ -34,9 +38,11 @@ class Encoded:
         row_ptr: Where each row starts; `row_ptr[-1]` is the number of entries.
         d_sae: Number of latents.
         k: Entries per row, if every row holds the same number.
+        overflow: Given where acts and indices are a buffer that may be longer than `row_ptr[-1]`: whether there
+            were more entries than it could take.
     """
 
-    __slots__ = ("acts", "d_sae", "indices", "k", "row_ptr")
+    __slots__ = ("acts", "d_sae", "indices", "k", "overflow", "row_ptr")
 
     def __init__(
         self,
@@ -45,6 +51,7 @@ class Encoded:
         row_ptr: Int[Tensor, " batch_plus_1"],
         d_sae: int,
         k: int | None = None,
+        overflow: Bool[Tensor, ""] | None = None,
     ) -> None:
         if acts.shape != indices.shape or acts.dim() != 1 or row_ptr.dim() != 1:
             raise ShapeError(
@@ -53,6 +60,7 @@ class Encoded:
                 "Use Encoded.from_topk or Encoded.from_dense.",
             )
         self.acts, self.indices, self.row_ptr, self.d_sae, self.k = acts, indices, row_ptr, d_sae, k
+        self.overflow = overflow
 
     @classmethod
     def from_topk(
@@ -74,6 +82,7 @@ class Encoded:
     @classmethod
     def cat(cls, parts: Sequence[Encoded]) -> Encoded:
         """Rows of several batches, one after the other."""
+        parts = [part.compact() for part in parts]
         ks = {part.k for part in parts}
         counts = torch.cat([part.row_counts() for part in parts])
         row_ptr = torch.cat([_zeros(1, counts), counts.cumsum(0)])
@@ -95,9 +104,29 @@ class Encoded:
         return self.row_ptr[1:] - self.row_ptr[:-1]
 
     def row_ids(self) -> Int[Tensor, " nnz"]:
-        """Which row each entry belongs to."""
+        """Which row each entry belongs to; the last one for what fills a buffer up. Never waits for the device."""
+        if self.k is not None:
+            return torch.arange(self.acts.shape[0], device=self.row_ptr.device) // max(self.k, 1)
+        if self.overflow is not None:
+            places = torch.arange(self.acts.shape[0], device=self.row_ptr.device)
+            return torch.searchsorted(self.row_ptr[1:], places, right=True).clamp_(max=self.n_rows - 1)
         rows = torch.arange(self.n_rows, device=self.row_ptr.device)
-        return torch.repeat_interleave(rows, self.row_counts())
+        return torch.repeat_interleave(rows, self.row_counts(), output_size=self.acts.shape[0])
+
+    def compact(self) -> Encoded:
+        """Without what fills a buffer up; waits for the device to learn how much that is.
+
+        Raises:
+            ShapeError: entries had to be left out.
+        """
+        if self.overflow is None:
+            return self
+        if bool(self.overflow):
+            raise ShapeError(
+                f"the entries must fit their buffer of {self.acts.shape[0]}", "more", "Raise its capacity."
+            )
+        n = int(self.row_ptr[-1])
+        return Encoded(self.acts[:n], self.indices[:n], self.row_ptr, self.d_sae, self.k)
 
     def l0(self) -> Int[Tensor, " batch"]:
         """Non-zero entries per row."""
@@ -124,6 +153,8 @@ class Encoded:
         """(batch, longest row) tensors; what is missing has activation 0 and index 0."""
         if self.k is not None:
             return self.topk_view()
+        if self.overflow is not None:
+            return self.compact().padded()
         counts = self.row_counts()
         width = int(counts.max()) if self.n_rows else 0
         rows = self.row_ids()
@@ -140,21 +171,40 @@ class Encoded:
 
     def select_rows(self, keep: Bool[Tensor, " batch"]) -> Encoded:
         """Only the rows where `keep` is true."""
+        if self.overflow is not None:
+            return self.compact().select_rows(keep)
         counts = self.row_counts()
         entries = torch.repeat_interleave(keep, counts)
         row_ptr = torch.cat([_zeros(1, counts), counts[keep].cumsum(0)])
         return Encoded(self.acts[entries], self.indices[entries], row_ptr, self.d_sae, self.k)
 
     def select_latents(self, keep: Bool[Tensor, " d_sae"]) -> Encoded:
-        """Only the entries of latents where `keep` is true; latent ids and rows stay."""
+        """Only the entries of latents where `keep` is true; latent ids and rows stay, and so does a buffer's length."""
         entries = keep[self.indices.long()]
+        if self.overflow is not None:
+            return self._moved_up(entries)
         counts = _zeros(self.n_rows, self.row_ptr).index_add_(0, self.row_ids(), entries.to(torch.int64))
         row_ptr = torch.cat([_zeros(1, counts), counts.cumsum(0)])
         return Encoded(self.acts[entries], self.indices[entries], row_ptr, self.d_sae)
 
+    def _moved_up(self, entries: Bool[Tensor, " nnz"]) -> Encoded:
+        """Only some entries of a buffer, in their order; never waits for the device."""
+        entries = entries & (torch.arange(entries.shape[0], device=entries.device) < self.row_ptr[-1])
+        order = torch.sort((~entries).to(torch.int8), stable=True).indices
+        kept = entries[order]
+        counted = torch.cat([_zeros(1, self.row_ptr), entries.cumsum(0)])
+        return Encoded(
+            torch.where(kept, self.acts.gather(0, order), 0.0),
+            torch.where(kept, self.indices[order], 0),
+            counted[self.row_ptr],
+            self.d_sae,
+            None,
+            self.overflow,
+        )
+
     def with_acts(self, acts: Float[Tensor, " nnz"]) -> Encoded:
         """The same pattern with other activations."""
-        return Encoded(acts, self.indices, self.row_ptr, self.d_sae, self.k)
+        return Encoded(acts, self.indices, self.row_ptr, self.d_sae, self.k, self.overflow)
 
     def detach(self) -> Encoded:
         """Cut from the autograd graph."""
@@ -162,8 +212,14 @@ class Encoded:
 
     def to(self, device: torch.device | str) -> Encoded:
         """On another device."""
+        overflow = None if self.overflow is None else self.overflow.to(device)
         return Encoded(
-            self.acts.to(device), self.indices.to(device), self.row_ptr.to(device), self.d_sae, self.k
+            self.acts.to(device),
+            self.indices.to(device),
+            self.row_ptr.to(device),
+            self.d_sae,
+            self.k,
+            overflow,
         )
 
     def __repr__(self) -> str:

@@ -58,7 +58,7 @@ class EndToEndConfig(Config):
     @model_validator(mode="after")
     def _no_inert_option(self) -> Self:
         fields = type(self).model_fields
-        names = () if self.downstream else ("downstream_coefficient",)
+        names: tuple[str, ...] = () if self.downstream else ("downstream_coefficient",)
         why = "downstream names no hookpoint"
         if self.objective == "local":
             names, why = ("local_coefficient", "downstream", "downstream_coefficient"), "objective is local"

@@ -17,6 +17,7 @@ from sememe.dictionaries.base import Site, Sites
 from sememe.errors import ConfigError, TextError
 from sememe.source import LiveSource, Source, StoreSource
 from sememe.splice import BaseRun, Splicer
+from sememe.store import Store
 from sememe.text import TextConfig, TokenBlock, TokenPolicy, fetch, token_blocks
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ def cross_entropy_of(
     """
     if isinstance(source, LiveSource):
         lm, text, policy = source.lm, source.text, source.policy
-    elif isinstance(source, StoreSource):
+    elif isinstance(source, StoreSource) and isinstance(source.store, Store):
         from sememe import lm as language_models
 
         made = source.store.artifact.meta["config"]
@@ -181,7 +182,7 @@ def cross_entropy_of(
         lm = language_models.load(language_models.ModelConfig.build(made["model"]))
     else:
         raise ConfigError(
-            "watch_ce_tokens needs a store, or a live run", "another source", "Leave --watch-ce-tokens out."
+            "watch_ce_tokens needs one store, or a live run", "another source", "Leave --watch-ce-tokens out."
         )
     found: list[CrossEntropy] = []
     for index, one in enumerate(sites):

@@ -17,7 +17,7 @@ from sememe.capture import Rows, captured_rows, first_norms
 from sememe.dictionaries.base import Batch, Site, Sites
 from sememe.errors import ConfigError, HookpointError, ShapeError, TextError
 from sememe.join import JoinedStore
-from sememe.store import Store
+from sememe.store import Store, hold_out
 from sememe.text import Split, TextConfig, TokenPolicy, token_blocks
 
 if TYPE_CHECKING:
@@ -327,7 +327,7 @@ class StoreSource:
 
     def hold_out(self, n: int) -> Batch:
         """Rows of whole documents; all their rows leave the stream, at most a tenth of it."""
-        held = self.store.hold_out(self.sites.hookpoints, min(n, self.n_rows // MOST_HELD), self.seed)
+        held = hold_out(self.store, self._names, min(n, self.n_rows // MOST_HELD), self.seed)
         self._held, self._shard_rows = held.documents, held.shard_rows
         self.n_rows = sum(self._shard_rows)
         return self._rows(held.activations, torch.arange(next(iter(held.activations.values())).shape[0]))

@@ -17,7 +17,7 @@ from __future__ import annotations
 import collections
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -36,8 +36,10 @@ __all__ = [
     "HeldOut",
     "HookpointInfo",
     "Shard",
+    "Shards",
     "Store",
     "StoreInfo",
+    "hold_out",
     "open_store",
     "write_documents",
     "write_shard",
@@ -218,52 +220,6 @@ class Store:
         """The fingerprint, by its role for what is made from the store."""
         return {"store": self.fingerprint}
 
-    def hold_out(self, hookpoints: Iterable[str], n: int, seed: int) -> HeldOut:
-        """About n rows of documents at random, pieces of one title together, from as few shards as hold enough.
-
-        Args:
-            hookpoints: What to read.
-            n: Rows wanted; fewer where a tenth of all rows would belong to the documents.
-            seed: Of the choice.
-        """
-        generator, names = torch.Generator().manual_seed(seed), tuple(hookpoints)
-        n_shards, left = len(self.info.shards), self.info.n_rows // 10
-        title_of = {d["id"]: (d["source"], d["title"]) if d["title"] else d["id"] for d in self.documents()}
-        alike: dict[Any, list[int]] = {}
-        for number, title in title_of.items():
-            alike.setdefault(title, []).append(number)
-        totals = collections.Counter[int]()
-        for index in range(n_shards):
-            numbers, counts = self.read_doc_ids(index).unique(return_counts=True)
-            totals.update(dict(zip(numbers.tolist(), counts.tolist(), strict=True)))
-        chosen: set[int] = set()
-        held, n_held = torch.empty(0, dtype=torch.int32), 0
-        parts = [
-            {name: torch.empty(0, self.info.hookpoints[name].width, dtype=torch.bfloat16) for name in names}
-        ]
-        for index in torch.randperm(n_shards, generator=generator).tolist():
-            if n_held >= n:
-                break
-            shard = self.read(index, names)
-            numbers, counts = shard.doc_ids.unique(return_counts=True)
-            wanted = n - n_held
-            for place in torch.randperm(len(numbers), generator=generator).tolist():
-                if wanted <= 0:
-                    break
-                whole = alike[title_of[int(numbers[place])]]
-                leaving = sum(totals[other] for other in whole if other not in chosen)
-                if 0 < leaving <= left:
-                    chosen.update(whole)
-                    left -= leaving
-                    wanted -= int(counts[place])
-            held = torch.tensor(sorted(chosen), dtype=torch.int32)
-            mine = torch.isin(shard.doc_ids, held)
-            parts.append({name: values[mine] for name, values in shard.activations.items()})
-            n_held += int(mine.sum())
-        activations = {name: torch.cat([part[name] for part in parts]) for name in names}
-        shard_rows = tuple(int((~torch.isin(self.read_doc_ids(i), held)).sum()) for i in range(n_shards))
-        return HeldOut(activations, held, shard_rows)
-
     def documents(self) -> list[dict[str, Any]]:
         """The table of documents: id, source, language, title, tags (JSON)."""
         rows: list[dict[str, Any]] = pq.read_table(self.artifact.file(DOCUMENTS, verify=True)).to_pylist()
@@ -275,6 +231,69 @@ class Store:
             f"<table><caption>Sememe store</caption><tr><th>model</th><td>{self.info.model}</td></tr>"
             f"<tr><th>hookpoints</th><td>{points}</td></tr><tr><th>rows</th><td>{self.info.n_rows:,}</td></tr></table>"
         )
+
+
+class Shards(Protocol):
+    """What holds activations shard by shard: a store, or several joined."""
+
+    info: StoreInfo
+
+    def read(self, index: int, hookpoints: Iterable[str]) -> Shard:
+        """One shard."""
+
+    def columns(self, index: int) -> tuple[Int[Tensor, " rows"], Int[Tensor, " rows"], Int[Tensor, " rows"]]:
+        """Token ids, document ids and positions of a shard's rows."""
+
+    def documents(self) -> list[dict[str, Any]]:
+        """The table of documents."""
+
+
+def hold_out(store: Shards, hookpoints: Iterable[str], n: int, seed: int) -> HeldOut:
+    """About n rows of documents at random, pieces of one title together, from as few shards as hold enough.
+
+    Args:
+        store: Where from; its hookpoints by their full names.
+        hookpoints: What to read.
+        n: Rows wanted; fewer where a tenth of all rows would belong to the documents.
+        seed: Of the choice.
+    """
+    generator, names = torch.Generator().manual_seed(seed), tuple(hookpoints)
+    n_shards, left = len(store.info.shards), store.info.n_rows // 10
+    title_of = {d["id"]: (d["source"], d["title"]) if d["title"] else d["id"] for d in store.documents()}
+    alike: dict[Any, list[int]] = {}
+    for number, title in title_of.items():
+        alike.setdefault(title, []).append(number)
+    totals = collections.Counter[int]()
+    for index in range(n_shards):
+        numbers, counts = torch.unique(store.columns(index)[1], return_counts=True)
+        totals.update(dict(zip(numbers.tolist(), counts.tolist(), strict=True)))
+    chosen: set[int] = set()
+    held, n_held = torch.empty(0, dtype=torch.int32), 0
+    parts = [
+        {name: torch.empty(0, store.info.hookpoints[name].width, dtype=torch.bfloat16) for name in names}
+    ]
+    for index in torch.randperm(n_shards, generator=generator).tolist():
+        if n_held >= n:
+            break
+        shard = store.read(index, names)
+        numbers, counts = torch.unique(shard.doc_ids, return_counts=True)
+        wanted = n - n_held
+        for place in torch.randperm(len(numbers), generator=generator).tolist():
+            if wanted <= 0:
+                break
+            whole = alike[title_of[int(numbers[place])]]
+            leaving = sum(totals[other] for other in whole if other not in chosen)
+            if 0 < leaving <= left:
+                chosen.update(whole)
+                left -= leaving
+                wanted -= int(counts[place])
+        held = torch.tensor(sorted(chosen), dtype=torch.int32)
+        mine = torch.isin(shard.doc_ids, held)
+        parts.append({name: values[mine] for name, values in shard.activations.items()})
+        n_held += int(mine.sum())
+    activations = {name: torch.cat([part[name] for part in parts]) for name in names}
+    shard_rows = tuple(int((~torch.isin(store.columns(i)[1], held)).sum()) for i in range(n_shards))
+    return HeldOut(activations, held, shard_rows)
 
 
 def _check_finite(path: Path, hookpoint: str, values: Tensor, doc_ids: Tensor, positions: Tensor) -> None:

@@ -21,7 +21,9 @@ UNCHECKED = {
     "sememe.explain.loops",
     "sememe.kernels.cpu.loops",
     "sememe.kernels.cpu.steps",
-    "sememe.kernels.gpu",
+    "sememe.kernels.gpu.optimiser",
+    "sememe.kernels.gpu.selection",
+    "sememe.kernels.gpu.sparse",
     "sememe.kernels.pursuit",
 }
 """numba and Triton compile a function's source, which a checked function no longer is."""

@@ -1,14 +1,19 @@
 """Under test, every annotated shape and type of the package is checked at each call."""
 
+import os
 import sys
 from collections.abc import Iterator
 
 import checked
 import jaxtyping
 import pytest
+import torch
 
 assert "sememe" not in sys.modules, "the checks must be there before the package is"
 checked.install()
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, so before any test is
 
 
 @pytest.fixture

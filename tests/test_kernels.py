@@ -1,9 +1,5 @@
 """Every fast kernel against its slow reference: values, gradients per parameter, ties, odd shapes, same bits."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -238,41 +234,3 @@ def test_frozen_rows_keep_every_bit_and_a_nan_is_passed_on(path):
             assert torch.equal(tensor[frozen], before[frozen])
             assert not torch.equal(tensor[1], before[1])
             assert bool(tensor[3].isnan().any())
-
-
-TRITON_CHECK = """
-import torch
-from sememe.kernels import gpu, reference
-device = "cuda" if torch.cuda.is_available() else "cpu"
-for batch, k, d_sae, d_out in [(3, 4, 10, 200), (1, 1, 1, 1), (5, 3, 7, 128)]:
-    outs = []
-    for path in (gpu, reference):
-        g = torch.Generator().manual_seed(1)
-        acts = torch.randn(batch, k, generator=g).to(device).requires_grad_()
-        indices = torch.stack([torch.randperm(d_sae, generator=g)[:k] for _ in range(batch)]).int().to(device)
-        W_dec = torch.randn(d_sae, d_out, generator=g).to(device).requires_grad_()
-        b_dec = torch.randn(d_out, generator=g).to(device).requires_grad_()
-        out = path.decode(acts, indices, W_dec, b_dec)
-        out.square().sum().backward()
-        outs.append([out.detach(), acts.grad, W_dec.grad, b_dec.grad])
-    for name, fast, slow in zip(("out", "acts", "W_dec", "b_dec"), *outs):
-        torch.testing.assert_close(fast, slow, atol=1e-3, rtol=1e-4, msg=lambda m: f"{name}: {m}")
-print("agrees")
-"""
-
-
-def test_triton_kernels_agree_with_the_reference_under_the_interpreter():
-    """The same source that a GPU compiles, run by Triton's interpreter: values and every gradient."""
-    pytest.importorskip("triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", TRITON_CHECK], env=environment, capture_output=True, text=True
-    )
-    assert done.stdout == "agrees\n", done.stderr
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_triton_kernels_agree_with_the_reference_on_a_gpu():
-    done = subprocess.run([sys.executable, "-c", TRITON_CHECK], capture_output=True, text=True)
-    assert done.stdout == "agrees\n", done.stderr

@@ -89,7 +89,8 @@ def ghost_loss(
         output = pre_acts.sub_(largest).exp_() @ W_dec
         norms = output.detach().norm(dim=1, keepdim=True).clamp_min(1e-12)
         output = output * (residual.norm(dim=1, keepdim=True) / (2 * norms))
-        return (residual - output).square().sum()
+        error: Tensor = (residual - output).square().sum()
+        return error
 
     error = _over_rows(squared_error, x, residual, dead.numel()) / residual.numel()
     return error * (residual.square().mean() / error.detach().clamp_min(1e-30))
@@ -107,6 +108,6 @@ def _over_rows(
         return part(x, residual)
     sums = [
         checkpoint(part, *group, use_reentrant=False, preserve_rng_state=False)
-        for group in zip(x.split(n_rows), residual.split(n_rows), strict=True)
+        for group in zip(torch.split(x, n_rows), torch.split(residual, n_rows), strict=True)
     ]
     return torch.stack(sums).sum()

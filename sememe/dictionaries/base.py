@@ -333,6 +333,8 @@ class Trainable(Dictionary):
     shared: frozenset[str] = frozenset({"b_dec", "W_skip"})
     """Parameters without a latent axis, whatever their shape; in any other, an axis of d_sae is that of the latents."""
     tokens_since_fired: Int[Tensor, " d_sae"]
+    overflow_steps: Int[Tensor, ""]
+    """Steps since the start or the last resume in which a buffer was too small for all entries (see `Encoded`)."""
     scale_per_site: ClassVar[bool] = True
     """Whether concatenated sites are scaled one by one, so that each counts alike whatever its size."""
 
@@ -344,6 +346,7 @@ class Trainable(Dictionary):
             if len(sites.outputs) > 1:
                 self.scale_out = torch.ones(d_out)
         self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.int64), persistent=False)
+        self.register_buffer("overflow_steps", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def set_scales(self, x: Float[Tensor, "rows d_in"], target: Float[Tensor, "rows d_out"]) -> None:
         """Scale inputs and targets so that the mean square distance from the mean, per feature, is 1 at each site.
@@ -400,6 +403,8 @@ class Trainable(Dictionary):
         fired.index_add_(0, encoded.indices.long(), active)
         self.tokens_since_fired += encoded.n_rows
         self.tokens_since_fired.masked_fill_(fired > 0, 0)
+        if encoded.overflow is not None:
+            self.overflow_steps += encoded.overflow
 
     def latents_of(self, name: str) -> slice | None:
         """Which latents a parameter's entries belong to; None if it has no latent axis.

@@ -55,7 +55,7 @@ class CrossLayerConfig(ArchitectureConfig):
     @model_validator(mode="after")
     def _no_inert_option(self) -> Self:
         if self.selection == "topk":
-            names = ("target_l0", "l0_coefficient", "bandwidth", "sparsity_warmup")
+            names: tuple[str, ...] = ("target_l0", "l0_coefficient", "bandwidth", "sparsity_warmup")
             self.check_inert(*names, without="selection is topk")
             if self.auxk_coefficient == 0:
                 self.check_inert("auxk", "dead_after_tokens", without="auxk_coefficient is 0")
@@ -254,7 +254,7 @@ class CrossLayer(Trainable):
             self.b_pre.copy_(geometric_median(x))
             self.b_dec.copy_(geometric_median(target))
             for number, decoder in enumerate(self.decoders):
-                decoder.copy_(unit_rows(*decoder.shape, generator))
+                decoder.copy_(unit_rows(decoder.shape[0], decoder.shape[1], generator))
                 self.encoders[number].copy_(self._read_as_written(number, decoder, generator))
             if self.config.selection == "jumprelu":
                 self._start_thresholds(x)
@@ -268,7 +268,8 @@ class CrossLayer(Trainable):
         own = rows[:, : starts[number + 1] - starts[number]]
         if own.shape[1] != d:
             return unit_rows(n, d, generator).to(rows.device)
-        return own / own.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        units: Tensor = own / own.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        return units
 
     def _start_thresholds(self, x: Float[Tensor, "rows d_in"]) -> None:
         """Quantiles of the sample at which l0 is 4 x the target."""

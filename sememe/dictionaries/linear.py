@@ -135,7 +135,8 @@ class Linear(Trainable, abc.ABC):
     def site_norms(self) -> Float[Tensor, "d_sae n_sites"]:
         """How long each latent's decoder row is at each output; one column if the outputs are not known."""
         if self.sites is None:
-            return self.W_dec.norm(dim=1, keepdim=True)
+            norms: Tensor = self.W_dec.norm(dim=1, keepdim=True)
+            return norms
         parts = [self.W_dec[:, site.start : site.stop].norm(dim=1) for site in self.sites.outputs]
         return torch.stack(parts, dim=1)
 
@@ -251,7 +252,8 @@ def check_one_place(config: LinearConfig, instead: str, d_in: int, d_out: int, s
 
 
 def _units(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    return rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    units: Tensor = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    return units
 
 
 def check_crosscoder(site_norms: str, sites: Sites | None) -> None:

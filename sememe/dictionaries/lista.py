@@ -134,8 +134,8 @@ def _step(
     b_enc: Float[Tensor, " d_sae"],
 ) -> Encoded:
     """`relu(acts at their places + left @ W_enc + b_enc)`, sparse."""
-    apply = cast(Any, _Step.apply)
-    return _at(*apply(left, acts, places, W_enc, b_enc), left.shape[0], W_enc.shape[1])
+    kept, where = cast(Any, _Step.apply)(left, acts, places, W_enc, b_enc)
+    return _at(kept, where, left.shape[0], W_enc.shape[1])
 
 
 class _Step(torch.autograd.Function):

@@ -14,6 +14,7 @@ from torch import Tensor
 from sememe import kernels
 from sememe.dictionaries.auxiliary import auxk_loss
 from sememe.dictionaries.base import Loss, Sites
+from sememe.dictionaries.dead import DeadLatents
 from sememe.dictionaries.initial import geometric_median
 from sememe.dictionaries.linear import Linear, LinearConfig, check_crosscoder
 from sememe.encoded import Encoded
@@ -70,6 +71,13 @@ class Selection(Linear, abc.ABC):
         super().__init__(config, d_in, d_out, d_sae, sites)
         if not 1 <= config.k <= d_sae:
             raise ConfigError(f"k must be in [1, d_sae={d_sae}]", config.k, "Lower k or raise d_sae.")
+        self.dead = DeadLatents()
+
+    def after_step(self, encoded: Encoded) -> None:
+        """The bookkeeping, and the number of dead latents on its way for the next step's AuxK."""
+        super().after_step(encoded)
+        if self.config.auxk_coefficient > 0:
+            self.dead.send(self.tokens_since_fired, self.config.dead_after_tokens)
 
     def _weights(self) -> Float[Tensor, " d_sae"] | None:
         """What activations are weighed by when latents are chosen; None for 1. Gradients do not flow through it."""
@@ -119,7 +127,7 @@ class Selection(Linear, abc.ABC):
         """
         config = self.config
         if config.auxk_coefficient > 0:
-            dead = torch.nonzero(self.tokens_since_fired > config.dead_after_tokens).view(-1)
+            dead = self.dead.ids(self.tokens_since_fired, config.dead_after_tokens)
             if dead.numel() > 0:
                 auxk = auxk_loss(self, x, -error.detach(), dead, config.auxk, signed=self.signed)
                 terms = terms | {"auxk": auxk}

@@ -160,10 +160,15 @@ def encode_topk(
     Differentiable in x, W_enc and b_enc (b_pre is a constant). The fast path selects candidates in bfloat16
     where the CPU multiplies it natively and scores them again in float32.
     """
-    if path_for(x) == "cpu":
+    path = path_for(x)
+    if path == "cpu":
         from sememe.kernels import cpu
 
         acts, indices = cpu.encode_topk(x, W_enc, b_enc, b_pre, k)
+    elif path == "gpu":
+        from sememe.kernels import gpu
+
+        acts, indices = gpu.encode_topk(x, W_enc, b_enc, b_pre, k)
     else:
         acts, indices = reference.encode_topk(x, W_enc, b_enc, b_pre, k)
     return TopK(acts, indices)
@@ -180,6 +185,10 @@ def encode_abs_topk(
 
     Differentiable in x, W_enc and b_enc.
     """
+    if path_for(x) == "gpu":
+        from sememe.kernels import gpu
+
+        return TopK(*gpu.encode_abs_topk(x, W_enc, b_enc, b_pre, k))
     return TopK(*reference.encode_abs_topk(x, W_enc, b_enc, b_pre, k))
 
 
@@ -203,17 +212,34 @@ def encode_threshold(
     b_enc: Float[Tensor, " d_sae"],
     b_pre: Float[Tensor, " d_in"],
     threshold: Float[Tensor, " d_sae"] | None,
+    capacity: int | None = None,
 ) -> Encoded:
     """Every `(x - b_pre) @ W_enc + b_enc` that is above its latent's threshold (0 if None); acts may be negative
     where a threshold is.
 
     Differentiable in x, W_enc and b_enc; the threshold only selects.
+
+    Args:
+        x: Inputs.
+        W_enc: Encoder weights.
+        b_enc: Their biases.
+        b_pre: Subtracted from the inputs; a constant.
+        threshold: What a latent has to exceed.
+        capacity: Entries to have room for. With it, nothing waits for the device to learn how many there are (see
+            `Encoded`), and a GPU holds no batch x d_sae; if there are more, some are left out and `overflow` is set.
     """
     if path_for(x) == "cpu":
         from sememe.kernels import cpu
 
-        return cpu.encode_threshold(x, W_enc, b_enc, b_pre, threshold)
-    return reference.encode_threshold(x, W_enc, b_enc, b_pre, threshold)
+        encoded = cpu.encode_threshold(x, W_enc, b_enc, b_pre, threshold)
+        return encoded if capacity is None else reference.fit(encoded, capacity)
+    if capacity is None:
+        return reference.encode_threshold(x, W_enc, b_enc, b_pre, threshold)
+    if path_for(x) == "gpu":
+        from sememe.kernels import gpu
+
+        return gpu.encode_threshold(x, W_enc, b_enc, b_pre, threshold, capacity)
+    return reference.fit(reference.encode_threshold(x, W_enc, b_enc, b_pre, threshold), capacity)
 
 
 def encode_batch_topk(
@@ -227,11 +253,18 @@ def encode_batch_topk(
 
     Always n_kept entries (so that nothing waits to learn how many): where fewer are positive, the rest have
     activation 0. Ties go to the lower row, then to the lower latent. Differentiable in x, W_enc and b_enc.
+
+    On a GPU the positive ones come first and the rest belongs to no row. There the result has an `overflow`: it is
+    set if a row was kept from having more than 16 times the average.
     """
     if path_for(x) == "cpu":
         from sememe.kernels import cpu
 
         return BatchTopK(*cpu.encode_batch_topk(x, W_enc, b_enc, b_pre, n_kept))
+    if path_for(x) == "gpu":
+        from sememe.kernels import gpu
+
+        return BatchTopK(*gpu.encode_batch_topk(x, W_enc, b_enc, b_pre, n_kept))
     return BatchTopK(*reference.encode_batch_topk(x, W_enc, b_enc, b_pre, n_kept))
 
 
@@ -286,6 +319,10 @@ def decode_encoded(
         from sememe.kernels import cpu
 
         return cpu.decode(encoded, W_dec, b_dec)
+    if path_for(encoded.acts) == "gpu":
+        from sememe.kernels import gpu
+
+        return gpu.decode_encoded(encoded, W_dec, b_dec)
     view = encoded.padded()
     return decode(view.acts, view.indices, W_dec, b_dec)
 
@@ -386,6 +423,10 @@ def adam_step(
         from sememe.kernels import cpu
 
         cpu.adam_step(param, grad, exp_avg, exp_avg_sq, *options)
+    elif path_for(param) == "gpu":
+        from sememe.kernels import gpu
+
+        gpu.adam_step(param, grad, exp_avg, exp_avg_sq, *options)
     else:
         reference.adam_step(param, grad, exp_avg, exp_avg_sq, *options)
 

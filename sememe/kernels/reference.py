@@ -17,6 +17,7 @@ __all__ = [
     "encode_group_max",
     "encode_threshold",
     "encode_topk",
+    "fit",
     "matching_pursuit",
     "signum_step",
 ]
@@ -82,6 +83,20 @@ def encode_threshold(
     row_ptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     # masked_select and not indexing: the gradient of indexing adds up serially, this one copies
     return Encoded(pre_acts.masked_select(above), columns.to(torch.int32), row_ptr, W_enc.shape[1])
+
+
+def fit(encoded: Encoded, capacity: int) -> Encoded:
+    """The same entries in a buffer of fixed capacity; the last ones are left out if there are more."""
+    n = encoded.acts.shape[0]
+    missing = max(capacity - n, 0)
+    return Encoded(
+        torch.cat([encoded.acts[:capacity], encoded.acts.new_zeros(missing)]),
+        torch.cat([encoded.indices[:capacity], encoded.indices.new_zeros(missing)]),
+        encoded.row_ptr.clamp(max=capacity),
+        encoded.d_sae,
+        None,
+        torch.tensor(n > capacity, device=encoded.acts.device),
+    )
 
 
 def encode_batch_topk(

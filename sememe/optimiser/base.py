@@ -127,7 +127,8 @@ class Optimiser(abc.ABC):
             return 1.0
         grads = [param.grad for param in self.parameters.values() if param.grad is not None]
         norm = torch.stack([grad.norm() for grad in grads]).norm()
-        return (self.clip / norm.clamp_min(1e-12)).clamp_max(1.0)
+        scale: Tensor = (self.clip / norm.clamp_min(1e-12)).clamp_max(1.0)
+        return scale
 
     def forget(self, ids: Int[Tensor, " n"]) -> None:
         """Begin anew for latents that were changed from outside: encoder, decoder and biases."""

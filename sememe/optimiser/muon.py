@@ -62,7 +62,8 @@ def orthogonal(matrix: Float[Tensor, "rows columns"], n_steps: int) -> Float[Ten
     for _ in range(n_steps):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x if wide else x.T).to(matrix.dtype)
+    result: Tensor = (x if wide else x.T).to(matrix.dtype)
+    return result
 
 
 @final

@@ -150,6 +150,8 @@ class Member:
         """A step's numbers for the log, read from the device."""
         loss, target, lr = stepped
         values = {name: float(term) for name, term in loss.terms.items()}
+        if loss.encoded.overflow is not None:
+            values["overflow_steps"] = float(self.dictionary.overflow_steps)
         variance = float((target - target.mean(0)).square().mean())
         values |= {
             "loss": float(loss.total.detach()),

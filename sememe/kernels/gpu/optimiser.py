@@ -1,0 +1,110 @@
+"""Adam in one pass over a parameter, its gradient and its moments. Knows no dictionary."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sememe.kernels.gpu.sparse import OPTIONS
+
+__all__ = ["adam_step"]
+
+FLAT = 1024
+"""Elements per program where rows do not matter."""
+
+
+@triton.jit
+def _adam_flat(
+    param, grad, exp_avg, exp_avg_sq, grad_scale, frozen, shadow, n, width,
+    step_size, beta1, beta2, root_correction, eps,
+    BLOCK: tl.constexpr, FROZEN: tl.constexpr, SHADOW: tl.constexpr,
+):  # fmt: skip
+    """One step for a block of elements."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < n
+    if FROZEN:
+        inside = inside & (tl.load(frozen + place // width, mask=inside, other=1).to(tl.int32) == 0)
+    g = tl.load(grad + place, mask=inside, other=0.0) * tl.load(grad_scale)
+    m = beta1 * tl.load(exp_avg + place, mask=inside, other=0.0) + (1.0 - beta1) * g
+    v = beta2 * tl.load(exp_avg_sq + place, mask=inside, other=0.0) + (1.0 - beta2) * g * g
+    p = tl.load(param + place, mask=inside, other=0.0) - step_size * m / (tl.sqrt(v) * root_correction + eps)
+    tl.store(exp_avg + place, m, mask=inside)
+    tl.store(exp_avg_sq + place, v, mask=inside)
+    tl.store(param + place, p, mask=inside)
+    if SHADOW:
+        tl.store(shadow + place, p.to(tl.bfloat16), mask=inside)
+
+
+@triton.jit
+def _adam_rows(
+    param, grad, exp_avg, exp_avg_sq, grad_scale, frozen, shadow, n, width,
+    step_size, beta1, beta2, root_correction, eps,
+    BLOCK: tl.constexpr, FROZEN: tl.constexpr, SHADOW: tl.constexpr,
+):  # fmt: skip
+    """One step for a row that keeps norm 1: it stays in registers from the projection to the division."""
+    column = tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64)
+    inside = column < width
+    if FROZEN:
+        # a whole block of the one flag: the interpreter takes no mask made of a scalar
+        inside = inside & (tl.load(frozen + row + 0 * column, mask=inside, other=1).to(tl.int32) == 0)
+    place = row * width + column
+    p = tl.load(param + place, mask=inside, other=0.0)
+    g = tl.load(grad + place, mask=inside, other=0.0) * tl.load(grad_scale)
+    g -= tl.sum(g * p) * p
+    m = beta1 * tl.load(exp_avg + place, mask=inside, other=0.0) + (1.0 - beta1) * g
+    v = beta2 * tl.load(exp_avg_sq + place, mask=inside, other=0.0) + (1.0 - beta2) * g * g
+    p -= step_size * m / (tl.sqrt(v) * root_correction + eps)
+    p = tl.where(inside, p, 0.0)
+    p = p / tl.maximum(tl.sqrt(tl.sum(p * p)), 1e-12)
+    tl.store(exp_avg + place, m, mask=inside)
+    tl.store(exp_avg_sq + place, v, mask=inside)
+    tl.store(param + place, p, mask=inside)
+    if SHADOW:
+        tl.store(shadow + place, p.to(tl.bfloat16), mask=inside)
+
+
+def adam_step(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    grad_scale: float | Tensor,
+    unit_norm: bool,
+    frozen: Tensor | None = None,
+    shadow: Tensor | None = None,
+) -> None:
+    """See `kernels.adam_step`. Parameter, gradient and moments must be contiguous.
+
+    Args:
+        param: As there, and so are all that are not named here.
+        grad: Its gradient.
+        exp_avg: First moments.
+        exp_avg_sq: Second moments.
+        step: Number of this step.
+        lr: Learning rate.
+        betas: Decay rates of the moments.
+        eps: Added to the root of the second moment.
+        grad_scale: What the gradient is multiplied by; a tensor is read on the device.
+        unit_norm: Rows keep norm 1.
+        frozen: Rows that stay as they are.
+        shadow: Gets the new parameter in bfloat16, for the next encoder product (see `encode_topk`).
+    """
+    rows, width = param.shape
+    scale = grad_scale if isinstance(grad_scale, Tensor) else torch.full((), grad_scale, device=param.device)
+    block = triton.next_power_of_2(width) if unit_norm else FLAT
+    kernel = _adam_rows if unit_norm else _adam_flat
+    kernel[(rows if unit_norm else triton.cdiv(param.numel(), FLAT),)](
+        param.detach(), grad.detach().contiguous(), exp_avg, exp_avg_sq, scale,
+        param if frozen is None else frozen.to(torch.uint8), param if shadow is None else shadow, param.numel(), width,
+        float(lr / (1 - betas[0] ** step)), float(betas[0]), float(betas[1]),
+        float(1 / (1 - betas[1] ** step) ** 0.5), float(eps),
+        BLOCK=block, FROZEN=frozen is not None, SHADOW=shadow is not None,
+        num_warps=8 if block >= 4096 else 4, **OPTIONS,
+    )  # fmt: skip

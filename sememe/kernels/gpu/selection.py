@@ -1,0 +1,324 @@
+"""Encode and keep k latents per row without ever holding batch x d_sae. Knows no decoder and no optimiser.
+
+The encoder product goes tile by tile over the latents, in bfloat16, into one buffer that every tile reuses. After
+each tile, one program per row merges the tile's entries into the row's candidates: the largest so far, exactly,
+ties to the lower latent. The candidates are then scored again in float32, and the last choice is made among those.
+So a latent is lost only if bfloat16 ranks it behind all the spare candidates too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sememe.kernels.gpu.sparse import OPTIONS, dots, gather, scatter, transposed_index
+
+__all__ = [
+    "Candidates",
+    "Chosen",
+    "Encoder",
+    "candidates_of",
+    "encode_abs_topk",
+    "encode_by",
+    "encode_topk",
+    "scores_of",
+]
+
+TILE = 4096
+"""Latents per product: 64 MB for a batch of 8192, of the order of a large device's cache."""
+
+SPARE = 8
+"""Candidates beyond those wanted (at least; a quarter if that is more) that are scored in float32."""
+
+
+class Candidates(NamedTuple):
+    """Per row, the latents with the largest values, by rising id; the first `used` of `width` slots hold them."""
+
+    keys: Int[Tensor, "batch width"]
+    """Rank of the value: larger for larger values. Slots that are not used hold anything."""
+    latents: Int[Tensor, "batch width"]
+    used: Int[Tensor, " batch"]
+    dropped: Int[Tensor, " batch"]
+    """1 where more latents qualified than there was room for, else 0."""
+
+
+class Chosen(NamedTuple):
+    """What an encoder keeps, as in `Encoded`."""
+
+    acts: Float[Tensor, " nnz"]
+    indices: Int[Tensor, " nnz"]
+    row_ptr: Int[Tensor, " batch_plus_1"]
+    overflow: Bool[Tensor, ""]
+
+
+class Encoder(NamedTuple):
+    """What a choice reads: inputs without their centre, weights latent by latent, biases; all contiguous."""
+
+    centred: Float[Tensor, "batch d_in"]
+    W: Float[Tensor, "d_sae d_in"]
+    b: Float[Tensor, " d_sae"]
+
+
+@triton.jit
+def _merge(
+    tile, n_tile, first_latent, offset, row_margin, column_margin,
+    keys, latents, used, bounds, dropped, n_keep, limit,
+    TILE: tl.constexpr, SLOTS: tl.constexpr, SIGNED: tl.constexpr, MARGIN: tl.constexpr,
+):  # fmt: skip
+    """Add to a row's candidates what its tile holds above the row's bound; the n_keep largest stay beyond the limit.
+
+    Candidates stand by rising latent, so that what ties with the bound later on has a higher latent, and loses.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, TILE)
+    inside = column < n_tile
+    # a bfloat16 is the upper half of a float32
+    bits = tl.load(tile + row * n_tile + column, mask=inside, other=0).to(tl.int32)
+    value = (bits << 16).to(tl.float32, bitcast=True)
+    value += tl.load(offset + first_latent + column, mask=inside, other=0.0)
+    if MARGIN:
+        margin = tl.load(column_margin + first_latent + column, mask=inside, other=0.0)
+        value += tl.load(row_margin + row) * margin
+    if SIGNED:
+        value = tl.abs(value)
+        qualifies = inside & (value >= 0.0)
+    else:
+        qualifies = inside & (value > 0.0)
+    rounded = ((value.to(tl.int32, bitcast=True) >> 15) + 1) >> 1
+    bound = tl.load(bounds + row)
+    fresh = qualifies & (rounded + 1 > bound)
+    key = tl.where(fresh, rounded + 1, 0)
+    n_used = tl.load(used + row)
+    n_new = tl.sum(fresh.to(tl.int32))
+    if n_used + n_new <= limit:
+        place = n_used + tl.cumsum(fresh.to(tl.int32), 0) - 1
+        tl.store(keys + row * SLOTS + place, key, mask=fresh)
+        tl.store(latents + row * SLOTS + place, first_latent + column, mask=fresh)
+        tl.store(used + row, n_used + n_new)
+    else:
+        slot = tl.arange(0, SLOTS)
+        old = tl.load(keys + row * SLOTS + slot, mask=slot < n_used, other=0)
+        old_latent = tl.load(latents + row * SLOTS + slot, mask=slot < n_used, other=0)
+        # the largest key that at least n_keep entries reach, by bisection
+        low = tl.maximum(bound, 1)
+        high = tl.maximum(tl.max(key), tl.max(old))
+        while low < high:
+            middle = (low + high + 1) // 2
+            if tl.sum((key >= middle).to(tl.int32)) + tl.sum((old >= middle).to(tl.int32)) >= n_keep:
+                low = middle
+            else:
+                high = middle - 1
+        room = n_keep - tl.sum((key > low).to(tl.int32)) - tl.sum((old > low).to(tl.int32))
+        old_ties = tl.cumsum((old == low).to(tl.int32), 0)
+        ties = tl.cumsum((key == low).to(tl.int32), 0) + tl.sum((old == low).to(tl.int32))
+        old_kept = (old > low) | ((old == low) & (old_ties <= room))
+        kept = (key > low) | ((key == low) & (ties <= room))
+        old_place = tl.cumsum(old_kept.to(tl.int32), 0) - 1
+        n_old = tl.sum(old_kept.to(tl.int32))
+        place = n_old + tl.cumsum(kept.to(tl.int32), 0) - 1
+        # in place: each store waits for sums over all that was loaded
+        tl.store(keys + row * SLOTS + old_place, old, mask=old_kept)
+        tl.store(latents + row * SLOTS + old_place, old_latent, mask=old_kept)
+        tl.store(keys + row * SLOTS + place, key, mask=kept)
+        tl.store(latents + row * SLOTS + place, first_latent + column, mask=kept)
+        tl.store(used + row, n_keep)
+        tl.store(bounds + row, low)
+        tl.store(dropped + row, 1)
+
+
+@triton.jit
+def _keep(
+    scores, latents, used, acts, indices, width, k,
+    SLOTS: tl.constexpr, SIGNED: tl.constexpr,
+):  # fmt: skip
+    """The k candidates of a row with the largest scores, ties to the lower latent; the rest gets 0 and 0."""
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.arange(0, SLOTS)
+    valid = slot < tl.load(used + row)
+    score = tl.load(scores + row * width + slot, mask=valid, other=0.0)
+    latent = tl.load(latents + row * width + slot, mask=valid, other=0)
+    if SIGNED:
+        negative = (score < 0.0).to(tl.int64)
+        size = tl.abs(score)
+    else:
+        negative = tl.zeros((SLOTS,), dtype=tl.int64)
+        size = tl.maximum(score, 0.0)
+    # the score's bits above, the latent's complement below, its sign last: one sort of integers decides all
+    low = ((0x3FFFFFFF - latent).to(tl.int64) << 1) | negative
+    packed = ((size.to(tl.int32, bitcast=True).to(tl.int64) + 1) << 31) | low
+    packed = tl.sort(tl.where(valid, packed, 0), descending=True)
+    filled = packed > 0
+    act = tl.where(filled, (packed >> 31) - 1, 0).to(tl.int32).to(tl.float32, bitcast=True)
+    act = tl.where((packed & 1) == 1, -act, act)
+    index = tl.where(filled, 0x3FFFFFFF - ((packed & 0x7FFFFFFF) >> 1), 0)
+    tl.store(acts + row * k + slot, act, mask=slot < k)
+    tl.store(indices + row * k + slot, index.to(tl.int32), mask=slot < k)
+
+
+def candidates_of(
+    encoder: Encoder,
+    n_keep: int,
+    offset: Float[Tensor, " d_sae"],
+    *,
+    signed: bool = False,
+    margins: tuple[Float[Tensor, " batch"], Float[Tensor, " d_sae"]] | None = None,
+    shadow: Tensor | None = None,
+) -> Candidates:
+    """Per row the n_keep largest of `centred @ W.T + offset` among the positive ones (by size, if signed).
+
+    Args:
+        encoder: Inputs and weights.
+        n_keep: Candidates per row.
+        offset: Added to the products, in float32.
+        signed: Rank by absolute value, and let everything qualify.
+        margins: Their outer product is added as well.
+        shadow: W in bfloat16, if it is at hand; else each tile of W is rounded when its turn comes.
+    """
+    x16 = encoder.centred.bfloat16()
+    batch, device = x16.shape[0], x16.device
+    d_sae, d_in = encoder.W.shape
+    width = min(TILE, triton.next_power_of_2(d_sae))
+    slots = triton.next_power_of_2(2 * n_keep)  # room to collect in, so that most tiles only add
+    product = torch.empty(batch * width, dtype=torch.bfloat16, device=device)
+    rounded = None if shadow is not None else torch.empty(width, d_in, dtype=torch.bfloat16, device=device)
+    keys, latents = (torch.zeros(batch, slots, dtype=torch.int32, device=device) for _ in range(2))
+    used, bounds, dropped = (torch.zeros(batch, dtype=torch.int32, device=device) for _ in range(3))
+    row_margin, column_margin = margins if margins is not None else (offset, offset)
+    for first in range(0, d_sae, width):
+        n = min(width, d_sae - first)
+        if shadow is not None:
+            weights = shadow[first : first + n]
+        else:
+            assert rounded is not None
+            weights = rounded[:n].copy_(encoder.W[first : first + n])
+        tile = product[: batch * n].view(batch, n)
+        torch.mm(x16, weights.T, out=tile)
+        _merge[(batch,)](
+            tile.view(torch.int16), n, first, offset, row_margin, column_margin,
+            keys, latents, used, bounds, dropped, n_keep, n_keep if first + n == d_sae else slots,
+            TILE=width, SLOTS=slots, SIGNED=signed, MARGIN=margins is not None,
+            num_warps=8 if width >= 2048 else 4, **OPTIONS,
+        )  # fmt: skip
+    return Candidates(keys, latents, used, dropped)
+
+
+def scores_of(encoder: Encoder, candidates: Candidates) -> Float[Tensor, "batch width"]:
+    """The candidates' pre-activations in float32; 0 in empty slots."""
+    batch, slots = candidates.latents.shape
+    starts = torch.arange(batch, device=candidates.used.device) * slots
+    stops = starts + candidates.used
+    flat = dots(encoder.centred, candidates.latents.view(-1), starts, stops, encoder.W, encoder.b)
+    return flat.view(batch, slots)
+
+
+# -- gradients -------------------------------------------------------------------------------------
+
+
+class _Encode(torch.autograd.Function):
+    """Chosen pre-activations; gradients only through them, each latent's summed over its entries in order."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        b_pre: Tensor,
+        choose: Callable[[Encoder], Chosen],
+        rectified: bool,
+    ) -> tuple[Tensor, ...]:
+        # W_enc.T is contiguous when it is stored latent by latent, as ours is
+        encoder = Encoder((x - b_pre).contiguous(), W_enc.T.contiguous(), b_enc.contiguous())
+        chosen = choose(encoder)
+        ctx.rectified = rectified
+        ctx.save_for_backward(encoder.centred, encoder.W, chosen.acts, chosen.indices, chosen.row_ptr)
+        ctx.mark_non_differentiable(*chosen[1:])
+        return tuple(chosen)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        centred, W, acts, indices, row_ptr = ctx.saved_tensors
+        places = torch.arange(acts.shape[0], device=acts.device)
+        open_ = acts > 0 if ctx.rectified else places < row_ptr[-1]
+        grad = torch.where(open_, grads[0], 0.0)
+        grad_x = grad_W = grad_b = None
+        if ctx.needs_input_grad[0]:
+            grad_x = gather(grad, indices, row_ptr, W, W.new_zeros(W.shape[1]))
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            index = transposed_index(indices, grad, W.shape[0])
+            rows = torch.searchsorted(row_ptr[1:], places, right=True)
+            grad_W_t, grad_b = scatter(grad, index, rows, centred)
+            grad_W = grad_W_t.T
+        return grad_x, grad_W, grad_b, None, None, None
+
+
+def encode_by(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_pre: Tensor,
+    choose: Callable[[Encoder], Chosen],
+    rectified: bool,
+) -> Chosen:
+    """What `choose` keeps, differentiable in x, W_enc and b_enc; if rectified, only through positive entries."""
+    apply = cast(Any, _Encode.apply)
+    return Chosen(*apply(x, W_enc, b_enc, b_pre, choose, rectified))
+
+
+# -- a number per row ------------------------------------------------------------------------------
+
+
+def _per_row(encoder: Encoder, k: int, signed: bool, shadow: Tensor | None) -> Chosen:
+    n_keep = min(k + max(SPARE, k // 4), encoder.W.shape[0])
+    candidates = candidates_of(encoder, n_keep, encoder.b, signed=signed, shadow=shadow)
+    scores = scores_of(encoder, candidates)
+    batch, slots = scores.shape
+    device = scores.device
+    acts = torch.empty(batch * k, device=device)
+    indices = torch.empty(batch * k, dtype=torch.int32, device=device)
+    _keep[(batch,)](
+        scores, candidates.latents, candidates.used, acts, indices, slots, k,
+        SLOTS=triton.next_power_of_2(n_keep), SIGNED=signed, **OPTIONS,
+    )  # fmt: skip
+    row_ptr = torch.arange(0, batch * k + 1, k, device=device)
+    return Chosen(acts, indices, row_ptr, torch.zeros((), dtype=torch.bool, device=device))
+
+
+def encode_topk(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    b_pre: Float[Tensor, " d_in"],
+    k: int,
+    shadow: Tensor | None = None,
+) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
+    """See `kernels.encode_topk`.
+
+    Args:
+        x: Inputs.
+        W_enc: Encoder weights.
+        b_enc: Their biases.
+        b_pre: Subtracted from the inputs; a constant.
+        k: Latents per row.
+        shadow: W_enc.T in bfloat16 as the optimiser left it (see `adam_step`), which saves rounding it again.
+    """
+    chosen = encode_by(x, W_enc, b_enc, b_pre, lambda e: _per_row(e, k, False, shadow), True)
+    return chosen.acts.view(-1, k), chosen.indices.view(-1, k)
+
+
+def encode_abs_topk(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    b_pre: Float[Tensor, " d_in"],
+    k: int,
+) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
+    """See `kernels.encode_abs_topk`."""
+    chosen = encode_by(x, W_enc, b_enc, b_pre, lambda e: _per_row(e, k, True, None), False)
+    return chosen.acts.view(-1, k), chosen.indices.view(-1, k)

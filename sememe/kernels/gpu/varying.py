@@ -1,0 +1,129 @@
+"""Encode and keep a number of latents that differs between rows: so many per batch, or all above a threshold.
+
+Nothing here waits for the device: results are `Encoded`s in a buffer of fixed capacity, with the count and a flag
+for too many entries on the device. Knows no decoder and no optimiser.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sememe.encoded import Encoded
+from sememe.kernels.gpu.selection import SPARE, Chosen, Encoder, candidates_of, encode_by, scores_of
+from sememe.kernels.gpu.sparse import dots
+
+__all__ = ["encode_batch_topk", "encode_threshold"]
+
+ROW_SHARE = 16
+"""Candidates that one row may hold, as a multiple of the average over the batch."""
+
+KEY_BITS = 15
+"""Bits of a positive bfloat16: candidates are ranked by them."""
+
+
+def encode_threshold(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    b_pre: Float[Tensor, " d_in"],
+    threshold: Float[Tensor, " d_sae"] | None,
+    capacity: int,
+) -> Encoded:
+    """See `kernels.encode_threshold`. Overflows too if a row has over 16 times its share of the capacity.
+
+    What bfloat16 puts within rounding of the threshold is scored in float32 before it is dropped. The bound on
+    the rounding is the worst case up to d_in 64; above, it takes errors of features for independent.
+    """
+    above = None if threshold is None else threshold.detach().contiguous()
+    chosen = encode_by(x, W_enc, b_enc, b_pre, lambda encoder: _above(encoder, above, capacity), False)
+    return Encoded(chosen.acts, chosen.indices, chosen.row_ptr, W_enc.shape[1], None, chosen.overflow)
+
+
+def encode_batch_topk(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    b_pre: Float[Tensor, " d_in"],
+    n_kept: int,
+) -> tuple[Encoded, Float[Tensor, ""]]:
+    """See `kernels.encode_batch_topk`. Exact unless it overflows: if a row has candidates above the smallest kept
+    beyond 16 times the average per row."""
+    chosen = encode_by(x, W_enc, b_enc, b_pre, lambda encoder: _of_batch(encoder, n_kept), True)
+    encoded = Encoded(chosen.acts, chosen.indices, chosen.row_ptr, W_enc.shape[1], None, chosen.overflow)
+    return encoded, encoded.acts.detach().min()
+
+
+def _per_row(encoder: Encoder, n: int) -> int:
+    """How many candidates a row may hold if n are kept in all."""
+    batch, d_sae = encoder.centred.shape[0], encoder.W.shape[0]
+    return min(d_sae, ROW_SHARE * -(-n // batch))
+
+
+def _above(encoder: Encoder, threshold: Float[Tensor, " d_sae"] | None, capacity: int) -> Chosen:
+    batch, d_in = encoder.centred.shape
+    per_row = _per_row(encoder, capacity)
+    rounding = 2**-7 * min(1.0, 8 / d_in**0.5)
+    candidates = candidates_of(
+        encoder,
+        per_row,
+        encoder.b if threshold is None else encoder.b - threshold,
+        margins=(rounding * encoder.centred.norm(dim=1), encoder.W.norm(dim=1)),
+    )
+    scores = scores_of(encoder, candidates)
+    slots = torch.arange(scores.shape[1], device=scores.device)
+    limit = 0.0 if threshold is None else threshold[candidates.latents]
+    kept = (slots < candidates.used[:, None]) & (scores > limit)
+    counted, acts, indices = _squeezed(kept.view(-1), capacity, scores.view(-1), candidates.latents.view(-1))
+    stops = counted.view(batch, -1)[:, -1]
+    row_ptr = torch.cat([stops.new_zeros(1), stops]).clamp_(max=capacity)
+    return Chosen(acts, indices, row_ptr, (stops[-1] > capacity) | (candidates.dropped > 0).any())
+
+
+def _of_batch(encoder: Encoder, n_kept: int) -> Chosen:
+    batch = encoder.centred.shape[0]
+    n_keep = n_kept + max(SPARE, n_kept // 8)
+    candidates = candidates_of(encoder, _per_row(encoder, n_kept), encoder.b)
+    slots = torch.arange(candidates.keys.shape[1], device=candidates.keys.device)
+    keys = torch.where(slots < candidates.used[:, None], candidates.keys, 0)
+    bound = _bound(keys, n_keep)
+    # rows one after the other, latents rising in each: the order in which ties are decided
+    over, ties = (keys > bound).view(-1), (keys == bound).view(-1)
+    kept = over | (ties & (ties.cumsum(0) <= n_keep - over.sum()))
+    counted, latents = _squeezed(kept, min(n_keep, kept.shape[0]), candidates.latents.view(-1))
+    stops = counted.view(batch, -1)[:, -1]
+    starts = torch.cat([stops.new_zeros(1), stops[:-1]])
+    scores = dots(encoder.centred, latents, starts, stops, encoder.W, encoder.b)
+    places = torch.arange(scores.shape[0], device=scores.device)
+    size = torch.where(places < stops[-1], scores, 0.0)
+    first = torch.sort(size, descending=True, stable=True).indices[:n_kept]
+    chosen = torch.zeros_like(places, dtype=torch.bool).index_fill_(0, first, True) & (size > 0)
+    reached, acts, indices = _squeezed(chosen, n_kept, scores, latents)
+    row_ptr = torch.cat([reached.new_zeros(1), reached])[torch.cat([starts, stops[-1:]])]
+    smallest = torch.where(keys > 0, keys, 2**KEY_BITS).amin(1)
+    full = (candidates.dropped > 0) & (smallest >= bound)
+    return Chosen(acts, indices, row_ptr, full.any())
+
+
+def _bound(keys: Int[Tensor, "batch slots"], n: int) -> Int[Tensor, ""]:
+    """The largest key that at least n of them reach, by bisection; 1 if fewer are positive."""
+    low = torch.ones((), dtype=torch.int32, device=keys.device)
+    high = low + 2**KEY_BITS
+    for _ in range(KEY_BITS + 1):
+        middle = (low + high + 1) // 2
+        reached = (keys >= middle).sum() >= n
+        low, high = torch.where(reached, middle, low), torch.where(reached, high, middle - 1)
+    return low
+
+
+def _squeezed(kept: Bool[Tensor, " places"], n: int, *values: Tensor) -> tuple[Tensor, ...]:
+    """How many places are kept up to and including each, and the values there, side by side in buffers of length n.
+
+    Values that do not fit are left out; buffers end in zeros where there are fewer.
+    """
+    counted = kept.cumsum(0)
+    # what is not kept goes to one place past the end, which is cut off: no two kept ones share a place
+    where = torch.where(kept & (counted <= n), counted - 1, n)
+    buffers = (value.new_zeros(n + 1).scatter_(0, where, value)[:n] for value in values)
+    return counted, *buffers

@@ -1,0 +1,327 @@
+"""The GPU's kernels against the reference: values, gradients per parameter, ties, odd shapes, same bits.
+
+Without a CUDA device Triton's interpreter runs them on the CPU: the same source, slowly, so shapes are small, and
+tiles and blocks are made small with them. That they compile for the device is a test of its own.
+"""
+
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton")
+
+from triton.runtime.jit import KernelInterface
+
+from sememe import dictionaries, kernels
+from sememe.dictionaries.abs_topk import AbsTopKConfig
+from sememe.dictionaries.batch_topk import BatchTopKConfig
+from sememe.dictionaries.matryoshka import MatryoshkaConfig
+from sememe.dictionaries.topk import TopKConfig
+from sememe.encoded import Encoded
+from sememe.kernels import gpu, reference
+from sememe.kernels.gpu import optimiser, selection, sparse, varying
+from sememe.optimiser import Adam
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+N_EXAMPLES = 10
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_blocks():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection, "TILE", 16)
+        patch.setattr(sparse, "BLOCK", 32)
+        patch.setattr(sparse, "ENTRIES", 4)
+        yield
+
+
+def case(batch: int, d_in: int, d_sae: int, seed: int, whole: bool = False) -> dict[str, torch.Tensor]:
+    """Random numbers; or small integers, so that ties and exact zeros are common and every sum is exact."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        if whole:
+            return torch.randint(-2, 3, shape, generator=generator).float().to(DEVICE)
+        return torch.randn(shape, generator=generator).to(DEVICE)
+
+    return {
+        "x": draw(batch, d_in).requires_grad_(),
+        "W_enc": (draw(d_sae, d_in) / (1 if whole else d_in**0.5)).T.requires_grad_(),
+        "b_enc": draw(d_sae).requires_grad_(),
+        "b_pre": draw(d_in),
+        "W_dec": draw(d_sae, d_in).requires_grad_(),
+        "b_dec": draw(d_in).requires_grad_(),
+    }
+
+
+def inputs(p: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    return p["x"], p["W_enc"], p["b_enc"], p["b_pre"]
+
+
+def pre_acts_of(p: dict[str, torch.Tensor]) -> torch.Tensor:
+    x, W, b, b_pre = inputs(p)
+    return (x - b_pre) @ W + b
+
+
+def check(encoded: Encoded, keep: torch.Tensor, p: dict[str, torch.Tensor], rectified: bool) -> None:
+    """The entries are the pre-activations where `keep` is, and all gradients those of the masked dense ones."""
+    dense = pre_acts_of(p) * keep
+    dense = torch.relu(dense) if rectified else dense
+    found = encoded.to_dense()
+    torch.testing.assert_close(found, dense)
+    recons = (
+        gpu.decode_encoded(encoded, p["W_dec"], p["b_dec"]),
+        dense @ p["W_dec"] + p["b_dec"],
+    )
+    torch.testing.assert_close(*recons, atol=1e-4, rtol=1e-4)
+    names = [name for name in p if name != "b_pre"]
+    grads = [torch.autograd.grad((recon - 1).square().sum(), [p[n] for n in names]) for recon in recons]
+    for name, got, wanted in zip(names, *grads, strict=True):
+        torch.testing.assert_close(got, wanted, atol=2e-3, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def mask_of(shape: torch.Size, indices: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.bool, device=indices.device).scatter_(1, indices.long(), True)
+
+
+shapes = st.tuples(st.integers(1, 4), st.integers(1, 40), st.integers(1, 40), st.integers(0, 10_000))
+
+
+@settings(max_examples=N_EXAMPLES, deadline=None)
+@given(shapes, st.booleans(), st.data())
+def test_topk(shape, whole, data):
+    p = case(*shape, whole=whole)
+    k = data.draw(st.integers(1, shape[2]))
+    acts, indices = gpu.encode_topk(*inputs(p), k)
+    assert acts.shape == indices.shape == (shape[0], k)
+    pre = pre_acts_of(p).detach()
+    if whole:  # bfloat16 is exact: the same latents, ties to the lower index, without exception
+        keep = mask_of(pre.shape, reference.encode_topk(*inputs(p), k)[1])
+    else:  # bfloat16 may rank a latent lower, but then by no more than rounding
+        keep = mask_of(pre.shape, indices) & (Encoded.from_topk(acts, indices, shape[2]).to_dense() > 0)
+        missed = torch.relu(pre).masked_fill(keep, 0).amax(1)
+        rounding = 2**-7 * (p["x"] - p["b_pre"]).norm(dim=1) * p["W_enc"].norm(dim=0).max()
+        assert bool((missed <= acts.amin(1) + rounding + 1e-5).all())
+    check(Encoded.from_topk(acts, indices, shape[2]), keep, p, rectified=True)
+
+
+@settings(max_examples=N_EXAMPLES, deadline=None)
+@given(shapes, st.data())
+def test_abs_topk(shape, data):
+    p = case(*shape, whole=True)
+    k = data.draw(st.integers(1, shape[2]))
+    acts, indices = gpu.encode_abs_topk(*inputs(p), k)
+    wanted = reference.encode_abs_topk(*inputs(p), k)
+    order = indices.argsort(dim=1), wanted[1].argsort(dim=1)
+    assert torch.equal(indices.gather(1, order[0]), wanted[1].gather(1, order[1]))
+    check(
+        Encoded.from_topk(acts, indices, shape[2]),
+        mask_of(pre_acts_of(p).shape, wanted[1]),
+        p,
+        rectified=False,
+    )
+
+
+@settings(max_examples=N_EXAMPLES, deadline=None)
+@given(shapes, st.booleans(), st.booleans(), st.data())
+def test_threshold(shape, whole, with_threshold, data):
+    p = case(*shape, whole=whole)
+    threshold = torch.linspace(-2, 3, shape[2]).round().to(DEVICE) if with_threshold else None
+    wanted = reference.encode_threshold(*inputs(p), threshold)
+    capacity = data.draw(st.integers(max(1, wanted.acts.shape[0]), shape[0] * shape[2] + 3))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(varying, "ROW_SHARE", shape[2])  # no row overflows
+        encoded = gpu.encode_threshold(*inputs(p), threshold, capacity)
+    assert encoded.acts.shape == (capacity,)
+    assert not bool(encoded.overflow)
+    assert torch.equal(encoded.row_ptr, wanted.row_ptr)
+    assert torch.equal(encoded.compact().indices, wanted.indices)
+    keep = pre_acts_of(p).detach() > (0 if threshold is None else threshold)
+    check(encoded, keep, p, rectified=False)
+
+
+def test_too_many_entries_raise_the_flag_and_the_rest_is_true():
+    p = case(4, 3, 50, 0, whole=True)
+    wanted = reference.encode_threshold(*inputs(p), None)
+    n = wanted.acts.shape[0]
+    for capacity, share in ((n - 1, 50), (n, 1)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(varying, "ROW_SHARE", share)
+            encoded = gpu.encode_threshold(*inputs(p), None, capacity)
+        assert bool(encoded.overflow)
+        found = encoded.to_dense()
+        assert bool(((found == 0) | (found == wanted.to_dense())).all())
+    fitted = reference.fit(wanted, n - 1)
+    assert bool(fitted.overflow) and int(fitted.row_ptr[-1]) == n - 1
+
+
+@settings(max_examples=N_EXAMPLES, deadline=None)
+@given(shapes, st.data())
+def test_batch_topk(shape, data):
+    p = case(*shape, whole=True)
+    n_kept = data.draw(st.integers(1, shape[0] * shape[2]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(varying, "ROW_SHARE", shape[2])
+        encoded, threshold = gpu.encode_batch_topk(*inputs(p), n_kept)
+    wanted, lowest = reference.encode_batch_topk(*inputs(p), n_kept)
+    assert encoded.acts.shape == (n_kept,)
+    assert not bool(encoded.overflow)
+    assert float(threshold) == float(lowest)
+    positive = wanted.to_dense() > 0
+    assert torch.equal(encoded.row_counts(), positive.sum(1))
+    check(encoded, positive, p, rectified=True)
+
+
+def test_a_row_with_more_than_its_share_of_a_batch_raises_the_flag():
+    p = case(40, 3, 64, 0)
+    p["x"] = torch.zeros(40, 3, device=DEVICE)
+    p["x"][7] = 50.0
+    p["b_enc"] = torch.zeros(64, device=DEVICE)
+    p["b_pre"] = torch.zeros(3, device=DEVICE)
+    encoded, _ = gpu.encode_batch_topk(*inputs(p), 40)  # 16 per row at most, of about 32 positive ones
+    assert bool(encoded.overflow)
+    assert int(encoded.row_counts()[7]) == 16
+
+
+@pytest.mark.parametrize("encode", ["topk", "abs_topk", "threshold", "batch_topk"])
+def test_rows_of_zeros_and_a_batch_of_one(encode):
+    for batch in (1, 3):
+        p = case(batch, 5, 40, 1)
+        p["x"] = p["b_pre"].expand(batch, 5).clone().requires_grad_()
+        p["b_enc"] = torch.full((40,), -1.0, device=DEVICE).requires_grad_()
+        if encode == "threshold":
+            encoded = gpu.encode_threshold(*inputs(p), None, 12)
+        elif encode == "batch_topk":
+            encoded = gpu.encode_batch_topk(*inputs(p), 2 * batch)[0]
+        else:
+            encoded = Encoded.from_topk(*getattr(gpu, f"encode_{encode}")(*inputs(p), 2), 40)
+        keep = torch.zeros(batch, 40, dtype=torch.bool, device=DEVICE)
+        if encode == "abs_topk":
+            keep[:, :2] = True  # all are -1: ties go to the lower latents
+        check(encoded, keep, p, rectified=False)
+
+
+def test_more_tiles_than_one_and_rising_latents():
+    """Each tile pushes all earlier candidates out."""
+    W = torch.arange(1.0, 101.0, device=DEVICE)[:, None].T
+    x = torch.ones(2, 1, device=DEVICE)
+    acts, indices = gpu.encode_topk(x, W, torch.zeros(100, device=DEVICE), torch.zeros(1, device=DEVICE), 20)
+    assert indices[1].tolist() == list(range(99, 79, -1))
+    assert acts[1].tolist() == list(range(100, 80, -1))
+
+
+def test_a_shadow_of_the_weights_gives_the_same():
+    p = case(3, 8, 50, 2)
+    shadow = p["W_enc"].detach().T.bfloat16()
+    for one, other in zip(
+        gpu.encode_topk(*inputs(p), 7), gpu.encode_topk(*inputs(p), 7, shadow=shadow), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+def test_same_bits_twice():
+    p = case(5, 24, 60, 3)
+    encoders = {
+        "topk": lambda: Encoded.from_topk(*gpu.encode_topk(*inputs(p), 6), 60),
+        "threshold": lambda: gpu.encode_threshold(*inputs(p), None, 400),
+        "batch_topk": lambda: gpu.encode_batch_topk(*inputs(p), 30)[0],
+    }
+    names = [name for name in p if name != "b_pre"]
+    for name, encode in encoders.items():
+        runs = []
+        for _ in range(2):
+            encoded = encode()
+            recon = gpu.decode_encoded(encoded, p["W_dec"], p["b_dec"])
+            grads = torch.autograd.grad(recon.square().sum(), [p[n] for n in names])
+            runs.append((encoded.acts, encoded.indices, recon, *grads))
+        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True)), name
+
+
+@settings(max_examples=N_EXAMPLES, deadline=None)
+@given(st.integers(1, 7), st.integers(1, 40), st.integers(1, 3), st.booleans(), st.integers(0, 1000))
+def test_adam(rows, columns, n_steps, unit_norm, seed):
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(rows, columns, generator=generator)
+    start = (start / start.norm(dim=1, keepdim=True)).to(DEVICE)
+    grads = [torch.randn(rows, columns, generator=generator).to(DEVICE) for _ in range(n_steps)]
+    shadow = torch.zeros(rows, columns, dtype=torch.bfloat16, device=DEVICE)
+    results = []
+    for step_of in (reference.adam_step, partial(gpu.adam_step, shadow=shadow)):
+        state = [start.clone(), torch.zeros_like(start), torch.zeros_like(start)]
+        for step, grad in enumerate(grads, 1):
+            step_of(state[0], grad, *state[1:], step, 0.01, (0.9, 0.99), 1e-8, 0.5, unit_norm)
+        results.append(state)
+    for name, slow, fast in zip(("param", "exp_avg", "exp_avg_sq"), *results, strict=True):
+        torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    # the interpreter cuts bits off where a device rounds to the nearest
+    torch.testing.assert_close(shadow.float(), results[1][0], atol=1e-6, rtol=2**-7)
+    # without a shadow, and with the scale on the device: the same bits; frozen rows: those, or what they were
+    scale = torch.full((), 0.5, device=DEVICE)
+    frozen = torch.arange(rows, device=DEVICE) % 2 == 0
+    for mask in (None, frozen):
+        state = [start.clone(), torch.zeros_like(start), torch.zeros_like(start)]
+        for step, grad in enumerate(grads, 1):
+            gpu.adam_step(state[0], grad, *state[1:], step, 0.01, (0.9, 0.99), 1e-8, scale, unit_norm, mask)
+        before = (start, torch.zeros_like(start), torch.zeros_like(start))
+        for now, free, old in zip(state, results[1], before, strict=True):
+            assert torch.equal(now, free if mask is None else torch.where(mask[:, None], old, free))
+
+
+def test_every_kernel_compiles_for_a_gpu_even_where_there_is_none(tmp_path):
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    program = [sys.executable, "-W", "error", str(Path(__file__).with_name("triton_compiles.py"))]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True)
+    names = [
+        name
+        for module in (optimiser, selection, sparse)
+        for name, value in vars(module).items()
+        if isinstance(value, KernelInterface) and value.fn.__module__ == module.__name__
+    ]
+    assert sorted(done.stdout.split()) == sorted(names), done.stderr
+    assert names
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TopKConfig(k=3, d_sae=24, dead_after_tokens=20),
+        AbsTopKConfig(k=3, d_sae=24),
+        BatchTopKConfig(k=3, d_sae=24, dead_after_tokens=20),
+        MatryoshkaConfig(k=3, d_sae=24, prefixes=(0.25, 1.0)),
+    ],
+    ids=lambda config: config.kind,
+)
+def test_training_through_these_kernels_is_training_through_the_reference(config, monkeypatch):
+    """Selection, decoding, gradients and optimiser as `kernels` joins them, over a few steps."""
+    x = torch.randn(3, 16, 10, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    trained = []
+    for path in ("reference", "gpu"):
+        monkeypatch.setattr(kernels, "path_for", lambda _, path=path: path)
+        dictionary = dictionaries.build(config, 10, 10).to(DEVICE)
+        dictionary.initialise(x[0], x[0], torch.Generator().manual_seed(0))
+        # While encoder and decoder are the same, the encoder's gradient from a row with one latent is 0 but for
+        # rounding, and Adam would step by its sign.
+        dictionary.W_enc.data.mul_(1.25)
+        optimiser = Adam(dictionary)
+        losses = []
+        for batch in x:
+            loss = dictionary.loss(batch, batch, 0.5)
+            loss.total.backward()
+            optimiser.step(1e-3)
+            dictionary.after_step(loss.encoded)
+            losses.append(loss.total.detach())
+        trained.append((torch.stack(losses), dictionary))
+    torch.testing.assert_close(trained[1][0], trained[0][0])
+    for (name, slow), fast in zip(
+        trained[0][1].state_dict().items(), trained[1][1].state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    assert torch.equal(trained[0][1].tokens_since_fired, trained[1][1].tokens_since_fired)
