@@ -149,7 +149,7 @@ class _Reconstruct(torch.autograd.Function):
         return mses.mean(), mses, error
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         acts, indices, ptr, W_dec = ctx.saved_tensors
         errors, ends, pull = ctx.errors, ctx.ends, torch.from_numpy(ctx.pull)
         scale = (
