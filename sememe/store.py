@@ -17,7 +17,7 @@ from __future__ import annotations
 import collections
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -233,6 +233,7 @@ class Store:
         )
 
 
+@runtime_checkable
 class Shards(Protocol):
     """What holds activations shard by shard: a store, or several joined."""
 

@@ -233,7 +233,7 @@ def test_a_store_brings_its_model(world, lm, tmp_path):
     out = tmp_path / "d"
     train(
         config("topk", out, watch_ce_tokens=500, watch_rows=100, watch_every=4000, n_tokens=8192).replace(
-            store=tmp_path / "store"
+            store=tmp_path / "store", inputs=("resid_post.0",)
         )
     )
     lines = read_log(out / WATCHED)
@@ -248,7 +248,7 @@ def test_what_cannot_be_watched_is_said(world, lm, tmp_path):
         live.hold_out(10)
     with pytest.raises(ConfigError, match="heldout_fraction must be > 0 for ce_recovered_zero"):
         cross_entropy_of(live, [live.sites], 100, 4)
-    with pytest.raises(ConfigError, match="watch_ce_tokens needs a store, or a live run"):
+    with pytest.raises(ConfigError, match="watch_ce_tokens needs one store, or a live run"):
         cross_entropy_of(TensorSource(torch.randn(100, 3)), [None], 100, 4)
 
 

@@ -93,7 +93,8 @@ def ghost_loss(
         return error
 
     error = _over_rows(squared_error, x, residual, dead.numel()) / residual.numel()
-    return error * (residual.square().mean() / error.detach().clamp_min(1e-30))
+    scaled: Tensor = error * (residual.square().mean() / error.detach().clamp_min(1e-30))
+    return scaled
 
 
 def _over_rows(

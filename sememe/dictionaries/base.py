@@ -328,10 +328,8 @@ class Trainable(Dictionary):
     `tokens_since_fired` counts, per latent, the rows since it was last active.
     """
 
-    can_freeze: ClassVar[bool] = True
-    """Whether all that belongs to a latent lies along an axis of d_sae, so that an optimiser can leave it alone."""
-    shared: frozenset[str] = frozenset({"b_dec", "W_skip"})
-    """Parameters without a latent axis, whatever their shape; in any other, an axis of d_sae is that of the latents."""
+    shared: ClassVar[frozenset[str]] = frozenset({"b_dec", "W_skip"})
+    """Parameters without a latent axis, whatever their shape."""
     tokens_since_fired: Int[Tensor, " d_sae"]
     overflow_steps: Int[Tensor, ""]
     """Steps since the start or the last resume in which a buffer was too small for all entries (see `Encoded`)."""

@@ -89,7 +89,6 @@ class CrossLayer(Trainable):
 
     kind = "cross_layer"
     config: CrossLayerConfig
-    can_freeze = False
     b_pre: Tensor
     threshold_unit: Tensor
 
@@ -115,8 +114,6 @@ class CrossLayer(Trainable):
                 for n, layer in zip(sizes, self.layers, strict=True)
             ]
         )
-        # no axis of all latents: a layer's own ones are what its matrices have
-        self.shared = frozenset({"b_dec", *(name for name, p in self.named_parameters() if p.dim() == 2)})
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.b_dec = nn.Parameter(torch.zeros(d_out))
         self.register_buffer("b_pre", torch.zeros(d_in))

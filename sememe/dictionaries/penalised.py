@@ -13,6 +13,7 @@ from torch import Tensor
 from sememe import kernels
 from sememe.dictionaries.auxiliary import ghost_loss
 from sememe.dictionaries.base import Constraints, Sites
+from sememe.dictionaries.dead import DeadLatents
 from sememe.dictionaries.initial import bricken_norm
 from sememe.dictionaries.linear import Linear, LinearConfig
 from sememe.encoded import Encoded
@@ -68,6 +69,13 @@ class Penalised(Linear, abc.ABC):
         if config.constant_latent:
             penalised[0] = 0.0
         self.register_buffer("penalised", penalised, persistent=False)
+        self.dead = DeadLatents()
+
+    def after_step(self, encoded: Encoded) -> None:
+        """The bookkeeping, and the number of dead latents on its way for the next step's ghost gradients."""
+        super().after_step(encoded)
+        if self.config.ghost_after_tokens is not None:
+            self.dead.send(self.tokens_since_fired, self.config.ghost_after_tokens)
 
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Encoded:
         """Every positive pre-activation."""
@@ -119,7 +127,7 @@ class Penalised(Linear, abc.ABC):
         """Ghost gradients for latents that are silent for too long, if the config asks for them."""
         if self.config.ghost_after_tokens is None:
             return None
-        dead = torch.nonzero(self.tokens_since_fired > self.config.ghost_after_tokens).view(-1)
+        dead = self.dead.ids(self.tokens_since_fired, self.config.ghost_after_tokens)
         if dead.numel() == 0:
             return None
         with torch.no_grad():

@@ -21,6 +21,8 @@ TITLES = {
     "ce_recovered_zero": "ce_recovered_zero",
 }
 COLOUR = "#1f6feb"
+LOGARITHMIC_FROM = 20
+"""Largest over smallest value from which an axis is logarithmic."""
 
 
 def watched_plot(watched: Curves) -> Figure | None:
@@ -40,10 +42,11 @@ def watched_plot(watched: Curves) -> Figure | None:
         axes.set_xlabel("tokens")
         axes.grid()
         axes.set_axisbelow(True)
-        # The rows before the first step would squeeze all that follows.
-        later = sorted(y for x, y in points if x > 0)
-        if name == "fvu" and later and points[0][1] > 2 * later[-1]:
-            axes.set_ylim(0, 1.1 * later[-1])
+        values = [value for _, value in points]
+        if name == "fvu" and 0 < LOGARITHMIC_FROM * min(values) < max(values):
+            axes.set_yscale("log")
+        elif min(values) >= 0:
+            axes.set_ylim(bottom=0, top=None if max(values) else 1)
         axes.xaxis.set_major_formatter(lambda value, _: short(value))
     return figure
 

@@ -126,7 +126,9 @@ def _chosen(member: Member, resampling: Resampling) -> Bool[Tensor, " d_sae"]:
     with member.optimiser.exported():
         ours = dictionary.decoder_directions().detach()
     theirs = dictionaries.load(resampling.against).decoder_directions().detach().to(ours.device)
-    return metrics.mcs(ours, theirs) < resampling.below
+    unlike = metrics.mcs(ours, theirs) < resampling.below
+    penalised = getattr(dictionary, "penalised", None)
+    return unlike if penalised is None else unlike & (penalised > 0)  # a constant latent is not like any
 
 
 def _transcodes(member: Member) -> bool:

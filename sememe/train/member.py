@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sememe import dictionaries
 from sememe.dictionaries import Loss, Sites
-from sememe.errors import ActivationError, ConfigError
+from sememe.errors import ActivationError
 from sememe.optimiser import make
 from sememe.source import Batch, Columns
 from sememe.train.by_site import about_sites, fvu_by_site
@@ -66,12 +66,6 @@ class Member:
         self.objective = objective or own_loss
         self.name, self.config, self.columns, self.device = spec.name, spec.config, spec.columns, device
         self.dictionary = dictionaries.build(spec.config.architecture, spec.d_in, spec.d_out, spec.sites)
-        if self.config.freeze_above is not None and not self.dictionary.can_freeze:
-            raise ConfigError(
-                f"freeze_above must be left out for {self.dictionary.kind}: its latents cannot be frozen one by one",
-                self.config.freeze_above,
-                "Drop it.",
-            )
         self.plan = make_plan(spec.config, self.dictionary, n_steps)
         self.generator = torch.Generator().manual_seed(spec.config.seed)
         self.step = 0

@@ -8,7 +8,6 @@ Knows a dictionary as it stands and fixed rows; probes that need more, such as a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -26,8 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["WATCHED", "Probe", "Watch", "density_edges", "measure", "reconstruct"]
 
 WATCHED = "watched.jsonl"
-OCTAVES = 4
-"""Bins of a factor of two at the rare end, where densities are a few rows each; of its root above."""
+FINER = ((12, 2.0), (48, 2.0**0.5), (float("inf"), 2.0**0.25))
+"""Up to so many rows, bins of such a factor: at the rare end finer ones would lie between two counts."""
 
 Reconstruct = Callable[[Float[Tensor, "rows d_in"]], Float[Tensor, "rows d_out"]]
 
@@ -47,10 +46,11 @@ class Probe(Protocol):
 
 def density_edges(n_rows: int) -> list[float]:
     """Logarithmic bins of densities that can be told apart on so many rows: from 3/4 of a row to all of them."""
-    edges = [0.75 * 2.0**i / n_rows for i in range(OCTAVES + 1)]
-    while edges[-1] * math.sqrt(2) < 1.0:
-        edges.append(edges[-1] * math.sqrt(2))
-    return [*(edge for edge in edges if edge < 1.0), 1.0]
+    edges = [0.75 / n_rows]
+    while edges[-1] < 1.0:
+        factor = next(factor for most, factor in FINER if edges[-1] * n_rows < 0.99 * most)
+        edges.append(edges[-1] * factor)
+    return [*edges[:-1], 1.0]
 
 
 @torch.no_grad()
