@@ -6,6 +6,7 @@ from test_dictionaries import CONFIGS, ONE_PLACE
 
 from sememe import dictionaries, kernels
 from sememe.dictionaries import TRAINABLE, Site, Sites, Trainable
+from sememe.dictionaries.linear import LinearConfig
 from sememe.dictionaries.matching_pursuit import MatchingPursuitConfig
 from sememe.dictionaries.relu import ReLUConfig
 from sememe.dictionaries.selection import SelectionConfig
