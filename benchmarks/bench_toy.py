@@ -42,6 +42,8 @@ class Recipe(NamedTuple):
 RECIPES = [
     Recipe("topk", "topk", {"k": 3, "dead_after_tokens": 50_000}),
     Recipe("batch_topk", "batch_topk", {"k": 3, "dead_after_tokens": 50_000}),
+    Recipe("matching_pursuit", "matching_pursuit", {"k": 3}),
+    Recipe("mlp_encoder", "mlp_encoder", {"k": 3, "dead_after_tokens": 50_000}),
     Recipe("jumprelu", "jumprelu", {"target_l0": 3}),
     Recipe("relu", "relu", {"l1_coefficient": 0.03}),
     Recipe("relu_steered", "relu", {"l1_coefficient": 0.01, "target_l0": 6, "start_l0": 40}),
@@ -52,7 +54,9 @@ RECIPES = [
     Recipe("gated", "gated", {"l1_coefficient": 0.05}, None),
     Recipe("gated_annealed", "gated", {"l1_coefficient": 0.01, "target_l0": 4, "start_l0": 40}),
     Recipe("p_anneal", "p_anneal", {"l1_coefficient": 0.03}),
-    Recipe("tied", "tied", {"l1_coefficient": 0.03}, None),
+    Recipe("lista", "lista", {"l1_coefficient": 0.03}),
+    Recipe("variational", "variational", {"prior_l0": 3}),
+    Recipe("tied", "tied", {"l1_coefficient": 0.03}),
     Recipe("tied_annealed", "tied", {"l1_coefficient": 0.01, "target_l0": 6, "start_l0": 40}, None),
 ]
 """Each in its best known form; the docs page of each kind says what else was tried."""

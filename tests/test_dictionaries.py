@@ -50,7 +50,7 @@ EASY: dict[str, dict[str, Any]] = {
     "relu": {"l1_coefficient": 1e-4},
     "jumprelu": {"target_l0": 2.0, "bandwidth": 0.005},
     "gated": {"l1_coefficient": 1e-4},
-    "tied": {"l1_coefficient": 1e-4},
+    "tied": {"l1_coefficient": 1e-4, "start_density": 0.5},  # else a feature without a latent on it stays so
     "p_anneal": {"l1_coefficient": 1e-4},
     "lista": {"l1_coefficient": 1e-4},
     "variational": {"prior_l0": 2.0, "decoder_variance": 0.01},

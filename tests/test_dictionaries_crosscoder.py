@@ -6,6 +6,7 @@ from test_dictionaries import CONFIGS, ONE_PLACE
 
 from sememe import dictionaries, kernels
 from sememe.dictionaries import TRAINABLE, Site, Sites, Trainable
+from sememe.dictionaries.linear import LinearConfig
 from sememe.dictionaries.matching_pursuit import MatchingPursuitConfig
 from sememe.dictionaries.relu import ReLUConfig
 from sememe.dictionaries.selection import SelectionConfig
@@ -17,7 +18,7 @@ SIZES = (1.0, 30.0, 0.2)
 """How large the activations of each site are."""
 D = sum(WIDTHS)
 PARTS = (slice(0, 5), slice(5, 12), slice(12, 16))
-KINDS = sorted(kind for kind in TRAINABLE if kind != "cross_layer")
+KINDS = sorted(kind for kind in TRAINABLE if isinstance(CONFIGS[kind], LinearConfig))
 CHOOSING = sorted(
     kind for kind in KINDS if isinstance(CONFIGS[kind], SelectionConfig) and kind != "matching_pursuit"
 )

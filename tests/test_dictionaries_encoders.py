@@ -13,6 +13,7 @@ from sememe.dictionaries.base import Trainable
 from sememe.dictionaries.lista import LISTAConfig
 from sememe.dictionaries.matching_pursuit import MatchingPursuitConfig
 from sememe.dictionaries.mlp_encoder import MLPEncoderConfig
+from sememe.dictionaries.tied import TiedConfig
 from sememe.dictionaries.topk import TopKConfig
 from sememe.dictionaries.variational import VariationalConfig
 from sememe.errors import ConfigError
@@ -265,5 +266,46 @@ def test_folding_keeps_the_whole_posterior():
 def test_what_a_variational_dictionary_cannot_do_is_refused():
     with pytest.raises(ConfigError, match=r"ghost_after_tokens must be left out: .*got 5. Drop it"):
         VariationalConfig.build({"ghost_after_tokens": 5})
+    for config in (VariationalConfig, LISTAConfig):
+        with pytest.raises(ConfigError, match="constant_latent must be false"):
+            config.build({"constant_latent": True, "decoder_bias": False})
     with pytest.raises(ConfigError, match="prior_l0 must be less than d_sae=40, got 40"):
         made(VariationalConfig(d_sae=N, prior_l0=N))
+
+
+@pytest.mark.parametrize("config", [VariationalConfig(d_sae=N, prior_l0=5), LISTAConfig(d_sae=N)])
+def test_the_price_of_activity_warms_up(config):
+    dictionary, x = made(config.replace(sparsity_warmup=0.5)), sample(seed=4)
+    term = "mse_sampled" if config.kind == "variational" else "mse"
+    extra = []
+    for progress in (0.0, 0.25, 0.5):
+        if (
+            config.kind == "variational"
+        ):  # whose spikes sharpen meanwhile: they change the sample, not the price
+            dictionary.config = dictionary.config.replace(sharpness_start=50.0)
+        loss = dictionary.loss(x, x, progress)
+        extra.append(float(loss.total.detach() - loss.terms[term]))
+    assert extra[0] == pytest.approx(0, abs=1e-5)
+    assert extra[1] == pytest.approx(extra[2] / 2, rel=1e-3) and extra[2] > 0
+
+
+def test_lista_steers_its_weight_to_an_l0_and_starts_where_ista_settles():
+    dictionary, x = made(LISTAConfig(d_sae=N, target_l0=3.0)), sample(seed=4)
+    largest = float(torch.linalg.matrix_norm(dictionary.W_back.detach(), ord=2)) ** 2
+    torch.testing.assert_close(dictionary.W_enc.T * largest, dictionary.W_back, atol=1e-3, rtol=1e-2)
+    loss = dictionary.loss(x, x, 0.5)
+    assert float(loss.encoded.l0().double().mean()) > 3
+    dictionary.after_step(loss.encoded)
+    assert float(dictionary.loss(x, x, 0.5).terms["steered_factor"]) > 1
+
+
+def test_tied_biases_start_at_the_density_asked_for_and_stay_usual_when_reset():
+    x = sample(n=1000, seed=0)
+    for density in (0.025, 0.2):
+        dictionary = dictionaries.build(TiedConfig(d_sae=N, start_density=density), D, D)
+        dictionary.initialise(x, x, torch.Generator().manual_seed(0))
+        share = (dictionary.encode(x).to_dense() > 0).float().mean(0)
+        torch.testing.assert_close(share, torch.full((N,), density), atol=2e-3, rtol=0)
+    usual = float(dictionary.b_enc.detach().median())
+    dictionary.reset_latents(torch.tensor([3]), torch.ones(1, D))
+    assert float(dictionary.b_enc.detach()[3]) == usual < 0

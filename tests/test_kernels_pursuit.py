@@ -31,9 +31,10 @@ def check(x: torch.Tensor, W: torch.Tensor, k: int) -> None:
     # a correlation of rounding errors alone may come out positive or not: its latent is free, its activation is not
     real = torch.maximum(slow[0].acts, fast[0].acts) > 1e-5
     assert torch.equal(slow[0].indices[real], fast[0].indices[real])
-    for a, b in [(slow[0].acts, fast[0].acts), (slow[0].residual, fast[0].residual), slow[1:2] + fast[1:2]]:
-        torch.testing.assert_close(b, a, **close)
-    if bool(real.all()):
+    torch.testing.assert_close(fast[0].acts, slow[0].acts, **close)
+    torch.testing.assert_close(fast[0].residual, slow[0].residual, **close)
+    if bool(real.all()):  # a step, however small, takes a direction out of the gradients
+        torch.testing.assert_close(fast[1], slow[1], **close)
         torch.testing.assert_close(fast[2], slow[2], **close)
 
 

@@ -6,30 +6,43 @@ from typing import Any, Literal, cast, final
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from sememe import kernels
 from sememe.dictionaries.base import Loss, Sites
-from sememe.dictionaries.penalised import Penalised, PenalisedConfig
+from sememe.dictionaries.steered import Steered, SteeredConfig
 from sememe.encoded import Encoded
+from sememe.errors import ConfigError
 
 __all__ = ["LISTA", "LISTAConfig"]
 
 
-class LISTAConfig(PenalisedConfig):
+N_POWERS = 50
+"""Steps of the power iteration that finds the largest eigenvalue."""
+
+
+class LISTAConfig(SteeredConfig):
     """Options of a dictionary with a LISTA encoder."""
 
     kind: Literal["lista"] = "lista"
     """Name of the architecture."""
-    l1_coefficient: float = 1e-3
-    """Weight of the mean over rows of the sum of activations, against the mean squared error per dimension."""
     n_steps: int = Field(default=3, ge=1)
     """How often the code is refined after the first guess; each costs about as much as a ReLU encoder."""
 
+    @model_validator(mode="after")
+    def _no_latent_is_constant(self) -> LISTAConfig:
+        if self.constant_latent:
+            raise ConfigError(
+                "constant_latent must be false: every step would add the constant again",
+                "true",
+                "Drop it, or use relu.",
+            )
+        return self
+
 
 @final
-class LISTA(Penalised):
+class LISTA(Steered):
     """`acts_0 = relu(b)`, `acts_{t+1} = relu(b + acts_t S)`, `b = (x - b_pre) W_enc + b_enc`, `S = I - W_back W_enc`.
 
     That is, `acts_{t+1} = relu(acts_t + (x - b_pre - acts_t W_back) W_enc + b_enc)`: what the code leaves over of the
@@ -73,15 +86,24 @@ class LISTA(Penalised):
         encoded = self.encode(x)
         error = self.decode(encoded, x) - target
         mse = error.square().mean()
-        l1 = encoded.acts.sum() / encoded.n_rows
-        total = mse + self.config.l1_coefficient * l1
-        return Loss(total, {"mse": mse.detach(), "l1": l1.detach()}, encoded.detach(), error)
+        l1 = self._per_row(encoded.acts, encoded)
+        total = mse + self._factor(progress) * self.config.l1_coefficient * l1
+        terms = {"mse": mse.detach(), "l1": l1.detach(), **self._steering_terms()}
+        return Loss(total, terms, encoded.detach(), error)
 
-    def _start_encoder(self, centre: Float[Tensor, " d_in"], generator: torch.Generator) -> None:
-        """ISTA for the first decoder: its transpose, over the largest eigenvalue that so many directions have."""
-        super()._start_encoder(centre, generator)
-        self.W_back.copy_(self.W_enc.T)
-        self.W_enc.div_((1 + (self.d_sae / self.d_in) ** 0.5) ** 2)
+    def initialise(
+        self, x: Float[Tensor, "rows d_in"], target: Float[Tensor, "rows d_out"], generator: torch.Generator
+    ) -> None:
+        """ISTA for the encoder that every penalised dictionary starts with: divided by its largest eigenvalue."""
+        super().initialise(x, target, generator)
+        with torch.no_grad():
+            self.W_back.copy_(self.W_enc.T)
+            vector = torch.ones_like(self.b_pre)
+            for _ in range(N_POWERS):
+                vector = self.W_enc @ (vector @ self.W_enc)
+                largest = vector.norm()
+                vector = vector / largest
+            self.W_enc.div_(largest)
 
     def _reset_encoder(self, ids: Int[Tensor, " n"], units: Float[Tensor, "n d_in"]) -> None:
         """As every linear encoder; what is taken off the input is what the latent reads."""

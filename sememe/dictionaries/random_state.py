@@ -41,9 +41,9 @@ class RandomState:
         """Other numbers from now on."""
         self.state[1] += 1
 
-    def generator(self, device: torch.device) -> torch.Generator:
-        """This step's generator, always at its start."""
+    def generator(self, device: torch.device, part: int = 0) -> torch.Generator:
+        """This step's generator, always at its start; one of its own for each part of a step that is done in parts."""
         seed, step = self.state.tolist()
         # a CPU generator reads only the low 32 bits of its seed: neighbouring numbers have to be mixed first
-        digest = hashlib.sha256(f"{seed} {step}".encode()).digest()
+        digest = hashlib.sha256(f"{seed} {step} {part}".encode()).digest()
         return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))

@@ -89,8 +89,9 @@ class Tied(ActivationPenalty):
 
     def _reset_encoder(self, ids: Int[Tensor, " n"], units: Float[Tensor, "n d_in"]) -> None:
         """As every linear encoder; the bias is what is usual, for from 0 it would take long to get there."""
+        usual = self.b_enc.median()
         super()._reset_encoder(ids, units)
-        self.b_enc[ids] = self.b_enc.median()
+        self.b_enc[ids] = usual
 
     def _centre(self) -> Callable[[Tensor], Tensor]:
         return geometric_median if self.config.centre else _zero

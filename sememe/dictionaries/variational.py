@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Literal, NamedTuple, final
 
 import torch
@@ -15,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from sememe.dictionaries.base import Loss, Sites
 from sememe.dictionaries.initial import latent_major
 from sememe.dictionaries.penalised import Penalised, PenalisedConfig
+from sememe.dictionaries.random_state import RandomState
 from sememe.encoded import Encoded
 from sememe.errors import ConfigError
 
@@ -48,9 +48,15 @@ class VariationalConfig(PenalisedConfig):
     """Share of the run over which the slope grows."""
 
     @model_validator(mode="after")
-    def _sharpening_has_an_effect(self) -> VariationalConfig:
+    def _options_have_an_effect(self) -> VariationalConfig:
         if self.sharpness_warmup == 0:
             self.check_inert("sharpness_start", without="sharpness_warmup is 0")
+        if self.constant_latent:
+            raise ConfigError(
+                "constant_latent must be false: one latent cannot be told apart from the others' prior",
+                "true",
+                "Keep the decoder bias.",
+            )
         if self.ghost_after_tokens is not None:
             raise ConfigError(
                 "ghost_after_tokens must be left out: a dead latent's mean is not what keeps its spike off",
@@ -110,8 +116,7 @@ class Variational(Penalised):
         self.pseudo_inputs = nn.Parameter(torch.zeros(config.n_pseudo_inputs, d_in))
         self.W_choice = nn.Parameter(torch.zeros(d_in, config.n_pseudo_inputs))
         self.b_choice = nn.Parameter(torch.zeros(config.n_pseudo_inputs))
-        # a seed and a step; no buffer, so that it stays on the CPU and nothing waits for it
-        self._noise = torch.zeros(2, dtype=torch.int64)
+        self._noise = RandomState()
 
     def encoder_directions(self) -> None:
         """None: one direction decides whether a latent is active, another how much."""
@@ -175,7 +180,8 @@ class Variational(Penalised):
         kl = torch.stack([part.kl for part in parts]).sum() / n_rows
         mean_spike = (choice.mean(0) @ torch.sigmoid(prior.logit)).mean()
         kl_prior = self.d_sae * _bernoulli_kl(mean_spike, config.prior_l0 / self.d_sae)
-        total = sampled + 2 * config.decoder_variance / self.d_out * (kl + kl_prior)
+        price = self._warmed(progress) * 2 * config.decoder_variance / self.d_out
+        total = sampled + price * (kl + kl_prior)
         with torch.no_grad():
             encoded = self.encode(x)
             mse = (target - self.decode(encoded, x)).square().mean()
@@ -193,7 +199,7 @@ class Variational(Penalised):
         """Reconstructions and divergence; computed again for the gradient, with the same noise."""
         q = self._posterior(x)
         spike = torch.sigmoid(q.logit)
-        generator = self._generator(start, x.device)
+        generator = self._noise.generator(x.device, start)
         uniform = torch.rand(spike.shape, generator=generator, dtype=x.dtype, device=x.device)
         normal = torch.randn(spike.shape, generator=generator, dtype=x.dtype, device=x.device)
         on = torch.sigmoid(sharpness * (uniform + spike - 1))
@@ -201,43 +207,33 @@ class Variational(Penalised):
         recon = self._with_skip(torch.addmm(self.b_dec, acts, self.W_dec), x)
         return _Sampled(recon, (choice * _divergences(q, spike, prior)).sum())
 
-    def _generator(self, start: int, device: torch.device) -> torch.Generator:
-        """Noise of its own for each step and chunk: the same whenever a step is computed again."""
-        seed, step = self._noise.tolist()
-        digest = hashlib.sha256(f"{seed} {step} {start}".encode()).digest()
-        return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
-
     def after_step(self, encoded: Encoded) -> None:
         """Other noise for the next step, beside the bookkeeping."""
         super().after_step(encoded)
-        self._noise[1] += 1
+        self._noise.next_step()
 
     def training_buffers(self) -> dict[str, Tensor]:
         """Where the noise is, too."""
-        return {**super().training_buffers(), "noise": self._noise}
+        return {**super().training_buffers(), "noise": self._noise.state}
 
     # -- state -------------------------------------------------------------------------------------
 
     def initialise(
         self, x: Float[Tensor, "rows d_in"], target: Float[Tensor, "rows d_out"], generator: torch.Generator
     ) -> None:
-        """As every linear dictionary; pseudo-inputs are rows of the sample."""
+        """As every penalised dictionary; spikes read what means read, and pseudo-inputs are rows of the sample."""
         super().initialise(x, target, generator)
         with torch.no_grad():
             rows = torch.randint(x.shape[0], (self.config.n_pseudo_inputs,), generator=generator)
             self.pseudo_inputs.copy_(x[rows])
             self.W_choice.copy_((self.pseudo_inputs - self.b_pre).T / self.d_in)
             self.b_choice.zero_()
-        self._noise[0] = int(torch.randint(2**62, (), generator=generator))
-        self._noise[1] = 0
-
-    def _start_encoder(self, centre: Float[Tensor, " d_in"], generator: torch.Generator) -> None:
-        super()._start_encoder(centre, generator)
-        bias, length = START_SPIKE
-        self.W_spike.copy_(self.W_enc * length)
-        self.b_spike.fill_(bias)
-        self.W_var.zero_()
-        self.b_var.fill_(START_LOG_VAR)
+            bias, length = START_SPIKE
+            self.W_spike.copy_(self.W_enc * length)
+            self.b_spike.fill_(bias)
+            self.W_var.zero_()
+            self.b_var.fill_(START_LOG_VAR)
+        self._noise.start(generator)
 
     def _reset_encoder(self, ids: Int[Tensor, " n"], units: Float[Tensor, "n d_in"]) -> None:
         """Mean, spike and slab as at the start, along the new direction."""
