@@ -163,7 +163,12 @@ def planted(
 
 
 @pytest.mark.parametrize(
-    "options", [{"k": 3, "over": "all"}, {"k": 2}, {"selection": "jumprelu", "target_l0": 3.0}]
+    "options",
+    [
+        pytest.param({"k": 3, "over": "all"}, id="all"),
+        pytest.param({"k": 2}, id="layer", marks=pytest.mark.slow),
+        pytest.param({"selection": "jumprelu", "target_l0": 3.0}, id="jumprelu", marks=pytest.mark.slow),
+    ],
 )
 def test_a_planted_causal_structure_is_recovered(tmp_path, options):
     x, target, codes, writes = planted()

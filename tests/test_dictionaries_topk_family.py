@@ -4,13 +4,16 @@ import pytest
 import torch
 
 from sememe import dictionaries
+from sememe.dictionaries import auxiliary
 from sememe.dictionaries.abs_topk import AbsTopKConfig
 from sememe.dictionaries.base import Trainable
 from sememe.dictionaries.batch_topk import BatchTopKConfig
 from sememe.dictionaries.group_max import GroupMaxConfig
 from sememe.dictionaries.matryoshka import MatryoshkaConfig
 from sememe.dictionaries.multi_topk import MultiTopKConfig
+from sememe.dictionaries.topk import TopKConfig
 from sememe.errors import ConfigError
+from sememe.kernels import cpu
 
 D, N = 12, 40
 
@@ -134,3 +137,24 @@ def test_auxk_gives_dead_latents_a_gradient(config):
     assert float(loss.terms["auxk"]) > 0
     loss.total.backward()
     assert float(dictionary.W_enc.grad[:, 1::2].abs().max()) > 0
+
+
+@pytest.mark.skipif(not cpu.native_bfloat16(), reason="needs a CPU that multiplies bfloat16 natively")
+def test_auxk_of_many_dead_latents_is_nearly_that_in_float32(monkeypatch):
+    """Products in bfloat16, where there is much to multiply: the loss to three digits, gradients to a few percent."""
+    dictionary = dictionaries.build(TopKConfig(d_sae=1024, k=8), 64, 64)
+    generator = torch.Generator().manual_seed(0)
+    x, residual = torch.randn(2048, 64, generator=generator), torch.randn(2048, 64, generator=generator)
+    dictionary.initialise(x, x, generator)
+    dead, found = torch.arange(0, 1024, 2), []
+    for large in (0, 2**40):
+        monkeypatch.setattr(auxiliary, "LARGE", large)
+        loss = auxiliary.auxk_loss(dictionary, x, residual, dead, 32)
+        weights = [dictionary.W_enc, dictionary.W_dec, dictionary.b_enc]
+        found.append((float(loss.detach()), torch.autograd.grad(loss, weights)))
+    (rough, rough_grads), (exact, exact_grads) = found
+    assert rough != exact
+    assert rough == pytest.approx(exact, rel=1e-3)
+    for a, b in zip(rough_grads, exact_grads, strict=True):
+        assert float((a - b).norm() / b.norm()) < 0.05
+        assert a.stride() == b.stride()

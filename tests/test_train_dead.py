@@ -26,7 +26,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "loss": RELU | {"resample": "loss"} | SILENT,
     "worst": RELU | {"resample": "worst"} | SILENT,
     "random": RELU | {"resample": "random"} | SILENT,
-    "mcs": RELU | {"resample": "mcs", "resample_below": 0.5} | AT,
+    "mcs": RELU | {"resample": "mcs", "resample_below": 0.65} | AT,
     "ghost": RELU | OFF | {"ghost_after_tokens": 1000},
     "topk_loss": TOPK | {"auxk_coefficient": 0.0, "resample": "loss"} | SILENT,
     "topk_auxk": TOPK | {"k": 1, "dead_after_tokens": 1000},

@@ -13,9 +13,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from sememe import kernels
 from sememe.dictionaries.linear import Linear
 
 __all__ = ["auxk_loss", "ghost_loss"]
+
+LARGE = 2**20
+"""Pre-activations of dead latents from which on products are taken in bfloat16, where that is native."""
 
 GROUP_ENTRIES = 2**24
 """Pre-activations of dead latents held at a time: 64 MB in float32."""
@@ -41,20 +45,24 @@ def auxk_loss(
         signed: Strongest by absolute value, and activations keep their signs.
 
     Source: Gao et al. 2024, arXiv:2406.04093, appendix A.2. Differs: divided by the residual's mean square, so
-    that its weight does not depend on the scale.
+    that its weight does not depend on the scale; where there is much to multiply, products are in bfloat16.
     """
     residual = residual.detach()
     k = min(k or max(dictionary.d_in // 2, 1), dead.numel())
-    reads, W_dec = dictionary.pre_acts_of(dead), dictionary.W_dec[dead]
+    reads, W_dec = dictionary.pre_acts_of(dead), dictionary.W_dec.index_select(0, dead)
+    fast = kernels.native_bfloat16(x) and x.shape[0] * dead.numel() >= LARGE
 
     def squared_error(x: Tensor, residual: Tensor) -> Tensor:
-        pre_acts = reads(x)
-        strength = pre_acts.detach().abs() if signed else pre_acts.detach()
-        columns = strength.topk(k, dim=1, sorted=False).indices
-        kept = torch.zeros_like(pre_acts, dtype=torch.bool).scatter_(1, columns, True)
-        if not signed:
-            kept &= strength > 0
-        return (residual - pre_acts.mul_(kept) @ W_dec).square().sum()
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=fast):
+            pre_acts = reads(x)
+            strength = pre_acts.detach().abs() if signed else pre_acts.detach()
+            columns = strength.topk(k, dim=1, sorted=False).indices
+            kept = torch.zeros_like(pre_acts, dtype=torch.bool).scatter_(1, columns, True)
+            if not signed:
+                kept &= strength > 0
+            recon = pre_acts.mul_(kept) @ W_dec
+        error: Tensor = (residual - recon).square().sum()
+        return error
 
     error = _over_rows(squared_error, x, residual, dead.numel()) / residual.numel()
     return error / residual.square().mean().clamp_min(1e-12)

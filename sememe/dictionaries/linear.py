@@ -89,7 +89,10 @@ class Linear(Trainable, abc.ABC):
 
     def pre_acts_of(self, ids: Int[Tensor, " n"]) -> Callable[[Tensor], Tensor]:
         """What gives the pre-activations of some latents, densely, from inputs; each result is a new tensor."""
-        W_enc, b_enc = self.W_enc[:, ids], self.b_enc[ids]
+        W_enc = self.W_enc.T.index_select(
+            0, ids
+        ).T  # rows of what is stored latent by latent, and so their gradient
+        b_enc = self.b_enc[ids]
         return lambda x: torch.addmm(b_enc, x - self.b_pre, W_enc)
 
     def decode(
