@@ -10,10 +10,10 @@ CPU multiplies it natively, else in float32, as the kernels are.
 from __future__ import annotations
 
 import argparse
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -127,6 +127,12 @@ def crew_step(n: int, batch: int, source: TensorSource) -> Callable[[], object]:
     return lambda: crew.train_step(source.next_batch(batch), None, False)
 
 
+def memory_mb(what: str) -> float:
+    """VmRSS (now) or VmHWM (at most so far) of this process; `ru_maxrss` would remember the parent's."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(what)) / 2**10
+
+
 def growth_mb(batch: int) -> float:
     """By how much training makes a process grow that has imported everything and built the dictionary."""
     source = TensorSource(torch.randn(65_536, D_IN).bfloat16(), seed=0)
@@ -134,7 +140,7 @@ def growth_mb(batch: int) -> float:
     with torch.no_grad():
         for parameter in dictionary.parameters():  # zeros are no memory until they are written
             parameter.fill_(1.0)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = memory_mb("VmRSS")
     sample = source.sample(8192)
     dictionary.initialise(sample.x, sample.target, torch.Generator().manual_seed(0))
     optimiser = Adam(dictionary)
@@ -144,7 +150,7 @@ def growth_mb(batch: int) -> float:
         loss.total.backward()
         optimiser.step(1e-4)
         dictionary.after_step(loss.encoded)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+    return memory_mb("VmHWM") - before
 
 
 def main() -> None:

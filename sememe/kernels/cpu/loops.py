@@ -39,9 +39,12 @@ _intrinsic = cast("Callable[[Callable[..., Any]], Callable[[Any], Any]]", intrin
 
 
 def jit(function: _F) -> _F:
-    """numba's njit with our settings; typed, which numba's own decorator is not."""
+    """numba's njit with our settings; typed, which numba's own decorator is not.
+
+    Divisions are those of the processor: Python's check for a divisor of 0 would keep loops from being vectorised.
+    """
     fastmath = {"contract", "reassoc", "nsz"}
-    return cast("_F", njit(cache=True, fastmath=fastmath, nogil=True)(function))
+    return cast("_F", njit(cache=True, fastmath=fastmath, nogil=True, error_model="numpy")(function))
 
 
 @_intrinsic

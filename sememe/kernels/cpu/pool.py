@@ -39,10 +39,21 @@ def set_threads(n: int) -> None:
 def run(task: Callable[[int, int], _T], n_items: int, chunk: int) -> list[_T]:
     """task(start, stop) for every `chunk` items, in threads; results in order.
 
-    The ranges depend on the chunk alone, so what is computed does not depend on the number of threads.
+    The ranges depend on the numbers alone, so what is computed does not depend on the number of threads. The last
+    chunks are smaller, so that no thread is left alone with a large one.
     """
-    ranges = [(start, min(start + chunk, n_items)) for start in range(0, n_items, chunk)]
-    return list(_pool().map(lambda bounds: task(*bounds), ranges))
+    return list(_pool().map(lambda bounds: task(*bounds), _ranges(n_items, chunk)))
+
+
+def _ranges(n_items: int, chunk: int) -> list[tuple[int, int]]:
+    ranges, start = [], 0
+    while start < n_items:
+        left = n_items - start
+        size = chunk if left > 3 * chunk else max(1, chunk // 2) if left > chunk else max(1, chunk // 4)
+        stop = min(start + size, n_items)
+        ranges.append((start, stop))
+        start = stop
+    return ranges
 
 
 def scratch(n: int, dtype: torch.dtype) -> torch.Tensor:
