@@ -179,13 +179,6 @@ def killed_and_resumed(arguments: list[str], out: Path, kill_at: tuple[int, ...]
     assert first >= kill_at[-1] > 1, "it went on instead of starting again"
 
 
-KILLED = {"batch_topk", "cross_layer", "gated", "jumprelu", "p_anneal", "relu", "topk", "variational"}
-"""One of each way to keep state between steps; the rest take the same code, and are slow tests."""
-
-
-@pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=[] if k in KILLED else pytest.mark.slow) for k in sorted(TRAINABLE)]
-)
 def test_kill_9_and_resume_gives_the_same_bits(kind, tmp_path):
     _, x = planted()
     train(config(kind, tmp_path / "whole", checkpoint_every_seconds=0), source=TensorSource(x))
