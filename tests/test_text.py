@@ -114,6 +114,10 @@ def test_order_depends_on_the_seed_alone(corpus: Path) -> None:
     other = [d.id for d in documents(config(corpus, seed=1), "all")]
     assert first != other and sorted(first) == sorted(other)
     assert first != sorted(first)
+    moved = corpus.parent / "elsewhere" / corpus.name
+    moved.parent.mkdir()
+    shutil.copy(corpus, moved)
+    assert [d.id for d in documents(config(moved), "all")] == first
 
 
 def test_pieces_of_one_document_stay_together_unless_asked(tmp_path: Path) -> None:

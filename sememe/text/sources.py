@@ -128,7 +128,8 @@ class FileSource:
         """See Source."""
         sizes = {path: int(self.fs.info(path).get("size") or 0) for path in self.paths}
         whole = sum(sizes.values()) <= HASHED_BYTES and _is_local(self.fs)
-        return {"files": {path: self._digest(path, size, whole) for path, size in sizes.items()}}
+        files = {path: self._digest(path, size, whole) for path, size in sizes.items()}
+        return {"files": files, "order": ORDER}
 
     def _digest(self, path: str, size: int, whole: bool) -> str:
         if not _is_local(self.fs):
@@ -237,8 +238,12 @@ def open_source(name: str) -> Source:
 # -- order -----------------------------------------------------------------------------------------
 
 
+ORDER = 2  # raised when files come in another order, so that what was made from the old one is stale
+
+
 def _random(config: TextConfig, name: str) -> random.Random:
-    return random.Random(sha256_of({"seed": config.seed, "source": name}))
+    # The folder does not count: the same files elsewhere come in the same order.
+    return random.Random(sha256_of({"seed": config.seed, "source": PurePosixPath(name).name}))
 
 
 def _numbered(
