@@ -13,6 +13,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
 
+# A process for each core, one core for each (tests/conftest.py).
+WORKERS := --numprocesses logical --maxprocesses 8 --dist worksteal
+
 .DELETE_ON_ERROR:
 .PHONY: install demo demo-run test test-all check format bench bench-peers clean
 
@@ -53,11 +56,11 @@ format: $(VENV)/.installed-test
 
 test: $(VENV)/.installed-test
 	@scripts/chromium.sh
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(BIN)/python -m pytest $(WORKERS) -m "not slow"
 
 test-all: $(VENV)/.installed-test
 	@scripts/chromium.sh
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(WORKERS)
 
 bench-%: install
 	@mkdir -p artifacts/bench

@@ -86,7 +86,9 @@ def test_it_learns_the_linear_part_that_latents_would_otherwise_carry(kind):
     """Targets are a dense linear map of the input: hopeless for a few latents, nothing for the skip connection."""
     x = sample(256, seed=6)
     target = x @ torch.randn(D, D_OUT, generator=torch.Generator().manual_seed(8))
-    few = {"l1_coefficient": 0.2} if kind == "lista" else EASY.get(kind, {"k": 1})  # lista's EASY is near dense
+    few = (
+        {"l1_coefficient": 0.2} if kind == "lista" else EASY.get(kind, {"k": 1})
+    )  # lista's EASY is near dense
     left = {}
     for skip in (True, False):
         dictionary = dictionaries.build(CONFIGS[kind].replace(skip=skip, **few), D, D_OUT)

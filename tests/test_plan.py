@@ -4,7 +4,7 @@ import re
 import time
 
 import pytest
-from small_world import write_corpus, write_model
+from small_world import write_corpus, write_model, write_recipe
 
 from sememe.cli import _run
 from sememe.errors import ResourceError
@@ -12,33 +12,6 @@ from sememe.plan import Machine, check, plan, refuse
 from sememe.recipe import read_recipe, stages
 from sememe.run import run
 
-RECIPE = """
-name = "small"
-[model]
-model = "{place}/model"
-dtype = "float32"
-[text]
-corpus = ["{place}/corpus.jsonl"]
-heldout_fraction = 0.3
-[policy]
-context_length = 32
-[harvest]
-hookpoints = ["resid_post.0"]
-n_tokens = 6000
-batch_rows = 8
-[train]
-batch_size = 64
-epochs = 3
-[train.architecture]
-kind = "topk"
-d_sae = 48
-k = 4
-[evaluate]
-n_tokens = 1500
-n_bootstrap = 50
-[interpret]
-[explain]
-"""
 VERBS = ["harvest", "train", "evaluate", "interpret", "explain", "export"]
 
 
@@ -47,7 +20,7 @@ def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("plan")
     write_corpus(place / "corpus.jsonl", n_documents=300)
     write_model(place / "model")
-    (place / "small.toml").write_text(RECIPE.format(place=place))
+    write_recipe(place, "[interpret]\n[explain]\n")
     return place
 
 

@@ -4,39 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from small_world import write_corpus, write_model
+from small_world import write_corpus, write_model, write_recipe
 
 from sememe.errors import ArtifactError, ConfigError, MismatchError
 from sememe.recipe import read_recipe
 from sememe.run import print_report, run
-
-RECIPE = """
-name = "small"
-[model]
-model = "{place}/model"
-dtype = "float32"
-[text]
-corpus = ["{place}/corpus.jsonl"]
-heldout_fraction = 0.3
-[policy]
-context_length = 32
-[harvest]
-hookpoints = ["resid_post.0"]
-n_tokens = 6000
-batch_rows = 8
-[train]
-batch_size = 64
-epochs = 3
-[train.architecture]
-kind = "topk"
-d_sae = 48
-k = 4
-[evaluate]
-n_tokens = 1500
-n_bootstrap = 50
-[interpret]
-n_tokens = 6000
-"""
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +16,7 @@ def place(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("run")
     write_corpus(place / "corpus.jsonl", n_documents=300)
     write_model(place / "model")
-    (place / "small.toml").write_text(RECIPE.format(place=place))
+    write_recipe(place, "[interpret]\nn_tokens = 6000\n")
     run(place / "small.toml", out=place / "out")
     return place
 

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from typing import Literal, final
 
-from jaxtyping import Float
-from torch import Tensor
-
-from sememe.dictionaries.base import Loss
 from sememe.dictionaries.selection import BatchSelection, BatchSelectionConfig
 
 __all__ = ["BatchTopK", "BatchTopKConfig"]
@@ -31,11 +27,3 @@ class BatchTopK(BatchSelection):
     kind = "batch_topk"
     config_class = BatchTopKConfig
     config: BatchTopKConfig
-
-    def loss(
-        self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], progress: float
-    ) -> Loss:
-        """Mean squared error, and AuxK over dead latents."""
-        encoded = self._encode_batch(x)
-        mse, _, error = self._reconstruct(encoded, x, target)
-        return self._with_auxk(x, error, mse, {"mse": mse}, encoded)

@@ -8,8 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sememe import kernels
-from sememe.dictionaries.base import Loss, Sites
-from sememe.dictionaries.selection import Selection, SelectionConfig, unweighed
+from sememe.dictionaries.base import Sites
+from sememe.dictionaries.selection import Selection, SelectionConfig
 from sememe.encoded import Encoded
 from sememe.errors import ConfigError
 
@@ -45,15 +45,4 @@ class GroupMax(Selection):
 
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Encoded:
         """The largest of each group, 0 if it is not positive."""
-        self.check_input(x)
-        weights = self._weights()
-        acts, indices = kernels.encode_group_max(x, *self._choosing(weights), self.b_pre, self.config.k)
-        return unweighed(Encoded.from_topk(acts, indices, self.d_sae), weights)
-
-    def loss(
-        self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], progress: float
-    ) -> Loss:
-        """Mean squared error, and AuxK over dead latents."""
-        encoded = self.encode(x)
-        mse, _, error = self._reconstruct(encoded, x, target)
-        return self._with_auxk(x, error, mse, {"mse": mse}, encoded)
+        return self._select(kernels.encode_group_max, x)

@@ -93,6 +93,25 @@ class Selection(Linear, abc.ABC):
             return self.W_enc, self.b_enc
         return self.W_enc * weights, self.b_enc * weights
 
+    def _select(self, choose: Callable[..., kernels.TopK], x: Float[Tensor, "batch d_in"]) -> Encoded:
+        """The k latents per row that a kernel chooses."""
+        self.check_input(x)
+        weights = self._weights()
+        acts, indices = choose(x, *self._choosing(weights), self.b_pre, self.config.k)
+        return unweighed(Encoded.from_topk(acts, indices, self.d_sae), weights)
+
+    def _kept(self, x: Float[Tensor, "batch d_in"]) -> Encoded:
+        """The latents that training keeps."""
+        return self.encode(x)
+
+    def loss(
+        self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], progress: float
+    ) -> Loss:
+        """Mean squared error, and AuxK over dead latents (Gao et al. 2024, appendix A.2)."""
+        encoded = self._kept(x)
+        mse, _, error = self._reconstruct(encoded, x, target)
+        return self._with_auxk(x, error, mse, {"mse": mse}, encoded)
+
     def fold(self) -> Self:
         """As every linear dictionary; the weights of the choice go into encoder and decoder."""
         folded = super().fold()
@@ -155,7 +174,8 @@ class BatchSelection(Selection, abc.ABC):
         threshold = self.threshold.expand(self.d_sae) if weights is None else self.threshold / weights
         return kernels.encode_threshold(x, self.W_enc, self.b_enc, self.b_pre, threshold)
 
-    def _encode_batch(self, x: Float[Tensor, "batch d_in"]) -> Encoded:
+    def _kept(self, x: Float[Tensor, "batch d_in"]) -> Encoded:
+        """The k x batch largest positive pre-activations of the batch."""
         self.check_input(x)
         n_kept = self.config.k * x.shape[0]
         weights = self._weights()
@@ -173,7 +193,7 @@ class BatchSelection(Selection, abc.ABC):
         """As every linear dictionary; the threshold starts as what the sample's first rows would set it to."""
         super().initialise(x, target, generator)
         with torch.no_grad():
-            self.threshold.copy_(self._smallest(self._encode_batch(x[:N_THRESHOLD_ROWS])))
+            self.threshold.copy_(self._smallest(self._kept(x[:N_THRESHOLD_ROWS])))
 
     def after_step(self, encoded: Encoded) -> None:
         """The threshold follows the batch's smallest kept activation."""

@@ -14,14 +14,12 @@ from sememe import kernels
 from sememe.dictionaries.base import Trainable
 from sememe.optimiser.base import BaseConfig, Optimiser
 
-__all__ = ["Adam", "AdamConfig"]
+__all__ = ["Adam", "AdamConfig", "AdamOptions", "UsesAdam"]
 
 
-class AdamConfig(BaseConfig):
-    """Options of Adam."""
+class AdamOptions(BaseConfig):
+    """Options of every optimiser that does as Adam does for some parameters."""
 
-    kind: Literal["adam"] = "adam"
-    """Name of the optimiser."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay rate of Adam's first moment."""
     beta2: float = Field(default=0.999, ge=0, lt=1)
@@ -30,6 +28,13 @@ class AdamConfig(BaseConfig):
     """Added to the root of Adam's second moment."""
     clip: float | None = Field(default=None, gt=0)
     """Largest global norm of the gradient; a longer one is scaled down to it."""
+
+
+class AdamConfig(AdamOptions):
+    """Options of Adam."""
+
+    kind: Literal["adam"] = "adam"
+    """Name of the optimiser."""
 
     def learning_rate(self, d_sae: int) -> float:
         """1.2e-3 / sqrt(d_sae / 4096), the same as 6e-4 / sqrt(d_sae / 2^14).
@@ -40,16 +45,14 @@ class AdamConfig(BaseConfig):
         return 1.2e-3 / math.sqrt(d_sae / 4096)
 
 
-@final
-class Adam(Optimiser):
-    """Adam with bias correction. Moments of a changed latent begin at 0 again; the step count stays.
+class UsesAdam(Optimiser):
+    """Adam for every parameter, until a subclass takes some for itself."""
 
-    Source: Kingma & Ba 2015, arXiv:1412.6980.
-    """
+    config: AdamOptions
 
-    def __init__(self, dictionary: Trainable, config: AdamConfig | None = None) -> None:
-        self.config = config or AdamConfig()
-        super().__init__(dictionary, self.config.clip)
+    def __init__(self, dictionary: Trainable, config: AdamOptions) -> None:
+        self.config = config
+        super().__init__(dictionary, config.clip)
 
     def _new_slots(self, name: str, rows: Float[Tensor, "rows columns"]) -> dict[str, Tensor]:
         return {"exp_avg": torch.zeros_like(rows), "exp_avg_sq": torch.zeros_like(rows)}
@@ -77,3 +80,14 @@ class Adam(Optimiser):
             unit_norm=name in self.unit_norm,
             frozen=frozen,
         )
+
+
+@final
+class Adam(UsesAdam):
+    """Adam with bias correction. Moments of a changed latent begin at 0 again; the step count stays.
+
+    Source: Kingma & Ba 2015, arXiv:1412.6980.
+    """
+
+    def __init__(self, dictionary: Trainable, config: AdamConfig | None = None) -> None:
+        super().__init__(dictionary, config or AdamConfig())

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sememe import kernels
 from sememe.dictionaries.base import Trainable
-from sememe.optimiser.base import BaseConfig, Optimiser
+from sememe.optimiser.adam import AdamOptions, UsesAdam
 
 __all__ = ["Muon", "MuonConfig", "orthogonal"]
 
@@ -19,7 +19,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic that is iterated: steep at 0, singular values end up in about [0.7, 1.2]."""
 
 
-class MuonConfig(BaseConfig):
+class MuonConfig(AdamOptions):
     """Options of Muon."""
 
     kind: Literal["muon"] = "muon"
@@ -28,14 +28,6 @@ class MuonConfig(BaseConfig):
     """Signum: how near to the average the gradient is taken. Muon: decay rate of the momentum."""
     newton_schulz_steps: int = Field(default=5, ge=1)
     """Iterations by which Muon makes the momentum orthogonal."""
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    """Decay rate of Adam's first moment."""
-    beta2: float = Field(default=0.999, ge=0, lt=1)
-    """Decay rate of Adam's second moment."""
-    eps: float = Field(default=1e-8, gt=0)
-    """Added to the root of Adam's second moment."""
-    clip: float | None = Field(default=None, gt=0)
-    """Largest global norm of the gradient; a longer one is scaled down to it."""
 
     def learning_rate(self, d_sae: int) -> float:
         """2e-3 at every width. Source: sparsify (EleutherAI), `trainer.py`, 1.1 to 1.3."""
@@ -67,7 +59,7 @@ def orthogonal(matrix: Float[Tensor, "rows columns"], n_steps: int) -> Float[Ten
 
 
 @final
-class Muon(Optimiser):
+class Muon(UsesAdam):
     """Every matrix steps by 0.2 sqrt(its longer side) times the orthogonal factor of its Nesterov momentum.
 
     So the entries of a step have a root mean square of about 0.2 lr, near what Adam's have. Vectors get Adam.
@@ -78,14 +70,15 @@ class Muon(Optimiser):
     gradients are removed before the momentum, and rows are brought back to norm 1 after the step.
     """
 
+    config: MuonConfig
+
     def __init__(self, dictionary: Trainable, config: MuonConfig | None = None) -> None:
-        self.config = config or MuonConfig()
-        super().__init__(dictionary, self.config.clip)
+        super().__init__(dictionary, config or MuonConfig())
 
     def _new_slots(self, name: str, rows: Float[Tensor, "rows columns"]) -> dict[str, Tensor]:
         if self.parameters[name].dim() >= 2:
             return {"momentum": torch.zeros_like(rows)}
-        return {"exp_avg": torch.zeros_like(rows), "exp_avg_sq": torch.zeros_like(rows)}
+        return super()._new_slots(name, rows)
 
     def _update(
         self,
@@ -96,31 +89,17 @@ class Muon(Optimiser):
         scale: float | Float[Tensor, ""],
         frozen: Bool[Tensor, " rows"] | None,
     ) -> None:
-        slots, config, unit_norm = self.slots[name], self.config, name in self.unit_norm
-        if "momentum" not in slots:
-            kernels.adam_step(
-                rows,
-                grad,
-                slots["exp_avg"],
-                slots["exp_avg_sq"],
-                step=self.step_count,
-                lr=lr,
-                betas=(config.beta1, config.beta2),
-                eps=config.eps,
-                grad_scale=scale,
-                unit_norm=unit_norm,
-                frozen=frozen,
-            )
+        if "momentum" not in self.slots[name]:
+            super()._update(name, rows, grad, lr, scale, frozen)
             return
+        momentum, config, unit_norm = self.slots[name]["momentum"], self.config, name in self.unit_norm
         grad = grad * scale
         if unit_norm:
             grad = grad - (grad * rows).sum(1, keepdim=True) * rows
         if frozen is not None:
             grad = grad.masked_fill(frozen[:, None], 0.0)
-        slots["momentum"].lerp_(grad, 1 - config.momentum)
-        direction = orthogonal(
-            torch.lerp(grad, slots["momentum"], config.momentum), config.newton_schulz_steps
-        )
+        momentum.lerp_(grad, 1 - config.momentum)
+        direction = orthogonal(torch.lerp(grad, momentum, config.momentum), config.newton_schulz_steps)
         new = rows - lr * 0.2 * max(rows.shape) ** 0.5 * direction
         if unit_norm:
             new = new / new.norm(dim=1, keepdim=True).clamp_min(1e-12)
