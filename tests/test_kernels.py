@@ -4,12 +4,12 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from products import KINDS, products_in
 
 from sememe import kernels
 from sememe.encoded import Encoded
 from sememe.errors import ConfigError
 from sememe.kernels import cpu, reference
-from sememe.kernels.cpu import encode as cpu_encode
 
 
 def parameters(d_in: int, d_sae: int, seed: int) -> dict[str, torch.Tensor]:
@@ -38,8 +38,8 @@ shapes = st.tuples(st.integers(1, 9), st.integers(1, 33), st.integers(1, 150))
 
 
 @settings(max_examples=60, deadline=None)
-@given(shapes, st.integers(0, 10_000), st.data())
-def test_topk_and_decode_agree_with_the_reference_in_values_and_gradients(shape, seed, data):
+@given(shapes, st.integers(0, 10_000), st.sampled_from(["int8", "bfloat16"]), st.data())
+def test_topk_and_decode_agree_with_the_reference_in_values_and_gradients(shape, seed, kind, data):
     batch, d_in, d_sae = shape
     k = data.draw(st.integers(1, d_sae))
     generator = torch.Generator().manual_seed(seed)
@@ -47,13 +47,18 @@ def test_topk_and_decode_agree_with_the_reference_in_values_and_gradients(shape,
     b_pre = torch.randn(d_in, generator=generator)
     p = parameters(d_in, d_sae, seed)
     slow = run("reference", x, b_pre, k, p)
-    fast = run("auto", x, b_pre, k, p)
-    # bfloat16 selection may swap a pre-activation for one within rounding of it: compare what is reconstructed
+    with products_in(kind):
+        fast = run("auto", x, b_pre, k, p)
+    # a rough selection may swap a pre-activation for one within rounding of it: compare what is reconstructed
     # where the selected sets agree, which must be nearly everywhere.
     dense = [Encoded.from_topk(a.detach(), i, d_sae).to_dense() for a, i in (slow[:2], fast[:2])]
     differ = (dense[1] - dense[0]).abs() > 1e-5 + 1e-4 * dense[0].abs()
     smallest_kept = slow[0].detach().min(dim=1, keepdim=True).values
-    rounding = 2**-7 * (x - b_pre).norm(dim=1, keepdim=True) * p["W_enc"].detach().norm(dim=0).max()
+    rounding = (
+        (2**-4 if kind == "int8" else 2**-7)
+        * (x - b_pre).norm(dim=1, keepdim=True)
+        * p["W_enc"].detach().norm(dim=0).max()
+    )
     assert bool((torch.maximum(*dense)[differ] <= (smallest_kept + rounding).expand_as(differ)[differ]).all())
     assume(not bool(differ.any()))
     torch.testing.assert_close(fast[2], slow[2], atol=1e-4, rtol=1e-4)
@@ -73,8 +78,7 @@ def test_selection_in_float32_is_the_references_without_exception(shape, seed, d
     x, b_pre = torch.randn(batch, d_in, generator=generator), torch.randn(d_in, generator=generator)
     p = parameters(d_in, d_sae, seed)
     slow = run("reference", x, b_pre, k, p)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_encode, "native_bfloat16", lambda: False)
+    with products_in("float32"):
         fast = run("auto", x, b_pre, k, p)
     dense = [Encoded.from_topk(a.detach(), i, d_sae).to_dense() for a, i in (slow[:2], fast[:2])]
     torch.testing.assert_close(dense[1], dense[0], atol=1e-5, rtol=1e-4)
@@ -96,31 +100,53 @@ def test_an_unknown_path_is_an_error():
         pass
 
 
-def test_ties_go_to_the_lower_index():
+@pytest.mark.parametrize("kind", KINDS)
+def test_ties_go_to_the_lower_index(kind):
     W = torch.ones(70, 3).T
     x = torch.ones(2, 3)
     for path in ("reference", "auto"):
-        with kernels.use(path):
+        with products_in(kind), kernels.use(path):
             _, indices = kernels.encode_topk(x, W, torch.zeros(70), torch.zeros(3), 5)
         assert sorted(indices[0].tolist()) == [0, 1, 2, 3, 4], path
 
 
-def test_rows_without_positive_pre_activations_stay_silent():
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_nan_is_not_lost(kind):
+    """In a row, in a latent, or both, whatever its sign: training must stop at it."""
+    generator = torch.Generator().manual_seed(0)
+    x, W = torch.randn(6, 40, generator=generator), torch.randn(300, 40, generator=generator)
+    W[7] = 0.0  # silent otherwise
+    for sign in (1.0, -1.0):
+        rows, latents = x.clone(), W.clone()
+        rows[2, 3] = sign * float("nan")
+        latents[7, 5] = sign * float("nan")
+        with products_in(kind):
+            of_row, _ = kernels.encode_topk(rows, W.T, torch.zeros(300), torch.zeros(40), 5)
+            of_latent, indices = kernels.encode_topk(x, latents.T, torch.zeros(300), torch.zeros(40), 5)
+        assert bool(of_row[2].isnan().all()) and int(of_row.isnan().any(dim=1).sum()) == 1
+        assert int(of_latent.isnan().sum()) == 6 and bool((indices[of_latent.isnan()] == 7).all())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_without_positive_pre_activations_stay_silent(kind):
     W = torch.randn(40, 4, generator=torch.Generator().manual_seed(0)).T
     for path in ("reference", "auto"):
         with kernels.use(path):
-            acts, indices = kernels.encode_topk(torch.zeros(3, 4), W, -torch.ones(40), torch.zeros(4), 6)
+            with products_in(kind):
+                acts, indices = kernels.encode_topk(torch.zeros(3, 4), W, -torch.ones(40), torch.zeros(4), 6)
             assert float(acts.abs().max()) == 0.0
             assert int(indices.min()) >= 0
             recon = kernels.decode(acts, indices, torch.ones(40, 4), torch.full((4,), 2.0))
         assert recon.tolist() == [[2.0] * 4] * 3
 
 
-def test_selection_in_bfloat16_keeps_what_float32_would():
+@pytest.mark.parametrize("kind", ["int8", "bfloat16"])
+def test_rough_selection_keeps_what_float32_would(kind):
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(512, 64, generator=generator)
     W = torch.randn(1024, 64, generator=generator).T / 8
-    _, fast = kernels.encode_topk(x, W, torch.zeros(1024), torch.zeros(64), 16)
+    with products_in(kind):
+        _, fast = kernels.encode_topk(x, W, torch.zeros(1024), torch.zeros(64), 16)
     _, slow = reference.encode_topk(x, W, torch.zeros(1024), torch.zeros(64), 16)
     shared = sum(len(set(a) & set(b)) for a, b in zip(fast.tolist(), slow.tolist(), strict=True))
     assert shared / (512 * 16) > 0.999

@@ -10,11 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from products import KINDS, products_in
 
 from sememe import kernels
 from sememe.encoded import Encoded
 from sememe.kernels import cpu, reference
 from sememe.kernels.cpu import buffers, encode, pool
+from sememe.kernels.cpu import rough as rough_products
 
 shapes = st.tuples(st.integers(1, 9), st.integers(1, 40), st.integers(1, 150), st.integers(0, 10_000))
 
@@ -39,11 +41,11 @@ def weighted(dense: torch.Tensor) -> torch.Tensor:
     return (dense * torch.linspace(-1, 2, dense.numel()).view_as(dense)).sum()
 
 
-@pytest.fixture(params=[True, False], ids=["bfloat16", "float32"])
-def rough(request, monkeypatch):
-    """Products in bfloat16 (where this CPU has it), and as on one that has not."""
-    if not request.param:
-        monkeypatch.setattr(encode, "native_bfloat16", lambda: False)
+@pytest.fixture(params=KINDS)
+def rough(request):
+    """The rough product."""
+    with products_in(request.param):
+        yield request.param
 
 
 @settings(max_examples=60, deadline=None)
@@ -51,8 +53,7 @@ def rough(request, monkeypatch):
 def test_threshold_selection_in_float32_is_the_references(shape, with_threshold):
     p = case(*shape)
     threshold = torch.linspace(-0.2, 0.8, shape[2]) if with_threshold else None
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encode, "native_bfloat16", lambda: False)
+    with products_in("float32"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(encode, "DENSE_SHARE", 1.0)
         fast = kernels.encode_threshold(**p, threshold=threshold)
     slow = reference.encode_threshold(**p, threshold=threshold)
@@ -91,8 +92,7 @@ def test_many_active_latents_take_the_dense_way_with_the_same_result():
 def test_batch_selection_in_float32_is_the_references(shape, k):
     p = case(*shape)
     n_kept = min(k, shape[2]) * shape[0]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encode, "native_bfloat16", lambda: False)
+    with products_in("float32"):
         fast = kernels.encode_batch_topk(**p, n_kept=n_kept)
     slow, least = reference.encode_batch_topk(**p, n_kept=n_kept)
     assert fast.encoded.acts.shape == slow.acts.shape == (n_kept,)
@@ -155,7 +155,8 @@ def test_reconstruction_errors_are_the_references(shape, n_borders, rows_differ)
 
 
 def test_large_rows_use_several_tiles_and_keep_their_order(monkeypatch, rough):
-    monkeypatch.setattr(encode, "TILE", 64 * 300)
+    monkeypatch.setattr(rough_products, "TILE", 64 * 300)
+    monkeypatch.setattr(rough_products, "TILE_INT8", 64 * 300)
     p = case(1000, 24, 300, 4)
     acts, indices = kernels.encode_topk(**p, k=5)
     slow_acts, _ = reference.encode_topk(**p, k=5)
@@ -251,3 +252,67 @@ def test_silent_rows_fill_up_like_the_reference():
     assert found.encoded.row_ptr.tolist() == slow.row_ptr.tolist()
     assert float(found.threshold) == float(least) == 0.0
     assert np.all(found.encoded.acts.numpy() == 0)
+
+
+# -- int8 --------------------------------------------------------------------------------------------
+
+
+def shared(p: dict[str, torch.Tensor], k: int) -> float:
+    """Share of the truth's active latents that int8 keeps."""
+    with products_in("int8"):
+        fast = Encoded.from_topk(*kernels.encode_topk(**p, k=k), p["W_enc"].shape[1]).to_dense()
+    slow = Encoded.from_topk(*reference.encode_topk(**p, k=k), p["W_enc"].shape[1]).to_dense()
+    torch.testing.assert_close(
+        fast[(fast > 0) & (slow > 0)], slow[(fast > 0) & (slow > 0)], atol=1e-4, rtol=1e-4
+    )
+    return float(((fast > 0) & (slow > 0)).sum() / (slow > 0).sum())
+
+
+def test_outlying_features_cost_int8_no_precision():
+    """Three features are 200 times as large as the others, as in language models; few latents look at them."""
+    p = case(512, 96, 2048, 4)
+    x, W = p["x"].detach().clone(), p["W_enc"].detach().clone()
+    x[:, [3, 40, 77]] *= 200
+    W[[3, 40, 77]] /= 200
+    p |= {"x": x, "W_enc": W, "b_pre": torch.zeros(96)}
+    assert shared(p, 32) > 0.999
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rough_products, "_evened", lambda x, weights: np.ones(x.shape[1], np.float32))
+        assert shared(p, 32) < 0.9  # so it is the evening out that does it
+
+
+def test_rows_that_int8_does_not_resolve_are_ranked_in_bfloat16():
+    p = case(200, 512, 2048, 5)
+    x = p["x"].detach().clone()
+    x[17, 100], x[150, 9] = 5e3, -2e4  # what the others add is lost beside them
+    p |= {"x": x, "b_pre": torch.zeros(512)}
+    product = rough_products.Int8(x, p["W_enc"].detach().T.contiguous())
+    for start in range(0, 200, 50):
+        product.tile(start, start + 50)
+    assert product.unresolved().tolist() == [17, 150]
+    assert shared({name: value[[17, 150]] if name == "x" else value for name, value in p.items()}, 32) > 0.98
+    assert shared(p, 32) > 0.999
+    product.latent_crest[:] = 20.0
+    assert product.unresolved().shape == (200,)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 70), st.integers(0, 10_000), st.booleans(), st.data())
+def test_marking_the_largest_is_the_references(batch, n, seed, signed, data):
+    k = data.draw(st.integers(1, n))
+    values = torch.randn(batch, n, generator=torch.Generator().manual_seed(seed))
+    if data.draw(st.booleans()):
+        values = (2 * values).round()  # ties and zeros
+    if data.draw(st.booleans()):
+        values[0, n // 2] = float("nan")
+    values = values.to(data.draw(st.sampled_from([torch.float32, torch.bfloat16])))
+    assert torch.equal(kernels.largest(values, k, signed=signed), reference.largest(values, k, signed=signed))
+
+
+def test_large_pages_change_nothing_but_the_place():
+    for tensor in (torch.randn(1500, 1000), torch.randn(1500, 1000).T, torch.randn(3, 700, 900)):
+        moved = kernels.in_large_pages(tensor)
+        assert torch.equal(moved, tensor) and moved.stride() == tensor.stride()
+        assert moved.data_ptr() != tensor.data_ptr() and moved.data_ptr() % buffers.LINE == 0
+    for tensor in (torch.randn(10), torch.randn(1500, 2000)[:, ::2]):
+        assert kernels.in_large_pages(tensor) is tensor

@@ -55,12 +55,7 @@ def auxk_loss(
     def squared_error(x: Tensor, residual: Tensor) -> Tensor:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=fast):
             pre_acts = reads(x)
-            strength = pre_acts.detach().abs() if signed else pre_acts.detach()
-            columns = strength.topk(k, dim=1, sorted=False).indices
-            kept = torch.zeros_like(pre_acts, dtype=torch.bool).scatter_(1, columns, True)
-            if not signed:
-                kept &= strength > 0
-            recon = pre_acts.mul_(kept) @ W_dec
+            recon = pre_acts.mul_(kernels.largest(pre_acts, k, signed=signed)) @ W_dec
         error: Tensor = (residual - recon).square().sum()
         return error
 

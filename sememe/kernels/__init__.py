@@ -35,6 +35,8 @@ __all__ = [
     "encode_group_max",
     "encode_threshold",
     "encode_topk",
+    "in_large_pages",
+    "largest",
     "matching_pursuit",
     "native_bfloat16",
     "path_for",
@@ -128,6 +130,13 @@ def path_for(x: Tensor) -> Path:
     if x.device.type == "cuda" and _has_triton():
         return "gpu"
     return "reference"
+
+
+def in_large_pages(tensor: Tensor) -> Tensor:
+    """The same values where kernels reach them fastest; possibly the same tensor."""
+    from sememe.kernels import cpu
+
+    return cpu.in_large_pages(tensor)
 
 
 def native_bfloat16(x: Tensor) -> bool:
@@ -266,6 +275,18 @@ def encode_batch_topk(
 
         return BatchTopK(*gpu.encode_batch_topk(x, W_enc, b_enc, b_pre, n_kept))
     return BatchTopK(*reference.encode_batch_topk(x, W_enc, b_enc, b_pre, n_kept))
+
+
+def largest(values: Float[Tensor, "batch n"], k: int, *, signed: bool = False) -> Bool[Tensor, "batch n"]:
+    """Where the k largest positive values of each row are; with `signed`, the k that are furthest from 0.
+
+    Ties go to the lower index, NaN counts as the largest. Not differentiable.
+    """
+    if not _forced and values.device.type == "cpu" and values.dtype in (torch.float32, torch.bfloat16):
+        from sememe.kernels import cpu
+
+        return cpu.largest(values, k, signed)
+    return reference.largest(values, k, signed)
 
 
 def matching_pursuit(x: Float[Tensor, "batch d_in"], W: Float[Tensor, "d_sae d_in"], k: int) -> Pursuit:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sememe.encoded import Encoded
@@ -149,6 +149,14 @@ def decode(
     """The weighted sum of decoder rows, as a dense product."""
     dense = acts.new_zeros(acts.shape[0], W_dec.shape[0]).scatter_add(1, indices.long(), acts)
     return dense @ W_dec.to(acts.dtype) + b_dec.to(acts.dtype)
+
+
+def largest(values: Float[Tensor, "batch n"], k: int, signed: bool) -> Bool[Tensor, "batch n"]:
+    """A mask of the k largest positive values per row, or of the k furthest from 0; ties go to the lower index."""
+    strength = values.detach().abs() if signed else values.detach()
+    columns = strength.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    marks: Tensor = torch.zeros_like(values, dtype=torch.bool).scatter_(1, columns, True)
+    return marks & ~(strength <= 0)
 
 
 def decode_dense(

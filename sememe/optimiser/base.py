@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sememe import kernels
 from sememe.config import Config
 from sememe.dictionaries.base import Trainable
 
@@ -61,7 +62,11 @@ class Optimiser(abc.ABC):
         device = next(iter(self.parameters.values())).device
         self.frozen = torch.zeros(self.d_sae, dtype=torch.bool, device=device)
         self._any_frozen = False
-        self.slots = {name: self._new_slots(name, self._rows(name, p)) for name, p in self.parameters.items()}
+        self.slots = {}
+        for name, param in self.parameters.items():
+            param.data = kernels.in_large_pages(param.data)
+            slots = self._new_slots(name, self._rows(name, param))
+            self.slots[name] = {slot: kernels.in_large_pages(tensor) for slot, tensor in slots.items()}
 
     @abc.abstractmethod
     def _new_slots(self, name: str, rows: Float[Tensor, "rows columns"]) -> dict[str, Tensor]:

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import numba
 
-from sememe.kernels.cpu.encode import encode_batch_topk, encode_threshold, encode_topk, native_bfloat16
+from sememe.kernels.cpu.buffers import in_large_pages
+from sememe.kernels.cpu.encode import encode_batch_topk, encode_threshold, encode_topk, largest
 from sememe.kernels.cpu.pool import set_threads as _set_pool
+from sememe.kernels.cpu.rough import native_bfloat16, native_int8
 from sememe.kernels.cpu.steps import adam_step, signum_step
 from sememe.kernels.cpu.sums import decode, reconstruct
 
@@ -24,7 +26,10 @@ __all__ = [
     "encode_batch_topk",
     "encode_threshold",
     "encode_topk",
+    "in_large_pages",
+    "largest",
     "native_bfloat16",
+    "native_int8",
     "reconstruct",
     "set_threads",
     "signum_step",

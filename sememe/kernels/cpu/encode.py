@@ -1,34 +1,31 @@
 """Encoders of the CPU path: rough products choose candidates tile by tile, float32 settles them.
 
-Nothing of size batch x d_sae is held: a tile is a few rows' product, in the cache of the core that made it. The
-product is torch's, in bfloat16 where the CPU multiplies it natively; what is kept is computed again in float32.
+Nothing of size batch x d_sae is held: a tile is a few rows' product (`rough.py`), in the cache of the core that made
+it. What is kept is computed again in float32.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
 from sememe.encoded import Encoded
 from sememe.kernels import reference
-from sememe.kernels.cpu import buffers, loops, pool
+from sememe.kernels.cpu import buffers, loops, pool, rough
+from sememe.kernels.cpu.rough import Int8, Wide
 from sememe.kernels.cpu.sums import CHUNK, Transposed, scatter
 
-__all__ = ["encode_batch_topk", "encode_threshold", "encode_topk", "native_bfloat16"]
+__all__ = ["encode_batch_topk", "encode_threshold", "encode_topk", "largest"]
 
 SPARE = 8
 """Candidates beyond k (at least; k / 4 if that is more) that are scored again in float32, so that rounding rarely
-drops one of the true k."""
-
-TILE = 2**21
-"""Pre-activations per tile: 4 MB in bfloat16. Fewer make the product slower, more do not fit the cache."""
+drops one of the true k. Half as many more in int8, whose rounding is about seven times as large."""
 
 REACH = 4 * 2.0**-8
 """How far below its threshold a rough pre-activation is still looked at, in units of |x| |w| / sqrt(d_in): rounding
@@ -49,47 +46,34 @@ class _Entries(NamedTuple):
     ptr: NDArray[np.int64]
 
 
-@functools.cache
-def native_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 natively (AVX512-BF16 or AMX), and torch uses it."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    supports = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return "AVX512" in capability and bool(supports and supports())
+def _candidates(product: Int8 | Wide, n_rows: int, b_enc: Tensor, n_keep: int) -> NDArray[np.int32]:
+    """The latents of each row's n_keep largest positive pre-activations, roughly; -1 fills up."""
+    found, bias = np.empty((n_rows, n_keep), np.int32), b_enc.numpy()
 
+    def choose(start: int, stop: int) -> None:
+        loops.select(*product.tile(start, stop), bias, n_keep, found[start:stop])
 
-def _rough(x: Tensor, weights: Tensor) -> Callable[[int, int], NDArray[Any]]:
-    """How to get `x[start:stop] @ weights.T` roughly: float32, or the bits of bfloat16. Valid until the next call."""
-    dtype = torch.bfloat16 if native_bfloat16() else torch.float32
-    right = weights.to(dtype).T
-
-    def product(start: int, stop: int) -> NDArray[Any]:
-        tile = pool.scratch((stop - start) * weights.shape[0], dtype).view(stop - start, -1)
-        torch.mm(x[start:stop].to(dtype), right, out=tile)
-        return tile.view(torch.uint16).numpy() if dtype == torch.bfloat16 else tile.numpy()
-
-    return product
-
-
-def _tile_rows(d_sae: int) -> int:
-    return max(32, TILE // d_sae)
+    pool.run(choose, n_rows, product.rows_per_tile)
+    return found
 
 
 def _top(x: Tensor, weights: Tensor, b_enc: Tensor, k: int) -> _Entries:
     batch, d_sae = x.shape[0], weights.shape[0]
-    n_keep = min(k + max(SPARE, k // 4), d_sae)
-    candidates = np.empty((batch, n_keep), np.int32)
+    product = rough.product_of(x, weights)
+    spare = max(SPARE, k // 4)
+    n_keep = min(k + (spare + spare // 2 if isinstance(product, Int8) else spare), d_sae)
+    candidates = _candidates(product, batch, b_enc, n_keep)
+    if isinstance(product, Int8) and (odd := product.unresolved()).size:
+        part = x[torch.from_numpy(odd)]
+        candidates[odd] = _candidates(Wide(part, weights), len(part), b_enc, n_keep)
     acts, indices = np.empty((batch, k), np.float32), np.empty((batch, k), np.int32)
-    product, rows, W, b = _rough(x, weights), x.numpy(), weights.numpy(), b_enc.numpy()
-
-    def choose(start: int, stop: int) -> None:
-        loops.select(product(start, stop), b, n_keep, candidates[start:stop])
+    rows, W, b = x.numpy(), weights.numpy(), b_enc.numpy()
 
     def settle(start: int, stop: int) -> None:
         loops.rescore(
             rows[start:stop], W, b, candidates[start:stop], k, acts[start:stop], indices[start:stop]
         )
 
-    pool.run(choose, batch, _tile_rows(d_sae))
     pool.run(
         settle, batch, CHUNK
     )  # afterwards: the float32 weights would fight with the product for the cache
@@ -98,20 +82,31 @@ def _top(x: Tensor, weights: Tensor, b_enc: Tensor, k: int) -> _Entries:
 
 def _above(x: Tensor, weights: Tensor, b_enc: Tensor, threshold: NDArray[np.float32]) -> _Entries:
     (batch, d_in), d_sae = x.shape, weights.shape[0]
-    product, rows, W, b = _rough(x, weights), x.numpy(), weights.numpy(), b_enc.numpy()
-    share = REACH if native_bfloat16() else 2.0**-20
+    product, rows, W, b = Wide(x, weights), x.numpy(), weights.numpy(), b_enc.numpy()
+    share = REACH if rough.native_bfloat16() else 2.0**-20
     reach = (weights.norm(dim=1) * (share / d_in**0.5)).numpy()
     counts = np.empty(batch, np.int64)
 
     def tile(start: int, stop: int) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
         most = (stop - start) * d_sae + 1
-        acts, indices = pool.scratch(most, torch.float32).numpy(), pool.scratch(most, torch.int32).numpy()
+        acts, indices = (
+            pool.scratch("acts", most, torch.float32).numpy(),
+            pool.scratch("indices", most, torch.int32).numpy(),
+        )
         n = loops.above(
-            product(start, stop), rows[start:stop], W, b, threshold, reach, counts[start:stop], acts, indices
+            product.tile(start, stop).entries,
+            rows[start:stop],
+            W,
+            b,
+            threshold,
+            reach,
+            counts[start:stop],
+            acts,
+            indices,
         )
         return acts[:n].copy(), indices[:n].copy()
 
-    parts = pool.run(tile, batch, _tile_rows(d_sae))
+    parts = pool.run(tile, batch, product.rows_per_tile)
     ptr = np.zeros(batch + 1, np.int64)
     np.cumsum(counts, out=ptr[1:])
     return _Entries(np.concatenate([a for a, _ in parts]), np.concatenate([i for _, i in parts]), ptr)
@@ -121,7 +116,7 @@ def _above(x: Tensor, weights: Tensor, b_enc: Tensor, threshold: NDArray[np.floa
 def _share_above(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, threshold: Tensor | None) -> float:
     """Roughly which share of all pre-activations is above the threshold, from some rows."""
     probe = x[:: max(1, x.shape[0] // N_PROBE_ROWS)] - b_pre
-    dtype = torch.bfloat16 if native_bfloat16() else torch.float32
+    dtype = torch.bfloat16 if rough.native_bfloat16() else torch.float32
     pre_acts = (probe.to(dtype) @ W_enc.to(dtype)).float() + b_enc
     return float((pre_acts > (0.0 if threshold is None else threshold)).float().mean())
 
@@ -253,3 +248,13 @@ def encode_batch_topk(
     chosen = functools.partial(_batch_top, n_kept=n_kept)
     encoded = Encoded(*_apply(x, W_enc, b_enc, b_pre, chosen, True), W_enc.shape[1])
     return encoded, encoded.acts.detach().min()
+
+
+def largest(values: Float[Tensor, "batch n"], k: int, signed: bool) -> Bool[Tensor, "batch n"]:
+    """See `kernels.largest`."""
+    values = values.detach().contiguous()
+    bits = values.view(torch.uint16) if values.dtype == torch.bfloat16 else values
+    marks = torch.empty(values.shape, dtype=torch.bool)
+    parts = (bits.numpy(), k, signed, marks.numpy())
+    pool.run(lambda start, stop: loops.mark_largest(start, stop, *parts), values.shape[0], CHUNK)
+    return marks

@@ -21,6 +21,8 @@ __all__ = [
     "decode",
     "dots",
     "jit",
+    "mark_largest",
+    "quantise",
     "reconstruct",
     "reconstruct_prefixes",
     "rescore",
@@ -29,6 +31,9 @@ __all__ = [
 ]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+
+INFINITE = 0x7F800000
+"""The bits of an infinite float32; those of NaN are above."""
 
 DEPTH = 16
 """Pre-activations per block in a selection: one maximum is kept for each."""
@@ -54,10 +59,22 @@ def _value(_: Any, entry: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if entry == types.float32:
             return arguments[0]
+        if entry == types.int32:
+            return builder.sitofp(arguments[0], context.get_value_type(types.float32))
         wide = builder.zext(arguments[0], context.get_value_type(types.uint32))
         return builder.bitcast(builder.shl(wide, wide.type(16)), context.get_value_type(types.float32))
 
     return types.float32(entry), generate
+
+
+@_intrinsic
+def _as_float(_: Any, bits: Any) -> Any:
+    """The float32 with these bits."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], context.get_value_type(types.float32))
+
+    return types.float32(types.int32), generate
 
 
 @_intrinsic
@@ -68,6 +85,12 @@ def _as_int(_: Any, value: Any) -> Any:
         return builder.bitcast(arguments[0], context.get_value_type(types.int32))
 
     return types.int32(types.float32), generate
+
+
+@jit
+def _key(value: Any) -> Any:
+    """A positive number's bits, which are in its order; 0 for others, and the largest for NaN, whatever its sign."""
+    return _as_int(np.float32(0.0) if value <= 0 else value) & np.int32(0x7FFFFFFF)
 
 
 # -- four rows at a time: one vector is read once for all of them, and their latencies overlap --------
@@ -118,8 +141,44 @@ def _add(out: Any, factors: Any, rows: Any, vectors: Any) -> None:
 
 
 @jit
-def select(product: Any, bias: Any, n_keep: int, candidates: Any) -> None:
-    """Columns of the n_keep largest positive `product + bias` of each row; ties go to lower columns; -1 fills up.
+def quantise(
+    start: int, stop: int, origin: int, vectors: Any, factor: Any, out: Any, scales: Any, crests: Any
+) -> None:
+    """Rows of `vectors * factor` as int8, -127 to 127, and what they have to be multiplied by.
+
+    Args:
+        start, stop: Rows.
+        origin: The row that is the first of `out`.
+        vectors: (rows, width).
+        factor: (width,), above 0.
+        out: (rows, width), written.
+        scales: (rows,), written: the value of 1; NaN where the row holds a NaN or an infinity.
+        crests: (rows,), written: each row's largest entry over its root mean square.
+    """
+    width = vectors.shape[1]
+    scaled = np.empty(width, dtype=np.float32)
+    for row in range(start, stop):
+        bits = np.int32(0)
+        vector = vectors[row]
+        for d in range(width):
+            scaled[d] = vector[d] * factor[d]
+            bits = max(bits, _as_int(abs(scaled[d])))  # NaN is the largest
+        largest = _as_float(bits) if bits > 0 else np.float32(1.0)
+        inverse = np.float32(127.0) / largest
+        narrow, square = out[row - origin], np.float32(0.0)
+        for d in range(width):
+            value = scaled[d] * inverse
+            square += value * value
+            narrow[d] = np.int32(np.rint(value))
+        scales[row] = largest / np.float32(127.0) if bits < INFINITE else np.float32(np.nan)
+        crests[row] = np.float32(127.0) / np.sqrt(square / np.float32(width)) if bits > 0 else np.float32(1.0)
+
+
+@jit
+def select(product: Any, scale: Any, unit: Any, bias: Any, n_keep: int, candidates: Any) -> None:
+    """Columns of the n_keep largest positive `product * unit * scale + bias` of each row; -1 fills up.
+
+    Ties go to lower columns.
 
     Columns are seen as blocks of DEPTH, a block being every n_blocks-th column, so that block maxima are taken side by
     side. The n_keep-th largest maximum bounds the n_keep-th largest entry from below: only blocks that reach it are
@@ -127,24 +186,25 @@ def select(product: Any, bias: Any, n_keep: int, candidates: Any) -> None:
     """
     n_rows, n_columns = product.shape
     n_blocks = max(1, max(n_columns // DEPTH, min(n_columns, 2 * n_keep)))
-    whole = n_columns // n_blocks * n_blocks
+    if n_blocks + 16 <= n_columns:
+        n_blocks = 16 * (
+            n_blocks // 16 | 1
+        )  # whole vectors; an odd number of them, so that a block's columns
+        # do not all fall into the same few places of the cache
     maxima = np.empty(n_blocks, dtype=np.int32)
     blocks = np.empty(n_blocks + 1, dtype=np.int32)
     found = np.empty(n_columns + 1, dtype=np.int32)
     keys = np.empty(n_columns + 1, dtype=np.int32)
     for row in range(n_rows):
         entries = product[row]
+        u = unit[row]
         for j in range(n_blocks):
-            maxima[j] = _as_int(_value(entries[j]) + bias[j])
-        for start in range(n_blocks, whole, n_blocks):
-            part, part_bias = entries[start : start + n_blocks], bias[start : start + n_blocks]
-            for j in range(n_blocks):
-                maxima[j] = max(maxima[j], _as_int(_value(part[j]) + part_bias[j]))
-        for column in range(whole, n_columns):
-            maxima[column - whole] = max(
-                maxima[column - whole], _as_int(_value(entries[column]) + bias[column])
-            )
-
+            maxima[j] = _key(_value(entries[j]) * u * scale[j] + bias[j])
+        for start in range(n_blocks, n_columns, n_blocks):
+            stop = min(start + n_blocks, n_columns)
+            part, part_scale, part_bias = entries[start:stop], scale[start:stop], bias[start:stop]
+            for j in range(stop - start):
+                maxima[j] = max(maxima[j], _key(_value(part[j]) * u * part_scale[j] + part_bias[j]))
         largest = maxima[0]
         for j in range(n_blocks):
             largest = max(largest, maxima[j])
@@ -170,7 +230,7 @@ def select(product: Any, bias: Any, n_keep: int, candidates: Any) -> None:
         n_found = 0
         for i in range(n_reaching):
             for column in range(blocks[i], n_columns, n_blocks):
-                key = _as_int(_value(entries[column]) + bias[column])
+                key = _key(_value(entries[column]) * u * scale[column] + bias[column])
                 found[n_found] = column
                 keys[n_found] = key
                 n_found += key >= bound
@@ -215,6 +275,39 @@ def _nth_largest(keys: Any, n_keys: int, n: int, low: Any, high: Any) -> Any:
         else:
             last = np.int64(middle)
     return np.int32(first)
+
+
+@jit
+def mark_largest(start: int, stop: int, values: Any, k: int, signed: bool, marks: Any) -> None:
+    """marks[row]: where the k largest positive values of the row are, or the k furthest from 0; ties go to lower ones.
+
+    Args:
+        start, stop: Rows.
+        values: (rows, n).
+        k: At most this many per row.
+        signed: Whether distance from 0 counts.
+        marks: (rows, n) of bool, written.
+    """
+    n = values.shape[1]
+    keys = np.empty(n, dtype=np.int32)
+    for row in range(start, stop):
+        mine, marked = values[row], marks[row]
+        largest, n_positive = np.int32(0), 0
+        for j in range(n):
+            key = _key(abs(_value(mine[j])) if signed else _value(mine[j]))
+            keys[j] = key
+            largest = max(largest, key)
+            n_positive += 1 if key > 0 else 0
+        least = _nth_largest(keys, n, k, 1, largest) if n_positive > k else np.int32(1)
+        n_above = 0
+        for j in range(n):
+            marked[j] = keys[j] >= least
+            n_above += 1 if keys[j] > least else 0
+        left = k - n_above
+        for j in range(n):
+            if keys[j] == least:
+                marked[j] = left > 0
+                left -= 1
 
 
 @jit

@@ -14,6 +14,8 @@ from typing import TypeVar
 
 import torch
 
+from sememe.kernels.cpu.buffers import aligned
+
 __all__ = ["n_threads", "run", "scratch", "set_threads"]
 
 _T = TypeVar("_T")
@@ -56,12 +58,12 @@ def _ranges(n_items: int, chunk: int) -> list[tuple[int, int]]:
     return ranges
 
 
-def scratch(n: int, dtype: torch.dtype) -> torch.Tensor:
+def scratch(purpose: str, n: int, dtype: torch.dtype) -> torch.Tensor:
     """This thread's own buffer of n elements, kept between calls; its contents are left over from before."""
-    buffers: dict[torch.dtype, torch.Tensor] = _local.__dict__.setdefault("buffers", {})
-    buffer = buffers.get(dtype)
+    buffers: dict[tuple[str, torch.dtype], torch.Tensor] = _local.__dict__.setdefault("buffers", {})
+    buffer = buffers.get((purpose, dtype))
     if buffer is None or buffer.numel() < n:
-        buffer = buffers[dtype] = torch.empty(n, dtype=dtype)
+        buffer = buffers[purpose, dtype] = aligned(n, dtype)
     return buffer[:n]
 
 
