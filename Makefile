@@ -4,7 +4,7 @@
 #   make test       every test but the slow ones
 #   make test-all   the slow ones too
 #   make check      format, lint, types, layering, docs
-#   make bench      every benchmark; make bench-NAME for one (harvest, train, evaluate, atlas, toy)
+#   make bench      every benchmark; make bench-NAME for one (harvest, train, selection, evaluate, atlas, toy)
 #   make bench-peers  the same rows through SAELens, sparsify and dictionary_learning: an environment for each
 #   make install    .venv with the `sememe` command
 
@@ -84,7 +84,7 @@ PEER_dictionary_learning := dictionary-learning==0.1.0
 bench-peers: install $(PEERS:%=.venv-peers-%/.installed)
 	@$(BIN)/python benchmarks/bench_peers.py $(ARGS)
 
-bench: bench-harvest bench-train bench-evaluate bench-atlas bench-toy
+bench: bench-harvest bench-train bench-selection bench-evaluate bench-atlas bench-toy
 
 clean:
 	rm -rf artifacts .venv-peers-* build dist *.egg-info

@@ -66,9 +66,14 @@ def test_threshold_selection_in_float32_is_the_references(shape, with_threshold)
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_threshold_selection_in_bfloat16_loses_next_to_nothing(monkeypatch):
+@pytest.mark.usefixtures("rough")
+@pytest.mark.parametrize("outlying", [1.0, 100.0])
+def test_threshold_selection_loses_next_to_nothing(monkeypatch, outlying):
     monkeypatch.setattr(encode, "DENSE_SHARE", 1.0)
     p = case(512, 96, 1024, 1)
+    with torch.no_grad():
+        p["x"][:, 5] = p["b_pre"][5] + outlying * (p["x"][:, 5] - p["b_pre"][5])
+        p["x"][100:104, 8] = 30 * outlying  # rows whose other features int8 hardly sees
     fast = kernels.encode_threshold(**p, threshold=torch.full((1024,), 1.0)).to_dense()
     slow = reference.encode_threshold(**p, threshold=torch.full((1024,), 1.0)).to_dense()
     both = (fast > 0) & (slow > 0)
@@ -165,15 +170,17 @@ def test_large_rows_use_several_tiles_and_keep_their_order(monkeypatch, rough):
     torch.testing.assert_close(acts, exact.relu(), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("rough")
 def test_nan_is_not_lost():
-    p = case(3, 5, 40, 5)
-    x = p["x"].detach().clone()
-    x[1, 2] = float("nan")
-    for found in (
-        kernels.encode_topk(**(p | {"x": x}), k=4).acts,
-        kernels.encode_threshold(**(p | {"x": x}), threshold=None).acts,
-    ):
-        assert bool(found.isnan().any())
+    p = {name: value.detach() for name, value in case(3, 9, 300, 5).items()}
+    x, W = p["x"].clone(), p["W_enc"].clone()
+    x[1, 2], W[4, 250] = float("nan"), -float("nan")
+    for changed, rows in (({"x": x}, [1]), ({"W_enc": W}, [0, 1, 2])):
+        for threshold in (None, torch.full((300,), 2.0)):
+            found = kernels.encode_threshold(**(p | changed), threshold=threshold)
+            assert found.row_ids()[found.acts.isnan()].unique().tolist() == rows
+        found = kernels.encode_batch_topk(**(p | changed), n_kept=9).encoded
+        assert bool(found.acts.isnan().any())
 
 
 def test_a_buffer_is_used_again_only_when_nobody_holds_it():

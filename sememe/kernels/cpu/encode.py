@@ -27,10 +27,6 @@ SPARE = 8
 """Candidates beyond k (at least; k / 4 if that is more) that are scored again in float32, so that rounding rarely
 drops one of the true k. Half as many more in int8, whose rounding is about seven times as large."""
 
-REACH = 4 * 2.0**-8
-"""How far below its threshold a rough pre-activation is still looked at, in units of |x| |w| / sqrt(d_in): rounding
-x and w to bfloat16 moves a product of evenly spread vectors by a fifth of this, as standard deviation."""
-
 N_PROBE_ROWS = 32
 """Rows that tell roughly where a batch's threshold lies, or how many entries there will be."""
 
@@ -81,29 +77,16 @@ def _top(x: Tensor, weights: Tensor, b_enc: Tensor, k: int) -> _Entries:
 
 
 def _above(x: Tensor, weights: Tensor, b_enc: Tensor, threshold: NDArray[np.float32]) -> _Entries:
-    (batch, d_in), d_sae = x.shape, weights.shape[0]
-    product, rows, W, b = Wide(x, weights), x.numpy(), weights.numpy(), b_enc.numpy()
-    share = REACH if rough.native_bfloat16() else 2.0**-20
-    reach = (weights.norm(dim=1) * (share / d_in**0.5)).numpy()
+    batch, d_sae = x.shape[0], weights.shape[0]
+    product, rows, W, b = rough.product_of(x, weights), x.numpy(), weights.numpy(), b_enc.numpy()
     counts = np.empty(batch, np.int64)
 
     def tile(start: int, stop: int) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
         most = (stop - start) * d_sae + 1
-        acts, indices = (
-            pool.scratch("acts", most, torch.float32).numpy(),
-            pool.scratch("indices", most, torch.int32).numpy(),
-        )
-        n = loops.above(
-            product.tile(start, stop).entries,
-            rows[start:stop],
-            W,
-            b,
-            threshold,
-            reach,
-            counts[start:stop],
-            acts,
-            indices,
-        )
+        acts = pool.scratch("acts", most, torch.float32).numpy()
+        indices = pool.scratch("indices", most, torch.int32).numpy()
+        values, slack = product.tile(start, stop), product.slack(start, stop)
+        n = loops.above(*values, rows[start:stop], W, b, threshold, *slack, counts[start:stop], acts, indices)
         return acts[:n].copy(), indices[:n].copy()
 
     parts = pool.run(tile, batch, product.rows_per_tile)
@@ -126,7 +109,7 @@ def _batch_top(x: Tensor, weights: Tensor, b_enc: Tensor, n_kept: int) -> _Entri
     batch, d_sae = x.shape[0], weights.shape[0]
     n_kept = min(n_kept, batch * d_sae)
     probe = x[:: max(1, batch // N_PROBE_ROWS)]
-    likely = torch.relu(torch.addmm(b_enc, probe, weights.T)).view(-1)
+    likely = torch.relu(torch.addmm(b_enc, probe, weights.T)).view(-1).nan_to_num_(0.0)  # NaN is kept anyway
     n_wanted = min(likely.numel(), round(1.25 * n_kept * probe.shape[0] / batch) + 8)
     bound = float(likely.topk(n_wanted).values[-1])
     while True:
@@ -142,9 +125,10 @@ def _largest(entries: _Entries, n_kept: int, d_sae: int) -> _Entries:
     batch = ptr.shape[0] - 1
     rows: NDArray[np.int64] = np.repeat(np.arange(batch), np.diff(ptr))
     if acts.shape[0] > n_kept:
-        last = np.partition(acts, acts.shape[0] - n_kept)[acts.shape[0] - n_kept]
-        keep = acts > last
-        ties = np.flatnonzero(acts == last)
+        ranks = np.nan_to_num(acts, nan=np.inf, posinf=np.inf)
+        last = np.partition(ranks, ranks.shape[0] - n_kept)[ranks.shape[0] - n_kept]
+        keep = ranks > last
+        ties = np.flatnonzero(ranks == last)
         ties = ties[np.lexsort((indices[ties], rows[ties]))]
         keep[ties[: n_kept - int(keep.sum())]] = True
         acts, indices, rows = acts[keep], indices[keep], rows[keep]

@@ -163,7 +163,7 @@ def quantise(
         for d in range(width):
             scaled[d] = vector[d] * factor[d]
             bits = max(bits, _as_int(abs(scaled[d])))  # NaN is the largest
-        largest = _as_float(bits) if bits > 0 else np.float32(1.0)
+        largest = _as_float(bits) if bits > 0 else np.float32(1e-30)
         inverse = np.float32(127.0) / largest
         narrow, square = out[row - origin], np.float32(0.0)
         for d in range(width):
@@ -172,6 +172,16 @@ def quantise(
             narrow[d] = np.int32(np.rint(value))
         scales[row] = largest / np.float32(127.0) if bits < INFINITE else np.float32(np.nan)
         crests[row] = np.float32(127.0) / np.sqrt(square / np.float32(width)) if bits > 0 else np.float32(1.0)
+
+
+@jit
+def _n_blocks(n_columns: int, least: int) -> int:
+    """Into how many blocks columns are divided: at least so many, and as many as make them DEPTH columns each.
+
+    Whole vectors, and an odd number of them: a block's columns would else all share the same few places of the cache.
+    """
+    n = max(1, max(n_columns // DEPTH, min(n_columns, least)))
+    return 16 * (n // 16 | 1) if n + 16 <= n_columns else n
 
 
 @jit
@@ -351,17 +361,23 @@ def rescore(x: Any, weights: Any, bias: Any, candidates: Any, k: int, acts: Any,
 
 @jit
 def above(
-    product: Any, x: Any, weights: Any, bias: Any, threshold: Any, reach: Any, counts: Any, acts: Any, indices: Any
+    product: Any, scale: Any, unit: Any, x: Any, weights: Any, bias: Any, threshold: Any, spread: Any,
+    row_spread: Any, row_step: Any, rounding: Any, counts: Any, acts: Any, indices: Any,
 ) -> int:  # fmt: skip
-    """Every float32 pre-activation above its latent's threshold, among those that `product` brings near it.
+    """Every float32 pre-activation above its latent's threshold, among those that a rough product brings near it.
+
+    Looked at are those whose rough value plus `rounding * |value| + row_spread * spread + row_step * scale` is above.
 
     Args:
-        product: (rows, d_sae), x @ weights.T as computed roughly.
+        product, scale, unit: Roughly x @ weights.T, as in `select`.
         x: (rows, d_in).
         weights: (d_sae, d_in), one row per latent.
         bias: (d_sae,).
         threshold: (d_sae,).
-        reach: (d_sae,), how far below its threshold a latent is still looked at, per unit of the row's norm.
+        spread: (d_sae,).
+        row_spread: (rows,).
+        row_step: (rows,).
+        rounding: Share of the value.
         counts: (rows,), written: entries of each row.
         acts: Written from the start, row after row.
         indices: Likewise; ascending within no row.
@@ -370,48 +386,38 @@ def above(
         The number of entries.
     """
     n_rows, n_columns = product.shape
-    d_in = x.shape[1]
-    n_blocks = max(1, n_columns // DEPTH)
-    whole = n_columns // n_blocks * n_blocks
-    rounding = np.float32(2**-8)
-    maxima = np.empty(n_blocks, dtype=np.float32)
+    n_blocks = _n_blocks(n_columns, 1)
+    near = np.empty(n_blocks, dtype=np.int32)
     blocks = np.empty(n_blocks + 1, dtype=np.int32)
     found = np.empty(n_columns + 1, dtype=np.int32)
     scores = np.empty(n_columns, dtype=np.float32)
     offset = bias - threshold
     n_total = 0
     for row in range(n_rows):
-        entries = product[row]
-        square = np.float32(0.0)
-        for d in range(d_in):
-            square += x[row, d] * x[row, d]
-        norm = np.sqrt(square)
+        entries, u, of_row, step = product[row], unit[row], row_spread[row], row_step[row]
         for j in range(n_blocks):
-            value = _value(entries[j])
-            maxima[j] = value + abs(value) * rounding + offset[j] + norm * reach[j]
-        for start in range(n_blocks, whole, n_blocks):
-            part = entries[start : start + n_blocks]
-            part_offset, part_reach = offset[start : start + n_blocks], reach[start : start + n_blocks]
-            for j in range(n_blocks):
-                value = _value(part[j])
-                maxima[j] = max(
-                    maxima[j], value + abs(value) * rounding + part_offset[j] + norm * part_reach[j]
-                )
-        for column in range(whole, n_columns):
-            value = _value(entries[column])
-            highest = value + abs(value) * rounding + offset[column] + norm * reach[column]
-            maxima[column - whole] = max(maxima[column - whole], highest)
+            value = _value(entries[j]) * u * scale[j]
+            highest = value + abs(value) * rounding + offset[j] + of_row * spread[j] + step * scale[j]
+            near[j] = 0 if highest <= 0 else 1  # so written, NaN is looked at
+        for start in range(n_blocks, n_columns, n_blocks):
+            stop = min(start + n_blocks, n_columns)
+            part, part_scale = entries[start:stop], scale[start:stop]
+            part_offset, part_spread = offset[start:stop], spread[start:stop]
+            for j in range(stop - start):
+                value = _value(part[j]) * u * part_scale[j]
+                highest = value + abs(value) * rounding + part_offset[j] + of_row * part_spread[j]
+                near[j] |= 0 if highest + step * part_scale[j] <= 0 else 1
         n_reaching = 0
         for j in range(n_blocks):
             blocks[n_reaching] = j
-            n_reaching += not maxima[j] <= 0  # so written, NaN is looked at
+            n_reaching += near[j]
         n_found = 0
         for i in range(n_reaching):
             for column in range(blocks[i], n_columns, n_blocks):
-                value = _value(entries[column])
-                highest = value + abs(value) * rounding + offset[column] + norm * reach[column]
+                value = _value(entries[column]) * u * scale[column]
+                highest = value + abs(value) * rounding + offset[column] + of_row * spread[column]
                 found[n_found] = column
-                n_found += not highest <= 0
+                n_found += not highest + step * scale[column] <= 0
         before = n_total
         _dots(x[row], weights, found[:n_found], scores)
         for i in range(n_found):

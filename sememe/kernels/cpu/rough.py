@@ -48,6 +48,21 @@ class Tile(NamedTuple):
     """(rows,), above 0."""
 
 
+class Slack(NamedTuple):
+    """How far pre-activations may lie above their products: four standard deviations of what rounding does.
+
+    `rounding * |value| + row_spread * spread + row_step * scale`.
+    """
+
+    spread: NDArray[np.float32]
+    """(d_sae,)."""
+    row_spread: NDArray[np.float32]
+    """(rows,)."""
+    row_step: NDArray[np.float32]
+    """(rows,)."""
+    rounding: np.float32
+
+
 @functools.cache
 def native_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 natively (AVX512-BF16 or AMX), and torch uses it."""
@@ -86,6 +101,20 @@ class Wide:
         entries = out.view(torch.uint16).numpy() if self.dtype == torch.bfloat16 else out.numpy()
         return Tile(entries, self.scale, np.ones(stop - start, np.float32))
 
+    def slack(self, start: int, stop: int) -> Slack:
+        """Of the same rows: rounding x and w to bfloat16 moves the product of evenly spread vectors by a fifth of
+        2^-8 |x| |w| / sqrt(d_in), as standard deviation, and the product itself is rounded once more."""
+        share = 2.0**-8 if self.dtype == torch.bfloat16 else 2.0**-20
+        norms = self.x[start:stop].norm(dim=1).numpy()
+        spread = self.norms * np.float32(4 * share / self.x.shape[1] ** 0.5)
+        return Slack(spread, norms, np.zeros_like(norms), np.float32(share))
+
+    @functools.cached_property
+    def norms(self) -> NDArray[np.float32]:
+        """(d_sae,), of the weights."""
+        found: NDArray[np.float32] = self.right.float().norm(dim=0).numpy()
+        return found
+
 
 class Int8:
     """In int8, with a scale for each row and for each latent; sums are exact.
@@ -114,6 +143,14 @@ class Int8:
         out = pool.scratch("product", (stop - start) * self.d_sae, torch.int32).view(stop - start, -1)
         torch._int_mm(narrow, self.whole.T, out=out)
         return Tile(out.numpy(), self.scale, self.unit[start:stop])
+
+    def slack(self, start: int, stop: int) -> Slack:
+        """Of the same rows, once their tile was made: errors of a step / sqrt(12) in each entry of both vectors."""
+        size = 127 * self.rows.shape[1] ** 0.5  # over the crest, the norm in steps
+        spread = np.float32(4 * size / 12**0.5) * self.scale / self.latent_crest
+        unit = self.unit[start:stop]
+        row_step = np.float32(4 * size / 12**0.5) * unit / self.crest[start:stop]
+        return Slack(spread, unit, row_step, np.float32(0.0))
 
     def unresolved(self) -> NDArray[np.int64]:
         """Rows, once every tile was made, whose ranks int8 does not tell well enough."""
