@@ -1,6 +1,6 @@
 """Activations on disk: shards of bfloat16 rows, each traceable to a document and a position in it.
 
-Knows how a store is laid out; does not know how activations are made (`harvest.py`) or used (`source.py`).
+Knows how a store is laid out; does not know how activations are made (`harvest.py`) or used (`source`).
 
 A store is an artifact of kind "store":
 

@@ -1,5 +1,5 @@
 """The verb that trains dictionaries. Takes any source of activations; knows nothing about language models
-beyond handing their names on (training straight from one is set up in `source.py`).
+beyond handing their names on (training straight from one is set up in `source`).
 
     config.py    the options
     schedule.py  how many steps, and the learning rate of each

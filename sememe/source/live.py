@@ -1,0 +1,194 @@
+"""A source that runs a language model and shuffles its activations through a buffer. Knows no store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sememe.capture import Rows, captured_rows, first_norms
+from sememe.dictionaries.base import Batch, Site, Sites
+from sememe.errors import ConfigError, TextError
+from sememe.text import Split, TextConfig, TokenPolicy, token_blocks
+
+if TYPE_CHECKING:
+    from sememe.lm import LanguageModel
+
+__all__ = ["LiveSource"]
+
+
+class LiveSource:
+    """Batches straight from a language model, through a shuffle buffer that is refilled when half empty.
+
+    The buffer is allocated once. Its unread rows, the random state and the number of forwards are the state; on
+    resume the text is read again up to that forward (tokenising only).
+
+    Args:
+        lm: The language model.
+        text: The corpus.
+        policy: Which positions are kept.
+        inputs: Hookpoints whose concatenation is x.
+        outputs: Hookpoints whose concatenation is the target; the inputs if not given.
+        seed: Of the order.
+        buffer_mb: Memory of the buffer (bfloat16).
+        batch_rows: Contexts per forward.
+        split: Which documents.
+        max_norms: Largest norm kept, per hookpoint; measured on the first contexts if not given.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        text: TextConfig,
+        policy: TokenPolicy,
+        inputs: tuple[str, ...],
+        outputs: tuple[str, ...] | None = None,
+        *,
+        seed: int = 0,
+        buffer_mb: int = 512,
+        batch_rows: int = 16,
+        split: Split = "train",
+        max_norms: dict[str, float | None] | None = None,
+    ) -> None:
+        self.lm, self.text, self.policy, self.split = lm, text, policy, split
+        self.inputs, self.outputs = lm.expand(inputs), lm.expand(outputs or inputs)
+        self.batch_rows, self.n_rows = batch_rows, None
+        self.names = tuple(dict.fromkeys((*self.inputs, *self.outputs)))
+        self.widths = {name: lm.width(name) for name in self.names}
+        self.capacity = buffer_mb * 2**20 // (2 * sum(self.widths.values()))
+        if self.capacity < 2 * batch_rows * policy.context_length:
+            raise ConfigError(
+                f"buffer_mb must hold at least two forwards ({2 * batch_rows * policy.context_length} rows)",
+                f"{buffer_mb} MB ({self.capacity} rows)",
+                "Raise buffer_mb or lower batch_rows.",
+            )
+        self._buffer = {
+            name: torch.empty(self.capacity, width, dtype=torch.bfloat16)
+            for name, width in self.widths.items()
+        }
+        self._n_left = 0  # rows [0, n_left) of the buffer are unread, in random order
+        self._generator = torch.Generator().manual_seed(seed)
+        self._n_forwards = 0  # in this pass over the text
+        self._forwards: Iterator[Rows] | None = None
+        self.max_norms = max_norms if max_norms is not None else self._measure_norms()
+        self.sites = Sites(inputs=self._make_sites(self.inputs), outputs=self._make_sites(self.outputs))
+        self.d_in, self.d_out = self.sites.inputs[-1].stop, self.sites.outputs[-1].stop
+
+    def _make_sites(self, names: tuple[str, ...]) -> tuple[Site, ...]:
+        sites, start = [], 0
+        for name in names:
+            stop = start + self.widths[name]
+            sites.append(
+                Site(
+                    model=self.lm.name,
+                    model_fingerprint=self.lm.fingerprint,
+                    hookpoint=name,
+                    start=start,
+                    stop=stop,
+                    max_norm=self.max_norms[name],
+                )
+            )
+            start = stop
+        return tuple(sites)
+
+    def _measure_norms(self) -> dict[str, float | None]:
+        medians = first_norms(self.lm, self.text, self.policy, self.names, self.batch_rows, self.split)
+        ratio = self.policy.max_norm_ratio
+        return {name: None if ratio is None else ratio * median for name, median in medians.items()}
+
+    def hold_out(self, n: int) -> Batch:
+        """The first rows of the documents that are held out of the stream's split.
+
+        Raises:
+            ConfigError: none are.
+        """
+        if self.split != "train" or self.text.heldout_fraction == 0:
+            raise ConfigError(
+                "heldout_fraction must be > 0, and the split train, for rows to be held out",
+                f"{self.text.heldout_fraction:g} and {self.split}",
+                "Raise heldout_fraction, or watch no rows (--watch-rows 0).",
+            )
+        n_tokens = n + self.batch_rows * self.policy.context_length
+        blocks = token_blocks(self.text, self.lm.tokenizer, self.policy, split="heldout", n_tokens=n_tokens)
+        found = captured_rows(self.lm, blocks, self.names, self.batch_rows, self.max_norms)
+        parts = [rows.activations for rows in found]
+        if not parts:
+            raise TextError("the held-out text must hold at least one context", "none", "Give more text.")
+        rows = {name: torch.cat([part[name] for part in parts])[:n] for name in self.names}
+        x, target = (
+            torch.cat([rows[name] for name in names], 1).float() for names in (self.inputs, self.outputs)
+        )
+        return Batch(x, x if self.inputs == self.outputs else target)
+
+    def _next_forward(self) -> dict[str, Tensor]:
+        """Kept rows of the next forward; the text starts over when it ends."""
+        while True:
+            if self._forwards is None:
+                blocks = token_blocks(
+                    self.text, self.lm.tokenizer, self.policy, split=self.split, n_tokens=None
+                )
+                self._forwards = captured_rows(
+                    self.lm, blocks, self.names, self.batch_rows, self.max_norms, skip=self._n_forwards
+                )
+            rows = next(self._forwards, None)
+            if rows is not None:
+                self._n_forwards += 1
+                return rows.activations
+            if self._n_forwards == 0:
+                raise TextError("the text must hold at least one context", "none", "Give more text.")
+            self._n_forwards, self._forwards = 0, None
+
+    def _refill(self) -> None:
+        while self.capacity - self._n_left >= self.batch_rows * self.policy.context_length:
+            rows = self._next_forward()
+            n = next(iter(rows.values())).shape[0]
+            for name, values in rows.items():
+                self._buffer[name][self._n_left : self._n_left + n] = values
+            self._n_left += n
+        order = torch.randperm(self._n_left, generator=self._generator)
+        for values in self._buffer.values():
+            values[: self._n_left] = values[: self._n_left][order]
+
+    def next_batch(self, n: int) -> Batch:
+        """The next n rows from the end of the buffer."""
+        if n > self.capacity // 2:
+            raise ConfigError(
+                f"batch_size must be <= half the buffer ({self.capacity // 2} rows)", n, "Raise buffer_mb."
+            )
+        if self._n_left - n < self.capacity // 2:
+            self._refill()
+        batch = self._rows(slice(self._n_left - n, self._n_left))
+        self._n_left -= n
+        return batch
+
+    def _rows(self, take: slice) -> Batch:
+        def join(names: tuple[str, ...]) -> Tensor:
+            return torch.cat([self._buffer[name][take] for name in names], dim=1).float()
+
+        x = join(self.inputs)
+        return Batch(x, x if self.inputs == self.outputs else join(self.outputs))
+
+    def sample(self, n: int) -> Batch:
+        """The rows that come next, as many as the buffer holds; it is filled only where it is empty."""
+        if self._n_left == 0:
+            self._refill()
+        return self._rows(slice(max(0, self._n_left - n), self._n_left))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The buffer's unread rows, the random state, and how much text was read."""
+        state: dict[str, Any] = {f"buffer.{n}": v[: self._n_left].clone() for n, v in self._buffer.items()}
+        return state | {
+            "n_left": self._n_left,
+            "n_forwards": self._n_forwards,
+            "generator": self._generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._n_left, self._n_forwards = state["n_left"], state["n_forwards"]
+        self._generator.set_state(state["generator"])
+        for name, values in self._buffer.items():
+            values[: self._n_left] = state[f"buffer.{name}"]
+        self._forwards = None
