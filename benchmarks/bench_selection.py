@@ -41,7 +41,7 @@ def settled(
 
     def some(start: int, stop: int) -> None:
         mine = slice(start, stop)
-        loops.rescore(parts[0][mine], *parts[1:3], parts[3][mine], k, parts[5][mine], parts[6][mine])
+        loops.rescore(parts[0][mine], *parts[1:3], parts[3][mine], k, False, parts[5][mine], parts[6][mine])
 
     pool.run(some, len(x), 256)
     return acts, indices
@@ -50,7 +50,7 @@ def settled(
 def sketched(x: Tensor, weights: Tensor, bias: Tensor, rank: int, n: int) -> Candidates:
     """The n largest in a sketch of the rows; its directions stand for several steps, the projections are timed."""
     directions = torch.linalg.eigh(x.T @ x).eigenvectors[:, -rank:].contiguous()
-    return lambda: encode._candidates(rough.Wide(x @ directions, weights @ directions), len(x), bias, n)
+    return lambda: encode.candidates_of(rough.Wide(x @ directions, weights @ directions), len(x), bias, n)
 
 
 def grouped(x: Tensor, weights: Tensor, n_groups: int, n: int) -> Candidates:
@@ -112,8 +112,10 @@ def main() -> None:
             return float((raw - recon).double().square().sum() / (raw - raw.mean(0)).double().square().sum())
 
         ways: dict[str, Candidates] = {
-            "bfloat16": lambda: encode._candidates(rough.Wide(x, weights), len(x), bias, k + spare),
-            "int8": lambda: encode._candidates(rough.Int8(x, weights), len(x), bias, k + spare + spare // 2),
+            "bfloat16": lambda: encode.candidates_of(rough.Wide(x, weights), len(x), bias, k + spare),
+            "int8": lambda: encode.candidates_of(
+                rough.Int8(x, weights), len(x), bias, k + spare + spare // 2
+            ),
         }
         for rank in (64, 128, 256):
             for n in (2 * k, 8 * k):

@@ -1,5 +1,7 @@
 """Every fast kernel against its slow reference: values, gradients per parameter, ties, odd shapes, same bits."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -115,16 +117,16 @@ def test_a_nan_is_not_lost(kind):
     """In a row, in a latent, or both, whatever its sign: training must stop at it."""
     generator = torch.Generator().manual_seed(0)
     x, W = torch.randn(6, 40, generator=generator), torch.randn(300, 40, generator=generator)
-    W[7] = 0.0  # silent otherwise
-    for sign in (1.0, -1.0):
+    for sign, latent in itertools.product((1.0, -1.0), (0, 7, 299)):
         rows, latents = x.clone(), W.clone()
         rows[2, 3] = sign * float("nan")
-        latents[7, 5] = sign * float("nan")
+        latents[latent] = 0.0  # silent otherwise
+        latents[latent, 5] = sign * float("nan")
         with products_in(kind):
             of_row, _ = kernels.encode_topk(rows, W.T, torch.zeros(300), torch.zeros(40), 5)
             of_latent, indices = kernels.encode_topk(x, latents.T, torch.zeros(300), torch.zeros(40), 5)
         assert bool(of_row[2].isnan().all()) and int(of_row.isnan().any(dim=1).sum()) == 1
-        assert int(of_latent.isnan().sum()) == 6 and bool((indices[of_latent.isnan()] == 7).all())
+        assert int(of_latent.isnan().sum()) == 6 and bool((indices[of_latent.isnan()] == latent).all())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -138,6 +140,36 @@ def test_rows_without_positive_pre_activations_stay_silent(kind):
             assert int(indices.min()) >= 0
             recon = kernels.decode(acts, indices, torch.ones(40, 4), torch.full((4,), 2.0))
         assert recon.tolist() == [[2.0] * 4] * 3
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes, st.integers(0, 10_000), st.data())
+def test_the_latents_furthest_from_0_are_the_references(shape, seed, data):
+    batch, d_in, d_sae = shape
+    k = data.draw(st.integers(1, d_sae))
+    x = torch.randn(batch, d_in, generator=torch.Generator().manual_seed(seed))
+    found = []
+    for path in ("reference", "auto"):
+        p = parameters(d_in, d_sae, seed)
+        with products_in("float32"), kernels.use(path):
+            acts, indices = kernels.encode_abs_topk(x, p["W_enc"], p["b_enc"], torch.zeros(d_in), k)
+        dense = Encoded.from_topk(acts, indices, d_sae).to_dense()
+        dense.square().sum().backward()
+        found.append((dense.detach(), p["W_enc"].grad, p["b_enc"].grad))
+    for slow, fast in zip(*found, strict=True):
+        torch.testing.assert_close(fast, slow, atol=1e-4, rtol=1e-4)
+    assert bool((found[1][0] < 0).any()) or k * batch < 20
+
+
+@pytest.mark.parametrize("kind", ["int8", "bfloat16"])
+def test_rough_selection_of_signed_latents_keeps_what_float32_would(kind):
+    generator = torch.Generator().manual_seed(3)
+    x, W = torch.randn(512, 64, generator=generator), torch.randn(1024, 64, generator=generator).T / 8
+    with products_in(kind):
+        acts, fast = kernels.encode_abs_topk(x, W, torch.zeros(1024), torch.zeros(64), 16)
+    _, slow = reference.encode_abs_topk(x, W, torch.zeros(1024), torch.zeros(64), 16)
+    shared = sum(len(set(a) & set(b)) for a, b in zip(fast.tolist(), slow.tolist(), strict=True))
+    assert shared / (512 * 16) > 0.999 and 0.4 < float((acts < 0).float().mean()) < 0.6
 
 
 @pytest.mark.parametrize("kind", ["int8", "bfloat16"])

@@ -147,7 +147,9 @@ def test_a_live_sweep_runs_the_model_once_for_all(world, tmp_path, monkeypatch):
 
     runs: list[int] = []
     original = capture.captured_rows
-    monkeypatch.setattr("sememe.source.live.captured_rows", lambda *a, **k: (runs.append(1), original(*a, **k))[1])
+    monkeypatch.setattr(
+        "sememe.source.live.captured_rows", lambda *a, **k: (runs.append(1), original(*a, **k))[1]
+    )
     made = live_config(world, tmp_path / "s").replace(
         inputs=None, sweep=("inputs=resid_post.*", "k=2,4"), watch_rows=0
     )

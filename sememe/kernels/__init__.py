@@ -198,6 +198,10 @@ def encode_abs_topk(
         from sememe.kernels import gpu
 
         return TopK(*gpu.encode_abs_topk(x, W_enc, b_enc, b_pre, k))
+    if path_for(x) == "cpu":
+        from sememe.kernels import cpu
+
+        return TopK(*cpu.encode_topk(x, W_enc, b_enc, b_pre, k, signed=True))
     return TopK(*reference.encode_abs_topk(x, W_enc, b_enc, b_pre, k))
 
 

@@ -21,7 +21,7 @@ from sememe.kernels.cpu import buffers, loops, pool, rough
 from sememe.kernels.cpu.rough import Int8, Wide
 from sememe.kernels.cpu.sums import CHUNK, Transposed, scatter
 
-__all__ = ["encode_batch_topk", "encode_threshold", "encode_topk", "largest"]
+__all__ = ["candidates_of", "encode_batch_topk", "encode_threshold", "encode_topk", "largest"]
 
 SPARE = 8
 """Candidates beyond k (at least; k / 4 if that is more) that are scored again in float32, so that rounding rarely
@@ -42,32 +42,34 @@ class _Entries(NamedTuple):
     ptr: NDArray[np.int64]
 
 
-def _candidates(product: Int8 | Wide, n_rows: int, b_enc: Tensor, n_keep: int) -> NDArray[np.int32]:
-    """The latents of each row's n_keep largest positive pre-activations, roughly; -1 fills up."""
+def candidates_of(
+    product: Int8 | Wide, n_rows: int, b_enc: Tensor, n_keep: int, signed: bool = False
+) -> NDArray[np.int32]:
+    """The latents of each row's n_keep largest positive pre-activations (furthest from 0), roughly; -1 fills up."""
     found, bias = np.empty((n_rows, n_keep), np.int32), b_enc.numpy()
 
     def choose(start: int, stop: int) -> None:
-        loops.select(*product.tile(start, stop), bias, n_keep, found[start:stop])
+        loops.select(*product.tile(start, stop), bias, n_keep, signed, found[start:stop])
 
     pool.run(choose, n_rows, product.rows_per_tile)
     return found
 
 
-def _top(x: Tensor, weights: Tensor, b_enc: Tensor, k: int) -> _Entries:
+def _top(x: Tensor, weights: Tensor, b_enc: Tensor, k: int, signed: bool) -> _Entries:
     batch, d_sae = x.shape[0], weights.shape[0]
     product = rough.product_of(x, weights)
     spare = max(SPARE, k // 4)
     n_keep = min(k + (spare + spare // 2 if isinstance(product, Int8) else spare), d_sae)
-    candidates = _candidates(product, batch, b_enc, n_keep)
+    candidates = candidates_of(product, batch, b_enc, n_keep, signed)
     if isinstance(product, Int8) and (odd := product.unresolved()).size:
         part = x[torch.from_numpy(odd)]
-        candidates[odd] = _candidates(Wide(part, weights), len(part), b_enc, n_keep)
+        candidates[odd] = candidates_of(Wide(part, weights), len(part), b_enc, n_keep, signed)
     acts, indices = np.empty((batch, k), np.float32), np.empty((batch, k), np.int32)
     rows, W, b = x.numpy(), weights.numpy(), b_enc.numpy()
 
     def settle(start: int, stop: int) -> None:
         loops.rescore(
-            rows[start:stop], W, b, candidates[start:stop], k, acts[start:stop], indices[start:stop]
+            rows[start:stop], W, b, candidates[start:stop], k, signed, acts[start:stop], indices[start:stop]
         )
 
     pool.run(
@@ -198,10 +200,11 @@ def encode_topk(
     b_enc: Float[Tensor, " d_sae"],
     b_pre: Float[Tensor, " d_in"],
     k: int,
+    signed: bool = False,
 ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
-    """See `kernels.encode_topk`."""
-    chosen = functools.partial(_top, k=k)
-    acts, indices, _ = _apply(x, W_enc, b_enc, b_pre, chosen, True)
+    """See `kernels.encode_topk`; if `signed`, `kernels.encode_abs_topk`."""
+    chosen = functools.partial(_top, k=k, signed=signed)
+    acts, indices, _ = _apply(x, W_enc, b_enc, b_pre, chosen, not signed)
     return acts.view(-1, k), indices.view(-1, k)
 
 

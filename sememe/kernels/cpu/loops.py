@@ -88,9 +88,12 @@ def _as_int(_: Any, value: Any) -> Any:
 
 
 @jit
-def _key(value: Any) -> Any:
-    """A positive number's bits, which are in its order; 0 for others, and the largest for NaN, whatever its sign."""
-    return _as_int(np.float32(0.0) if value <= 0 else value) & np.int32(0x7FFFFFFF)
+def _key(value: Any, signed: bool) -> Any:
+    """A positive number's bits, which are in its order; the largest for NaN, whatever its sign.
+
+    0 for numbers that are not positive, or the bits of their size if `signed`.
+    """
+    return _as_int(np.float32(0.0) if value <= 0 and not signed else value) & np.int32(0x7FFFFFFF)
 
 
 # -- four rows at a time: one vector is read once for all of them, and their latencies overlap --------
@@ -185,10 +188,12 @@ def _n_blocks(n_columns: int, least: int) -> int:
 
 
 @jit
-def select(product: Any, scale: Any, unit: Any, bias: Any, n_keep: int, candidates: Any) -> None:
+def select(
+    product: Any, scale: Any, unit: Any, bias: Any, n_keep: int, signed: bool, candidates: Any
+) -> None:
     """Columns of the n_keep largest positive `product * unit * scale + bias` of each row; -1 fills up.
 
-    Ties go to lower columns.
+    Ties go to lower columns. If `signed`, those furthest from 0.
 
     Columns are seen as blocks of DEPTH, a block being every n_blocks-th column, so that block maxima are taken side by
     side. The n_keep-th largest maximum bounds the n_keep-th largest entry from below: only blocks that reach it are
@@ -209,12 +214,12 @@ def select(product: Any, scale: Any, unit: Any, bias: Any, n_keep: int, candidat
         entries = product[row]
         u = unit[row]
         for j in range(n_blocks):
-            maxima[j] = _key(_value(entries[j]) * u * scale[j] + bias[j])
+            maxima[j] = _key(_value(entries[j]) * u * scale[j] + bias[j], signed)
         for start in range(n_blocks, n_columns, n_blocks):
             stop = min(start + n_blocks, n_columns)
             part, part_scale, part_bias = entries[start:stop], scale[start:stop], bias[start:stop]
             for j in range(stop - start):
-                maxima[j] = max(maxima[j], _key(_value(part[j]) * u * part_scale[j] + part_bias[j]))
+                maxima[j] = max(maxima[j], _key(_value(part[j]) * u * part_scale[j] + part_bias[j], signed))
         largest = maxima[0]
         for j in range(n_blocks):
             largest = max(largest, maxima[j])
@@ -240,7 +245,7 @@ def select(product: Any, scale: Any, unit: Any, bias: Any, n_keep: int, candidat
         n_found = 0
         for i in range(n_reaching):
             for column in range(blocks[i], n_columns, n_blocks):
-                key = _key(_value(entries[column]) * u * scale[column] + bias[column])
+                key = _key(_value(entries[column]) * u * scale[column] + bias[column], signed)
                 found[n_found] = column
                 keys[n_found] = key
                 n_found += key >= bound
@@ -304,7 +309,7 @@ def mark_largest(start: int, stop: int, values: Any, k: int, signed: bool, marks
         mine, marked = values[row], marks[row]
         largest, n_positive = np.int32(0), 0
         for j in range(n):
-            key = _key(abs(_value(mine[j])) if signed else _value(mine[j]))
+            key = _key(_value(mine[j]), signed)
             keys[j] = key
             largest = max(largest, key)
             n_positive += 1 if key > 0 else 0
@@ -321,8 +326,12 @@ def mark_largest(start: int, stop: int, values: Any, k: int, signed: bool, marks
 
 
 @jit
-def rescore(x: Any, weights: Any, bias: Any, candidates: Any, k: int, acts: Any, indices: Any) -> None:
+def rescore(
+    x: Any, weights: Any, bias: Any, candidates: Any, k: int, signed: bool, acts: Any, indices: Any
+) -> None:
     """Float32 pre-activations of the candidates; the k largest are kept, those below 0 as 0.
+
+    If `signed`, the k furthest from 0, with their signs.
 
     Args:
         x: (rows, d_in).
@@ -347,12 +356,16 @@ def rescore(x: Any, weights: Any, bias: Any, candidates: Any, k: int, acts: Any,
         while n > k:
             worst = 0
             for i in range(1, n):
-                if scores[i] < scores[worst] or (scores[i] == scores[worst] and columns[i] > columns[worst]):
+                mine, other = scores[i], scores[worst]
+                if signed:
+                    mine, other = abs(mine), abs(other)
+                if mine < other or other != other or (mine == other and columns[i] > columns[worst]):
                     worst = i
             n -= 1
             scores[worst], columns[worst] = scores[n], columns[n]
         for i in range(n):
-            acts[row, i] = np.float32(0.0) if scores[i] < 0 else scores[i]  # so written, NaN stays
+            silent = scores[i] < 0 and not signed  # so written, NaN stays
+            acts[row, i] = np.float32(0.0) if silent else scores[i]
             indices[row, i] = columns[i]
         for i in range(n, k):
             acts[row, i] = 0.0
