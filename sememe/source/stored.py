@@ -11,7 +11,7 @@ from torch import Tensor
 from sememe.dictionaries.base import Batch, Site, Sites
 from sememe.errors import HookpointError
 from sememe.join import JoinedStore
-from sememe.source.base import Cursor, permutation
+from sememe.source.base import MOST_HELD, Cursor, permutation
 from sememe.store import Store, hold_out
 
 __all__ = ["StoreSource"]
@@ -81,7 +81,7 @@ class StoreSource:
 
     def hold_out(self, n: int) -> Batch:
         """Rows of whole documents; all their rows leave the stream, at most a tenth of it."""
-        held = hold_out(self.store, self._names, min(n, self.n_rows // MOSTHELD_SALT), self.seed)
+        held = hold_out(self.store, self._names, min(n, self.n_rows // MOST_HELD), self.seed)
         self._held, self._shard_rows = held.documents, held.shard_rows
         self.n_rows = sum(self._shard_rows)
         return self._rows(held.activations, torch.arange(next(iter(held.activations.values())).shape[0]))

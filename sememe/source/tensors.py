@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sememe.dictionaries.base import Batch, Sites
 from sememe.errors import ConfigError, ShapeError
-from sememe.source.base import HELD_SALT, Cursor, permutation
+from sememe.source.base import HELD_SALT, MOST_HELD, Cursor, permutation
 
 __all__ = ["TensorSource"]
 
@@ -56,7 +56,7 @@ class TensorSource:
     def hold_out(self, n: int) -> Batch:
         """Rows at random."""
         order = permutation(self.n_rows, self.seed, HELD_SALT)
-        n = min(n, self.n_rows // MOSTHELD_SALT)
+        n = min(n, self.n_rows // MOST_HELD)
         held = self._rows(order[:n])
         self._kept = order[n:].sort().values
         self.n_rows -= n
