@@ -189,11 +189,12 @@ def _n_blocks(n_columns: int, least: int) -> int:
 
 @jit
 def select(
-    product: Any, scale: Any, unit: Any, bias: Any, n_keep: int, signed: bool, candidates: Any
+    product: Any, scale: Any, unit: Any, lift: Any, bias: Any, n_keep: int, signed: bool, candidates: Any
 ) -> None:
     """Columns of the n_keep largest positive `product * unit * scale + bias` of each row; -1 fills up.
 
-    Ties go to lower columns. If `signed`, those furthest from 0.
+    Ties go to lower columns. What is negative by less than the row's `lift` counts as positive. If `signed`, those
+    furthest from 0.
 
     Columns are seen as blocks of DEPTH, a block being every n_blocks-th column, so that block maxima are taken side by
     side. The n_keep-th largest maximum bounds the n_keep-th largest entry from below: only blocks that reach it are
@@ -212,14 +213,16 @@ def select(
     keys = np.empty(n_columns + 1, dtype=np.int32)
     for row in range(n_rows):
         entries = product[row]
-        u = unit[row]
+        u, up = unit[row], lift[row]
         for j in range(n_blocks):
-            maxima[j] = _key(_value(entries[j]) * u * scale[j] + bias[j], signed)
+            maxima[j] = _key(_value(entries[j]) * u * scale[j] + bias[j] + up, signed)
         for start in range(n_blocks, n_columns, n_blocks):
             stop = min(start + n_blocks, n_columns)
             part, part_scale, part_bias = entries[start:stop], scale[start:stop], bias[start:stop]
             for j in range(stop - start):
-                maxima[j] = max(maxima[j], _key(_value(part[j]) * u * part_scale[j] + part_bias[j], signed))
+                maxima[j] = max(
+                    maxima[j], _key(_value(part[j]) * u * part_scale[j] + part_bias[j] + up, signed)
+                )
         largest = maxima[0]
         for j in range(n_blocks):
             largest = max(largest, maxima[j])
@@ -245,7 +248,7 @@ def select(
         n_found = 0
         for i in range(n_reaching):
             for column in range(blocks[i], n_columns, n_blocks):
-                key = _key(_value(entries[column]) * u * scale[column] + bias[column], signed)
+                key = _key(_value(entries[column]) * u * scale[column] + bias[column] + up, signed)
                 found[n_found] = column
                 keys[n_found] = key
                 n_found += key >= bound
