@@ -201,6 +201,7 @@ def select(
     n_rows, n_columns = product.shape
     n_blocks = _n_blocks(n_columns, 2 * n_keep)
     least = np.float32(-np.inf if signed else 0.0)
+    lowest = np.int32(0 if signed else 1)  # the bits of the smallest number that counts
     maxima = np.empty(n_blocks, dtype=np.int32)
     blocks = np.empty(n_blocks + 1, dtype=np.int32)
     found = np.empty(n_columns + 1, dtype=np.int32)
@@ -220,7 +221,7 @@ def select(
         largest = maxima[0]
         for j in range(n_blocks):
             largest = max(largest, maxima[j])
-        bound = np.int32(1)  # the bits of the smallest positive number
+        bound = lowest
         if n_blocks > n_keep and largest > 0:
             low, high = np.int32(0), (largest >> np.int32(16)) + np.int32(1)  # upper halves are close enough
             while high - low > 1:
@@ -233,7 +234,7 @@ def select(
                     low = middle
                 else:
                     high = middle
-            bound = max(low << np.int32(16), np.int32(1))
+            bound = max(low << np.int32(16), lowest)
 
         n_reaching = 0
         for j in range(n_blocks):  # without a branch: the store is undone by the next one
@@ -263,14 +264,14 @@ def select(
                 found[n_ties] = found[i]
                 n_ties += 1
         while n_kept < n_keep:
-            lowest = 0
+            first = 0
             for i in range(1, n_ties):
-                if found[i] < found[lowest]:
-                    lowest = i
-            candidates[row, n_kept] = found[lowest]
+                if found[i] < found[first]:
+                    first = i
+            candidates[row, n_kept] = found[first]
             n_kept += 1
             n_ties -= 1
-            found[lowest] = found[n_ties]
+            found[first] = found[n_ties]
 
 
 @jit
