@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -183,7 +184,25 @@ def _fill(
     documents: dict[int, dict[str, Any]] = {}
     n_done = len(state.shard_rows)
     choice = PositionChoice(config.positions_per_context, config.positions, config.seed)
-    with track("harvest", config.n_tokens, "tokens", done=state.n_tokens) as progress:
+
+    def finish(index: int, parts: list[Rows]) -> None:
+        shard = _shuffled(parts, hookpoints, config.seed, index)
+        if shard.token_ids.shape[0] == 0:
+            raise ConfigError("the policy must keep some positions", "none of a shard", "Change the policy.")
+        name = _shard_name(index)
+        write_shard(work.path / name, shard)
+        work.hashes[name] = artifact.file_sha256(work.path / name)
+        state.shard_rows.append(int(shard.token_ids.shape[0]))
+        state.n_tokens += sum(rows.n_tokens for rows in parts)
+        state.n_outliers += sum(rows.n_outliers for rows in parts)
+        state.write(work)
+
+    # Shards are written beside the model's forwards, one at a time; leaving the block waits for the last.
+    with (
+        ThreadPoolExecutor(1, "sememe-harvest") as writer,
+        track("harvest", config.n_tokens, "tokens", done=state.n_tokens) as progress,
+    ):
+        written: Future[None] | None = None
         for index, blocks in enumerate(_shard_blocks(config, lm, documents)):
             if index < n_done:
                 continue
@@ -191,18 +210,11 @@ def _fill(
             for rows in captured_rows(lm, blocks, hookpoints, config.batch_rows, max_norms, choice=choice):
                 parts.append(rows)
                 progress.advance(rows.n_tokens)
-            shard = _shuffled(parts, hookpoints, config.seed, index)
-            if shard.token_ids.shape[0] == 0:
-                raise ConfigError(
-                    "the policy must keep some positions", "none of a shard", "Change the policy."
-                )
-            name = _shard_name(index)
-            write_shard(work.path / name, shard)
-            work.hashes[name] = artifact.file_sha256(work.path / name)
-            state.shard_rows.append(int(shard.token_ids.shape[0]))
-            state.n_tokens += sum(rows.n_tokens for rows in parts)
-            state.n_outliers += sum(rows.n_outliers for rows in parts)
-            state.write(work)
+            if written is not None:
+                written.result()
+            written = writer.submit(finish, index, parts)
+        if written is not None:
+            written.result()
     if not state.shard_rows:
         raise TextError("the text must hold at least one context", "none", "Give more text.")
     write_documents(work.path / DOCUMENTS, documents.values())
@@ -255,9 +267,12 @@ def _shard_blocks(
 
 
 def _shuffled(parts: list[Rows], hookpoints: tuple[str, ...], seed: int, index: int) -> Shard:
-    """The rows of a shard in random order. Written into place part by part: only one copy is held."""
+    """The rows of a shard in random order. Written into place part by part: only one copy is held.
+
+    In numpy, on one thread: torch's would wait for the cores that the model is running on.
+    """
     n_rows = sum(part.token_ids.shape[0] for part in parts)
-    order = torch.from_numpy(np.random.default_rng((seed, index)).permutation(n_rows))
+    order = np.random.default_rng((seed, index)).permutation(n_rows)
     activations = {
         name: torch.empty(n_rows, parts[0].activations[name].shape[1], dtype=torch.bfloat16)
         for name in hookpoints
@@ -268,8 +283,9 @@ def _shuffled(parts: list[Rows], hookpoints: tuple[str, ...], seed: int, index: 
         stop = start + part.token_ids.shape[0]
         places = order[start:stop]
         for name in hookpoints:
-            activations[name][places] = part.activations[name]
+            bits = part.activations[name].view(torch.int16).numpy()
+            activations[name].view(torch.int16).numpy()[places] = bits
         for column, values in zip(columns, (part.token_ids, part.doc_ids, part.positions), strict=True):
-            column[places] = values.to(torch.int32)
+            column.numpy()[places] = values.numpy()
         start = stop
     return Shard(activations, *columns)
