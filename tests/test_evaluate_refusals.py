@@ -179,7 +179,7 @@ def test_another_separation_than_the_training_texts_is_refused_without_a_store(
     text = text_config(world.corpus, split_by="piece", max_document_chars=120)
     model = ModelConfig(model=str(world.place / "model"), dtype="float32")
     if live:
-        more = {"live": True, "model": model, "text": text, "policy": POLICY}
+        more = {"live": True, "buffer_mb": 1, "model": model, "text": text, "policy": POLICY}
     else:
         about = {"model": model, "text": text, "policy": POLICY, "hookpoints": (HOOKPOINT,), "n_tokens": 500}
         harvest(HarvestConfig.build({"out": tmp_path / "s", **about}), lm=world.lm)
