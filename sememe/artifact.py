@@ -421,7 +421,7 @@ def _open_work(path: Path, identity: str, about: dict[str, Any], resumable: bool
 
 
 def _holds_work(partial: Path, progress: tuple[str, ...]) -> bool:
-    """Whether a run could go on from a partial folder: something of its progress is there (anything, if none is named)."""
+    """Whether a run could go on from here: something of its progress is there (if none is named: anything)."""
     found = (entry for pattern in progress or ("*",) for entry in partial.glob(pattern))
     return any(any(entry.iterdir()) if entry.is_dir() else entry.name != IDENTITY for entry in found)
 

@@ -168,7 +168,9 @@ def test_a_dictionary_of_more_than_the_train_split_has_no_held_out_documents(
     path = trained(world, tmp_path / "d", store=tmp_path / "s")
     bare = identity(world.lm, tmp_path / "bare")  # which says nothing itself
     for dictionary, store in ((path, None), (path, tmp_path / "s"), (bare, tmp_path / "s")):
-        with pytest.raises(MismatchError, match=f"got one trained on the split {split}. Harvest with --split train"):
+        with pytest.raises(
+            MismatchError, match=f"got one trained on the split {split}. Harvest with --split train"
+        ):
             evaluate(config_for(dictionary, world.corpus, tmp_path / "r", store=store), lm=world.lm)
 
 
@@ -206,7 +208,10 @@ def test_a_dictionary_that_does_not_say_what_it_saw_is_measured_with_a_notice(
     (notice,) = report.data["notices"]
     assert "does not say which documents it was trained on" in notice
     print_report(report.path)
-    for shown in (capsys.readouterr().out, *((report.path / f"report.{x}").read_text() for x in ("md", "html"))):
+    for shown in (
+        capsys.readouterr().out,
+        *((report.path / f"report.{x}").read_text() for x in ("md", "html")),
+    ):
         assert notice in shown
     measured = evaluate(
         config_for(path, world.corpus, tmp_path / "r2", nulls=(), store=world.store), lm=world.lm

@@ -14,7 +14,16 @@ from sememe.splice import Splicer
 from sememe.store import Store
 from sememe.text import TextConfig, TokenPolicy
 
-__all__ = ["check_model", "check_nulls", "check_store", "check_text", "describe", "policy_of", "sites_of", "splicer_for"]
+__all__ = [
+    "check_model",
+    "check_nulls",
+    "check_store",
+    "check_text",
+    "describe",
+    "policy_of",
+    "sites_of",
+    "splicer_for",
+]
 
 
 def sites_of(dictionary: Dictionary, path: Path) -> Sites:
