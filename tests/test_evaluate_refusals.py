@@ -28,6 +28,7 @@ from sememe.evaluate import evaluate
 from sememe.harvest import HarvestConfig, harvest
 from sememe.lm import LanguageModel, ModelConfig
 from sememe.run import print_report
+from sememe.text import Split
 from sememe.train import TrainConfig, train
 
 
@@ -153,7 +154,7 @@ def trained(world: World, out: Path, **changes: object) -> Path:
 
 @pytest.mark.parametrize("split", ["all", "heldout"])
 def test_a_dictionary_of_more_than_the_train_split_has_no_held_out_documents(
-    tmp_path: Path, world: World, split: str
+    tmp_path: Path, world: World, split: Split
 ) -> None:
     config = HarvestConfig(
         out=tmp_path / "s",
