@@ -42,6 +42,10 @@ class Recipe(NamedTuple):
 RECIPES = [
     Recipe("topk", "topk", {"k": 3, "dead_after_tokens": 50_000}),
     Recipe("batch_topk", "batch_topk", {"k": 3, "dead_after_tokens": 50_000}),
+    Recipe("multi_topk", "multi_topk", {"k": 3, "dead_after_tokens": 50_000}),
+    Recipe("abs_topk", "abs_topk", {"k": 3, "dead_after_tokens": 50_000}),
+    Recipe("group_max", "group_max", {"k": 4, "dead_after_tokens": 50_000}),
+    Recipe("matryoshka", "matryoshka", {"k": 3, "dead_after_tokens": 50_000}, None),
     Recipe("matching_pursuit", "matching_pursuit", {"k": 3}),
     Recipe("mlp_encoder", "mlp_encoder", {"k": 3, "dead_after_tokens": 50_000}),
     Recipe("jumprelu", "jumprelu", {"target_l0": 3}),

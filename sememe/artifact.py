@@ -272,12 +272,12 @@ def building(
         parents: Fingerprints of what it was made from, by role.
         resumable: Keep the partial folder when interrupted, and pick it up next time; unless nothing was recorded
             yet: then the next run may be another one.
-        fresh: Replace whatever stands at the path and forget partial work.
+        fresh: Replace whatever artifact stands at the path and forget partial work.
         leave_out: Names or globs inside the work folder (progress files) that do not belong to the finished artifact.
 
     Raises:
         LockError: another process is building the same artifact.
-        MismatchError: something else stands at the path, and `fresh` was not asked for.
+        MismatchError: something else stands at the path, and `fresh` was not asked for; or no artifact at all.
         ResourceError: the disk is full.
     """
     path = Path(path)
@@ -285,7 +285,10 @@ def building(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _lock(path):
+            if not path.exists() and _old(path).exists():
+                _old(path).rename(path)  # a replacement that was killed between its two renames
             if fresh:
+                _check_replaceable(path)
                 shutil.rmtree(_partial(path), ignore_errors=True)
             else:
                 find(path, kind, identity, config, parents)
@@ -331,6 +334,21 @@ def _a(kind: str) -> str:
 
 def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
+
+
+def _old(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
+def _check_replaceable(path: Path) -> None:
+    """Raise if there is something at the path that this package did not make."""
+    empty = path.is_dir() and not any(path.iterdir())
+    if path.exists() and not empty and not (path / META).is_file():
+        raise MismatchError(
+            f"{path} must be an artifact for --fresh to replace it",
+            f"a {'folder' if path.is_dir() else 'file'} without {META}",
+            "Write elsewhere, or delete it yourself.",
+        )
 
 
 @contextlib.contextmanager
@@ -471,7 +489,7 @@ def _finish(
     write_json(work.path / META, meta)
     _fsync(work.path)
     if path.exists():
-        old = path.with_name(f".{path.name}.old")
+        old = _old(path)
         shutil.rmtree(old, ignore_errors=True)
         path.rename(old)
         work.path.rename(path)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PositionChoice", "Rows", "captured_rows", "first_norms"]
 
-N_FIRST_FORWARDS = 8
+N_FIRST_CONTEXTS = 128
 """Forwards from which the median norm is estimated: 16,384 tokens at 16 rows of 128."""
 
 
@@ -158,7 +158,7 @@ def first_norms(
     split: Split,
 ) -> dict[str, float]:
     """Median Euclidean norm of the kept rows of the first contexts, per hookpoint."""
-    n_tokens = N_FIRST_FORWARDS * batch_rows * policy.context_length
+    n_tokens = N_FIRST_CONTEXTS * policy.context_length
     blocks = token_blocks(text, lm.tokenizer, policy, split=split, n_tokens=n_tokens)
     norms: dict[str, list[Tensor]] = {name: [] for name in hookpoints}
     for rows in captured_rows(lm, blocks, hookpoints, batch_rows, {}):

@@ -15,6 +15,7 @@ Rows are shuffled within each shard, and each shard draws on contexts from all o
 from __future__ import annotations
 
 import collections
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -115,6 +116,8 @@ def write_shard(path: str | Path, shard: Shard) -> None:
         },
         aside,
     )
+    with aside.open("rb") as file:
+        os.fsync(file.fileno())  # a harvest that goes on after a power cut does not look at it again
     aside.replace(path)
 
 

@@ -206,7 +206,8 @@ class Recovery(NamedTuple):
 
 
 def recovery(truth: Planted, dictionary: Dictionary) -> Recovery:
-    """Compare the decoder directions of a dictionary with the planted features. Signs count.
+    """Compare the decoder directions of a dictionary with the planted features. Signs count, but where activations
+    have signs of their own: there a direction and its opposite are the same.
 
     Raises:
         ShapeError: the dictionary has another width than the planted one.
@@ -218,9 +219,12 @@ def recovery(truth: Planted, dictionary: Dictionary) -> Recovery:
             learned.shape[1],
             "Compare it with the planted dictionary that it was trained on.",
         )
+    features = truth.features
+    if getattr(dictionary, "signed", False):
+        learned, features = torch.cat([learned, -learned]), torch.cat([features, -features])
     cosines = metrics.mcs(truth.features, learned)
     return Recovery(
         recall=float(cosines.mean()),
-        precision=float(metrics.mmcs(learned, truth.features)),
+        precision=float(metrics.mmcs(learned, features)),
         found=float((cosines > FOUND_COSINE).double().mean()),
     )

@@ -72,6 +72,39 @@ def test_another_config_is_an_error_that_names_both_identities(tmp_path):
     assert artifact.load(tmp_path / "a").file("data.txt").read_text() == "xxxx"
 
 
+def test_fresh_replaces_artifacts_and_nothing_else(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    (tmp_path / "file").write_text("precious")
+    for name in ("mine", "file"):
+        with pytest.raises(MismatchError, match=rf"{name} must be an artifact for --fresh to replace it"):
+            build(tmp_path / name, fresh=True)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == (tmp_path / "file").read_text() == "precious"
+    (tmp_path / "empty").mkdir()
+    build(tmp_path / "empty", fresh=True)
+    build(tmp_path / "empty", size=5, fresh=True)
+    assert artifact.load(tmp_path / "empty").meta["config"]["size"] == 5
+
+
+def test_a_replacement_killed_halfway_leaves_what_was_there(tmp_path, monkeypatch):
+    build(tmp_path / "a")
+    renamed, rename = [], Path.rename
+
+    def rename_once(self: Path, target: Path) -> Path:
+        if renamed:
+            raise KeyboardInterrupt  # where a kill would have been
+        renamed.append(self)
+        return rename(self, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", rename_once)
+        build(tmp_path / "a", size=5, fresh=True)
+    assert renamed and not (tmp_path / "a").exists()
+    with pytest.raises(MismatchError, match="must have been made with this config"):
+        build(tmp_path / "a", size=5)
+    assert artifact.load(tmp_path / "a").meta["config"]["size"] == 3
+
+
 def test_an_exception_leaves_nothing(tmp_path):
     with (
         pytest.raises(RuntimeError),

@@ -106,6 +106,18 @@ def test_norm_outliers_and_the_first_position_are_left_out(store):
         assert point.median_norm == pytest.approx(float(norms.median()), rel=0.15)
 
 
+def test_the_batch_size_does_not_change_which_rows_are_kept(world, lm, tmp_path):
+    """It is not part of a store's identity, so nothing may depend on it."""
+    tight = POLICY.replace(max_norm_ratio=1.2)
+    made = [harvest(config_for(world, tmp_path / str(n), batch_rows=n, policy=tight), lm=lm) for n in (2, 16)]
+    assert made[0].info.n_norm_outliers > 100
+    for name, point in made[0].info.hookpoints.items():
+        assert point.max_norm == pytest.approx(made[1].info.hookpoints[name].max_norm, rel=1e-5)
+    assert (
+        abs(made[0].info.n_rows - made[1].info.n_rows) <= 2
+    )  # a row whose norm is the limit, up to rounding
+
+
 def test_documents_are_traceable_and_none_is_held_out(store, world):
     from sememe.text import split_of
 

@@ -164,7 +164,10 @@ def test_the_latents_furthest_from_0_are_the_references(shape, seed, data):
 @pytest.mark.parametrize("kind", ["int8", "bfloat16"])
 def test_rough_selection_of_signed_latents_keeps_what_float32_would(kind):
     generator = torch.Generator().manual_seed(3)
-    x, W = torch.randn(512, 64, generator=generator), torch.randn(1024, 64, generator=generator).T / 8
+    x, W = (
+        torch.randn(512, 64, generator=generator),
+        (torch.randn(1024, 64, generator=generator).T / 8).requires_grad_(),
+    )
     with products_in(kind):
         acts, fast = kernels.encode_abs_topk(x, W, torch.zeros(1024), torch.zeros(64), 16)
     _, slow = reference.encode_abs_topk(x, W, torch.zeros(1024), torch.zeros(64), 16)
@@ -176,7 +179,7 @@ def test_rough_selection_of_signed_latents_keeps_what_float32_would(kind):
 def test_rough_selection_keeps_what_float32_would(kind):
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(512, 64, generator=generator)
-    W = torch.randn(1024, 64, generator=generator).T / 8
+    W = (torch.randn(1024, 64, generator=generator).T / 8).requires_grad_()
     with products_in(kind):
         _, fast = kernels.encode_topk(x, W, torch.zeros(1024), torch.zeros(64), 16)
     _, slow = reference.encode_topk(x, W, torch.zeros(1024), torch.zeros(64), 16)

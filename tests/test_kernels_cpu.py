@@ -266,6 +266,7 @@ def test_silent_rows_fill_up_like_the_reference():
 
 def shared(p: dict[str, torch.Tensor], k: int) -> float:
     """Share of the truth's active latents that int8 keeps."""
+    p = p | {"W_enc": p["W_enc"].detach().requires_grad_()}  # int8 is for training
     with products_in("int8"):
         fast = Encoded.from_topk(*kernels.encode_topk(**p, k=k), p["W_enc"].shape[1]).to_dense()
     slow = Encoded.from_topk(*reference.encode_topk(**p, k=k), p["W_enc"].shape[1]).to_dense()
@@ -299,8 +300,27 @@ def test_rows_that_int8_does_not_resolve_are_ranked_in_bfloat16():
     assert product.unresolved().tolist() == [17, 150]
     assert shared({name: value[[17, 150]] if name == "x" else value for name, value in p.items()}, 32) > 0.98
     assert shared(p, 32) > 0.999
-    product.latent_crest[:] = 20.0
-    assert product.unresolved().shape == (200,)
+
+
+def test_int8_is_taken_in_training_only_and_not_where_many_latents_peak():
+    p = {name: value.detach() for name, value in case(64, 600, 1024, 6).items()}
+    W = p["W_enc"].T.contiguous()
+    with products_in("int8"):
+        assert isinstance(rough_products.product_of(p["x"], W, True), rough_products.Int8)
+        assert isinstance(rough_products.product_of(p["x"], W, False), rough_products.Wide)
+        W[5, 7] = 100.0
+        assert isinstance(rough_products.product_of(p["x"], W, True), rough_products.Int8)
+        W[:20, 7] = 100.0
+        assert isinstance(rough_products.product_of(p["x"], W, True), rough_products.Wide)
+
+
+def test_outside_training_a_row_is_encoded_as_if_alone():
+    p = {name: value.detach() for name, value in case(300, 64, 700, 7).items()}
+    together = kernels.encode_topk(**p, k=8)
+    for row in (0, 17, 299):
+        alone = kernels.encode_topk(**(p | {"x": p["x"][row : row + 1]}), k=8)
+        assert torch.equal(alone.acts[0], together.acts[row])
+        assert torch.equal(alone.indices[0], together.indices[row])
 
 
 @settings(max_examples=60, deadline=None)

@@ -152,6 +152,16 @@ class Directions(Dictionary):
         return cls(torch.zeros(d_sae, d_out))
 
 
+def test_opposite_directions_are_the_same_where_activations_have_signs() -> None:
+    toy = planted(ToyConfig(d=64, n_features=32, n_active=2))
+    flipped = toy.features * torch.where(torch.arange(32) % 2 == 0, 1.0, -1.0)[:, None]
+    unsigned, signed = Directions(flipped), Directions(flipped)
+    signed.signed = True  # type: ignore[assignment]
+    assert recovery(toy, unsigned).recall < 0.8 and recovery(toy, unsigned).precision < 0.8
+    assert recovery(toy, signed).recall == pytest.approx(1, abs=1e-5)
+    assert recovery(toy, signed).precision == pytest.approx(1, abs=1e-5)
+
+
 def test_recovery_tells_recall_from_precision() -> None:
     toy = planted(ToyConfig(d=64, n_features=32, n_active=2))
     order = torch.randperm(32, generator=generator())

@@ -281,6 +281,13 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
         train(config("topk", tmp_path / "e"), source=TensorSource(bad))
 
 
+def test_less_than_a_batch_is_refused(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"n_tokens must be at least batch_size=256, got 100\. Raise n_tokens"
+    ):
+        train(config("topk", tmp_path / "d", n_tokens=100), source=TensorSource(planted()[1]))
+
+
 def test_the_learning_rate_rises_falls_and_rewarms():
     made = TrainConfig(warmup=0.1, decay=0.2, n_tokens=1)
     plan = Plan(100, 1.0, (50,), 10)

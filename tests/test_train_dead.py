@@ -12,7 +12,7 @@ from sememe.dictionaries import TRAINABLE, auxiliary
 from sememe.dictionaries.auxiliary import auxk_loss, ghost_loss
 from sememe.dictionaries.relu import ReLUConfig
 from sememe.dictionaries.topk import TopKConfig
-from sememe.errors import ShapeError
+from sememe.errors import ActivationError, ShapeError
 from sememe.source import TensorSource
 from sememe.train import TrainConfig, dead, train
 
@@ -267,3 +267,43 @@ def test_a_large_dead_subset_is_never_held_at_once(monkeypatch):
         with Largest() as largest:
             loss().backward()
         assert largest.n <= 400 * 8, "256 x 400 would be all of it"
+
+
+@pytest.mark.parametrize("scheme", ["loss", "worst", "random"])
+@pytest.mark.parametrize("rows", ["zeros", "equal"])
+def test_rows_without_any_error_can_still_be_drawn(tmp_path, scheme, rows):
+    x = torch.zeros(2000, D) if rows == "zeros" else torch.ones(2000, D)
+    made = {"architecture": RELU | SILENT | {"resample": scheme}, "out": tmp_path / "d", "threads": 1}
+    trained = train(
+        TrainConfig.build(made | {"n_tokens": 2000, "batch_size": 50, "watch_rows": 0}),
+        source=TensorSource(x, seed=0),
+    )
+    assert bool(torch.isfinite(trained.W_dec).all()) and bool(torch.isfinite(trained(x)).all())
+
+
+@pytest.mark.parametrize("scheme", ["loss", "worst"])
+def test_a_nan_among_rows_looked_ahead_at_is_told_with_its_own_step(tmp_path, scheme):
+    """It is in the batch after the one that resamples: no latent begins there, and the next step names it."""
+    _, x = planted()
+
+    class TurnsBad(TensorSource):
+        drawn = 0
+
+        def next_batch(self, n):
+            batch = super().next_batch(n)
+            self.drawn += n
+            if self._cursor.offset >= 1050 or self._cursor.epoch:
+                batch.x[:] = float("nan")
+            return batch
+
+    made = {"architecture": RELU | SILENT | {"resample": scheme, "resample_after_tokens": 1}, "threads": 1}
+    with pytest.raises(
+        ActivationError, match=r"must be finite, got NaN or infinity first at step 21, on rows 1,000"
+    ):
+        train(
+            TrainConfig.build(
+                made
+                | {"out": tmp_path / "d", "n_tokens": 2000, "batch_size": 50, "watch_rows": 0, "log_every": 1}
+            ),
+            source=TurnsBad(x, seed=0),
+        )

@@ -7,8 +7,8 @@ import torch
 from test_train import config, planted
 
 from sememe import artifact, dictionaries
-from sememe.errors import ConfigError
-from sememe.source import TensorSource
+from sememe.errors import ActivationError, ConfigError
+from sememe.source import Batch, TensorSource
 from sememe.tracking import read_log
 from sememe.train import TrainConfig, train, train_sweep
 from sememe.train.member import Member
@@ -148,3 +148,29 @@ def test_a_sweeps_dictionaries_keep_their_own_copies_and_end_when_all_are_settle
         assert [path.name for path in copies] == [f"step-{step:09}" for step in (1, 2, 4, 8, 16)]
     weights = "checkpoints/step-000000016/weights.safetensors"
     assert (sweep.path("seed1") / weights).read_bytes() == (tmp_path / "alone" / weights).read_bytes()
+
+
+def test_no_copy_is_kept_of_a_dictionary_that_went_wrong(tmp_path):
+    _, x = planted()
+    x[2000:] = float("nan")
+
+    class InOrder(TensorSource):
+        n = 0
+
+        def sample(self, n):
+            return Batch(x[: min(n, 2000)], x[: min(n, 2000)])
+
+        def next_batch(self, n):
+            self.n += n
+            part = x[self.n - n : self.n]
+            return Batch(part, part)
+
+    made = config(
+        "topk", tmp_path / "d", batch_size=100, n_tokens=3000, log_every=50, watch_rows=0, keep_checkpoints=True,
+        keep_every_tokens=100,
+    )  # fmt: skip
+    with pytest.raises(ActivationError, match="first at step 21"):
+        train(made, source=InOrder(x))
+    kept = sorted((tmp_path / ".d.partial").rglob("step-*"))
+    assert len(kept) >= 20
+    assert all(torch.isfinite(dictionaries.load(path).W_dec).all() for path in kept)

@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 from sememe import kernels
 from sememe.dictionaries.base import ArchitectureConfig, Constraints, Loss, Sites, Trainable
+from sememe.dictionaries.dead import DeadLatents
 from sememe.dictionaries.initial import geometric_median, unit_rows
 from sememe.dictionaries.jumprelu import Jump
 from sememe.encoded import Encoded
@@ -114,6 +115,7 @@ class CrossLayer(Trainable):
                 for n, layer in zip(sizes, self.layers, strict=True)
             ]
         )
+        self.dead = DeadLatents()
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.b_dec = nn.Parameter(torch.zeros(d_out))
         self.register_buffer("b_pre", torch.zeros(d_in))
@@ -281,6 +283,12 @@ class CrossLayer(Trainable):
         self.threshold_unit.copy_(torch.stack(lengths).mean().clamp_min(1e-12))
         self.relative_threshold.copy_((torch.cat(lowest) / self.threshold_unit).clamp_min(0))
 
+    def after_step(self, encoded: Encoded) -> None:
+        """The bookkeeping, and the number of dead latents on its way for the next step's AuxK."""
+        super().after_step(encoded)
+        if self.config.auxk_coefficient > 0:
+            self.dead.send(self.tokens_since_fired, self.config.dead_after_tokens)
+
     def loss(
         self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], progress: float
     ) -> Loss:
@@ -293,7 +301,7 @@ class CrossLayer(Trainable):
         mse = total = error.square().mean()
         terms = {"mse": mse.detach()}
         if config.auxk_coefficient > 0:
-            dead = torch.nonzero(self.tokens_since_fired > config.dead_after_tokens).view(-1)
+            dead = self.dead.ids(self.tokens_since_fired, config.dead_after_tokens)
             if dead.numel() > 0:
                 auxk = self._auxk(x, -error.detach(), dead)
                 terms["auxk"] = auxk.detach()

@@ -20,7 +20,7 @@ AUTOENCODER_NULLS = ("identity", "pca", "random_directions")
 class EvaluateConfig(Config):
     """Which dictionary, on what, against what."""
 
-    not_identity: ClassVar[frozenset[str]] = frozenset({"out", "dictionary", "store", "model", "batch_rows"})
+    not_identity: ClassVar[frozenset[str]] = frozenset({"out", "dictionary", "store", "batch_rows"})
 
     dictionary: Path
     """The dictionary to measure."""

@@ -20,7 +20,7 @@ class InterpretConfig(Config):
     """Which dictionary, over which text, and how many examples to keep."""
 
     not_identity: ClassVar[frozenset[str]] = frozenset(
-        {"out", "dictionary", "store", "model", "batch_rows", "snapshot_seconds"}
+        {"out", "dictionary", "store", "batch_rows", "snapshot_seconds"}
     )
 
     out: Path = Path("artifacts/atlas")

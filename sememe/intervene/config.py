@@ -40,7 +40,7 @@ class LatentEdit(Config):
 class InterveneConfig(Config):
     """Which latents to ablate and to steer with, on what text."""
 
-    not_identity: ClassVar[frozenset[str]] = frozenset({"out", "dictionary", "model", "batch_rows"})
+    not_identity: ClassVar[frozenset[str]] = frozenset({"out", "dictionary", "batch_rows"})
 
     out: Path = Path("artifacts/effects")
     """The folder to make."""

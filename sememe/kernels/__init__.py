@@ -36,6 +36,7 @@ __all__ = [
     "encode_threshold",
     "encode_topk",
     "in_large_pages",
+    "kind_for",
     "largest",
     "matching_pursuit",
     "native_bfloat16",
@@ -130,6 +131,16 @@ def path_for(x: Tensor) -> Path:
     if x.device.type == "cuda" and _has_triton():
         return "gpu"
     return "reference"
+
+
+def kind_for(x: Tensor) -> str:
+    """The path that serves a tensor, and in what it multiplies while training: what bits depend on."""
+    path = path_for(x)
+    if path != "cpu":
+        return path
+    from sememe.kernels import cpu
+
+    return f"cpu, {'int8' if cpu.native_int8() else 'bfloat16' if cpu.native_bfloat16() else 'float32'}"
 
 
 def in_large_pages(tensor: Tensor) -> Tensor:

@@ -113,7 +113,7 @@ class Crew:
         self.device = device
         self.members = {spec.name: Member(spec, n_steps, device, objective) for spec in specs}
         probe = torch.empty(0, dtype=torch.float32, device=device)
-        self.kinds: tuple[str, ...] = (kernels.path_for(probe),)
+        self.kinds: tuple[str, ...] = (kernels.kind_for(probe),)
 
     def initialise(self, sample: Batch) -> None:
         """Start from rows of the stream."""

@@ -157,10 +157,16 @@ def _badly_reconstructed(member: Member, rows: Batch, n: int, worst: bool) -> _D
         errors.append((part.target - recon).square().sum(1))
     error = torch.cat(errors).cpu()  # drawn on the CPU, where the member's generator is
     n = min(n, error.shape[0])
+    error = error.nan_to_num(
+        0.0, 0.0, 0.0
+    )  # such rows are not for a latent; their step will say what they are
     if worst:
         picked = error.topk(n).indices
     else:
-        picked = torch.multinomial(error.square(), n, replacement=False, generator=member.generator)
+        chances = (
+            error / error.max().clamp_min(1e-30)
+        ).double().square() + 1e-12  # where all is perfect, any row
+        picked = torch.multinomial(chances, n, replacement=False, generator=member.generator)
     picked = picked.to(rows.x.device)
     out, into = rows.target[picked], rows.x[picked]
     x, target = member.scaled(Batch(into, out))

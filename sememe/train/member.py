@@ -172,14 +172,14 @@ class Member:
             raise ActivationError(
                 f"the loss{where} must be finite",
                 f"NaN or infinity first at step {bad + 1}, on rows {bad * n:,} to {(bad + 1) * n - 1:,} of the stream",
-                "Lower --lr, or look at those rows; the last checkpoint is kept.",
+                "Lower --lr, or look at those rows; checkpoints made before it are kept.",
             )
         for name, parameter in self.dictionary.named_parameters():
             if not bool(torch.isfinite(parameter).all()):
                 raise ActivationError(
                     f"{name}{where} must be finite",
                     f"NaN or infinity after step {self.step}, though every loss was finite",
-                    "Lower --lr; the last checkpoint is kept.",
+                    "Lower --lr; checkpoints made before it are kept.",
                 )
 
     # -- state ---------------------------------------------------------------------------------------

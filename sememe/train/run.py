@@ -171,7 +171,9 @@ class Run:
         return any(compares(config, self.n_steps, self.step) for config in self._members().values())
 
     def _keep(self) -> None:
-        """Keep copies of those members that want it after this step."""
+        """Keep copies of those members that want it after this step; none of one that has gone wrong."""
+        if any(keeps(config, self.step) for config in self._members().values()):
+            self.team.check()
         for name, config in self._members().items():
             if keeps(config, self.step):
                 folder = self.folder / LOGS / name if self.configs else self.folder
@@ -190,7 +192,7 @@ class Run:
             raise ActivationError(
                 f"the source must give the {self.n_steps * n:,} rows of this run (n_tokens)",
                 f"{rows:,}: it ended at step {self.step + 1} of {self.n_steps}",
-                f"Train on fewer (--n-tokens {rows // n * n}) or give it more; the last checkpoint is kept.",
+                f"Train on fewer (--n-tokens {rows // n * n}) or give it more; checkpoints made before are kept.",
             )
         return batch
 

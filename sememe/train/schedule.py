@@ -33,7 +33,7 @@ def count_steps(config: TrainConfig, n_rows: int | None) -> int:
     """Steps of a run over a source of n_rows (None: without an end).
 
     Raises:
-        ConfigError: the source has no end and n_tokens is not given.
+        ConfigError: the source has no end and n_tokens is not given, or n_tokens is less than a batch.
     """
     n_tokens = config.n_tokens
     if n_tokens is None:
@@ -42,6 +42,12 @@ def count_steps(config: TrainConfig, n_rows: int | None) -> int:
                 "n_tokens must be given for a stream without an end", "nothing", "Pass --n-tokens."
             )
         n_tokens = int((config.epochs or 1.0) * n_rows)
+    elif n_tokens < config.batch_size:
+        raise ConfigError(
+            f"n_tokens must be at least batch_size={config.batch_size}",
+            n_tokens,
+            "Raise n_tokens or lower batch_size.",
+        )
     return max(1, n_tokens // config.batch_size)
 
 

@@ -49,15 +49,17 @@ def candidates_of(
     found, bias = np.empty((n_rows, n_keep), np.int32), b_enc.numpy()
 
     def choose(start: int, stop: int) -> None:
-        loops.select(*product.tile(start, stop), bias, n_keep, signed, found[start:stop])
+        tile = product.tile(start, stop)
+        lift = np.zeros(stop - start, np.float32) if signed else product.lift(start, stop)
+        loops.select(*tile, lift, bias, n_keep, signed, found[start:stop])
 
     pool.run(choose, n_rows, product.rows_per_tile)
     return found
 
 
-def _top(x: Tensor, weights: Tensor, b_enc: Tensor, k: int, signed: bool) -> _Entries:
+def _top(x: Tensor, weights: Tensor, b_enc: Tensor, training: bool, k: int, signed: bool) -> _Entries:
     batch, d_sae = x.shape[0], weights.shape[0]
-    product = rough.product_of(x, weights)
+    product = rough.product_of(x, weights, training)
     spare = max(SPARE, k // 4)
     n_keep = min(k + (spare + spare // 2 if isinstance(product, Int8) else spare), d_sae)
     candidates = candidates_of(product, batch, b_enc, n_keep, signed)
@@ -78,9 +80,11 @@ def _top(x: Tensor, weights: Tensor, b_enc: Tensor, k: int, signed: bool) -> _En
     return _Entries(acts.reshape(-1), indices.reshape(-1), np.arange(0, batch * k + 1, k or 1)[: batch + 1])
 
 
-def _above(x: Tensor, weights: Tensor, b_enc: Tensor, threshold: NDArray[np.float32]) -> _Entries:
+def _above(
+    x: Tensor, weights: Tensor, b_enc: Tensor, training: bool, threshold: NDArray[np.float32]
+) -> _Entries:
     batch, d_sae = x.shape[0], weights.shape[0]
-    product, rows, W, b = rough.product_of(x, weights), x.numpy(), weights.numpy(), b_enc.numpy()
+    product, rows, W, b = rough.product_of(x, weights, training), x.numpy(), weights.numpy(), b_enc.numpy()
     counts = np.empty(batch, np.int64)
 
     def tile(start: int, stop: int) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
@@ -106,7 +110,7 @@ def _share_above(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, thresho
     return float((pre_acts > (0.0 if threshold is None else threshold)).float().mean())
 
 
-def _batch_top(x: Tensor, weights: Tensor, b_enc: Tensor, n_kept: int) -> _Entries:
+def _batch_top(x: Tensor, weights: Tensor, b_enc: Tensor, training: bool, n_kept: int) -> _Entries:
     """All above a bound that some rows suggest, then the n_kept largest of them; a lower bound if that was too few."""
     batch, d_sae = x.shape[0], weights.shape[0]
     n_kept = min(n_kept, batch * d_sae)
@@ -115,7 +119,7 @@ def _batch_top(x: Tensor, weights: Tensor, b_enc: Tensor, n_kept: int) -> _Entri
     n_wanted = min(likely.numel(), round(1.25 * n_kept * probe.shape[0] / batch) + 8)
     bound = float(likely.topk(n_wanted).values[-1])
     while True:
-        entries = _above(x, weights, b_enc, np.full(d_sae, bound, np.float32))
+        entries = _above(x, weights, b_enc, training, np.full(d_sae, bound, np.float32))
         if entries.acts.shape[0] >= n_kept or bound == 0.0:
             return _largest(entries, n_kept, d_sae)
         bound = bound / 2 if bound > 1e-3 else 0.0
@@ -162,7 +166,7 @@ class _Encode(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         centred = torch.sub(x.detach(), b_pre, out=torch.from_numpy(buffers.empty(*x.shape)))
         weights = W_enc.detach().T.contiguous()  # free when W_enc is stored latent by latent, as ours is
-        found = chosen(centred, weights, b_enc.detach().contiguous())
+        found = chosen(centred, weights, b_enc.detach().contiguous(), any(ctx.needs_input_grad))
         acts, indices, ptr = (torch.from_numpy(part) for part in found)
         if relu:
             acts = acts.clamp_(min=0)

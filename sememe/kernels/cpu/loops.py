@@ -88,12 +88,10 @@ def _as_int(_: Any, value: Any) -> Any:
 
 
 @jit
-def _key(value: Any, signed: bool) -> Any:
-    """A positive number's bits, which are in its order; the largest for NaN, whatever its sign.
-
-    0 for numbers that are not positive, or the bits of their size if `signed`.
-    """
-    return _as_int(np.float32(0.0) if value <= 0 and not signed else value) & np.int32(0x7FFFFFFF)
+def _key(value: Any, least: Any) -> Any:
+    """A number's bits without the sign: in the order of sizes, and NaN the largest. 0 for numbers up to `least`, which
+    is 0 where only positive ones count and minus infinity where all do."""
+    return _as_int(np.float32(0.0) if value <= least else value) & np.int32(0x7FFFFFFF)
 
 
 # -- four rows at a time: one vector is read once for all of them, and their latencies overlap --------
@@ -189,54 +187,54 @@ def _n_blocks(n_columns: int, least: int) -> int:
 
 @jit
 def select(
-    product: Any, scale: Any, unit: Any, bias: Any, n_keep: int, signed: bool, candidates: Any
+    product: Any, scale: Any, unit: Any, lift: Any, bias: Any, n_keep: int, signed: bool, candidates: Any
 ) -> None:
     """Columns of the n_keep largest positive `product * unit * scale + bias` of each row; -1 fills up.
 
-    Ties go to lower columns. If `signed`, those furthest from 0.
+    Ties go to lower columns. What is negative by less than the row's `lift` counts as positive. If `signed`, those
+    furthest from 0.
 
     Columns are seen as blocks of DEPTH, a block being every n_blocks-th column, so that block maxima are taken side by
     side. The n_keep-th largest maximum bounds the n_keep-th largest entry from below: only blocks that reach it are
     looked into. Numbers are compared as int32, where NaN is the largest, so that it is not lost.
     """
     n_rows, n_columns = product.shape
-    n_blocks = max(1, max(n_columns // DEPTH, min(n_columns, 2 * n_keep)))
-    if n_blocks + 16 <= n_columns:
-        n_blocks = 16 * (
-            n_blocks // 16 | 1
-        )  # whole vectors; an odd number of them, so that a block's columns
-        # do not all fall into the same few places of the cache
+    n_blocks = _n_blocks(n_columns, 2 * n_keep)
+    least = np.float32(-np.inf if signed else 0.0)
+    lowest = np.int32(0 if signed else 1)  # the bits of the smallest number that counts
     maxima = np.empty(n_blocks, dtype=np.int32)
     blocks = np.empty(n_blocks + 1, dtype=np.int32)
     found = np.empty(n_columns + 1, dtype=np.int32)
     keys = np.empty(n_columns + 1, dtype=np.int32)
     for row in range(n_rows):
         entries = product[row]
-        u = unit[row]
+        u, up = unit[row], lift[row]
         for j in range(n_blocks):
-            maxima[j] = _key(_value(entries[j]) * u * scale[j] + bias[j], signed)
+            maxima[j] = _key(_value(entries[j]) * u * scale[j] + bias[j] + up, least)
         for start in range(n_blocks, n_columns, n_blocks):
             stop = min(start + n_blocks, n_columns)
             part, part_scale, part_bias = entries[start:stop], scale[start:stop], bias[start:stop]
             for j in range(stop - start):
-                maxima[j] = max(maxima[j], _key(_value(part[j]) * u * part_scale[j] + part_bias[j], signed))
+                maxima[j] = max(
+                    maxima[j], _key(_value(part[j]) * u * part_scale[j] + part_bias[j] + up, least)
+                )
         largest = maxima[0]
         for j in range(n_blocks):
             largest = max(largest, maxima[j])
-        bound = np.int32(1)  # the bits of the smallest positive number
+        bound = lowest
         if n_blocks > n_keep and largest > 0:
             low, high = np.int32(0), (largest >> np.int32(16)) + np.int32(1)  # upper halves are close enough
             while high - low > 1:
                 middle = (low + high) >> np.int32(1)
-                least = middle << np.int32(16)
+                bar = middle << np.int32(16)
                 count = np.int32(0)
                 for j in range(n_blocks):
-                    count += np.int32(1) if maxima[j] >= least else np.int32(0)
+                    count += np.int32(1) if maxima[j] >= bar else np.int32(0)
                 if count >= n_keep:
                     low = middle
                 else:
                     high = middle
-            bound = max(low << np.int32(16), np.int32(1))
+            bound = max(low << np.int32(16), lowest)
 
         n_reaching = 0
         for j in range(n_blocks):  # without a branch: the store is undone by the next one
@@ -245,7 +243,7 @@ def select(
         n_found = 0
         for i in range(n_reaching):
             for column in range(blocks[i], n_columns, n_blocks):
-                key = _key(_value(entries[column]) * u * scale[column] + bias[column], signed)
+                key = _key(_value(entries[column]) * u * scale[column] + bias[column] + up, least)
                 found[n_found] = column
                 keys[n_found] = key
                 n_found += key >= bound
@@ -266,14 +264,14 @@ def select(
                 found[n_ties] = found[i]
                 n_ties += 1
         while n_kept < n_keep:
-            lowest = 0
+            first = 0
             for i in range(1, n_ties):
-                if found[i] < found[lowest]:
-                    lowest = i
-            candidates[row, n_kept] = found[lowest]
+                if found[i] < found[first]:
+                    first = i
+            candidates[row, n_kept] = found[first]
             n_kept += 1
             n_ties -= 1
-            found[lowest] = found[n_ties]
+            found[first] = found[n_ties]
 
 
 @jit
@@ -305,11 +303,12 @@ def mark_largest(start: int, stop: int, values: Any, k: int, signed: bool, marks
     """
     n = values.shape[1]
     keys = np.empty(n, dtype=np.int32)
+    lowest = np.float32(-np.inf if signed else 0.0)
     for row in range(start, stop):
         mine, marked = values[row], marks[row]
         largest, n_positive = np.int32(0), 0
         for j in range(n):
-            key = _key(_value(mine[j]), signed)
+            key = _key(_value(mine[j]), lowest)
             keys[j] = key
             largest = max(largest, key)
             n_positive += 1 if key > 0 else 0

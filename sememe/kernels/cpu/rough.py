@@ -37,6 +37,10 @@ TILE_INT8 = 2**20
 """Pre-activations per tile in int8: 4 MB of sums."""
 
 
+MOST_PEAKED = 1e-3
+"""Share of the latents whose weights may be so; if there are more, nothing is ranked in int8."""
+
+
 class Tile(NamedTuple):
     """Products of some rows with all latents: pre-activations are `entries * scale + bias`, divided by `unit`."""
 
@@ -91,7 +95,7 @@ class Wide:
         self.x, self.d_sae = x, weights.shape[0]
         self.dtype = torch.bfloat16 if native_bfloat16() else torch.float32
         self.right = weights.to(self.dtype).T
-        self.scale = np.ones(self.d_sae, np.float32)
+        self.scale, self.norms = np.ones(self.d_sae, np.float32), weights.norm(dim=1).numpy()
         self.rows_per_tile = max(32, TILE // self.d_sae)
 
     def tile(self, start: int, stop: int) -> Tile:
@@ -109,11 +113,9 @@ class Wide:
         spread = self.norms * np.float32(4 * share / self.x.shape[1] ** 0.5)
         return Slack(spread, norms, np.zeros_like(norms), np.float32(share))
 
-    @functools.cached_property
-    def norms(self) -> NDArray[np.float32]:
-        """(d_sae,), of the weights."""
-        found: NDArray[np.float32] = self.right.float().norm(dim=0).numpy()
-        return found
+    def lift(self, start: int, stop: int) -> NDArray[np.float32]:
+        """By how much the same rows' products may be too low, for most latents."""
+        return _lift(self.slack(start, stop), self.scale)
 
 
 class Int8:
@@ -152,22 +154,41 @@ class Int8:
         row_step = np.float32(4 * size / 12**0.5) * unit / self.crest[start:stop]
         return Slack(spread, unit, row_step, np.float32(0.0))
 
+    def lift(self, start: int, stop: int) -> NDArray[np.float32]:
+        """By how much the same rows' products may be too low, for most latents."""
+        return _lift(self.slack(start, stop), self.scale)
+
     def unresolved(self) -> NDArray[np.int64]:
         """Rows, once every tile was made, whose ranks int8 does not tell well enough."""
-        if self.latent_crest.mean() > MOST_CREST:
-            return np.arange(self.crest.shape[0])
         return np.flatnonzero(~(self.crest <= MOST_CREST))  # so written, NaN is among them
 
 
-def product_of(x: Tensor, weights: Tensor) -> Int8 | Wide:
-    """`x @ weights.T`, in the fastest way that ranks pre-activations well."""
-    return Int8(x, weights) if native_int8() and x.shape[1] >= LEAST_WIDTH else Wide(x, weights)
+def product_of(x: Tensor, weights: Tensor, training: bool) -> Int8 | Wide:
+    """`x @ weights.T`, in the fastest way that ranks pre-activations well.
+
+    Args:
+        x: Rows.
+        weights: Latents.
+        training: Outside training a row is encoded as if it were alone; int8 evens features out over the batch.
+    """
+    if training and native_int8() and x.shape[1] >= LEAST_WIDTH:
+        product = Int8(x, weights)
+        if float((~(product.latent_crest <= MOST_CREST)).mean()) <= MOST_PEAKED:  # so written, NaN counts
+            return product
+    return Wide(x, weights)
+
+
+def _lift(slack: Slack, scale: NDArray[np.float32]) -> NDArray[np.float32]:
+    lift: NDArray[np.float32] = slack.row_spread * np.mean(slack.spread) + slack.row_step * np.mean(scale)
+    return np.nan_to_num(lift, nan=0.0, posinf=0.0)
 
 
 def _evened(x: Tensor, weights: Tensor) -> NDArray[np.float32]:
     """What each feature of x is multiplied by, and divided by in the weights, to be about as large in both."""
     factor = (_typical(weights) / _typical(x)).sqrt().numpy()
-    return np.where(np.isfinite(factor) & (factor > 0), factor, np.float32(1.0))
+    known = np.isfinite(factor) & (factor > 0)
+    middle = np.median(factor[known]) if known.any() else 1.0  # for features that none of these rows has
+    return np.where(known, factor, np.float32(middle))
 
 
 def _typical(vectors: Tensor) -> Tensor:
