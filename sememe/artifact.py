@@ -270,7 +270,8 @@ def building(
         version: The verb's version, raised when its output changes.
         config: The verb's config.
         parents: Fingerprints of what it was made from, by role.
-        resumable: Keep the partial folder when interrupted, and pick it up next time.
+        resumable: Keep the partial folder when interrupted, and pick it up next time; unless nothing was recorded
+            yet: then the next run may be another one.
         fresh: Replace whatever artifact stands at the path and forget partial work.
         leave_out: Names or globs inside the work folder (progress files) that do not belong to the finished artifact.
 
@@ -295,7 +296,7 @@ def building(
             try:
                 yield work
             except BaseException:
-                if not resumable:
+                if not resumable or not _holds_work(work.path, leave_out):
                     shutil.rmtree(work.path, ignore_errors=True)
                 raise
             _finish(work, path, kind, version, config, parents, identity, leave_out)
@@ -435,6 +436,12 @@ def _open_work(path: Path, identity: str, about: dict[str, Any], resumable: bool
         partial.mkdir(parents=True)
         write_json(marker, {"identity": identity, "about": about})
     return Work(partial, resumed)
+
+
+def _holds_work(partial: Path, progress: tuple[str, ...]) -> bool:
+    """Whether a run could go on from here: something of its progress is there (if none is named: anything)."""
+    found = (entry for pattern in progress or ("*",) for entry in partial.glob(pattern))
+    return any(any(entry.iterdir()) if entry.is_dir() else entry.name != IDENTITY for entry in found)
 
 
 def _marked(marker: Path) -> dict[str, Any] | None:

@@ -73,6 +73,11 @@ class JoinedStore:
         """The fingerprint of each store."""
         return {f"store.{number}": store.fingerprint for number, store in enumerate(self.stores)}
 
+    @property
+    def separation(self) -> dict[str, Any] | None:
+        """Which documents they hold: those of the first, whose text is everyone's."""
+        return self.stores[0].separation
+
     def _about(self, name: str) -> HookpointInfo:
         place = self._places[name]
         return self.stores[place.store].info.hookpoints[place.hookpoint]

@@ -5,6 +5,7 @@ The command line's flags and a sweep's options bear these names.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import types
 import typing
@@ -14,7 +15,7 @@ from pydantic_core import PydanticUndefined
 
 from sememe.config import Config
 
-__all__ = ["Flag", "flags_of"]
+__all__ = ["Flag", "changed", "flags_of"]
 
 
 class Flag(NamedTuple):
@@ -100,3 +101,22 @@ def _collect(
             if field.default_factory is not None:
                 default = field.get_default(call_default_factory=True)
             found.append(Flag("", (*path, name), _plain(field.annotation), default, field.description or ""))
+
+
+def changed(config: Config, *fields: str) -> list[tuple[str, str]]:
+    """The options that are not at their default, of some of a config's fields and what lies inside these.
+
+    Returns:
+        Each one's name, as on the command line but for its dashes, and its value as it would be typed.
+    """
+    chosen = {
+        name: type(value)
+        for name in type(config).model_fields
+        if isinstance(value := getattr(config, name), Config)
+    }
+    found = []
+    for flag in flags_of(type(config), chosen):
+        value = functools.reduce(getattr, flag.path, config)
+        if flag.path[0] in fields and value != flag.default:
+            found.append((flag.name, " ".join(map(str, value)) if isinstance(value, tuple) else str(value)))
+    return found

@@ -160,7 +160,10 @@ def print_report(path: str | Path) -> None:
         table.add_column(name, justify="right")
     for metric in report["metrics"]:
         table.add_row(metric, *(_shown(values.get(metric)) for values in columns.values()))
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for notice in report.get("notices", ()):
+        console.print(notice, soft_wrap=True, markup=False, highlight=False)
 
 
 def _shown(entry: dict[str, Any] | None) -> str:

@@ -31,7 +31,7 @@ from torch import Tensor
 from sememe import artifact
 from sememe.config import Config
 from sememe.errors import ActivationError, CorruptError, HookpointError, nearest
-from sememe.text import TokenPolicy
+from sememe.text import TextConfig, TokenPolicy
 
 __all__ = [
     "HeldOut",
@@ -222,6 +222,12 @@ class Store:
     def parents(self) -> dict[str, str]:
         """The fingerprint, by its role for what is made from the store."""
         return {"store": self.fingerprint}
+
+    @property
+    def separation(self) -> dict[str, Any] | None:
+        """Which documents of its text it holds, see `TextConfig.separation`; None if it does not say."""
+        made = self.artifact.meta["config"]
+        return TextConfig.build(made["text"]).separation(made["split"]) if "text" in made else None
 
     def documents(self) -> list[dict[str, Any]]:
         """The table of documents: id, source, language, title, tags (JSON)."""

@@ -135,6 +135,35 @@ def test_resumable_work_is_picked_up_and_another_config_may_not_wipe_it(tmp_path
     assert artifact.load(tmp_path / "a").file("part").read_text() == "1"
 
 
+@pytest.mark.parametrize("leave_out", [(), ("progress.json", "scratch")])
+def test_work_that_failed_before_anything_was_recorded_is_forgotten(tmp_path, leave_out):
+    def failing(size: int, name: str) -> None:
+        with artifact.building(
+            tmp_path / "a",
+            kind="thing",
+            version=1,
+            config=Plain(size=size),
+            parents={},
+            resumable=True,
+            leave_out=leave_out,
+        ) as work:
+            if leave_out:
+                (work.path / "log.txt").write_text("not progress")
+                (work.path / "scratch").mkdir(exist_ok=True)
+            if name:
+                (work.path / name).write_text("1")
+            raise RuntimeError
+
+    for size in (3, 4):  # another config: the first left nothing in its way
+        with pytest.raises(RuntimeError):
+            failing(size, "")
+        assert list(tmp_path.iterdir()) == []
+    with pytest.raises(RuntimeError):
+        failing(3, "scratch/1" if leave_out else "part")
+    with pytest.raises(MismatchError, match="unfinished work"):
+        failing(4, "")
+
+
 def test_kill_9_leaves_no_final_folder(tmp_path):
     code = f"""
 import time, sys
@@ -305,8 +334,9 @@ def test_what_differs_is_named(tmp_path):
         pytest.raises(RuntimeError),
         artifact.building(
             tmp_path / "b", kind="thing", version=1, config=Plain(), parents={}, resumable=True
-        ),
+        ) as work,
     ):
+        (work.path / "part").write_text("1")
         raise RuntimeError
     with pytest.raises(MismatchError, match=r"the unfinished work at .*\(size 3 there, 5 now\)"):
         build(tmp_path / "b", size=5, resumable=True)

@@ -28,6 +28,7 @@ from sememe.atlas import open_atlas
 from sememe.browse import BrowseConfig, Data, ExportConfig, browse, export
 from sememe.browse.data import display
 from sememe.browse.inputs import Inputs, opened
+from sememe.cli import _run
 from sememe.errors import ArtifactError, CorruptError, MismatchError
 
 CONFIG = SyntheticConfig()
@@ -283,6 +284,23 @@ def test_shard_sizes_are_configurable(atlas_path, tmp_path):
     assert shards == {"latents_per_shard": 7, "contexts_per_shard": 100, "context_ids": None}
     assert [latent["id"] for latent in shard(site, "latents/00002")["latents"]] == list(range(14, 21))
     assert len(list((site.path / "data" / "contexts").iterdir())) == 2
+
+
+def test_the_command_exports_what_the_page_would_show_and_refuses_what_has_no_effect(
+    site, inputs, tmp_path, capsys
+):
+    command = ["browse", str(inputs["atlas"]), "--export", str(tmp_path / "site")]
+    for more, message in (
+        (["--port", "8123"], "--port must be left out with --export"),
+        (["--open"], "--open must"),
+    ):
+        assert _run([*command, *more]) == 2 and message in capsys.readouterr().err
+    assert _run([*command[:2], "--fresh"]) == 2
+    assert "--fresh must go with --export, got none. Drop it" in capsys.readouterr().err
+    assert not (tmp_path / "site").exists()
+    about = ["--report", str(inputs["report"]), "--explanations", str(inputs["explanations"])]
+    assert _run([*command, *about]) == 0
+    assert artifact.load(tmp_path / "site").fingerprint == site.fingerprint
 
 
 def test_an_export_is_the_same_bytes_every_time(site, inputs, tmp_path):

@@ -103,6 +103,21 @@ def test_nested_names_get_their_parents_name_when_taken():
         (["train", "topk", "--live", "--store", "s"], 2, "store must be left out when live, got s."),
         (["train", "topk", "--l1-coefficient", "1"], 2, "--l1-coefficient"),
         (["train", "topk", "--buffer-mb", "7"], 2, "buffer_mb must be left out unless live is set, got 7"),
+        (
+            ["train", "topk", "--model", "a/b"],
+            2,
+            "model must be left out unless live is set, got a/b. A store",
+        ),
+        (
+            ["train", "topk", "--context-length", "64"],
+            2,
+            "context_length must be left out unless live is set, got 64.",
+        ),
+        (
+            ["interpret", "d", "--store", "s", "--corpus", "a.txt", "b.txt"],
+            2,
+            "corpus must be left out when store is given, got a.txt b.txt.",
+        ),
         (["browse", "/nowhere"], 1, "/nowhere"),
         (["run", "/nowhere.toml"], 2, "a recipe must be a file that exists, got /nowhere.toml"),
         (["harvest", "--model", "smollm2-135n", "--n-tokens", "5"], 1, "smollm2-135m"),

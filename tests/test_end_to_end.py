@@ -262,7 +262,7 @@ def test_errors(world):
     ]:
         with pytest.raises(ConfigError, match=message):
             EndToEndConfig.build(options)
-    with pytest.raises(ConfigError, match="end_to_end must be left out unless live is set"):
+    with pytest.raises(ConfigError, match="objective must be left out unless live is set, got kl"):
         TrainConfig(end_to_end=EndToEndConfig(objective="kl"))
     with pytest.raises(
         HookpointError, match=r"must lie above what the dictionary writes, got 'resid_post.1'"

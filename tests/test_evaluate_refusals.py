@@ -22,9 +22,14 @@ from evaluate_world import (
 from sememe import text
 from sememe.dictionaries.base import Sites
 from sememe.dictionaries.identity import Identity
+from sememe.dictionaries.topk import TopKConfig
 from sememe.errors import ActivationError, ConfigError, MismatchError, ShapeError, TextError
 from sememe.evaluate import evaluate
-from sememe.lm import LanguageModel
+from sememe.harvest import HarvestConfig, harvest
+from sememe.lm import LanguageModel, ModelConfig
+from sememe.run import print_report
+from sememe.text import Split
+from sememe.train import TrainConfig, train
 
 
 @pytest.fixture(scope="module")
@@ -134,9 +139,85 @@ def test_documents_that_were_trained_on_cannot_be_held_out(
     )
     with pytest.raises(
         MismatchError,
-        match=r"heldout_fraction must be at most the 0.3 that the training store held back, got 0.5",
+        match=r"heldout_fraction must be at most the 0.3 that the training text held back, got 0.5",
     ):
         evaluate(config, lm=lm)
+
+
+def trained(world: World, out: Path, **changes: object) -> Path:
+    """A dictionary after one step, on the world's store unless told otherwise."""
+    about = {"out": out, "architecture": TopKConfig(d_sae=8, k=2), "n_tokens": 32, "batch_size": 32}
+    about |= {"store": world.store} if "live" not in changes else {}
+    train(TrainConfig.build({**about, "inputs": (HOOKPOINT,), "watch_rows": 0, **changes}))
+    return out
+
+
+@pytest.mark.parametrize("split", ["all", "heldout"])
+def test_a_dictionary_of_more_than_the_train_split_has_no_held_out_documents(
+    tmp_path: Path, world: World, split: Split
+) -> None:
+    config = HarvestConfig(
+        out=tmp_path / "s",
+        model=ModelConfig(model="unused"),
+        text=text_config(world.corpus),
+        policy=POLICY,
+        hookpoints=(HOOKPOINT,),
+        n_tokens=500,
+        split=split,
+    )
+    harvest(config, lm=world.lm)
+    path = trained(world, tmp_path / "d", store=tmp_path / "s")
+    bare = identity(world.lm, tmp_path / "bare")  # which says nothing itself
+    for dictionary, store in ((path, None), (path, tmp_path / "s"), (bare, tmp_path / "s")):
+        with pytest.raises(
+            MismatchError, match=f"got one trained on the split {split}. Harvest with --split train"
+        ):
+            evaluate(config_for(dictionary, world.corpus, tmp_path / "r", store=store), lm=world.lm)
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_another_separation_than_the_training_texts_is_refused_without_a_store(
+    tmp_path: Path, world: World, live: bool
+) -> None:
+    text = text_config(world.corpus, split_by="piece", max_document_chars=120)
+    model = ModelConfig(model=str(world.place / "model"), dtype="float32")
+    if live:
+        more = {"live": True, "buffer_mb": 1, "model": model, "text": text, "policy": POLICY}
+    else:
+        about = {"model": model, "text": text, "policy": POLICY, "hookpoints": (HOOKPOINT,), "n_tokens": 500}
+        harvest(HarvestConfig.build({"out": tmp_path / "s", **about}), lm=world.lm)
+        more = {"store": tmp_path / "s"}
+    path = trained(world, tmp_path / "d", **more)
+    for changes, message in (
+        ({"heldout_fraction": 0.5}, "heldout_fraction must be at most the 0.3 .* got 0.5"),
+        ({"split_by": "document"}, "split_by must be the training text's, piece, got document"),
+        ({"max_document_chars": 200}, "max_document_chars must be the training text's, 120, got 200"),
+    ):
+        config = config_for(path, world.corpus, tmp_path / "r", text=text.replace(**changes))
+        with pytest.raises(MismatchError, match=message):
+            evaluate(config, lm=world.lm)
+    smaller = text.replace(heldout_fraction=0.2)
+    report = evaluate(config_for(path, world.corpus, tmp_path / "r", text=smaller, nulls=()), lm=world.lm)
+    assert report.data["notices"] == []
+
+
+def test_a_dictionary_that_does_not_say_what_it_saw_is_measured_with_a_notice(
+    tmp_path: Path, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = identity(world.lm, tmp_path / "d")
+    report = evaluate(config_for(path, world.corpus, tmp_path / "r", nulls=()), lm=world.lm)
+    (notice,) = report.data["notices"]
+    assert "does not say which documents it was trained on" in notice
+    print_report(report.path)
+    for shown in (
+        capsys.readouterr().out,
+        *((report.path / f"report.{x}").read_text() for x in ("md", "html")),
+    ):
+        assert notice in shown
+    measured = evaluate(
+        config_for(path, world.corpus, tmp_path / "r2", nulls=(), store=world.store), lm=world.lm
+    )
+    assert measured.data["notices"] == [], "its store says it"
 
 
 def test_too_little_text_is_an_error_and_leaves_nothing(tmp_path: Path, lm: LanguageModel) -> None:

@@ -16,6 +16,7 @@ from small_world import POLICY, load_model, text_of, write_corpus, write_model
 
 from sememe import artifact
 from sememe.capture import PositionChoice
+from sememe.cli import _run
 from sememe.errors import ActivationError, ConfigError, CorruptError, HookpointError, MismatchError, TextError
 from sememe.harvest import HarvestConfig, harvest
 from sememe.lm import LanguageModel, ModelConfig
@@ -294,6 +295,18 @@ def test_bad_input_is_named(world, lm, tmp_path):
             lm=lm,
         )
     assert not (tmp_path / "a").exists()
+
+
+def test_more_text_is_the_remedy_it_says(world, tmp_path, capsys):
+    text, out = tmp_path / "grow.txt", tmp_path / "s"
+    command = ["harvest", "--model", str(world / "model"), "--corpus", str(text), "--out", str(out)]
+    command += ["--hookpoints", "resid_post.0", "--heldout-fraction", "0", "--context-length", "32"]
+    text.write_text("hello\n")
+    assert _run(command) == 1 and "Give more text" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [text]
+    text.write_text("hello and more of it. " * 50)
+    assert _run(command) == 0, capsys.readouterr().err
+    assert open_store(out).info.n_rows > 0
 
 
 def test_nan_activations_say_where(world, tmp_path):

@@ -339,6 +339,10 @@ def test_no_direct_effect_where_the_dictionary_does_not_write_to_the_residual(wo
     found.close()
 
 
+def no_forward(*_: object) -> None:
+    raise AssertionError("the model ran")
+
+
 # -- bad input -----------------------------------------------------------------------------------------
 
 
@@ -354,8 +358,10 @@ def test_a_dictionary_that_never_fires(world: World) -> None:
 def test_a_text_too_short_for_the_examples(world: World) -> None:
     path = corpus(world.root / "short.jsonl", n_documents=6)
     config = world.config("atlas-short", text=TextConfig(corpus=(str(path),)), n_top=20)
-    with pytest.raises(TextError, match=r"must have at least 20 documents.*got 6\. Give more text"):
-        interpret(config, lm=world.lm)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(world.lm), "capture", no_forward)
+        with pytest.raises(TextError, match=r"must have at least 20 documents.*got 6\. Give more text"):
+            interpret(config, lm=world.lm)
     assert not list(world.root.glob("*atlas-short*"))
 
 
@@ -453,9 +459,6 @@ def test_a_store_in_the_place_of_the_model_gives_the_same_atlas(world: World, tm
     )  # fmt: skip
     interpret(live, lm=lm).close()
 
-    def no_forward(*_: object) -> None:
-        raise AssertionError("the model ran")
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(lm), "capture", no_forward)
         interpret(stored, lm=lm).close()
@@ -465,6 +468,8 @@ def test_a_store_in_the_place_of_the_model_gives_the_same_atlas(world: World, tm
 
     with pytest.raises(ConfigError, match="n_tokens must be left out when store is given, got 7"):
         InterpretConfig.build({"store": tmp_path / "store", "n_tokens": 7})
+    with pytest.raises(TextError, match=r"must have at least 9000 documents.* got \d+\. Give more text"):
+        interpret(stored.replace(n_top=9000, out=tmp_path / "o"), lm=lm)
     with pytest.raises(HookpointError, match=r"must be in the store .*got 'resid_post.1'"):
         other = save_dictionary(tmp_path / "other", sites(lm, "resid_post.1"), policy=made.policy)
         interpret(stored.replace(dictionary=other, out=tmp_path / "o"), lm=lm)

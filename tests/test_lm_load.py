@@ -251,6 +251,15 @@ def test_a_hub_model_that_cannot_be_reached(hub: Path, no_network: None) -> None
         assert "use the embedded model: smollm2-135m" in str(error.value)
 
 
+def test_a_hub_that_does_not_answer(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants as constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nothing listens
+    with pytest.raises(ModelError, match=r"must be reachable, got (?!Got)\w+: .*Check the network"):
+        load("owner/model")
+
+
 def test_a_hub_model_in_the_cache(hub: Path, folder: Path, no_network: None) -> None:
     home = hub / "models--owner--model"
     shutil.copytree(folder, home / "snapshots" / "abc")

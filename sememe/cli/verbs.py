@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from cyclopts import App, Parameter
 
 from sememe.cli.flags import command
-from sememe.errors import nearest
+from sememe.errors import ConfigError, nearest
 
 __all__: list[str] = []
 
@@ -245,13 +245,22 @@ def _explain() -> Any:
 
 def _browse() -> Any:
     from sememe.browse import BrowseConfig, ExportConfig, browse, export
+    from sememe.browse.inputs import Inputs
 
     def verb(config: BrowseConfig, export_to: Path | None = None, fresh: bool = False) -> None:
         if export_to is None:
+            if fresh:
+                raise ConfigError("--fresh must go with --export", "none", "Drop it, or pass --export.")
             browse(config)
-        else:
-            export(ExportConfig(atlas=config.atlas, out=export_to), fresh=fresh)
-            _say("site", export_to / "index.html")
+            return
+        for flag, value in (("--port", config.port), ("--open", config.open or None)):
+            if value is not None:
+                raise ConfigError(
+                    f"{flag} must be left out with --export, which serves nothing", value, "Drop one of them."
+                )
+        shown = {name: getattr(config, name) for name in Inputs.model_fields}
+        export(ExportConfig.build({**shown, "out": export_to}), fresh=fresh)
+        _say("site", export_to / "index.html")
 
     return command(
         BrowseConfig,

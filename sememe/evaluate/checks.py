@@ -12,9 +12,18 @@ from sememe.evaluate.config import AUTOENCODER_NULLS, NULLS, EvaluateConfig
 from sememe.lm import LanguageModel
 from sememe.splice import Splicer
 from sememe.store import Store
-from sememe.text import TokenPolicy
+from sememe.text import TextConfig, TokenPolicy
 
-__all__ = ["check_model", "check_nulls", "check_store", "describe", "policy_of", "sites_of", "splicer_for"]
+__all__ = [
+    "check_model",
+    "check_nulls",
+    "check_store",
+    "check_text",
+    "describe",
+    "policy_of",
+    "sites_of",
+    "splicer_for",
+]
 
 
 def sites_of(dictionary: Dictionary, path: Path) -> Sites:
@@ -64,8 +73,8 @@ def check_model(sites: Sites, fingerprint: str) -> None:
         )
 
 
-def check_store(store: Store, saved: artifact.Artifact, sites: Sites, config: EvaluateConfig) -> None:
-    """The store must be of the dictionary's model, hold its hookpoints, and share no document with the test."""
+def check_store(store: Store, saved: artifact.Artifact, sites: Sites) -> None:
+    """The store must be of the dictionary's model, hold its hookpoints, and be the one it was trained on."""
     wanted = sites.inputs[0].model_fingerprint
     if store.info.model_fingerprint != wanted:
         raise MismatchError(
@@ -95,14 +104,48 @@ def check_store(store: Store, saved: artifact.Artifact, sites: Sites, config: Ev
             f"fingerprint {store.fingerprint[:16]}",
             "Name that store, or leave --store out: activations of the training documents are then computed anew.",
         )
-    made_from = store.artifact.meta["config"].get("text") or {}
-    held_back = made_from.get("heldout_fraction")
-    if held_back is not None and config.text.heldout_fraction > held_back:
+
+
+def check_text(saved: artifact.Artifact, store: Store | None, text: TextConfig) -> list[str]:
+    """No document that was trained on may count as held out; returns a notice where nothing says what was.
+
+    Equal documents lie on the same side of the split in every corpus, so this holds for other corpora too. How
+    long documents are cut matters only where pieces are held out one by one.
+    """
+    recorded = [saved.extra.get("separation"), store.separation if store is not None else None]
+    known = [separation for separation in recorded if separation is not None]
+    for trained in known:
+        _check_separation(trained, text)
+    if known:
+        return []
+    return [
+        "The dictionary does not say which documents it was trained on: that it never saw the held-out ones "
+        "could not be checked."
+    ]
+
+
+def _check_separation(trained: dict[str, Any], text: TextConfig) -> None:
+    if trained["split"] != "train":
         raise MismatchError(
-            f"heldout_fraction must be at most the {held_back:g} that the training store held back",
-            f"{config.text.heldout_fraction:g}",
+            "the dictionary must have been trained on the train split, for held-out documents to be new to it",
+            f"one trained on the split {trained['split']}",
+            "Harvest with --split train, and train on that store.",
+        )
+    held_back = trained["heldout_fraction"]
+    if text.heldout_fraction > held_back:
+        raise MismatchError(
+            f"heldout_fraction must be at most the {held_back:g} that the training text held back",
+            f"{text.heldout_fraction:g}",
             "Lower heldout_fraction: else documents that were trained on count as held out.",
         )
+    names = ["split_by", "max_document_chars"] if text.split_by == "piece" else ["split_by"]
+    for name in names:
+        if getattr(text, name) != trained[name]:
+            raise MismatchError(
+                f"{name} must be the training text's, {trained[name]}",
+                getattr(text, name),
+                f"Set {name} to that: else documents that were trained on count as held out.",
+            )
 
 
 def policy_of(config: EvaluateConfig, saved: artifact.Artifact, store: Store | None) -> TokenPolicy:

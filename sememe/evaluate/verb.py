@@ -9,6 +9,7 @@ from sememe.evaluate.checks import (
     check_model,
     check_nulls,
     check_store,
+    check_text,
     describe,
     policy_of,
     sites_of,
@@ -47,7 +48,8 @@ def evaluate(config: EvaluateConfig, *, lm: LanguageModel | None = None, fresh: 
     store = None if config.store is None else open_store(config.store)
     policy = policy_of(config, saved, store)
     if store is not None:
-        check_store(store, saved, sites, config)
+        check_store(store, saved, sites)
+    notices = check_text(saved, store, config.text)
     model_fingerprint = lm.fingerprint if lm else language_models.fingerprint_of(config.model)
     check_model(sites, model_fingerprint)
     text.fetch(config.text)
@@ -74,6 +76,7 @@ def evaluate(config: EvaluateConfig, *, lm: LanguageModel | None = None, fresh: 
             "null_configs": null_configs,
             "text": measured.describe_text(parents["text"]),
             "store": None if store is None else {"path": str(config.store), "fingerprint": store.fingerprint},
+            "notices": notices,
             "training": figures.read_curves(saved),
             "watched": figures.read_watched(saved),
             "attributions": [a._asdict() for a in text.attributions(config.text)],

@@ -97,6 +97,7 @@ def _facts(data: Data) -> list[tuple[str, str]]:
             "nulls fitted on",
             "the training store" if data.get("store") else "activations of the training documents",
         ),
+        *(("notice", text) for text in data.get("notices", ())),
     ]
 
 

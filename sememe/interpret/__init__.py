@@ -22,7 +22,7 @@ from sememe.dictionaries import Dictionary, Site
 from sememe.errors import ActivationError, MismatchError, TextError
 from sememe.interpret.config import InterpretConfig
 from sememe.interpret.database import write_database
-from sememe.interpret.stream import DOCUMENTS, ROWS, SNAPSHOT, Pass
+from sememe.interpret.stream import DOCUMENTS, ROWS, SNAPSHOT, Pass, enough_documents
 from sememe.lm import LanguageModel
 from sememe.store import Store, open_store
 from sememe.text import TokenPolicy, fetch, fingerprint
@@ -71,6 +71,7 @@ def interpret(config: InterpretConfig, *, lm: LanguageModel | None = None, fresh
     store = None if config.store is None else open_store(config.store)
     if store is not None:
         check_store(store, dictionary, policy)
+        enough_documents(config, len(store.documents()))
     with artifact.building(
         config.out,
         kind="atlas",

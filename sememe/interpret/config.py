@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from sememe.config import Config
 from sememe.errors import ConfigError
 from sememe.lm import ModelConfig
+from sememe.options import changed
 from sememe.text import TextConfig
 
 __all__ = ["InterpretConfig"]
@@ -62,11 +63,10 @@ class InterpretConfig(Config):
     @model_validator(mode="after")
     def _no_inert_option(self) -> InterpretConfig:
         if self.store is not None:
-            for name in ("text", "split", "n_tokens"):
-                if getattr(self, name) != type(self).model_fields[name].default:
-                    raise ConfigError(
-                        f"{name} must be left out when store is given",
-                        getattr(self, name),
-                        "A store brings its own text; drop one of the two.",
-                    )
+            for name, value in changed(self, "text", "split", "n_tokens"):
+                raise ConfigError(
+                    f"{name} must be left out when store is given",
+                    value,
+                    "A store brings its own text; drop one of the two.",
+                )
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import os
 import time
@@ -24,10 +25,12 @@ from sememe.progress import Progress, track
 from sememe.store import Store
 from sememe.text import Split, TextConfig, TokenBlock, TokenPolicy, token_blocks
 
-__all__ = ["DOCUMENTS", "ROWS", "SNAPSHOT", "Pass"]
+__all__ = ["DOCUMENTS", "ROWS", "SNAPSHOT", "Pass", "enough_documents"]
 
 SNAPSHOT, ROWS, DOCUMENTS = "snapshot.npz", "rows.bin", "documents.jsonl"
 BLOCK_ROWS = 512
+READ_AHEAD = 1 << 20
+"""At most so many tokens are read before the first forward, to see whether there are documents enough."""
 ENCODE_FLOATS = 1 << 25
 """Rows are encoded in parts so that a dense (rows, d_sae) matrix holds at most this many floats."""
 
@@ -67,6 +70,25 @@ def _text_of(config: InterpretConfig, store: Store | None) -> tuple[TextConfig, 
         return config.text, config.split, config.n_tokens, BLOCK_ROWS
     made = store.artifact.meta["config"]
     return TextConfig.build(made["text"]), made["split"], int(made["n_tokens"]), int(made["shard_contexts"])
+
+
+def _n_documents_wanted(config: InterpretConfig) -> int:
+    return max(config.n_top, config.n_random)
+
+
+def enough_documents(config: InterpretConfig, n_documents: int) -> None:
+    """That there are as many documents as examples are asked for.
+
+    Raises:
+        TextError: there are fewer.
+    """
+    wanted = _n_documents_wanted(config)
+    if n_documents < wanted:
+        raise TextError(
+            f"the text must have at least {wanted} documents, as {wanted} examples of a latent come from as many",
+            n_documents,
+            "Give more text, raise n_tokens, or lower n_top and n_random.",
+        )
 
 
 class Pass:
@@ -167,7 +189,7 @@ class Pass:
             block_rows=self.block_rows,
         )
         done, first = self.collector.n_rows, 0
-        for index, block in enumerate(blocks):
+        for index, block in enumerate(self._once_enough(blocks)):
             n_rows = block.ids.shape[0]
             if first + n_rows > done:
                 if self.store is not None:
@@ -177,6 +199,23 @@ class Pass:
                 for start in range(max(done - first, 0), n_rows, self.config.batch_rows):
                     yield _slice(block, slice(start, start + self.config.batch_rows))
             first += n_rows
+
+    def _once_enough(self, blocks: Iterator[TokenBlock]) -> Iterator[TokenBlock]:
+        """The blocks, once those read ahead hold as many documents as examples need: no forward is in vain."""
+        ahead: collections.deque[TokenBlock] = collections.deque()
+        seen: set[int] = set()
+        n_tokens = 0
+        for block in blocks:
+            ahead.append(block)
+            seen |= block.documents.keys()
+            n_tokens += block.ids.size
+            if len(seen) >= _n_documents_wanted(self.config) or n_tokens >= READ_AHEAD:
+                break
+        else:
+            enough_documents(self.config, len(seen))
+        while ahead:
+            yield ahead.popleft()
+        yield from blocks
 
     @torch.inference_mode()
     def _encode(self, part: TokenBlock) -> _Batch:
@@ -272,14 +311,7 @@ class Pass:
             TextError: the text has fewer documents than examples are asked for.
             ActivationError: no latent ever fired.
         """
-        n_documents = self.document_ids().shape[0]
-        wanted = max(self.config.n_top, self.config.n_random)
-        if n_documents < wanted:
-            raise TextError(
-                f"the text must have at least {wanted} documents, as {wanted} examples of a latent come from as many",
-                n_documents,
-                "Give more text, raise n_tokens, or lower n_top and n_random.",
-            )
+        enough_documents(self.config, self.document_ids().shape[0])
         if not self.collector.n_active.any():
             raise ActivationError(
                 "the dictionary must fire on some token of the text",

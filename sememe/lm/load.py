@@ -225,7 +225,7 @@ def _hub(config: ModelConfig) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise ModelError(
             f"{name} must be in the local cache or the Hugging Face hub must be reachable",
-            str(error).splitlines()[0] if str(error) else type(error).__name__,
+            str(error).splitlines()[0].removeprefix("Got: ") if str(error) else type(error).__name__,
             f"Check the network, or use the embedded model: {', '.join(embedded.MODELS)}.",
         ) from error
     if not _complete(path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import pydantic
 
@@ -73,6 +73,15 @@ class TextConfig(Config):
     """Order of the documents and rows. Does not change what is held out."""
     shuffle_documents: int = pydantic.Field(default=10_000, ge=1)
     """Size of the buffer from which documents of files are drawn at random (embedded corpora are shuffled whole)."""
+
+    def separation(self, split: str) -> dict[str, Any]:
+        """What decides which documents are read and which are held out: remembered by what is made from them."""
+        return {
+            "split": split,
+            "heldout_fraction": self.heldout_fraction,
+            "split_by": self.split_by,
+            "max_document_chars": self.max_document_chars,
+        }
 
     @pydantic.model_validator(mode="after")
     def _weights_fit(self) -> Self:

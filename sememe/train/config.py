@@ -15,6 +15,7 @@ from sememe.end_to_end import EndToEndConfig
 from sememe.errors import ConfigError
 from sememe.lm import ModelConfig
 from sememe.optimiser import AdamConfig, OptimiserConfig
+from sememe.options import changed
 from sememe.text import TextConfig, TokenPolicy
 from sememe.tracking import Tracker
 
@@ -204,13 +205,11 @@ class TrainConfig(Config):
                     "inputs must be given when live", "nothing", "Name a hookpoint: --inputs resid_post.8."
                 )
         else:
-            for name in ("buffer_mb", "batch_rows", "model", "text", "policy", "end_to_end"):
-                if getattr(self, name) != type(self).model_fields[name].default:
-                    raise ConfigError(
-                        f"{name} must be left out unless live is set",
-                        getattr(self, name),
-                        "A store brings its own; drop it.",
-                    )
+            inert = ("buffer_mb", "batch_rows", "model", "text", "policy", "end_to_end")
+            for name, value in changed(self, *inert):
+                raise ConfigError(
+                    f"{name} must be left out unless live is set", value, "A store brings its own; drop it."
+                )
         if self.end_to_end.objective != "local":
             self._check_end_to_end()
         return self

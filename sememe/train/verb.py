@@ -206,14 +206,18 @@ def _stream(
     seed = config.seed if config.data_seed is None else config.data_seed
     if not config.live:
         store = open_stores([config.store, *config.join])
-        about = {"policy": store.info.policy.resolved(), "store": store.info.resolved()}
+        about = {
+            "policy": store.info.policy.resolved(),
+            "store": store.info.resolved(),
+            "separation": store.separation,
+        }
         stored = StoreSource(store, inputs, outputs, seed)
         return _Stream(stored, store.parents, about | extra)
     assert inputs is not None
     fetch(config.text)
     lm = lm or _load(config)
     parents = {"model": lm.fingerprint, "text": text_fingerprint(config.text)}
-    about = extra | {"policy": config.policy.resolved()}
+    about = extra | {"policy": config.policy.resolved(), "separation": config.text.separation("train")}
     if config.end_to_end.objective != "local":
         objective = EndToEnd(config.end_to_end, lm, inputs, outputs or inputs)
         contexts = objective.source(config.text, config.policy, inputs, outputs)
