@@ -111,7 +111,8 @@ def stages(recipe: Recipe, base: Path) -> list[Stage]:
     """Every stage in order, its config built and so checked.
 
     Raises:
-        ConfigError: an option of a stage is unknown, out of range, or without effect.
+        ConfigError: an option of a stage is unknown, out of range, or without effect; or what is trained on is what
+            is evaluated on.
     """
     from sememe.harvest import HarvestConfig
     from sememe.train import TrainConfig, swept_names
@@ -133,6 +134,12 @@ def stages(recipe: Recipe, base: Path) -> list[Stage]:
             }
             label = "" if place == Path() else str(place)
             found += _after_training(recipe, label, store, paths, where)
+    if harvest.split != "train" and any(stage.verb == "evaluate" for stage in found):
+        raise ConfigError(
+            "a recipe that evaluates must harvest the train split, or no document is held out",
+            repr(harvest.split),
+            "Leave split out of [harvest].",
+        )
     return found
 
 

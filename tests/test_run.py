@@ -96,6 +96,10 @@ def test_a_sweep_makes_a_dictionary_and_a_report_for_each(place, tmp_path):
         ),
         (("n_tokens = 1500", "n_tokenz = 1500"), "n_tokenz must be a known option of EvaluateConfig"),
         (('name = "small"', 'name = "../up"'), "a recipe's name must be letters"),
+        (
+            ("[harvest]", '[harvest]\nsplit = "all"'),
+            r"must harvest the train split, or no document is held out, got 'all'",
+        ),
         (("[harvest]", "[explain]"), r"must have the tables \[harvest\] and \[train\]"),
     ],
 )
