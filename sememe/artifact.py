@@ -261,6 +261,7 @@ def building(
     resumable: bool = False,
     fresh: bool = False,
     leave_out: tuple[str, ...] = (),
+    worth_keeping: tuple[str, ...] = (),
 ) -> Iterator[Work]:
     """Build an artifact: yields the folder to write into, and puts it in place on a clean exit.
 
@@ -274,6 +275,7 @@ def building(
             yet: then the next run may be another one.
         fresh: Replace whatever artifact stands at the path and forget partial work.
         leave_out: Names or globs inside the work folder (progress files) that do not belong to the finished artifact.
+        worth_keeping: Those of files that are kept when a run fails, though no run can go on from them alone.
 
     Raises:
         LockError: another process is building the same artifact.
@@ -296,7 +298,7 @@ def building(
             try:
                 yield work
             except BaseException:
-                if not resumable or not _holds_work(work.path, leave_out):
+                if not resumable or not _holds_work(work.path, leave_out, worth_keeping):
                     shutil.rmtree(work.path, ignore_errors=True)
                 raise
             _finish(work, path, kind, version, config, parents, identity, leave_out)
@@ -438,10 +440,13 @@ def _open_work(path: Path, identity: str, about: dict[str, Any], resumable: bool
     return Work(partial, resumed)
 
 
-def _holds_work(partial: Path, progress: tuple[str, ...]) -> bool:
-    """Whether a run could go on from here: something of its progress is there (if none is named: anything)."""
+def _holds_work(partial: Path, progress: tuple[str, ...], worth_keeping: tuple[str, ...]) -> bool:
+    """Whether something of a run's progress is there (if none is named: anything), or something to look at."""
     found = (entry for pattern in progress or ("*",) for entry in partial.glob(pattern))
-    return any(any(entry.iterdir()) if entry.is_dir() else entry.name != IDENTITY for entry in found)
+    kept = (file for pattern in worth_keeping for file in partial.glob(pattern))
+    return any(any(entry.iterdir()) if entry.is_dir() else entry.name != IDENTITY for entry in found) or any(
+        file.stat().st_size > 0 for file in kept
+    )
 
 
 def _marked(marker: Path) -> dict[str, Any] | None:

@@ -39,7 +39,7 @@ FORWARD_BYTES = 420
 """Element-wise bytes per token, layer and feature of the residual."""
 LOGIT_BYTES = 48
 """Element-wise bytes per prediction and vocabulary entry: softmax, cross-entropy, KL."""
-FAST = frozenset({"topk"})
+FAST = frozenset({"topk", "multi_topk", "abs_topk", "batch_topk", "matryoshka"})
 """Architectures whose selection runs in the encoder's dtype and whose gradients are sparse."""
 FAST_PRODUCTS = 1.2
 """Encoder products per step of a fast architecture."""
@@ -129,7 +129,8 @@ def harvest_bytes(
 ) -> Bytes:
     """Args: widths: features of all hookpoints together; n_rows: rows kept; shard_rows: rows of one shard."""
     host, gpu = _model_bytes(lm, batch_rows * context_length)
-    shard = 2.0 * min(shard_rows, n_rows) * (2 * widths + ROW_IDS)  # its parts, and the shuffled copy
+    # The parts of one shard and their shuffled copy, while the next one's parts are made.
+    shard = 3.0 * min(shard_rows, n_rows) * (2 * widths + ROW_IDS)
     return Bytes(BASE + host + shard, float(n_rows) * (2 * widths + ROW_IDS), gpu)
 
 

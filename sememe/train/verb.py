@@ -326,6 +326,7 @@ def _building(
         resumable=True,
         fresh=fresh,
         leave_out=("checkpoint.tmp", "checkpoint-*.safetensors", LOGS),
+        worth_keeping=(LOG, f"{FOLDER}/*/*"),
     ) as work:
         yield work
 
