@@ -10,9 +10,10 @@ CPU multiplies it natively, else in float32, as the kernels are.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from sememe.dictionaries.jumprelu import JumpReLU, JumpReLUConfig
 from sememe.dictionaries.matryoshka import MatryoshkaConfig
 from sememe.dictionaries.relu import ReLUConfig
 from sememe.dictionaries.topk import TopKConfig
-from sememe.kernels.cpu import native_bfloat16
+from sememe.kernels.cpu import rough
 from sememe.optimiser import Adam
 from sememe.source import TensorSource
 from sememe.train import TrainConfig
@@ -77,10 +78,21 @@ def step_of(
 
 def product_of(d_sae: int, batch: int, generator: torch.Generator) -> Callable[[], torch.Tensor]:
     """One encoder product."""
-    dtype = torch.bfloat16 if native_bfloat16() else torch.float32
+    dtype = torch.bfloat16 if rough.native_bfloat16() else torch.float32
     x, weights = torch.randn(batch, D_IN, generator=generator).to(dtype), torch.randn(d_sae, D_IN).to(dtype)
     out = torch.empty(batch, d_sae, dtype=dtype)
     return lambda: torch.mm(x, weights.T, out=out)
+
+
+@contextlib.contextmanager
+def only_float32() -> Iterator[None]:
+    """As on a CPU that multiplies nothing narrower natively."""
+    before = rough.native_int8, rough.native_bfloat16
+    rough.native_int8 = rough.native_bfloat16 = lambda: False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        rough.native_int8, rough.native_bfloat16 = before
 
 
 def with_l0(share: float, source: TensorSource) -> Callable[[Any], None]:
@@ -172,6 +184,7 @@ def main() -> None:
         ("topk_8192_b2048", "<= 1.7", topk, 2048, {}),
         ("topk_8192_b4096", "<= 1.5", topk, 4096, {}),
         ("topk_16384_b4096", "<= 1.5", wide, 4096, {}),
+        ("topk_8192_b4096_float32", "<= 1.5", topk, 4096, {}),
         ("topk_8192_b4096_auxk", "<= 2", TopKConfig(k=K, d_sae=8192), 4096, {"before": kill}),
         ("batch_topk_8192_b4096", "<= 2.5", BatchTopKConfig(k=K, d_sae=8192), 4096, {}),
         ("matryoshka_8192_b4096", "<= 2.5", MatryoshkaConfig(k=K, d_sae=8192), 4096, {}),
@@ -198,11 +211,11 @@ def main() -> None:
         for name, must, config, batch, options in cases:
             if arguments.only not in name:
                 continue
-            step, dictionary = step_of(config, batch, source, **options)
             rounds = 5 if name.endswith("dense") else arguments.rounds
-            times = interleaved(
-                {"product": product_of(config.width(D_IN), batch, generator), "step": step}, rounds, warmup=3
-            )
+            with only_float32() if name.endswith("float32") else contextlib.nullcontext():
+                step, dictionary = step_of(config, batch, source, **options)
+                product = product_of(config.width(D_IN), batch, generator)
+                times = interleaved({"product": product, "step": step}, rounds, warmup=3)
             with torch.no_grad():
                 l0 = float(dictionary.encode(source.next_batch(1024).x).l0().float().mean())
             figures.append(
