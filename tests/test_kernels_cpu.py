@@ -162,6 +162,7 @@ def test_reconstruction_errors_are_the_references(shape, n_borders, rows_differ)
 def test_large_rows_use_several_tiles_and_keep_their_order(monkeypatch, rough):
     monkeypatch.setattr(rough_products, "TILE", 64 * 300)
     monkeypatch.setattr(rough_products, "TILE_INT8", 64 * 300)
+    monkeypatch.setattr(rough_products, "TILE_FLOAT32", 64 * 300)
     p = case(1000, 24, 300, 4)
     acts, indices = kernels.encode_topk(**p, k=5)
     slow_acts, _ = reference.encode_topk(**p, k=5)
