@@ -6,7 +6,7 @@ no file and no dictionary. Imports no model code itself, so that training from a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -14,16 +14,17 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from sememe.dictionaries.base import Site
 from sememe.errors import ActivationError, TextError
 from sememe.text import Split, TextConfig, TokenBlock, TokenPolicy, token_blocks
 
 if TYPE_CHECKING:
     from sememe.lm import LanguageModel
 
-__all__ = ["PositionChoice", "Rows", "captured_rows", "first_norms"]
+__all__ = ["PositionChoice", "Rows", "captured_rows", "first_norms", "sites_along"]
 
 N_FIRST_CONTEXTS = 128
-"""Forwards from which the median norm is estimated: 16,384 tokens at 16 rows of 128."""
+"""Contexts from which the median norm is estimated: 16,384 tokens at a length of 128."""
 
 
 class Rows(NamedTuple):
@@ -171,3 +172,24 @@ def first_norms(
     if not medians or not next(iter(medians.values())).numel():
         raise TextError("the text must hold a position that the policy keeps", "none", "Change the policy.")
     return {name: float(values.median()) for name, values in medians.items()}
+
+
+def sites_along(
+    lm: LanguageModel, names: Sequence[str], max_norms: Mapping[str, float | None]
+) -> tuple[Site, ...]:
+    """Hookpoints one after the other along a feature axis."""
+    sites, start = [], 0
+    for name in names:
+        stop = start + lm.width(name)
+        sites.append(
+            Site(
+                model=lm.name,
+                model_fingerprint=lm.fingerprint,
+                hookpoint=name,
+                start=start,
+                stop=stop,
+                max_norm=max_norms[name],
+            )
+        )
+        start = stop
+    return tuple(sites)

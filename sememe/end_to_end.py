@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 from torch.utils.checkpoint import checkpoint
 
-from sememe.capture import first_norms
+from sememe.capture import first_norms, sites_along
 from sememe.config import Config
-from sememe.dictionaries.base import Batch, Loss, Site, Sites, Trainable
+from sememe.dictionaries.base import Batch, Loss, Sites, Trainable
 from sememe.errors import ActivationError, ConfigError, HookpointError, TextError
 from sememe.splice import BaseRun, Splicer
 from sememe.text import Split, TextConfig, TokenPolicy, token_blocks
@@ -140,27 +140,13 @@ class ContextSource:
             ratio = policy.max_norm_ratio
             max_norms = {name: None if ratio is None else ratio * median for name, median in medians.items()}
         self.max_norms = max_norms
-        self.sites = Sites(inputs=self._make_sites(self.inputs), outputs=self._make_sites(self.outputs))
+        self.sites = Sites(
+            inputs=sites_along(lm, self.inputs, self.max_norms),
+            outputs=sites_along(lm, self.outputs, self.max_norms),
+        )
         self.d_in, self.d_out = self.sites.inputs[-1].stop, self.sites.outputs[-1].stop
         self._contexts: Iterator[_Context] | None = None
         self._n_read = 0  # contexts, in this pass over the text
-
-    def _make_sites(self, names: tuple[str, ...]) -> tuple[Site, ...]:
-        sites, start = [], 0
-        for name in names:
-            stop = start + self.lm.width(name)
-            sites.append(
-                Site(
-                    model=self.lm.name,
-                    model_fingerprint=self.lm.fingerprint,
-                    hookpoint=name,
-                    start=start,
-                    stop=stop,
-                    max_norm=self.max_norms[name],
-                )
-            )
-            start = stop
-        return tuple(sites)
 
     def _read(self) -> Iterator[_Context]:
         """The text's contexts from the first on."""

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sememe import kernels
-from sememe.dictionaries.base import Loss, Sites
+from sememe.dictionaries.base import Sites
 from sememe.dictionaries.initial import unit_rows
 from sememe.dictionaries.selection import Selection, SelectionConfig, unweighed
 from sememe.encoded import Encoded
@@ -74,14 +74,6 @@ class MLPEncoder(Selection):
         """What gives the pre-activations of some latents, densely, from inputs."""
         W_enc, b_enc = self.W_enc[:, ids], self.b_enc[ids]
         return lambda x: torch.addmm(b_enc, self._hidden(x), W_enc)
-
-    def loss(
-        self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], progress: float
-    ) -> Loss:
-        """Mean squared error, and AuxK over dead latents."""
-        encoded = self.encode(x)
-        mse, _, error = self._reconstruct(encoded, x, target)
-        return self._with_auxk(x, error, mse, {"mse": mse}, encoded)
 
     def _start_encoder(self, centre: Float[Tensor, " d_in"], generator: torch.Generator) -> None:
         """As TopK, and a hidden layer of random directions that adds little."""

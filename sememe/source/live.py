@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sememe.capture import Rows, captured_rows, first_norms
-from sememe.dictionaries.base import Batch, Site, Sites
+from sememe.capture import Rows, captured_rows, first_norms, sites_along
+from sememe.dictionaries.base import Batch, Sites
 from sememe.errors import ConfigError, TextError
 from sememe.text import Split, TextConfig, TokenPolicy, token_blocks
 
@@ -73,25 +73,11 @@ class LiveSource:
         self._n_forwards = 0  # in this pass over the text
         self._forwards: Iterator[Rows] | None = None
         self.max_norms = max_norms if max_norms is not None else self._measure_norms()
-        self.sites = Sites(inputs=self._make_sites(self.inputs), outputs=self._make_sites(self.outputs))
+        self.sites = Sites(
+            inputs=sites_along(self.lm, self.inputs, self.max_norms),
+            outputs=sites_along(self.lm, self.outputs, self.max_norms),
+        )
         self.d_in, self.d_out = self.sites.inputs[-1].stop, self.sites.outputs[-1].stop
-
-    def _make_sites(self, names: tuple[str, ...]) -> tuple[Site, ...]:
-        sites, start = [], 0
-        for name in names:
-            stop = start + self.widths[name]
-            sites.append(
-                Site(
-                    model=self.lm.name,
-                    model_fingerprint=self.lm.fingerprint,
-                    hookpoint=name,
-                    start=start,
-                    stop=stop,
-                    max_norm=self.max_norms[name],
-                )
-            )
-            start = stop
-        return tuple(sites)
 
     def _measure_norms(self) -> dict[str, float | None]:
         medians = first_norms(self.lm, self.text, self.policy, self.names, self.batch_rows, self.split)

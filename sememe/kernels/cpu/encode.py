@@ -50,7 +50,7 @@ def candidates_of(
 
     def choose(start: int, stop: int) -> None:
         tile = product.tile(start, stop)
-        lift = np.zeros(stop - start, np.float32) if signed else product.lift(start, stop)
+        lift = np.zeros(stop - start, np.float32) if signed else rough.lift_of(product, start, stop)
         loops.select(*tile, lift, bias, n_keep, signed, found[start:stop])
 
     pool.run(choose, n_rows, product.rows_per_tile)

@@ -17,7 +17,7 @@ from torch import Tensor
 from sememe.kernels.cpu import loops, pool
 from sememe.kernels.cpu.buffers import aligned
 
-__all__ = ["Int8", "Tile", "Wide", "native_bfloat16", "native_int8", "product_of"]
+__all__ = ["Int8", "Tile", "Wide", "lift_of", "native_bfloat16", "native_int8", "product_of"]
 
 N_TYPICAL = 128
 """Rows of x, and latents, that tell how large each input feature is."""
@@ -45,7 +45,7 @@ MOST_PEAKED = 1e-3
 
 
 class Tile(NamedTuple):
-    """Products of some rows with all latents: pre-activations are `entries * scale + bias`, divided by `unit`."""
+    """Products of some rows with all latents: pre-activations are `entries * unit * scale + bias`."""
 
     entries: NDArray[Any]
     """(rows, d_sae): float32, the bits of bfloat16 as uint16, or int32. Valid until the thread's next tile."""
@@ -117,10 +117,6 @@ class Wide:
         spread = self.norms * np.float32(4 * share / self.x.shape[1] ** 0.5)
         return Slack(spread, norms, np.zeros_like(norms), np.float32(share))
 
-    def lift(self, start: int, stop: int) -> NDArray[np.float32]:
-        """By how much the same rows' products may be too low, for most latents."""
-        return _lift(self.slack(start, stop), self.scale)
-
 
 class Int8:
     """In int8, with a scale for each row and for each latent; sums are exact.
@@ -158,10 +154,6 @@ class Int8:
         row_step = np.float32(4 * size / 12**0.5) * unit / self.crest[start:stop]
         return Slack(spread, unit, row_step, np.float32(0.0))
 
-    def lift(self, start: int, stop: int) -> NDArray[np.float32]:
-        """By how much the same rows' products may be too low, for most latents."""
-        return _lift(self.slack(start, stop), self.scale)
-
     def unresolved(self) -> NDArray[np.int64]:
         """Rows, once every tile was made, whose ranks int8 does not tell well enough."""
         return np.flatnonzero(~(self.crest <= MOST_CREST))  # so written, NaN is among them
@@ -182,8 +174,12 @@ def product_of(x: Tensor, weights: Tensor, training: bool) -> Int8 | Wide:
     return Wide(x, weights)
 
 
-def _lift(slack: Slack, scale: NDArray[np.float32]) -> NDArray[np.float32]:
-    lift: NDArray[np.float32] = slack.row_spread * np.mean(slack.spread) + slack.row_step * np.mean(scale)
+def lift_of(product: Int8 | Wide, start: int, stop: int) -> NDArray[np.float32]:
+    """By how much the products of rows start to stop may be too low, for most latents, once their tile was made."""
+    slack = product.slack(start, stop)
+    lift: NDArray[np.float32] = slack.row_spread * np.mean(slack.spread) + slack.row_step * np.mean(
+        product.scale
+    )
     return np.nan_to_num(lift, nan=0.0, posinf=0.0)
 
 
