@@ -29,10 +29,16 @@ class Flag(NamedTuple):
 
 
 def _config_type(annotation: Any) -> type[Config] | None:
-    """The config class behind an annotation, if it is one."""
+    """The config class behind an annotation, if it is one, or one that may be left out (`SomeConfig | None`)."""
     if isinstance(annotation, type) and issubclass(annotation, Config):
         return annotation
-    return None
+    members = typing.get_args(annotation) if _is_union(annotation) else ()
+    inside = [member for member in members if member is not types.NoneType]
+    return _config_type(inside[0]) if len(inside) == 1 and len(members) == 2 else None
+
+
+def _is_union(annotation: Any) -> bool:
+    return isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union
 
 
 def _plain(annotation: Any) -> Any:
@@ -44,8 +50,7 @@ def _plain(annotation: Any) -> Any:
 
 def _union(annotation: Any) -> tuple[type[Config], ...]:
     """The config classes that a union has to choose from by their `kind`; none if it is no such union."""
-    is_union = isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union
-    members = typing.get_args(annotation) if is_union else ()
+    members = typing.get_args(annotation) if _is_union(annotation) else ()
     if all(_config_type(member) is not None and "kind" in member.model_fields for member in members):
         return members
     return ()
@@ -56,7 +61,8 @@ def flags_of(config: type[Config], choices: dict[str, type[Config]] | None = Non
 
     An option keeps its own name unless one that lies less deep has it; then its parent's name goes before it.
     A union of configs that is not among the choices becomes a flag of its own name, for the kind, and the options
-    of all its members; one that does not belong to the kind is refused by the config.
+    of all its members; one that does not belong to the kind is refused by the config. A config that may be left out
+    (None) is there as soon as one of its options is given.
 
     Args:
         config: The config class.
@@ -116,7 +122,8 @@ def changed(config: Config, *fields: str) -> list[tuple[str, str]]:
     }
     found = []
     for flag in flags_of(type(config), chosen):
-        value = functools.reduce(getattr, flag.path, config)
+        # inside a config that was left out, an option has no value
+        value = functools.reduce(lambda held, name: getattr(held, name, flag.default), flag.path, config)
         if flag.path[0] in fields and value != flag.default:
             found.append((flag.name, " ".join(map(str, value)) if isinstance(value, tuple) else str(value)))
     return found

@@ -7,7 +7,7 @@ import pytest
 
 from sememe.cli import VERBS, _run, app
 from sememe.config import Config
-from sememe.options import flags_of
+from sememe.options import changed, flags_of
 
 CONFIGS = {
     "harvest": "HarvestConfig",
@@ -62,6 +62,18 @@ def test_short_flags_reach_deep_options(tmp_path, capsys):
     assert "k must be in [1, d_sae=10], got 5000. Lower k or raise d_sae." in capsys.readouterr().err
     assert _run(["train", "topk", "--k", "5", "--d-sae", "10", "--store", str(tmp_path / "no")]) == 1
     assert "must be a finished store, got nothing there" in capsys.readouterr().err
+
+
+def test_a_config_that_may_be_left_out_is_there_when_one_of_its_options_is_given():
+    from sememe.cli.flags import command
+    from sememe.evaluate import EvaluateConfig
+
+    evaluate = command(EvaluateConfig, lambda config: config, positional=("dictionary",), doc="Evaluate.")
+    assert evaluate("d").policy is None
+    policy = evaluate("d", context_length=64, bos=True).policy
+    assert (policy.context_length, policy.bos, policy.drop_positions) == (64, True, 1)
+    assert dict(changed(evaluate("d", context_length=64), "policy")) == {"context_length": "64"}
+    assert changed(evaluate("d"), "policy") == []
 
 
 def test_nested_names_get_their_parents_name_when_taken():
