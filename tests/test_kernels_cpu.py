@@ -17,6 +17,7 @@ from sememe.encoded import Encoded
 from sememe.kernels import cpu, reference
 from sememe.kernels.cpu import buffers, encode, pool
 from sememe.kernels.cpu import rough as rough_products
+from sememe.kernels.cpu.sums import Transposed
 
 shapes = st.tuples(st.integers(1, 9), st.integers(1, 40), st.integers(1, 150), st.integers(0, 10_000))
 
@@ -344,3 +345,35 @@ def test_large_pages_change_nothing_but_the_place():
         assert moved.data_ptr() != tensor.data_ptr() and moved.data_ptr() % buffers.LINE == 0
     for tensor in (torch.randn(10), torch.randn(1500, 2000)[:, ::2]):
         assert kernels.in_large_pages(tensor) is tensor
+
+
+def test_entries_are_sorted_again_once_they_are_others():
+    def sorted_by_hand(indices, ptr, d_sae):
+        rows = np.repeat(np.arange(len(ptr) - 1), np.diff(ptr.numpy()))
+        order = np.argsort(indices.numpy(), kind="stable")
+        starts = np.searchsorted(indices.numpy()[order], np.arange(d_sae + 1))
+        return starts, order, rows[order]
+
+    generator = torch.Generator().manual_seed(0)
+    ptr = torch.tensor([0, 3, 3, 8])
+    indices = torch.randint(0, 5, (8,), generator=generator).int()
+    first = Transposed.of(indices, ptr, 5)
+    assert Transposed.of(indices.detach(), ptr, 5) is first, "the encoder's gradient asks for it again"
+
+    def check(d_sae=5):
+        for ours, expected in zip(
+            Transposed.of(indices, ptr, d_sae), sorted_by_hand(indices, ptr, d_sae), strict=True
+        ):
+            np.testing.assert_array_equal(ours, expected)
+
+    check()
+    check(d_sae=7)
+    indices[0] = 4 - indices[0]  # in place
+    check()
+    ptr[1] = 2
+    check()
+    for _ in range(20):  # freed memory is given out again
+        del indices
+        gc.collect()
+        indices = torch.randint(0, 5, (8,), generator=generator).int()
+        check()

@@ -166,7 +166,7 @@ def policy_of(config: EvaluateConfig, saved: artifact.Artifact, store: Store | N
                 f"{who} must have the token policy of {given[0][0]}: "
                 + ", ".join(f"{name}={ours[name]}" for name in different),
                 ", ".join(f"{name}={theirs[name]}" for name in different),
-                "Leave the policy's options (--context-length, --bos ...) out, and name the store that the dictionary was trained on.",
+                "Leave the policy's options out, and name the store that the dictionary was trained on.",
             )
     return given[0][1] if given else TokenPolicy()
 

@@ -86,19 +86,36 @@ def _above(
     batch, d_sae = x.shape[0], weights.shape[0]
     product, rows, W, b = rough.product_of(x, weights, training), x.numpy(), weights.numpy(), b_enc.numpy()
     counts = np.empty(batch, np.int64)
+    offset = b - threshold
 
-    def tile(start: int, stop: int) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-        most = (stop - start) * d_sae + 1
-        acts = pool.scratch("acts", most, torch.float32).numpy()
-        indices = pool.scratch("indices", most, torch.int32).numpy()
+    def find(start: int, stop: int) -> NDArray[np.int32]:
+        found = pool.scratch("indices", (stop - start) * d_sae + 1, torch.int32).numpy()
         values, slack = product.tile(start, stop), product.slack(start, stop)
-        n = loops.above(*values, rows[start:stop], W, b, threshold, *slack, counts[start:stop], acts, indices)
-        return acts[:n].copy(), indices[:n].copy()
+        n = loops.near(*values, offset, *slack, counts[start:stop], found)
+        return found[:n].copy()
 
-    parts = pool.run(tile, batch, product.rows_per_tile)
-    ptr = np.zeros(batch + 1, np.int64)
+    indices = np.concatenate(pool.run(find, batch, product.rows_per_tile))
+    near = _starts(counts)
+    acts = np.empty(indices.shape, np.float32)
+    parts = (rows, W, b, threshold, near, indices, acts, counts)
+
+    def settle(start: int, stop: int) -> slice:
+        first = int(near[start])
+        return slice(first, first + loops.above(start, stop, *parts))
+
+    kept = pool.run(settle, batch, CHUNK)
+    return _Entries(
+        np.concatenate([acts[part] for part in kept]),
+        np.concatenate([indices[part] for part in kept]),
+        _starts(counts),
+    )
+
+
+def _starts(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where each row's entries start; one longer than there are rows."""
+    ptr = np.zeros(counts.shape[0] + 1, np.int64)
     np.cumsum(counts, out=ptr[1:])
-    return _Entries(np.concatenate([a for a, _ in parts]), np.concatenate([i for _, i in parts]), ptr)
+    return ptr
 
 
 @torch.no_grad()

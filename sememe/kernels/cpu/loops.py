@@ -22,6 +22,7 @@ __all__ = [
     "dots",
     "jit",
     "mark_largest",
+    "near",
     "quantise",
     "reconstruct",
     "reconstruct_prefixes",
@@ -372,72 +373,86 @@ def rescore(
 
 
 @jit
-def above(
-    product: Any, scale: Any, unit: Any, x: Any, weights: Any, bias: Any, threshold: Any, spread: Any,
-    row_spread: Any, row_step: Any, rounding: Any, counts: Any, acts: Any, indices: Any,
+def near(
+    product: Any, scale: Any, unit: Any, offset: Any, spread: Any, row_spread: Any, row_step: Any, rounding: Any,
+    counts: Any, indices: Any,
 ) -> int:  # fmt: skip
-    """Every float32 pre-activation above its latent's threshold, among those that a rough product brings near it.
+    """The columns that rounding may have kept below 0: `highest = value + offset + ...` is not below it.
 
-    Looked at are those whose rough value plus `rounding * |value| + row_spread * spread + row_step * scale` is above.
+    `value = product * unit * scale`, and `highest` is that plus the offset and
+    `rounding * |value| + row_spread * spread + row_step * scale`.
 
     Args:
-        product, scale, unit: Roughly x @ weights.T, as in `select`.
-        x: (rows, d_in).
-        weights: (d_sae, d_in), one row per latent.
-        bias: (d_sae,).
-        threshold: (d_sae,).
-        spread: (d_sae,).
+        product, scale, unit: As in `select`.
+        offset: (columns,), added.
+        spread: (columns,).
         row_spread: (rows,).
         row_step: (rows,).
         rounding: Share of the value.
-        counts: (rows,), written: entries of each row.
-        acts: Written from the start, row after row.
-        indices: Likewise; ascending within no row.
+        counts: (rows,), written: columns of each row.
+        indices: (rows * columns + 1,), written from the start, row after row, ascending within each.
 
     Returns:
         The number of entries.
     """
     n_rows, n_columns = product.shape
-    n_blocks = _n_blocks(n_columns, 1)
-    near = np.empty(n_blocks, dtype=np.int32)
-    blocks = np.empty(n_blocks + 1, dtype=np.int32)
-    found = np.empty(n_columns + 1, dtype=np.int32)
-    scores = np.empty(n_columns, dtype=np.float32)
-    offset = bias - threshold
+    n_words = -(-n_columns // 8)
+    words = np.zeros(n_words, dtype=np.uint64)
+    marks = words.view(np.uint8)  # a byte per column, eight of them at a time
+    reaching = np.empty(n_words + 1, dtype=np.int32)
     n_total = 0
     for row in range(n_rows):
         entries, u, of_row, step = product[row], unit[row], row_spread[row], row_step[row]
-        for j in range(n_blocks):
+        for j in range(n_columns):
             value = _value(entries[j]) * u * scale[j]
             highest = value + abs(value) * rounding + offset[j] + of_row * spread[j] + step * scale[j]
-            near[j] = 0 if highest <= 0 else 1  # so written, NaN is looked at
-        for start in range(n_blocks, n_columns, n_blocks):
-            stop = min(start + n_blocks, n_columns)
-            part, part_scale = entries[start:stop], scale[start:stop]
-            part_offset, part_spread = offset[start:stop], spread[start:stop]
-            for j in range(stop - start):
-                value = _value(part[j]) * u * part_scale[j]
-                highest = value + abs(value) * rounding + part_offset[j] + of_row * part_spread[j]
-                near[j] |= 0 if highest + step * part_scale[j] <= 0 else 1
+            marks[j] = 0 if highest <= 0 else 1  # so written, NaN is looked at
         n_reaching = 0
-        for j in range(n_blocks):
-            blocks[n_reaching] = j
-            n_reaching += near[j]
-        n_found = 0
-        for i in range(n_reaching):
-            for column in range(blocks[i], n_columns, n_blocks):
-                value = _value(entries[column]) * u * scale[column]
-                highest = value + abs(value) * rounding + offset[column] + of_row * spread[column]
-                found[n_found] = column
-                n_found += not highest + step * scale[column] <= 0
+        for i in range(n_words):  # without a branch: the store is undone by the next one
+            reaching[n_reaching] = i
+            n_reaching += words[i] != 0
         before = n_total
-        _dots(x[row], weights, found[:n_found], scores)
-        for i in range(n_found):
-            acts[n_total] = scores[i] + bias[found[i]]
-            indices[n_total] = found[i]
-            n_total += not acts[n_total] <= threshold[found[i]]
+        for i in range(n_reaching):
+            first = 8 * reaching[i]
+            for j in range(first, first + 8):
+                indices[n_total] = j
+                n_total += marks[j]
         counts[row] = n_total - before
     return n_total
+
+
+@jit
+def above(
+    start: int, stop: int, x: Any, weights: Any, bias: Any, threshold: Any, ptr: Any, indices: Any, acts: Any,
+    counts: Any,
+) -> int:  # fmt: skip
+    """Float32 pre-activations of the entries; those above their latent's threshold move to the front.
+
+    Args:
+        start, stop: Rows.
+        x: (rows, d_in).
+        weights: (d_sae, d_in), one row per latent.
+        bias: (d_sae,).
+        threshold: (d_sae,).
+        ptr: Where each row's entries start.
+        indices: The latent of each entry; those that are kept, from ptr[start] on, written.
+        acts: Written: theirs.
+        counts: (rows,), written: how many each row keeps.
+
+    Returns:
+        How many these rows keep.
+    """
+    dots(start, stop, x, indices, ptr, weights, acts)
+    n_kept = ptr[start]
+    for row in range(start, stop):
+        before = n_kept
+        for e in range(ptr[row], ptr[row + 1]):
+            latent = indices[e]
+            act = acts[e] + bias[latent]
+            acts[n_kept], indices[n_kept] = act, latent
+            n_kept += not act <= threshold[latent]  # so written, NaN stays
+        counts[row] = n_kept - before
+    return int(n_kept - ptr[start])
 
 
 # -- sparse sums -----------------------------------------------------------------------------------
