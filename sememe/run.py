@@ -153,7 +153,7 @@ def print_report(path: str | Path) -> None:
         report = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ArtifactError(f"{path} must be a report", "no report.json", "Run `sememe evaluate`.") from None
-    columns = {"dictionary": report["metrics"], **report["nulls"]}
+    columns = {"dictionary": report["metrics"], **report.get("parts", {}), **report["nulls"]}
     table = Table(title=f"{path}: on held-out documents (95% intervals over documents)")
     table.add_column("metric")
     for name in columns:

@@ -6,6 +6,7 @@ import torch
 
 from sememe import dictionaries, metrics
 from sememe.dictionaries.base import Dictionary, Trainable
+from sememe.dictionaries.ica import ICA, ICAConfig
 from sememe.dictionaries.identity import Identity, IdentityConfig
 from sememe.dictionaries.pca import PCA, Moments, PCAConfig
 from sememe.dictionaries.random_directions import RandomDirections, RandomDirectionsConfig
@@ -37,10 +38,12 @@ def every() -> list[Dictionary]:
         Identity.fit(x, IdentityConfig(k=4, signed=False)),
         RandomDirections.fit(x, RandomDirectionsConfig(k=4, d_sae=40)),
         RandomDirections.fit(x, RandomDirectionsConfig(k=4, d_sae=40, signed=True, seed=3)),
+        ICA.fit(x[0], ICAConfig()),
+        ICA.fit(x[0], ICAConfig(k=3, d_sae=8)),
     ]
 
 
-@pytest.mark.parametrize("index", range(8))
+@pytest.mark.parametrize("index", range(10))
 def test_each_keeps_the_contract(index: int, tmp_path) -> None:
     dictionary, x = every()[index], rows(9)
     assert not isinstance(dictionary, Trainable)
@@ -168,3 +171,44 @@ def test_fitting_to_nothing_or_to_nan_is_an_error() -> None:
     bad[17, 3] = float("nan")
     with pytest.raises(ActivationError, match="activations must be finite, got NaN or infinity in row 417"):
         PCA.fit([rows(), bad], PCAConfig())
+
+
+def test_ica_finds_independent_sources_that_pca_does_not():
+    """Laplace sources, mixed obliquely: what ICA reads and what it writes are not each other's transpose."""
+    generator = torch.Generator().manual_seed(0)
+    uniform = torch.rand(20_000, 6, generator=generator) - 0.5
+    sources = -uniform.sign() * torch.log1p(-2 * uniform.abs())  # Laplace
+    mixing = torch.randn(6, 6, generator=generator)
+    mixing /= mixing.norm(dim=1, keepdim=True)
+    x = sources @ mixing + 7.0
+    ica, pca = ICA.fit(x, ICAConfig()), PCA.fit([x], PCAConfig())
+    assert ica.converged
+    assert metrics.mmacs(mixing, ica.decoder_directions()) > 0.99
+    assert metrics.mmacs(mixing, pca.decoder_directions()) < 0.9
+    assert metrics.mmacs(mixing, ica.W_enc.T) < 0.9, "the analysis matrix is not the dictionary"
+    assert fvu(ica, x) < 1e-9
+    kept = ICA.fit(x, ICAConfig(k=3))
+    assert fvu(kept, x) < fvu(PCA.fit([x], PCAConfig(k=3)), x) + 0.2
+
+
+@pytest.mark.parametrize(
+    ("ask", "error", "message"),
+    [
+        (
+            lambda: ICA.fit(rows(20), ICAConfig()),
+            ShapeError,
+            r"12 components takes at least 24 rows, got 20\. Give",
+        ),
+        (lambda: ICA.fit(rows(40) / 0, ICAConfig()), ActivationError, "NaN or infinity among the rows"),
+        (
+            lambda: ICAConfig(d_sae=13).width(12),
+            ConfigError,
+            r"d_sae must be in \[1, d_in=12\] for ica, got 13",
+        ),
+        (lambda: ICA(ICAConfig(k=13), 12, 12, 12), ConfigError, r"k must be in \[1, d_sae=12\], got 13"),
+        (lambda: ICA(ICAConfig(), 12, 13, 12), ShapeError, "d_in must be d_out, got 12 and 13"),
+    ],
+)
+def test_ica_says_what_it_cannot_do(ask, error, message):
+    with pytest.raises(error, match=message):
+        ask()

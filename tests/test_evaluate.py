@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,7 +62,9 @@ def report(world: World) -> Report:
     dictionary.initialise(rows, rows, torch.Generator().manual_seed(5))
     path = save(dictionary, world.place / "topk")
     return evaluate(
-        config_for(path, corpus, world.place / "report", store=store, nulls=("pca", "untrained", "identity")),
+        config_for(
+            path, corpus, world.place / "report", store=store, nulls=("pca", "untrained", "identity", "ica")
+        ),
         lm=lm,
     )
 
@@ -272,7 +275,7 @@ def test_the_report_holds_what_it_promises(report: Report, store: Path) -> None:
     ):
         statistic = data["metrics"][name]
         assert statistic["low"] <= statistic["value"] <= statistic["high"]
-    assert set(data["nulls"]) == {"pca", "untrained", "identity"}
+    assert set(data["nulls"]) == {"pca", "untrained", "identity", "ica"}
     for null in data["nulls"].values():
         assert null["l0"]["value"] == pytest.approx(data["l0"], abs=0.5)
     assert data["null_configs"]["pca"]["k"] == data["null_configs"]["untrained"]["k"] == 3
@@ -300,6 +303,41 @@ def test_pca_beats_untrained_on_the_rows_it_was_fitted_to(report: Report) -> Non
     assert report.value("fvu", "pca") < report.value("fvu", "untrained")
 
 
+def test_parts_of_a_dictionary_add_up_to_it(
+    world: World, corpus: Path, lm: LanguageModel, store: Path, report: Report, tmp_path: Path
+) -> None:
+    path = world.place / "topk"
+    asked = {"leave_out_above": (0.2, 0.999), "top_latents": (4,), "nulls": ()}
+    found = evaluate(config_for(path, corpus, tmp_path / "r", store=store, **asked), lm=lm)
+    parts = found.data["parts"]
+    assert list(parts) == ["without_above_0.2", "without_above_0.999", "top_4", "rest_4"]
+    whole = found.data["metrics"]
+    assert whole["fvu"] == report.data["metrics"]["fvu"], "measured beside them as without them"
+    value = {name: {key: s["value"] for key, s in part.items()} for name, part in parts.items()}
+    assert value["top_4"]["l0"] + value["rest_4"]["l0"] == pytest.approx(whole["l0"]["value"])
+    assert value["top_4"]["frac_alive"] <= 4 / 32 and value["rest_4"]["frac_alive"] <= 28 / 32
+    assert value["without_above_0.999"]["fvu"] == pytest.approx(whole["fvu"]["value"])
+    assert value["without_above_0.2"]["l0"] < whole["l0"]["value"]
+    assert value["rest_4"]["fvu"] > whole["fvu"]["value"]
+    assert "rest_4" in (tmp_path / "r" / "report.md").read_text() and "ce_increase" in value["rest_4"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"leave_out_above": (1.5,)}, r"leave_out_above must be densities in \(0, 1\), got 1.5"),
+        ({"top_latents": (0,)}, "top_latents must be at least 1, got 0"),
+        ({"top_latents": (32,)}, "top_latents must leave a rest of d_sae=32, got 32"),
+    ],
+)
+def test_impossible_parts_are_refused(
+    options: dict[str, Any], message: str, report: Report, world: World, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        evaluate(config_for(world.place / "topk", world.corpus, tmp_path / "r", **options), lm=world.lm)
+    assert not (tmp_path / "r").exists()
+
+
 def test_the_second_run_opens_the_report(
     report: Report, world: World, corpus: Path, lm: LanguageModel, store: Path
 ) -> None:
@@ -308,7 +346,7 @@ def test_the_second_run_opens_the_report(
         corpus,
         world.place / "report",
         store=store,
-        nulls=("pca", "untrained", "identity"),
+        nulls=("pca", "untrained", "identity", "ica"),
     )
     again = evaluate(config, lm=lm)
     assert again.artifact.fingerprint == report.artifact.fingerprint

@@ -32,7 +32,7 @@ LAYERS = [
     ["browse"],
     ["recipe"],
     ["plan"],
-    ["run"],
+    ["run", "grid"],
     ["cli"],
     ["__main__"],
 ]  # fmt: skip

@@ -229,6 +229,37 @@ def test_sparsity_is_that_of_the_dense_matrix(size: int) -> None:
     assert torch.equal(found.density(), (dense != 0).double().mean(0))
 
 
+@pytest.mark.parametrize("size", [1, 7, 64, 4096])
+def test_l0_and_densities_are_distributed_as_in_the_dense_matrix(size: int) -> None:
+    dense = sparse()
+    found = metrics.Sparsity(30)
+    for start in range(0, 100, size):
+        found.update(Encoded.from_dense(dense[start : start + size]))
+    l0 = np.sort((dense != 0).sum(1).numpy())
+    for share, value in found.l0_quantiles().items():
+        assert value == l0[math.ceil(float(share) * 100 - 1e-9) - 1], share
+    assert found.l0_quantiles((1.0,)) == {"1": float(l0[-1])}
+    found.active_rows = torch.tensor([0, 0, 0, 2, 50, 500, 100_000] + [1] * 23)
+    found.n_rows = 1_000_000
+    shares = {"below_1e-5": 27 / 30, "below_1e-4": 28 / 30, "below_1e-3": 29 / 30, "above_1e-2": 1 / 30}
+    assert found.density_shares() == pytest.approx(shares)
+
+
+@pytest.mark.parametrize("size", [1000, 4096, 20_000])
+def test_who_is_alive_on_the_first_rows_does_not_depend_on_the_batches(size: int) -> None:
+    dense = torch.zeros(9000, 4)
+    dense[5, 0] = dense[8191, 1] = dense[8192, 2] = -1.0
+    found = metrics.Sparsity(4)
+    for start in range(0, 9000, size):
+        found.update(Encoded.from_dense(dense[start : start + size]))
+    values = found.compute()
+    assert values["frac_alive_8192"].value == 0.5 and values["frac_alive"].value == 0.75
+    few = metrics.Sparsity(4)
+    few.update(Encoded.from_dense(dense[:100]))
+    missing = few.compute()["frac_alive_8192"]
+    assert math.isnan(missing.value) and missing.cause == "there were 100 rows, fewer than 8,192"
+
+
 def test_stored_zeros_are_not_active_and_signs_do_not_matter() -> None:
     encoded = Encoded.from_topk(torch.tensor([[0.0, -2.0], [3.0, 0.0]]), torch.tensor([[0, 1], [2, 0]]), 5)
     found = metrics.Sparsity(5)

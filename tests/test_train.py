@@ -1,6 +1,7 @@
 """Training: it learns, it resumes to the same bits after kill -9, and bad runs stop with a reason."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -107,6 +108,14 @@ def test_topk_recovers_planted_features(tmp_path):
     assert mmcs(features, made.decoder_directions().detach()) > 0.95
 
 
+def test_one_row_has_no_variance_and_so_no_fvu(tmp_path):
+    _, x = planted()
+    made = config("topk", tmp_path / "d", batch_size=1, n_tokens=3, watch_rows=0, log_every=1)
+    train(made, source=TensorSource(x))
+    log = read_log(tmp_path / "d" / "metrics.jsonl")
+    assert all(math.isnan(line["fvu"]) and line["mse"] > 0 for line in log) and len(log) == 3
+
+
 def test_same_seed_same_bits_and_another_seed_others(kind, tmp_path):
     _, x = planted()
     prints = [
@@ -133,13 +142,14 @@ def counted(run):
     return values
 Run._one_step = counted
 if live:
-    train(t.live_config(Path(sys.argv[4]), out))
+    train(t.live_config(Path(sys.argv[4]), out, sys.argv[5]))
 else:
     train(t.config(kind, out, checkpoint_every_seconds=0), source=t.TensorSource(t.planted()[1]))
 """
 
 
-def live_config(world: Path, out: Path) -> TrainConfig:
+def live_config(world: Path, out: Path, objective: str = "local") -> TrainConfig:
+    end_to_end = {"objective": objective} if objective != "local" else {}
     return TrainConfig.build(
         {
             "out": out,
@@ -151,8 +161,7 @@ def live_config(world: Path, out: Path) -> TrainConfig:
             "inputs": ("resid_post.0",),
             "n_tokens": 40 * 256,
             "batch_size": 256,
-            "batch_rows": 8,
-            "buffer_mb": 1,
+            **({"end_to_end": end_to_end} if end_to_end else {"batch_rows": 8, "buffer_mb": 1}),
             "threads": 1,
             "checkpoint_every_seconds": 0,
         }
@@ -193,12 +202,13 @@ def test_kill_9_and_resume_gives_the_same_bits(kind, tmp_path):
         }
 
 
-def test_a_live_run_is_killed_and_resumed_to_the_same_bits(tmp_path):
+@pytest.mark.parametrize("objective", ["local", "kl"])
+def test_a_live_run_is_killed_and_resumed_to_the_same_bits(objective, tmp_path):
     write_corpus(tmp_path / "corpus.jsonl")
     write_model(tmp_path / "model")
-    train(live_config(tmp_path, tmp_path / "whole"))
+    train(live_config(tmp_path, tmp_path / "whole", objective))
     out = tmp_path / "resumed"
-    killed_and_resumed(["topk", str(out), "live", str(tmp_path)], out, (9,))
+    killed_and_resumed(["topk", str(out), "live", str(tmp_path), objective], out, (9,))
     assert (tmp_path / "whole" / "weights.safetensors").read_bytes() == (
         out / "weights.safetensors"
     ).read_bytes()

@@ -16,6 +16,18 @@ __all__: list[str] = []
 FRESH: dict[str, tuple[Any, Any, str]] = {"fresh": (bool, False, "Replace whatever stands at --out.")}
 
 
+_MANY = Annotated[tuple[float, ...], Parameter(consume_multiple=True)]
+GRID: dict[str, tuple[Any, Any, str]] = {
+    "draw_grid": (
+        Annotated[bool, Parameter(name="--grid")],
+        False,
+        "Train one for every penalty and size, and draw what each finds.",
+    ),
+    "penalties": (_MANY, (), "With --grid: values of l1_coefficient."),
+    "ratios": (_MANY, (), "With --grid: latents per planted feature."),
+}
+
+
 def _say(what: str, path: Path) -> None:
     print(f"{what}: {path}")
 
@@ -77,7 +89,8 @@ def _train() -> App:
 def _toy() -> App:
     from sememe.config import sha256_of
     from sememe.dictionaries import TRAINABLE, Dictionary
-    from sememe.toy import PlantedSource, ToyConfig, recovery
+    from sememe.grid import GridConfig, grid
+    from sememe.toy import PlantedSource, ToyConfig, absorption, recovery
     from sememe.train import TrainConfig, train, train_sweep
 
     app = App(
@@ -85,8 +98,24 @@ def _toy() -> App:
     )
     app.result_action = "return_value"
 
-    def verb(config: TrainConfig, fresh: bool = False, **options: Any) -> None:
+    def verb(
+        config: TrainConfig,
+        fresh: bool = False,
+        draw_grid: bool = False,
+        penalties: tuple[float, ...] = (),
+        ratios: tuple[float, ...] = (),
+        **options: Any,
+    ) -> None:
         planted = ToyConfig.build({name.removeprefix("planted_"): value for name, value in options.items()})
+        axes = {name: given for name, given in (("penalties", penalties), ("ratios", ratios)) if given}
+        if draw_grid:
+            made = grid(GridConfig(out=config.out, planted=planted, train=config, **axes), fresh=fresh)
+            _say("plots", made.path / "grid.svg")
+            return
+        for name, given in axes.items():
+            raise ConfigError(
+                f"--{name} must go with --grid", " ".join(map(str, given)), "Drop it, or pass --grid."
+            )
         source = PlantedSource(planted)
         parents = {"planted": sha256_of(planted.resolved())}
         about = {"planted": planted.resolved()}
@@ -104,6 +133,11 @@ def _toy() -> App:
         print(f"recall (mmcs planted -> learned)     {found.recall:.4f}")
         print(f"precision (mmcs learned -> planted)  {found.precision:.4f}")
         print(f"planted features found (> 0.9)       {found.found:.1%}")
+        if source.planted.config.n_children:
+            families = absorption(source.planted, dictionary)
+            print(f"parents silent beside a child        {families.silent_with_child:.1%}")
+            print(f"parents silent when alone            {families.silent_alone:.1%}")
+            print(f"parents split into their children    {families.split:.1%}")
 
     planted_options = {
         f"planted_{name}": (field.annotation, field.default, field.description or "")
@@ -116,7 +150,9 @@ def _toy() -> App:
                 verb,
                 choices={"architecture": architecture},
                 fixed={"architecture.kind": kind},
-                extra=FRESH | planted_options,
+                extra=FRESH
+                | planted_options
+                | (GRID if "l1_coefficient" in architecture.model_fields else {}),
                 doc=f"Train a {kind} dictionary on planted features.",
             ),
             name=kind,

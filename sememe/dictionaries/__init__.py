@@ -26,6 +26,7 @@ from sememe.dictionaries.batch_topk import BatchTopK, BatchTopKConfig
 from sememe.dictionaries.cross_layer import CrossLayer, CrossLayerConfig
 from sememe.dictionaries.gated import Gated, GatedConfig
 from sememe.dictionaries.group_max import GroupMax, GroupMaxConfig
+from sememe.dictionaries.ica import ICA
 from sememe.dictionaries.identity import Identity
 from sememe.dictionaries.jumprelu import JumpReLU, JumpReLUConfig
 from sememe.dictionaries.lista import LISTA, LISTAConfig
@@ -38,6 +39,7 @@ from sememe.dictionaries.pca import PCA
 from sememe.dictionaries.random_directions import RandomDirections
 from sememe.dictionaries.relu import ReLU, ReLUConfig
 from sememe.dictionaries.resampling import ResamplingConfig
+from sememe.dictionaries.sparse_coder import SparseCoder
 from sememe.dictionaries.tied import Tied, TiedConfig
 from sememe.dictionaries.topk import TopK, TopKConfig
 from sememe.dictionaries.variational import Variational, VariationalConfig
@@ -102,9 +104,11 @@ TRAINABLE: dict[str, type[Trainable]] = {
 
 REGISTRY: dict[str, type[Dictionary]] = {
     **TRAINABLE,
+    "ica": ICA,
     "identity": Identity,
     "pca": PCA,
     "random_directions": RandomDirections,
+    "sparse_coder": SparseCoder,
 }
 
 

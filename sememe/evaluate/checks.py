@@ -17,6 +17,7 @@ from sememe.text import TextConfig, TokenPolicy
 __all__ = [
     "check_model",
     "check_nulls",
+    "check_parts",
     "check_store",
     "check_text",
     "describe",
@@ -41,6 +42,17 @@ def sites_of(dictionary: Dictionary, path: Path) -> Sites:
             "Evaluate a dictionary of a single model.",
         )
     return dictionary.sites
+
+
+def check_parts(top_latents: tuple[int, ...], d_sae: int) -> None:
+    """Whether each number of latents leaves a rest.
+
+    Raises:
+        ConfigError: one does not.
+    """
+    for n in top_latents:
+        if n >= d_sae:
+            raise ConfigError(f"top_latents must leave a rest of d_sae={d_sae}", n, "Lower it.")
 
 
 def check_nulls(nulls: tuple[str, ...], sites: Sites) -> None:

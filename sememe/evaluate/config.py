@@ -5,16 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from sememe.config import Config
+from sememe.errors import ConfigError
 from sememe.lm import ModelConfig
 from sememe.text import TextConfig, TokenPolicy
 
 __all__ = ["AUTOENCODER_NULLS", "NULLS", "EvaluateConfig"]
 
-NULLS = ("identity", "pca", "random_directions", "untrained")
-AUTOENCODER_NULLS = ("identity", "pca", "random_directions")
+NULLS = ("ica", "identity", "pca", "random_directions", "untrained")
+AUTOENCODER_NULLS = ("ica", "identity", "pca", "random_directions")
 
 
 class EvaluateConfig(Config):
@@ -40,10 +41,30 @@ class EvaluateConfig(Config):
     n_fit_rows: int = Field(default=65_536, ge=2)
     """Training rows from which nulls and the mean are fitted."""
     nulls: tuple[str, ...] = ("pca", "untrained")
-    """Controls measured beside the dictionary, at its l0: pca, untrained, random_directions, identity."""
+    """Controls measured beside the dictionary, at its l0: pca, untrained, random_directions, identity, ica."""
+    leave_out_above: tuple[float, ...] = ()
+    """Measure the dictionary, too, without its latents of more than this density; dense latents flatter it."""
+    top_latents: tuple[int, ...] = ()
+    """Measure, too, so many of its latents of largest density alone, and the rest of them alone."""
     batch_rows: int = Field(default=16, ge=1)
     """Contexts per forward."""
     n_bootstrap: int = Field(default=1000, ge=0)
     """Draws of documents for the 95% intervals; 0 gives none."""
     seed: int = 0
     """Of the bootstrap and the untrained null."""
+
+    @field_validator("leave_out_above")
+    @classmethod
+    def _densities(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        for density in value:
+            if not 0 < density < 1:
+                raise ConfigError("leave_out_above must be densities in (0, 1)", f"{density:g}", "Change it.")
+        return value
+
+    @field_validator("top_latents")
+    @classmethod
+    def _numbers(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        for n in value:
+            if n < 1:
+                raise ConfigError("top_latents must be at least 1", n, "Raise it.")
+        return value

@@ -243,11 +243,13 @@ class Measured:
         main = found["dictionary"]
         main |= {f"{name}_base": statistic for name, statistic in self._quality("base").items()}
         main |= {f"ce_{name}": values["ce"] for name, values in ablations.items()}
-        nulls = {name: values for name, values in found.items() if name != "dictionary"}
+        parts = {name: found[name] for name in arms.parts}
+        nulls = {name: found[name] for name in found if name != "dictionary" and name not in parts}
         return {
             "format_version": 1,
             **{name: main[name]["value"] for name in figures.HEADLINE if name in main},
             "metrics": main,
+            "parts": parts,
             "nulls": nulls,
             "ablations": ablations,
             "density": {name: self._density(name) for name in arms.dictionaries},
@@ -301,7 +303,9 @@ class Measured:
         return {key: s.to_json() for key, s in self.loss.compute(name, **self._options(None)).items()}
 
     def _density(self, name: str) -> dict[str, Any]:
-        return metrics.density_histogram(self.sparsity[name].density())._asdict()
+        found = self.sparsity[name]
+        histogram = metrics.density_histogram(found.density())._asdict()
+        return histogram | {"shares": found.density_shares(), "l0_quantiles": found.l0_quantiles()}
 
     def _grouped(self, axis: int) -> dict[str, Any]:
         """The dictionary's numbers per language or source."""
@@ -313,7 +317,7 @@ class Measured:
             statistics |= self.sparsity["dictionary"].compute(**options)
             statistics |= self.loss.compute("dictionary", **options)
             statistics["ce_base"] = self.loss.compute("base", **options)["ce"]
-            statistics.pop("frac_alive")
+            del statistics["frac_alive"], statistics["frac_alive_8192"]
             counts = (
                 self.sparsity["dictionary"].sums.arrays(len(self.units.tags)).get("n", np.zeros(len(units)))
             )

@@ -8,6 +8,7 @@ from sememe.evaluate.arms import make_arms
 from sememe.evaluate.checks import (
     check_model,
     check_nulls,
+    check_parts,
     check_store,
     check_text,
     describe,
@@ -23,7 +24,7 @@ from sememe.store import open_store
 
 __all__ = ["evaluate"]
 
-VERSION = 1
+VERSION = 2
 
 
 def evaluate(config: EvaluateConfig, *, lm: LanguageModel | None = None, fresh: bool = False) -> Report:
@@ -45,6 +46,7 @@ def evaluate(config: EvaluateConfig, *, lm: LanguageModel | None = None, fresh: 
     dictionary = dictionaries.load(config.dictionary)
     sites = sites_of(dictionary, config.dictionary)
     check_nulls(config.nulls, sites)
+    check_parts(config.top_latents, dictionary.d_sae)
     store = None if config.store is None else open_store(config.store)
     policy = policy_of(config, saved, store)
     if store is not None:

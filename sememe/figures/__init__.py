@@ -5,6 +5,7 @@ the `report` verb share it.
 """
 
 from sememe.figures.data import HEADLINE, REPORT, Report, open_report, read_curves, read_watched
+from sememe.figures.grid import grid_plots
 from sememe.figures.pages import write_pages
 from sememe.figures.tables import headline_table, markdown_table
 
@@ -12,6 +13,7 @@ __all__ = [
     "HEADLINE",
     "REPORT",
     "Report",
+    "grid_plots",
     "headline_table",
     "markdown_table",
     "open_report",

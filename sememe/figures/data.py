@@ -125,8 +125,8 @@ def _plottable(name: str, value: object) -> bool:
 
 
 def arms_of(data: Data) -> list[tuple[str, Data]]:
-    """The dictionary and its nulls, with their statistics."""
-    return [("dictionary", data["metrics"]), *data["nulls"].items()]
+    """The dictionary, parts of it and its nulls, with their statistics."""
+    return [("dictionary", data["metrics"]), *data.get("parts", {}).items(), *data["nulls"].items()]
 
 
 def number(value: float | None) -> str:

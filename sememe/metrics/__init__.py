@@ -18,11 +18,45 @@ are not read at all: NaN there changes nothing. NaN elsewhere comes out as NaN, 
     kl                  mean over predictions of KL(base || arm), in nats
     perplexity          exp(CE(arm))
     mcs, mmcs           the largest cosine of each direction with another dictionary's; the mean of those
+    mmacs               the same with absolute cosines
+    capacity            (w . w)^2 / sum_j (w . w_j)^2: how much of a dimension a latent has to itself
+
+`matching` has what is asked of two dictionaries, or of one and its checkpoints (one-to-one matches, stability,
+splitting, the rare cluster, cheats); `geometry` where a dictionary's directions lie.
 """
 
 from __future__ import annotations
 
 from sememe.metrics.directions import Nearest, mcs, mmcs, nearest_directions
+from sememe.metrics.geometry import (
+    Moments,
+    NeuronSparsity,
+    RandomBaseline,
+    capacity,
+    effective_neurons,
+    moments,
+    neuron_sparsity,
+    null_space_share,
+    outlier_dimensions,
+    probe_rank,
+    random_moments,
+    token_match,
+)
+from sememe.metrics.matching import (
+    Cheats,
+    Match,
+    RareCluster,
+    Splits,
+    Stability,
+    cheats,
+    larger_dictionary_test,
+    match,
+    mmacs,
+    opposites,
+    rare_cluster,
+    self_similarity,
+    splits,
+)
 from sememe.metrics.predictions import (
     BaseTerms,
     LanguageModelLoss,
@@ -30,25 +64,55 @@ from sememe.metrics.predictions import (
     base_terms,
     prediction_terms,
 )
+from sememe.metrics.probing import Probe, ProbeScores, dense_probe, sparse_probe
 from sememe.metrics.reconstruction import Reconstruction
 from sememe.metrics.sparsity import DensityHistogram, Sparsity, density_histogram
 from sememe.metrics.sums import Statistic, Sums, bootstrap
 
 __all__ = [
     "BaseTerms",
+    "Cheats",
     "DensityHistogram",
     "LanguageModelLoss",
+    "Match",
+    "Moments",
     "Nearest",
+    "NeuronSparsity",
     "PredictionTerms",
+    "Probe",
+    "ProbeScores",
+    "RandomBaseline",
+    "RareCluster",
     "Reconstruction",
     "Sparsity",
+    "Splits",
+    "Stability",
     "Statistic",
     "Sums",
     "base_terms",
     "bootstrap",
+    "capacity",
+    "cheats",
+    "dense_probe",
     "density_histogram",
+    "effective_neurons",
+    "larger_dictionary_test",
+    "match",
     "mcs",
+    "mmacs",
     "mmcs",
+    "moments",
     "nearest_directions",
+    "neuron_sparsity",
+    "null_space_share",
+    "opposites",
+    "outlier_dimensions",
     "prediction_terms",
+    "probe_rank",
+    "random_moments",
+    "rare_cluster",
+    "self_similarity",
+    "sparse_probe",
+    "splits",
+    "token_match",
 ]

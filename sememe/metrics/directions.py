@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sememe.errors import ConfigError, ShapeError
 
-__all__ = ["Nearest", "mcs", "mmcs", "nearest_directions"]
+__all__ = ["Nearest", "mcs", "mmcs", "nearest_directions", "unit_rows"]
 
 
 class Nearest(NamedTuple):
@@ -48,7 +48,7 @@ def nearest_directions(
         )
     if not 1 <= n <= b.shape[0]:
         raise ConfigError(f"n must be in [1, {b.shape[0]}], the number of directions", n, "Lower n.")
-    unit_a, unit_b = _unit_rows(a), _unit_rows(b)
+    unit_a, unit_b = unit_rows(a), unit_rows(b)
     cosines, indices = [], []
     for start_a in range(0, a.shape[0], block):
         rows = unit_a[start_a : start_a + block]
@@ -85,7 +85,8 @@ def mmcs(a: Float[Tensor, "n_a d"], b: Float[Tensor, "n_b d"], *, block: int = 4
     return float(mcs(a, b, block=block).double().mean())
 
 
-def _unit_rows(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+def unit_rows(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """Rows of norm 1 in float32; those of length 0 stay."""
     x = x.detach().float()
     norms = x.norm(dim=1, keepdim=True)
     return torch.where(norms > 0, x / norms, 0.0)

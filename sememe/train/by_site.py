@@ -11,7 +11,7 @@ from torch import Tensor
 from sememe.dictionaries import Sites, Trainable
 from sememe.dictionaries.linear import Linear
 
-__all__ = ["about_sites", "fvu_by_site", "site_labels"]
+__all__ = ["about_sites", "fvu_by_site", "fvu_of", "site_labels"]
 
 N_BINS = 20
 """Of the histogram of each site's share of decoder norms, over [0, 1]."""
@@ -26,6 +26,13 @@ def site_labels(sites: Sites) -> list[str]:
     return [f"{site.hookpoint}@{models.index(site.model_fingerprint)}" for site in sites.outputs]
 
 
+def fvu_of(mse: float, target: Float[Tensor, "batch d"]) -> float:
+    """A batch's mean square error over its own variance; NaN for one row, which has none."""
+    if target.shape[0] == 1:
+        return float("nan")
+    return mse / max(float((target - target.mean(0)).square().mean()), 1e-12)
+
+
 def fvu_by_site(
     sites: Sites | None, target: Float[Tensor, "batch d_out"], error: Float[Tensor, "batch d_out"] | None
 ) -> dict[str, float]:
@@ -36,8 +43,7 @@ def fvu_by_site(
     for name, site in zip(site_labels(sites), sites.outputs, strict=True):
         part = slice(site.start, site.stop)
         rows, missed = target[:, part], error.detach()[:, part]
-        variance = float((rows - rows.mean(0)).square().mean())
-        out[f"fvu.{name}"] = float(missed.square().mean()) / max(variance, 1e-12)
+        out[f"fvu.{name}"] = fvu_of(float(missed.square().mean()), rows)
     return out
 
 

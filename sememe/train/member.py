@@ -19,7 +19,7 @@ from sememe.dictionaries import Loss, Sites
 from sememe.errors import ActivationError
 from sememe.optimiser import make
 from sememe.source import Batch, Columns
-from sememe.train.by_site import about_sites, fvu_by_site
+from sememe.train.by_site import about_sites, fvu_by_site, fvu_of
 from sememe.train.config import TrainConfig
 from sememe.train.dead import revive, rows_wanted
 from sememe.train.objective import Objective, own_loss
@@ -146,10 +146,9 @@ class Member:
         values = {name: float(term) for name, term in loss.terms.items()}
         if loss.encoded.overflow is not None:
             values["overflow_steps"] = float(self.dictionary.overflow_steps)
-        variance = float((target - target.mean(0)).square().mean())
         values |= {
             "loss": float(loss.total.detach()),
-            "fvu": values["mse"] / max(variance, 1e-12),
+            "fvu": fvu_of(values["mse"], target),
             **fvu_by_site(self.dictionary.sites, target, loss.error),
             "l0": float(loss.encoded.l0().float().mean()),
             "frac_silent": float((self.dictionary.tokens_since_fired > 100_000).float().mean()),

@@ -24,7 +24,7 @@
     ce_recovered_zero: ["loss recovered", percent], ce_recovered_mean: ["the same, from the mean", percent],
     ce_increase: ["loss increase (nats)", number], kl: ["KL divergence (nats)", number],
   };
-  const NULLS = { pca: "PCA", untrained: "untrained", random_directions: "random directions", identity: "identity" };
+  const NULLS = { pca: "PCA", untrained: "untrained", random_directions: "random directions", identity: "identity", ica: "ICA" };
 
   function Report({ report }) {
     const arms = [["dictionary", report.metrics], ...Object.entries(report.nulls).map(([name, figures]) => [NULLS[name] || name, figures])];

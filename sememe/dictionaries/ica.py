@@ -1,0 +1,151 @@
+"""Independent components as a dictionary: a linear baseline, with the k largest coefficients kept per row.
+
+Fitted by scikit-learn's FastICA on rows in memory, never trained. Knows no model.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any, Literal, Self, final
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from sememe import kernels
+from sememe.dictionaries.base import ArchitectureConfig, Dictionary, Sites
+from sememe.encoded import Encoded
+from sememe.errors import ActivationError, ConfigError, ShapeError
+
+__all__ = ["ICA", "ICAConfig"]
+
+
+class ICAConfig(ArchitectureConfig):
+    """Options of the ICA baseline."""
+
+    kind: Literal["ica"] = "ica"
+    """Name of the baseline."""
+    d_sae: int | None = None
+    """Components; all d_in if not given."""
+    k: int | None = None
+    """Components kept per row; all if not given."""
+    max_iterations: int = Field(default=200, ge=1)
+    """Of FastICA."""
+    tolerance: float = Field(default=1e-3, gt=0)
+    """Change of the components at which it stops."""
+    seed: int = Field(default=0, ge=0)
+    """Of its start."""
+
+    def width(self, d_in: int) -> int:
+        """The number of components: d_in if not given.
+
+        Raises:
+            ConfigError: d_sae is not in [1, d_in].
+        """
+        d_sae = d_in if self.d_sae is None else self.d_sae
+        if not 1 <= d_sae <= d_in:
+            raise ConfigError(f"d_sae must be in [1, d_in={d_in}] for ica", d_sae, "Lower d_sae.")
+        return d_sae
+
+
+@final
+class ICA(Dictionary):
+    """`acts = top_k((x - mean) A)` by absolute value, `recon = acts S + mean`; rows of S have norm 1.
+
+    A, the analysis matrix, tells what a component reads; S, the synthesis matrix (the mixing matrix's columns), what it
+    writes. They are not each other's transpose: taking A for the dictionary is a known mistake. Acts are signed.
+
+    Source: the ICA baseline of Cunningham et al. 2023, arXiv:2309.08600; FastICA: Hyvärinen & Oja 2000.
+    """
+
+    kind = "ica"
+    config: ICAConfig
+
+    def __init__(
+        self, config: ICAConfig, d_in: int, d_out: int, d_sae: int, sites: Sites | None = None
+    ) -> None:
+        super().__init__(config, d_in, d_out, d_sae, sites)
+        if d_in != d_out:
+            raise ShapeError(
+                "ica reconstructs its input: d_in must be d_out",
+                f"{d_in} and {d_out}",
+                "Use an autoencoder's site.",
+            )
+        if config.k is not None and not 1 <= config.k <= d_sae:
+            raise ConfigError(f"k must be in [1, d_sae={d_sae}]", config.k, "Lower k.")
+        self.register_buffer("W_enc", torch.zeros(d_in, d_sae))
+        self.register_buffer("W_dec", torch.zeros(d_sae, d_out))
+        self.register_buffer("b_dec", torch.zeros(d_out))
+        self.W_enc: Tensor
+        self.W_dec: Tensor
+        self.b_dec: Tensor
+        self.converged = True
+        self.signed = True
+
+    @classmethod
+    def rebuild(cls, config: dict[str, Any], d_in: int, d_out: int, d_sae: int, sites: Sites | None) -> Self:
+        """An empty dictionary of the given shape."""
+        return cls(ICAConfig.build(config), d_in, d_out, d_sae, sites)
+
+    @classmethod
+    def fit(cls, x: Float[Tensor, "rows d"], config: ICAConfig, sites: Sites | None = None) -> Self:
+        """The independent components of raw activations; `converged` says whether FastICA came to rest.
+
+        Raises:
+            ShapeError: fewer rows than twice the components.
+            ActivationError: a row is NaN or infinite.
+        """
+        from sklearn.decomposition import FastICA
+        from sklearn.exceptions import ConvergenceWarning
+
+        d_sae = config.width(x.shape[1])
+        if x.shape[0] < 2 * d_sae:
+            raise ShapeError(
+                f"ica with {d_sae} components takes at least {2 * d_sae} rows", x.shape[0], "Give it more."
+            )
+        if not bool(torch.isfinite(x).all()):
+            raise ActivationError(
+                "activations must be finite", "NaN or infinity among the rows", "Look at them."
+            )
+        made = cls(config, x.shape[1], x.shape[1], d_sae, sites)
+        search = FastICA(
+            d_sae,
+            whiten="unit-variance",
+            max_iter=config.max_iterations,
+            tol=config.tolerance,
+            random_state=config.seed,
+        )
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            search.fit(x.double().cpu().numpy())
+        made.converged = not any(issubclass(warning.category, ConvergenceWarning) for warning in warned)
+        lengths = np.linalg.norm(search.mixing_, axis=0)
+        made.W_dec.copy_(torch.from_numpy(search.mixing_.T / lengths[:, None]))
+        made.W_enc.copy_(torch.from_numpy(search.components_.T * lengths))
+        made.b_dec.copy_(torch.from_numpy(search.mean_))
+        return made.eval().to(x.device)
+
+    def encode(self, x: Float[Tensor, "batch d_in"]) -> Encoded:
+        """Signed coefficients of k components."""
+        self.check_input(x)
+        acts = (x - self.b_dec) @ self.W_enc
+        k = self.config.k or self.d_sae
+        indices = acts.abs().topk(k, dim=1, sorted=False).indices
+        return Encoded.from_topk(acts.gather(1, indices), indices.to(torch.int32), self.d_sae)
+
+    def decode(
+        self, encoded: Encoded, x: Float[Tensor, "batch d_in"] | None = None
+    ) -> Float[Tensor, "batch d_out"]:
+        """The weighted sum of what components write, plus the mean."""
+        return kernels.decode_encoded(encoded, self.W_dec, self.b_dec)
+
+    def decoder_directions(self) -> Float[Tensor, "d_sae d_out"]:
+        """What each component writes."""
+        return self.W_dec
+
+    def fold(self) -> ICA:
+        """A copy: it is fitted in raw units."""
+        return copy.deepcopy(self)

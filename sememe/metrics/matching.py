@@ -1,0 +1,261 @@
+"""One dictionary against another, or against itself later: one-to-one matches, stability, splitting, cheats.
+
+Knows matrices of rows. Cosines are signed unless `absolute` is said; nothing of size n_a x n_b is held but the
+float32 cosines of `match`, which an assignment needs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from sememe.errors import ShapeError
+from sememe.metrics.directions import mcs, nearest_directions, unit_rows
+
+__all__ = [
+    "Cheats",
+    "Match",
+    "RareCluster",
+    "Splits",
+    "Stability",
+    "cheats",
+    "larger_dictionary_test",
+    "match",
+    "mmacs",
+    "opposites",
+    "rare_cluster",
+    "self_similarity",
+    "splits",
+]
+
+STABLE, LOST = 0.9, 0.6
+ONE_HOT = 0.9
+
+
+class Match(NamedTuple):
+    """A one-to-one matching of the directions of two sets, as many pairs as the smaller has."""
+
+    a: Int[Tensor, " n"]
+    b: Int[Tensor, " n"]
+    cosines: Float[Tensor, " n"]
+
+
+def match(a: Float[Tensor, "n_a d"], b: Float[Tensor, "n_b d"], *, block: int = 4096) -> Match:
+    """The one-to-one matching with the largest sum of cosines (Hungarian). Takes 4 n_a n_b bytes, and n^3 steps at
+    worst.
+
+    Raises:
+        ShapeError: the two sets live in different spaces.
+    """
+    _check(a, b)
+    unit_a, unit_b = unit_rows(a), unit_rows(b)
+    cosines = np.empty((a.shape[0], b.shape[0]), np.float32)
+    for start in range(0, a.shape[0], block):
+        cosines[start : start + block] = (unit_a[start : start + block] @ unit_b.T).cpu().numpy()
+    rows, columns = linear_sum_assignment(cosines, maximize=True)
+    found = torch.from_numpy(cosines[rows, columns])
+    return Match(torch.from_numpy(rows), torch.from_numpy(columns), found.clamp(-1, 1))
+
+
+def mmacs(a: Float[Tensor, "n_a d"], b: Float[Tensor, "n_b d"], *, block: int = 4096) -> float:
+    """Mean over the directions of `a` of the largest absolute cosine with any direction of `b`: signs do not count.
+
+    Source: the sparse-coding project of Cunningham, Riggs, Ewart & Huben, for K-SVD's atoms.
+    """
+    found = nearest_directions(a, b, absolute=True, block=block).cosines
+    return float(found[:, 0].abs().double().mean())
+
+
+class Stability(NamedTuple):
+    """What became of a dictionary's latents from checkpoint to checkpoint."""
+
+    similarity: Float[Tensor, "steps d_sae"]
+    """Cosine of each latent's direction to itself one checkpoint before."""
+    reached: Bool[Tensor, " d_sae"]
+    """Whether it ever was at least 0.9."""
+    fell: Bool[Tensor, " d_sae"]
+    """Whether it fell below 0.6 afterwards."""
+
+
+def self_similarity(checkpoints: list[Float[Tensor, "d_sae d"]]) -> Stability:
+    """How much each latent still is what it was, over a training run.
+
+    Source: the sparse-coding project's runs, in which 1,707 of 4,096 latents reached 0.9 and then fell below 0.6.
+
+    Args:
+        checkpoints: Decoder directions in the order of training, at least two.
+
+    Raises:
+        ShapeError: fewer than two, or of different shapes.
+    """
+    shapes = {tuple(rows.shape) for rows in checkpoints}
+    if len(checkpoints) < 2 or len(shapes) != 1:
+        raise ShapeError(
+            "self-similarity must be asked of two checkpoints or more of one shape",
+            f"{len(checkpoints)} of shapes {sorted(shapes)}",
+            "Train with --keep-checkpoints, and pass them all.",
+        )
+    units = [unit_rows(rows) for rows in checkpoints]
+    similarity = torch.stack([(one * two).sum(1) for one, two in itertools.pairwise(units)])
+    so_far = torch.cummax(similarity, dim=0).values
+    return Stability(
+        similarity.clamp(-1, 1),
+        so_far[-1] >= STABLE,
+        ((so_far >= STABLE) & (similarity < LOST)).any(0),
+    )
+
+
+class Splits(NamedTuple):
+    """Latents of a small dictionary that several of a larger one stand for."""
+
+    parents: Int[Tensor, " n_split"]
+    """Latents of the small one."""
+    children: list[Int[Tensor, " n_children"]]
+    """For each, the latents of the large one that are nearest to it, closest first."""
+
+
+def splits(
+    small: Float[Tensor, "n_small d"],
+    large: Float[Tensor, "n_large d"],
+    least: float = 0.5,
+    *,
+    block: int = 4096,
+) -> Splits:
+    """Which latents of the small dictionary have become several of the large one.
+
+    A latent of the large dictionary belongs to that of the small one that is nearest to it, if their cosine is at least
+    `least`; a small one's latent with two such or more is split.
+
+    Source: Bricken et al. 2023, section "Feature splitting"; the assignment to the nearest is ours.
+    """
+    nearest = nearest_directions(large, small, block=block)
+    cosines, parent = nearest.cosines[:, 0], nearest.indices[:, 0]
+    counts = torch.bincount(parent[cosines >= least], minlength=small.shape[0])
+    parents = torch.nonzero(counts >= 2).view(-1)
+    children = []
+    for number in parents.tolist():
+        mine = torch.nonzero((parent == number) & (cosines >= least)).view(-1)
+        children.append(mine[cosines[mine].argsort(descending=True, stable=True)])
+    return Splits(parents, children)
+
+
+def opposites(
+    rows: Float[Tensor, "n d"], most: float = -0.95, *, block: int = 4096
+) -> Int[Tensor, " n_found"]:
+    """Rows that have an opposite among the others: a cosine of at most `most`.
+
+    A pair of opposite latents is a single signed one, and a whole dictionary of them, [U, -U], writes everything.
+    """
+    found = nearest_directions(rows, -rows, block=block).cosines[:, 0]
+    return torch.nonzero(found >= -most).view(-1)
+
+
+class Cheats(NamedTuple):
+    """Signs that a dictionary reconstructs without having found anything."""
+
+    one_hot: float
+    """Share of decoder rows with more than 0.9 of their square in one dimension: near the neuron basis."""
+    in_opposite_pairs: float
+    """Share of decoder rows with an opposite (cosine at most -0.95)."""
+    dense: float
+    """Share of latents active on more than one row in ten."""
+    named: tuple[str, ...]
+    """What that amounts to, in words; empty if nothing does."""
+
+
+def cheats(
+    W_dec: Float[Tensor, "d_sae d"], density: Float[Tensor, " d_sae"], l0: float, *, block: int = 4096
+) -> Cheats:
+    """Look for the known ways of reconstructing without finding features.
+
+    Source: the sparse-coding project, whose MLP dictionaries had high mcs to one another with 400 to 800 of 2,048
+    latents active: they were the identity. Thresholds are ours.
+
+    Args:
+        W_dec: Decoder rows.
+        density: Share of the rows on which each latent is active.
+        l0: Mean number of active latents.
+        block: Rows compared at a time.
+    """
+    squares = unit_rows(W_dec).square()
+    one_hot = float((squares.amax(1) > ONE_HOT).double().mean())
+    paired = opposites(W_dec, block=block).numel() / W_dec.shape[0]
+    dense = float((density > 0.1).double().mean())
+    named = []
+    if one_hot > 0.5 and l0 > 0.1 * W_dec.shape[1]:
+        named.append(
+            f"the identity: {one_hot:.0%} of the decoder rows are single dimensions, and {l0:.0f} latents are active"
+        )
+    if paired > 0.5:
+        named.append(f"opposite pairs: {paired:.0%} of the latents have one, so signs are free")
+    if dense > 0.1:
+        named.append(f"dense latents: {dense:.0%} of the latents are active on more than a tenth of the rows")
+    return Cheats(one_hot, paired, dense, tuple(named))
+
+
+class RareCluster(NamedTuple):
+    """The latents that hardly ever fire, and whether they are one direction."""
+
+    share: float
+    """Share of the latents that are rare."""
+    coincide: float
+    """Share of these whose encoder direction has a cosine above 0.95 with their mean."""
+    direction: Float[Tensor, " d_in"]
+    """That mean, of norm 1; compare it across seeds. 0 where no latent is rare."""
+    latents: Int[Tensor, " n"]
+    """Those that coincide."""
+
+
+def rare_cluster(
+    W_enc: Float[Tensor, "d_in d_sae"], density: Float[Tensor, " d_sae"], below: float = 1e-4
+) -> RareCluster:
+    """Whether the rarest latents all read one direction.
+
+    Source: Nanda 2023, "Open source replication and commentary": about 60% of a dictionary, none of them dead, shared
+    one encoder direction, across seeds too, and had decoder rows of their own.
+
+    Args:
+        W_enc: Encoder weights.
+        density: Share of the rows on which each latent is active.
+        below: Latents with less than this are rare.
+    """
+    rare = torch.nonzero(density < below).view(-1)
+    share = rare.numel() / density.shape[0]
+    if rare.numel() == 0:
+        return RareCluster(share, 0.0, W_enc.new_zeros(W_enc.shape[0]), rare)
+    rows = unit_rows(W_enc.T[rare])
+    mean = unit_rows(rows.mean(0, keepdim=True))
+    inside = (rows @ mean.T).view(-1) > 0.95
+    return RareCluster(share, float(inside.double().mean()), mean[0], rare[inside])
+
+
+def larger_dictionary_test(
+    small: Float[Tensor, "n_small d"], large: Float[Tensor, "n_large d"], *, block: int = 4096
+) -> dict[str, float]:
+    """How much of a dictionary the next larger one of the same penalty has, one to one and at best.
+
+    Source: Sharkey et al. 2022: what two dictionaries of different sizes agree on is likely true.
+    """
+    matched = match(small, large, block=block).cosines.double()
+    best = mcs(small, large, block=block).double()
+    return {
+        "mmcs": float(best.mean()),
+        "mean_matched_cosine": float(matched.mean()),
+        "share_above_0.9": float((best > STABLE).double().mean()),
+        "share_matched_above_0.9": float((matched > STABLE).double().mean()),
+    }
+
+
+def _check(a: Tensor, b: Tensor) -> None:
+    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1]:
+        raise ShapeError(
+            "directions that are matched must have one width",
+            f"{tuple(a.shape)} and {tuple(b.shape)}",
+            "Match dictionaries of the same hookpoint.",
+        )

@@ -1,0 +1,162 @@
+"""What a few latents say about a label, beside what everything together says. Knows a matrix and labels.
+
+Nothing is chosen on test data: in every outer fold, latents are chosen and the regression's strength is set on the
+training part alone.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sememe.errors import ActivationError, ConfigError
+
+__all__ = ["Probe", "ProbeScores", "dense_probe", "sparse_probe"]
+
+STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+"""Inverse regularisation strengths that are tried on the training part."""
+LEAST_PER_CLASS = 10
+
+
+class ProbeScores(NamedTuple):
+    """Of one probe, on rows that it was not fitted to: each row is tested once."""
+
+    accuracy: float
+    balanced_accuracy: float
+    """Mean of the two classes' accuracies: 0.5 for always answering one of them."""
+    auroc: float
+    """Chance is 0.5, whatever the shares of the classes."""
+
+
+class Probe(NamedTuple):
+    """Scores, and which columns were used in each fold."""
+
+    scores: ProbeScores
+    chosen: tuple[tuple[int, ...], ...]
+
+
+def sparse_probe(
+    acts: Float[Tensor, "n d_sae"],
+    labels: Bool[Tensor, " n"],
+    ks: tuple[int, ...] = (1, 2, 5, 10),
+    *,
+    n_folds: int = 5,
+    seed: int = 0,
+) -> dict[int, Probe]:
+    """Logistic regression on the k columns whose means differ most between the classes, over their spread.
+
+    Source: Gurnee et al. 2023, arXiv:2305.01610; SAEBench (Karvonen et al. 2025), which chooses by the plain
+    difference of means. Differs: that difference over the pooled standard deviation, so that the units of latents
+    do not count.
+
+    Args:
+        acts: A row per text: e.g. the largest activation of each latent in it.
+        labels: Its class.
+        ks: How many columns.
+        n_folds: Outer folds, each stratified; and as many inner ones.
+        seed: Of the folds.
+
+    Raises:
+        ConfigError: a class with fewer than 10 rows, or a k outside the columns.
+        ActivationError: a row is NaN or infinite.
+    """
+    x, y = _checked(acts, labels, n_folds)
+    for k in ks:
+        if not 1 <= k <= x.shape[1]:
+            raise ConfigError(f"k must be in [1, {x.shape[1]}], the number of latents", k, "Lower k.")
+    found = {}
+    for k in ks:
+        answers, chosen = np.zeros(len(y)), []
+        for train, test in _folds(y, n_folds, seed):
+            columns = _most_different(x[train], y[train], k)
+            chosen.append(tuple(int(column) for column in columns))
+            answers[test] = _answers(x[train][:, columns], y[train], x[test][:, columns], n_folds, seed)
+        found[k] = Probe(_scores(answers, y), tuple(chosen))
+    return found
+
+
+def dense_probe(
+    acts: Float[Tensor, "n d"], labels: Bool[Tensor, " n"], *, n_folds: int = 5, seed: int = 0
+) -> Probe:
+    """The same on all columns: what a probe on the activations themselves gives. Arguments and errors as there."""
+    x, y = _checked(acts, labels, n_folds)
+    answers = np.zeros(len(y))
+    for train, test in _folds(y, n_folds, seed):
+        answers[test] = _answers(x[train], y[train], x[test], n_folds, seed)
+    return Probe(_scores(answers, y), ())
+
+
+def _checked(acts: Tensor, labels: Tensor, n_folds: int) -> tuple[np.ndarray, np.ndarray]:
+    x, y = acts.detach().cpu().double().numpy(), labels.detach().cpu().numpy().astype(bool)
+    smaller = int(min(y.sum(), (~y).sum()))
+    if smaller < max(LEAST_PER_CLASS, n_folds):
+        raise ConfigError(
+            f"each class must have at least {max(LEAST_PER_CLASS, n_folds)} texts",
+            f"{int(y.sum())} and {int((~y).sum())}",
+            "Give more labelled texts.",
+        )
+    finite = np.isfinite(x).all(1)
+    if not finite.all():
+        raise ActivationError(
+            "activations must be finite",
+            f"NaN or infinity in row {int(np.argmin(finite))}",
+            "Look at that text.",
+        )
+    return x, y
+
+
+def _folds(y: np.ndarray, n_folds: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    from sklearn.model_selection import StratifiedKFold
+
+    cut = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
+    return [(train, test) for train, test in cut.split(np.zeros(len(y)), y)]
+
+
+def _most_different(x: np.ndarray, y: np.ndarray, k: int) -> np.ndarray:
+    """Columns by difference of class means over the pooled standard deviation; ties go to lower ones."""
+    one, other = x[y], x[~y]
+    spread = np.sqrt((one.var(0) * len(one) + other.var(0) * len(other)) / len(x))
+    difference = np.abs(one.mean(0) - other.mean(0))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        score = np.where(spread > 0, difference / spread, np.where(difference > 0, math.inf, 0.0))
+    return np.argsort(-score, kind="stable")[:k]
+
+
+def _answers(x: np.ndarray, y: np.ndarray, test: np.ndarray, n_folds: int, seed: int) -> np.ndarray:
+    """Log-odds of the test rows by a regression whose strength inner folds have chosen."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import log_loss
+
+    mean, std = x.mean(0), x.std(0)
+    std[std == 0] = 1.0
+    x, test = (x - mean) / std, (test - mean) / std
+
+    def fitted(strength: float, rows: np.ndarray) -> LogisticRegression:
+        return LogisticRegression(C=strength, max_iter=1000).fit(x[rows], y[rows])
+
+    inner = _folds(y, min(n_folds, 3), seed + 1)
+    losses = [
+        sum(
+            log_loss(y[out], fitted(strength, into).predict_proba(x[out]), labels=[False, True])
+            for into, out in inner
+        )
+        for strength in STRENGTHS
+    ]
+    best = STRENGTHS[int(np.argmin(losses))]
+    answers: np.ndarray = fitted(best, np.arange(len(y))).decision_function(test)
+    return answers
+
+
+def _scores(answers: np.ndarray, y: np.ndarray) -> ProbeScores:
+    from sklearn.metrics import roc_auc_score
+
+    right = (answers > 0) == y
+    return ProbeScores(
+        accuracy=float(right.mean()),
+        balanced_accuracy=float((right[y].mean() + right[~y].mean()) / 2),
+        auroc=float(roc_auc_score(y, answers)),
+    )

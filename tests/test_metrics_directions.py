@@ -1,0 +1,252 @@
+"""Dictionaries against one another and in their space: oracles from the definitions, closed forms, errors."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sememe import metrics
+from sememe.errors import ConfigError, ShapeError
+
+
+def rows(n: int, d: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+
+
+def cosines(a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
+    a, b = a.double().numpy(), b.double().numpy()
+    return (a / np.linalg.norm(a, axis=1)[:, None]) @ (b / np.linalg.norm(b, axis=1)[:, None]).T
+
+
+# -- one against another -----------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 6), st.integers(0, 99))
+def test_a_matching_is_the_best_of_all(n_a, n_b, seed):
+    a, b = rows(n_a, 3, seed), rows(n_b, 3, seed + 1)
+    table = cosines(a, b) if n_a <= n_b else cosines(b, a)
+    best = max(
+        sum(table[i, j] for i, j in enumerate(columns))
+        for columns in itertools.permutations(range(table.shape[1]), table.shape[0])
+    )
+    found = metrics.match(a, b, block=2)
+    assert float(found.cosines.double().sum()) == pytest.approx(best, abs=1e-5)
+    assert len(set(found.a.tolist())) == len(set(found.b.tolist())) == min(n_a, n_b)
+    for i, j, cosine in zip(*found, strict=True):
+        assert float(cosine) == pytest.approx(cosines(a, b)[i, j], abs=1e-6)
+
+
+def test_a_shuffled_dictionary_is_matched_to_itself():
+    a = rows(50, 20)
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(1))
+    found = metrics.match(a, 3 * a[order])
+    assert torch.equal(order[found.b], found.a)
+    torch.testing.assert_close(found.cosines, torch.ones(50))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 99))
+def test_mmacs_does_not_look_at_signs(n_a, n_b, seed):
+    a, b = rows(n_a, 4, seed), rows(n_b, 4, seed + 1)
+    expected = np.abs(cosines(a, b)).max(1).mean()
+    assert metrics.mmacs(a, b, block=3) == pytest.approx(expected, abs=1e-6)
+    assert metrics.mmacs(-a, b) == pytest.approx(expected, abs=1e-6) or n_a == 0
+
+
+def test_the_larger_dictionary_test_tells_one_to_one_from_at_best():
+    a = torch.eye(4)
+    twice = torch.cat([a[:1], a[:1], rows(6, 4)])
+    found = metrics.larger_dictionary_test(torch.cat([a[:1], a[:1] + 1e-4, a[1:2]]), twice)
+    assert found["share_above_0.9"] >= 2 / 3 and found["mmcs"] >= found["mean_matched_cosine"]
+    same = metrics.larger_dictionary_test(a, torch.cat([a, -a]))
+    assert same == pytest.approx(dict.fromkeys(same, 1.0))
+
+
+def test_self_similarity_counts_who_settled_and_who_was_lost_again():
+    start = torch.eye(3)
+    moved = start.clone()
+    moved[2] = torch.tensor([0.0, 1.0, 1.0])  # 45 degrees: 0.707
+    lost = moved.clone()
+    lost[1] = torch.tensor([1.0, 0.0, 0.0])  # 90 degrees
+    found = metrics.self_similarity([start, moved, lost, lost])
+    assert found.similarity.shape == (3, 3)
+    assert found.similarity[0].tolist() == pytest.approx([1, 1, 0.7071], abs=1e-4)
+    assert found.similarity[1].tolist() == pytest.approx([1, 0, 1], abs=1e-6)
+    assert found.reached.tolist() == [True, True, True]
+    assert found.fell.tolist() == [False, True, False], "the third was never below 0.6"
+
+
+def test_low_before_high_is_not_a_fall():
+    turned = torch.tensor([[0.0, 1.0]])
+    found = metrics.self_similarity([torch.tensor([[1.0, 0.0]]), turned, turned])
+    assert found.reached.tolist() == [True] and found.fell.tolist() == [False]
+
+
+def test_a_latent_is_split_when_two_of_the_larger_are_nearest_to_it():
+    small = torch.eye(3)
+    large = torch.tensor([[1.0, 0.2, 0], [1.0, -0.4, 0], [0, 1.0, 0], [0.1, 0.1, -1.0]])
+    found = metrics.splits(small, large)
+    assert found.parents.tolist() == [0]
+    assert [part.tolist() for part in found.children] == [[0, 1]]
+    assert metrics.splits(small, large, least=0.95).parents.tolist() == []
+
+
+def test_opposites_are_pairs_of_opposite_rows():
+    assert metrics.opposites(torch.tensor([[1.0, 0], [-2.0, 0.1], [0, 1.0]])).tolist() == [0, 1]
+
+
+def test_cheats_are_named():
+    honest = metrics.cheats(rows(64, 32), torch.full((64,), 0.01), 0.6)
+    assert honest.named == () and honest.one_hot == 0 and honest.in_opposite_pairs == 0
+    basis = torch.cat([torch.eye(32), -torch.eye(32)])
+    identity = metrics.cheats(basis, torch.full((64,), 0.5), 16.0)
+    assert (identity.one_hot, identity.in_opposite_pairs, identity.dense) == (1, 1, 1)
+    assert [reason.split(":")[0] for reason in identity.named] == [
+        "the identity",
+        "opposite pairs",
+        "dense latents",
+    ]
+    sparse_neurons = metrics.cheats(torch.eye(32), torch.full((32,), 0.01), 0.3)
+    assert sparse_neurons.named == (), "single neurons, few at a time, are no cheat"
+
+
+def test_the_rare_cluster_is_found_where_there_is_one():
+    W_enc, density = rows(40, 20).T.contiguous(), torch.full((40,), 0.01)
+    density[10:30] = 1e-6
+    apart = metrics.rare_cluster(W_enc, density)
+    assert apart.share == 0.5 and apart.coincide < 0.2
+    direction = rows(1, 20, 5)[0]
+    W_enc[:, 10:30] = direction[:, None] + 0.05 * rows(20, 20, 6)
+    W_enc[:, 12] = -direction
+    together = metrics.rare_cluster(W_enc, density)
+    assert together.coincide == 0.95 and 12 not in together.latents.tolist()
+    assert float(together.direction @ direction / direction.norm()) > 0.99
+    none = metrics.rare_cluster(W_enc, torch.ones(40))
+    assert (none.share, none.coincide, none.latents.tolist()) == (0, 0, [])
+
+
+# -- in their space ----------------------------------------------------------------------------------
+
+
+def test_neuron_sparsity_has_its_three_classes():
+    d = 100
+    one, ten, dense, edge = (torch.zeros(d) for _ in range(4))
+    one[3], one[50:] = 1.0, 0.1  # 1 of 1.5
+    ten[:10], ten[10:] = 1.0, 0.1
+    dense[:] = 1.0
+    edge[0], edge[1:3] = 1.0, 0.6  # a large second: not one-sparse
+    found = metrics.neuron_sparsity(torch.stack([one, ten, dense, edge, torch.zeros(d)]))
+    assert found.one_sparse.tolist() == [True, False, False, False, False]
+    assert found.ten_sparse.tolist() == [False, True, False, True, False]
+    assert found.shares() == pytest.approx({"one_sparse": 0.2, "ten_sparse": 0.4, "dense": 0.4})
+    squares = one.square() / one.square().sum()
+    assert float(found.top_1[0]) == pytest.approx(float(squares.max()), rel=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 5), st.integers(2, 30), st.integers(0, 99), st.booleans())
+def test_moments_are_those_of_their_definition(n, d, seed, about_zero):
+    x = rows(n, d, seed).double() + 0.3
+    found = metrics.moments(x, about_zero=about_zero)
+    for row, skew, kurtosis in zip(x.numpy(), *found, strict=True):
+        y = row if about_zero else row - row.mean()
+        assert float(skew) == pytest.approx((y**3).mean() / (y**2).mean() ** 1.5)
+        assert float(kurtosis) == pytest.approx((y**4).mean() / (y**2).mean() ** 2)
+
+
+def test_random_directions_have_the_moments_of_a_normal_distribution():
+    found = metrics.random_moments(2000, 512)
+    assert found.kurtosis == pytest.approx(3 - 6 / 512, abs=0.03) and abs(found.skew) < 0.01
+    assert found == metrics.random_moments(2000, 512) != metrics.random_moments(2000, 512, seed=1)
+
+
+def test_effective_neurons_counts_equal_shares():
+    x = torch.zeros(3, 8)
+    x[0, 2], x[1, :4], x[2] = -5.0, 1.0, 1.0
+    assert metrics.effective_neurons(x).tolist() == pytest.approx([1, 4, 8], rel=1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 5), st.integers(0, 99))
+def test_capacity_is_its_definition_and_sums_to_at_most_the_dimensions(n, d, seed):
+    W = rows(n, d, seed)
+    found = metrics.capacity(W, block=2).numpy()
+    gram = W.double().numpy() @ W.double().numpy().T
+    np.testing.assert_allclose(found, np.diag(gram) ** 2 / (gram**2).sum(1), rtol=1e-6)
+    assert found.sum() <= min(n, d) + 1e-6
+
+
+def test_capacity_of_orthogonal_rows_is_one_and_of_twins_a_half():
+    assert metrics.capacity(2 * torch.eye(4)).tolist() == pytest.approx([1, 1, 1, 1])
+    assert metrics.capacity(torch.tensor([[1.0, 0], [1.0, 0], [0, 0]])).tolist() == pytest.approx(
+        [0.5, 0.5, 0]
+    )
+
+
+def test_the_null_space_is_what_the_projection_does_not_see():
+    W_out = torch.zeros(8, 3)
+    W_out[:2, :2] = rows(2, 2)  # rank 2 of 3
+    x = torch.zeros(3, 8)
+    x[0, 0], x[1, 5], x[2, 1], x[2, 6] = 1.0, 1.0, 1.0, 1.0
+    assert metrics.null_space_share(x, W_out).tolist() == pytest.approx([0, 1, 0.5], abs=1e-6)
+    wide = metrics.null_space_share(rows(500, 64), rows(64, 16, 1))
+    assert float(wide.mean()) == pytest.approx(0.75, abs=0.01), "Nanda's expectation for random directions"
+
+
+def test_outlier_dimensions_are_named_largest_first():
+    W = rows(300, 40)
+    W[:, 7] *= 5
+    W[:, 30] *= 9
+    assert metrics.outlier_dimensions(W).tolist() == [30, 7]
+    assert metrics.outlier_dimensions(rows(300, 40)).tolist() == []
+
+
+def test_latents_that_are_tokens_are_matched_to_them():
+    vocab = rows(30, 12) + 5.0  # all share a part
+    centred = vocab - vocab.mean(0)
+    found, tokens = metrics.token_match(centred[[4, 17]] * 3, vocab)
+    assert tokens.tolist() == [4, 17] and found.tolist() == pytest.approx([1, 1], abs=1e-5)
+
+
+def test_a_probe_ranks_latents_by_cosine():
+    W = torch.tensor([[1.0, 0], [0, 2.0], [-1.0, 0]])
+    found, order = metrics.probe_rank(W, torch.tensor([3.0, 1.0]))
+    assert order.tolist() == [0, 1, 2]
+    assert found.tolist() == pytest.approx([3 / 10**0.5, 1 / 10**0.5, -3 / 10**0.5])
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("ask", "error", "message"),
+    [
+        (lambda: metrics.match(rows(2, 3), rows(2, 4)), ShapeError, r"must have one width, got \(2, 3\) and"),
+        (
+            lambda: metrics.self_similarity([rows(2, 3)]),
+            ShapeError,
+            "two checkpoints or more of one shape, got 1",
+        ),
+        (
+            lambda: metrics.self_similarity([rows(2, 3), rows(3, 3)]),
+            ShapeError,
+            r"got 2 of shapes \[\(2, 3\), \(3, 3\)\]",
+        ),
+        (lambda: metrics.neuron_sparsity(rows(2, 9)), ShapeError, "at least 10 dimensions, got 9"),
+        (
+            lambda: metrics.null_space_share(rows(2, 3), rows(4, 2)),
+            ShapeError,
+            "must read the rows' width 3, got 4. Transpose",
+        ),
+        (
+            lambda: metrics.probe_rank(rows(2, 3), torch.zeros(3)),
+            ConfigError,
+            "must be a direction, got a vector of length 0",
+        ),
+    ],
+)
+def test_what_cannot_be_asked_says_why(ask, error, message):
+    with pytest.raises(error, match=message):
+        ask()

@@ -1,0 +1,99 @@
+"""Probes find what is there, and nothing where nothing is; nothing is chosen on test data."""
+
+import numpy as np
+import pytest
+import torch
+
+from sememe import metrics
+from sememe.errors import ActivationError, ConfigError
+
+
+def labelled(n: int = 200, d: int = 60, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Column 7 tells most, column 20 the rest."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.rand(n, generator=generator) < 0.4
+    acts = torch.randn(n, d, generator=generator).relu()
+    hidden = torch.rand(n, generator=generator) < 0.2
+    acts[:, 7] = torch.where(labels & ~hidden, 3.0, 0.0) + 0.1 * acts[:, 7]
+    acts[:, 20] = torch.where(labels & hidden, 3.0, 0.0) + 0.1 * acts[:, 20]
+    return acts, labels
+
+
+def test_the_latents_that_tell_are_chosen_and_tell():
+    acts, labels = labelled()
+    found = metrics.sparse_probe(acts, labels, (1, 2))
+    assert all(columns == (7,) for columns in found[1].chosen)
+    assert all(set(columns) == {7, 20} for columns in found[2].chosen)
+    hidden = 1 - float(((acts[:, 7] > 1) == labels).double().mean())
+    assert found[1].scores.accuracy == pytest.approx(1 - hidden, abs=0.03)
+    assert found[2].scores == pytest.approx((1.0, 1.0, 1.0), abs=0.01)
+    assert metrics.dense_probe(acts, labels).scores.auroc > 0.9
+
+
+def test_units_of_latents_do_not_count():
+    acts, labels = labelled()
+    scaled = acts * torch.logspace(-3, 3, acts.shape[1])
+    assert (
+        metrics.sparse_probe(scaled, labels, (2,))[2].chosen
+        == metrics.sparse_probe(acts, labels, (2,))[2].chosen
+    )
+
+
+def test_random_labels_are_not_told_however_many_latents_there_are():
+    """Choosing on all rows would find columns that fit by chance: 0.5 only if it does not."""
+    scores, leaking = [], []
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        acts = torch.randn(60, 3000, generator=generator)
+        labels = torch.arange(60) % 2 == 0
+        scores.append(metrics.sparse_probe(acts, labels, (5,), seed=seed)[5].scores.auroc)
+        x, y = acts.numpy(), labels.numpy()
+        difference = np.abs(x[y].mean(0) - x[~y].mean(0))
+        best = torch.from_numpy(np.argsort(-difference)[:5].copy())
+        leaking.append(metrics.dense_probe(acts[:, best], labels, seed=seed).scores.auroc)
+    assert np.mean(scores) == pytest.approx(0.5, abs=0.12)
+    assert np.mean(leaking) > 0.85, "so large the leak would be"
+
+
+def test_always_answering_one_class_is_worth_a_half():
+    acts, labels = torch.zeros(100, 3), torch.arange(100) < 20
+    scores = metrics.sparse_probe(acts, labels, (1,))[1].scores
+    assert scores.accuracy == pytest.approx(0.8) and scores.balanced_accuracy == 0.5 and scores.auroc == 0.5
+
+
+def test_the_same_seed_gives_the_same_scores():
+    acts, labels = labelled(n=80)
+    assert metrics.sparse_probe(acts, labels, (1, 5)) == metrics.sparse_probe(acts, labels, (1, 5))
+
+
+@pytest.mark.parametrize(
+    ("acts", "labels", "ks", "error", "message"),
+    [
+        (
+            torch.zeros(30, 3),
+            torch.arange(30) < 4,
+            (1,),
+            ConfigError,
+            "at least 10 texts, got 4 and 26. Give more",
+        ),
+        (torch.zeros(30, 3), torch.zeros(30, dtype=torch.bool), (1,), ConfigError, "got 0 and 30"),
+        (
+            torch.zeros(30, 3),
+            torch.arange(30) < 15,
+            (4,),
+            ConfigError,
+            "must be in [1, 3], the number of latents, got 4",
+        ),
+        (
+            torch.full((30, 3), torch.nan),
+            torch.arange(30) < 15,
+            (1,),
+            ActivationError,
+            "NaN or infinity in row 0",
+        ),
+    ],
+)
+def test_what_cannot_be_probed_says_why(acts, labels, ks, error, message):
+    with pytest.raises(error) as raised:
+        metrics.sparse_probe(acts, labels, ks)
+    assert message in str(raised.value)
