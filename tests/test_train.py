@@ -311,6 +311,19 @@ def test_the_learning_rate_rises_falls_and_rewarms():
     assert learning_rate(free, 2**14) == pytest.approx(5e-3)
 
 
+def test_the_topk_family_takes_larger_steps_with_adam():
+    def rate(kind: str, optimiser: str = "adam") -> float:
+        made = {"n_tokens": 1, "architecture": {"kind": kind}, "optimiser": {"kind": optimiser}}
+        return learning_rate(TrainConfig.build(made), 4096)
+
+    for kind in ("topk", "batch_topk", "matryoshka"):
+        assert rate(kind) == pytest.approx(4e-3)
+        assert rate(kind, "muon") == pytest.approx(2e-3)
+    assert rate("relu") == rate("jumprelu") == pytest.approx(1.2e-3)
+    given = TrainConfig.build({"n_tokens": 1, "architecture": {"kind": "topk"}, "lr": 1e-3})
+    assert learning_rate(given, 4096) == 1e-3
+
+
 def test_a_store_feeds_training_and_the_dictionary_remembers_it(tmp_path):
     write_corpus(tmp_path / "corpus.jsonl")
     write_model(tmp_path / "model")

@@ -81,6 +81,9 @@ class Sites(Config):
 class ArchitectureConfig(Config):
     """What every architecture's config shares. Subclasses add `kind` (the discriminator) and their options."""
 
+    rate_factor: ClassVar[float] = 1.0
+    """What Adam's rule for the learning rate is multiplied by for this architecture, if none is given."""
+
     kind: str
     """Name of the architecture."""
     d_sae: int | None = None

@@ -29,6 +29,9 @@ N_THRESHOLD_ROWS = 1024
 class SelectionConfig(LinearConfig):
     """Options of every architecture that keeps a number of latents."""
 
+    rate_factor: ClassVar[float] = 10 / 3
+    """Without a penalty that silences latents, larger steps lose none (docs/optimisers.md has the measurements)."""
+
     k: int = 32
     """Latents kept per row."""
     b_dec_init: Literal["geometric_median", "mean"] = "geometric_median"

@@ -63,7 +63,7 @@ class TrainConfig(Config):
     optimiser: OptimiserConfig = AdamConfig()
     """How parameters are updated: adam, signum or muon."""
     lr: float | None = Field(default=None, gt=0)
-    """Learning rate; if not given, what the optimiser's rule says for the width."""
+    """Learning rate; if not given, what the optimiser's rule says for the width and the architecture."""
     warmup: float = Field(default=0.05, ge=0, le=1)
     """Share of the run over which the learning rate rises from 0."""
     decay: float | None = Field(default=None, ge=0, le=1)
@@ -238,5 +238,8 @@ def _text(value: Any) -> str:
 
 
 def learning_rate(config: TrainConfig, d_sae: int) -> float:
-    """The peak learning rate: as given, or by the optimiser's rule for the width."""
-    return config.lr if config.lr is not None else config.optimiser.learning_rate(d_sae)
+    """The peak learning rate: as given, or by the optimiser's rule for the width and, with Adam, the architecture."""
+    if config.lr is not None:
+        return config.lr
+    factor = config.architecture.rate_factor if config.optimiser.kind == "adam" else 1.0
+    return factor * config.optimiser.learning_rate(d_sae)
