@@ -1,9 +1,11 @@
 """Training: it learns, it resumes to the same bits after kill -9, and bad runs stop with a reason."""
 
+import contextlib
 import json
 import math
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -384,6 +386,25 @@ with Log({str(tmp_path / "log.jsonl")!r}, ("wandb",), name="run", config={{"k": 
     (run,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     content = run.read_bytes()
     assert b"fvu" in content and b"0.25" in content and b"words" not in content
+
+
+def test_trackio_gets_the_same_numbers(tmp_path):
+    """The real package, where it is installed; its database gives back what was logged."""
+    pytest.importorskip("trackio")
+    code = f"""
+from sememe.tracking import Log
+with Log({str(tmp_path / "log.jsonl")!r}, ("trackio",), name="run", config={{"k": 3}}) as log:
+    log.write(1, {{"fvu": 0.5, "note": "words"}})
+    log.write(2, {{"fvu": 0.25}})
+"""
+    where = {"TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | where
+    )
+    assert done.returncode == 0, done.stderr
+    with contextlib.closing(sqlite3.connect(tmp_path / "trackio" / "sememe.db")) as database:
+        logged = database.execute("SELECT step, metrics FROM metrics ORDER BY step").fetchall()
+    assert [(step, json.loads(values)) for step, values in logged] == [(1, {"fvu": 0.5}), (2, {"fvu": 0.25})]
 
 
 def test_the_log_is_cut_back_to_the_checkpoint(tmp_path):
