@@ -57,7 +57,7 @@ class GridConfig(Config):
 def grid(config: GridConfig, *, fresh: bool = False) -> artifact.Artifact:
     """Train a dictionary for every penalty and ratio on one stream; measure each; draw the four plots.
 
-    The artifact holds grid.json (a line per dictionary), grid.csv and a picture per plot, and lies in OUT/plots.
+    The artifact holds grid.json (a line per dictionary), grid.csv and grid.svg, and lies in OUT/plots.
 
     Args:
         config: Which grid.
@@ -68,7 +68,7 @@ def grid(config: GridConfig, *, fresh: bool = False) -> artifact.Artifact:
     """
     sizes = _sizes(config)
     sweep = (
-        f"l1_coefficient={','.join(f'{value:g}' for value in config.penalties)}",
+        f"l1_coefficient={','.join(map(repr, config.penalties))}",
         f"d_sae={','.join(map(str, sizes))}",
     )
     trained = config.train.replace(sweep=sweep, out=config.out / "dictionaries")
@@ -110,6 +110,8 @@ def _sizes(config: GridConfig) -> list[int]:
         raise ConfigError(
             "a grid must have no sweep of its own", " ".join(config.train.sweep), "Drop --sweep, or --grid."
         )
+    if len(set(config.penalties)) < len(config.penalties):
+        raise ConfigError("each penalty must be named once", f"{config.penalties}", "Leave the repeats out.")
     sizes = [round(ratio * config.planted.n_features) for ratio in config.ratios]
     if min(sizes) < 1 or len(set(sizes)) < len(sizes):
         raise ConfigError(

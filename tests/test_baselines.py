@@ -182,13 +182,26 @@ def test_ica_finds_independent_sources_that_pca_does_not():
     mixing /= mixing.norm(dim=1, keepdim=True)
     x = sources @ mixing + 7.0
     ica, pca = ICA.fit(x, ICAConfig()), PCA.fit([x], PCAConfig())
-    assert ica.converged
+    assert bool(ica.converged)
     assert metrics.mmacs(mixing, ica.decoder_directions()) > 0.99
     assert metrics.mmacs(mixing, pca.decoder_directions()) < 0.9
     assert metrics.mmacs(mixing, ica.W_enc.T) < 0.9, "the analysis matrix is not the dictionary"
     assert fvu(ica, x) < 1e-9
-    kept = ICA.fit(x, ICAConfig(k=3))
-    assert fvu(kept, x) < fvu(PCA.fit([x], PCAConfig(k=3)), x) + 0.2
+    kept, dense = ICA.fit(x, ICAConfig(k=3)), ica.encode(x).to_dense()
+    largest = dense.abs().topk(3, dim=1).indices
+    expected = torch.zeros_like(dense).scatter(1, largest, dense.gather(1, largest)) @ ica.W_dec + ica.b_dec
+    assert torch.allclose(kept(x), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("last", ["sum", "copy", "constant"])
+def test_ica_of_rows_that_do_not_fill_their_space(last):
+    x = torch.randn(400, 6, generator=torch.Generator().manual_seed(0))
+    column = {"sum": -x.sum(1), "copy": x[:, 0], "constant": torch.ones(400)}[last]
+    z = torch.cat([x, column[:, None]], 1)
+    ica = ICA.fit(z, ICAConfig())
+    assert ica.d_sae == 6 and fvu(ica, z) < 1e-6
+    with pytest.raises(ShapeError, match=r"dimensions in which rows vary, 6, got 7\. Lower d_sae"):
+        ICA.fit(z, ICAConfig(d_sae=7))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from sememe.cli import _run
 from sememe.dictionaries.relu import ReLUConfig
 from sememe.dictionaries.topk import TopKConfig
 from sememe.errors import ConfigError
-from sememe.grid import GRID, GridConfig, grid
+from sememe.grid import GRID, N_ROWS, GridConfig, grid
+from sememe.metrics import mmcs
 from sememe.toy import PlantedSource, ToyConfig, recovery
 from sememe.train import TrainConfig, open_sweep
 
@@ -43,8 +44,14 @@ def test_every_cell_is_what_its_dictionary_does(tmp_path, capsys):
         assert line["l0"] == pytest.approx(float((dense > 0).sum(1).float().mean()), rel=0.1, abs=0.05)
         error = (x - dictionary(x).detach()).square().sum() / (x - x.mean(0)).square().sum()
         assert line["fvu"] == pytest.approx(float(error), rel=0.1)
-        assert line["dead"] <= int((dense > 0).any(0).logical_not().sum())
-        assert (line["next_larger"] is None) == (line["d_sae"] == 40)
+        fresh = dictionary.encode(source.hold_out(N_ROWS).x).to_dense()
+        assert line["dead"] == int((fresh > 0).any(0).logical_not().sum())
+        assert line["precision"] == recovery(source.planted, dictionary).precision
+        if line["d_sae"] == 40:
+            assert line["next_larger"] is None
+        else:
+            larger = sweep.load(names[line["l1_coefficient"], 40]).decoder_directions()
+            assert line["next_larger"] == mmcs(dictionary.decoder_directions(), larger)
     found = {(line["l1_coefficient"], line["d_sae"]): line for line in lines}
     assert found[0.01, 40]["recall"] > found[0.01, 10]["recall"]
     assert found[1.0, 40]["fvu"] > 2 * found[0.01, 40]["fvu"], "the larger penalty costs more"
@@ -99,6 +106,7 @@ def test_families_are_reported(tmp_path, capsys):
             {"train": TrainConfig(architecture=ReLUConfig(), sweep=("seed=0,1",))},
             "no sweep of its own, got seed=0,1. Drop --sweep",
         ),
+        ({"penalties": (0.1, 0.1)}, r"named once, got \(0.1, 0.1\)"),
         ({"ratios": (1.0, 1.01)}, "a size of its own, at least 1, got"),
         ({"ratios": (0.001,)}, "a size of its own, at least 1, got"),
     ],

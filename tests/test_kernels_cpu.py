@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from products import KINDS, products_in
 
-from sememe import kernels
+from sememe import dictionaries, kernels
+from sememe.dictionaries.relu import ReLUConfig
+from sememe.dictionaries.topk import TopKConfig
 from sememe.encoded import Encoded
 from sememe.kernels import cpu, reference
-from sememe.kernels.cpu import buffers, encode, pool
+from sememe.kernels.cpu import buffers, encode, loops, pool
 from sememe.kernels.cpu import rough as rough_products
 from sememe.kernels.cpu.sums import Transposed
 
@@ -358,7 +360,9 @@ def test_entries_are_sorted_again_once_they_are_others():
     ptr = torch.tensor([0, 3, 3, 8])
     indices = torch.randint(0, 5, (8,), generator=generator).int()
     first = Transposed.of(indices, ptr, 5)
-    assert Transposed.of(indices.detach(), ptr, 5) is first, "the encoder's gradient asks for it again"
+    assert Transposed.of(indices.detach(), ptr.clone(), 5) is first, (
+        "the encoder's gradient asks for it again"
+    )
 
     def check(d_sae=5):
         for ours, expected in zip(
@@ -377,3 +381,20 @@ def test_entries_are_sorted_again_once_they_are_others():
         gc.collect()
         indices = torch.randint(0, 5, (8,), generator=generator).int()
         check()
+
+
+@pytest.mark.parametrize(
+    "config", [TopKConfig(k=3, d_sae=40), ReLUConfig(d_sae=400)], ids=lambda config: config.kind
+)
+def test_a_step_sorts_its_entries_once(config, monkeypatch):
+    counted, by_latent = [], loops.by_latent
+    monkeypatch.setattr(loops, "by_latent", lambda *parts: (counted.append(1), by_latent(*parts)))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 16, generator=generator)
+    dictionary = dictionaries.build(config, 16, 16)
+    dictionary.initialise(x, x, generator)
+    if config.kind == "relu":
+        with torch.no_grad():
+            dictionary.b_enc.sub_(8.0)  # few are active
+    dictionary.loss(x, x, 0.5).total.backward()
+    assert len(counted) == 1

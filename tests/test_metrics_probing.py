@@ -56,6 +56,8 @@ def test_random_labels_are_not_told_however_many_latents_there_are():
 
 
 def test_always_answering_one_class_is_worth_a_half():
+    uneven = metrics.sparse_probe(torch.zeros(53, 3), torch.arange(53) < 13, (1,))[1].scores
+    assert uneven.auroc == 0.5, "folds with other shares of the classes are not compared"
     acts, labels = torch.zeros(100, 3), torch.arange(100) < 20
     scores = metrics.sparse_probe(acts, labels, (1,))[1].scores
     assert scores.accuracy == pytest.approx(0.8) and scores.balanced_accuracy == 0.5 and scores.auroc == 0.5

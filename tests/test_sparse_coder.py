@@ -121,6 +121,16 @@ def test_a_reconstructed_row_takes_no_more_directions():
     assert not zero.any()
 
 
+def test_a_broken_row_is_not_silent():
+    for options in ({"k": 2}, {"encoder": "fista", "non_negative": True}):
+        made = SparseCoder(SparseCoderConfig.build(options | {"d_sae": 40}), 8, 8, 40)
+        made.W_dec = unit(rows(40, 8))
+        x = rows(3, 8, 4)
+        x[1, 3] = torch.nan
+        recon = made(x)
+        assert bool(recon[1].isnan().any()) and bool(recon[[0, 2]].isfinite().all())
+
+
 def test_codes_do_not_depend_on_the_batch(monkeypatch):
     from sememe.dictionaries import sparse_coder
 
@@ -134,7 +144,7 @@ def test_codes_do_not_depend_on_the_batch(monkeypatch):
     assert parts.k == 3
 
 
-def test_a_trained_dictionarys_directions_are_coded_better_by_search(tmp_path):
+def test_a_dictionarys_directions_are_coded_better_by_search(tmp_path):
     generator = torch.Generator().manual_seed(0)
     x = rows(500, 12) + 4.0
     dictionary = dictionaries.build(TopKConfig(k=3, d_sae=40), 12, 12)

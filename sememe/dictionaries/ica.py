@@ -82,7 +82,8 @@ class ICA(Dictionary):
         self.W_enc: Tensor
         self.W_dec: Tensor
         self.b_dec: Tensor
-        self.converged = True
+        self.register_buffer("converged", torch.tensor(True))
+        self.converged: Tensor
         self.signed = True
 
     @classmethod
@@ -95,7 +96,7 @@ class ICA(Dictionary):
         """The independent components of raw activations; `converged` says whether FastICA came to rest.
 
         Raises:
-            ShapeError: fewer rows than twice the components.
+            ShapeError: fewer rows than twice the components, or more components than dimensions in which rows vary.
             ActivationError: a row is NaN or infinite.
         """
         from sklearn.decomposition import FastICA
@@ -110,6 +111,18 @@ class ICA(Dictionary):
             raise ActivationError(
                 "activations must be finite", "NaN or infinity among the rows", "Look at them."
             )
+        centred = x.double().cpu() - x.double().cpu().mean(0)
+        values = torch.linalg.eigvalsh(centred.T @ centred)
+        rank = int((values > 1e-10 * values[-1]).sum())
+        if config.d_sae is None and 2 <= rank < d_sae:
+            d_sae = rank  # e.g. a dead dimension, or rows that sum to 0
+            config = config.replace(d_sae=rank, k=None if config.k is None else min(config.k, rank))
+        if d_sae > rank:
+            raise ShapeError(
+                f"ica must have at most as many components as the dimensions in which rows vary, {rank}",
+                d_sae,
+                "Lower d_sae.",
+            )
         made = cls(config, x.shape[1], x.shape[1], d_sae, sites)
         search = FastICA(
             d_sae,
@@ -121,7 +134,8 @@ class ICA(Dictionary):
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             search.fit(x.double().cpu().numpy())
-        made.converged = not any(issubclass(warning.category, ConvergenceWarning) for warning in warned)
+        # others are about directions without variance, which come after the components
+        made.converged.fill_(not any(issubclass(warning.category, ConvergenceWarning) for warning in warned))
         lengths = np.linalg.norm(search.mixing_, axis=0)
         made.W_dec.copy_(torch.from_numpy(search.mixing_.T / lengths[:, None]))
         made.W_enc.copy_(torch.from_numpy(search.components_.T * lengths))

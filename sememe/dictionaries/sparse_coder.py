@@ -1,6 +1,6 @@
 """Sparse coding over given directions: OMP, gradient pursuit and FISTA as encoders, K-SVD and MOD to learn with.
 
-An encoder that searches for each row's code finds what a trained encoder could at best; it is slow. Knows rows, no
+An encoder that searches for each row's code is slow, and a strong reference for a trained one. Knows rows, no
 trainer of ours.
 """
 
@@ -93,16 +93,22 @@ class SparseCoder(Dictionary):
         """Codes by search; nothing flows back through it."""
         self.check_input(x)
         parts = []
-        for rows in torch.split(x - self.b_dec, max(1, N_AT_ONCE // self.d_sae)):
+        for rows in torch.split(
+            x - self.b_dec, max(1, N_AT_ONCE // max(self.d_sae, self.config.k * self.d_in))
+        ):
+            broken = ~torch.isfinite(rows).all(
+                1, keepdim=True
+            )  # no search ends well there; silence would hide it
             if self.config.encoder == "fista":
                 codes = fista(
                     rows, self.W_dec, self.config.penalty, self.config.n_steps, self.config.non_negative
                 )
-                parts.append(Encoded.from_dense(codes))
+                parts.append(Encoded.from_dense(torch.where(broken, torch.nan, codes)))
             else:
                 acts, indices = pursue(
                     rows, self.W_dec, self.config.k, self.config.encoder == "omp", self.config.non_negative
                 )
+                acts = torch.where(broken, torch.nan, acts)
                 parts.append(Encoded.from_topk(acts, indices.to(torch.int32), self.d_sae))
         return Encoded.cat(parts) if len(parts) != 1 else parts[0]
 
@@ -273,7 +279,7 @@ def ksvd(x: Float[Tensor, "rows d"], config: KSVDConfig, sites: Sites | None = N
         raise ShapeError(f"learning {d_sae} directions takes at least as many rows", n_rows, "Give it more.")
     if not bool(torch.isfinite(x).all()):
         raise ActivationError("activations must be finite", "NaN or infinity among the rows", "Look at them.")
-    made = SparseCoder(config.coder().replace(d_sae=d_sae), d, d, d_sae, sites)
+    made = SparseCoder(config.coder().replace(d_sae=d_sae), d, d, d_sae, sites).to(x.device)
     made.b_dec = x.mean(0)
     centred = x - made.b_dec
     order = torch.randperm(n_rows, generator=torch.Generator().manual_seed(config.seed))
@@ -285,7 +291,7 @@ def ksvd(x: Float[Tensor, "rows d"], config: KSVDConfig, sites: Sites | None = N
             residual = centred - codes @ made.W_dec
             errors.append(float(residual.square().mean()))
             if config.update == "mod":
-                gram = codes.T @ codes + 1e-6 * torch.eye(d_sae)
+                gram = codes.T @ codes + 1e-6 * torch.eye(d_sae, device=x.device)
                 made.W_dec = _unit(torch.linalg.solve(gram, codes.T @ centred))
                 _replace_unused(made.W_dec, codes, residual)
             else:

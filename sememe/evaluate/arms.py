@@ -28,7 +28,7 @@ from sememe.text import TokenPolicy
 __all__ = ["Arms", "join", "make_arms"]
 
 N_SAMPLE_ROWS = 8192
-"""Rows from which the untrained null is initialised and the dictionary's l0 is estimated; ICA takes all it can get."""
+"""Rows from which the untrained null is initialised and the dictionary's l0 is estimated."""
 
 
 class Arms(NamedTuple):
@@ -73,15 +73,17 @@ def make_arms(
 ) -> tuple[Arms, dict[str, Any]]:
     """The dictionary and its nulls at its l0, and the mean of the training rows."""
     moments, sample_x, sample_target, n_sampled = Moments(), [], [], 0
-    n_wanted = max(N_SAMPLE_ROWS, config.n_fit_rows) if "ica" in config.nulls else N_SAMPLE_ROWS
+    for_ica: list[Tensor] = []
     with track("fit nulls", config.n_fit_rows, "rows") as progress:
         for activations in _fit_rows(config, lm, sites, policy, store):
             left = config.n_fit_rows - moments.n
             target = join(activations, sites.outputs)[:left].to(lm.device, torch.float32)
-            if n_sampled < n_wanted:
+            if "ica" in config.nulls:
+                for_ica.append(target.cpu())
+            if n_sampled < N_SAMPLE_ROWS:
                 x = join(activations, sites.inputs)[:left].to(lm.device, torch.float32)
-                sample_x.append(x[: n_wanted - n_sampled])
-                sample_target.append(target[: n_wanted - n_sampled])
+                sample_x.append(x[: N_SAMPLE_ROWS - n_sampled])
+                sample_target.append(target[: N_SAMPLE_ROWS - n_sampled])
                 n_sampled += sample_x[-1].shape[0]
             moments.update(target)
             progress.advance(target.shape[0])
@@ -96,13 +98,21 @@ def make_arms(
     x, target = torch.cat(sample_x), torch.cat(sample_target)
     found = metrics.Sparsity(dictionary.d_sae)
     with torch.inference_mode():
-        for part in torch.split(x[:N_SAMPLE_ROWS], 2048):
+        for part in torch.split(x, 2048):
             found.update(dictionary.encode(part))
     k = max(1, round(found.compute()["l0"].value))
-    nulls = {name: _null(name, k, config, dictionary, sites, moments, x, target) for name in config.nulls}
+    nulls: dict[str, Dictionary] = {}
+    for name in config.nulls:
+        if name == "ica":
+            options = ICAConfig(k=min(k, dictionary.d_in), seed=config.seed)
+            nulls[name] = ICA.fit(torch.cat(for_ica), options, sites).to(lm.device)
+        else:
+            nulls[name] = _null(name, k, config, dictionary, sites, moments, x, target)
     parts = _parts(config, dictionary, found.density())
     arms = Arms({"dictionary": dictionary, **parts, **nulls}, moments.mean().float(), tuple(parts))
     configs = {name: {**null.config.resolved(), "d_sae": null.d_sae} for name, null in nulls.items()}
+    if "ica" in nulls:
+        configs["ica"]["converged"] = bool(nulls["ica"].converged)
     return arms, configs
 
 
@@ -112,7 +122,7 @@ def _parts(
     """Parts of the dictionary by name; densities are those on training rows."""
     made: dict[str, Dictionary] = {}
     for limit in config.leave_out_above:
-        made[f"without_above_{limit:g}"] = Part(dictionary, density <= limit)
+        made[f"without_above_{limit!r}"] = Part(dictionary, density <= limit)
     for n in config.top_latents:
         top = torch.zeros_like(density, dtype=torch.bool)
         top[density.argsort(descending=True, stable=True)[:n]] = True
@@ -134,17 +144,13 @@ def _null(
     k = min(k, width)
     if name == "pca":
         return PCA.from_moments(moments, PCAConfig(k=k), sites)
-    if name == "ica":
-        return ICA.fit(target, ICAConfig(k=k, seed=config.seed), sites)
     if name == "identity":
         return Identity.from_mean(moments.mean(), IdentityConfig(k=k), sites)
     if name == "random_directions":
         options = RandomDirectionsConfig(k=k, d_sae=width, seed=config.seed)
         return RandomDirections.from_mean(moments.mean(), options, sites)
     untrained = dictionaries.build(TopKConfig(k=k, d_sae=width), dictionary.d_in, dictionary.d_out, sites)
-    untrained.initialise(
-        x[:N_SAMPLE_ROWS].cpu(), target[:N_SAMPLE_ROWS].cpu(), torch.Generator().manual_seed(config.seed)
-    )
+    untrained.initialise(x.cpu(), target.cpu(), torch.Generator().manual_seed(config.seed))
     return untrained.fold().eval().to(x.device)
 
 

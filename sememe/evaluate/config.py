@@ -50,8 +50,8 @@ class EvaluateConfig(Config):
     """Contexts per forward."""
     n_bootstrap: int = Field(default=1000, ge=0)
     """Draws of documents for the 95% intervals; 0 gives none."""
-    seed: int = 0
-    """Of the bootstrap and the untrained null."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Of the bootstrap and of nulls that are drawn."""
 
     @field_validator("leave_out_above")
     @classmethod

@@ -244,6 +244,8 @@ class Measured:
         main |= {f"{name}_base": statistic for name, statistic in self._quality("base").items()}
         main |= {f"ce_{name}": values["ce"] for name, values in ablations.items()}
         parts = {name: found[name] for name in arms.parts}
+        for values in parts.values():  # what is left out of a part is not silent
+            del values["frac_alive"], values["frac_alive_8192"]
         nulls = {name: found[name] for name in found if name != "dictionary" and name not in parts}
         return {
             "format_version": 1,
@@ -252,7 +254,7 @@ class Measured:
             "parts": parts,
             "nulls": nulls,
             "ablations": ablations,
-            "density": {name: self._density(name) for name in arms.dictionaries},
+            "density": {name: self._density(name) for name in arms.dictionaries if name not in parts},
             "by_language": self._grouped(0),
             "by_source": self._grouped(1),
             **self._by_site(),

@@ -26,7 +26,7 @@ PANELS = (
 
 
 def grid_plots(lines: Sequence[Mapping[str, Any]], n_features: int) -> dict[str, str]:
-    """The four plots side by side, as an SVG by file name.
+    """The four plots in one picture, as an SVG by file name.
 
     Args:
         lines: One per dictionary: l1_coefficient, d_sae, and the panels' numbers; None where there is none.

@@ -21,6 +21,7 @@ COLOURS = {
     "untrained": "#8250df",
     "random_directions": "#bf3989",
     "identity": "#57606a",
+    "ica": "#1a7f37",
     "mean": "#6e7781",
     "zero": "#24292f",
 }

@@ -52,14 +52,18 @@ def _note(statistic: Mapping[str, Any]) -> str:
 
 
 def headline_table(reports: Mapping[str, Data]) -> Table:
-    """Each dictionary and, below it, its nulls; a column per headline metric."""
+    """Each dictionary and, below it, parts of it and its nulls; a column per headline metric."""
     columns = [name for name in HEADLINE if any(name in r["metrics"] for r in reports.values())]
     table = Table(["", *columns], [], [])
     for title, data in reports.items():
         for arm, statistics in arms_of(data):
             found = [statistics.get(name) for name in columns]
             table.rows.append(
-                [title if arm == "dictionary" else f"null: {arm}"]
+                [
+                    title
+                    if arm == "dictionary"
+                    else f"{'part' if arm in data.get('parts', {}) else 'null'}: {arm}"
+                ]
                 + [number(s["value"]) if s else "" for s in found]
             )
             table.notes.append([""] + [_note(s) if s else "" for s in found])

@@ -27,7 +27,7 @@ splitting, the rare cluster, cheats); `geometry` where a dictionary's directions
 
 from __future__ import annotations
 
-from sememe.metrics.directions import Nearest, mcs, mmcs, nearest_directions
+from sememe.metrics.directions import Nearest, mcs, mmcs, nearest_directions, unit_rows
 from sememe.metrics.geometry import (
     Moments,
     NeuronSparsity,
@@ -115,4 +115,5 @@ __all__ = [
     "sparse_probe",
     "splits",
     "token_match",
+    "unit_rows",
 ]

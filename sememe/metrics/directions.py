@@ -38,7 +38,8 @@ def nearest_directions(
         block: Rows of either set at a time: memory is block^2 + (n_a + n_b) d, whatever the sets' sizes.
 
     Raises:
-        ShapeError: the two sets live in different spaces, or `b` has fewer than n directions.
+        ShapeError: the two sets live in different spaces.
+        ConfigError: `b` has fewer than n directions.
     """
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1]:
         raise ShapeError(
@@ -86,7 +87,7 @@ def mmcs(a: Float[Tensor, "n_a d"], b: Float[Tensor, "n_b d"], *, block: int = 4
 
 
 def unit_rows(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    """Rows of norm 1 in float32; those of length 0 stay."""
+    """Rows of norm 1 in float32; those of length 0 stay, and NaN does."""
     x = x.detach().float()
     norms = x.norm(dim=1, keepdim=True)
-    return torch.where(norms > 0, x / norms, 0.0)
+    return torch.where(norms == 0, 0.0, x / norms)  # so written, NaN stays

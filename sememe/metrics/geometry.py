@@ -110,9 +110,10 @@ def random_moments(n: int, d: int, seed: int = 0) -> RandomBaseline:
 
 
 def effective_neurons(rows: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
-    """1 / sum of squared shares of each row's square: 1 for a single dimension, d for all alike (Simpson)."""
-    shares = unit_rows(rows).square().double()
-    return 1 / shares.square().sum(1)
+    """1 / sum of squared shares of each row's square: 1 for a single dimension, d for all alike (Simpson); NaN for
+    rows of length 0."""
+    shares = unit_rows(rows).square().double().square().sum(1)
+    return torch.where(shares == 0, torch.nan, 1 / shares)
 
 
 def capacity(W_dec: Float[Tensor, "d_sae d"], *, block: int = 4096) -> Float[Tensor, " d_sae"]:
@@ -131,7 +132,7 @@ def null_space_share(
 ) -> Float[Tensor, " n"]:
     """Share of each row's square that an output projection maps to nothing.
 
-    Source: Nanda 2023; with d = 4 d_model, 0.75 is what random directions have.
+    Source: Nanda 2023; with d = 4 d_model, 0.75 is what random directions have. NaN for rows of length 0.
 
     Args:
         rows: Directions in the projection's input.
@@ -151,7 +152,7 @@ def null_space_share(
     seen = left[:, values > tolerance * values[0]]
     unit = unit_rows(rows).double()
     unseen: Tensor = 1 - (unit @ seen).square().sum(1)
-    return unseen.clamp(0, 1)
+    return torch.where(unit.any(1), unseen.clamp(0, 1), torch.nan)
 
 
 def outlier_dimensions(W_dec: Float[Tensor, "d_sae d"], times: float = 6.0) -> Int[Tensor, " n"]:
@@ -186,6 +187,7 @@ def probe_rank(
     length = float(probe.norm())
     if not math.isfinite(length) or length == 0:
         raise ConfigError("a probe must be a direction", f"a vector of length {length:g}", "Fit it again.")
-    cosines = unit_rows(W_dec) @ (probe / length).to(W_dec)
+    rows = unit_rows(W_dec)
+    cosines = rows @ (probe / length).to(rows)
     order = cosines.argsort(descending=True, stable=True)
     return cosines[order], order

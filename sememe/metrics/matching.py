@@ -1,7 +1,7 @@
 """One dictionary against another, or against itself later: one-to-one matches, stability, splitting, cheats.
 
-Knows matrices of rows. Cosines are signed unless `absolute` is said; nothing of size n_a x n_b is held but the
-float32 cosines of `match`, which an assignment needs.
+Knows matrices of rows. Cosines are signed unless `absolute` is said; nothing of size n_a x n_b is held but by `match`,
+whose assignment needs it.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Match(NamedTuple):
 
 
 def match(a: Float[Tensor, "n_a d"], b: Float[Tensor, "n_b d"], *, block: int = 4096) -> Match:
-    """The one-to-one matching with the largest sum of cosines (Hungarian). Takes 4 n_a n_b bytes, and n^3 steps at
-    worst.
+    """The one-to-one matching with the largest sum of cosines (Hungarian). Takes about 20 n_a n_b bytes (the cosines,
+    and scipy's copies in float64), and n^3 steps at worst.
 
     Raises:
         ShapeError: the two sets live in different spaces.
@@ -205,7 +205,7 @@ class RareCluster(NamedTuple):
     share: float
     """Share of the latents that are rare."""
     coincide: float
-    """Share of these whose encoder direction has a cosine above 0.95 with their mean."""
+    """Share of these whose encoder direction has a cosine above 0.95 with their mean; 1 for a single one."""
     direction: Float[Tensor, " d_in"]
     """That mean, of norm 1; compare it across seeds. 0 where no latent is rare."""
     latents: Int[Tensor, " n"]

@@ -29,7 +29,7 @@ class ProbeScores(NamedTuple):
     balanced_accuracy: float
     """Mean of the two classes' accuracies: 0.5 for always answering one of them."""
     auroc: float
-    """Chance is 0.5, whatever the shares of the classes."""
+    """Mean over the folds, whose models' answers are not comparable; chance is 0.5, whatever the shares."""
 
 
 class Probe(NamedTuple):
@@ -57,7 +57,7 @@ def sparse_probe(
         acts: A row per text: e.g. the largest activation of each latent in it.
         labels: Its class.
         ks: How many columns.
-        n_folds: Outer folds, each stratified; and as many inner ones.
+        n_folds: Outer folds, each stratified; at most three inner ones.
         seed: Of the folds.
 
     Raises:
@@ -75,7 +75,7 @@ def sparse_probe(
             columns = _most_different(x[train], y[train], k)
             chosen.append(tuple(int(column) for column in columns))
             answers[test] = _answers(x[train][:, columns], y[train], x[test][:, columns], n_folds, seed)
-        found[k] = Probe(_scores(answers, y), tuple(chosen))
+        found[k] = Probe(_scores(answers, y, _folds(y, n_folds, seed)), tuple(chosen))
     return found
 
 
@@ -87,7 +87,7 @@ def dense_probe(
     answers = np.zeros(len(y))
     for train, test in _folds(y, n_folds, seed):
         answers[test] = _answers(x[train], y[train], x[test], n_folds, seed)
-    return Probe(_scores(answers, y), ())
+    return Probe(_scores(answers, y, _folds(y, n_folds, seed)), ())
 
 
 def _checked(acts: Tensor, labels: Tensor, n_folds: int) -> tuple[np.ndarray, np.ndarray]:
@@ -151,12 +151,12 @@ def _answers(x: np.ndarray, y: np.ndarray, test: np.ndarray, n_folds: int, seed:
     return answers
 
 
-def _scores(answers: np.ndarray, y: np.ndarray) -> ProbeScores:
+def _scores(answers: np.ndarray, y: np.ndarray, folds: list[tuple[np.ndarray, np.ndarray]]) -> ProbeScores:
     from sklearn.metrics import roc_auc_score
 
     right = (answers > 0) == y
     return ProbeScores(
         accuracy=float(right.mean()),
         balanced_accuracy=float((right[y].mean() + right[~y].mean()) / 2),
-        auroc=float(roc_auc_score(y, answers)),
+        auroc=float(np.mean([roc_auc_score(y[test], answers[test]) for _, test in folds])),
     )

@@ -45,7 +45,8 @@ class ToyConfig(Config):
     child_share: float | None = Field(default=None, gt=0, le=1)
     """How often an active parent has an active child, 0.5 if not given; only with n_children > 0."""
     fill_empty: bool = False
-    """Give one feature, drawn uniformly, to each row that has none (the replication's correlated variant)."""
+    """Give one feature, drawn uniformly, to each row that has none (the replication's correlated variant); `n_active`
+    and rates do not count these."""
     seed: int = Field(default=0, ge=0)
     """Decides the features and the stream of rows."""
 

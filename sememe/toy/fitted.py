@@ -1,11 +1,13 @@
 """A planted dictionary with the statistics of real activations, and where it still differs from them.
 
-The features are a trained dictionary's decoder rows; how often each is active, and how strongly (log-normal, with
-its own mean and spread), is counted on real rows; what the dictionary leaves over becomes Gaussian noise of the same
-mean and covariance. Features are independent of one another: what differs then is what their company means.
+The features are a trained dictionary's decoder rows; how often each is active, and how strongly (log-normal, of
+its own mean and mean square), is counted on real rows; what the dictionary leaves over becomes Gaussian noise of the
+same mean and covariance. Features are independent of one another: what differs then is what their company means.
 """
 
 from __future__ import annotations
+
+import copy
 
 import torch
 from jaxtyping import Float
@@ -37,6 +39,7 @@ class Fitted:
 
     @torch.no_grad()
     def __init__(self, dictionary: Dictionary, x: Float[Tensor, "rows d"]) -> None:
+        dictionary, x = copy.deepcopy(dictionary).cpu(), x.cpu()
         n_rows, d = x.shape
         if d != dictionary.d_in or dictionary.d_in != dictionary.d_out:
             raise ShapeError(
@@ -60,16 +63,17 @@ class Fitted:
                 raise ConfigError(
                     "a fit must be made with activations >= 0", "a negative one", "Take another architecture."
                 )
-            logs = (acts * scale[latents]).double().log()
+            sizes = (acts * scale[latents]).double()
             counts += torch.bincount(latents, minlength=dictionary.d_sae)
-            sums.index_add_(0, latents, logs)
-            squares.index_add_(0, latents, logs.square())
+            sums.index_add_(0, latents, sizes)
+            squares.index_add_(0, latents, sizes.square())
         alive = counts > 1
         self.features = directions[alive] / directions[alive].norm(dim=1, keepdim=True)
         self.rates = (counts[alive] / n_rows).float()
         mean = sums[alive] / counts[alive]
-        self.log_mean = mean.float()
-        self.log_std = (squares[alive] / counts[alive] - mean.square()).clamp_min(0).sqrt().float()
+        spread = (squares[alive] / counts[alive] / mean.square()).log().clamp_min(0)
+        self.log_mean = (mean.log() - spread / 2).float()
+        self.log_std = spread.sqrt().float()
         silent = Encoded.from_topk(torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.int32), dictionary.d_sae)
         self.centre = dictionary.decode(silent, torch.zeros(1, d))[0]
         left = torch.cat(rest).double()
@@ -112,7 +116,8 @@ def _statistics(x: Float[Tensor, "rows d"], dictionary: Dictionary) -> dict[str,
     total = variances.sum()
     unit = centred / centred.norm(dim=1, keepdim=True)
     half = unit.shape[0] // 2
-    fourth = centred.pow(4).mean(0) / centred.square().mean(0).square()
+    varying = centred[:, centred.square().mean(0) > 0]
+    fourth = varying.pow(4).mean(0) / varying.square().mean(0).square()
     reconstruction = metrics.Reconstruction()
     l0 = 0.0
     for part in torch.split(x, N_AT_ONCE):

@@ -3,7 +3,8 @@
 A residual stream of width d carries n sparse inputs in [-1, 1]; MLPs of a few neurons each have to write their
 absolute values. Which layer computes which feature is read from ablations.
 
-Source: the computation is that of Elhage et al. 2022, arXiv:2209.10652, section 7; the stack is ours.
+Source: the computation is that of Elhage et al. 2022, arXiv:2209.10652 (computation in superposition); the stack
+is ours.
 """
 
 from __future__ import annotations

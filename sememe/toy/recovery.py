@@ -57,7 +57,7 @@ def _learned(truth: Truth, dictionary: Dictionary) -> Float[Tensor, "d_sae d_out
             learned.shape[1],
             "Compare it with the planted dictionary that it was trained on.",
         )
-    return learned
+    return metrics.unit_rows(learned)
 
 
 class Absorption(NamedTuple):
@@ -102,6 +102,9 @@ def absorption(
             "Raise n_children.",
         )
     cosines = truth.features @ _learned(truth, dictionary).T
+    if getattr(dictionary, "signed", False):
+        cosines = cosines.abs()
+    device = dictionary.decoder_directions().device
     best = cosines.max(dim=1)
     size = 1 + config.n_children
     found = (best.values > FOUND_COSINE).view(-1, size)
@@ -113,7 +116,7 @@ def absorption(
     for start in range(0, n_rows, N_AT_ONCE):
         rows = truth.batch(min(N_AT_ONCE, n_rows - start), generator)
         active = (rows.codes.to_dense() > 0).view(rows.x.shape[0], -1, size)[:, parents]
-        fires = dictionary.encode(rows.x).to_dense()[:, latents[parents, 0]] != 0
+        fires = dictionary.encode(rows.x.to(device)).to_dense().cpu()[:, latents[parents, 0]] != 0
         with_child = active[..., 1:].any(dim=-1)
         for place, among in enumerate((with_child, active[..., 0] & ~with_child)):
             n[place] += among.sum()

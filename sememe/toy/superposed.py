@@ -32,9 +32,9 @@ class SuperposedConfig(Config):
 
     n_features: int = Field(default=80, ge=2)
     """Features of x."""
-    widths: tuple[int, ...] = (5, 10, 20, 40)
+    widths: tuple[int, ...] = Field(default=(5, 10, 20, 40), min_length=1)
     """Hidden dimensions d."""
-    densities: tuple[float, ...] = (1.0, 0.3, 0.1, 0.03, 0.01)
+    densities: tuple[float, ...] = Field(default=(1.0, 0.3, 0.1, 0.03, 0.01), min_length=1)
     """Probabilities that a feature is active; active ones are uniform in [0, 1)."""
     importance_decay: float = Field(default=1.0, gt=0, le=1)
     """Feature i counts importance_decay ** i in the loss."""

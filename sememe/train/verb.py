@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["train", "train_sweep"]
 
-VERSION = 2
+VERSION = 3
 
 
 class _Stream(NamedTuple):

@@ -31,34 +31,35 @@ class Transposed(NamedTuple):
 
     @classmethod
     def of(cls, indices: Int[Tensor, " nnz"], ptr: Int[Tensor, " batch_plus_1"], d_sae: int) -> Self:
-        """Sort by latent. The decoder's and the encoder's gradients ask for the same: the last answer is kept."""
+        """Sort by latent. The decoder's and the encoder's gradients ask for the same: an answer is kept once."""
         global _last
-        last = _last
+        last, _last = _last, None
         if last is not None and last.answers(indices, ptr, d_sae):
             return cast(Self, last.transposed)
+        del last
         n = indices.shape[0]
         made = cls(np.zeros(d_sae + 1, np.int64), np.empty(n, np.int32), np.empty(n, np.int32))
         loops.by_latent(indices.numpy(), ptr.numpy(), *made)
-        _last = _Answer(indices, ptr, (indices._version, ptr._version), made)
+        _last = _Answer(indices, ptr.clone(), indices._version, made)
         return made
 
 
 class _Answer(NamedTuple):
-    """What was sorted last. It holds the tensors, so that their memory cannot become another tensor's meanwhile."""
+    """What was sorted last. It holds the indices, so that their memory cannot become another tensor's meanwhile."""
 
     indices: Tensor
     ptr: Tensor
-    versions: tuple[int, int]
+    version: int
     transposed: Transposed
 
     def answers(self, indices: Tensor, ptr: Tensor, d_sae: int) -> bool:
-        """Whether these are the same tensors, and nothing was written into them since."""
+        """Whether these are the same indices, nothing was written into them since, and the rows are as long."""
         return (
             indices.data_ptr() == self.indices.data_ptr()
-            and ptr.data_ptr() == self.ptr.data_ptr()
-            and (indices.shape, ptr.shape) == (self.indices.shape, self.ptr.shape)
-            and (indices._version, ptr._version) == self.versions
+            and indices.shape == self.indices.shape
+            and indices._version == self.version
             and d_sae == self.transposed.starts.shape[0] - 1
+            and torch.equal(ptr, self.ptr)
         )
 
 
