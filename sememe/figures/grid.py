@@ -18,10 +18,10 @@ MOST_DEAD = 100
 """Where the colours of dead latents end."""
 
 PANELS = (
-    ("recall", "Planted features found (mean largest cosine)", "viridis", 0.0, 1.0),
-    ("dead", f"Dead latents (colours end at {MOST_DEAD})", "magma_r", 0.0, float(MOST_DEAD)),
-    ("fvu", "Fraction of variance unexplained", "viridis_r", 0.0, 1.0),
-    ("next_larger", "Also in the next larger dictionary", "viridis", 0.0, 1.0),
+    ("recall", "Planted features found (mmcs)", "viridis", 0.0, 1.0),
+    ("dead", "Dead latents", "magma_r", 0.0, float(MOST_DEAD)),
+    ("fvu", "Variance unexplained (fvu)", "viridis_r", 0.0, 1.0),
+    ("next_larger", "Found in the next larger (mmcs)", "viridis", 0.0, 1.0),
 )
 
 
@@ -35,7 +35,10 @@ def grid_plots(lines: Sequence[Mapping[str, Any]], n_features: int) -> dict[str,
     penalties = sorted({line["l1_coefficient"] for line in lines})
     sizes = sorted({line["d_sae"] for line in lines})
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(4.8 + 0.62 * len(penalties), 2.6 + 0.84 * len(sizes)), layout="constrained")
+        figure = Figure(
+            figsize=(max(7.6, 2.4 + 1.1 * len(penalties)), max(5.4, 2.8 + 0.7 * len(sizes))),
+            layout="constrained",
+        )
         for axes, (name, title, colours, low, high) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
             values = np.full((len(sizes), len(penalties)), math.nan)
             for line in lines:
@@ -47,7 +50,7 @@ def grid_plots(lines: Sequence[Mapping[str, Any]], n_features: int) -> dict[str,
             axes.set_xticks(range(len(penalties)), [f"{value:.3g}" for value in penalties], rotation=45)
             axes.set_yticks(range(len(sizes)), [f"{size / n_features:g} x" for size in sizes])
             axes.set_xlabel("l1_coefficient")
-            axes.set_ylabel("latents per planted feature")
+            axes.set_ylabel("latents per feature")
             for (row, column), value in np.ndenumerate(values):
                 if math.isfinite(value):
                     red, green, blue, _ = image.cmap(image.norm(value))
