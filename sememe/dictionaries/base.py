@@ -223,6 +223,15 @@ class Dictionary(nn.Module, abc.ABC):
                 "Flatten leading axes, and check that the dictionary belongs to this hookpoint.",
             )
 
+    def check_autoencoder(self) -> None:
+        """Raise a ShapeError unless outputs are as wide as inputs."""
+        if self.d_in != self.d_out:
+            raise ShapeError(
+                f"{self.kind} reconstructs its input: d_in must be d_out",
+                f"{self.d_in} and {self.d_out}",
+                "Use an autoencoder's site.",
+            )
+
     # -- saving ------------------------------------------------------------------------------------
 
     def write(self, folder: str | Path, probe_rows: Float[Tensor, "rows d_in"]) -> dict[str, Any]:

@@ -46,12 +46,7 @@ class RandomDirections(Dictionary):
         self, config: RandomDirectionsConfig, d_in: int, d_out: int, d_sae: int, sites: Sites | None = None
     ) -> None:
         super().__init__(config, d_in, d_out, d_sae, sites)
-        if d_in != d_out:
-            raise ShapeError(
-                "random_directions reconstructs its input: d_in must be d_out",
-                f"{d_in} and {d_out}",
-                "Use an autoencoder's site.",
-            )
+        self.check_autoencoder()
         if not 1 <= config.k <= d_sae:
             raise ConfigError(f"k must be in [1, d_sae={d_sae}]", config.k, "Lower k or raise d_sae.")
         self.register_buffer("W_dec", torch.zeros(d_sae, d_out))
