@@ -28,11 +28,10 @@ from sememe import figures, metrics, text
 from sememe import lm as language_models
 from sememe.dictionaries import Site, Sites
 from sememe.dictionaries.topk import TopK, TopKConfig
-from sememe.evaluate import EvaluateConfig
-from sememe.evaluate.arms import make_arms
-from sememe.evaluate.measure import Measured
+from sememe.evaluate import EvaluateConfig, make_arms
 from sememe.harvest import HarvestConfig, harvest
 from sememe.lm import LanguageModel, ModelConfig
+from sememe.measure import Measured
 from sememe.splice import Splicer
 from sememe.store import open_store
 from sememe.text import TokenPolicy

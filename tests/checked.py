@@ -20,6 +20,7 @@ UNCHECKED = {
     "sememe.collect.loops",
     "sememe.explain.loops",
     "sememe.kernels.cpu.loops",
+    "sememe.kernels.cpu.sparse_loops",
     "sememe.kernels.cpu.steps",
     "sememe.kernels.gpu.optimiser",
     "sememe.kernels.gpu.selection",

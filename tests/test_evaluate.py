@@ -369,7 +369,7 @@ def test_documents_are_held_out(corpus: Path, lm: LanguageModel, store: Path, re
 
 
 def test_with_a_million_documents_memory_stays(corpus: Path) -> None:
-    from sememe.evaluate import measure
+    from sememe.measure import measured as measure
 
     units = measure._Units()
     info = text.DocumentInfo(0, "a", "english", None, {}, "")

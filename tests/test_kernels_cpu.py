@@ -17,7 +17,7 @@ from sememe.dictionaries.relu import ReLUConfig
 from sememe.dictionaries.topk import TopKConfig
 from sememe.encoded import Encoded
 from sememe.kernels import cpu, reference
-from sememe.kernels.cpu import buffers, encode, loops, pool
+from sememe.kernels.cpu import buffers, encode, pool, sparse_loops
 from sememe.kernels.cpu import rough as rough_products
 from sememe.kernels.cpu.sums import Transposed
 
@@ -387,8 +387,8 @@ def test_entries_are_sorted_again_once_they_are_others():
     "config", [TopKConfig(k=3, d_sae=40), ReLUConfig(d_sae=400)], ids=lambda config: config.kind
 )
 def test_a_step_sorts_its_entries_once(config, monkeypatch):
-    counted, by_latent = [], loops.by_latent
-    monkeypatch.setattr(loops, "by_latent", lambda *parts: (counted.append(1), by_latent(*parts)))
+    counted, by_latent = [], sparse_loops.by_latent
+    monkeypatch.setattr(sparse_loops, "by_latent", lambda *parts: (counted.append(1), by_latent(*parts)))
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(64, 16, generator=generator)
     dictionary = dictionaries.build(config, 16, 16)

@@ -23,7 +23,7 @@ LAYERS = [
     ["text", "toy", "formats", "atlas", "lm", "optimiser"],
     ["store", "splice", "figures", "collect"],
     ["capture", "join"],
-    ["source", "end_to_end"],
+    ["source", "end_to_end", "measure"],
     ["probes"],
     [
         "harvest", "train", "evaluate", "compare", "interpret", "explain",

@@ -4,7 +4,16 @@ Knows the layout of report.json and nothing about how its numbers were made; nev
 the `report` verb share it.
 """
 
-from sememe.figures.data import HEADLINE, REPORT, Report, open_report, read_curves, read_watched
+from sememe.figures.data import (
+    HEADLINE,
+    REPORT,
+    Report,
+    open_report,
+    read_curves,
+    read_draws,
+    read_watched,
+    write_draws,
+)
 from sememe.figures.grid import grid_plots
 from sememe.figures.pages import write_pages
 from sememe.figures.tables import headline_table, markdown_table
@@ -18,6 +27,8 @@ __all__ = [
     "markdown_table",
     "open_report",
     "read_curves",
+    "read_draws",
     "read_watched",
+    "write_draws",
     "write_pages",
 ]

@@ -8,25 +8,32 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Float64
+
 from sememe import artifact
-from sememe.errors import CorruptError
+from sememe.errors import CorruptError, MismatchError
 
 __all__ = [
     "HEADLINE",
     "REPORT",
     "Curves",
     "Data",
+    "Draws",
     "Report",
     "arms_of",
     "number",
     "open_report",
     "read_curves",
+    "read_draws",
     "read_watched",
+    "write_draws",
 ]
 
 REPORT = "report.json"
 CURVES = "metrics.jsonl"
 WATCHED = "watched.jsonl"
+DRAWS = "draws.npz"
 MAX_POINTS = 300
 HEADLINE = (
     "fvu",
@@ -42,6 +49,7 @@ HEADLINE = (
 """Metrics of the headline table; report.json repeats their values at its top level."""
 
 Data = Mapping[str, Any]
+Draws = Mapping[str, Float64[np.ndarray, " draws"]]
 Curves = Sequence[Mapping[str, Any]]
 
 
@@ -91,6 +99,30 @@ def open_report(path: str | Path) -> Report:
             "Run `sememe evaluate` again.",
         ) from None
     return Report(folder, data)
+
+
+def write_draws(folder: Path, arms: Mapping[str, Draws]) -> None:
+    """Each arm's metrics in every draw of the bootstrap, beside report.json."""
+    held: dict[str, Any] = {
+        f"{arm}/{name}": values for arm, own in arms.items() for name, values in own.items()
+    }
+    np.savez(folder / DRAWS, **held)
+
+
+def read_draws(report: Report, arm: str = "dictionary") -> dict[str, Float64[np.ndarray, " draws"]]:
+    """An arm's metrics: first over all documents, then in each draw of the bootstrap.
+
+    Raises:
+        MismatchError: the report is of a version that kept none.
+    """
+    if DRAWS not in report.artifact.meta["files"]:
+        raise MismatchError(
+            f"the report {report.path} must hold its draws for a comparison",
+            "one of an earlier version",
+            "Run `sememe evaluate --fresh` again.",
+        )
+    with np.load(report.artifact.file(DRAWS, verify=True)) as held:
+        return {name.removeprefix(f"{arm}/"): held[name] for name in held.files if name.startswith(f"{arm}/")}
 
 
 def read_curves(dictionary: artifact.Artifact) -> list[dict[str, float]]:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sememe.metrics.sums import Formula, Statistic, Sums, bootstrap, select
+from sememe.metrics.sums import Array, Formula, Statistic, Sums, bootstrap, drawn, select
 
 __all__ = ["BaseTerms", "LanguageModelLoss", "PredictionTerms", "base_terms", "prediction_terms"]
 
@@ -123,6 +123,13 @@ class LanguageModelLoss:
             for ablation in ("zero", "mean"):
                 causes[f"ce_recovered_{ablation}"] = f"{ablation} ablation leaves the cross-entropy as it was"
         return bootstrap(sums, formulas, n=n_bootstrap, seed=seed, causes=causes)
+
+    def drawn(self, arm: str, *, n: int, seed: int, n_units: int) -> dict[str, Array]:
+        """An arm's metrics over all units and in n draws of them, as `sums.drawn`."""
+        sums = self.sums.arrays(n_units)
+        if not sums:
+            return {name: np.full(1 + n, math.nan) for name in self._formulas(arm)}
+        return drawn(sums, self._formulas(arm), n=n, seed=seed, n_units=n_units)
 
     def _formulas(self, arm: str) -> dict[str, Formula]:
         def recovered(ablation: str) -> Formula:

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sememe.errors import ShapeError
-from sememe.metrics.sums import Array, Formula, Statistic, Sums, Totals, bootstrap, select, units_of
+from sememe.metrics.sums import Array, Formula, Statistic, Sums, Totals, bootstrap, drawn, select, units_of
 
 __all__ = ["Reconstruction"]
 
@@ -81,12 +81,7 @@ class Reconstruction:
         sums = select(self.sums.arrays(), units)
         if not sums:
             return dict.fromkeys(self._formulas(), Statistic(math.nan, cause="there were no rows"))
-        # About the mean of all these rows in every draw of the bootstrap too: a draw's own mean lies closer to its
-        # few documents, which would push every drawn fvu up.
-        with np.errstate(all="ignore"):
-            mean = sums["sum"].sum(0) / sums["n"].sum()
-            sums["variance"] = sums["square"] - 2 * sums["sum"] @ mean + sums["n"] * (mean @ mean)
-        del sums["sum"], sums["square"]
+        self._about_the_mean(sums)
         n_bad = int(self._n_bad)
         if n_bad:
             why = f"{n_bad} rows of the reconstruction or its target are NaN or infinite"
@@ -94,6 +89,24 @@ class Reconstruction:
         else:
             causes = dict.fromkeys(("fvu", "explained_variance"), "the rows have no variance")
         return bootstrap(sums, self._formulas(), n=n_bootstrap, seed=seed, causes=causes)
+
+    def drawn(self, *, n: int, seed: int, n_units: int) -> dict[str, Array]:
+        """The metrics over all units and in n draws of them, as `sums.drawn`."""
+        sums = self.sums.arrays(n_units)
+        if not sums:
+            return {name: np.full(1 + n, math.nan) for name in self._formulas()}
+        self._about_the_mean(sums)
+        return drawn(sums, self._formulas(), n=n, seed=seed, n_units=n_units)
+
+    @staticmethod
+    def _about_the_mean(sums: dict[str, Array]) -> None:
+        """Sums of squares become those about the mean of all rows."""
+        # About the mean of all these rows in every draw of the bootstrap too: a draw's own mean lies closer to its
+        # few documents, which would push every drawn fvu up.
+        with np.errstate(all="ignore"):
+            mean = sums["sum"].sum(0) / sums["n"].sum()
+            sums["variance"] = sums["square"] - 2 * sums["sum"] @ mean + sums["n"] * (mean @ mean)
+        del sums["sum"], sums["square"]
 
     def _formulas(self) -> dict[str, Formula]:
         def fvu(t: Totals) -> Array:

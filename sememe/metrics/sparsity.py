@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sememe.encoded import Encoded
 from sememe.errors import ShapeError
-from sememe.metrics.sums import Formula, Statistic, Sums, bootstrap, select, units_of
+from sememe.metrics.sums import Array, Formula, Statistic, Sums, bootstrap, drawn, select, units_of
 
 __all__ = ["DensityHistogram", "Sparsity", "density_histogram"]
 
@@ -96,7 +96,7 @@ class Sparsity:
         frac_alive has no interval: drawing documents again loses latents, never
         finds new ones, so its bootstrap does not cover; it is over all units whatever `units` says."""
         sums = select(self.sums.arrays(), units)
-        formulas: dict[str, Formula] = {"l0": lambda t: t["l0"] / t["n"], "l1": lambda t: t["l1"] / t["n"]}
+        formulas = self._formulas()
         if not sums:
             names = (*formulas, "frac_alive", "frac_alive_8192")
             return dict.fromkeys(names, Statistic(math.nan, cause="there were no rows"))
@@ -109,6 +109,17 @@ class Sparsity:
             else Statistic(math.nan, cause=f"there were {self.n_rows:,} rows, fewer than {N_FIRST_ROWS:,}")
         )
         return out
+
+    def drawn(self, *, n: int, seed: int, n_units: int) -> dict[str, Array]:
+        """l0 and l1 over all units and in n draws of them, as `sums.drawn`."""
+        sums = self.sums.arrays(n_units)
+        if not sums:
+            return {name: np.full(1 + n, math.nan) for name in self._formulas()}
+        return drawn(sums, self._formulas(), n=n, seed=seed, n_units=n_units)
+
+    @staticmethod
+    def _formulas() -> dict[str, Formula]:
+        return {"l0": lambda t: t["l0"] / t["n"], "l1": lambda t: t["l1"] / t["n"]}
 
 
 def _padded(counts: Int[Tensor, " n"], n: int) -> Int[Tensor, " m"]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sememe.errors import ShapeError
 
-__all__ = ["Array", "Formula", "Statistic", "Sums", "Totals", "bootstrap", "select", "units_of"]
+__all__ = ["Array", "Formula", "Statistic", "Sums", "Totals", "bootstrap", "drawn", "select", "units_of"]
 
 Array = npt.NDArray[np.float64]
 Totals = Mapping[str, Array]
@@ -134,6 +134,21 @@ def bootstrap(
                         cause = "some draws of documents leave it undefined"
             out[name] = Statistic(value, low, high, cause)
     return out
+
+
+def drawn(
+    sums: Mapping[str, Array], formulas: Mapping[str, Formula], *, n: int, seed: int, n_units: int
+) -> dict[str, Array]:
+    """Ratios of sums over all units, then over each of n draws of them: arrays of length 1 + n.
+
+    Unlike `bootstrap`'s, draws depend on nothing but n, seed and n_units, so that those of measurements that saw the
+    same units are paired, whatever each counted of them. NaN where a draw leaves a ratio undefined.
+    """
+    weights = np.ones((1 + n, n_units))
+    weights[1:] = np.random.default_rng(seed).multinomial(n_units, np.full(n_units, 1 / n_units), size=n)
+    totals = {name: np.tensordot(weights, array, axes=1) for name, array in sums.items()}
+    with np.errstate(all="ignore"):
+        return {name: np.asarray(formula(totals), dtype=np.float64) for name, formula in formulas.items()}
 
 
 def units_of(units: Int[Tensor, " rows"] | None, like: Tensor) -> Int[Tensor, " rows"]:

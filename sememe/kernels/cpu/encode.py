@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sememe.encoded import Encoded
 from sememe.kernels import reference
-from sememe.kernels.cpu import buffers, loops, pool, rough
+from sememe.kernels.cpu import buffers, loops, pool, rough, sparse_loops
 from sememe.kernels.cpu.rough import Int8, Wide
 from sememe.kernels.cpu.sums import CHUNK, Transposed, scatter
 
@@ -200,7 +200,7 @@ class _Encode(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             out, zero = buffers.empty(*centred.shape), np.zeros(centred.shape[1], np.float32)
             parts = (grad.numpy(), indices.numpy(), ptr.numpy(), weights.numpy(), zero, out)
-            pool.run(lambda start, stop: loops.decode(start, stop, *parts), centred.shape[0], CHUNK)
+            pool.run(lambda start, stop: sparse_loops.decode(start, stop, *parts), centred.shape[0], CHUNK)
             grad_x = torch.from_numpy(out)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             transposed = Transposed.of(indices, ptr, weights.shape[0])

@@ -1,37 +1,20 @@
-"""The loops of the CPU path, compiled by numba: serial over a range of rows or latents, without the GIL.
+"""The loops that select latents on the CPU, compiled by numba: serial over a range of rows, without the GIL.
 
-Knows arrays, no tensor and no thread: `pool.py` runs ranges side by side. Every loop writes each output element once,
-in a fixed order and with float32 accumulators, so the bits do not depend on how many threads share the ranges.
-
-Sparse activations come as in `Encoded`: flat `acts` and `indices`, and `ptr`, where each row starts.
+Knows arrays, no tensor and no thread, as `sparse_loops.py`, whose sums it uses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
-__all__ = [
-    "above",
-    "by_latent",
-    "decode",
-    "dots",
-    "jit",
-    "mark_largest",
-    "near",
-    "quantise",
-    "reconstruct",
-    "reconstruct_prefixes",
-    "rescore",
-    "scatter",
-    "select",
-]
+from sememe.kernels.cpu.sparse_loops import dots, dots_of_row, jit
 
-_F = TypeVar("_F", bound=Callable[..., Any])
+__all__ = ["above", "mark_largest", "near", "quantise", "rescore", "select"]
 
 INFINITE = 0x7F800000
 """The bits of an infinite float32; those of NaN are above."""
@@ -42,15 +25,6 @@ DEPTH = 16
 
 _intrinsic = cast("Callable[[Callable[..., Any]], Callable[[Any], Any]]", intrinsic)
 """numba's own, typed: the compiled function is called without the first argument, the context."""
-
-
-def jit(function: _F) -> _F:
-    """numba's njit with our settings; typed, which numba's own decorator is not.
-
-    Divisions are those of the processor: Python's check for a divisor of 0 would keep loops from being vectorised.
-    """
-    fastmath = {"contract", "reassoc", "nsz"}
-    return cast("_F", njit(cache=True, fastmath=fastmath, nogil=True, error_model="numpy")(function))
 
 
 @_intrinsic
@@ -93,53 +67,6 @@ def _key(value: Any, least: Any) -> Any:
     """A number's bits without the sign: in the order of sizes, and NaN the largest. 0 for numbers up to `least`, which
     is 0 where only positive ones count and minus infinity where all do."""
     return _as_int(np.float32(0.0) if value <= least else value) & np.int32(0x7FFFFFFF)
-
-
-# -- four rows at a time: one vector is read once for all of them, and their latencies overlap --------
-
-
-@jit
-def _dots(vector: Any, weights: Any, latents: Any, out: Any) -> None:
-    """out[i] = vector . weights[latents[i]]."""
-    n, width = latents.shape[0], vector.shape[0]
-    for i in range(0, n - 3, 4):
-        w0, w1, w2, w3 = (
-            weights[latents[i]],
-            weights[latents[i + 1]],
-            weights[latents[i + 2]],
-            weights[latents[i + 3]],
-        )
-        t0, t1, t2, t3 = np.float32(0.0), np.float32(0.0), np.float32(0.0), np.float32(0.0)
-        for d in range(width):
-            t0 += vector[d] * w0[d]
-            t1 += vector[d] * w1[d]
-            t2 += vector[d] * w2[d]
-            t3 += vector[d] * w3[d]
-        out[i], out[i + 1], out[i + 2], out[i + 3] = t0, t1, t2, t3
-    for i in range(n // 4 * 4, n):
-        w0 = weights[latents[i]]
-        t0 = np.float32(0.0)
-        for d in range(width):
-            t0 += vector[d] * w0[d]
-        out[i] = t0
-
-
-@jit
-def _add(out: Any, factors: Any, rows: Any, vectors: Any) -> None:
-    """out += sum of factors[i] * vectors[rows[i]]."""
-    n, width = rows.shape[0], out.shape[0]
-    for i in range(0, n - 3, 4):
-        f0, f1, f2, f3 = factors[i], factors[i + 1], factors[i + 2], factors[i + 3]
-        v0, v1, v2, v3 = vectors[rows[i]], vectors[rows[i + 1]], vectors[rows[i + 2]], vectors[rows[i + 3]]
-        for d in range(width):
-            out[d] += f0 * v0[d] + f1 * v1[d] + f2 * v2[d] + f3 * v3[d]
-    for i in range(n // 4 * 4, n):
-        f0, v0 = factors[i], vectors[rows[i]]
-        for d in range(width):
-            out[d] += f0 * v0[d]
-
-
-# -- selection -------------------------------------------------------------------------------------
 
 
 @jit
@@ -350,7 +277,7 @@ def rescore(
         while n < n_candidates and candidates[row, n] >= 0:
             columns[n] = candidates[row, n]
             n += 1
-        _dots(x[row], weights, columns[:n], scores)
+        dots_of_row(x[row], weights, columns[:n], scores)
         for i in range(n):
             scores[i] += bias[columns[i]]
         while n > k:
@@ -453,157 +380,3 @@ def above(
             n_kept += not act <= threshold[latent]  # so written, NaN stays
         counts[row] = n_kept - before
     return int(n_kept - ptr[start])
-
-
-# -- sparse sums -----------------------------------------------------------------------------------
-
-
-@jit
-def decode(
-    start: int, stop: int, acts: Any, indices: Any, ptr: Any, weights: Any, bias: Any, out: Any
-) -> None:
-    """out[row] = bias + sum of acts * weights[indices] over the row's entries."""
-    width = weights.shape[1]
-    for row in range(start, stop):
-        total = out[row]
-        for d in range(width):
-            total[d] = bias[d]
-        _add(total, acts[ptr[row] : ptr[row + 1]], indices[ptr[row] : ptr[row + 1]], weights)
-
-
-@jit
-def dots(start: int, stop: int, vectors: Any, indices: Any, ptr: Any, weights: Any, out: Any) -> None:
-    """out[entry] = vectors[its row] . weights[its latent]."""
-    for row in range(start, stop):
-        first, last = ptr[row], ptr[row + 1]
-        _dots(vectors[row], weights, indices[first:last], out[first:last])
-
-
-@jit
-def reconstruct(
-    start: int, stop: int, acts: Any, indices: Any, ptr: Any, weights: Any, bias: Any, target: Any, error: Any,
-    pull: Any,
-) -> float:  # fmt: skip
-    """error[row] = recon - target, pull[entry] = error[its row] . weights[its latent]; returns the sum of squares.
-
-    Both in one pass: a row's decoder rows are still in the cache when their gradients are taken.
-    """
-    width = weights.shape[1]
-    squares = 0.0
-    left = np.empty(width, dtype=np.float32)
-    for row in range(start, stop):
-        first, last = ptr[row], ptr[row + 1]
-        wanted, kept = target[row], error[row]
-        for d in range(width):
-            left[d] = bias[d] - wanted[d]
-        _add(left, acts[first:last], indices[first:last], weights)
-        square = np.float32(0.0)
-        for d in range(width):
-            square += left[d] * left[d]
-            kept[d] = left[d]
-        squares += float(square)
-        _dots(left, weights, indices[first:last], pull[first:last])
-    return squares
-
-
-@jit
-def reconstruct_prefixes(
-    start: int, stop: int, acts: Any, indices: Any, ptr: Any, weights: Any, bias: Any, target: Any, ends: Any,
-    errors: Any, pull: Any, squares: Any,
-) -> None:  # fmt: skip
-    """As `reconstruct`, for the reconstructions from the latents below each of several ends, summed.
-
-    Args:
-        start, stop: Rows.
-        acts, indices, ptr: Entries.
-        weights, bias, target: As there.
-        ends: Rising numbers of latents, the last being all.
-        errors: (prefixes, rows, width), written: the sum of the errors of this prefix and all longer ones, which is
-            what a latent that first counts in this prefix is pulled by.
-        pull: (entries,), written.
-        squares: (prefixes,), added to: sums of squares of each prefix's own error.
-    """
-    n_ends, width = ends.shape[0], weights.shape[1]
-    for row in range(start, stop):
-        for p in range(n_ends):
-            part = errors[p, row]
-            for d in range(width):
-                part[d] = 0.0
-        first = errors[0, row]
-        for d in range(width):
-            first[d] = bias[d] - target[row, d]
-        for e in range(ptr[row], ptr[row + 1]):
-            act, latent = acts[e], indices[e]
-            p = 0
-            while latent >= ends[p]:
-                p += 1
-            part = errors[p, row]
-            for d in range(width):
-                part[d] += act * weights[latent, d]
-        for p in range(n_ends):  # sums over shorter prefixes: each prefix's own error
-            square = np.float32(0.0)
-            part = errors[p, row]
-            for d in range(width):
-                if p > 0:
-                    part[d] += errors[p - 1, row, d]
-                square += part[d] * part[d]
-            squares[p] += square
-        for p in range(n_ends - 2, -1, -1):
-            for d in range(width):
-                errors[p, row, d] += errors[p + 1, row, d]
-        for e in range(ptr[row], ptr[row + 1]):
-            latent = indices[e]
-            p = 0
-            while latent >= ends[p]:
-                p += 1
-            part = errors[p, row]
-            total = np.float32(0.0)
-            for d in range(width):
-                total += part[d] * weights[latent, d]
-            pull[e] = total
-
-
-@jit
-def by_latent(indices: Any, ptr: Any, starts: Any, entries: Any, rows: Any) -> None:
-    """The transposed index: a counting sort of the entries by latent, in order within each.
-
-    Args:
-        indices: The latent of each entry.
-        ptr: Where each row starts.
-        starts: (d_sae + 1,), zeros; written: where each latent's entries start.
-        entries: Written: numbers of the entries.
-        rows: Written: their rows.
-    """
-    for e in range(indices.shape[0]):
-        starts[indices[e] + 1] += 1
-    for latent in range(starts.shape[0] - 1):
-        starts[latent + 1] += starts[latent]
-    cursor = starts[:-1].copy()
-    for row in range(ptr.shape[0] - 1):
-        for e in range(ptr[row], ptr[row + 1]):
-            place = cursor[indices[e]]
-            entries[place] = e
-            rows[place] = row
-            cursor[indices[e]] = place + 1
-
-
-@jit
-def scatter(
-    start: int, stop: int, factors: Any, scale: Any, vectors: Any, starts: Any, entries: Any, rows: Any, out: Any,
-    totals: Any,
-) -> None:  # fmt: skip
-    """out[latent] = scale * sum of factors[entry] * vectors[its row]; totals[latent] = scale * sum of factors."""
-    width = out.shape[1]
-    own = np.empty(rows.shape[0], dtype=np.float32)
-    for latent in range(start, stop):
-        summed = out[latent]
-        for d in range(width):
-            summed[d] = 0.0
-        first, last = starts[latent], starts[latent + 1]
-        total = np.float32(0.0)
-        for place in range(first, last):
-            factor = factors[entries[place]] * scale
-            own[place] = factor
-            total += factor
-        _add(summed, own[first:last], rows[first:last], vectors)
-        totals[latent] = total

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sememe.kernels.cpu import pool
-from sememe.kernels.cpu.loops import jit
+from sememe.kernels.cpu.sparse_loops import jit
 
 __all__ = ["adam_step", "signum_step"]
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sememe.encoded import Encoded
-from sememe.kernels.cpu import buffers, loops, pool
+from sememe.kernels.cpu import buffers, pool, sparse_loops
 
 __all__ = ["CHUNK", "Transposed", "decode", "reconstruct", "scatter"]
 
@@ -39,7 +39,7 @@ class Transposed(NamedTuple):
         del last
         n = indices.shape[0]
         made = cls(np.zeros(d_sae + 1, np.int64), np.empty(n, np.int32), np.empty(n, np.int32))
-        loops.by_latent(indices.numpy(), ptr.numpy(), *made)
+        sparse_loops.by_latent(indices.numpy(), ptr.numpy(), *made)
         _last = _Answer(indices, ptr.clone(), indices._version, made)
         return made
 
@@ -92,7 +92,7 @@ def scatter(
         out = buffers.empty(d_sae, vectors.shape[1])
     totals = np.empty(d_sae, np.float32)
     inputs = (factors.numpy(), np.float32(scale), vectors.numpy(), *transposed, out, totals)
-    pool.run(lambda a, b: loops.scatter(start + a, start + b, *inputs), stop - start, CHUNK)
+    pool.run(lambda a, b: sparse_loops.scatter(start + a, start + b, *inputs), stop - start, CHUNK)
     return torch.from_numpy(out), torch.from_numpy(totals)
 
 
@@ -104,7 +104,7 @@ class _Decode(torch.autograd.Function):
         bias = b_dec.detach().contiguous().numpy()
         out = buffers.empty(ptr.shape[0] - 1, W_dec.shape[1])
         parts = (acts.numpy(), indices.numpy(), ptr.numpy(), W_dec.numpy(), bias, out)
-        pool.run(lambda start, stop: loops.decode(start, stop, *parts), out.shape[0], CHUNK)
+        pool.run(lambda start, stop: sparse_loops.decode(start, stop, *parts), out.shape[0], CHUNK)
         ctx.save_for_backward(acts, indices, ptr, W_dec)
         return torch.from_numpy(out)
 
@@ -116,7 +116,7 @@ class _Decode(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             out = np.empty(acts.shape, np.float32)
             parts = (grad.numpy(), indices.numpy(), ptr.numpy(), W_dec.numpy(), out)
-            pool.run(lambda start, stop: loops.dots(start, stop, *parts), grad.shape[0], CHUNK)
+            pool.run(lambda start, stop: sparse_loops.dots(start, stop, *parts), grad.shape[0], CHUNK)
             grad_acts = torch.from_numpy(out)
         if ctx.needs_input_grad[3]:
             grad_W, _ = scatter(acts, grad, Transposed.of(indices, ptr, W_dec.shape[0]))
@@ -156,7 +156,7 @@ class _Reconstruct(torch.autograd.Function):
         wanted = target.detach().contiguous().numpy()
         if len(ends) == 1:
             squares = pool.run(
-                lambda a, b: loops.reconstruct(a, b, *parts, wanted, errors[0], pull), batch, CHUNK
+                lambda a, b: sparse_loops.reconstruct(a, b, *parts, wanted, errors[0], pull), batch, CHUNK
             )
             sums = torch.tensor([sum(squares)], dtype=torch.float64)
         else:
@@ -164,7 +164,7 @@ class _Reconstruct(torch.autograd.Function):
 
             def some(start: int, stop: int) -> NDArray[np.float64]:
                 squares = np.zeros(len(ends))
-                loops.reconstruct_prefixes(start, stop, *parts, wanted, borders, errors, pull, squares)
+                sparse_loops.reconstruct_prefixes(start, stop, *parts, wanted, borders, errors, pull, squares)
                 return squares
 
             sums = torch.from_numpy(np.sum(pool.run(some, batch, CHUNK), axis=0))
@@ -216,7 +216,7 @@ def _with_pull_of(
     summed = errors * np.float32(scale) + grad.numpy()
     own = np.empty(acts.shape, np.float32)
     parts = (grad.numpy(), indices.numpy(), ptr.numpy(), W_dec.numpy(), own)
-    pool.run(lambda start, stop: loops.dots(start, stop, *parts), grad.shape[0], CHUNK)
+    pool.run(lambda start, stop: sparse_loops.dots(start, stop, *parts), grad.shape[0], CHUNK)
     return summed, pull * scale + torch.from_numpy(own)
 
 

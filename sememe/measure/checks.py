@@ -8,8 +8,8 @@ from typing import Any
 from sememe import artifact
 from sememe.dictionaries.base import Dictionary, Site, Sites
 from sememe.errors import ConfigError, MismatchError, ShapeError, nearest
-from sememe.evaluate.config import AUTOENCODER_NULLS, NULLS, EvaluateConfig
 from sememe.lm import LanguageModel
+from sememe.measure.config import AUTOENCODER_NULLS, NULLS, MeasureConfig
 from sememe.splice import Splicer
 from sememe.store import Store
 from sememe.text import TextConfig, TokenPolicy
@@ -160,7 +160,7 @@ def _check_separation(trained: dict[str, Any], text: TextConfig) -> None:
             )
 
 
-def policy_of(config: EvaluateConfig, saved: artifact.Artifact, store: Store | None) -> TokenPolicy:
+def policy_of(config: MeasureConfig, saved: artifact.Artifact, store: Store | None) -> TokenPolicy:
     """The dictionary's, the store's, or the config's token policy; they must not contradict one another."""
     given = []
     recorded = saved.extra.get("policy")

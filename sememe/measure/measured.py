@@ -5,30 +5,37 @@ Fills the sums of `metrics.py` and turns them into report.json. Knows arms, not 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 from sememe import figures, metrics, text
+from sememe.config import sha256_of
 from sememe.dictionaries.base import Sites
 from sememe.errors import ActivationError, TextError
-from sememe.evaluate.arms import Arms, join
-from sememe.evaluate.config import EvaluateConfig
 from sememe.lm import LanguageModel
+from sememe.measure.arms import Arms, join
+from sememe.measure.config import MeasureConfig
 from sememe.progress import track
 from sememe.splice import BaseRun, Splicer
 from sememe.text import TokenBlock, TokenPolicy
 
-__all__ = ["Measured"]
+__all__ = ["Measured", "run"]
 
 MAX_UNITS = 1024
 """Bootstrap units; with more documents than this, some units are two or more documents of one language."""
 LOGIT_ROWS = 256
 """Predictions whose logits are held at once: (rows, vocabulary) in float32 is 50 MB at 49,152 tokens."""
+
+
+CHECKED_EVERY = 5.0
+"""Seconds between two looks at how wide the intervals are, where there is a budget."""
+CHECK_DRAWS = 200
 
 
 class _Units:
@@ -63,6 +70,10 @@ class _Units:
                 self.of[doc_id] = alike[len(self.of) % len(alike)]
         return self.of[doc_id]
 
+    def fingerprint(self) -> str:
+        """Which document is in which unit: measurements that agree in it can be compared draw by draw."""
+        return sha256_of(sorted(self.of.items()))
+
     def where(self, axis: int, value: str) -> Bool[np.ndarray, " units"]:
         return np.array([tags[axis] == value for tags in self.tags], dtype=bool)
 
@@ -78,11 +89,51 @@ class _Batch(NamedTuple):
     units: Int[Tensor, " positions"]
 
 
+def run(config: MeasureConfig, groups: Mapping[str, tuple[Measured, Arms]]) -> dict[str, Any]:
+    """One pass over the held-out tokens, every group on the same ones; why it stopped.
+
+    Args:
+        config: How many tokens, how long.
+        groups: What is measured together, by name: one for each set of sites.
+
+    Raises:
+        TextError: there was nothing to predict.
+    """
+    budget = config.budget_seconds()
+    started = checked = time.monotonic()
+    why, (first, _) = "all tokens", next(iter(groups.values()))
+    for measured, arms in groups.values():
+        measured.begin(arms)
+    with track("evaluate", config.n_tokens, "tokens") as progress:
+        for block, part in first.parts():
+            n_tokens = [measured.step(block, part, arms) for measured, arms in groups.values()]
+            progress.advance(n_tokens[0])
+            if budget is None:
+                continue
+            now = time.monotonic()
+            if now - started >= budget:
+                why = "the budget is spent"
+                break
+            if now - checked >= CHECKED_EVERY:
+                if all(measured.narrow(arms) for measured, arms in groups.values()):
+                    why = "the intervals are narrow enough"
+                    break
+                checked = time.monotonic()
+    for measured, _ in groups.values():
+        if measured.n_predictions == 0:
+            raise TextError(
+                "the held-out text must hold predictions from kept positions",
+                f"none in {measured.n_tokens:,} tokens",
+                "Raise n_tokens or heldout_fraction, or drop fewer positions.",
+            )
+    return {"because": why, "n_tokens": first.n_tokens, "budget": config.budget}
+
+
 class Measured:
-    """The sums of one evaluation, and the pass that fills them."""
+    """The sums of one set of sites, and the pass that fills them."""
 
     def __init__(
-        self, config: EvaluateConfig, lm: LanguageModel, splicer: Splicer, sites: Sites, policy: TokenPolicy
+        self, config: MeasureConfig, lm: LanguageModel, splicer: Splicer, sites: Sites, policy: TokenPolicy
     ) -> None:
         self.config, self.lm, self.splicer, self.sites, self.policy = config, lm, splicer, sites, policy
         self.loss = metrics.LanguageModelLoss()
@@ -92,19 +143,6 @@ class Measured:
         self.by_site = [metrics.Reconstruction() for _ in sites.outputs] if len(sites.outputs) > 1 else []
         self.units = _Units()
         self.n_tokens = self.n_rows = self.n_outliers = self.n_predictions = 0
-
-    def run(self, arms: Arms) -> None:
-        """One pass over the held-out tokens."""
-        self.begin(arms)
-        with track("evaluate", self.config.n_tokens, "tokens") as progress:
-            for block, part in self.parts():
-                progress.advance(self.step(block, part, arms))
-        if self.n_predictions == 0:
-            raise TextError(
-                "the held-out text must hold predictions from kept positions",
-                f"none in {self.n_tokens:,} tokens",
-                "Raise n_tokens or heldout_fraction, or drop fewer positions.",
-            )
 
     def begin(self, arms: Arms) -> None:
         """Empty sums for every arm."""
@@ -234,6 +272,33 @@ class Measured:
     def _logits(self, states: Float[Tensor, "n d_model"]) -> Float[Tensor, "n vocab"]:
         return self.lm.logits(states).to(self.lm.device)
 
+    def narrow(self, arms: Arms) -> bool:
+        """Whether the intervals of fvu and ce_increase are narrow enough in every arm that is no null."""
+        options: dict[str, Any] = {"n_bootstrap": CHECK_DRAWS, "seed": self.config.seed}
+        for name in arms.dictionaries:
+            if name in arms.controls:
+                continue
+            found = [
+                self.kept[name].compute(**options)["fvu"],
+                self.loss.compute(name, **options)["ce_increase"],
+            ]
+            for statistic in found:
+                half = (statistic.high - statistic.low) / 2
+                if not half <= self.config.narrow_enough * abs(statistic.value):
+                    return False
+        return True
+
+    def drawn(self, name: str) -> dict[str, Float64[np.ndarray, " draws"]]:
+        """An arm's fvu, l0, cross-entropy and so on: first over all units, then in each draw of the bootstrap.
+
+        The i-th draw has the same units in every arm, and in every measurement on the same documents.
+        """
+        n_units, draws = len(self.units.tags), self.config.n_bootstrap
+        options = {"n": draws, "seed": self.config.seed, "n_units": n_units}
+        found = self.kept[name].drawn(**options) | self.sparsity[name].drawn(**options)
+        found["fvu_all_rows"] = self.all_rows[name].drawn(**options)["fvu"]
+        return found | self.loss.drawn(name, **options)
+
     # -- the report --------------------------------------------------------------------------------
 
     def report(self, arms: Arms) -> dict[str, Any]:
@@ -261,6 +326,7 @@ class Measured:
             "bootstrap": {
                 "unit": "document" if len(self.units.of) == len(self.units.tags) else "group of documents",
                 "n_units": len(self.units.tags),
+                "units": self.units.fingerprint(),
                 "n": self.config.n_bootstrap,
                 "level": 0.95,
                 "seed": self.config.seed,

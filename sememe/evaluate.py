@@ -1,0 +1,174 @@
+"""The verb that measures a dictionary on held-out documents, beside ablations and nulls.
+
+Opens what it needs, checks that it belongs together, measures, and writes the report; the pass is `measure/`, the
+numbers are `metrics/`, the pages are `figures/`. One pass: per batch one unedited forward, and per arm only the
+layers above the hookpoint.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from pydantic import field_validator
+from torch import Tensor
+
+from sememe import artifact, dictionaries, figures, text
+from sememe import lm as language_models
+from sememe.dictionaries.base import Dictionary, Sites
+from sememe.dictionaries.part import Part
+from sememe.errors import ConfigError
+from sememe.figures import Report
+from sememe.lm import LanguageModel
+from sememe.measure import NULLS, Arms, MeasureConfig, Measured, fit, make_null, run
+from sememe.measure.checks import (
+    check_model,
+    check_nulls,
+    check_parts,
+    check_store,
+    check_text,
+    describe,
+    policy_of,
+    sites_of,
+    splicer_for,
+)
+from sememe.store import Store, open_store
+from sememe.text import TokenPolicy
+
+__all__ = ["NULLS", "EvaluateConfig", "evaluate"]
+
+VERSION = 3
+
+
+class EvaluateConfig(MeasureConfig):
+    """Which dictionary, on what, against what."""
+
+    not_identity: ClassVar[frozenset[str]] = MeasureConfig.not_identity | {"dictionary"}
+
+    dictionary: Path
+    """The dictionary to measure."""
+    out: Path = Path("artifacts/report")
+    """The folder to make."""
+    leave_out_above: tuple[float, ...] = ()
+    """Measure the dictionary, too, without its latents of more than this density; dense latents flatter it."""
+    top_latents: tuple[int, ...] = ()
+    """Measure, too, so many of its latents of largest density alone, and the rest of them alone."""
+
+    @field_validator("leave_out_above")
+    @classmethod
+    def _densities(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        for density in value:
+            if not 0 < density < 1:
+                raise ConfigError("leave_out_above must be densities in (0, 1)", f"{density:g}", "Change it.")
+        return value
+
+    @field_validator("top_latents")
+    @classmethod
+    def _numbers(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        for n in value:
+            if n < 1:
+                raise ConfigError("top_latents must be at least 1", n, "Raise it.")
+        return value
+
+
+def evaluate(config: EvaluateConfig, *, lm: LanguageModel | None = None, fresh: bool = False) -> Report:
+    """Measure a dictionary and write a report, or open it if it is there.
+
+    Args:
+        config: Which dictionary, on what, against what.
+        lm: The model, if it is loaded already; else it is loaded from config.model.
+        fresh: Replace whatever stands at config.out.
+
+    Raises:
+        ConfigError: a null is unknown, or cannot be made for this dictionary.
+        MismatchError: dictionary, store, model and policy do not belong together; or another report stands at
+            config.out.
+        TextError: the held-out text is shorter than one context.
+        ActivationError: an activation is NaN or infinite; the error says in which document.
+    """
+    saved = artifact.load(config.dictionary, "dictionary")
+    dictionary = dictionaries.load(config.dictionary)
+    sites = sites_of(dictionary, config.dictionary)
+    check_nulls(config.nulls, sites)
+    check_parts(config.top_latents, dictionary.d_sae)
+    store = None if config.store is None else open_store(config.store)
+    policy = policy_of(config, saved, store)
+    if store is not None:
+        check_store(store, saved, sites)
+    notices = check_text(saved, store, config.text)
+    model_fingerprint = lm.fingerprint if lm else language_models.fingerprint_of(config.model)
+    check_model(sites, model_fingerprint)
+    text.fetch(config.text)
+    parents = {
+        "dictionary": saved.fingerprint,
+        "model": model_fingerprint,
+        "text": text.fingerprint(config.text),
+    }
+    if store is not None:
+        parents["store"] = store.fingerprint
+    identity = artifact.identity_of("report", VERSION, config, parents)
+    if not fresh and artifact.find(config.out, "report", identity):
+        return figures.open_report(config.out)
+    lm = lm if lm is not None else language_models.load(config.model)
+    splicer = splicer_for(lm, sites)
+    with artifact.building(
+        config.out, kind="report", version=VERSION, config=config, parents=parents, fresh=fresh
+    ) as work:
+        measured = Measured(config, lm, splicer, sites, policy)
+        arms, null_configs = make_arms(config, lm, dictionary.to(lm.device), sites, policy, store)
+        stopped = run(config, {"dictionary": (measured, arms)})
+        data = measured.report(arms) | {
+            "dictionary": describe(saved, dictionary, sites),
+            "null_configs": null_configs,
+            "text": measured.describe_text(parents["text"]),
+            "store": None if store is None else {"path": str(config.store), "fingerprint": store.fingerprint},
+            "notices": notices,
+            "stopped": stopped,
+            "training": figures.read_curves(saved),
+            "watched": figures.read_watched(saved),
+            "attributions": [a._asdict() for a in text.attributions(config.text)],
+        }
+        artifact.write_json(work.path / figures.REPORT, data)
+        figures.write_draws(work.path, {name: measured.drawn(name) for name in arms.dictionaries})
+        figures.write_pages(work.path, {saved.path.name: data})
+        work.extra = {
+            name: data["metrics"][name]["value"] for name in figures.HEADLINE if name in data["metrics"]
+        }
+    return figures.open_report(config.out)
+
+
+def make_arms(
+    config: EvaluateConfig,
+    lm: LanguageModel,
+    dictionary: Dictionary,
+    sites: Sites,
+    policy: TokenPolicy,
+    store: Store | None,
+) -> tuple[Arms, dict[str, Any]]:
+    """The dictionary, parts of it and its nulls at its l0, and the mean of the training rows."""
+    fitted = fit(config, lm, sites, policy, store)
+    found = fitted.sparsity_of(dictionary)
+    k = max(1, round(found.compute()["l0"].value))
+    nulls: dict[str, Dictionary] = {}
+    configs: dict[str, Any] = {}
+    for name in config.nulls:
+        nulls[name], configs[name] = make_null(name, k, dictionary.d_sae, config.seed, sites, fitted)
+    parts = _parts(config, dictionary, found.density())
+    made = {"dictionary": dictionary, **parts, **nulls}
+    return Arms(made, fitted.mean, tuple(parts), tuple(nulls)), configs
+
+
+def _parts(
+    config: EvaluateConfig, dictionary: Dictionary, density: Float[Tensor, " d_sae"]
+) -> dict[str, Dictionary]:
+    """Parts of the dictionary by name; densities are those on training rows."""
+    made: dict[str, Dictionary] = {}
+    for limit in config.leave_out_above:
+        made[f"without_above_{limit!r}"] = Part(dictionary, density <= limit)
+    for n in config.top_latents:
+        top = torch.zeros_like(density, dtype=torch.bool)
+        top[density.argsort(descending=True, stable=True)[:n]] = True
+        made[f"top_{n}"], made[f"rest_{n}"] = Part(dictionary, top), Part(dictionary, ~top)
+    return made

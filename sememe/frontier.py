@@ -1,0 +1,294 @@
+"""Dictionaries that differ only in how sparse they are, as one curve; two such curves compared at one l0.
+
+Knows numbers and descriptions, not where they come from; loads no torch. A metric comes as an array of length
+1 + n: its value over all documents, then its value in each of n draws of them. The i-th draw has the same documents
+everywhere, so differences between arrays are paired.
+
+    descriptions -> grouped() -> Frontier per group -> differences() -> which ones are real, in plain words
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float64
+
+from sememe.config import canonical_json
+
+__all__ = [
+    "SPARSITY_OPTIONS",
+    "Difference",
+    "Frontier",
+    "Place",
+    "Point",
+    "differences",
+    "grouped",
+    "interval",
+]
+
+SPARSITY_OPTIONS = (
+    "entropy_coefficient",
+    "k",
+    "l0_coefficient",
+    "l1_coefficient",
+    "prior_l0",
+    "sqrt_coefficient",
+    "start_l0",
+    "target_l0",
+)
+"""Options by which a frontier is walked."""
+ALIKE = 1.05
+"""Factor between two l0 up to which dictionaries without a frontier are compared as they are."""
+N_GRID = 33
+"""Values of l0 at which frontiers are compared over the range they share."""
+LEVEL = 0.95
+
+Draws = Mapping[str, Float64[np.ndarray, " draws"]]
+
+
+class Place(NamedTuple):
+    """Where a dictionary belongs."""
+
+    group: str
+    """What it shares with those of its frontier, in words."""
+    setting: str
+    """How sparse it was asked to be; dictionaries of a group and a setting differ in nothing but the seed."""
+
+
+class Point(NamedTuple):
+    """One dictionary's numbers."""
+
+    place: Place
+    draws: Draws
+    """By metric; l0 is one of them."""
+
+
+class Difference(NamedTuple):
+    """A metric of one group less that of another, at one l0 and over all that both reach."""
+
+    metric: str
+    a: str
+    b: str
+    l0: float
+    """NaN where they have none in common; then the rest is NaN, too."""
+    a_value: float
+    b_value: float
+    difference: float
+    low: float
+    high: float
+    l0_from: float
+    l0_to: float
+    mean_difference: float
+    """Over that range, on a logarithmic axis: the area between the curves over its width."""
+    mean_low: float
+    mean_high: float
+    sentence: str
+
+    @property
+    def real(self) -> bool:
+        """Whether the interval leaves out 0."""
+        return self.low > 0 or self.high < 0
+
+
+def grouped(descriptions: Mapping[str, Mapping[str, Any]]) -> dict[str, Place]:
+    """Which dictionaries make a frontier together, and which are seeds of one another.
+
+    Args:
+        descriptions: By name: `kind`, `config` (the architecture's options) and `training`, `inputs` and `outputs`, as
+            in report.json. Whatever else is in them is ignored.
+    """
+    shared: dict[str, dict[str, Any]] = {}
+    settings: dict[str, dict[str, Any]] = {}
+    for name, about in descriptions.items():
+        options = dict(about.get("config", {})) | {"d_sae": about.get("d_sae")}
+        settings[name] = {key: options[key] for key in SPARSITY_OPTIONS if options.get(key) is not None}
+        rest = {key: value for key, value in options.items() if key not in SPARSITY_OPTIONS}
+        rest |= {key: value for key, value in about.get("training", {}).items() if key != "seed"}
+        shared[name] = {"kind": about["kind"], **rest} | {
+            key: "+".join(about.get(key, ())) for key in ("inputs", "outputs")
+        }
+    keys = {name: canonical_json(_plain(options)) for name, options in shared.items()}
+    firsts = {key: shared[name] for name, key in reversed(keys.items())}
+    titles = dict(zip(firsts, _titles(list(firsts.values())), strict=True))
+    return {name: Place(titles[keys[name]], _words(settings[name], settings[name])) for name in descriptions}
+
+
+def _plain(value: Any) -> Any:
+    """Data as JSON can hold it."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def _titles(groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Each group by its kind and what sets it apart from the others of that kind."""
+    titles = []
+    for one in groups:
+        alike = [other for other in groups if other["kind"] == one["kind"]]
+        names = sorted({key for other in alike for key in other})
+        apart = [name for name in names if any(_of(other, name) != _of(one, name) for other in alike)]
+        if {"inputs", "outputs"} <= set(apart) and all(
+            other.get("inputs") == other.get("outputs") for other in alike
+        ):
+            apart.remove("outputs")
+        titles.append(f"{one['kind']} {_words(one, apart)}".rstrip())
+    return titles
+
+
+def _of(options: Mapping[str, Any], name: str) -> str:
+    return canonical_json(_plain(options.get(name)))
+
+
+def _words(options: Mapping[str, Any], names: Sequence[str] | Mapping[str, Any]) -> str:
+    """k=32, lr=0.001."""
+    found = []
+    for name in names:
+        value = options.get(name)
+        if name in ("inputs", "outputs"):
+            found.append(str(value))
+        else:
+            found.append(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}")
+    return ", ".join(found)
+
+
+class Frontier:
+    """A group's metrics against l0; seeds of one setting are averaged.
+
+    Args:
+        points: Its dictionaries.
+        seed: Of the draws of seeds: where a setting has several, each draw of documents has a draw of them, too.
+    """
+
+    def __init__(self, points: Sequence[Point], seed: int = 0) -> None:
+        self.group = points[0].place.group
+        by_setting: dict[str, list[Point]] = {}
+        for point in points:
+            by_setting.setdefault(point.place.setting, []).append(point)
+        metrics = [name for name in points[0].draws if all(name in point.draws for point in points)]
+        rng = np.random.default_rng(seed)
+        rows = []
+        for setting, seeds in by_setting.items():
+            n = len(seeds)
+            weights = np.full((seeds[0].draws["l0"].shape[0], n), 1 / n)
+            if n > 1:
+                weights[1:] = rng.multinomial(n, np.full(n, 1 / n), size=weights.shape[0] - 1) / n
+            averaged = {
+                name: (weights * np.stack([point.draws[name] for point in seeds], axis=1)).sum(1)
+                for name in metrics
+            }
+            rows.append((setting, n, averaged))
+        rows.sort(key=lambda row: float(row[2]["l0"][0]))
+        self.settings = [row[0] for row in rows]
+        """From the sparsest on."""
+        self.n_seeds = [row[1] for row in rows]
+        self.values = {name: np.stack([row[2][name] for row in rows]) for name in metrics}
+        """By metric, of shape (settings, 1 + draws)."""
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The smallest and the largest l0."""
+        return float(self.values["l0"][0, 0]), float(self.values["l0"][-1, 0])
+
+    def at(self, metric: str, l0: float) -> Float64[np.ndarray, " draws"]:
+        """A metric at an l0, interpolated on a logarithmic axis; NaN outside of the range.
+
+        With a single setting, its own value where its l0 is within 5%.
+        """
+        own, x = self.values[metric], np.log(np.maximum(self.values["l0"], 1e-12))
+        low, high = self.range
+        if not low / ALIKE <= l0 <= high * ALIKE or not np.isfinite(own[:, 0]).all():
+            return np.full(own.shape[1], math.nan)
+        if own.shape[0] == 1:
+            alone: Float64[np.ndarray, " draws"] = own[0]
+            return alone
+        order = np.argsort(x, axis=0, kind="stable")
+        x, own = np.take_along_axis(x, order, 0), np.take_along_axis(own, order, 0)
+        return np.array([np.interp(math.log(l0), x[:, i], own[:, i]) for i in range(own.shape[1])])
+
+    def mean(self, metric: str, low: float, high: float) -> Float64[np.ndarray, " draws"]:
+        """A metric's mean over a range of l0, on a logarithmic axis: the area under the curve over its width."""
+        grid = _grid(low, high)
+        found: Float64[np.ndarray, " draws"] = np.mean([self.at(metric, l0) for l0 in grid], axis=0)
+        return found
+
+
+def _grid(low: float, high: float) -> list[float]:
+    """Middles of equal parts of a range on a logarithmic axis."""
+    steps = (np.arange(N_GRID) + 0.5) / N_GRID
+    return [float(l0) for l0 in np.exp(math.log(low) + steps * math.log(high / low))]
+
+
+def interval(draws: Float64[np.ndarray, " draws"]) -> tuple[float, float]:
+    """The 95% interval of a metric's draws; NaN where there are none, or one is NaN."""
+    if draws.shape[0] < 3 or not np.isfinite(draws).all():
+        return math.nan, math.nan
+    low, high = np.quantile(draws[1:], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def differences(a: Frontier, b: Frontier, metrics: Mapping[str, str]) -> list[Difference]:
+    """Every metric of a less that of b, at the middle of the l0 that both reach and over all of it.
+
+    Args:
+        a: One group.
+        b: Another, on the same documents.
+        metrics: By name, whether "lower" or "higher" is better.
+    """
+    low, high = max(a.range[0], b.range[0]), min(a.range[1], b.range[1])
+    shared = low <= high * ALIKE and low > 0
+    l0 = math.sqrt(low * high) if shared else math.nan
+    found = []
+    for metric, better in metrics.items():
+        if metric not in a.values or metric not in b.values:
+            continue
+        if not shared:
+            sentence = (
+                f"{metric}: {a.group} (l0 {_l0s(a)}) and {b.group} (l0 {_l0s(b)}) have no l0 in common and are not "
+                "compared."
+            )
+            nan = math.nan
+            nothing = (nan, nan, nan, nan, nan, nan, nan, nan, nan, nan, nan)
+            found.append(Difference(metric, a.group, b.group, *nothing, sentence))
+            continue
+        ours, theirs = a.at(metric, l0), b.at(metric, l0)
+        apart = ours - theirs
+        span = (low, high) if low < high else (l0, l0)
+        over = a.mean(metric, *span) - b.mean(metric, *span) if low < high else apart
+        bounds, bounds_over = interval(apart), interval(over)
+        values = (float(ours[0]), float(theirs[0]), float(apart[0]))
+        unsaid = Difference(
+            metric, a.group, b.group, l0, *values, *bounds, *span, float(over[0]), *bounds_over, ""
+        )
+        found.append(unsaid._replace(sentence=_sentence(unsaid, better)))
+    return found
+
+
+def _l0s(frontier: Frontier) -> str:
+    low, high = frontier.range
+    return f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
+
+
+def _sentence(found: Difference, better: str) -> str:
+    """Which is better, by how much, and whether that is real."""
+    where = f"{found.metric} at l0 {found.l0:.3g}"
+    if not math.isfinite(found.difference):
+        return f"{where}: {found.a} and {found.b} cannot be compared, one of them is not a number."
+    numbers = f"{found.a_value:.4g} against {found.b_value:.4g}"
+    if not (math.isfinite(found.low) and math.isfinite(found.high)):
+        return f"{where}: {found.a} {numbers} of {found.b}; without an interval, nothing says whether that is real."
+    size = f"a difference of {abs(found.difference):.2g}"
+    bounds = f"95% interval {found.low:.2g} to {found.high:.2g}"
+    if not found.real:
+        return (
+            f"{where}: {found.a} and {found.b} are not told apart by these documents: {numbers}, {size} "
+            f"({bounds} holds 0)."
+        )
+    wins = (found.difference < 0) == (better == "lower")
+    first, second = (found.a, found.b) if wins else (found.b, found.a)
+    values = numbers if wins else f"{found.b_value:.4g} against {found.a_value:.4g}"
+    return f"{where}: {first} is better than {second}, {values}, {size} that is real ({bounds})."

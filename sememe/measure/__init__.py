@@ -1,0 +1,13 @@
+"""The pass over held-out text that `evaluate` and `compare` share. Knows dictionaries, models and text; no verb.
+
+An *arm* is something put in the place of the activations: a dictionary's reconstruction, zeros, the mean of
+the training rows, a null's reconstruction. Positions that the token policy drops (position 0, specials, rows
+over the norm limit) keep their own activation in every arm, and cross-entropy and KL are means over the
+predictions made from kept positions.
+"""
+
+from sememe.measure.arms import Arms, Fitted, fit, make_null
+from sememe.measure.config import NULLS, MeasureConfig
+from sememe.measure.measured import Measured, run
+
+__all__ = ["NULLS", "Arms", "Fitted", "MeasureConfig", "Measured", "fit", "make_null", "run"]
