@@ -104,7 +104,7 @@ def grouped(descriptions: Mapping[str, Mapping[str, Any]]) -> dict[str, Place]:
     settings: dict[str, dict[str, Any]] = {}
     for name, about in descriptions.items():
         options = dict(about.get("config", {})) | {"d_sae": about.get("d_sae")}
-        settings[name] = {key: options[key] for key in SPARSITY_OPTIONS if options.get(key) is not None}
+        settings[name] = {key: options[key] for key in SPARSITY_OPTIONS if options.get(key)}
         rest = {key: value for key, value in options.items() if key not in SPARSITY_OPTIONS}
         rest |= {key: value for key, value in about.get("training", {}).items() if key != "seed"}
         shared[name] = {"kind": about["kind"], **rest} | {
@@ -208,7 +208,11 @@ class Frontier:
             return alone
         order = np.argsort(x, axis=0, kind="stable")
         x, own = np.take_along_axis(x, order, 0), np.take_along_axis(own, order, 0)
-        return np.array([np.interp(math.log(l0), x[:, i], own[:, i]) for i in range(own.shape[1])])
+        left = np.clip((x <= math.log(l0)).sum(0) - 1, 0, x.shape[0] - 2)[None]
+        x0, x1, y0, y1 = (np.take_along_axis(of, left + step, 0)[0] for of in (x, own) for step in (0, 1))
+        share = np.clip((math.log(l0) - x0) / np.maximum(x1 - x0, 1e-12), 0, 1)
+        found: Float64[np.ndarray, " draws"] = y0 + share * (y1 - y0)
+        return found
 
     def mean(self, metric: str, low: float, high: float) -> Float64[np.ndarray, " draws"]:
         """A metric's mean over a range of l0, on a logarithmic axis: the area under the curve over its width."""
@@ -292,3 +296,58 @@ def _sentence(found: Difference, better: str) -> str:
     first, second = (found.a, found.b) if wins else (found.b, found.a)
     values = numbers if wins else f"{found.b_value:.4g} against {found.a_value:.4g}"
     return f"{where}: {first} is better than {second}, {values}, {size} that is real ({bounds})."
+
+
+def summary(points: Mapping[str, Point], metrics: Mapping[str, str], seed: int = 0) -> dict[str, Any]:
+    """Every group's frontier, and every pair of groups compared, as plain data without NaN.
+
+    Args:
+        points: Dictionaries by name, all on the same documents.
+        metrics: By name, whether "lower" or "higher" is better.
+        seed: Of the draws of seeds.
+    """
+    by_group: dict[str, list[Point]] = {}
+    for point in points.values():
+        by_group.setdefault(point.place.group, []).append(point)
+    frontiers = [Frontier(own, seed) for own in by_group.values()]
+    ranges = [frontier.range for frontier in frontiers]
+    low, high = max(r[0] for r in ranges), min(r[1] for r in ranges)
+    described = {one.group: _described(one, metrics, (low, high)) for one in frontiers}
+    compared = [
+        _numbers(found)
+        for index, one in enumerate(frontiers)
+        for other in frontiers[index + 1 :]
+        for found in differences(one, other, metrics)
+    ]
+    return {"frontiers": described, "differences": compared}
+
+
+def _described(frontier: Frontier, metrics: Mapping[str, str], common: tuple[float, float]) -> dict[str, Any]:
+    """A frontier's points with their intervals, and the area under it over the l0 that all groups reach."""
+    names = [name for name in ("l0", *metrics) if name in frontier.values]
+    points = [
+        {"setting": setting, "n_seeds": n, **{name: _statistic(frontier.values[name][row]) for name in names}}
+        for row, (setting, n) in enumerate(zip(frontier.settings, frontier.n_seeds, strict=True))
+    ]
+    low, high = common
+    areas = {}
+    if 0 < low < high:
+        areas = {name: _statistic(frontier.mean(name, low, high)) for name in names if name != "l0"}
+    span = {"l0_from": low, "l0_to": high} if areas else {}
+    return {"points": points, "mean_over_common_l0": areas, **span}
+
+
+def _statistic(draws: Float64[np.ndarray, " draws"]) -> dict[str, float | None]:
+    low, high = interval(draws)
+    return {"value": _finite(float(draws[0])), "low": _finite(low), "high": _finite(high)}
+
+
+def _numbers(found: Difference) -> dict[str, Any]:
+    data = {
+        name: _finite(value) if isinstance(value, float) else value for name, value in found._asdict().items()
+    }
+    return data | {"real": found.real}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

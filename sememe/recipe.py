@@ -1,13 +1,14 @@
 """A recipe as it is written: its tables, and the stages they stand for. Runs nothing.
 
 A recipe is a TOML file with a `name`, the shared tables `[model]`, `[text]` and `[policy]`, and one table per
-stage: `[harvest]`, `[train]`, `[evaluate]`, `[interpret]`, `[explain]`, `[export]`. A stage's table holds its verb's
-options; where it reads and writes follows from the name:
+stage: `[harvest]`, `[train]`, `[evaluate]`, `[interpret]`, `[explain]`, `[export]`, `[compare]`. A stage's table holds
+its verb's options; where it reads and writes follows from the name:
 
-    artifacts/NAME/{store, dictionary, report, atlas, explanations, site}
+    artifacts/NAME/{store, dictionary, report, atlas, explanations, site, comparison}
 
 Several dictionaries are `[train.NAME]` tables with an architecture each, or come from a `[train.sweep]`; their
-results lie one folder deeper: `dictionary/NAME`, `report/NAME`.
+results lie one folder deeper: `dictionary/NAME`, `report/NAME`. With a `[compare]` table they are compared at the end,
+and `[evaluate]`, `[interpret]` and `[export]` happen only where their tables are there.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from sememe.errors import ConfigError, nearest
 __all__ = ["Recipe", "Stage", "place_of", "read_recipe", "stages"]
 
 SHARED = ("model", "text", "policy")
-STAGES = ("harvest", "train", "evaluate", "interpret", "explain", "export")
+STAGES = ("harvest", "train", "evaluate", "interpret", "explain", "export", "compare")
+OPTIONAL = ("explain", "compare")
+"""Stages that happen only where their tables are there."""
 
 
 class Recipe(NamedTuple):
@@ -38,13 +41,14 @@ class Recipe(NamedTuple):
     interpret: dict[str, Any] | None
     explain: dict[str, Any] | None
     export: dict[str, Any] | None
+    compare: dict[str, Any] | None
 
 
 class Stage(NamedTuple):
     """One verb of a recipe, with all its options."""
 
     verb: str
-    """harvest, train, evaluate, interpret, explain or export."""
+    """harvest, train, evaluate, interpret, explain, export or compare."""
     name: str
     """The dictionary it is about; "" for the only one, and for harvest."""
     path: Path
@@ -91,6 +95,7 @@ def read_recipe(path: str | Path) -> Recipe:
     }
     common = {key: value for key, value in train.items() if key not in named}
     dictionaries = {key: common | value for key, value in named.items()} if named else {"": train}
+    optional = STAGES[2:] if "compare" in data else OPTIONAL
     return Recipe(
         name,
         data.get("model", {}),
@@ -98,7 +103,7 @@ def read_recipe(path: str | Path) -> Recipe:
         data.get("policy", {}),
         data["harvest"],
         dictionaries,
-        *(data.get(stage, {} if stage != "explain" else None) for stage in STAGES[2:]),
+        *(data.get(stage, None if stage in optional else {}) for stage in STAGES[2:]),
     )
 
 
@@ -134,7 +139,14 @@ def stages(recipe: Recipe, base: Path) -> list[Stage]:
             }
             label = "" if place == Path() else str(place)
             found += _after_training(recipe, label, store, paths, where)
-    if harvest.split != "train" and any(stage.verb == "evaluate" for stage in found):
+    if recipe.compare is not None:
+        from sememe.compare import CompareConfig
+
+        out = base / "comparison"
+        about = {"dictionaries": (base / "dictionary",), "store": store, "out": out}
+        compare = CompareConfig.build({**shared, **recipe.compare, **about}, where)
+        found.append(Stage("compare", "", out, compare))
+    if harvest.split != "train" and any(stage.verb in ("evaluate", "compare") for stage in found):
         raise ConfigError(
             "a recipe that evaluates must harvest the train split, or no document is held out",
             repr(harvest.split),

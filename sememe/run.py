@@ -16,7 +16,11 @@ from sememe.errors import ArtifactError
 from sememe.plan import check
 from sememe.recipe import Recipe, Stage, place_of, read_recipe, stages
 
-__all__ = ["StageResult", "print_report", "run"]
+__all__ = ["StageResult", "print_comparison", "print_report", "run"]
+
+
+WIDE = 140
+"""Columns of a terminal from which a comparison's intervals fit in."""
 
 
 class StageResult(NamedTuple):
@@ -73,6 +77,7 @@ def _made_at(folder: Path) -> float | None:
 def _do(stage: Stage, fresh: bool) -> None:
     """Run one stage's verb."""
     from sememe.browse import export
+    from sememe.compare import compare
     from sememe.evaluate import evaluate
     from sememe.explain import explain
     from sememe.harvest import harvest
@@ -86,6 +91,7 @@ def _do(stage: Stage, fresh: bool) -> None:
         "interpret": interpret,
         "explain": explain,
         "export": export,
+        "compare": compare,
     }
     if isinstance(stage.config, TrainConfig) and stage.config.sweep:
         train_sweep(stage.config, fresh=fresh)
@@ -126,6 +132,8 @@ def _print_results(recipe: Recipe, base: Path, results: list[StageResult], secon
     for result in results:
         if result.stage.startswith("evaluate"):
             print_report(result.path)
+        if result.stage.startswith("compare"):
+            print_comparison(result.path)
     table = Table(title=f"{recipe.name}: {seconds:.0f} s in all")
     for column in ("stage", "result", "seconds", "peak GB", ""):
         table.add_column(column, justify="right" if column in ("seconds", "peak GB") else "left")
@@ -166,10 +174,42 @@ def print_report(path: str | Path) -> None:
         console.print(notice, soft_wrap=True, markup=False, highlight=False)
 
 
-def _shown(entry: dict[str, Any] | None) -> str:
+def print_comparison(path: str | Path) -> None:
+    """A comparison's dictionaries and nulls as a table, and what is to be known of it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    data = json.loads((Path(path) / "comparison.json").read_text(encoding="utf-8"))
+    measured = [row for row in data["rows"] if row["metrics"]]
+    console = Console()
+    if measured:
+        columns = ("fvu", "l0", "ce_increase", "ce_recovered_mean", "perplexity")
+        table = Table(title=f"{path}: on the same held-out documents")
+        table.add_column("")
+        for name in columns:
+            table.add_column(name, justify="right")
+        for row in measured:
+            name = f"null: {row['name']}" if row["null"] else row["name"]
+            found = [row["metrics"].get(metric) for metric in columns]
+            table.add_row(name, *(_shown(one, bounds=console.width >= WIDE) for one in found))
+        console.print(table)
+    directions = data["directions"]
+    table = Table(title="mmcs: how much of the row is in the column")
+    table.add_column("")
+    for name in directions["names"]:
+        table.add_column(name, justify="right")
+    for name, values in zip(directions["names"], directions["mmcs"], strict=True):
+        table.add_row(name, *(f"{value:.3f}" for value in values))
+    if len(directions["names"]) <= 8:
+        console.print(table)
+    for notice in data["notices"]:
+        console.print(notice, soft_wrap=True, markup=False, highlight=False)
+
+
+def _shown(entry: dict[str, Any] | None, bounds: bool = True) -> str:
     if entry is None or entry.get("value") is None:
         return "–"
     text = f"{entry['value']:.4g}"
-    if entry.get("low") is not None:
+    if bounds and entry.get("low") is not None:
         text += f"  [{entry['low']:.4g}, {entry['high']:.4g}]"
     return text

@@ -16,7 +16,7 @@ ROOT = Path(sememe.__file__).parent
 LAYERS = [
     ["errors"],
     ["config", "paths", "progress", "interrupt"],
-    ["artifact", "encoded", "options"],
+    ["artifact", "encoded", "options", "frontier"],
     ["metrics", "tracking", "checkpoint", "registry"],
     ["kernels"],
     ["dictionaries"],
@@ -45,6 +45,7 @@ TORCH_FREE = {
     "progress",
     "artifact",
     "options",
+    "frontier",
     "registry",
     "atlas",
     "browse",

@@ -33,7 +33,9 @@ VERBS: dict[str, Verb] = {
         "Train a dictionary (topk, relu and others) on a store or straight from a model.", "train_app"
     ),
     "evaluate": Verb("Measure a dictionary on held-out documents, beside its nulls.", "evaluate"),
-    "compare": Verb("Compare two dictionaries: matched latents, and their reports side by side.", "compare"),
+    "compare": Verb(
+        "Compare dictionaries: on the same documents at matched l0, and direction by direction.", "compare"
+    ),
     "report": Verb("Draw one page from one or several reports.", "report"),
     "interpret": Verb("Make an atlas: where each latent fires, and what it writes.", "interpret"),
     "explain": Verb("Say in words when each latent fires, and score the words.", "explain"),

@@ -225,10 +225,19 @@ def _compare() -> Any:
     from sememe.compare import CompareConfig, compare
 
     def verb(config: CompareConfig, fresh: bool = False) -> None:
-        compare(config, fresh=fresh)
-        _say("comparison", config.out)
+        made = compare(config, fresh=fresh)
+        from sememe.run import print_comparison
 
-    return command(CompareConfig, verb, positional=("a", "b"), extra=FRESH, doc="Compare two dictionaries.")
+        print_comparison(made.path)
+        _say("comparison", made.path / "comparison.html")
+
+    return command(
+        CompareConfig,
+        verb,
+        positional=("dictionaries",),
+        extra=FRESH,
+        doc="Compare dictionaries on the same documents, and by their directions.",
+    )
 
 
 def _report() -> Any:

@@ -4,6 +4,7 @@ Knows the layout of report.json and nothing about how its numbers were made; nev
 the `report` verb share it.
 """
 
+from sememe.figures.comparison import write_comparison
 from sememe.figures.data import (
     HEADLINE,
     REPORT,
@@ -16,9 +17,10 @@ from sememe.figures.data import (
 )
 from sememe.figures.grid import grid_plots
 from sememe.figures.pages import write_pages
-from sememe.figures.tables import headline_table, markdown_table
+from sememe.figures.tables import BETTER, headline_table, markdown_table
 
 __all__ = [
+    "BETTER",
     "HEADLINE",
     "REPORT",
     "Report",
@@ -29,6 +31,7 @@ __all__ = [
     "read_curves",
     "read_draws",
     "read_watched",
+    "write_comparison",
     "write_draws",
     "write_pages",
 ]

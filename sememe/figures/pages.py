@@ -10,7 +10,7 @@ from sememe.figures.data import Data, number
 from sememe.figures.plots import frontier_plot, plots, svg
 from sememe.figures.tables import BETTER, MEANINGS, group_table, headline_table, html_table, markdown_table
 
-__all__ = ["write_pages"]
+__all__ = ["attributions", "credit", "page", "write_pages"]
 
 
 def write_pages(folder: Path, reports: Mapping[str, Data]) -> None:
@@ -24,44 +24,44 @@ def write_pages(folder: Path, reports: Mapping[str, Data]) -> None:
     several = len(reports) > 1
     table = headline_table(reports)
     heading = "Dictionaries compared on held-out text" if several else f"Report: {next(iter(reports))}"
-    markdown, page = [f"# {heading}", "", markdown_table(table), ""], [html_table(table)]
+    markdown, body = [f"# {heading}", "", markdown_table(table), ""], [html_table(table)]
     markdown += [_LEGEND, ""]
-    page.append(f"<p class='legend'>{html.escape(_LEGEND)}</p>")
+    body.append(f"<p class='legend'>{html.escape(_LEGEND)}</p>")
     if several:
         drawn = svg(frontier_plot(reports), "frontier")
         (folder / "figures" / "frontier.svg").write_text(drawn, encoding="utf-8")
         markdown += ["![Reconstruction against sparsity](figures/frontier.svg)", ""]
-        page.append(f"<figure>{drawn}</figure>")
+        body.append(f"<figure>{drawn}</figure>")
     for index, (title, data) in enumerate(reports.items()):
         prefix = f"{index}-" if several else ""
         if several:
             markdown += [f"## {title}", ""]
-            page.append(f"<h2>{html.escape(title)}</h2>")
-        page.append("<div class='plots'>")
+            body.append(f"<h2>{html.escape(title)}</h2>")
+        body.append("<div class='plots'>")
         for name, figure in plots(data).items():
             drawn = svg(figure, prefix + name)
             (folder / "figures" / f"{prefix}{name}.svg").write_text(drawn, encoding="utf-8")
             markdown += [f"![{name}](figures/{prefix}{name}.svg)", ""]
-            page.append(f"<figure>{drawn}</figure>")
-        page.append("</div>")
+            body.append(f"<figure>{drawn}</figure>")
+        body.append("</div>")
         for what in ("language", "source"):
             groups = data[f"by_{what}"]
             if len(groups) > 1:
                 markdown += [f"**By {what}**", "", markdown_table(group_table(groups)), ""]
-                page.append(f"<h3>By {what}</h3>{html_table(group_table(groups))}")
+                body.append(f"<h3>By {what}</h3>{html_table(group_table(groups))}")
         facts = _facts(data)
         markdown += [f"- {name}: {value}" for name, value in facts] + [""]
-        page.append(
+        body.append(
             "<dl>"
             + "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in facts)
             + "</dl>"
         )
-    lines = _attributions(reports.values())
+    lines = attributions(reports.values())
     if lines:
         markdown += ["**Text**", "", *(f"- {text} {url}".rstrip() for text, url in lines), ""]
-        page.append("<h3>Text</h3><ul class='credits'>" + "".join(_credit(*line) for line in lines) + "</ul>")
+        body.append("<h3>Text</h3><ul class='credits'>" + "".join(credit(*line) for line in lines) + "</ul>")
     (folder / "report.md").write_text("\n".join(markdown), encoding="utf-8")
-    (folder / "report.html").write_text(_page(heading, "\n".join(page)), encoding="utf-8")
+    (folder / "report.html").write_text(page(heading, "\n".join(body)), encoding="utf-8")
 
 
 _LEGEND = (
@@ -101,7 +101,8 @@ def _facts(data: Data) -> list[tuple[str, str]]:
     ]
 
 
-def _attributions(reports: Iterable[Data]) -> list[tuple[str, str]]:
+def attributions(reports: Iterable[Data]) -> list[tuple[str, str]]:
+    """What the texts' licences ask to be said, each once, and where it links to."""
     lines = {}
     for data in reports:
         for item in data.get("attributions", ()):
@@ -114,13 +115,15 @@ def _attributions(reports: Iterable[Data]) -> list[tuple[str, str]]:
     return list(lines.items())
 
 
-def _credit(text: str, url: str) -> str:
+def credit(text: str, url: str) -> str:
+    """One of them as a list item."""
     safe = url if url.startswith(("https://", "http://")) else ""
     link = f" <a href='{html.escape(safe)}'>{html.escape(safe)}</a>" if safe else ""
     return f"<li>{html.escape(text)}{link}</li>"
 
 
-def _page(title: str, body: str) -> str:
+def page(title: str, body: str) -> str:
+    """A whole HTML page that needs no other file."""
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{html.escape(title)}</title>

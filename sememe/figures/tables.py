@@ -8,13 +8,23 @@ from typing import Any, NamedTuple
 
 from sememe.figures.data import HEADLINE, Data, arms_of, number
 
-__all__ = ["BETTER", "MEANINGS", "Table", "group_table", "headline_table", "html_table", "markdown_table"]
+__all__ = [
+    "BETTER",
+    "MEANINGS",
+    "Table",
+    "cell_note",
+    "group_table",
+    "headline_table",
+    "html_table",
+    "markdown_table",
+]
 
 BETTER = {
     "fvu": "lower",
     "fvu_all_rows": "lower",
     "ce_increase": "lower",
     "kl": "lower",
+    "perplexity": "lower",
     "cosine": "higher",
     "frac_alive": "higher",
     "ce_recovered_zero": "higher",
@@ -30,6 +40,7 @@ MEANINGS = {
     "ce_recovered_zero": "share of the cross-entropy lost to zero ablation that is kept",
     "ce_recovered_mean": "share of the cross-entropy lost to mean ablation that is kept",
     "kl": "KL divergence of the spliced model from the unedited one, nats per token",
+    "perplexity": "exponential of the spliced model's cross-entropy",
 }
 
 
@@ -41,7 +52,7 @@ class Table(NamedTuple):
     notes: list[list[str]]
 
 
-def _note(statistic: Mapping[str, Any]) -> str:
+def cell_note(statistic: Mapping[str, Any]) -> str:
     """The interval, or why there is no number."""
     low, high = statistic.get("low"), statistic.get("high")
     if low is not None and high is not None:
@@ -66,7 +77,7 @@ def headline_table(reports: Mapping[str, Data]) -> Table:
                 ]
                 + [number(s["value"]) if s else "" for s in found]
             )
-            table.notes.append([""] + [_note(s) if s else "" for s in found])
+            table.notes.append([""] + [cell_note(s) if s else "" for s in found])
     return table
 
 
@@ -80,7 +91,7 @@ def group_table(groups: Mapping[str, Data]) -> Table:
             [name, f"{group['n_documents']:,}", f"{group['n_rows']:,}"]
             + [number(s["value"]) if s else "" for s in found]
         )
-        table.notes.append(["", "", ""] + [_note(s) if s else "" for s in found])
+        table.notes.append(["", "", ""] + [cell_note(s) if s else "" for s in found])
     return table
 
 

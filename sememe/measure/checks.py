@@ -195,13 +195,22 @@ def splicer_for(lm: LanguageModel, sites: Sites) -> Splicer:
     return Splicer(lm, [s.hookpoint for s in sites.inputs], [s.hookpoint for s in sites.outputs])
 
 
+TRAINING_OPTIONS = (
+    *("n_tokens", "epochs", "batch_size", "optimiser", "lr", "warmup", "decay", "freeze_above", "scale"),
+    *("end_to_end", "seed"),
+)
+"""Options of `train`, beside the architecture's, by which dictionaries of one stream differ."""
+
+
 def describe(saved: artifact.Artifact, dictionary: Dictionary, sites: Sites) -> dict[str, Any]:
+    trained_with = saved.meta["config"]
     return {
         "name": saved.path.name,
         "path": str(saved.path),
         "fingerprint": saved.fingerprint,
         "kind": dictionary.kind,
         "config": dictionary.config.resolved(),
+        "training": {name: trained_with[name] for name in TRAINING_OPTIONS if name in trained_with},
         "d_in": dictionary.d_in,
         "d_out": dictionary.d_out,
         "d_sae": dictionary.d_sae,

@@ -303,7 +303,7 @@ class Measured:
 
     def report(self, arms: Arms) -> dict[str, Any]:
         """report.json, but for what describes the inputs."""
-        found = {name: self._arm(name) for name in arms.dictionaries}
+        found = {name: self.statistics(name) for name in arms.dictionaries}
         ablations = {name: self._quality(name) for name in ("zero", "mean")}
         main = found["dictionary"]
         main |= {f"{name}_base": statistic for name, statistic in self._quality("base").items()}
@@ -319,18 +319,22 @@ class Measured:
             "parts": parts,
             "nulls": nulls,
             "ablations": ablations,
-            "density": {name: self._density(name) for name in arms.dictionaries if name not in parts},
+            "density": {name: self.density(name) for name in arms.dictionaries if name not in parts},
             "by_language": self._grouped(0),
             "by_source": self._grouped(1),
             **self._by_site(),
-            "bootstrap": {
-                "unit": "document" if len(self.units.of) == len(self.units.tags) else "group of documents",
-                "n_units": len(self.units.tags),
-                "units": self.units.fingerprint(),
-                "n": self.config.n_bootstrap,
-                "level": 0.95,
-                "seed": self.config.seed,
-            },
+            "bootstrap": self.describe_bootstrap(),
+        }
+
+    def describe_bootstrap(self) -> dict[str, Any]:
+        """What intervals were drawn from."""
+        return {
+            "unit": "document" if len(self.units.of) == len(self.units.tags) else "group of documents",
+            "n_units": len(self.units.tags),
+            "units": self.units.fingerprint(),
+            "n": self.config.n_bootstrap,
+            "level": 0.95,
+            "seed": self.config.seed,
         }
 
     def describe_text(self, fingerprint: str) -> dict[str, Any]:
@@ -350,7 +354,8 @@ class Measured:
     def _options(self, units: Bool[np.ndarray, " units"] | None) -> dict[str, Any]:
         return {"n_bootstrap": self.config.n_bootstrap, "seed": self.config.seed, "units": units}
 
-    def _arm(self, name: str) -> dict[str, Any]:
+    def statistics(self, name: str) -> dict[str, Any]:
+        """An arm's numbers with their intervals, as plain data."""
         options = self._options(None)
         statistics = self.kept[name].compute(**options) | self.sparsity[name].compute(**options)
         statistics["fvu_all_rows"] = self.all_rows[name].compute(**options)["fvu"]
@@ -370,7 +375,8 @@ class Measured:
     def _quality(self, name: str) -> dict[str, Any]:
         return {key: s.to_json() for key, s in self.loss.compute(name, **self._options(None)).items()}
 
-    def _density(self, name: str) -> dict[str, Any]:
+    def density(self, name: str) -> dict[str, Any]:
+        """How often an arm's latents are active, as plain data."""
         found = self.sparsity[name]
         histogram = metrics.density_histogram(found.density())._asdict()
         return histogram | {"shares": found.density_shares(), "l0_quantiles": found.l0_quantiles()}

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from sememe import artifact, dictionaries, lm
+from sememe.compare import CompareConfig
 from sememe.errors import HookpointError, nearest
 from sememe.evaluate import EvaluateConfig
 from sememe.harvest import HarvestConfig
@@ -113,7 +114,7 @@ class _Planner:
         if self._done(stage):
             return Estimate(stage, True, Bytes(0.0), lambda _: 0.0)
         config, model, rows = stage.config, self.model, self.rows
-        if rows is None or (model is None and stage.verb in ("harvest", "evaluate", "interpret")):
+        if rows is None or (model is None and stage.verb in ("harvest", "evaluate", "interpret", "compare")):
             name = self.harvest.model.model
             return Estimate(stage, False, None, None, note=f"the config of {name} is not at hand")
         if isinstance(config, TrainConfig):
@@ -122,6 +123,8 @@ class _Planner:
             return self._harvest(stage, config, model, rows)
         if model is not None and isinstance(config, EvaluateConfig):
             return self._evaluate(stage, config, model, rows)
+        if model is not None and isinstance(config, CompareConfig):
+            return self._compare(stage, config, model, rows)
         if model is not None and isinstance(config, InterpretConfig):
             return self._interpret(stage, config, model, rows)
         explains = stage.verb == "explain"
@@ -269,6 +272,26 @@ class _Planner:
             Knob("d_sae", d_sae, lambda n: needs(n, batch)),
         )
         return Estimate(stage, False, needs(d_sae, batch), seconds, knobs)
+
+    def _compare(self, stage: Stage, config: CompareConfig, model: Outline, rows: _Rows) -> Estimate:
+        """As an evaluation of the widest dictionary with an arm for each of the others."""
+        configs = [other.config for other in self.stages if isinstance(other.config, TrainConfig)]
+        members = [member for one in configs for member in _members(one)]
+        widest = max((self._dictionary(member, rows) for member in members), key=lambda one: one.d_sae)
+        outputs = {name for member in members for name in self._names(member, rows)[1]}
+        length, n_arms = rows.policy.context_length, len(members) + 3 * len(config.nulls)
+
+        def needs(batch_rows: int) -> Bytes:
+            return costs.evaluate_bytes(model, widest, n_arms, batch_rows, length)
+
+        def seconds(speed: Speed) -> float:
+            above = model.n_layers_above(tuple(outputs))
+            found = costs.evaluate_seconds(model, widest, speed, config.n_tokens, n_arms, above, length)
+            budget = config.budget_seconds()
+            return found if budget is None else min(found, budget)
+
+        knobs = (Knob("batch_rows", config.batch_rows, needs),)
+        return Estimate(stage, False, needs(config.batch_rows), seconds, knobs)
 
     def _interpret(self, stage: Stage, config: InterpretConfig, model: Outline, rows: _Rows) -> Estimate:
         train = self._train_config(stage.name)

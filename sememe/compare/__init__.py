@@ -1,0 +1,14 @@
+"""The verb that compares dictionaries: on the same held-out documents at matched l0, and direction by direction.
+
+    folders -> inputs.py (which dictionaries) -> directions.py (what each finds of the others)
+                                              -> verb.py (one pass over text, frontiers, differences)
+
+Knows decoder directions, models and text; the pass is `measure/`, what is real is `frontier.py`, the page is
+`figures/`.
+"""
+
+from sememe.compare.config import CompareConfig
+from sememe.compare.schema import Comparison
+from sememe.compare.verb import COMPARISON, compare
+
+__all__ = ["COMPARISON", "CompareConfig", "Comparison", "compare"]

@@ -1,0 +1,29 @@
+"""What can be chosen about a comparison. Knows options and their ranges; compares nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import Field
+
+from sememe.measure import MeasureConfig
+
+__all__ = ["CompareConfig"]
+
+
+class CompareConfig(MeasureConfig):
+    """Which dictionaries, on what, against what."""
+
+    not_identity: ClassVar[frozenset[str]] = MeasureConfig.not_identity | {"dictionaries"}
+
+    dictionaries: tuple[Path, ...]
+    """Dictionaries, sweeps, or folders that hold such; at least two dictionaries in all."""
+    out: Path = Path("artifacts/comparison")
+    """The folder to make."""
+    directions_only: bool = False
+    """Compare decoder directions and run no language model."""
+    n_nearest: int = Field(default=5, ge=1)
+    """Of two dictionaries: nearest latents stored per latent, both ways."""
+    n_shown: int = Field(default=20, ge=0)
+    """Of two dictionaries: best and worst matches listed on the page."""

@@ -1,0 +1,114 @@
+"""Which dictionaries are meant, and what they are called. Reads folders; measures nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sememe import artifact, dictionaries
+from sememe.dictionaries.base import Dictionary, Sites
+from sememe.errors import ConfigError, MismatchError, ShapeError
+
+__all__ = ["Opened", "open_all"]
+
+KINDS = ("dictionary", "sweep")
+
+
+class Opened(NamedTuple):
+    """One dictionary of the comparison."""
+
+    saved: artifact.Artifact
+    dictionary: Dictionary
+
+    @property
+    def sites(self) -> Sites | None:
+        """Where it reads and writes; None if it was trained on bare tensors."""
+        return self.dictionary.sites
+
+
+def open_all(folders: tuple[Path, ...]) -> dict[str, Opened]:
+    """Open every dictionary in the folders, under the shortest names that tell them apart.
+
+    Raises:
+        ArtifactError: a folder is not a dictionary, and holds none.
+        ConfigError: there are fewer than two.
+        ShapeError: they write outputs of different widths at the same place.
+    """
+    paths = [path for folder in folders for path in _dictionaries_in(folder)]
+    if len(paths) < 2:
+        raise ConfigError(
+            "at least two dictionaries must be named",
+            ", ".join(map(str, paths)) or "none",
+            "Name another, or a folder that holds several.",
+        )
+    found = {
+        name: Opened(artifact.load(path, "dictionary"), dictionaries.load(path))
+        for name, path in _named(paths)
+    }
+    _check_widths(found)
+    return found
+
+
+def _dictionaries_in(folder: Path) -> list[Path]:
+    """The folder itself, or those below it: a sweep's, or a recipe's."""
+    if (folder / artifact.META).is_file() or not folder.is_dir():
+        if (folder / artifact.META).is_file() and artifact.load(folder).meta["kind"] == "sweep":
+            return sorted(path.parent for path in folder.glob(f"*/{artifact.META}"))
+        return [folder]  # whatever else it is, opening it says so
+    found = [path for child in sorted(folder.iterdir()) if child.is_dir() for path in _below(child)]
+    return found or [folder]
+
+
+def _below(folder: Path) -> list[Path]:
+    if (folder / artifact.META).is_file():
+        return _dictionaries_in(folder) if artifact.load(folder).meta["kind"] in KINDS else []
+    return [path for child in sorted(folder.iterdir()) if child.is_dir() for path in _below(child)]
+
+
+def _named(paths: list[Path]) -> list[tuple[str, Path]]:
+    """Each by as few of the last parts of its path as tell all apart, or by its number besides."""
+    whole = [path.resolve().parts for path in paths]
+    for n in range(1, max(map(len, whole)) + 1):
+        names = ["/".join(parts[-n:]) for parts in whole]
+        if len(set(names)) == len(names):
+            break
+    else:
+        names = [f"{number}: {path.name}" for number, path in enumerate(paths, 1)]
+    return list(zip(names, paths, strict=True))
+
+
+def _check_widths(found: dict[str, Opened]) -> None:
+    first_name, first = next(iter(found.items()))
+    for name, one in found.items():
+        if one.dictionary.d_out != first.dictionary.d_out:
+            raise ShapeError(
+                f"the dictionaries must write outputs of one width, {first.dictionary.d_out} like {first_name}",
+                f"{one.dictionary.d_out} of {name}",
+                "Compare dictionaries of one hookpoint, or of hookpoints of one width.",
+            )
+
+
+def check_one_model(found: dict[str, Opened]) -> None:
+    """Whether all belong to one language model.
+
+    Raises:
+        MismatchError: they do not, or one was trained on bare tensors.
+    """
+    models: dict[str, Any] = {}
+    for name, one in found.items():
+        if one.sites is None:
+            raise MismatchError(
+                f"the dictionary {name} must know its model and hookpoint to be measured on text",
+                "none (it was trained on bare tensors)",
+                "Pass --directions-only.",
+            )
+        for site in (*one.sites.inputs, *one.sites.outputs):
+            models.setdefault(
+                site.model_fingerprint, f"{site.model} ({site.model_fingerprint[:16]}), of {name}"
+            )
+    if len(models) > 1:
+        raise MismatchError(
+            "dictionaries must belong to one model to be measured on the same documents",
+            "; ".join(models.values()),
+            "Compare those of one model, or pass --directions-only.",
+        )

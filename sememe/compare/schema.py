@@ -1,0 +1,161 @@
+"""What comparison.json holds. Its JSON schema is written beside it as comparison.schema.json."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from sememe.config import Config
+
+__all__ = ["Comparison"]
+
+
+class Number(Config):
+    """A metric. JSON has no NaN: null, and why."""
+
+    value: float | None
+    """Over all documents."""
+    low: float | None = None
+    """Lower end of the 95% bootstrap interval over documents."""
+    high: float | None = None
+    """Its upper end."""
+    cause: str = ""
+    """Why there is no number or no interval."""
+
+
+class Histogram(Config):
+    """Latents per density."""
+
+    edges: tuple[float, ...]
+    """Of the bins."""
+    counts: tuple[int, ...]
+    """Latents in each bin."""
+    n_silent: int
+    """Latents that never fired."""
+    n_below: int
+    """Latents that fired more rarely than the first edge."""
+    shares: dict[str, float]
+    """Share of the latents below 1e-5, 1e-4, 1e-3, and above 1e-2."""
+    l0_quantiles: dict[str, float]
+    """Active latents per row that such a share of the rows does not exceed."""
+
+
+class Row(Config):
+    """One dictionary or null."""
+
+    name: str
+    """What the comparison calls it."""
+    group: str
+    """The frontier it lies on."""
+    setting: str
+    """Its place there; dictionaries of one group and setting are seeds."""
+    null: bool
+    """Whether it is a control."""
+    description: dict[str, Any]
+    """Kind, width, options, hookpoints, fingerprint."""
+    metrics: dict[str, Number] = Field(default_factory=dict)
+    """On held-out documents; empty if none were read."""
+    density: Histogram | None = None
+    """How often its latents are active."""
+
+
+class FrontierPoint(Config):
+    """A setting of a group, seeds averaged. Besides, a Number for each metric under its name."""
+
+    model_config = Config.model_config | {"extra": "allow"}
+
+    setting: str
+    """How sparse it was asked to be."""
+    n_seeds: int
+    """Dictionaries averaged."""
+    l0: Number
+    """Active latents per token."""
+
+
+class FrontierData(Config):
+    """A group, from its sparsest setting on."""
+
+    points: tuple[FrontierPoint, ...]
+    """Its settings."""
+    mean_over_common_l0: dict[str, Number]
+    """Each metric's mean over the l0 that all groups reach, on a logarithmic axis; empty where there is none."""
+    l0_from: float | None = None
+    """Where that begins."""
+    l0_to: float | None = None
+    """Where it ends."""
+
+
+class DifferenceData(Config):
+    """A metric of group a less that of group b."""
+
+    metric: str
+    """Its name."""
+    a: str
+    """One group."""
+    b: str
+    """The other."""
+    l0: float | None
+    """Where they are compared: the middle of what both reach; null where they share nothing."""
+    a_value: float | None
+    """That of a there."""
+    b_value: float | None
+    """That of b there."""
+    difference: float | None
+    """a_value - b_value."""
+    low: float | None
+    """Lower end of its 95% interval: documents, and seeds where there are several, drawn together for both."""
+    high: float | None
+    """Its upper end."""
+    l0_from: float | None
+    """Where the range begins that both reach."""
+    l0_to: float | None
+    """Where it ends."""
+    mean_difference: float | None
+    """Over that range."""
+    mean_low: float | None
+    """Lower end of its interval."""
+    mean_high: float | None
+    """Its upper end."""
+    real: bool
+    """Whether the interval of `difference` leaves out 0."""
+    sentence: str
+    """All of it in words."""
+
+
+class Directions(Config):
+    """Decoder directions, row by column."""
+
+    names: tuple[str, ...]
+    """Of rows and columns."""
+    mmcs: tuple[tuple[float, ...], ...]
+    """Mean over the row's latents of the largest cosine with any of the column's."""
+    share_above: tuple[tuple[float, ...], ...] = Field(alias="share_above_0.9")
+    """Share of the row's latents for which it exceeds 0.9."""
+
+
+class Comparison(Config):
+    """comparison.json."""
+
+    format_version: int
+    """Of this layout: 2."""
+    rows: tuple[Row, ...]
+    """Dictionaries, then nulls."""
+    frontiers: dict[str, FrontierData]
+    """By group."""
+    differences: tuple[DifferenceData, ...]
+    """Every pair of groups, every metric."""
+    directions: Directions
+    """What dictionaries find of each other."""
+    pair: dict[str, Any] | None
+    """Of two dictionaries: matches both ways; else null."""
+    text: dict[str, Any] | None
+    """What was read."""
+    bootstrap: dict[str, Any] | None
+    """Units, draws and seed of the intervals."""
+    stopped: dict[str, Any] | None
+    """Why reading ended: all tokens, the budget, or intervals that are narrow enough."""
+    notices: tuple[str, ...]
+    """What a reader has to know."""
+    attributions: tuple[dict[str, Any], ...]
+    """Whose text it is."""

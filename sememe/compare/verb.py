@@ -1,0 +1,309 @@
+"""Opens dictionaries, measures them on the same documents, says which differences are real, and writes the page."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+
+from sememe import artifact, figures, frontier, text
+from sememe import lm as language_models
+from sememe.compare.config import CompareConfig
+from sememe.compare.directions import all_pairs, one_pair
+from sememe.compare.inputs import Opened, check_one_model, open_all
+from sememe.compare.schema import Comparison
+from sememe.dictionaries.base import Dictionary, Sites
+from sememe.errors import MismatchError
+from sememe.frontier import Place, Point
+from sememe.lm import LanguageModel
+from sememe.measure import Arms, Measured, fit, make_null, run
+from sememe.measure.checks import (
+    check_nulls,
+    check_store,
+    check_text,
+    describe,
+    policy_of,
+    splicer_for,
+)
+from sememe.measure.config import AUTOENCODER_NULLS
+from sememe.store import Store, open_store
+from sememe.text import TokenPolicy
+
+__all__ = ["COMPARISON", "compare"]
+
+VERSION = 2
+COMPARISON = "comparison.json"
+SCHEMA = "comparison.schema.json"
+MAX_NULL_L0S = 3
+"""Values of l0 at which each null is measured, for each set of sites."""
+
+
+def compare(
+    config: CompareConfig, *, lm: LanguageModel | None = None, fresh: bool = False
+) -> artifact.Artifact:
+    """Compare dictionaries, or open the comparison if it is there.
+
+    The artifact holds comparison.json with its schema, comparison.csv, comparison.html, comparison.md with its plots,
+    and of two dictionaries the nearest latents both ways.
+
+    Args:
+        config: Which ones, on what.
+        lm: The model, if it is loaded already; else it is loaded from config.model.
+        fresh: Replace whatever stands at config.out.
+
+    Raises:
+        ConfigError: fewer than two dictionaries; an unknown null.
+        ShapeError: dictionaries write outputs of different widths.
+        MismatchError: dictionaries belong to different models, policies or stores; or another comparison stands at
+            config.out.
+        ArtifactError: a folder is not a dictionary.
+        TextError: the held-out text is shorter than one context.
+    """
+    opened = open_all(config.dictionaries)
+    parents = {f"dictionary.{index}": one.saved.fingerprint for index, one in enumerate(opened.values())}
+    store = None if config.store is None or config.directions_only else open_store(config.store)
+    policy, notices = None, list[str]()
+    if not config.directions_only:
+        policy, notices = _check(config, opened, store)
+        text.fetch(config.text)
+        parents |= {"model": _model_of(config, opened, lm), "text": text.fingerprint(config.text)}
+        if store is not None:
+            parents["store"] = store.fingerprint
+    identity = artifact.identity_of("comparison", VERSION, config, parents)
+    found = None if fresh else artifact.find(config.out, "comparison", identity)
+    if found is not None:
+        return found
+    with artifact.building(
+        config.out, kind="comparison", version=VERSION, config=config, parents=parents, fresh=fresh
+    ) as work:
+        loaded = {name: one.dictionary for name, one in opened.items()}
+        data: dict[str, Any] = {"format_version": VERSION, "directions": all_pairs(loaded)}
+        data["pair"] = one_pair(config, loaded, work.path) if len(loaded) == 2 else None
+        if policy is None:
+            data |= _undescribed(opened)
+        else:
+            lm = lm if lm is not None else language_models.load(config.model)
+            data |= _measured(config, lm, opened, policy, store)
+        data["notices"] = notices + _cautions(data)
+        data["attributions"] = [] if policy is None else [a._asdict() for a in text.attributions(config.text)]
+        Comparison.build(data, COMPARISON)  # what is written is what is published
+        artifact.write_json(work.path / COMPARISON, data)
+        schema = json.dumps(Comparison.model_json_schema(by_alias=True), indent=2)
+        (work.path / SCHEMA).write_text(schema + "\n", encoding="utf-8")
+        figures.write_comparison(work.path, data)
+        work.extra = _summary(data)
+    return artifact.load(config.out, "comparison")
+
+
+# -- what belongs together -----------------------------------------------------------------------------------------
+
+
+def _check(
+    config: CompareConfig, opened: dict[str, Opened], store: Store | None
+) -> tuple[TokenPolicy, list[str]]:
+    """The token policy that all share, and what a reader has to know."""
+    check_one_model(opened)
+    policies: dict[str, TokenPolicy] = {}
+    notices: dict[str, None] = {}
+    for name, one in opened.items():
+        sites = _sites(one)
+        if sites.inputs != sites.outputs:
+            check_nulls(tuple(null for null in config.nulls if null not in AUTOENCODER_NULLS), sites)
+        else:
+            check_nulls(config.nulls, sites)
+        policies[name] = policy_of(config, one.saved, store)
+        if store is not None:
+            check_store(store, one.saved, sites)
+        notices |= dict.fromkeys(f"{name}: {notice}" for notice in check_text(one.saved, store, config.text))
+    (first, policy), *others = policies.items()
+    for name, other in others:
+        if other != policy:
+            raise MismatchError(
+                f"dictionaries must have one token policy to be measured on the same positions, that of {first}: "
+                f"{policy.resolved()}",
+                f"{other.resolved()} of {name}",
+                "Compare those of one policy, or pass --directions-only.",
+            )
+    return policy, list(notices)
+
+
+def _sites(one: Opened) -> Sites:
+    assert one.sites is not None
+    return one.sites
+
+
+def _model_of(config: CompareConfig, opened: dict[str, Opened], lm: LanguageModel | None) -> str:
+    """The model's fingerprint, which must be the dictionaries'."""
+    fingerprint = lm.fingerprint if lm else language_models.fingerprint_of(config.model)
+    site = _sites(next(iter(opened.values()))).inputs[0]
+    if site.model_fingerprint != fingerprint:
+        raise MismatchError(
+            f"the model must be the one the dictionaries were trained on, {site.model} "
+            f"(fingerprint {site.model_fingerprint[:16]})",
+            f"fingerprint {fingerprint[:16]}",
+            f"Pass --model {site.model}.",
+        )
+    return fingerprint
+
+
+# -- measuring -----------------------------------------------------------------------------------------------------
+
+
+def _measured(
+    config: CompareConfig,
+    lm: LanguageModel,
+    opened: dict[str, Opened],
+    policy: TokenPolicy,
+    store: Store | None,
+) -> dict[str, Any]:
+    """Every dictionary and its nulls on the same documents."""
+    by_sites: dict[str, list[str]] = {}
+    for name, one in opened.items():
+        by_sites.setdefault(_places(_sites(one)), []).append(name)
+    groups: dict[str, tuple[Measured, Arms]] = {}
+    null_configs: dict[str, dict[str, Any]] = {}
+    for place, names in by_sites.items():
+        sites = _sites(opened[names[0]])
+        own = {name: opened[name].dictionary.to(lm.device) for name in names}
+        prefix = f"{place}: " if len(by_sites) > 1 else ""
+        arms, configs = _arms(config, lm, own, sites, policy, store, prefix)
+        null_configs |= configs
+        groups[place] = (Measured(config, lm, splicer_for(lm, sites), sites, policy), arms)
+    stopped = run(config, groups)
+    descriptions = {
+        name: describe(one.saved, one.dictionary, _sites(one)) | {"name": name}
+        for name, one in opened.items()
+    }
+    places = frontier.grouped(descriptions)
+    for name, about in null_configs.items():
+        width = f" d_sae={about['d_sae']}" if about["null"] in ("untrained", "random_directions") else ""
+        where = f" {about['place']}" if len(by_sites) > 1 else ""
+        places[name] = Place(f"null: {about['null']}{width}{where}", f"k={about['k']}")
+        descriptions[name] = about
+    rows, points = [], {}
+    for measured, arms in groups.values():
+        for name in arms.dictionaries:
+            points[name] = Point(places[name], measured.drawn(name))
+            rows.append(
+                {
+                    "name": name,
+                    **places[name]._asdict(),
+                    "null": name in arms.controls,
+                    "description": descriptions[name],
+                    "metrics": measured.statistics(name),
+                    "density": measured.density(name),
+                }
+            )
+    rows.sort(key=lambda row: bool(row["null"]))
+    first, _ = next(iter(groups.values()))
+    return {
+        "rows": rows,
+        **frontier.summary(points, figures.BETTER, config.seed),
+        "text": first.describe_text(text.fingerprint(config.text)),
+        "bootstrap": first.describe_bootstrap(),
+        "stopped": stopped,
+    }
+
+
+def _places(sites: Sites) -> str:
+    """Where dictionaries read and write, with the norms they leave out: those that agree share a pass."""
+    inputs, outputs = (
+        "+".join(f"{site.hookpoint}" for site in side) for side in (sites.inputs, sites.outputs)
+    )
+    limits = {site.hookpoint: site.max_norm for site in (*sites.inputs, *sites.outputs)}
+    about = "" if all(limit is None for limit in limits.values()) else f" (norms {list(limits.values())})"
+    return (inputs if inputs == outputs else f"{inputs} to {outputs}") + about
+
+
+def _arms(
+    config: CompareConfig,
+    lm: LanguageModel,
+    own: dict[str, Dictionary],
+    sites: Sites,
+    policy: TokenPolicy,
+    store: Store | None,
+    prefix: str,
+) -> tuple[Arms, dict[str, dict[str, Any]]]:
+    """Dictionaries of one place, and each null at their l0."""
+    fitted = fit(config, lm, sites, policy, store)
+    l0s = {name: fitted.sparsity_of(one).compute()["l0"].value for name, one in own.items()}
+    ks = _spread(sorted({max(1, round(l0)) for l0 in l0s.values()}))
+    d_sae = int(np.median([one.d_sae for one in own.values()]))
+    autoencoder = sites.inputs == sites.outputs
+    nulls: dict[str, Dictionary] = {}
+    configs: dict[str, dict[str, Any]] = {}
+    for null in config.nulls:
+        if not autoencoder and null != "untrained":
+            continue
+        width = d_sae if null in ("untrained", "random_directions") else next(iter(own.values())).d_in
+        for k in (k for k in ks if k < width):  # all of them would be the identity
+            made, about = make_null(null, k, d_sae, config.seed, sites, fitted)
+            name = f"{prefix}{null} k={about['k']}"
+            if name not in nulls:
+                nulls[name] = made
+                configs[name] = about | {"null": null, "place": prefix.removesuffix(": "), "kind": null}
+    return Arms({**own, **nulls}, fitted.mean, (), tuple(nulls)), configs
+
+
+def _spread(ks: list[int]) -> list[int]:
+    """At most MAX_NULL_L0S of them, the ends among them."""
+    if len(ks) <= MAX_NULL_L0S:
+        return ks
+    return [ks[round(i * (len(ks) - 1) / (MAX_NULL_L0S - 1))] for i in range(MAX_NULL_L0S)]
+
+
+def _undescribed(opened: dict[str, Opened]) -> dict[str, Any]:
+    """What is known of dictionaries that were not measured."""
+    rows = [
+        {
+            "name": name,
+            "group": one.dictionary.kind,
+            "setting": "",
+            "null": False,
+            "description": {
+                "kind": one.dictionary.kind,
+                "config": one.dictionary.config.resolved(),
+                "d_sae": one.dictionary.d_sae,
+                "d_out": one.dictionary.d_out,
+                "path": str(one.saved.path),
+                "fingerprint": one.saved.fingerprint,
+                "hookpoints": [] if one.sites is None else list(one.sites.hookpoints),
+            },
+        }
+        for name, one in opened.items()
+    ]
+    nothing: dict[str, Any] = {"frontiers": {}, "differences": []}
+    return {"rows": rows, **nothing, "text": None, "bootstrap": None, "stopped": None}
+
+
+def _cautions(data: dict[str, Any]) -> list[str]:
+    """What the numbers do not say."""
+    found = []
+    places = {
+        tuple(row["description"].get("outputs") or row["description"].get("hookpoints") or ("unknown",))
+        for row in data["rows"]
+        if not row["null"]
+    }
+    if len(places) > 1:
+        found.append("Dictionaries write to different places: their directions may live in different bases.")
+    points = [point for group in data["frontiers"].values() for point in group["points"]]
+    if points and all(point["n_seeds"] == 1 for point in points):
+        found.append(
+            "One seed each: intervals say how the numbers hang on the documents, not how another training "
+            "would have come out."
+        )
+    n_compared = sum(one["low"] is not None for one in data["differences"])
+    if n_compared >= 20:
+        found.append(
+            f"Of {n_compared:,} differences about {round(n_compared / 20):,} would look real by chance alone."
+        )
+    stopped = data["stopped"]
+    if stopped and stopped["because"] != "all tokens":
+        found.append(f"Reading stopped at {stopped['n_tokens']:,} tokens because {stopped['because']}.")
+    return found
+
+
+def _summary(data: dict[str, Any]) -> dict[str, Any]:
+    pair = data["pair"] or {}
+    return {name: pair[name] for name in ("mmcs_a_to_b", "mmcs_b_to_a") if name in pair}

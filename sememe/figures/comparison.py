@@ -1,0 +1,400 @@
+"""A comparison as people read it: which differences are real, frontiers, tables, one page and one CSV.
+
+Knows the layout of comparison.json and nothing about how its numbers were made.
+"""
+
+from __future__ import annotations
+
+import csv
+import html
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+
+from sememe.figures.data import HEADLINE, Data, number
+from sememe.figures.pages import attributions, credit, page
+from sememe.figures.plots import STYLE, svg
+from sememe.figures.tables import BETTER, MEANINGS, Table, cell_note, html_table, markdown_table
+
+__all__ = ["write_comparison"]
+
+FRONTIERS = ("fvu", "ce_increase", "ce_recovered_mean")
+"""Metrics drawn against l0."""
+TOLD = ("fvu", "ce_increase")
+"""Metrics whose differences are told in words."""
+MAX_SENTENCES = 24
+MAX_HISTOGRAMS = 10
+COLUMNS = (*HEADLINE, "perplexity")
+
+MARKS_MUELLER = (
+    ("0_8192", 0, 0.056, 6.132, 9.951, 0.998, 0.984),
+    ("0_8192", 1, 0.089, 6.677, 44.739, 0.887, 0.924),
+    ("0_8192", 2, 0.108, 11.44, 62.156, 0.587, 0.867),
+    ("0_8192", 3, 0.135, 23.773, 175.303, 0.588, 0.902),
+    ("0_8192", 4, 0.148, 27.084, 174.07, 0.806, 0.927),
+    ("0_8192", 5, 0.179, 47.126, 235.05, 0.672, 0.972),
+    ("1_32768", 0, 0.09, 4.32, 2.873, 0.174, 0.946),
+    ("1_32768", 1, 0.13, 2.798, 11.256, 0.159, 0.768),
+    ("1_32768", 2, 0.152, 6.151, 16.381, 0.118, 0.724),
+    ("1_32768", 3, 0.211, 11.571, 39.863, 0.226, 0.765),
+    ("1_32768", 4, 0.222, 13.665, 29.235, 0.19, 0.816),
+    ("1_32768", 5, 0.265, 26.4, 43.846, 0.13, 0.931),
+)
+"""Dictionaries of pythia-70m-deduped's MLP outputs as their authors printed them: layer, rmse (which they call MSE: it
+is the root), l1, l0, share alive on 8,192 tokens, share of the loss recovered from zero ablation.
+
+Source: Marks & Mueller, the table of the repository dictionary_learning (December 2023)."""
+THEIR_COLUMNS = ("rmse", "l1", "l0", "frac_alive_8192", "ce_recovered_zero")
+
+
+def write_comparison(folder: Path, data: Data) -> None:
+    """comparison.html, which holds everything itself, comparison.md with its plots beside it, and comparison.csv.
+
+    Args:
+        folder: Where to write.
+        data: comparison.json.
+    """
+    (folder / "figures").mkdir(exist_ok=True)
+    markdown, body = ["# Dictionaries compared", ""], []
+    for notice in data["notices"]:
+        markdown += [f"> {notice}", ""]
+        body.append(f"<p class='legend'>{html.escape(notice)}</p>")
+    sections = [*_told(data), *_drawn(data, folder), *_tables(data)]
+    for title, in_markdown, in_html in sections:
+        if title:
+            markdown += [f"## {title}", ""]
+            body.append(f"<h2>{html.escape(title)}</h2>")
+        markdown += [in_markdown, ""]
+        body.append(in_html)
+    lines = attributions([data])
+    if lines:
+        markdown += ["**Text**", "", *(f"- {text} {url}".rstrip() for text, url in lines), ""]
+        body.append("<h3>Text</h3><ul class='credits'>" + "".join(credit(*line) for line in lines) + "</ul>")
+    (folder / "comparison.md").write_text("\n".join(markdown), encoding="utf-8")
+    (folder / "comparison.html").write_text(page("Dictionaries compared", "\n".join(body)), encoding="utf-8")
+    _write_csv(folder / "comparison.csv", data)
+
+
+Section = tuple[str, str, str]
+"""A title, and what stands below it in Markdown and in HTML."""
+
+
+# -- in words ------------------------------------------------------------------------------------------------------
+
+
+def _told(data: Data) -> list[Section]:
+    """For each metric, how the best group compares with every other, and which difference is real."""
+    found: list[Section] = []
+    for metric in TOLD:
+        mine = [one for one in data["differences"] if one["metric"] == metric and not _about_null(one)]
+        if not mine:
+            continue
+        best = _best([one for one in mine if one["difference"] is not None], BETTER[metric])
+        shown = [one for one in mine if best in (None, one["a"], one["b"])]
+        shown.sort(key=lambda one: (one["difference"] is None, not one["real"], -abs(one["difference"] or 0)))
+        sentences = [one["sentence"] for one in shown[:MAX_SENTENCES]]
+        rest = len(mine) - len(sentences)
+        if rest:
+            sentences.append(f"{rest:,} more pairs are in comparison.json.")
+        title = f"{metric}: which differences are real"
+        items = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences)
+        found.append((title, "\n".join(f"- {sentence}" for sentence in sentences), f"<ul>{items}</ul>"))
+    return found
+
+
+def _about_null(difference: Data) -> bool:
+    return any(str(difference[side]).startswith("null: ") for side in ("a", "b"))
+
+
+def _best(differences: Sequence[Data], better: str) -> str | None:
+    """The group that wins most of its comparisons."""
+    wins: dict[str, int] = {}
+    for one in differences:
+        a_wins = (one["difference"] < 0) == (better == "lower")
+        for group, won in ((one["a"], a_wins), (one["b"], not a_wins)):
+            wins[group] = wins.get(group, 0) + (1 if won else -1)
+    return max(wins, key=lambda group: wins[group]) if wins else None
+
+
+# -- in pictures ---------------------------------------------------------------------------------------------------
+
+
+def _drawn(data: Data, folder: Path) -> list[Section]:
+    """Every plot there is something for."""
+    with mpl.rc_context(STYLE):
+        made = {
+            **{f"frontier_{name}": frontier_plot(data, name) for name in FRONTIERS},
+            "size": size_plot(data),
+            "density": density_plot(data),
+            "mmcs": directions_plot(data),
+        }
+    drawn = {name: svg(figure, f"comparison-{name}") for name, figure in made.items() if figure is not None}
+    for name, text in drawn.items():
+        (folder / "figures" / f"{name}.svg").write_text(text, encoding="utf-8")
+    in_html = (
+        "<div class='plots'>" + "".join(f"<figure>{text}</figure>" for text in drawn.values()) + "</div>"
+    )
+    return [("", "\n\n".join(f"![{name}](figures/{name}.svg)" for name in drawn), in_html)] if drawn else []
+
+
+def frontier_plot(data: Data, metric: str) -> Figure | None:
+    """A metric against l0: a line per group through its settings, with intervals; nulls dashed."""
+    groups = {
+        group: [p for p in one["points"] if _value(p.get(metric)) is not None and _value(p["l0"])]
+        for group, one in data["frontiers"].items()
+    }
+    groups = {group: points for group, points in groups.items() if points}
+    if not groups:
+        return None
+    figure = Figure(figsize=(6.4, 4.0 + 0.16 * max(0, len(groups) - 6)), layout="constrained")
+    axes = figure.add_subplot()
+    values = [_value(p[metric]) or 0.0 for points in groups.values() for p in points]
+    for (group, points), colour in zip(groups.items(), _colours(groups), strict=True):
+        null = group.startswith("null: ")
+        l0 = [_value(p["l0"]) or 0.0 for p in points]
+        value = [_value(p[metric]) or 0.0 for p in points]
+        style: dict[str, Any] = {
+            "linestyle": ":" if null else "-",
+            "marker": "s" if null else "o",
+            "markersize": 4.5,
+        }
+        axes.plot(l0, value, color=colour, linewidth=1.2, label=group, **style)
+        for x, p in zip(l0, points, strict=True):
+            if p[metric]["low"] is not None:
+                axes.plot([x, x], [p[metric]["low"], p[metric]["high"]], color=colour, linewidth=2, alpha=0.5)
+    axes.set_xscale("log")
+    _plain_ticks(axes.xaxis)
+    if min(values) > 0 and max(values) / min(values) > 20:
+        axes.set_yscale("log")
+        _plain_ticks(axes.yaxis)
+    axes.set_xlabel("l0: latents active per token")
+    axes.set_ylabel(f"{metric}, {BETTER[metric]} is better")
+    axes.set_title(f"{metric} against sparsity")
+    axes.grid()
+    axes.set_axisbelow(True)
+    axes.legend(fontsize=7.5, ncols=2 if len(groups) > 6 else 1)
+    return figure
+
+
+def size_plot(data: Data) -> Figure | None:
+    """Perplexity under reconstruction against the number of latents, where a kind has three sizes or more."""
+    by_kind: dict[str, list[tuple[int, Data]]] = {}
+    for row in data["rows"]:
+        if not row["null"] and _value(row.get("metrics", {}).get("perplexity")) is not None:
+            about = row["description"]
+            title = f"{about['kind']} {row['setting']}".strip()
+            by_kind.setdefault(title, []).append((about["d_sae"], row["metrics"]["perplexity"]))
+    lines = {kind: sorted(own, key=lambda item: item[0]) for kind, own in by_kind.items()}
+    lines = {kind: own for kind, own in lines.items() if len({size for size, _ in own}) >= 3}
+    if not lines:
+        return None
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    for (kind, own), colour in zip(lines.items(), _colours(lines), strict=True):
+        sizes = [size for size, _ in own]
+        axes.plot(sizes, [one["value"] for _, one in own], "o-", color=colour, label=kind, linewidth=1.2)
+        for size, one in own:
+            if one["low"] is not None:
+                axes.plot([size, size], [one["low"], one["high"]], color=colour, linewidth=2, alpha=0.4)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.set_xlabel("latents")
+    axes.set_ylabel("perplexity, lower is better")
+    axes.set_title("Perplexity under reconstruction against size")
+    axes.grid()
+    axes.set_axisbelow(True)
+    axes.legend(fontsize=8.5)
+    return figure
+
+
+def density_plot(data: Data) -> Figure | None:
+    """Latents per density of the first dictionaries, each its own line."""
+    rows = [row for row in data["rows"] if row.get("density") and not row["null"]][:MAX_HISTOGRAMS]
+    if not rows:
+        return None
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    for row, colour in zip(rows, _colours(rows), strict=True):
+        histogram = row["density"]
+        counts = np.array(histogram["counts"]) / max(row["description"]["d_sae"], 1)
+        label = f"{row['name']} ({histogram['n_silent']:,} silent)"
+        axes.stairs(counts, histogram["edges"], color=colour, linewidth=1.3, label=label)
+    axes.set_xscale("log")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("density: share of tokens on which a latent is active")
+    axes.set_ylabel("share of the latents")
+    axes.set_title("How often latents are active")
+    axes.legend(fontsize=7.5)
+    return figure
+
+
+def directions_plot(data: Data) -> Figure | None:
+    """mmcs of every dictionary to every other as a heat map."""
+    names, mmcs = data["directions"]["names"], np.array(data["directions"]["mmcs"])
+    n = len(names)
+    if n < 2:
+        return None
+    side = max(3.2, 0.42 * n + 1.8)
+    figure = Figure(figsize=(min(side + 1.4, 12), min(side, 11)), layout="constrained")
+    axes = figure.add_subplot()
+    shown = axes.imshow(mmcs, cmap="viridis", vmin=0, vmax=1)
+    axes.set_xticks(range(n), names, rotation=60, ha="right", fontsize=7.5)
+    axes.set_yticks(range(n), names, fontsize=7.5)
+    if n <= 16:
+        for i in range(n):
+            for j in range(n):
+                colour = "white" if mmcs[i, j] < 0.6 else "black"
+                axes.text(j, i, f"{mmcs[i, j]:.2f}", ha="center", va="center", fontsize=7, color=colour)
+    figure.colorbar(shown, ax=axes, shrink=0.8)
+    axes.set_title("mmcs: how much of the row is in the column")
+    return figure
+
+
+def _plain_ticks(axis: Any) -> None:
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "25" else "")
+    axis.set_tick_params(which="minor", labelsize=7.5)
+
+
+def _colours(things: Sequence[Any] | Mapping[str, Any]) -> list[Any]:
+    palette = mpl.colormaps["tab10" if len(things) <= 10 else "tab20"]
+    return [palette(index % palette.N) for index in range(len(things))]
+
+
+def _value(statistic: Data | None) -> float | None:
+    value = None if statistic is None else statistic["value"]
+    return value if value is None or math.isfinite(value) else None
+
+
+# -- in tables -----------------------------------------------------------------------------------------------------
+
+
+def _tables(data: Data) -> list[Section]:
+    found: list[Section] = []
+    measured = [row for row in data["rows"] if row.get("metrics")]
+    if measured:
+        table = _main_table(measured)
+        legend = (
+            "Beside or under each number: its 95% bootstrap interval over documents, the same draws in every row. "
+            + " ".join(f"{name}: {MEANINGS[name]}." for name in COLUMNS if name in MEANINGS)
+        )
+        in_html = html_table(table) + f"<p class='legend'>{html.escape(legend)}</p>"
+        found.append(("On held-out documents", f"{markdown_table(table)}\n\n{legend}", in_html))
+        areas = _area_table(data["frontiers"])
+        if areas is not None:
+            low, high = _common(data["frontiers"])
+            title = f"Means over the l0 that all reach, {number(low)} to {number(high)}"
+            found.append((title, markdown_table(areas), html_table(areas)))
+        theirs = _marks_mueller(measured)
+        note = (
+            "Theirs are of another model's MLP outputs (pythia-70m-deduped) and stand here for the shape. What they "
+            "print as MSE is rmse, the root."
+        )
+        in_html = html_table(theirs) + f"<p class='legend'>{html.escape(note)}</p>"
+        found.append(
+            ("In the shape of Marks & Mueller's table", f"{markdown_table(theirs)}\n\n{note}", in_html)
+        )
+    if data["pair"]:
+        found += _pair(data["pair"])
+    return found
+
+
+def _main_table(rows: Sequence[Data]) -> Table:
+    columns = [name for name in COLUMNS if any(name in row["metrics"] for row in rows)]
+    table = Table(["", "group", "latents", *columns], [], [])
+    for row in rows:
+        found = [row["metrics"].get(name) for name in columns]
+        name = f"null: {row['name']}" if row["null"] else row["name"]
+        own = [name, row["group"], f"{row['description']['d_sae']:,}"]
+        table.rows.append(own + [number(one["value"]) if one else "" for one in found])
+        table.notes.append(["", row["setting"], ""] + [cell_note(one) if one else "" for one in found])
+    return table
+
+
+def _area_table(frontiers: Mapping[str, Data]) -> Table | None:
+    """Each group's metrics, averaged along its frontier: the area under it over its width."""
+    names = [name for name in BETTER if any(name in one["mean_over_common_l0"] for one in frontiers.values())]
+    if not names:
+        return None
+    table = Table(["", *names], [], [])
+    for group, one in frontiers.items():
+        found = [one["mean_over_common_l0"].get(name) for name in names]
+        table.rows.append([group] + [number(value["value"]) if value else "" for value in found])
+        table.notes.append([""] + [cell_note(value) if value else "" for value in found])
+    return table
+
+
+def _common(frontiers: Mapping[str, Data]) -> tuple[float, float]:
+    one = next(one for one in frontiers.values() if one["mean_over_common_l0"])
+    return one["l0_from"], one["l0_to"]
+
+
+def _marks_mueller(rows: Sequence[Data]) -> Table:
+    """Ours by hookpoint in the columns of Marks & Mueller, then their twelve rows."""
+    table = Table(["", "place", *THEIR_COLUMNS], [], [])
+    for row in rows:
+        if row["null"]:
+            continue
+        found = [row["metrics"].get(name) for name in THEIR_COLUMNS]
+        place = "+".join(row["description"]["outputs"])
+        table.rows.append([row["name"], place] + [number(one["value"]) if one else "" for one in found])
+        table.notes.append(["", ""] + [cell_note(one) if one else "" for one in found])
+    for name, layer, *values in MARKS_MUELLER:
+        table.rows.append(
+            [f"Marks & Mueller {name}", f"mlp_out.{layer}"] + [f"{value:g}" for value in values]
+        )
+        table.notes.append([""] * len(table.columns))
+    return table
+
+
+def _pair(pair: Data) -> list[Section]:
+    """Matches of two dictionaries, both ways."""
+    names = {side: pair[side] for side in "ab"}
+    lead = (
+        f"a is {names['a']}, b is {names['b']}. Cosines are between decoder directions and signed. If b is the truth, "
+        "a to b is a precision (how much of a is in b) and b to a a recall (how much of b was found)."
+    )
+    table = Table(["", "mmcs", "median", "share above 0.9", "latents matched"], [], [])
+    matches: list[Section] = []
+    for one, other in (("a", "b"), ("b", "a")):
+        way = pair[f"{one}_to_{other}"]
+        cells = (
+            f"{pair[f'mmcs_{one}_to_{other}']:.4f}",
+            f"{way['median_mcs']:.4f}",
+            f"{way['share_above_0.9']:.1%}",
+        )
+        table.rows.append(
+            [f"{one} to {other}", *cells, f"{way['n_distinct_matches']:,} of {way['n_there']:,}"]
+        )
+        table.notes.append([""] * 5)
+        for which in ("best", "worst"):
+            if not way[which]:
+                continue
+            columns = [f"latent of {one}", f"nearest of {other}", "cosine"]
+            listed = [[f"{m['latent']}", f"{m['nearest']}", f"{m['cosine']:.4f}"] for m in way[which]]
+            own = Table(columns, listed, [[""] * 3] * len(listed))
+            title = f"{which.capitalize()} matches of {one} in {other}"
+            matches.append((title, markdown_table(own), html_table(own)))
+    in_html = f"<p class='legend'>{html.escape(lead)}</p>{html_table(table)}"
+    return [("Matched latents", f"{lead}\n\n{markdown_table(table)}", in_html), *matches]
+
+
+def _write_csv(path: Path, data: Data) -> None:
+    """A line per dictionary and null; for each metric its value and the ends of its interval, empty where NaN."""
+    names = list(dict.fromkeys(name for row in data["rows"] for name in row.get("metrics", {})))
+    fields = [f"{name}{end}" for name in names for end in ("", "_low", "_high")]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["name", "group", "setting", "null", "kind", "d_sae", *fields])
+        for row in data["rows"]:
+            about = row["description"]
+            own = [row["name"], row["group"], row["setting"], row["null"], about["kind"], about["d_sae"]]
+            for name in names:
+                one = row.get("metrics", {}).get(name, {})
+                own += ["" if one.get(end) is None else one[end] for end in ("value", "low", "high")]
+            writer.writerow(own)
