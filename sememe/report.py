@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-from sememe import artifact, figures
+from sememe import artifact, figures, frontier
 from sememe.config import Config
 from sememe.errors import ConfigError
+from sememe.frontier import Point
 
 __all__ = ["ReportConfig", "report"]
 
-VERSION = 1
+VERSION = 2
 
 
 class ReportConfig(Config):
@@ -20,7 +21,7 @@ class ReportConfig(Config):
     not_identity: ClassVar[frozenset[str]] = frozenset({"reports", "out"})
 
     reports: tuple[Path, ...]
-    """Folders that `sememe evaluate` made; a row and a section each, in this order."""
+    """Reports that `sememe evaluate` made, or folders of such (a sweep's); a row and a section each."""
     out: Path = Path("artifacts/page")
     """The folder to make: report.html and report.md with its plots."""
 
@@ -42,7 +43,7 @@ def report(config: ReportConfig, *, fresh: bool = False) -> artifact.Artifact:
         raise ConfigError(
             "at least one report must be named", "none", "Name a folder that `sememe evaluate` made."
         )
-    opened = [figures.open_report(path) for path in config.reports]
+    opened = [figures.open_report(path) for folder in config.reports for path in _reports_in(folder)]
     parents = {f"report.{index}": one.artifact.fingerprint for index, one in enumerate(opened)}
     if len(set(parents.values())) < len(parents):
         raise ConfigError(
@@ -55,12 +56,31 @@ def report(config: ReportConfig, *, fresh: bool = False) -> artifact.Artifact:
     with artifact.building(
         config.out, kind="page", version=VERSION, config=config, parents=parents, fresh=fresh
     ) as work:
-        figures.write_pages(work.path, _titled(opened))
+        titled = _titled(opened)
+        figures.write_pages(work.path, {title: one.data for title, one in titled.items()}, _compared(titled))
         work.extra = {"dictionaries": [one.data["dictionary"]["fingerprint"] for one in opened]}
     return artifact.load(config.out, "page")
 
 
-def _titled(opened: list[figures.Report]) -> dict[str, dict[str, Any]]:
+def _reports_in(folder: Path) -> list[Path]:
+    """The folder itself, or the reports below it."""
+    if (folder / artifact.META).is_file() or not folder.is_dir():
+        return [folder]
+    found = [path.parent for path in sorted(folder.rglob(artifact.META)) if path.parent.name != "store"]
+    return [path for path in found if artifact.load(path).meta["kind"] == "report"] or [folder]
+
+
+def _compared(opened: dict[str, figures.Report]) -> dict[str, Any] | None:
+    """Frontiers and which differences are real, where all reports are of the same documents and kept their draws."""
+    units = {one.data.get("bootstrap", {}).get("units") for one in opened.values()}
+    if len(opened) < 2 or len(units) > 1 or None in units:
+        return None
+    places = frontier.grouped({title: one.data["dictionary"] for title, one in opened.items()})
+    points = {title: Point(places[title], figures.read_draws(one)) for title, one in opened.items()}
+    return frontier.summary(points, figures.BETTER)
+
+
+def _titled(opened: list[figures.Report]) -> dict[str, figures.Report]:
     """Reports by the shortest titles that tell them apart: the dictionary's name, the report's folder, a number."""
     for name_of in (
         lambda one: str(one.data["dictionary"]["name"]),
@@ -72,4 +92,4 @@ def _titled(opened: list[figures.Report]) -> dict[str, dict[str, Any]]:
             break
     else:
         titles = [f"{number}: {title}" for number, title in enumerate(titles, 1)]
-    return {title: one.data for title, one in zip(titles, opened, strict=True)}
+    return dict(zip(titles, opened, strict=True))

@@ -23,6 +23,10 @@ WIDE = 140
 """Columns of a terminal from which a comparison's intervals fit in."""
 
 
+MAX_NAMES = 8
+"""Dictionaries up to which a matrix of them fits in."""
+
+
 class StageResult(NamedTuple):
     """What a stage did: its artifact, how long it took, how much memory it reached."""
 
@@ -184,7 +188,8 @@ def print_comparison(path: str | Path) -> None:
     console = Console()
     if measured:
         columns = ("fvu", "l0", "ce_increase", "ce_recovered_mean", "perplexity")
-        table = Table(title=f"{path}: on the same held-out documents")
+        console.print(f"{path}: on the same held-out documents", soft_wrap=True, highlight=False)
+        table = Table()
         table.add_column("")
         for name in columns:
             table.add_column(name, justify="right")
@@ -194,13 +199,14 @@ def print_comparison(path: str | Path) -> None:
             table.add_row(name, *(_shown(one, bounds=console.width >= WIDE) for one in found))
         console.print(table)
     directions = data["directions"]
-    table = Table(title="mmcs: how much of the row is in the column")
+    table = Table()
     table.add_column("")
     for name in directions["names"]:
         table.add_column(name, justify="right")
     for name, values in zip(directions["names"], directions["mmcs"], strict=True):
         table.add_row(name, *(f"{value:.3f}" for value in values))
-    if len(directions["names"]) <= 8:
+    if len(directions["names"]) <= MAX_NAMES:
+        console.print("mmcs: how much of the row is in the column", soft_wrap=True, highlight=False)
         console.print(table)
     for notice in data["notices"]:
         console.print(notice, soft_wrap=True, markup=False, highlight=False)

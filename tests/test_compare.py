@@ -1,18 +1,23 @@
-"""Comparing dictionaries: known matches both ways, reports beside them, errors."""
+"""Comparing dictionaries: known matches both ways, the same documents for all, frontiers, pages, errors."""
 
+import csv
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_report import report_data
+from evaluate_world import World, autoencoder, identity, make_world, save, text_config, zeros
+from test_report import Page
 
-from sememe import artifact, figures
-from sememe.compare import CompareConfig, compare
-from sememe.config import Config
+from sememe import artifact, dictionaries
+from sememe.compare import CompareConfig, Comparison, compare
 from sememe.dictionaries.topk import TopK, TopKConfig
-from sememe.errors import ArtifactError, MismatchError, ShapeError
+from sememe.errors import ArtifactError, ConfigError, MismatchError, ShapeError
+from sememe.evaluate import EvaluateConfig, evaluate
+from sememe.figures import open_report, read_draws
+from sememe.store import open_store
 
 
 def dictionary(path: Path, directions: torch.Tensor) -> artifact.Artifact:
@@ -23,8 +28,11 @@ def dictionary(path: Path, directions: torch.Tensor) -> artifact.Artifact:
     return made.save(path, torch.randn(16, d, generator=torch.Generator().manual_seed(0)))
 
 
-def config_for(tmp_path: Path, **changes: object) -> CompareConfig:
-    return CompareConfig.build({"a": tmp_path / "a", "b": tmp_path / "b", "out": tmp_path / "out", **changes})
+def config_for(tmp_path: Path, *names: str, **changes: object) -> CompareConfig:
+    folders = tuple(tmp_path / name for name in names or ("a", "b"))
+    return CompareConfig.build(
+        {"dictionaries": folders, "out": tmp_path / "out", "directions_only": True, **changes}
+    )
 
 
 @pytest.fixture
@@ -35,15 +43,22 @@ def pair(tmp_path: Path) -> tuple[artifact.Artifact, artifact.Artifact]:
     return dictionary(tmp_path / "a", a), dictionary(tmp_path / "b", b)
 
 
+# -- directions ----------------------------------------------------------------------------------------------------
+
+
 def test_recall_and_precision_by_name(tmp_path: Path, pair: object) -> None:
     done = compare(config_for(tmp_path))
     data = json.loads((done.path / "comparison.json").read_text())
-    assert data["mmcs_a_to_b"] == pytest.approx(4 / 8)
-    assert data["mmcs_b_to_a"] == pytest.approx(4 / 5)  # the opposite direction is not found: cosine 0
-    assert data["a_to_b"]["share_above_0.9"] == 0.5 and data["b_to_a"]["share_above_0.9"] == 0.8
-    assert sum(data["a_to_b"]["histogram"]["counts"]) == 8
-    assert data["a"]["d_sae"] == 8 and data["b"]["d_sae"] == 5
-    assert done.extra == {"mmcs_a_to_b": data["mmcs_a_to_b"], "mmcs_b_to_a": data["mmcs_b_to_a"]}
+    own = data["pair"]
+    assert own["mmcs_a_to_b"] == pytest.approx(4 / 8)
+    assert own["mmcs_b_to_a"] == pytest.approx(4 / 5)  # the opposite direction is not found: cosine 0
+    assert own["a_to_b"]["share_above_0.9"] == 0.5 and own["b_to_a"]["share_above_0.9"] == 0.8
+    assert sum(own["a_to_b"]["histogram"]["counts"]) == 8
+    assert [row["description"]["d_sae"] for row in data["rows"]] == [8, 5]
+    assert done.extra == {"mmcs_a_to_b": own["mmcs_a_to_b"], "mmcs_b_to_a": own["mmcs_b_to_a"]}
+    assert data["directions"]["names"] == ["a", "b"]
+    assert np.allclose(data["directions"]["mmcs"], [[1, 0.5], [0.8, 1]])
+    assert np.allclose(data["directions"]["share_above_0.9"], [[1, 0.5], [0.8, 1]])
 
 
 def test_nearest_latents_are_stored_both_ways(tmp_path: Path, pair: object) -> None:
@@ -58,28 +73,16 @@ def test_nearest_latents_are_stored_both_ways(tmp_path: Path, pair: object) -> N
 
 
 def test_a_dictionary_compared_with_itself_is_found_whole(tmp_path: Path, pair: object) -> None:
-    done = compare(config_for(tmp_path, b=tmp_path / "a"))
+    done = compare(config_for(tmp_path, "a", "a"))
     assert done.extra["mmcs_a_to_b"] == done.extra["mmcs_b_to_a"] == 1
 
 
-def test_reports_stand_side_by_side_and_must_belong(tmp_path: Path, pair) -> None:
-    for side, folder in zip("ab", pair, strict=True):
-        with artifact.building(
-            tmp_path / f"report_{side}",
-            kind="report",
-            version=1,
-            config=Config(),
-            parents={"dictionary": folder.fingerprint},
-        ) as work:
-            artifact.write_json(work.path / figures.REPORT, report_data(side, folder.fingerprint))
-    done = compare(config_for(tmp_path, report_a=tmp_path / "report_a", report_b=tmp_path / "report_b"))
-    markdown = (done.path / "comparison.md").read_text()
-    assert "| a: a | 0.12" in markdown and "| b: b | 0.12" in markdown
+def test_several_give_a_matrix(tmp_path: Path, pair: object) -> None:
+    dictionary(tmp_path / "c", torch.eye(8)[:2])
+    done = compare(config_for(tmp_path, "a", "b", "c"))
     data = json.loads((done.path / "comparison.json").read_text())
-    assert data["reports"]["b"]["fvu"]["value"] == 0.12
-    wanted, found = pair[1].fingerprint[:16], pair[0].fingerprint[:16]
-    with pytest.raises(MismatchError, match=rf"report_b must be of .*{wanted}.*got a report of {found}"):
-        compare(config_for(tmp_path, report_b=tmp_path / "report_a", out=tmp_path / "out2"))
+    assert data["pair"] is None and not list(done.path.glob("*.npz"))
+    assert np.allclose(data["directions"]["mmcs"], [[1, 0.5, 0.25], [0.8, 1, 0.4], [1, 1, 1]])
 
 
 def test_the_second_run_opens_it(tmp_path: Path, pair: object) -> None:
@@ -92,8 +95,206 @@ def test_the_second_run_opens_it(tmp_path: Path, pair: object) -> None:
 
 def test_what_cannot_be_compared(tmp_path: Path, pair: object) -> None:
     dictionary(tmp_path / "wide", torch.eye(9))
-    with pytest.raises(ShapeError, match=r"must write outputs of one width, 8 like .*, got 9 of .*wide"):
-        compare(config_for(tmp_path, b=tmp_path / "wide"))
+    with pytest.raises(ShapeError, match=r"must write outputs of one width, 8 like a, got 9 of wide"):
+        compare(config_for(tmp_path, "a", "wide"))
     with pytest.raises(ArtifactError, match="must be a finished dictionary, got nothing there"):
-        compare(config_for(tmp_path, b=tmp_path / "no"))
+        compare(config_for(tmp_path, "a", "no"))
+    with pytest.raises(ConfigError, match=r"at least two dictionaries must be named, got .*a"):
+        compare(config_for(tmp_path, "a"))
+    with pytest.raises(MismatchError, match="a must know its model and hookpoint to be measured on text"):
+        compare(config_for(tmp_path, directions_only=False))
     assert not (tmp_path / "out").exists()
+
+
+# -- on text -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """Below `made`: TopK dictionaries at two k and two seeds, the neuron basis, and one that only knows its bias."""
+    made = make_world(tmp_path_factory.mktemp("compare"))
+    store = open_store(made.store)
+    x = store.read(0, ("resid_post.1",)).activations["resid_post.1"].float()
+    sites = autoencoder(made.lm, max_norm=store.info.hookpoints["resid_post.1"].max_norm)
+    for k in (2, 4):
+        for seed in (0, 1):
+            topk = dictionaries.build(TopKConfig(k=k, d_sae=48), x.shape[1], x.shape[1], sites)
+            topk.initialise(x, x, torch.Generator().manual_seed(seed))
+            save(topk, made.place / "made" / "topk" / f"k{k}-seed{seed}")
+    identity(made.lm, made.place / "made" / "neurons", sites)
+    zeros(made.lm, made.place / "made" / "zeros", sites)
+    yield made
+
+
+def on_text(world: World, out: Path, *names: str, **changes: object) -> CompareConfig:
+    folders = tuple(world.place / "made" / name for name in names) or (world.place / "made",)
+    options = {"model": {"model": "unused"}, "text": text_config(world.corpus), "store": world.store}
+    options |= {"n_tokens": 1200, "n_fit_rows": 1000, "batch_rows": 4, "n_bootstrap": 50}
+    return CompareConfig.build({"dictionaries": folders, "out": out, **options, **changes})
+
+
+@pytest.fixture(scope="module")
+def done(world: World, tmp_path_factory: pytest.TempPathFactory) -> artifact.Artifact:
+    return compare(
+        on_text(world, tmp_path_factory.mktemp("done") / "c", nulls=("pca", "identity")), lm=world.lm
+    )
+
+
+def read(done: artifact.Artifact) -> dict:
+    return json.loads((done.path / "comparison.json").read_text())
+
+
+def test_folders_are_searched_and_dictionaries_named_by_what_tells_them_apart(
+    done: artifact.Artifact,
+) -> None:
+    names = [row["name"] for row in read(done)["rows"] if not row["null"]]
+    assert names == ["neurons", "k2-seed0", "k2-seed1", "k4-seed0", "k4-seed1", "zeros"]
+
+
+def test_each_has_the_numbers_that_an_evaluation_of_it_alone_gives(
+    world: World, done: artifact.Artifact, tmp_path: Path
+) -> None:
+    config = on_text(world, tmp_path / "r")
+    shared = {name: getattr(config, name) for name in EvaluateConfig.model_fields if hasattr(config, name)}
+    alone = EvaluateConfig(
+        **(
+            shared
+            | {"dictionary": world.place / "made" / "topk" / "k4-seed1", "out": tmp_path / "r", "nulls": ()}
+        )
+    )
+    report = evaluate(alone, lm=world.lm)
+    (row,) = (row for row in read(done)["rows"] if row["name"] == "k4-seed1")
+    expected = {name: one for name, one in report.data["metrics"].items() if name in row["metrics"]}
+    assert row["metrics"] == expected and len(expected) > 12
+    draws = read_draws(open_report(tmp_path / "r"))
+    assert draws["fvu"].shape == (51,) and draws["fvu"][0] == pytest.approx(
+        expected["fvu"]["value"], rel=1e-12
+    )
+    assert draws["ce_increase"][0] == pytest.approx(expected["ce_increase"]["value"], rel=1e-9)
+    assert report.data["bootstrap"]["units"] == read(done)["bootstrap"]["units"]
+
+
+def test_seeds_make_a_setting_and_nulls_stand_at_the_same_l0(done: artifact.Artifact) -> None:
+    frontiers = read(done)["frontiers"]
+    (topk,) = (one for group, one in frontiers.items() if group.startswith("topk") and len(one["points"]) > 1)
+    assert [p["n_seeds"] for p in topk["points"]] == [2, 2]
+    by_name = {row["name"]: row for row in read(done)["rows"]}
+    for k, p in zip((2, 4), topk["points"], strict=True):
+        seeds = [by_name[f"k{k}-seed{seed}"]["metrics"]["fvu"]["value"] for seed in (0, 1)]
+        assert p["fvu"]["value"] == pytest.approx(np.mean(seeds)) and p["l0"]["value"] == pytest.approx(k)
+    nulls = [row for row in by_name.values() if row["null"]]
+    assert {row["name"] for row in nulls} >= {"pca k=2", "pca k=4", "identity k=4"}
+    assert by_name["pca k=4"]["metrics"]["fvu"]["value"] < by_name["pca k=2"]["metrics"]["fvu"]["value"]
+    assert all(row["description"]["k"] < 24 for row in nulls)  # all 24 would be the identity
+
+
+def test_differences_are_those_of_the_rows_and_real_where_they_are(done: artifact.Artifact) -> None:
+    data = read(done)
+    by_name = {row["name"]: row["metrics"] for row in data["rows"]}
+    found = {
+        (one["a"], one["b"]): one
+        for one in data["differences"]
+        if one["metric"] == "fvu" and one["difference"] is not None
+    }
+    topk, null = "topk d_sae=48", "null: pca"
+    pca = found.get((topk, null)) or found[null, topk]
+    assert pca["real"] and "is better than" in pca["sentence"] and "real" in pca["sentence"]
+    assert pca["l0"] == pytest.approx(np.sqrt(2 * 4), rel=0.2)
+    assert by_name["neurons"]["fvu"]["value"] == pytest.approx(0, abs=1e-9)
+    assert by_name["zeros"]["ce_recovered_zero"]["value"] == pytest.approx(0, abs=1e-6)
+
+
+def test_what_is_written_keeps_to_its_schema(done: artifact.Artifact) -> None:
+    text = (done.path / "comparison.json").read_text()
+    Comparison.model_validate_json(text)
+    schema = json.loads((done.path / "comparison.schema.json").read_text())
+    published = Path(__file__).parent.parent / "docs" / "schemas" / "comparison.schema.json"
+    assert schema == json.loads(published.read_text())
+    assert set(schema["required"]) == set(json.loads(text))
+
+
+def test_the_csv_has_a_line_for_each(done: artifact.Artifact) -> None:
+    with (done.path / "comparison.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    rows = read(done)["rows"]
+    assert [line["name"] for line in lines] == [row["name"] for row in rows]
+    for line, row in zip(lines, rows, strict=True):
+        for name, one in row["metrics"].items():
+            for field, end in ((name, "value"), (f"{name}_low", "low"), (f"{name}_high", "high")):
+                assert (line[field] == "") if one[end] is None else float(line[field]) == one[end]
+
+
+def test_the_page_needs_no_other_file_and_tells_differences(done: artifact.Artifact) -> None:
+    page = Page((done.path / "comparison.html").read_text())
+    assert page.loads == [] and "script" not in page.tags
+    assert page.tags.count("svg") == 5  # three frontiers, densities, directions
+    text = (done.path / "comparison.md").read_text()
+    assert "fvu: which differences are real" in text and "Marks & Mueller 1_32768 | mlp_out.5 | 0.265" in text
+    assert "| rmse |" in text and "differences about" in text  # so many differences would look real by chance
+
+
+def test_a_budget_ends_it_and_says_so(world: World, tmp_path: Path) -> None:
+    config = on_text(world, tmp_path / "c", "zeros", "neurons", nulls=(), n_tokens=3000, budget="0.001s")
+    data = read(compare(config, lm=world.lm))
+    assert data["stopped"]["because"] == "the budget is spent"
+    assert 0 < data["stopped"]["n_tokens"] == data["text"]["n_tokens"] < 3000
+    assert any("because the budget is spent" in notice for notice in data["notices"])
+
+
+def test_narrow_intervals_end_it_too(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sememe.measure.measured.CHECKED_EVERY", 0.0)
+    config = on_text(world, tmp_path / "c", "neurons", "neurons", nulls=(), n_tokens=3000, budget="1h")
+    data = read(compare(config, lm=world.lm))
+    assert data["stopped"]["because"] == "the intervals are narrow enough" and data["text"]["n_tokens"] < 3000
+    strict = on_text(
+        world, tmp_path / "d", "zeros", "neurons", nulls=(), n_tokens=3000, budget="1h", narrow_enough=1e-6
+    )
+    assert read(compare(strict, lm=world.lm))["stopped"]["because"] == "all tokens"
+
+
+@pytest.mark.parametrize("budget", ["5", "soon", "0min", "-1s"])
+def test_a_budget_is_a_duration(tmp_path: Path, budget: str) -> None:
+    with pytest.raises(ConfigError, match="a budget must be a number above 0 and s, min or h, got"):
+        config_for(tmp_path, budget=budget)
+
+
+def test_dictionaries_of_other_places_are_measured_on_the_same_documents(
+    world: World, tmp_path: Path
+) -> None:
+    x = open_store(world.store).read(0, ("mlp_out.2",)).activations["mlp_out.2"].float()
+    topk = dictionaries.build(TopKConfig(k=3, d_sae=48), 24, 24, autoencoder(world.lm, "mlp_out.2"))
+    topk.initialise(x, x, torch.Generator().manual_seed(0))
+    save(topk, tmp_path / "below")
+    zeros(world.lm, tmp_path / "above", autoencoder(world.lm, "resid_post.1"))
+    config = on_text(world, tmp_path / "c", nulls=("pca",)).replace(
+        dictionaries=(tmp_path / "below", tmp_path / "above")
+    )
+    data = read(compare(config, lm=world.lm))
+    by_name = {row["name"]: row for row in data["rows"]}
+    assert "mlp_out.2" in by_name["below"]["group"] and "resid_post.1" in by_name["above"]["group"]
+    zero = by_name["above"]["metrics"]["ce_recovered_zero"]["value"]
+    assert zero == pytest.approx(0, abs=1e-6) and by_name["mlp_out.2: pca k=3"]["null"]
+    assert any("may live in different bases" in notice for notice in data["notices"])
+
+
+def test_another_model_or_policy_is_refused(world: World, tmp_path: Path) -> None:
+    sites = autoencoder(world.lm)
+    other = sites.inputs[0].replace(model_fingerprint="f" * 64, model="else")
+    identity(world.lm, tmp_path / "a", sites)
+    identity(world.lm, tmp_path / "b", sites.replace(inputs=(other,), outputs=(other,)))
+    config = on_text(world, tmp_path / "c").replace(dictionaries=(tmp_path / "a", tmp_path / "b"), store=None)
+    with pytest.raises(
+        MismatchError, match=r"must belong to one model .*, got .* of a; else \(ffff.*\), of b"
+    ):
+        compare(config, lm=world.lm)
+    both = config.replace(dictionaries=(tmp_path / "b", tmp_path / "b"))
+    with pytest.raises(
+        MismatchError, match=r"the model must be the one the dictionaries were trained on, else"
+    ):
+        compare(both, lm=world.lm)
+    with pytest.raises(ConfigError, match="a null must be a known one, got 'pcaa'"):
+        compare(config.replace(dictionaries=(tmp_path / "a", tmp_path / "a"), nulls=("pcaa",)), lm=world.lm)
+    save(dictionaries.load(tmp_path / "a"), tmp_path / "d", policy={"context_length": 8})
+    with pytest.raises(MismatchError, match=r"must have one token policy .* that of a: .*, got .* of d"):
+        compare(config.replace(dictionaries=(tmp_path / "a", tmp_path / "d")), lm=world.lm)
+    assert not (tmp_path / "c").exists()

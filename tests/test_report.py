@@ -2,10 +2,12 @@
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sememe import artifact, figures
@@ -167,6 +169,64 @@ def test_several_reports_make_one_page(tmp_path: Path) -> None:
     ids = re.findall(r"<svg[^>]*>.*?</svg>", (done.path / "report.html").read_text(), re.DOTALL)
     assert len(ids) == 11
     assert done.extra["dictionaries"] == ["a" * 64, "c" * 64]
+
+
+def compared_report(path: Path, name: str, k: int, fvu: float, units: str = "u") -> Path:
+    data = report_data(name, name * 8, fvu)
+    data["dictionary"] |= {"config": {"kind": "topk", "k": k}, "training": {"seed": 0}}
+    data["bootstrap"] = {"units": units}
+    draws = {"l0": np.full(21, float(k)), "fvu": np.concatenate([[fvu], fvu + np.linspace(-0.01, 0.01, 20)])}
+    with artifact.building(path, kind="report", version=1, config=Config(), parents={"d": str(path)}) as work:
+        artifact.write_json(work.path / figures.REPORT, data)
+        figures.write_draws(work.path, {"dictionary": draws})
+    return path
+
+
+def test_a_folder_of_reports_is_drawn_as_frontiers(tmp_path: Path) -> None:
+    for name, k, fvu in (("a", 16, 0.4), ("b", 32, 0.3)):
+        compared_report(tmp_path / "sweep" / name, name, k, fvu)
+    relu = compared_report(tmp_path / "relu", "c", 32, 0.5)
+    data = json.loads((relu / "report.json").read_text())
+    done = report(ReportConfig(reports=(tmp_path / "sweep", relu), out=tmp_path / "page"))
+    markdown = (done.path / "report.md").read_text()
+    assert "## a" in markdown and "## b" in markdown and "## c" in markdown
+    assert "![frontier_fvu](figures/frontier_fvu.svg)" in markdown
+    assert (
+        data["dictionary"]["kind"] == "topk"
+    )  # one group: three points of one frontier, nothing to tell apart
+    assert "which differences are real" not in markdown
+
+
+def test_reports_of_the_same_documents_are_told_apart(tmp_path: Path) -> None:
+    one = compared_report(tmp_path / "one", "a", 32, 0.3)
+    two = compared_report(tmp_path / "two", "b", 32, 0.5)
+    for path, width in ((one, 22), (two, 44)):
+        data = json.loads((path / "report.json").read_text())
+        assert data["dictionary"]["d_sae"] == 22
+        if width == 44:
+            data["dictionary"]["d_sae"] = width
+            draws = figures.read_draws(figures.open_report(path))
+            shutil.rmtree(path)
+            with artifact.building(path, kind="report", version=1, config=Config(), parents={}) as work:
+                artifact.write_json(work.path / figures.REPORT, data)
+                figures.write_draws(work.path, {"dictionary": draws})
+    done = report(ReportConfig(reports=(one, two), out=tmp_path / "page"))
+    markdown = (done.path / "report.md").read_text()
+    assert (
+        "- fvu at l0 32: topk d_sae=22 is better than topk d_sae=44, 0.3 against 0.5, a difference of 0.2 that is real"
+        in markdown
+    )
+    other = compared_report(tmp_path / "three", "c", 32, 0.5, units="v")
+    done = report(ReportConfig(reports=(one, other), out=tmp_path / "page2"))
+    assert "which differences are real" not in (done.path / "report.md").read_text()  # not the same documents
+
+
+def test_a_report_without_draws_cannot_be_compared(tmp_path: Path) -> None:
+    opened = figures.open_report(saved_report(tmp_path / "r", report_data()))
+    with pytest.raises(
+        MismatchError, match=r"must hold its draws for a comparison, got one of an earlier version"
+    ):
+        figures.read_draws(opened)
 
 
 def test_reports_of_dictionaries_with_one_name_are_told_apart(tmp_path: Path) -> None:

@@ -79,6 +79,22 @@ def test_a_sweep_makes_a_dictionary_and_a_report_for_each(place, tmp_path):
     assert stages == ["harvest", "train", "evaluate k2", "evaluate k4"]
 
 
+def test_a_recipe_can_end_in_a_comparison(place, tmp_path, capsys):
+    recipe = (place / "small.toml").read_text().replace("epochs = 3", "epochs = 1\nsweep = {k = [2, 4]}")
+    recipe = recipe.replace("k = 4\n", "")
+    recipe = (
+        recipe[: recipe.index("[evaluate]")]
+        + "[compare]\nn_tokens = 600\nn_fit_rows = 500\nnulls = ['pca']\n"
+    )
+    (tmp_path / "compared.toml").write_text(recipe)
+    results = run(tmp_path / "compared.toml", out=tmp_path / "out")
+    assert [result.stage for result in results] == ["harvest", "train", "compare"]
+    data = json.loads((tmp_path / "out" / "comparison" / "comparison.json").read_text())
+    assert [row["name"] for row in data["rows"]] == ["k2", "k4", "pca k=2", "pca k=4"]
+    assert "mmcs: how much of the row is in the column" in capsys.readouterr().out
+    assert all(result.reused for result in run(tmp_path / "compared.toml", out=tmp_path / "out"))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -228,7 +228,10 @@ def _arms(
     """Dictionaries of one place, and each null at their l0."""
     fitted = fit(config, lm, sites, policy, store)
     l0s = {name: fitted.sparsity_of(one).compute()["l0"].value for name, one in own.items()}
-    ks = _spread(sorted({max(1, round(l0)) for l0 in l0s.values()}))
+    d_in = next(iter(own.values())).d_in
+    ks = _spread(
+        sorted({round(l0) for l0 in l0s.values() if 0.5 <= l0 < d_in - 0.5})
+    )  # all would be the identity
     d_sae = int(np.median([one.d_sae for one in own.values()]))
     autoencoder = sites.inputs == sites.outputs
     nulls: dict[str, Dictionary] = {}
@@ -236,8 +239,7 @@ def _arms(
     for null in config.nulls:
         if not autoencoder and null != "untrained":
             continue
-        width = d_sae if null in ("untrained", "random_directions") else next(iter(own.values())).d_in
-        for k in (k for k in ks if k < width):  # all of them would be the identity
+        for k in ks:
             made, about = make_null(null, k, d_sae, config.seed, sites, fitted)
             name = f"{prefix}{null} k={about['k']}"
             if name not in nulls:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import csv
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from sememe.figures.data import HEADLINE, Data, number
-from sememe.figures.pages import attributions, credit, page
+from sememe.figures.frame import attributions, credit, page
 from sememe.figures.plots import STYLE, svg
 from sememe.figures.tables import BETTER, MEANINGS, Table, cell_note, html_table, markdown_table
 
-__all__ = ["write_comparison"]
+__all__ = ["comparison_sections", "write_comparison"]
 
 FRONTIERS = ("fvu", "ce_increase", "ce_recovered_mean")
 """Metrics drawn against l0."""
@@ -49,6 +50,8 @@ MARKS_MUELLER = (
 is the root), l1, l0, share alive on 8,192 tokens, share of the loss recovered from zero ablation.
 
 Source: Marks & Mueller, the table of the repository dictionary_learning (December 2023)."""
+Section = tuple[str, str, str]
+"""A title, and what stands below it in Markdown and in HTML."""
 THEIR_COLUMNS = ("rmse", "l1", "l0", "frac_alive_8192", "ce_recovered_zero")
 
 
@@ -64,7 +67,13 @@ def write_comparison(folder: Path, data: Data) -> None:
     for notice in data["notices"]:
         markdown += [f"> {notice}", ""]
         body.append(f"<p class='legend'>{html.escape(notice)}</p>")
-    sections = [*_told(data), *_drawn(data, folder), *_tables(data)]
+    makers: dict[str, Callable[[], Figure | None]] = {
+        **{f"frontier_{name}": partial(frontier_plot, data, name) for name in FRONTIERS},
+        "size": partial(size_plot, data),
+        "density": partial(density_plot, data),
+        "mmcs": partial(directions_plot, data),
+    }
+    sections = [*_told(data), *_drawn(makers, folder), *_tables(data)]
     for title, in_markdown, in_html in sections:
         if title:
             markdown += [f"## {title}", ""]
@@ -80,8 +89,15 @@ def write_comparison(folder: Path, data: Data) -> None:
     _write_csv(folder / "comparison.csv", data)
 
 
-Section = tuple[str, str, str]
-"""A title, and what stands below it in Markdown and in HTML."""
+def comparison_sections(compared: Data, folder: Path) -> list[Section]:
+    """Which differences are real, and the frontiers, of reports; their plots are written into figures/.
+
+    Args:
+        compared: `frontier.summary` of them.
+        folder: Of the page.
+    """
+    makers = {f"frontier_{name}": partial(frontier_plot, compared, name) for name in FRONTIERS}
+    return [*_told(compared), *_drawn(makers, folder)]
 
 
 # -- in words ------------------------------------------------------------------------------------------------------
@@ -124,15 +140,10 @@ def _best(differences: Sequence[Data], better: str) -> str | None:
 # -- in pictures ---------------------------------------------------------------------------------------------------
 
 
-def _drawn(data: Data, folder: Path) -> list[Section]:
+def _drawn(makers: Mapping[str, Callable[[], Figure | None]], folder: Path) -> list[Section]:
     """Every plot there is something for."""
     with mpl.rc_context(STYLE):
-        made = {
-            **{f"frontier_{name}": frontier_plot(data, name) for name in FRONTIERS},
-            "size": size_plot(data),
-            "density": density_plot(data),
-            "mmcs": directions_plot(data),
-        }
+        made = {name: maker() for name, maker in makers.items()}
     drawn = {name: svg(figure, f"comparison-{name}") for name, figure in made.items() if figure is not None}
     for name, text in drawn.items():
         (folder / "figures" / f"{name}.svg").write_text(text, encoding="utf-8")

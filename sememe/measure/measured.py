@@ -36,6 +36,8 @@ LOGIT_ROWS = 256
 CHECKED_EVERY = 5.0
 """Seconds between two looks at how wide the intervals are, where there is a budget."""
 CHECK_DRAWS = 200
+NARROW_FLOOR = 1e-4
+"""Half a width that is narrow enough whatever the value, which may be 0."""
 
 
 class _Units:
@@ -284,7 +286,7 @@ class Measured:
             ]
             for statistic in found:
                 half = (statistic.high - statistic.low) / 2
-                if not half <= self.config.narrow_enough * abs(statistic.value):
+                if not half <= max(self.config.narrow_enough * abs(statistic.value), NARROW_FLOOR):
                     return False
         return True
 

@@ -1,0 +1,175 @@
+"""Frontiers: who belongs together, interpolation against a slow version, and intervals that cover."""
+
+import math
+
+import numpy as np
+import pytest
+
+from sememe.frontier import Frontier, Place, Point, differences, grouped, interval, summary
+
+BETTER = {"fvu": "lower", "cosine": "higher"}
+
+
+def about(kind="topk", seed=0, d_sae=64, training=None, **config):
+    return {
+        "kind": kind,
+        "d_sae": d_sae,
+        "config": {"kind": kind, "auxk": None, **config},
+        "training": {"lr": None, "seed": seed, **(training or {})},
+        "inputs": ["resid_post.8"],
+        "outputs": ["resid_post.8"],
+    }
+
+
+def point(group, setting, l0, fvu, n=50, noise=0.0, seed=0):
+    rng = np.random.default_rng(seed)
+    draws = np.concatenate([[0.0], rng.standard_normal(n)]) * noise
+    return Point(Place(group, setting), {"l0": np.full(n + 1, float(l0)), "fvu": fvu + draws})
+
+
+def test_seeds_are_one_setting_and_settings_one_group():
+    found = grouped(
+        {
+            "a": about(k=16, seed=0),
+            "b": about(k=16, seed=1),
+            "c": about(k=32),
+            "d": about(kind="relu", l1_coefficient=0.01, target_l0=None),
+        }
+    )
+    assert found["a"] == found["b"] == Place("topk", "k=16")
+    assert found["c"] == Place("topk", "k=32")
+    assert found["d"] == Place("relu", "l1_coefficient=0.01")
+
+
+def test_what_sets_groups_apart_is_in_their_titles():
+    found = grouped({"a": about(k=16), "b": about(k=16, d_sae=128), "c": about(k=16, training={"lr": 0.5})})
+    assert [place.group for place in found.values()] == [
+        "topk d_sae=64, lr=None",
+        "topk d_sae=128, lr=None",
+        "topk d_sae=64, lr=0.5",
+    ]
+    elsewhere = about(k=16) | {"inputs": ["resid_post.2"], "outputs": ["resid_post.2"]}
+    found = grouped({"a": about(k=16), "b": elsewhere})
+    assert [place.group for place in found.values()] == ["topk resid_post.8", "topk resid_post.2"]
+
+
+def test_interpolation_is_that_of_a_slow_version():
+    rng = np.random.default_rng(0)
+    n_settings, n_draws = 4, 30
+    l0 = np.exp(np.sort(rng.uniform(1, 4, n_settings)))[:, None] * np.exp(
+        0.3 * rng.standard_normal((n_settings, n_draws))
+    )
+    l0[:, 0] = np.sort(l0[:, 0])
+    fvu = rng.uniform(0, 1, (n_settings, n_draws))
+    points = [Point(Place("g", f"k={i}"), {"l0": l0[i], "fvu": fvu[i]}) for i in rng.permutation(n_settings)]
+    frontier = Frontier(points)
+    for at in np.linspace(l0[0, 0], l0[-1, 0], 7):
+        slow = []
+        for draw in range(n_draws):
+            order = np.argsort(l0[:, draw])
+            slow.append(np.interp(math.log(at), np.log(l0[order, draw]), fvu[order, draw]))
+        assert np.allclose(frontier.at("fvu", at), slow, atol=1e-12)
+    assert np.isnan(frontier.at("fvu", l0[-1, 0] * 1.2)).all()
+
+
+def test_the_area_of_a_straight_line_is_its_middle():
+    frontier = Frontier([point("g", "k=8", 8, 0.6), point("g", "k=32", 32, 0.2)])
+    assert frontier.mean("fvu", 8, 32) == pytest.approx(np.full(51, 0.4))
+    assert frontier.at("fvu", 16) == pytest.approx(np.full(51, 0.4))  # halfway on a logarithmic axis
+
+
+def test_seeds_are_averaged_and_widen_the_interval():
+    one = Frontier([point("g", "k=8", 8, 0.5, n=400)])
+    two = Frontier([point("g", "k=8", 8, 0.4, n=400), point("g", "k=8", 8, 0.6, n=400)])
+    assert two.n_seeds == [2] and two.at("fvu", 8)[0] == pytest.approx(0.5)
+    assert interval(one.at("fvu", 8)) == pytest.approx((0.5, 0.5))
+    assert interval(two.at("fvu", 8)) == pytest.approx((0.4, 0.6))
+
+
+def test_a_difference_is_paired_and_told_in_words():
+    a = Frontier(
+        [point("a", "k=8", 8, 0.5, noise=0.2, seed=3), point("a", "k=32", 32, 0.3, noise=0.2, seed=3)]
+    )
+    b = Frontier([point("b", "k=16", 16, 0.6, noise=0.2, seed=3)])
+    (found,) = differences(a, b, BETTER)
+    # the same documents' noise is in both: it falls out of the difference, though each alone is blurred
+    assert found.l0 == pytest.approx(16) and found.difference == pytest.approx(-0.2)
+    assert found.low == pytest.approx(-0.2) and found.high == pytest.approx(-0.2) and found.real
+    assert found.sentence == (
+        "fvu at l0 16: a is better than b, 0.4 against 0.6, a difference of 0.2 that is real "
+        "(95% interval -0.2 to -0.2)."
+    )
+
+
+def test_higher_may_be_better():
+    def made(group, value):
+        return Frontier([Point(Place(group, ""), {"l0": np.full(5, 8.0), "cosine": np.full(5, value)})])
+
+    (found,) = differences(made("a", 0.5), made("b", 0.9), BETTER)
+    assert "cosine at l0 8: b is better than a, 0.9 against 0.5" in found.sentence
+
+
+def test_without_a_common_l0_nothing_is_compared():
+    (found,) = differences(Frontier([point("a", "", 8, 0.5)]), Frontier([point("b", "", 9, 0.4)]), BETTER)
+    assert math.isnan(found.difference) and not found.real
+    assert found.sentence == "fvu: a (l0 8) and b (l0 9) have no l0 in common and are not compared."
+    (near,) = differences(Frontier([point("a", "", 8, 0.5)]), Frontier([point("b", "", 8.3, 0.4)]), BETTER)
+    assert near.difference == pytest.approx(0.1)
+
+
+def test_noise_is_not_called_real_more_often_than_it_says():
+    """Two dictionaries that are equally good on every document but for noise: 5% of intervals leave out 0."""
+    rng = np.random.default_rng(0)
+    n_documents, n_draws, n_trials = 60, 300, 200
+    real = 0
+    for trial in range(n_trials):
+        documents = rng.gamma(2, size=(2, n_documents)) + rng.gamma(2, size=n_documents)
+        weights = np.concatenate(
+            [
+                np.ones((1, n_documents)),
+                rng.multinomial(n_documents, np.full(n_documents, 1 / n_documents), n_draws),
+            ]
+        )
+        made = [
+            Frontier(
+                [
+                    Point(
+                        Place(group, ""),
+                        {"l0": np.full(n_draws + 1, 8.0), "fvu": weights @ own / n_documents},
+                    )
+                ]
+            )
+            for group, own in zip("ab", documents, strict=True)
+        ]
+        (found,) = differences(*made, BETTER)
+        real += found.real
+        assert ("not told apart" in found.sentence) == (not found.real), trial
+    assert 2 <= real <= 22  # 10 expected; both ends are beyond the 0.1% tails of a binomial
+
+
+def test_a_number_that_is_none_is_said_to_be_none():
+    bad = Frontier([point("a", "", 8, math.nan)])
+    (found,) = differences(bad, Frontier([point("b", "", 8, 0.4)]), BETTER)
+    assert not found.real and "cannot be compared, one of them is not a number" in found.sentence
+    alone = Frontier([point("a", "", 8, 0.3, n=0)])
+    (found,) = differences(alone, Frontier([point("b", "", 8, 0.4, n=0)]), BETTER)
+    assert not found.real and "without an interval" in found.sentence
+
+
+def test_a_summary_is_plain_data_without_nan():
+    points = {
+        "1": point("a", "k=8", 8, 0.5),
+        "2": point("a", "k=32", 32, 0.3),
+        "3": point("b", "k=4", 4, 0.7),
+        "4": point("b", "k=16", 16, 0.4),
+        "5": point("c", "k=64", 64, math.nan),
+    }
+    found = summary(points, BETTER)
+    assert [p["setting"] for p in found["frontiers"]["a"]["points"]] == ["k=8", "k=32"]
+    assert found["frontiers"]["a"]["mean_over_common_l0"] == {}  # c shares nothing with the others
+    assert len(found["differences"]) == 3
+    assert found["differences"][1]["difference"] is None and found["differences"][1]["real"] is False
+    del points["5"]
+    found = summary(points, BETTER)["frontiers"]
+    assert (found["a"]["l0_from"], found["a"]["l0_to"]) == (8, 16)
+    assert found["a"]["mean_over_common_l0"]["fvu"]["value"] == pytest.approx(0.45)
