@@ -94,7 +94,7 @@ def evaluate(config: EvaluateConfig, *, lm: LanguageModel | None = None, fresh: 
     check_nulls(config.nulls, sites)
     check_parts(config.top_latents, dictionary.d_sae)
     store = None if config.store is None else open_store(config.store)
-    policy = policy_of(config, saved, store)
+    policy = policy_of(config.policy, saved, store)
     if store is not None:
         check_store(store, saved, sites)
     notices = check_text(saved, store, config.text)

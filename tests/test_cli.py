@@ -14,6 +14,7 @@ CONFIGS = {
     "train": "TrainConfig",
     "evaluate": "EvaluateConfig",
     "compare": "CompareConfig",
+    "concepts": "ConceptsConfig",
     "report": "ReportConfig",
     "interpret": "InterpretConfig",
     "explain": "ExplainConfig",

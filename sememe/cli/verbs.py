@@ -419,6 +419,12 @@ _MAKERS: dict[str, Callable[[], Any]] = {
     "intervene": lambda: _simple(
         "intervene", "intervene", "Change latents and see what the model says.", ("dictionary",)
     ),
+    "concepts": lambda: _simple(
+        "concepts",
+        "concepts",
+        "Ask what latents know of labels: probes, ablations, absorption.",
+        ("dictionary",),
+    ),
     "toy": _toy,
     "pretrain": _pretrain,
     "convert": lambda: _simple(

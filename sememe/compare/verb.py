@@ -112,7 +112,7 @@ def _check(
             check_nulls(tuple(null for null in config.nulls if null not in AUTOENCODER_NULLS), sites)
         else:
             check_nulls(config.nulls, sites)
-        policies[name] = policy_of(config, one.saved, store)
+        policies[name] = policy_of(config.policy, one.saved, store)
         if store is not None:
             check_store(store, one.saved, sites)
         notices |= dict.fromkeys(f"{name}: {notice}" for notice in check_text(one.saved, store, config.text))

@@ -5,6 +5,7 @@ the `report` verb share it.
 """
 
 from sememe.figures.comparison import write_comparison
+from sememe.figures.concepts import write_concepts
 from sememe.figures.data import (
     HEADLINE,
     REPORT,
@@ -32,6 +33,7 @@ __all__ = [
     "read_draws",
     "read_watched",
     "write_comparison",
+    "write_concepts",
     "write_draws",
     "write_pages",
 ]

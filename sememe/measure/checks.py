@@ -9,7 +9,7 @@ from sememe import artifact
 from sememe.dictionaries.base import Dictionary, Site, Sites
 from sememe.errors import ConfigError, MismatchError, ShapeError, nearest
 from sememe.lm import LanguageModel
-from sememe.measure.config import AUTOENCODER_NULLS, NULLS, MeasureConfig
+from sememe.measure.config import AUTOENCODER_NULLS, NULLS
 from sememe.splice import Splicer
 from sememe.store import Store
 from sememe.text import TextConfig, TokenPolicy
@@ -160,7 +160,7 @@ def _check_separation(trained: dict[str, Any], text: TextConfig) -> None:
             )
 
 
-def policy_of(config: MeasureConfig, saved: artifact.Artifact, store: Store | None) -> TokenPolicy:
+def policy_of(asked: TokenPolicy | None, saved: artifact.Artifact, store: Store | None) -> TokenPolicy:
     """The dictionary's, the store's, or the config's token policy; they must not contradict one another."""
     given = []
     recorded = saved.extra.get("policy")
@@ -168,8 +168,8 @@ def policy_of(config: MeasureConfig, saved: artifact.Artifact, store: Store | No
         given.append((f"the dictionary ({saved.fingerprint[:16]})", TokenPolicy.build(recorded)))
     if store is not None:
         given.append((f"the store ({store.fingerprint[:16]})", store.info.policy))
-    if config.policy is not None:
-        given.append(("the config", config.policy))
+    if asked is not None:
+        given.append(("the config", asked))
     for who, policy in given[1:]:
         if policy != given[0][1]:
             ours, theirs = given[0][1].resolved(), policy.resolved()

@@ -27,6 +27,14 @@ splitting, the rare cluster, cheats); `geometry` where a dictionary's directions
 
 from __future__ import annotations
 
+from sememe.metrics.concepts import (
+    Absorption,
+    SpuriousRemoval,
+    TargetedPerturbation,
+    absorption,
+    spurious_removal,
+    targeted_perturbation,
+)
 from sememe.metrics.directions import Nearest, mcs, mmcs, nearest_directions, unit_rows
 from sememe.metrics.geometry import (
     Moments,
@@ -64,16 +72,18 @@ from sememe.metrics.predictions import (
     base_terms,
     prediction_terms,
 )
-from sememe.metrics.probing import Probe, ProbeScores, dense_probe, sparse_probe
+from sememe.metrics.probing import LinearProbe, Probe, ProbeScores, dense_probe, linear_probe, sparse_probe
 from sememe.metrics.reconstruction import Reconstruction
 from sememe.metrics.sparsity import DensityHistogram, Sparsity, density_histogram
 from sememe.metrics.sums import Statistic, Sums, bootstrap
 
 __all__ = [
+    "Absorption",
     "BaseTerms",
     "Cheats",
     "DensityHistogram",
     "LanguageModelLoss",
+    "LinearProbe",
     "Match",
     "Moments",
     "Nearest",
@@ -86,9 +96,12 @@ __all__ = [
     "Reconstruction",
     "Sparsity",
     "Splits",
+    "SpuriousRemoval",
     "Stability",
     "Statistic",
     "Sums",
+    "TargetedPerturbation",
+    "absorption",
     "base_terms",
     "bootstrap",
     "capacity",
@@ -97,6 +110,7 @@ __all__ = [
     "density_histogram",
     "effective_neurons",
     "larger_dictionary_test",
+    "linear_probe",
     "match",
     "mcs",
     "mmacs",
@@ -114,6 +128,8 @@ __all__ = [
     "self_similarity",
     "sparse_probe",
     "splits",
+    "spurious_removal",
+    "targeted_perturbation",
     "token_match",
     "unit_rows",
 ]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sememe.errors import ActivationError, ConfigError
 
-__all__ = ["Probe", "ProbeScores", "dense_probe", "sparse_probe"]
+__all__ = ["LinearProbe", "Probe", "ProbeScores", "dense_probe", "linear_probe", "sparse_probe"]
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 """Inverse regularisation strengths that are tried on the training part."""
@@ -33,10 +33,24 @@ class ProbeScores(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """Scores, and which columns were used in each fold."""
+    """Scores, which columns were used in each fold, and the answers."""
 
     scores: ProbeScores
     chosen: tuple[tuple[int, ...], ...]
+    answers: Float[np.ndarray, " n"]
+    """Log-odds of each row by the fold that did not see it."""
+
+
+class LinearProbe(NamedTuple):
+    """`x @ weights + bias` is the log-odds of a label."""
+
+    weights: Float[np.ndarray, " d"]
+    bias: float
+
+    def answers(self, x: Float[np.ndarray, "n d"]) -> Float[np.ndarray, " n"]:
+        """Log-odds of rows."""
+        found: np.ndarray = x @ self.weights + self.bias
+        return found
 
 
 def sparse_probe(
@@ -75,7 +89,7 @@ def sparse_probe(
             columns = _most_different(x[train], y[train], k)
             chosen.append(tuple(int(column) for column in columns))
             answers[test] = _answers(x[train][:, columns], y[train], x[test][:, columns], n_folds, seed)
-        found[k] = Probe(_scores(answers, y, _folds(y, n_folds, seed)), tuple(chosen))
+        found[k] = Probe(_scores(answers, y, _folds(y, n_folds, seed)), tuple(chosen), answers)
     return found
 
 
@@ -87,7 +101,7 @@ def dense_probe(
     answers = np.zeros(len(y))
     for train, test in _folds(y, n_folds, seed):
         answers[test] = _answers(x[train], y[train], x[test], n_folds, seed)
-    return Probe(_scores(answers, y, _folds(y, n_folds, seed)), ())
+    return Probe(_scores(answers, y, _folds(y, n_folds, seed)), (), answers)
 
 
 def _checked(acts: Tensor, labels: Tensor, n_folds: int) -> tuple[np.ndarray, np.ndarray]:
@@ -128,12 +142,26 @@ def _most_different(x: np.ndarray, y: np.ndarray, k: int) -> np.ndarray:
 
 def _answers(x: np.ndarray, y: np.ndarray, test: np.ndarray, n_folds: int, seed: int) -> np.ndarray:
     """Log-odds of the test rows by a regression whose strength inner folds have chosen."""
+    return linear_probe(x, y, n_folds=n_folds, seed=seed).answers(test)
+
+
+def linear_probe(
+    x: Float[np.ndarray, "n d"], y: Bool[np.ndarray, " n"], *, n_folds: int = 3, seed: int = 0
+) -> LinearProbe:
+    """Logistic regression whose strength folds of these rows have chosen; its weights are for rows as they come.
+
+    Args:
+        x: Rows.
+        y: Their label.
+        n_folds: At most three are used.
+        seed: Of the folds.
+    """
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import log_loss
 
     mean, std = x.mean(0), x.std(0)
     std[std == 0] = 1.0
-    x, test = (x - mean) / std, (test - mean) / std
+    x = (x - mean) / std
 
     def fitted(strength: float, rows: np.ndarray) -> LogisticRegression:
         return LogisticRegression(C=strength, max_iter=1000).fit(x[rows], y[rows])
@@ -146,9 +174,9 @@ def _answers(x: np.ndarray, y: np.ndarray, test: np.ndarray, n_folds: int, seed:
         )
         for strength in STRENGTHS
     ]
-    best = STRENGTHS[int(np.argmin(losses))]
-    answers: np.ndarray = fitted(best, np.arange(len(y))).decision_function(test)
-    return answers
+    model = fitted(STRENGTHS[int(np.argmin(losses))], np.arange(len(y)))
+    weights = model.coef_[0] / std
+    return LinearProbe(weights, float(model.intercept_[0] - mean @ weights))
 
 
 def _scores(answers: np.ndarray, y: np.ndarray, folds: list[tuple[np.ndarray, np.ndarray]]) -> ProbeScores:

@@ -1,0 +1,81 @@
+"""What can be chosen about concepts. Knows options and their ranges; measures nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from sememe.config import Config
+from sememe.errors import ConfigError
+from sememe.lm import ModelConfig
+from sememe.text import TokenPolicy
+
+__all__ = ["ConceptsConfig"]
+
+
+class ConceptsConfig(Config):
+    """Which dictionary, which labels, and what is asked of them."""
+
+    not_identity: ClassVar[frozenset[str]] = frozenset({"out", "dictionary", "labelled", "batch_rows"})
+
+    dictionary: Path
+    """The dictionary to ask."""
+    labelled: tuple[Path, ...] = ()
+    """JSONL files, an object with a text and a label on each line."""
+    first_letter: bool = False
+    """Instead: words of the model's own vocabulary, labelled by their first letter."""
+    out: Path = Path("artifacts/concepts")
+    """The folder to make."""
+    text_field: str = "text"
+    """Where a line's text is."""
+    label_field: str = "label"
+    """Where its label is: a text, a number or true/false."""
+    spurious_field: str | None = None
+    """Where a second, binary label is that the first shall not be confused with; both must have two classes."""
+    model: ModelConfig = ModelConfig()
+    """The language model that the dictionary belongs to."""
+    policy: TokenPolicy | None = None
+    """The token policy, for dictionaries that do not say which they were trained with."""
+    pooling: Literal["auto", "mean", "last"] = "auto"
+    """Rows are means over a text's kept positions, or its last one; auto: mean, and last for first letters."""
+    ks: tuple[int, ...] = (1, 2, 5, 10)
+    """Latents of the sparse probes."""
+    n_ablated: tuple[int, ...] = (2, 5, 10, 20, 50, 100)
+    """Latents ablated for targeted perturbation and spurious removal."""
+    max_per_class: int = Field(default=200, ge=20)
+    """At most so many texts of a class, and as many others beside it."""
+    max_classes: int = Field(default=12, ge=2)
+    """The most frequent classes are taken."""
+    batch_rows: int = Field(default=16, ge=1)
+    """Texts per forward."""
+    n_folds: int = Field(default=5, ge=2)
+    """Outer folds of the probes."""
+    n_bootstrap: int = Field(default=1000, ge=0)
+    """Draws of texts for the 95% intervals; 0 gives none."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Of every draw."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.first_letter == bool(self.labelled):
+            raise ConfigError(
+                "labels must come from files or be first letters",
+                "both" if self.first_letter else "neither",
+                "Name a JSONL file (--labelled), or pass --first-letter.",
+            )
+        fields = ("text_field", "label_field", "spurious_field")
+        for name in fields if self.first_letter else ():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ConfigError(
+                    f"{name} must be left out with first_letter: it has no effect then",
+                    getattr(self, name),
+                    "Drop it.",
+                )
+        for name in ("ks", "n_ablated"):
+            if not getattr(self, name) or min(getattr(self, name)) < 1:
+                raise ConfigError(
+                    f"{name} must be numbers of at least 1", getattr(self, name), f"Change {name}."
+                )
+        return self

@@ -1,0 +1,295 @@
+"""Opens what is asked, reads the texts once, probes, ablates, and writes the report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from sememe import artifact, dictionaries, figures, metrics
+from sememe import lm as language_models
+from sememe.concepts.config import ConceptsConfig
+from sememe.concepts.labelled import Labelled, first_letters, read_labelled
+from sememe.concepts.rows import Pooled, pooled_rows
+from sememe.config import sha256_of
+from sememe.dictionaries.base import Dictionary, Sites
+from sememe.dictionaries.topk import TopKConfig
+from sememe.errors import ConfigError
+from sememe.lm import LanguageModel
+from sememe.measure.checks import check_model, describe, policy_of, sites_of, splicer_for
+from sememe.progress import track
+
+__all__ = ["CONCEPTS", "concepts"]
+
+VERSION = 1
+CONCEPTS = "concepts.json"
+N_HALVINGS = 3
+"""Draws of a training and a test half for what is fitted on one and scored on the other."""
+SHUFFLED = "shuffled labels"
+
+
+def concepts(
+    config: ConceptsConfig, *, lm: LanguageModel | None = None, fresh: bool = False
+) -> artifact.Artifact:
+    """Ask what a dictionary's latents know of labels, or open the answer if it is there.
+
+    The artifact holds concepts.json, concepts.csv, concepts.md and concepts.html.
+
+    Args:
+        config: Which dictionary, which labels.
+        lm: The model, if it is loaded already; else it is loaded from config.model.
+        fresh: Replace whatever stands at config.out.
+
+    Raises:
+        ConfigError: more latents are asked for than there are.
+        TextError: labels are missing, NaN, of one class, or too few.
+        MismatchError: the dictionary is of another model; or another answer stands at config.out.
+        ActivationError: an activation is NaN or infinite; the error says in which text.
+    """
+    saved = artifact.load(config.dictionary, "dictionary")
+    dictionary = dictionaries.load(config.dictionary)
+    sites = sites_of(dictionary, config.dictionary)
+    for name in ("ks", "n_ablated"):
+        if max(getattr(config, name)) > dictionary.d_sae:
+            raise ConfigError(
+                f"{name} must be at most d_sae={dictionary.d_sae}", max(getattr(config, name)), "Lower it."
+            )
+    policy = policy_of(config.policy, saved, None)
+    model_fingerprint = lm.fingerprint if lm else language_models.fingerprint_of(config.model)
+    check_model(sites, model_fingerprint)
+    labelled = None if config.first_letter else read_labelled(config)
+    parents = {"dictionary": saved.fingerprint, "model": model_fingerprint}
+    if labelled is not None:
+        parents["texts"] = sha256_of([labelled.texts, labelled.labels, labelled.spurious])
+    identity = artifact.identity_of("concepts", VERSION, config, parents)
+    found = None if fresh else artifact.find(config.out, "concepts", identity)
+    if found is not None:
+        return found
+    lm = lm if lm is not None else language_models.load(config.model)
+    splicer_for(lm, sites)  # widths
+    if labelled is None:
+        labelled = first_letters(config, lm.tokenizer)
+    pooling = config.pooling if config.pooling != "auto" else ("last" if config.first_letter else "mean")
+    with artifact.building(
+        config.out, kind="concepts", version=VERSION, config=config, parents=parents, fresh=fresh
+    ) as work:
+        about = (sites, policy, labelled.texts, pooling, config.batch_rows)
+        own = pooled_rows(lm, dictionary.to(lm.device), *about)
+        untrained = _untrained(dictionary, sites, own, config.seed).to(lm.device)
+        null = pooled_rows(lm, untrained, *about)
+        data = _asked(config, labelled, {"dictionary": (dictionary, own), "untrained": (untrained, null)})
+        data |= {
+            "format_version": 1,
+            "dictionary": describe(saved, dictionary, sites),
+            "pooling": pooling,
+            "labels": "first letters" if config.first_letter else [path.name for path in config.labelled],
+            "n_texts": len(labelled.texts),
+            "n_cut": own.n_cut,
+            "left_out": labelled.left_out,
+            "policy": policy.resolved(),
+        }
+        artifact.write_json(work.path / CONCEPTS, data)
+        figures.write_concepts(work.path, data)
+        work.extra = {"n_classes": len(labelled.classes), "n_texts": len(labelled.texts)}
+    return artifact.load(config.out, "concepts")
+
+
+def _untrained(dictionary: Dictionary, sites: Sites, own: Pooled, seed: int) -> Dictionary:
+    """A TopK dictionary as wide and as sparse, freshly initialised: what its latents tell needs no training."""
+    k = max(1, min(dictionary.d_sae, round(float((own.acts != 0).sum(1).mean()))))
+    k = min(k, 64)  # a mean over positions has more active latents than any of them
+    made = dictionaries.build(
+        TopKConfig(k=k, d_sae=dictionary.d_sae), dictionary.d_in, dictionary.d_out, sites
+    )
+    made.initialise(
+        torch.from_numpy(own.x), torch.from_numpy(own.target), torch.Generator().manual_seed(seed)
+    )
+    return made.fold().eval()
+
+
+# -- what is asked -------------------------------------------------------------------------------------------------
+
+
+def _asked(
+    config: ConceptsConfig, labelled: Labelled, arms: Mapping[str, tuple[Dictionary, Pooled]]
+) -> dict[str, Any]:
+    """Probes and absorption of each class, perturbation of all, and spurious removal."""
+    labels = np.array(
+        [labelled.classes.index(name) if name in labelled.classes else -1 for name in labelled.labels]
+    )
+    weights = {
+        name: one.decoder_directions().detach().cpu().double().numpy() for name, (one, _) in arms.items()
+    }
+    # with two classes, what tells one tells the other
+    asked = labelled.classes[:1] if len(labelled.classes) == 2 else labelled.classes
+    right: dict[str, dict[str, list[np.ndarray]]] = {}
+    classes: dict[str, Any] = {}
+    with track("probe", len(asked), "classes") as progress:
+        for name in asked:
+            rows = _beside(labels == labelled.classes.index(name), config.max_per_class, config.seed)
+            truth = torch.from_numpy(labels[rows] == labelled.classes.index(name))
+            probes = _probes(config, arms, rows, truth)
+            classes[name] = {
+                "n_with": int(truth.sum()),
+                "n_without": int((~truth).sum()),
+                "probes": {
+                    arm: {k: _scored(config, one, truth) for k, one in own.items()}
+                    for arm, own in probes.items()
+                },
+                "absorption": {
+                    arm: _absorbed(config, one, weights[arm], rows, truth.numpy())
+                    for arm, (_, one) in arms.items()
+                },
+            }
+            for arm, own in probes.items():
+                for k, one in own.items():
+                    side = (one.answers > 0) == truth.numpy()
+                    right.setdefault(arm, {}).setdefault(k, []).append(np.stack([side, truth.numpy()]))
+            progress.advance(1)
+    means = {
+        arm: {k: _mean_accuracy(config, sides) for k, sides in own.items()} for arm, own in right.items()
+    }
+    found: dict[str, Any] = {"classes": classes, "mean_balanced_accuracy": means}
+    known = labels >= 0
+    if len(labelled.classes) > 2:
+        found["targeted_perturbation"] = {
+            arm: _perturbed(config, one, weights[arm], labels, known) for arm, (_, one) in arms.items()
+        }
+    if labelled.spurious is not None:
+        found["spurious_removal"] = {
+            arm: _cleaned(config, one, weights[arm], labels, labelled.spurious)
+            for arm, (_, one) in arms.items()
+        }
+    return found
+
+
+def _beside(own: np.ndarray, most: int, seed: int) -> np.ndarray:
+    """Rows of a class, and as many others."""
+    rng = np.random.default_rng(seed)
+    n = min(int(own.sum()), int((~own).sum()), most)
+    return np.sort(np.concatenate([rng.permutation(np.flatnonzero(side))[:n] for side in (own, ~own)]))
+
+
+def _probes(
+    config: ConceptsConfig,
+    arms: Mapping[str, tuple[Dictionary, Pooled]],
+    rows: np.ndarray,
+    truth: torch.Tensor,
+) -> dict[str, dict[str, metrics.Probe]]:
+    """By arm and number of latents; what all of the activations tell is "dense"."""
+    options: dict[str, Any] = {"n_folds": config.n_folds, "seed": config.seed}
+    own = arms["dictionary"][1]
+    x = torch.from_numpy(own.x[rows])
+    found = {
+        arm: metrics.sparse_probe(torch.from_numpy(one.acts[rows]), truth, config.ks, **options)
+        for arm, (_, one) in arms.items()
+    }
+    few = tuple(k for k in config.ks if k <= x.shape[1])
+    found["neurons"] = metrics.sparse_probe(x, truth, few, **options)
+    shuffled = truth[torch.randperm(len(truth), generator=torch.Generator().manual_seed(config.seed))]
+    null = metrics.sparse_probe(torch.from_numpy(own.acts[rows]), shuffled, config.ks, **options)
+    # judged by the labels it was fitted to: what choosing among many latents finds in nothing
+    found[SHUFFLED] = {
+        k: one._replace(answers=np.where(shuffled.numpy() == truth.numpy(), one.answers, -one.answers))
+        for k, one in null.items()
+    }
+    named = {arm: {str(k): one for k, one in own.items()} for arm, own in found.items()}
+    return named | {"activations": {"dense": metrics.dense_probe(x, truth, **options)}}
+
+
+def _scored(config: ConceptsConfig, probe: metrics.Probe, truth: torch.Tensor) -> dict[str, Any]:
+    """Scores with an interval over texts, and the latents of most folds."""
+    sides = [np.stack([(probe.answers > 0) == truth.numpy(), truth.numpy()])]
+    used = [latent for fold in probe.chosen for latent in fold]
+    most = sorted(set(used), key=lambda latent: (-used.count(latent), latent))
+    return {
+        **{name: value for name, value in probe.scores._asdict().items() if name != "balanced_accuracy"},
+        "balanced_accuracy": _mean_accuracy(config, sides),
+        "latents": most[: len(probe.chosen[0]) if probe.chosen else 0],
+    }
+
+
+def _mean_accuracy(config: ConceptsConfig, sides: list[np.ndarray]) -> dict[str, float | None]:
+    """The mean over classes of balanced accuracies, its interval over draws of each class's texts.
+
+    Args:
+        config: How many draws.
+        sides: For each class, of shape (2, texts): whether the probe is right, and the label.
+    """
+    rng = np.random.default_rng(config.seed)
+    values, draws = [], []
+    for right, truth in sides:
+        groups = [right[truth], right[~truth]]
+        values.append(float(np.mean([group.mean() for group in groups])))
+        drawn = [
+            rng.binomial(len(group), group.mean(), size=config.n_bootstrap) / len(group) for group in groups
+        ]
+        draws.append(np.mean(drawn, axis=0))
+    low = high = None
+    if config.n_bootstrap > 1:
+        low, high = (float(q) for q in np.quantile(np.mean(draws, axis=0), [0.025, 0.975]))
+    return {"value": float(np.mean(values)), "low": low, "high": high}
+
+
+def _absorbed(
+    config: ConceptsConfig, one: Pooled, W_dec: np.ndarray, rows: np.ndarray, truth: np.ndarray
+) -> dict[str, Any]:
+    found = [
+        metrics.absorption(
+            one.target[rows].astype(np.float64), one.acts[rows].astype(np.float64), W_dec, truth, seed=seed
+        )
+        for seed in _seeds(config)
+    ]
+    return {
+        "full": _over_halvings([part.full for part in found]),
+        "fraction": _over_halvings([part.fraction for part in found]),
+        "f1": _over_halvings([part.f1 for part in found]),
+        "n_true_positives": [part.n_true_positives for part in found],
+        "latents": list(found[0].latents),
+    }
+
+
+def _perturbed(
+    config: ConceptsConfig, one: Pooled, W_dec: np.ndarray, labels: np.ndarray, known: np.ndarray
+) -> dict[str, Any]:
+    x, acts = one.target[known].astype(np.float64), one.acts[known].astype(np.float64)
+    found = [
+        metrics.targeted_perturbation(x, acts, W_dec, labels[known], config.n_ablated, seed=seed)
+        for seed in _seeds(config)
+    ]
+    names = ("score", "own", "others")
+    return {
+        str(n): {name: _over_halvings([getattr(part[n], name) for part in found]) for name in names}
+        for n in config.n_ablated
+    }
+
+
+def _cleaned(
+    config: ConceptsConfig, one: Pooled, W_dec: np.ndarray, labels: np.ndarray, spurious: tuple[str, ...]
+) -> dict[str, Any]:
+    x, acts = one.target.astype(np.float64), one.acts.astype(np.float64)
+    second = np.array(spurious) == sorted(set(spurious))[1]
+    found = [
+        metrics.spurious_removal(x, acts, W_dec, labels == 0, second, config.n_ablated, seed=seed)
+        for seed in _seeds(config)
+    ]
+    names = ("score", "biased", "clean", "ablated")
+    return {
+        str(n): {name: _over_halvings([getattr(part[n], name) for part in found]) for name in names}
+        for n in config.n_ablated
+    }
+
+
+def _seeds(config: ConceptsConfig) -> range:
+    return range(config.seed, config.seed + N_HALVINGS)
+
+
+def _over_halvings(values: list[float]) -> dict[str, float | str | None]:
+    """The mean, and the smallest and largest; null with its cause where one is not a number."""
+    if not all(math.isfinite(value) for value in values):
+        cause = "in some half the probe recognised no text, or had nothing to gain"
+        return {"value": None, "low": None, "high": None, "cause": cause}
+    return {"value": float(np.mean(values)), "low": min(values), "high": max(values)}

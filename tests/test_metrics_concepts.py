@@ -1,0 +1,162 @@
+"""Perturbation, spurious removal and absorption where the answer is known, and against slow versions."""
+
+import numpy as np
+import pytest
+
+from sememe import metrics
+from sememe.errors import ConfigError
+
+
+def world(n=400, n_classes=4, d=24, seed=0):
+    """Each class but the last has two latents of its own, the others tell nothing; directions are orthonormal."""
+    rng = np.random.default_rng(seed)
+    d_sae = d
+    W_dec = np.linalg.qr(rng.standard_normal((d, d)))[0]
+    labels = np.arange(n) % n_classes
+    acts = np.maximum(0, rng.standard_normal((n, d_sae))) * 0.5
+    for one in range(n_classes - 1):
+        acts[:, 2 * one] = np.where(labels == one, 3 + rng.random(n), 0)
+        acts[:, 2 * one + 1] = np.where(labels == one, 2 + rng.random(n), 0)
+    x = acts @ W_dec + 0.05 * rng.standard_normal((n, d))
+    return x, acts, W_dec, labels
+
+
+def test_a_linear_probe_is_for_rows_as_they_come():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((300, 4)) * [1, 100, 0.01, 1] + [5, -300, 0, 0]
+    y = x[:, 0] - 5 > 0.1
+    probe = metrics.linear_probe(x, y)
+    assert ((probe.answers(x) > 0) == y).mean() > 0.97
+    assert np.allclose(probe.answers(x), x @ probe.weights + probe.bias)
+
+
+def test_ablating_a_classs_latents_breaks_its_own_probe():
+    x, acts, W_dec, labels = world()
+    found = metrics.targeted_perturbation(x, acts, W_dec, labels, (1, 2, 6))
+    assert np.all(np.diag(found[2].losses)[:3] > 0.2) and found[2].score > 0.2
+    assert found[2].score == pytest.approx(found[2].own - found[2].others)
+    assert found[2].own == pytest.approx(np.diag(found[2].losses).mean())
+    assert found[1].own < found[2].own  # one latent of two is left
+
+
+def test_random_directions_break_no_probe_in_particular():
+    x, _, _, labels = world()
+    rng = np.random.default_rng(1)
+    W_dec = rng.standard_normal((64, x.shape[1]))
+    W_dec /= np.linalg.norm(W_dec, axis=1, keepdims=True)
+    acts = np.maximum(0, rng.standard_normal((len(x), 64)))
+    found = metrics.targeted_perturbation(x, acts, W_dec, labels, (2,))
+    assert abs(found[2].score) < 0.05
+
+
+def test_perturbation_is_that_of_a_slow_version():
+    from sememe.metrics.concepts import _halves
+
+    x, acts, W_dec, labels = world(n=120, n_classes=3)
+    found = metrics.targeted_perturbation(x, acts, W_dec, labels, (2,), seed=3)[2]
+    train, test = _halves(labels, 3)
+    assert set(train) | set(test) == set(range(120)) and not set(train) & set(test)
+
+    def accuracy(probe, rows, truth):
+        said = [float(row @ probe.weights + probe.bias) > 0 for row in rows]
+        shares = [
+            np.mean([s == t for s, t in zip(said, truth, strict=True) if t == side]) for side in (True, False)
+        ]
+        return np.mean(shares)
+
+    for i in range(3):
+        mine = labels[train] == i
+        probe = metrics.linear_probe(x[train], mine, seed=3)
+        effects = []
+        for latent in range(acts.shape[1]):
+            difference = acts[train][mine, latent].mean() - acts[train][~mine, latent].mean()
+            effects.append(abs(difference * float(W_dec[latent] @ probe.weights)))
+        chosen = sorted(range(len(effects)), key=lambda latent: -effects[latent])[:2]
+        ablated = [
+            row - sum((a[latent] - acts[train][:, latent].mean()) * W_dec[latent] for latent in chosen)
+            for row, a in zip(x[test], acts[test], strict=True)
+        ]
+        for j in range(3):
+            other = metrics.linear_probe(x[train], labels[train] == j, seed=3)
+            truth = labels[test] == j
+            assert found.losses[i, j] == pytest.approx(
+                accuracy(other, x[test], truth) - accuracy(other, ablated, truth)
+            )
+
+
+def two_labels(n=800, seed=0):
+    """The spurious label is louder than the concept; each has a latent of its own."""
+    rng = np.random.default_rng(seed)
+    concept, spurious = rng.random(n) < 0.5, rng.random(n) < 0.5
+    acts = np.zeros((n, 8))
+    acts[:, 0] = np.where(concept, 1.0, 0) + 0.3 * rng.random(n)
+    acts[:, 1] = np.where(spurious, 1.5, 0) + 0.3 * rng.random(n)
+    acts[:, 2:] = rng.random((n, 6)) * 0.2
+    W_dec = np.eye(8)
+    x = acts @ W_dec + 0.3 * rng.standard_normal((n, 8))
+    return x, acts, W_dec, concept, spurious
+
+
+def test_removing_the_spurious_latent_frees_the_probe():
+    x, acts, W_dec, concept, spurious = two_labels()
+    found = metrics.spurious_removal(x, acts, W_dec, concept, spurious, (1, 8))
+    assert found[1].biased < found[1].clean - 0.15
+    assert found[1].score > 0.3 and found[1].ablated > found[1].biased
+    assert found[1].score == pytest.approx(
+        (found[1].ablated - found[1].biased) / (found[1].clean - found[1].biased)
+    )
+    assert found[8].ablated < found[1].ablated  # with everything ablated nothing is left to tell
+
+
+def test_combinations_that_are_missing_are_refused():
+    x, acts, W_dec, concept, _ = two_labels()
+    with pytest.raises(
+        ConfigError, match=r"each class \(or combination of classes\) must have at least 20 texts, got "
+    ):
+        metrics.spurious_removal(x, acts, W_dec, concept, concept, (1,))
+    with pytest.raises(ConfigError, match="targeted perturbation needs at least two classes, got 1"):
+        metrics.targeted_perturbation(x, acts, W_dec, np.zeros(len(x), dtype=int), (1,))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.15, 0.3])
+def test_absorption_is_the_share_that_was_planted(share):
+    """On some rows of the concept its latent is silent, and a child's latent writes both directions."""
+    rng = np.random.default_rng(0)
+    n, d = 600, 16
+    label = np.arange(n) % 2 == 0
+    child = label & (rng.random(n) < share)
+    basis = np.eye(d)
+    acts = np.zeros((n, 10))
+    acts[:, 0] = np.where(label & ~child, 2.0, 0.0)
+    acts[:, 1] = np.where(child, 2.0 * np.sqrt(2), 0.0)
+    acts[:, 2:] = np.maximum(0, rng.standard_normal((n, 8))) * 0.3
+    W_dec = np.vstack([basis[0], (basis[0] + basis[1]) / np.sqrt(2), basis[2:10]])
+    x = acts @ W_dec + 0.02 * rng.standard_normal((n, d))
+    found = metrics.absorption(x, acts, W_dec, label, max_latents=1)
+    assert found.latents == (0,) and found.n_true_positives > 140
+    assert found.full == pytest.approx(child[label].mean(), abs=0.06)
+    assert found.fraction == pytest.approx(child[label].mean(), abs=0.06)
+    # with two latents allowed, the child's joins those that stand for the concept once it lacks them
+    wider = metrics.absorption(x, acts, W_dec, label, max_latents=4)
+    assert wider.full <= found.full and (share == 0 or wider.latents == (0, 1))
+
+
+def test_an_offset_that_all_rows_share_is_nobodys():
+    rng = np.random.default_rng(0)
+    n, d = 300, 12
+    label = np.arange(n) % 2 == 0
+    acts = np.maximum(0, rng.standard_normal((n, d))) * 0.2
+    acts[:, 0] = np.where(label, 2.0, 0.0)
+    x = acts + 0.01 * rng.standard_normal((n, d))
+    plain = metrics.absorption(x, acts, np.eye(d), label)
+    moved = metrics.absorption(x + 50.0, acts, np.eye(d), label)
+    assert plain.fraction == pytest.approx(moved.fraction, abs=0.02) and plain.full == moved.full == 0
+
+
+def test_a_concept_that_no_probe_knows_has_no_absorption():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((80, 6))
+    found = metrics.absorption(x, np.maximum(x, 0), np.eye(6), np.arange(80) % 2 == 0)
+    assert found.n_true_positives < 40
+    nothing = metrics.absorption(np.zeros((80, 6)), np.zeros((80, 6)), np.eye(6), np.arange(80) < 30)
+    assert np.isnan(nothing.full) and nothing.n_true_positives == 0
