@@ -12,6 +12,7 @@ from sememe.options import changed, flags_of
 CONFIGS = {
     "harvest": "HarvestConfig",
     "train": "TrainConfig",
+    "fit": "FitConfig",
     "evaluate": "EvaluateConfig",
     "compare": "CompareConfig",
     "concepts": "ConceptsConfig",

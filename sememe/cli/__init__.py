@@ -32,6 +32,9 @@ VERBS: dict[str, Verb] = {
     "train": Verb(
         "Train a dictionary (topk, relu and others) on a store or straight from a model.", "train_app"
     ),
+    "fit": Verb(
+        "Fit a baseline or a sparse coder (pca, ica, nmf, ksvd and others) to a store's rows.", "fit_app"
+    ),
     "evaluate": Verb("Measure a dictionary on held-out documents, beside its nulls.", "evaluate"),
     "compare": Verb(
         "Compare dictionaries: on the same documents at matched l0, and direction by direction.", "compare"

@@ -86,6 +86,34 @@ def _train() -> App:
     return app
 
 
+def _fit() -> App:
+    from sememe.fit import KINDS, FitConfig, fit
+
+    app = App(
+        name="fit",
+        help="Fit a baseline or a sparse coder to a store's rows; its kind comes first: `sememe fit pca`.",
+    )
+    app.result_action = "return_value"
+
+    def verb(config: FitConfig, fresh: bool = False) -> None:
+        fit(config, fresh=fresh)
+        _say(f"{config.baseline.kind} dictionary", config.out)
+
+    for kind, options in KINDS.items():
+        app.command(
+            command(
+                FitConfig,
+                verb,
+                choices={"baseline": options},
+                fixed={"baseline.kind": kind},
+                extra=FRESH,
+                doc=f"Fit {kind} to a store's rows.",
+            ),
+            name=kind,
+        )
+    return app
+
+
 def _toy() -> App:
     from sememe.config import sha256_of
     from sememe.dictionaries import TRAINABLE, Dictionary
@@ -407,6 +435,7 @@ def _models() -> Any:
 _MAKERS: dict[str, Callable[[], Any]] = {
     "harvest": _harvest,
     "train_app": _train,
+    "fit_app": _fit,
     "evaluate": _evaluate,
     "compare": _compare,
     "report": _report,

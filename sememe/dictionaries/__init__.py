@@ -34,11 +34,14 @@ from sememe.dictionaries.matching_pursuit import MatchingPursuit, MatchingPursui
 from sememe.dictionaries.matryoshka import Matryoshka, MatryoshkaConfig
 from sememe.dictionaries.mlp_encoder import MLPEncoder, MLPEncoderConfig
 from sememe.dictionaries.multi_topk import MultiTopK, MultiTopKConfig
+from sememe.dictionaries.neurons import Neurons
+from sememe.dictionaries.nmf import NMF
 from sememe.dictionaries.p_anneal import PAnneal, PAnnealConfig
 from sememe.dictionaries.pca import PCA
 from sememe.dictionaries.random_directions import RandomDirections
 from sememe.dictionaries.relu import ReLU, ReLUConfig
 from sememe.dictionaries.resampling import ResamplingConfig
+from sememe.dictionaries.rica import RICA
 from sememe.dictionaries.sparse_coder import SparseCoder
 from sememe.dictionaries.tied import Tied, TiedConfig
 from sememe.dictionaries.topk import TopK, TopKConfig
@@ -106,8 +109,11 @@ REGISTRY: dict[str, type[Dictionary]] = {
     **TRAINABLE,
     "ica": ICA,
     "identity": Identity,
+    "neurons": Neurons,
+    "nmf": NMF,
     "pca": PCA,
     "random_directions": RandomDirections,
+    "rica": RICA,
     "sparse_coder": SparseCoder,
 }
 

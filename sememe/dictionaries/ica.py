@@ -5,7 +5,6 @@ Fitted by scikit-learn's FastICA on rows in memory, never trained. Knows no mode
 
 from __future__ import annotations
 
-import copy
 import warnings
 from typing import Any, Literal, Self, final
 
@@ -15,10 +14,10 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from sememe import kernels
-from sememe.dictionaries.base import ArchitectureConfig, Dictionary, Sites
+from sememe.dictionaries.base import ArchitectureConfig, Sites
+from sememe.dictionaries.fitted import Fitted, check_rows
 from sememe.encoded import Encoded
-from sememe.errors import ActivationError, ConfigError, ShapeError
+from sememe.errors import ConfigError, ShapeError
 
 __all__ = ["ICA", "ICAConfig"]
 
@@ -52,7 +51,7 @@ class ICAConfig(ArchitectureConfig):
 
 
 @final
-class ICA(Dictionary):
+class ICA(Fitted):
     """`acts = top_k((x - mean) A)` by absolute value, `recon = acts S + mean`; rows of S have norm 1.
 
     A, the analysis matrix, tells what a component reads; S, the synthesis matrix (the mixing matrix's columns), what it
@@ -68,15 +67,8 @@ class ICA(Dictionary):
         self, config: ICAConfig, d_in: int, d_out: int, d_sae: int, sites: Sites | None = None
     ) -> None:
         super().__init__(config, d_in, d_out, d_sae, sites)
-        self.check_autoencoder()
-        if config.k is not None and not 1 <= config.k <= d_sae:
-            raise ConfigError(f"k must be in [1, d_sae={d_sae}]", config.k, "Lower k.")
         self.register_buffer("W_enc", torch.zeros(d_in, d_sae))
-        self.register_buffer("W_dec", torch.zeros(d_sae, d_out))
-        self.register_buffer("b_dec", torch.zeros(d_out))
         self.W_enc: Tensor
-        self.W_dec: Tensor
-        self.b_dec: Tensor
         self.register_buffer("converged", torch.tensor(True))
         self.converged: Tensor
         self.signed = True
@@ -102,10 +94,7 @@ class ICA(Dictionary):
             raise ShapeError(
                 f"ica with {d_sae} components takes at least {2 * d_sae} rows", x.shape[0], "Give it more."
             )
-        if not bool(torch.isfinite(x).all()):
-            raise ActivationError(
-                "activations must be finite", "NaN or infinity among the rows", "Look at them."
-            )
+        check_rows(x)
         centred = x.double().cpu() - x.double().cpu().mean(0)
         values = torch.linalg.eigvalsh(centred.T @ centred)
         rank = int((values > 1e-10 * values[-1]).sum())
@@ -140,21 +129,4 @@ class ICA(Dictionary):
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Encoded:
         """Signed coefficients of k components."""
         self.check_input(x)
-        acts = (x - self.b_dec) @ self.W_enc
-        k = self.config.k or self.d_sae
-        indices = acts.abs().topk(k, dim=1, sorted=False).indices
-        return Encoded.from_topk(acts.gather(1, indices), indices.to(torch.int32), self.d_sae)
-
-    def decode(
-        self, encoded: Encoded, x: Float[Tensor, "batch d_in"] | None = None
-    ) -> Float[Tensor, "batch d_out"]:
-        """The weighted sum of what components write, plus the mean."""
-        return kernels.decode_encoded(encoded, self.W_dec, self.b_dec)
-
-    def decoder_directions(self) -> Float[Tensor, "d_sae d_out"]:
-        """What each component writes."""
-        return self.W_dec
-
-    def fold(self) -> ICA:
-        """A copy: it is fitted in raw units."""
-        return copy.deepcopy(self)
+        return self.kept((x - self.b_dec) @ self.W_enc, self.config.k or self.d_sae, signed=True)

@@ -6,7 +6,6 @@ trainer of ours.
 
 from __future__ import annotations
 
-import copy
 from typing import Any, Literal, NamedTuple, Self, final
 
 import torch
@@ -14,10 +13,11 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from sememe import kernels
+from sememe.config import Config
 from sememe.dictionaries.base import ArchitectureConfig, Dictionary, Sites
+from sememe.dictionaries.fitted import Fitted, check_rows
 from sememe.encoded import Encoded
-from sememe.errors import ActivationError, ConfigError, ShapeError
+from sememe.errors import ShapeError
 from sememe.progress import track
 
 __all__ = ["KSVDConfig", "SparseCoder", "SparseCoderConfig", "ksvd", "sparse_coder_over"]
@@ -28,11 +28,9 @@ N_PROJECTED_STEPS = 60
 """Of accelerated projected gradient on a support of OMP, where coefficients may not be negative."""
 
 
-class SparseCoderConfig(ArchitectureConfig):
+class CoderOptions(ArchitectureConfig):
     """How codes are searched for."""
 
-    kind: Literal["sparse_coder"] = "sparse_coder"
-    """Name of the coder."""
     encoder: Literal["omp", "gradient_pursuit", "fista"] = "omp"
     """omp: the best direction at a time, all coefficients fitted anew. gradient_pursuit: a step along the gradient
     instead of the fit. fista: an L1 penalty, minimised over all directions."""
@@ -54,8 +52,15 @@ class SparseCoderConfig(ArchitectureConfig):
         return self
 
 
+class SparseCoderConfig(CoderOptions):
+    """A coder over given directions."""
+
+    kind: Literal["sparse_coder"] = "sparse_coder"
+    """Name of the coder."""
+
+
 @final
-class SparseCoder(Dictionary):
+class SparseCoder(Fitted):
     """`acts = argmin |x - b_dec - acts W_dec|` under a sparsity constraint or penalty; rows of W_dec have norm 1.
 
     Sources: omp: Pati et al. 1993; gradient_pursuit: Blumensath & Davies 2008, the gradient direction with exact step;
@@ -69,14 +74,13 @@ class SparseCoder(Dictionary):
         self, config: SparseCoderConfig, d_in: int, d_out: int, d_sae: int, sites: Sites | None = None
     ) -> None:
         super().__init__(config, d_in, d_out, d_sae, sites)
-        self.check_autoencoder()
-        if config.encoder != "fista" and not 1 <= config.k <= d_sae:
-            raise ConfigError(f"k must be in [1, d_sae={d_sae}]", config.k, "Lower k.")
-        self.register_buffer("W_dec", torch.zeros(d_sae, d_out))
-        self.register_buffer("b_dec", torch.zeros(d_out))
-        self.W_dec: Tensor
-        self.b_dec: Tensor
         self.signed = not config.non_negative
+
+    @staticmethod
+    def k_of(config: Config) -> int | None:
+        """fista knows no k."""
+        assert isinstance(config, SparseCoderConfig)
+        return None if config.encoder == "fista" else config.k
 
     @classmethod
     def rebuild(cls, config: dict[str, Any], d_in: int, d_out: int, d_sae: int, sites: Sites | None) -> Self:
@@ -106,20 +110,6 @@ class SparseCoder(Dictionary):
                 acts = torch.where(broken, torch.nan, acts)
                 parts.append(Encoded.from_topk(acts, indices.to(torch.int32), self.d_sae))
         return Encoded.cat(parts) if len(parts) != 1 else parts[0]
-
-    def decode(
-        self, encoded: Encoded, x: Float[Tensor, "batch d_in"] | None = None
-    ) -> Float[Tensor, "batch d_out"]:
-        """The weighted sum of directions, plus the bias."""
-        return kernels.decode_encoded(encoded, self.W_dec, self.b_dec)
-
-    def decoder_directions(self) -> Float[Tensor, "d_sae d_out"]:
-        """The directions."""
-        return self.W_dec
-
-    def fold(self) -> SparseCoder:
-        """A copy: a coder is made in raw units."""
-        return copy.deepcopy(self)
 
 
 def sparse_coder_over(dictionary: Dictionary, config: SparseCoderConfig) -> SparseCoder:
@@ -228,19 +218,25 @@ def fista(
 # -- learning the directions -----------------------------------------------------------------------------
 
 
-class KSVDConfig(SparseCoderConfig):
+class KSVDConfig(CoderOptions):
     """How directions are learned: codes by search, then each direction from the rows that use it."""
 
-    update: Literal["ksvd", "mod"] = "ksvd"
-    """ksvd: one direction after the other, with its coefficients. mod: all at once, by least squares."""
+    kind: Literal["ksvd"] = "ksvd"
+    """Name of the way to learn. What comes out is a sparse_coder."""
+
+    update: Literal["ksvd", "mod", "gradient"] = "ksvd"
+    """ksvd: one direction after the other, with its coefficients. mod: all at once, by least squares. gradient: one
+    step down the squared error."""
     n_iterations: int = Field(default=30, ge=1)
-    """Rounds of both."""
+    """Rounds."""
     seed: int = Field(default=0, ge=0)
     """Of the first directions: rows of the data."""
 
     def coder(self) -> SparseCoderConfig:
         """The options of the coder that comes out."""
-        return SparseCoderConfig.build({name: getattr(self, name) for name in SparseCoderConfig.model_fields})
+        return SparseCoderConfig.build(
+            {name: getattr(self, name) for name in CoderOptions.model_fields if name != "kind"}
+        )
 
 
 class Learned(NamedTuple):
@@ -256,7 +252,8 @@ def ksvd(x: Float[Tensor, "rows d"], config: KSVDConfig, sites: Sites | None = N
     """Learn directions for sparse codes of the rows, all of which are held in memory.
 
     Sources: Aharon, Elad & Bruckstein 2006 (K-SVD), with one power step per direction instead of an SVD (Rubinstein,
-    Zibulevsky & Elad 2008); Engan et al. 1999 (MOD). A direction that no row uses becomes the row that is worst
+    Zibulevsky & Elad 2008); Engan et al. 1999 (MOD); Olshausen & Field 1996
+    (gradient). A direction that no row uses becomes the row that is worst
     reconstructed. With non_negative, coefficients stay >= 0; directions are free.
 
     Args:
@@ -272,8 +269,7 @@ def ksvd(x: Float[Tensor, "rows d"], config: KSVDConfig, sites: Sites | None = N
     d_sae = config.width(d)
     if n_rows < d_sae:
         raise ShapeError(f"learning {d_sae} directions takes at least as many rows", n_rows, "Give it more.")
-    if not bool(torch.isfinite(x).all()):
-        raise ActivationError("activations must be finite", "NaN or infinity among the rows", "Look at them.")
+    check_rows(x)
     made = SparseCoder(config.coder().replace(d_sae=d_sae), d, d, d_sae, sites).to(x.device)
     made.b_dec = x.mean(0)
     centred = x - made.b_dec
@@ -285,7 +281,12 @@ def ksvd(x: Float[Tensor, "rows d"], config: KSVDConfig, sites: Sites | None = N
             codes = made.encode(x).to_dense()
             residual = centred - codes @ made.W_dec
             errors.append(float(residual.square().mean()))
-            if config.update == "mod":
+            if config.update == "gradient":
+                # no step is longer than the inverse of the largest curvature
+                curvature = torch.linalg.matrix_norm(codes.T @ codes, ord=1).clamp_min(1e-12)
+                made.W_dec = _unit(made.W_dec + codes.T @ residual / curvature)
+                _replace_unused(made.W_dec, codes, residual)
+            elif config.update == "mod":
                 gram = codes.T @ codes + 1e-6 * torch.eye(d_sae, device=x.device)
                 made.W_dec = _unit(torch.linalg.solve(gram, codes.T @ centred))
                 _replace_unused(made.W_dec, codes, residual)

@@ -6,8 +6,8 @@ over the norm limit) keep their own activation in every arm, and cross-entropy a
 predictions made from kept positions.
 """
 
-from sememe.measure.arms import Arms, Fitted, fit, make_null
+from sememe.measure.arms import Arms, Material, fit, make_null
 from sememe.measure.config import NULLS, MeasureConfig
 from sememe.measure.measured import Measured, run
 
-__all__ = ["NULLS", "Arms", "Fitted", "MeasureConfig", "Measured", "fit", "make_null", "run"]
+__all__ = ["NULLS", "Arms", "Material", "MeasureConfig", "Measured", "fit", "make_null", "run"]

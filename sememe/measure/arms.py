@@ -12,22 +12,30 @@ from torch import Tensor
 from sememe import dictionaries, metrics, text
 from sememe.capture import captured_rows
 from sememe.dictionaries.base import Dictionary, Site, Sites
+from sememe.dictionaries.fitted import Fitted
 from sememe.dictionaries.ica import ICA, ICAConfig
 from sememe.dictionaries.identity import Identity, IdentityConfig
+from sememe.dictionaries.neurons import Neurons, NeuronsConfig
+from sememe.dictionaries.nmf import NMF, NMFConfig
 from sememe.dictionaries.pca import PCA, Moments, PCAConfig
 from sememe.dictionaries.random_directions import RandomDirections, RandomDirectionsConfig
+from sememe.dictionaries.rica import RICA, RICAConfig
 from sememe.dictionaries.topk import TopKConfig
 from sememe.errors import TextError
 from sememe.lm import LanguageModel
-from sememe.measure.config import MeasureConfig
+from sememe.measure.config import ROWS_NULLS, MeasureConfig
 from sememe.progress import track
 from sememe.store import Store
 from sememe.text import TokenPolicy
 
-__all__ = ["Arms", "Fitted", "fit", "join", "make_null"]
+__all__ = ["Arms", "Material", "fit", "join", "make_null"]
 
 N_SAMPLE_ROWS = 8192
 """Rows from which the untrained null is initialised and a dictionary's l0 is estimated."""
+
+
+N_NULL_ROWS = 16_384
+"""Rows that ICA, RICA and NMF are fitted on: 28 per component at a width of 576."""
 
 
 class Arms(NamedTuple):
@@ -64,15 +72,17 @@ def _fit_rows(
         yield rows.activations
 
 
-class Fitted(NamedTuple):
+class Material(NamedTuple):
     """What nulls are made from: training rows of the dictionaries' sites."""
 
     moments: Moments
     x: Float[Tensor, "rows d_in"]
     target: Float[Tensor, "rows d_out"]
     """The first of them."""
-    for_ica: list[Float[Tensor, "rows d_out"]]
-    """All of them, where ICA is wanted."""
+    rows: list[Float[Tensor, "rows d_out"]]
+    """More of them, where a null is fitted to rows."""
+    found: dict[str, Fitted]
+    """Nulls of these rows, once they were needed: their directions do not hang on k, and finding them takes minutes."""
 
     @property
     def mean(self) -> Float[Tensor, " d_out"]:
@@ -90,20 +100,20 @@ class Fitted(NamedTuple):
 
 def fit(
     config: MeasureConfig, lm: LanguageModel, sites: Sites, policy: TokenPolicy, store: Store | None
-) -> Fitted:
+) -> Material:
     """Read training rows.
 
     Raises:
         TextError: there are fewer than two.
     """
     moments, sample_x, sample_target, n_sampled = Moments(), [], [], 0
-    for_ica: list[Tensor] = []
+    rows: list[Tensor] = []
     with track("fit nulls", config.n_fit_rows, "rows") as progress:
         for activations in _fit_rows(config, lm, sites, policy, store):
             left = config.n_fit_rows - moments.n
             target = join(activations, sites.outputs)[:left].to(lm.device, torch.float32)
-            if "ica" in config.nulls:
-                for_ica.append(target.cpu())
+            if ROWS_NULLS & set(config.nulls) and moments.n < N_NULL_ROWS:
+                rows.append(target[: N_NULL_ROWS - moments.n].cpu())
             if n_sampled < N_SAMPLE_ROWS:
                 x = join(activations, sites.inputs)[:left].to(lm.device, torch.float32)
                 sample_x.append(x[: N_SAMPLE_ROWS - n_sampled])
@@ -119,11 +129,11 @@ def fit(
             moments.n,
             "Give more text, or name a store.",
         )
-    return Fitted(moments, torch.cat(sample_x), torch.cat(sample_target), for_ica)
+    return Material(moments, torch.cat(sample_x), torch.cat(sample_target), rows, {})
 
 
 def make_null(
-    name: str, k: int, d_sae: int, seed: int, sites: Sites, fitted: Fitted
+    name: str, k: int, d_sae: int, seed: int, sites: Sites, fitted: Material
 ) -> tuple[Dictionary, dict[str, Any]]:
     """A control with k active latents, and what describes it.
 
@@ -140,9 +150,10 @@ def make_null(
     k = min(k, d_sae if name in ("untrained", "random_directions") else d_in)
     extra: dict[str, Any] = {}
     null: Dictionary
-    if name == "ica":
-        ica = ICA.fit(torch.cat(fitted.for_ica), ICAConfig(k=k, seed=seed), sites).to(device)
-        null, extra = ica, {"converged": bool(ica.converged)}
+    if name in ROWS_NULLS:
+        null = _of_rows(name, seed, sites, fitted).keeping(k)
+        if isinstance(null, (ICA, NMF)):
+            extra = {"converged": bool(null.converged)}
     elif name == "pca":
         null = PCA.from_moments(fitted.moments, PCAConfig(k=k), sites)
     elif name == "identity":
@@ -155,6 +166,23 @@ def make_null(
         untrained.initialise(fitted.x.cpu(), fitted.target.cpu(), torch.Generator().manual_seed(seed))
         null = untrained.fold().eval().to(device)
     return null, {**null.config.resolved(), "d_sae": null.d_sae, **extra}
+
+
+def _of_rows(name: str, seed: int, sites: Sites, fitted: Material) -> Fitted:
+    """A null that is fitted to rows in memory, before any k is kept; made once."""
+    if name not in fitted.found:
+        rows = torch.cat(fitted.rows)
+        made: Fitted
+        if name == "ica":
+            made = ICA.fit(rows, ICAConfig(seed=seed), sites)
+        elif name == "rica":
+            made = RICA.fit(rows, RICAConfig(d_sae=rows.shape[1], seed=seed), sites)
+        elif name == "nmf":
+            made = NMF.fit(rows, NMFConfig(seed=seed), sites)
+        else:
+            made = Neurons.fit(rows, NeuronsConfig(seed=seed), sites)
+        fitted.found[name] = made.to(fitted.x.device)
+    return fitted.found[name]
 
 
 def join(activations: dict[str, Tensor], sites: tuple[Site, ...]) -> Tensor:

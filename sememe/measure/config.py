@@ -13,10 +13,12 @@ from sememe.errors import ConfigError
 from sememe.lm import ModelConfig
 from sememe.text import TextConfig, TokenPolicy
 
-__all__ = ["AUTOENCODER_NULLS", "NULLS", "MeasureConfig"]
+__all__ = ["AUTOENCODER_NULLS", "NULLS", "ROWS_NULLS", "MeasureConfig"]
 
-NULLS = ("ica", "identity", "pca", "random_directions", "untrained")
-AUTOENCODER_NULLS = ("ica", "identity", "pca", "random_directions")
+AUTOENCODER_NULLS = ("ica", "identity", "neurons", "nmf", "pca", "random_directions", "rica")
+NULLS = (*AUTOENCODER_NULLS, "untrained")
+ROWS_NULLS = frozenset({"ica", "neurons", "nmf", "rica"})
+"""Nulls that are fitted to rows in memory."""
 UNITS = {"s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600}
 
 
@@ -41,7 +43,8 @@ class MeasureConfig(Config):
     n_fit_rows: int = Field(default=65_536, ge=2)
     """Training rows from which nulls and the mean are fitted."""
     nulls: tuple[str, ...] = ("pca", "untrained")
-    """Controls measured alongside, at the same l0: pca, untrained, random_directions, identity, ica."""
+    """Controls measured alongside, at the same l0: pca, untrained, random_directions, identity,
+    neurons, ica, rica, nmf."""
     batch_rows: int = Field(default=16, ge=1)
     """Contexts per forward."""
     budget: str | None = None

@@ -1,0 +1,116 @@
+"""Non-negative matrix factorisation as a dictionary: parts that only add, about the smallest entry of each dimension.
+
+Fitted by scikit-learn in batches, never trained. Knows no model.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Literal, Self, final
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from sememe.dictionaries.base import ArchitectureConfig, Sites
+from sememe.dictionaries.fitted import Fitted, check_rows
+from sememe.dictionaries.sparse_coder import fista
+from sememe.encoded import Encoded
+from sememe.errors import ShapeError
+
+__all__ = ["NMF", "NMFConfig"]
+
+BLOCK_ROWS = 4096
+
+
+class NMFConfig(ArchitectureConfig):
+    """Options of the NMF baseline."""
+
+    kind: Literal["nmf"] = "nmf"
+    """Name of the baseline."""
+    d_sae: int | None = None
+    """Components; d_in if not given."""
+    k: int | None = None
+    """Components kept per row, the largest; all if not given."""
+    max_iterations: int = Field(default=50, ge=1)
+    """Passes over the rows at most."""
+    n_steps: int = Field(default=50, ge=1)
+    """Steps in which a row's coefficients are fitted."""
+    seed: int = Field(default=0, ge=0)
+    """Of its start."""
+
+    def width(self, d_in: int) -> int:
+        """d_in if not given."""
+        return d_in if self.d_sae is None else self.d_sae
+
+
+@final
+class NMF(Fitted):
+    """`acts = top_k(argmin_{a >= 0} |x - low - a W|)`, `recon = acts W + low`, W >= 0, rows of norm 1.
+
+    `low` is each dimension's smallest entry among the rows that were fitted: activations have both signs, and what
+    is factorised must not.
+
+    Source: Lee & Seung 1999, as a baseline; scikit-learn's MiniBatchNMF. Coefficients by accelerated projected
+    gradient.
+    """
+
+    kind = "nmf"
+    config: NMFConfig
+
+    def __init__(
+        self, config: NMFConfig, d_in: int, d_out: int, d_sae: int, sites: Sites | None = None
+    ) -> None:
+        super().__init__(config, d_in, d_out, d_sae, sites)
+        self.register_buffer("converged", torch.tensor(True))
+        self.converged: Tensor
+
+    @classmethod
+    def rebuild(cls, config: dict[str, Any], d_in: int, d_out: int, d_sae: int, sites: Sites | None) -> Self:
+        """An empty dictionary of the given shape."""
+        return cls(NMFConfig.build(config), d_in, d_out, d_sae, sites)
+
+    @classmethod
+    def fit(cls, x: Float[Tensor, "rows d"], config: NMFConfig, sites: Sites | None = None) -> Self:
+        """Factorise raw activations; `converged` says whether it came to rest.
+
+        Raises:
+            ShapeError: fewer rows than components.
+            ActivationError: a row is NaN or infinite.
+        """
+        from sklearn.decomposition import MiniBatchNMF
+        from sklearn.exceptions import ConvergenceWarning
+
+        d_sae = config.width(x.shape[1])
+        if x.shape[0] < d_sae:
+            raise ShapeError(f"nmf with {d_sae} components takes as many rows", x.shape[0], "Give it more.")
+        check_rows(x)
+        made = cls(config, x.shape[1], x.shape[1], d_sae, sites)
+        rows = x.float().cpu()
+        low = rows.amin(0)
+        search = MiniBatchNMF(
+            d_sae, batch_size=1024, max_iter=config.max_iterations, random_state=config.seed, init="random"
+        )
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            search.fit((rows - low).clamp_min(0).numpy())
+        made.converged.fill_(not any(issubclass(warning.category, ConvergenceWarning) for warning in warned))
+        components = torch.from_numpy(search.components_).float()
+        made.W_dec.copy_(components / components.norm(dim=1, keepdim=True).clamp_min(1e-12))
+        made.b_dec.copy_(low)
+        return made.eval().to(x.device)
+
+    @torch.no_grad()
+    def encode(self, x: Float[Tensor, "batch d_in"]) -> Encoded:
+        """Coefficients of k components; nothing flows back through the search."""
+        self.check_input(x)
+        parts = []
+        for rows in torch.split(x - self.b_dec, BLOCK_ROWS):
+            acts = fista(rows, self.W_dec, 0.0, self.config.n_steps, True)
+            broken = ~torch.isfinite(rows).all(
+                1, keepdim=True
+            )  # no search ends well there; silence would hide it
+            acts = torch.where(broken, torch.nan, acts)
+            parts.append(self.kept(acts, self.config.k, signed=False))
+        return Encoded.cat(parts) if len(parts) != 1 else parts[0]

@@ -1,0 +1,162 @@
+"""The verb that fits a baseline or a sparse coder to a store's rows: PCA, ICA, NMF, K-SVD, OMP over a dictionary ...
+
+What comes out is a dictionary like any other: evaluated, compared, interpreted by the same code. Knows rows and
+dictionaries; runs no model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, ClassVar, Self
+
+from jaxtyping import Float
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from sememe import artifact, dictionaries
+from sememe.config import Config
+from sememe.dictionaries.base import Dictionary, Sites
+from sememe.dictionaries.ica import ICA, ICAConfig
+from sememe.dictionaries.identity import Identity, IdentityConfig
+from sememe.dictionaries.neurons import Neurons, NeuronsConfig
+from sememe.dictionaries.nmf import NMF, NMFConfig
+from sememe.dictionaries.pca import PCA, PCAConfig
+from sememe.dictionaries.random_directions import RandomDirections, RandomDirectionsConfig
+from sememe.dictionaries.rica import RICA, RICAConfig
+from sememe.dictionaries.sparse_coder import KSVDConfig, SparseCoderConfig, ksvd, sparse_coder_over
+from sememe.errors import ConfigError, MismatchError
+from sememe.source import StoreSource
+from sememe.store import open_store
+
+__all__ = ["KINDS", "FitConfig", "fit"]
+
+VERSION = 1
+N_PROBE_ROWS = 16
+
+KINDS: dict[str, type[Config]] = {
+    "ica": ICAConfig,
+    "identity": IdentityConfig,
+    "ksvd": KSVDConfig,
+    "neurons": NeuronsConfig,
+    "nmf": NMFConfig,
+    "pca": PCAConfig,
+    "random_directions": RandomDirectionsConfig,
+    "rica": RICAConfig,
+    "sparse_coder": SparseCoderConfig,
+}
+"""What can be fitted, each with its options."""
+
+Baseline = Annotated[
+    ICAConfig
+    | IdentityConfig
+    | KSVDConfig
+    | NeuronsConfig
+    | NMFConfig
+    | PCAConfig
+    | RandomDirectionsConfig
+    | RICAConfig
+    | SparseCoderConfig,
+    Field(discriminator="kind"),
+]
+
+
+class FitConfig(Config):
+    """What to fit, and to which rows."""
+
+    not_identity: ClassVar[frozenset[str]] = frozenset({"store", "out", "over"})
+
+    store: Path = Path("artifacts/store")
+    """The store whose rows are read."""
+    out: Path = Path("artifacts/baseline")
+    """The folder to make."""
+    baseline: Baseline = PCAConfig()
+    """What to fit, and its options."""
+    hookpoint: str | None = None
+    """Which of the store's; may be left out where it holds one."""
+    over: Path | None = None
+    """Of sparse_coder: the dictionary over whose directions codes are searched for."""
+    n_rows: int = Field(default=16_384, ge=16)
+    """Rows, drawn from the store; all are held in memory."""
+
+    @model_validator(mode="after")
+    def _over_what(self) -> Self:
+        if (self.baseline.kind == "sparse_coder") != (self.over is not None):
+            raise ConfigError(
+                "over must name a dictionary with sparse_coder, and nothing else has one",
+                self.over,
+                "Pass --over DICTIONARY." if self.over is None else "Drop --over.",
+            )
+        return self
+
+
+def fit(config: FitConfig, *, fresh: bool = False) -> Dictionary:
+    """Fit a baseline or a sparse coder, or open it if it is there.
+
+    Args:
+        config: What, and to which rows.
+        fresh: Replace whatever stands at config.out.
+
+    Raises:
+        ConfigError: an option is out of range for the rows' width.
+        HookpointError: the store does not hold the hookpoint.
+        ShapeError: too few rows.
+        MismatchError: the dictionary of a coder is of another hookpoint; or something else stands at config.out.
+        ActivationError: a row is NaN or infinite.
+    """
+    store = open_store(config.store)
+    parents = {"store": store.fingerprint}
+    if config.over is not None:
+        parents["over"] = artifact.load(config.over, "dictionary").fingerprint
+    identity = artifact.identity_of("dictionary", VERSION, config, parents)
+    if not fresh and artifact.find(config.out, "dictionary", identity) is not None:
+        return dictionaries.load(config.out)
+    source = StoreSource(store, None if config.hookpoint is None else (config.hookpoint,))
+    with artifact.building(
+        config.out, kind="dictionary", version=VERSION, config=config, parents=parents, fresh=fresh
+    ) as work:
+        rows = source.next_batch(min(config.n_rows, source.n_rows)).x.float()
+        made = _fitted(config, rows, source.sites)
+        work.extra = {
+            "policy": store.info.policy.resolved(),
+            "store": store.info.resolved(),
+            "separation": store.separation,
+            **made.write(work.path, rows[:N_PROBE_ROWS]),
+        }
+    return dictionaries.load(config.out)
+
+
+def _fitted(config: FitConfig, x: Float[Tensor, "rows d"], sites: Sites) -> Dictionary:
+    """The dictionary."""
+    baseline = config.baseline
+    width = getattr(baseline, "width", None)
+    d_sae = width(x.shape[1]) if callable(width) else x.shape[1]
+    k = getattr(baseline, "k", None)
+    if k is not None and k > d_sae and config.over is None:
+        raise ConfigError(f"k must be in [1, d_sae={d_sae}]", k, "Lower k.")
+    if isinstance(baseline, PCAConfig):
+        return PCA.fit([x], baseline, sites)
+    if isinstance(baseline, ICAConfig):
+        return ICA.fit(x, baseline, sites)
+    if isinstance(baseline, RICAConfig):
+        return RICA.fit(x, baseline, sites)
+    if isinstance(baseline, NMFConfig):
+        return NMF.fit(x, baseline, sites)
+    if isinstance(baseline, NeuronsConfig):
+        return Neurons.fit(x, baseline, sites)
+    if isinstance(baseline, IdentityConfig):
+        return Identity.from_mean(x.mean(0), baseline, sites)
+    if isinstance(baseline, RandomDirectionsConfig):
+        return RandomDirections.from_mean(x.mean(0), baseline, sites)
+    if isinstance(baseline, KSVDConfig):
+        return ksvd(x, baseline, sites).coder
+    assert config.over is not None
+    over = dictionaries.load(config.over)
+    if over.sites is not None and [site.hookpoint for site in over.sites.outputs] != [
+        site.hookpoint for site in sites.outputs
+    ]:
+        raise MismatchError(
+            f"the dictionary {config.over} must be of the store's hookpoint, {sites.outputs[0].hookpoint}",
+            ", ".join(site.hookpoint for site in over.sites.outputs),
+            "Name another store, hookpoint or dictionary.",
+        )
+    return sparse_coder_over(over, baseline)
