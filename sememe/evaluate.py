@@ -8,14 +8,14 @@ layers above the hookpoint.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from jaxtyping import Float
-from pydantic import field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from sememe import artifact, dictionaries, figures, text
+from sememe import artifact, dictionaries, figures, metrics, text
 from sememe import lm as language_models
 from sememe.dictionaries.base import Dictionary, Sites
 from sememe.dictionaries.part import Part
@@ -27,6 +27,7 @@ from sememe.measure.checks import (
     check_model,
     check_nulls,
     check_parts,
+    check_same_width,
     check_store,
     check_text,
     describe,
@@ -45,7 +46,7 @@ VERSION = 3
 class EvaluateConfig(MeasureConfig):
     """Which dictionary, on what, against what."""
 
-    not_identity: ClassVar[frozenset[str]] = MeasureConfig.not_identity | {"dictionary"}
+    not_identity: ClassVar[frozenset[str]] = MeasureConfig.not_identity | {"dictionary", "matched_in"}
 
     dictionary: Path
     """The dictionary to measure."""
@@ -55,6 +56,22 @@ class EvaluateConfig(MeasureConfig):
     """Measure the dictionary, too, without its latents of more than this density; dense latents flatter it."""
     top_latents: tuple[int, ...] = ()
     """Measure, too, so many of its latents of largest density alone, and the rest of them alone."""
+    matched_in: Path | None = None
+    """Another dictionary: measure, too, the latents whose directions it has alone, and the rest of them alone."""
+    matched_above: float = Field(default=0.9, gt=0, le=1)
+    """Cosine from which a direction counts as there."""
+    within: float | None = Field(default=None, gt=0)
+    """Find how few latents keep the perplexity within this share of the unedited model's, an arm per power of 2."""
+
+    @model_validator(mode="after")
+    def _matched_above_has_an_effect(self) -> Self:
+        if self.matched_in is None and self.matched_above != type(self).model_fields["matched_above"].default:
+            raise ConfigError(
+                "matched_above must be left out without matched_in: it has no effect then",
+                self.matched_above,
+                "Drop it, or pass --matched-in.",
+            )
+        return self
 
     @field_validator("leave_out_above")
     @classmethod
@@ -108,6 +125,11 @@ def evaluate(config: EvaluateConfig, *, lm: LanguageModel | None = None, fresh: 
     }
     if store is not None:
         parents["store"] = store.fingerprint
+    other = None
+    if config.matched_in is not None:
+        parents["matched_in"] = artifact.load(config.matched_in, "dictionary").fingerprint
+        other = dictionaries.load(config.matched_in)
+        check_same_width(dictionary, other, config.matched_in)
     identity = artifact.identity_of("report", VERSION, config, parents)
     if not fresh and artifact.find(config.out, "report", identity):
         return figures.open_report(config.out)
@@ -117,7 +139,7 @@ def evaluate(config: EvaluateConfig, *, lm: LanguageModel | None = None, fresh: 
         config.out, kind="report", version=VERSION, config=config, parents=parents, fresh=fresh
     ) as work:
         measured = Measured(config, lm, splicer, sites, policy)
-        arms, null_configs = make_arms(config, lm, dictionary.to(lm.device), sites, policy, store)
+        arms, null_configs = make_arms(config, lm, dictionary.to(lm.device), sites, policy, store, other)
         stopped = run(config, {"dictionary": (measured, arms)})
         data = measured.report(arms) | {
             "dictionary": describe(saved, dictionary, sites),
@@ -126,6 +148,7 @@ def evaluate(config: EvaluateConfig, *, lm: LanguageModel | None = None, fresh: 
             "store": None if store is None else {"path": str(config.store), "fingerprint": store.fingerprint},
             "notices": notices,
             "stopped": stopped,
+            **_smallest_within(config, measured, arms),
             "training": figures.read_curves(saved),
             "watched": figures.read_watched(saved),
             "attributions": [a._asdict() for a in text.attributions(config.text)],
@@ -146,6 +169,7 @@ def make_arms(
     sites: Sites,
     policy: TokenPolicy,
     store: Store | None,
+    other: Dictionary | None = None,
 ) -> tuple[Arms, dict[str, Any]]:
     """The dictionary, parts of it and its nulls at its l0, and the mean of the training rows."""
     fitted = fit(config, lm, sites, policy, store)
@@ -156,8 +180,57 @@ def make_arms(
     for name in config.nulls:
         nulls[name], configs[name] = make_null(name, k, dictionary.d_sae, config.seed, sites, fitted)
     parts = _parts(config, dictionary, found.density())
+    if other is not None:
+        there = metrics.mcs(dictionary.decoder_directions(), other.decoder_directions().to(lm.device))
+        matched = there >= config.matched_above
+        parts |= {"matched": Part(dictionary, matched), "unmatched": Part(dictionary, ~matched)}
+    if config.within is not None:
+        order = _energy(dictionary, fitted.x).argsort(descending=True, stable=True)
+        for n in _powers(dictionary.d_sae):
+            kept = torch.zeros_like(order, dtype=torch.bool)
+            kept[order[:n]] = True
+            parts[f"{STRONGEST}{n}"] = Part(dictionary, kept)
     made = {"dictionary": dictionary, **parts, **nulls}
     return Arms(made, fitted.mean, tuple(parts), tuple(nulls)), configs
+
+
+STRONGEST = "strongest_"
+"""Arms of the latents that write most; how many."""
+
+
+def _powers(d_sae: int) -> list[int]:
+    return [2**i for i in range(1, d_sae.bit_length()) if 2**i < d_sae]
+
+
+@torch.inference_mode()
+def _energy(dictionary: Dictionary, x: Float[Tensor, "rows d_in"]) -> Float[Tensor, " d_sae"]:
+    """How much each latent writes: the sum of squares of its activations times its direction's."""
+    total = x.new_zeros(dictionary.d_sae)
+    for part in torch.split(x, 2048):
+        encoded = dictionary.encode(part)
+        total.index_add_(0, encoded.indices.long(), encoded.acts.square())
+    return total * dictionary.decoder_directions().square().sum(1)
+
+
+def _smallest_within(config: EvaluateConfig, measured: Measured, arms: Arms) -> dict[str, Any]:
+    """How few of the latents that write most keep the perplexity within a share of the unedited model's."""
+    if config.within is None:
+        return {}
+    base = measured.loss.compute("base")["perplexity"].value
+    sizes = {int(name.removeprefix(STRONGEST)): name for name in arms.parts if name.startswith(STRONGEST)}
+    sizes[next(iter(arms.dictionaries.values())).d_sae] = "dictionary"
+    found = {n: measured.loss.compute(name)["perplexity"].value for n, name in sorted(sizes.items())}
+    enough = [n for n, perplexity in found.items() if perplexity <= (1 + config.within) * base]
+    smallest = min(enough) if enough else None
+    return {
+        "smallest_within": {
+            "share": config.within,
+            "n_latents": smallest,
+            "perplexity": None if smallest is None else found[smallest],
+            "perplexity_base": base,
+            **({} if enough else {"cause": "not even all latents keep it"}),
+        }
+    }
 
 
 def _parts(

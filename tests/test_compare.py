@@ -227,7 +227,7 @@ def test_the_csv_has_a_line_for_each(done: artifact.Artifact) -> None:
 def test_the_page_needs_no_other_file_and_tells_differences(done: artifact.Artifact) -> None:
     page = Page((done.path / "comparison.html").read_text())
     assert page.loads == [] and "script" not in page.tags
-    assert page.tags.count("svg") == 5  # three frontiers, densities, directions
+    assert page.tags.count("svg") == 7  # two of dots, three frontiers, densities, directions
     text = (done.path / "comparison.md").read_text()
     assert "fvu: which differences are real" in text and "Marks & Mueller 1_32768 | mlp_out.5 | 0.265" in text
     assert "| rmse |" in text and "differences about" in text  # so many differences would look real by chance

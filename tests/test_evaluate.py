@@ -25,12 +25,14 @@ from evaluate_world import (
 
 from sememe import dictionaries, metrics, text
 from sememe.dictionaries.base import Sites
+from sememe.dictionaries.part import Part
 from sememe.dictionaries.pca import PCA, PCAConfig
 from sememe.dictionaries.topk import TopK, TopKConfig
-from sememe.errors import ConfigError, MismatchError
+from sememe.errors import ConfigError, MismatchError, ShapeError
 from sememe.evaluate import evaluate
 from sememe.figures import Report, open_report
 from sememe.lm import LanguageModel
+from sememe.store import open_store
 
 
 @pytest.fixture(scope="module")
@@ -321,6 +323,54 @@ def test_parts_of_a_dictionary_add_up_to_it(
     assert value["rest_4"]["fvu"] > whole["fvu"]["value"]
     assert "part: rest_4" in (tmp_path / "r" / "report.md").read_text() and "ce_increase" in value["rest_4"]
     assert list(found.data["density"]) == ["dictionary"]
+
+
+def test_latents_that_another_dictionary_has_are_spliced_alone(
+    world: World, corpus: Path, lm: LanguageModel, store: Path, tmp_path: Path
+) -> None:
+    path = world.place / "topk"
+    ours = dictionaries.load(path)
+    other = TopK(TopKConfig(k=2, d_sae=10), D, D, 10, ours.sites)
+    other.W_dec.data.copy_(2 * ours.decoder_directions()[5:15])
+    save(other, tmp_path / "other")
+    asked = {"matched_in": tmp_path / "other", "nulls": ()}
+    found = evaluate(config_for(path, corpus, tmp_path / "r", store=store, **asked), lm=lm)
+    matched = Part(ours, torch.arange(ours.d_sae).ge(5) & torch.arange(ours.d_sae).lt(15))
+    unmatched = Part(ours, ~matched.keep)
+    x = open_store(store).read(0, (HOOKPOINT,)).activations[HOOKPOINT].float()
+    assert matched.encode(x).l0().sum() + unmatched.encode(x).l0().sum() == ours.encode(x).l0().sum()
+    value = {name: part["l0"]["value"] for name, part in found.data["parts"].items()}
+    assert value["matched"] + value["unmatched"] == pytest.approx(found.value("l0")) and value["matched"] > 0
+    with pytest.raises(ConfigError, match="matched_above must be left out without matched_in"):
+        config_for(path, corpus, tmp_path / "r", matched_above=0.8)
+    wide = TopK(TopKConfig(k=2, d_sae=8), 7, 7, 8)
+    wide.save(tmp_path / "wide", torch.randn(16, 7))
+    with pytest.raises(
+        ShapeError, match=r"matched_in must have d_out=24 like the dictionary, got 7 of .*wide"
+    ):
+        evaluate(config_for(path, corpus, tmp_path / "r2", matched_in=tmp_path / "wide"), lm=lm)
+
+
+def test_the_smallest_set_of_latents_within_a_share_of_the_perplexity(
+    world: World, corpus: Path, lm: LanguageModel, store: Path, tmp_path: Path
+) -> None:
+    path = world.place / "topk"
+    found = evaluate(config_for(path, corpus, tmp_path / "r", store=store, within=1e9, nulls=()), lm=lm).data
+    parts = found["parts"]
+    assert list(parts) == [f"strongest_{n}" for n in (2, 4, 8, 16)]
+    l0 = [part["l0"]["value"] for part in parts.values()]
+    assert l0 == sorted(l0)
+    assert found["smallest_within"]["n_latents"] == 2  # anything is within so much
+    base = found["smallest_within"]["perplexity_base"]
+    assert base == found["metrics"]["perplexity_base"]["value"]
+    perplexity = {n: parts[f"strongest_{n}"]["perplexity"]["value"] for n in (2, 4, 8, 16)}
+    perplexity[32] = found["metrics"]["perplexity"]["value"]
+    for share in (0.001, 0.02, 0.3):
+        config = config_for(path, corpus, tmp_path / f"r{share}", store=store, within=share, nulls=())
+        own = evaluate(config, lm=lm).data["smallest_within"]
+        enough = [n for n, value in perplexity.items() if value <= (1 + share) * base]
+        assert own["n_latents"] == (min(enough) if enough else None)
+        assert ("cause" in own) == (not enough)
 
 
 @pytest.mark.parametrize(

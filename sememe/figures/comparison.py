@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from sememe.figures.data import HEADLINE, Data, number
 from sememe.figures.frame import attributions, credit, page
-from sememe.figures.plots import STYLE, svg
+from sememe.figures.plots import STYLE, dots_plot, svg
 from sememe.figures.tables import BETTER, MEANINGS, Table, cell_note, html_table, markdown_table
 
 __all__ = ["comparison_sections", "write_comparison"]
@@ -28,6 +28,7 @@ FRONTIERS = ("fvu", "ce_increase", "ce_recovered_mean")
 """Metrics drawn against l0."""
 TOLD = ("fvu", "ce_increase")
 """Metrics whose differences are told in words."""
+DICTIONARY_COLOUR, NULL_COLOUR = "#1f6feb", "#8c959f"
 MAX_SENTENCES = 24
 MAX_HISTOGRAMS = 10
 COLUMNS = (*HEADLINE, "perplexity")
@@ -68,6 +69,7 @@ def write_comparison(folder: Path, data: Data) -> None:
         markdown += [f"> {notice}", ""]
         body.append(f"<p class='legend'>{html.escape(notice)}</p>")
     makers: dict[str, Callable[[], Figure | None]] = {
+        **{name: partial(rows_plot, data, name) for name in TOLD},
         **{f"frontier_{name}": partial(frontier_plot, data, name) for name in FRONTIERS},
         "size": partial(size_plot, data),
         "density": partial(density_plot, data),
@@ -151,6 +153,17 @@ def _drawn(makers: Mapping[str, Callable[[], Figure | None]], folder: Path) -> l
         "<div class='plots'>" + "".join(f"<figure>{text}</figure>" for text in drawn.values()) + "</div>"
     )
     return [("", "\n\n".join(f"![{name}](figures/{name}.svg)" for name in drawn), in_html)] if drawn else []
+
+
+def rows_plot(data: Data, metric: str) -> Figure | None:
+    """A metric of every dictionary and null as a dot with its interval, best at the top."""
+    rows = [row for row in data["rows"] if _value(row.get("metrics", {}).get(metric)) is not None]
+    if not rows:
+        return None
+    arms = [(f"null: {row['name']}" if row["null"] else row["name"], row["metrics"][metric]) for row in rows]
+    colours = {name: NULL_COLOUR if name.startswith("null: ") else DICTIONARY_COLOUR for name, _ in arms}
+    title = f"{metric} ({BETTER[metric]} is better), nulls in grey"
+    return dots_plot(arms, title, MEANINGS[metric], colours=colours)
 
 
 def frontier_plot(data: Data, metric: str) -> Figure | None:
@@ -347,17 +360,17 @@ def _common(frontiers: Mapping[str, Data]) -> tuple[float, float]:
 
 def _marks_mueller(rows: Sequence[Data]) -> Table:
     """Ours by hookpoint in the columns of Marks & Mueller, then their twelve rows."""
-    table = Table(["", "place", *THEIR_COLUMNS], [], [])
+    table = Table(["", "place", *THEIR_COLUMNS, "target_norm"], [], [])
     for row in rows:
         if row["null"]:
             continue
-        found = [row["metrics"].get(name) for name in THEIR_COLUMNS]
+        found = [row["metrics"].get(name) for name in (*THEIR_COLUMNS, "target_norm")]
         place = "+".join(row["description"]["outputs"])
         table.rows.append([row["name"], place] + [number(one["value"]) if one else "" for one in found])
         table.notes.append(["", ""] + [cell_note(one) if one else "" for one in found])
     for name, layer, *values in MARKS_MUELLER:
         table.rows.append(
-            [f"Marks & Mueller {name}", f"mlp_out.{layer}"] + [f"{value:g}" for value in values]
+            [f"Marks & Mueller {name}", f"mlp_out.{layer}"] + [f"{value:g}" for value in values] + [""]
         )
         table.notes.append([""] * len(table.columns))
     return table

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from sememe.figures.data import Curves, Data, arms_of, number
 from sememe.figures.watched import density_map, short, watched_plot
 
-__all__ = ["frontier_plot", "plots", "svg"]
+__all__ = ["dots_plot", "frontier_plot", "plots", "svg"]
 
 COLOURS = {
     "dictionary": "#1f6feb",
@@ -73,17 +73,22 @@ def arms_plot(data: Data, metric: str, title: str, label: str) -> Figure:
     """One metric of every arm as a dot with its interval, best at the top."""
     arms = [(name, stats[metric]) for name, stats in arms_of(data) if metric in stats]
     arms += [(f"{n} ablation", s[metric]) for n, s in data["ablations"].items() if metric in s]
-    return _dots(arms, title, label)
+    return dots_plot(arms, title, label)
 
 
 def groups_plot(groups: Mapping[str, Data], metric: str, title: str, label: str) -> Figure:
     """One metric of the dictionary per language or source."""
-    return _dots([(n, g["metrics"][metric]) for n, g in groups.items()], title, label, colour="#1f6feb")
+    return dots_plot([(n, g["metrics"][metric]) for n, g in groups.items()], title, label, colour="#1f6feb")
 
 
-def _dots(
-    arms: Iterable[tuple[str, Mapping[str, Any]]], title: str, label: str, colour: str | None = None
+def dots_plot(
+    arms: Iterable[tuple[str, Mapping[str, Any]]],
+    title: str,
+    label: str,
+    colour: str | None = None,
+    colours: Mapping[str, str] | None = None,
 ) -> Figure:
+    """Each arm's number as a dot with its interval, largest at the bottom."""
     shown = sorted(((n, s) for n, s in arms if s["value"] is not None), key=lambda item: -item[1]["value"])
     figure = Figure(figsize=(6.4, 1.1 + 0.32 * max(len(shown), 1)), layout="constrained")
     axes = figure.add_subplot()
@@ -91,7 +96,7 @@ def _dots(
     logarithmic = bool(values) and min(values) > 0 and max(values) / min(values) > LOGARITHMIC_FROM
     for y, (name, statistic) in enumerate(shown):
         value, low, high = (statistic[key] for key in ("value", "low", "high"))
-        tint = colour or COLOURS.get(name.removesuffix(" ablation"), "#57606a")
+        tint = colour or (colours or COLOURS).get(name.removesuffix(" ablation"), "#57606a")
         if low is not None and high is not None and (low > 0 or not logarithmic):
             axes.plot([low, high], [y, y], color=tint, linewidth=2.4, alpha=0.45, solid_capstyle="round")
         axes.plot([value], [y], "o", color=tint, markersize=6)

@@ -18,6 +18,7 @@ __all__ = [
     "check_model",
     "check_nulls",
     "check_parts",
+    "check_same_width",
     "check_store",
     "check_text",
     "describe",
@@ -53,6 +54,20 @@ def check_parts(top_latents: tuple[int, ...], d_sae: int) -> None:
     for n in top_latents:
         if n >= d_sae:
             raise ConfigError(f"top_latents must leave a rest of d_sae={d_sae}", n, "Lower it.")
+
+
+def check_same_width(dictionary: Dictionary, other: Dictionary, path: Path) -> None:
+    """Whether directions of both can be compared.
+
+    Raises:
+        ShapeError: they write outputs of different widths.
+    """
+    if other.d_out != dictionary.d_out:
+        raise ShapeError(
+            f"matched_in must have d_out={dictionary.d_out} like the dictionary",
+            f"{other.d_out} of {path}",
+            "Name one of the same hookpoint.",
+        )
 
 
 def check_nulls(nulls: tuple[str, ...], sites: Sites) -> None:

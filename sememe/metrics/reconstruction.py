@@ -16,7 +16,8 @@ __all__ = ["Reconstruction"]
 
 
 class Reconstruction:
-    """How close reconstructions are to their targets: mse, rmse, fvu, explained_variance, cosine.
+    """How close reconstructions are to their targets: mse, rmse, fvu, explained_variance, cosine, and the
+    mean norm of what is reconstructed.
 
     The variance of fvu and explained_variance is about the mean of the rows that are counted.
     """
@@ -71,6 +72,7 @@ class Reconstruction:
                 "square": shifted.square().sum(1),
                 "sum": shifted,
                 "cosine": cosine,
+                "norm": target.norm(dim=1),
             },
         )
 
@@ -121,4 +123,5 @@ class Reconstruction:
             "fvu": fvu,
             "explained_variance": lambda t: 1 - fvu(t),
             "cosine": lambda t: t["cosine"] / t["n"],
+            "target_norm": lambda t: t["norm"] / t["n"],
         }
