@@ -277,3 +277,35 @@ def test_a_hub_model_in_the_cache(hub: Path, folder: Path, no_network: None) -> 
         ModelError, match=r"owner/model must be whole in the local cache or .* an unfinished download"
     ):
         load("owner/model")
+
+
+# ---- randomised weights ---------------------------------------------------------------------------------------
+
+
+def test_randomised_layers_keep_their_entries_and_lose_their_order(folder: Path) -> None:
+    config = ModelConfig(model=str(folder), dtype="float32", randomise="layers", randomise_seed=3)
+    shuffled, again = load(config), load(config)
+    plain = load(ModelConfig(model=str(folder), dtype="float32"))
+    embedding = plain.hf.get_input_embeddings().weight
+    n_shuffled = 0
+    for (name, before), (_, after) in zip(
+        plain.hf.named_parameters(), shuffled.hf.named_parameters(), strict=True
+    ):
+        assert torch.equal(before.flatten().sort().values, after.flatten().sort().values), name
+        moved = not torch.equal(before, after)
+        n_shuffled += moved
+        assert moved == (before.dim() >= 2 and "embed" not in name and "lm_head" not in name), name
+    assert n_shuffled > 4 and torch.equal(embedding, shuffled.hf.get_input_embeddings().weight)
+    assert torch.equal(shuffled.hidden(IDS), again.hidden(IDS))
+    assert not torch.allclose(shuffled.hidden(IDS), plain.hidden(IDS))
+    everything = load(config.replace(randomise="all"))
+    assert not torch.equal(everything.hf.get_input_embeddings().weight, embedding)
+    marks = {fingerprint_of(one) for one in (str(folder), config, config.replace(randomise="all"))}
+    marks.add(fingerprint_of(config.replace(randomise_seed=4)))
+    assert len(marks) == 4 and shuffled.fingerprint == fingerprint_of(config)
+    assert shuffled.name == f"{folder} (randomised: layers, seed 3)"
+
+
+def test_a_seed_without_shuffles_is_refused() -> None:
+    with pytest.raises(ConfigError, match="randomise_seed must be left out when nothing is randomised"):
+        ModelConfig.build({"randomise_seed": 3})

@@ -11,11 +11,12 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
+from pydantic import model_validator
 
-from sememe.config import Config
+from sememe.config import Config, sha256_of
 from sememe.errors import ConfigError, CorruptError, ModelError, ResourceError, nearest
 from sememe.lm import embedded, fingerprint
 from sememe.lm.gguf import read_gguf
@@ -43,6 +44,33 @@ class ModelConfig(Config):
     """Spread a large model over devices ("auto", "balanced", ...); needs the package accelerate."""
     revision: str | None = None
     """A branch, tag or commit of the hub."""
+    randomise: Literal["none", "layers", "all"] = "none"
+    """A null: shuffle the entries of every weight matrix, of the layers alone or of the embeddings too. What is still
+    found was not learned."""
+    randomise_seed: int = 0
+    """Of the shuffles."""
+
+    @model_validator(mode="after")
+    def _seed_has_an_effect(self) -> Self:
+        if self.randomise == "none" and self.randomise_seed != 0:
+            raise ConfigError(
+                "randomise_seed must be left out when nothing is randomised: it has no effect then",
+                self.randomise_seed,
+                "Drop it, or pass --randomise layers.",
+            )
+        return self
+
+    def name(self) -> str:
+        """What the loaded model is called."""
+        if self.randomise == "none":
+            return self.model
+        return f"{self.model} (randomised: {self.randomise}, seed {self.randomise_seed})"
+
+    def marked(self, fingerprint: str) -> str:
+        """A model's fingerprint, or that of the same with its weights shuffled."""
+        if self.randomise == "none":
+            return fingerprint
+        return sha256_of([fingerprint, "randomised", self.randomise, self.randomise_seed])
 
 
 def native_dtype(device: str) -> torch.dtype:
@@ -82,7 +110,9 @@ def load(config: ModelConfig | str = "smollm2-135m") -> LanguageModel:
     if config.device_map is None:
         hf = hf.to(device)
     hf.requires_grad_(False)
-    return LanguageModel(hf, tokenizer, config.model, identity or _fingerprint(source))
+    if config.randomise != "none":
+        _randomise(hf, config)
+    return LanguageModel(hf, tokenizer, config.name(), config.marked(identity or _fingerprint(source)))
 
 
 def fingerprint_of(config: ModelConfig | str) -> str:
@@ -94,7 +124,7 @@ def fingerprint_of(config: ModelConfig | str) -> str:
     config = ModelConfig(model=config) if isinstance(config, str) else config
     with _quiet():
         source, identity = _find(config)
-    return identity or _fingerprint(source)
+    return config.marked(identity or _fingerprint(source))
 
 
 def fetch(name: str) -> None:
@@ -114,6 +144,26 @@ def fetch(name: str) -> None:
 def wrap(hf: Any, tokenizer: Any, name: str) -> LanguageModel:
     """A language model around a Hugging Face model in memory, whose parameters stay trainable."""
     return LanguageModel(hf, tokenizer, name, fingerprint.of_module(hf, hf.config, tokenizer))
+
+
+@torch.no_grad()
+def _randomise(hf: Any, config: ModelConfig) -> None:
+    """Shuffle the entries of weight matrices in place: each keeps its size, and what it had learned is gone.
+
+    Source: the randomised models of Bricken et al. 2023 and Heap et al. 2025, arXiv:2501.17727. Differs: entries are
+    shuffled within each matrix instead of drawn anew, so that their distribution stays exactly.
+    """
+    embeddings = [hf.get_input_embeddings(), hf.get_output_embeddings()]
+    kept = (
+        {id(module.weight) for module in embeddings if module is not None}
+        if config.randomise == "layers"
+        else set()
+    )
+    generator = torch.Generator().manual_seed(config.randomise_seed)
+    for _, weight in sorted(hf.named_parameters()):
+        if weight.dim() >= 2 and id(weight) not in kept:
+            order = torch.randperm(weight.numel(), generator=generator).to(weight.device)
+            weight.copy_(weight.reshape(-1)[order].reshape(weight.shape))
 
 
 def _device(config: ModelConfig) -> str:
