@@ -146,7 +146,10 @@ def evaluate(config: EvaluateConfig, *, lm: LanguageModel | None = None, fresh: 
             "null_configs": null_configs,
             "text": measured.describe_text(parents["text"]),
             "store": None if store is None else {"path": str(config.store), "fingerprint": store.fingerprint},
-            "notices": notices,
+            "notices": [
+                *notices,
+                *(f"It may be {cheat}." for cheat in measured.cheats("dictionary", dictionary)),
+            ],
             "stopped": stopped,
             **_smallest_within(config, measured, arms),
             "training": figures.read_curves(saved),

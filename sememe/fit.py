@@ -24,7 +24,7 @@ from sememe.dictionaries.pca import PCA, PCAConfig
 from sememe.dictionaries.random_directions import RandomDirections, RandomDirectionsConfig
 from sememe.dictionaries.rica import RICA, RICAConfig
 from sememe.dictionaries.sparse_coder import KSVDConfig, SparseCoderConfig, ksvd, sparse_coder_over
-from sememe.errors import ConfigError, MismatchError
+from sememe.errors import ConfigError, HookpointError, MismatchError, ShapeError
 from sememe.source import StoreSource
 from sememe.store import open_store
 
@@ -110,6 +110,12 @@ def fit(config: FitConfig, *, fresh: bool = False) -> Dictionary:
     identity = artifact.identity_of("dictionary", VERSION, config, parents)
     if not fresh and artifact.find(config.out, "dictionary", identity) is not None:
         return dictionaries.load(config.out)
+    if config.hookpoint is None and len(store.info.hookpoints) > 1:
+        raise HookpointError(
+            "a hookpoint must be chosen when the store holds several",
+            ", ".join(store.info.hookpoints),
+            "Pass --hookpoint with one of them.",
+        )
     source = StoreSource(store, None if config.hookpoint is None else (config.hookpoint,))
     with artifact.building(
         config.out, kind="dictionary", version=VERSION, config=config, parents=parents, fresh=fresh
@@ -128,9 +134,7 @@ def fit(config: FitConfig, *, fresh: bool = False) -> Dictionary:
 def _fitted(config: FitConfig, x: Float[Tensor, "rows d"], sites: Sites) -> Dictionary:
     """The dictionary."""
     baseline = config.baseline
-    width = getattr(baseline, "width", None)
-    d_sae = width(x.shape[1]) if callable(width) else x.shape[1]
-    k = getattr(baseline, "k", None)
+    d_sae, k = baseline.width(x.shape[1]), baseline.k_in_use()
     if k is not None and k > d_sae and config.over is None:
         raise ConfigError(f"k must be in [1, d_sae={d_sae}]", k, "Lower k.")
     if isinstance(baseline, PCAConfig):
@@ -151,12 +155,23 @@ def _fitted(config: FitConfig, x: Float[Tensor, "rows d"], sites: Sites) -> Dict
         return ksvd(x, baseline, sites).coder
     assert config.over is not None
     over = dictionaries.load(config.over)
-    if over.sites is not None and [site.hookpoint for site in over.sites.outputs] != [
-        site.hookpoint for site in sites.outputs
-    ]:
+    if over.sites is not None and _places(over.sites) != _places(sites):
         raise MismatchError(
-            f"the dictionary {config.over} must be of the store's hookpoint, {sites.outputs[0].hookpoint}",
-            ", ".join(site.hookpoint for site in over.sites.outputs),
+            f"the dictionary {config.over} must be of the store's model and hookpoint, {_places(sites)}",
+            _places(over.sites),
             "Name another store, hookpoint or dictionary.",
         )
+    if over.d_out != sites.outputs[-1].stop:
+        raise ShapeError(
+            f"the dictionary {config.over} must write rows as wide as the store's, {sites.outputs[-1].stop}",
+            over.d_out,
+            "Name another store, hookpoint or dictionary.",
+        )
+    over.sites = over.sites or sites
     return sparse_coder_over(over, baseline)
+
+
+def _places(sites: Sites) -> str:
+    return ", ".join(
+        f"{site.hookpoint} of {site.model} ({site.model_fingerprint[:16]})" for site in sites.outputs
+    )

@@ -9,6 +9,7 @@ everywhere, so differences between arrays are paired.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -42,6 +43,9 @@ SPARSITY_OPTIONS = (
 """Options by which a frontier is walked."""
 ALIKE = 1.05
 """Factor between two l0 up to which dictionaries without a frontier are compared as they are."""
+LEAST_L0 = 0.5
+"""Mean active latents below which a dictionary is silent, and no point of a frontier."""
+FINGERPRINTS = ("model_fingerprint", "over", "store", "text")
 N_GRID = 33
 """Values of l0 at which frontiers are compared over the range they share."""
 LEVEL = 0.95
@@ -103,10 +107,14 @@ def grouped(descriptions: Mapping[str, Mapping[str, Any]]) -> dict[str, Place]:
     shared: dict[str, dict[str, Any]] = {}
     settings: dict[str, dict[str, Any]] = {}
     for name, about in descriptions.items():
-        options = dict(about.get("config", {})) | {"d_sae": about.get("d_sae")}
+        options = {key: value for key, value in about.get("config", {}).items() if key != "seed"}
+        options |= {"d_sae": about.get("d_sae")}
         settings[name] = {key: options[key] for key in SPARSITY_OPTIONS if options.get(key)}
         rest = {key: value for key, value in options.items() if key not in SPARSITY_OPTIONS}
-        rest |= {key: value for key, value in about.get("training", {}).items() if key != "seed"}
+        rest |= {
+            key: _without_seed(value) for key, value in about.get("training", {}).items() if key != "seed"
+        }
+        rest |= {key: about[key] for key in ("model_fingerprint", "max_norms") if key in about}
         shared[name] = {"kind": about["kind"], **rest} | {
             key: "+".join(about.get(key, ())) for key in ("inputs", "outputs")
         }
@@ -114,6 +122,13 @@ def grouped(descriptions: Mapping[str, Mapping[str, Any]]) -> dict[str, Place]:
     firsts = {key: shared[name] for name, key in reversed(keys.items())}
     titles = dict(zip(firsts, _titles(list(firsts.values())), strict=True))
     return {name: Place(titles[keys[name]], _words(settings[name], settings[name])) for name in descriptions}
+
+
+def _without_seed(value: Any) -> Any:
+    """The options of a fit without its seed and without what makes it more or less sparse."""
+    if not isinstance(value, Mapping):
+        return value
+    return {key: item for key, item in value.items() if key not in ("seed", *SPARSITY_OPTIONS)}
 
 
 def _plain(value: Any) -> Any:
@@ -127,7 +142,7 @@ def _plain(value: Any) -> Any:
 
 def _titles(groups: Sequence[Mapping[str, Any]]) -> list[str]:
     """Each group by its kind and what sets it apart from the others of that kind."""
-    titles = []
+    titles: list[str] = []
     for one in groups:
         alike = [other for other in groups if other["kind"] == one["kind"]]
         names = sorted({key for other in alike for key in other})
@@ -136,7 +151,9 @@ def _titles(groups: Sequence[Mapping[str, Any]]) -> list[str]:
             other.get("inputs") == other.get("outputs") for other in alike
         ):
             apart.remove("outputs")
-        titles.append(f"{one['kind']} {_words(one, apart)}".rstrip())
+        title = f"{one['kind']} {_words(one, apart)}".rstrip()
+        again = sum(title == other or other.startswith(f"{title} (") for other in titles)
+        titles.append(f"{title} ({again + 1})" if again else title)  # what a few words do not tell apart
     return titles
 
 
@@ -151,6 +168,10 @@ def _words(options: Mapping[str, Any], names: Sequence[str] | Mapping[str, Any])
         value = options.get(name)
         if name in ("inputs", "outputs"):
             found.append(str(value))
+        elif isinstance(value, Mapping):
+            found.append(f"{name}={value.get('kind', 'another')}")
+        elif name in FINGERPRINTS:
+            found.append(f"{name}={str(value)[:8]}")
         else:
             found.append(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}")
     return ", ".join(found)
@@ -170,10 +191,12 @@ class Frontier:
         for point in points:
             by_setting.setdefault(point.place.setting, []).append(point)
         metrics = [name for name in points[0].draws if all(name in point.draws for point in points)]
-        rng = np.random.default_rng(seed)
         rows = []
         for setting, seeds in by_setting.items():
             n = len(seeds)
+            # a stream of its own: trainings of different settings have nothing to do with each other
+            mark = int.from_bytes(hashlib.sha256(f"{self.group}\n{setting}".encode()).digest()[:8], "little")
+            rng = np.random.default_rng([seed, mark])
             weights = np.full((seeds[0].draws["l0"].shape[0], n), 1 / n)
             if n > 1:
                 weights[1:] = rng.multinomial(n, np.full(n, 1 / n), size=weights.shape[0] - 1) / n
@@ -182,6 +205,7 @@ class Frontier:
                 for name in metrics
             }
             rows.append((setting, n, averaged))
+        rows = [row for row in rows if float(row[2]["l0"][0]) >= LEAST_L0] or rows[:1]
         rows.sort(key=lambda row: float(row[2]["l0"][0]))
         self.settings = [row[0] for row in rows]
         """From the sparsest on."""
@@ -199,10 +223,15 @@ class Frontier:
 
         With a single setting, its own value where its l0 is within 5%.
         """
-        own, x = self.values[metric], np.log(np.maximum(self.values["l0"], 1e-12))
-        low, high = self.range
-        if not low / ALIKE <= l0 <= high * ALIKE or not np.isfinite(own[:, 0]).all():
-            return np.full(own.shape[1], math.nan)
+        own, l0s = self.values[metric], self.values["l0"]
+        known = np.isfinite(own[:, 0]) & np.isfinite(l0s[:, 0])  # a setting that is no number is no point
+        nothing = np.full(own.shape[1], math.nan)
+        if not known.any():
+            return nothing
+        own, x = own[known], np.log(np.maximum(l0s[known], 1e-12))
+        low, high = float(np.exp(x[0, 0])), float(np.exp(x[-1, 0]))
+        if not low / ALIKE <= l0 <= high * ALIKE:
+            return nothing
         if own.shape[0] == 1:
             alone: Float64[np.ndarray, " draws"] = own[0]
             return alone

@@ -143,7 +143,17 @@ def stages(recipe: Recipe, base: Path) -> list[Stage]:
         from sememe.compare import CompareConfig
 
         out = base / "comparison"
-        about = {"dictionaries": (base / "dictionary",), "store": store, "out": out}
+        training = [stage for stage in found if isinstance(stage.config, TrainConfig)]
+        n_trained = sum(
+            len(swept_names(stage.config)) for stage in training if isinstance(stage.config, TrainConfig)
+        )
+        if n_trained < 2:
+            raise ConfigError(
+                f"a recipe that ends in [compare] must train at least two dictionaries ({recipe.name})",
+                n_trained,
+                "Add [train.NAME] tables or a sweep, or drop [compare].",
+            )
+        about = {"dictionaries": tuple(stage.path for stage in training), "store": store, "out": out}
         compare = CompareConfig.build({**shared, **recipe.compare, **about}, where)
         found.append(Stage("compare", "", out, compare))
     if harvest.split != "train" and any(stage.verb in ("evaluate", "compare") for stage in found):

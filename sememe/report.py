@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from sememe import artifact, figures, frontier
-from sememe.config import Config
+from sememe.config import Config, canonical_json
 from sememe.errors import ConfigError
 from sememe.frontier import Point
 
@@ -72,12 +72,22 @@ def _reports_in(folder: Path) -> list[Path]:
 
 def _compared(opened: dict[str, figures.Report]) -> dict[str, Any] | None:
     """Frontiers and which differences are real, where all reports are of the same documents and kept their draws."""
-    units = {one.data.get("bootstrap", {}).get("units") for one in opened.values()}
-    if len(opened) < 2 or len(units) > 1 or None in units:
+    same = {_documents_of(one) for one in opened.values()}
+    if len(opened) < 2 or len(same) > 1 or None in same:
         return None
     places = frontier.grouped({title: one.data["dictionary"] for title, one in opened.items()})
     points = {title: Point(places[title], figures.read_draws(one)) for title, one in opened.items()}
     return frontier.summary(points, figures.BETTER)
+
+
+def _documents_of(one: figures.Report) -> str | None:
+    """What has to agree for the i-th draws of two reports to be the same documents; None if it is not known."""
+    bootstrap, text = one.data.get("bootstrap", {}), one.data["text"]
+    if not bootstrap.get("n") or "units" not in bootstrap:
+        return None
+    drawn = [bootstrap.get(name) for name in ("units", "n", "seed")]
+    read = [text.get(name) for name in ("fingerprint", "policy", "n_tokens")]
+    return canonical_json([drawn, read, one.data["dictionary"]["model_fingerprint"]])
 
 
 def _titled(opened: list[figures.Report]) -> dict[str, figures.Report]:

@@ -73,7 +73,8 @@ def test_nearest_latents_are_stored_both_ways(tmp_path: Path, pair: object) -> N
 
 
 def test_a_dictionary_compared_with_itself_is_found_whole(tmp_path: Path, pair: object) -> None:
-    done = compare(config_for(tmp_path, "a", "a"))
+    dictionary(tmp_path / "c", torch.eye(8).flip(0))
+    done = compare(config_for(tmp_path, "a", "c"))
     assert done.extra["mmcs_a_to_b"] == done.extra["mmcs_b_to_a"] == 1
 
 
@@ -101,6 +102,10 @@ def test_what_cannot_be_compared(tmp_path: Path, pair: object) -> None:
         compare(config_for(tmp_path, "a", "no"))
     with pytest.raises(ConfigError, match=r"at least two dictionaries must be named, got .*a"):
         compare(config_for(tmp_path, "a"))
+    with pytest.raises(
+        ConfigError, match="each dictionary must be named once, got 1: a and 2: a, which are the same"
+    ):
+        compare(config_for(tmp_path, "a", "a"))
     with pytest.raises(MismatchError, match="a must know its model and hookpoint to be measured on text"):
         compare(config_for(tmp_path, directions_only=False))
     assert not (tmp_path / "out").exists()
@@ -230,6 +235,7 @@ def test_the_page_needs_no_other_file_and_tells_differences(done: artifact.Artif
     assert page.tags.count("svg") == 7  # two of dots, three frontiers, densities, directions
     text = (done.path / "comparison.md").read_text()
     assert "fvu: which differences are real" in text and "Marks & Mueller 1_32768 | mlp_out.5 | 0.265" in text
+    assert "neurons may be the identity: 100% of the decoder rows are single dimensions" in text
     assert "| rmse |" in text and "differences about" in text  # so many differences would look real by chance
 
 
@@ -243,13 +249,36 @@ def test_a_budget_ends_it_and_says_so(world: World, tmp_path: Path) -> None:
 
 def test_narrow_intervals_end_it_too(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sememe.measure.measured.CHECKED_EVERY", 0.0)
-    config = on_text(world, tmp_path / "c", "neurons", "neurons", nulls=(), n_tokens=3000, budget="1h")
-    data = read(compare(config, lm=world.lm))
+    neurons = world.place / "made" / "neurons"
+    save(dictionaries.load(neurons), tmp_path / "twin", note="another artifact")
+    config = on_text(world, tmp_path / "c", nulls=(), n_tokens=3000, budget="1h")
+    data = read(compare(config.replace(dictionaries=(neurons, tmp_path / "twin")), lm=world.lm))
     assert data["stopped"]["because"] == "the intervals are narrow enough" and data["text"]["n_tokens"] < 3000
-    strict = on_text(
-        world, tmp_path / "d", "zeros", "neurons", nulls=(), n_tokens=3000, budget="1h", narrow_enough=1e-6
-    )
+    names = ("zeros", "neurons")
+    strict = on_text(world, tmp_path / "d", *names, nulls=(), n_tokens=3000, budget="1h", narrow_enough=1e-6)
     assert read(compare(strict, lm=world.lm))["stopped"]["because"] == "all tokens"
+
+
+def test_folders_named_like_the_ablations_are_dictionaries_all_the_same(world: World, tmp_path: Path) -> None:
+    made = world.place / "made"
+    for name, source in (
+        ("base", "zeros"),
+        ("mean", "neurons"),
+        ("zero", "topk/k4-seed0"),
+        ("pca k=4", "topk/k2-seed0"),
+    ):
+        save(dictionaries.load(made / source), tmp_path / "named" / name, note=name)
+    config = on_text(world, tmp_path / "c", nulls=("pca",)).replace(dictionaries=(tmp_path / "named",))
+    found = {row["name"]: row["metrics"] for row in read(compare(config, lm=world.lm))["rows"]}
+    plain = on_text(world, tmp_path / "d", nulls=("pca",)).replace(
+        dictionaries=tuple(made / name for name in ("zeros", "neurons", "topk/k4-seed0", "topk/k2-seed0"))
+    )
+    expected = {row["name"]: row["metrics"] for row in read(compare(plain, lm=world.lm))["rows"]}
+    for ours, theirs in (
+        ("base (dictionary)", "zeros"), ("mean (dictionary)", "neurons"), ("zero (dictionary)", "k4-seed0"),
+        ("pca k=4", "k2-seed0"), ("pca k=4 (null)", "pca k=4"),
+    ):  # fmt: skip
+        assert found[ours] == expected[theirs], ours
 
 
 @pytest.mark.parametrize("budget", ["5", "soon", "0min", "-1s"])
@@ -287,13 +316,15 @@ def test_another_model_or_policy_is_refused(world: World, tmp_path: Path) -> Non
         MismatchError, match=r"must belong to one model .*, got .* of a; else \(ffff.*\), of b"
     ):
         compare(config, lm=world.lm)
-    both = config.replace(dictionaries=(tmp_path / "b", tmp_path / "b"))
+    save(dictionaries.load(tmp_path / "b"), tmp_path / "b2", note="twin")
+    save(dictionaries.load(tmp_path / "a"), tmp_path / "a2", note="twin")
+    both = config.replace(dictionaries=(tmp_path / "b", tmp_path / "b2"))
     with pytest.raises(
         MismatchError, match=r"the model must be the one the dictionaries were trained on, else"
     ):
         compare(both, lm=world.lm)
     with pytest.raises(ConfigError, match="a null must be a known one, got 'pcaa'"):
-        compare(config.replace(dictionaries=(tmp_path / "a", tmp_path / "a"), nulls=("pcaa",)), lm=world.lm)
+        compare(config.replace(dictionaries=(tmp_path / "a", tmp_path / "a2"), nulls=("pcaa",)), lm=world.lm)
     save(dictionaries.load(tmp_path / "a"), tmp_path / "d", policy={"context_length": 8})
     with pytest.raises(MismatchError, match=r"must have one token policy .* that of a: .*, got .* of d"):
         compare(config.replace(dictionaries=(tmp_path / "a", tmp_path / "d")), lm=world.lm)

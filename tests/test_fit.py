@@ -125,7 +125,12 @@ def test_what_cannot_be_fitted(world: World, tmp_path: Path) -> None:
         config_for(world, tmp_path / "d", "sparse_coder", over=None)
     with pytest.raises(ConfigError, match=r"nothing else has one, got .*Drop --over"):
         config_for(world, tmp_path / "d", "pca", over=world.place / "topk")
+    fista = {"kind": "ksvd", "encoder": "fista", "d_sae": 16, "n_iterations": 2, "penalty": 0.5}
+    assert fit(config_for(world, tmp_path / "fista", "ksvd", baseline=fista)).d_sae == 16  # which knows no k
     identity(world.lm, tmp_path / "elsewhere", autoencoder(world.lm, "mlp_out.2"))
-    with pytest.raises(MismatchError, match=r"must be of the store's hookpoint, resid_post.1, got mlp_out.2"):
+    with pytest.raises(
+        MismatchError,
+        match=r"must be of the store's model and hookpoint, resid_post\.1 of .*, got mlp_out\.2",
+    ):
         fit(config_for(world, tmp_path / "d", "sparse_coder", over=tmp_path / "elsewhere"))
     assert not (tmp_path / "d").exists()

@@ -173,3 +173,45 @@ def test_a_summary_is_plain_data_without_nan():
     found = summary(points, BETTER)["frontiers"]
     assert (found["a"]["l0_from"], found["a"]["l0_to"]) == (8, 16)
     assert found["a"]["mean_over_common_l0"]["fvu"]["value"] == pytest.approx(0.45)
+
+
+def test_seeds_of_baselines_group_and_other_makings_do_not():
+    nmf = [
+        about("nmf", seed=seed, k=8) | {"config": {"kind": "nmf", "k": 8, "seed": seed}} for seed in (0, 1)
+    ]
+    assert grouped({"a": nmf[0], "b": nmf[1]})["a"] == grouped({"a": nmf[0], "b": nmf[1]})["b"]
+    coders = {
+        name: about("sparse_coder", k=8, training={"over": over, "baseline": baseline})
+        for name, over, baseline in (
+            ("a", "f" * 64, {"kind": "sparse_coder", "k": 8}),
+            ("b", "e" * 64, {"kind": "sparse_coder", "k": 8}),
+            ("c", None, {"kind": "ksvd", "k": 8, "n_iterations": 3}),
+            ("d", None, {"kind": "ksvd", "k": 8, "n_iterations": 30}),
+        )
+    }
+    assert len({place.group for place in grouped(coders).values()}) == 4
+    kept = {name: about(k=8, training={"step": step}) for name, step in (("a", 1), ("b", 2))}
+    assert len({place.group for place in grouped(kept).values()}) == 2
+    models = {name: about(k=8) | {"model_fingerprint": mark} for name, mark in (("a", "1"), ("b", "2"))}
+    assert len({place.group for place in grouped(models).values()}) == 2
+
+
+def test_the_order_of_seeds_decides_nothing():
+    a = [point("a", "k=8", 8, value, n=400) for value in (0.10, 0.20, 0.30)]
+    verdicts = []
+    for order in ((0.11, 0.21, 0.31), (0.31, 0.11, 0.21)):
+        b = [point("b", "k=8", 8, value, n=400) for value in order]
+        (found,) = differences(Frontier(a), Frontier(b), BETTER)
+        verdicts.append(found.real)
+        assert found.high - found.low > 0.1  # two trainings have nothing to do with each other
+    assert verdicts == [False, False]
+
+
+def test_silent_dictionaries_and_settings_without_a_number_are_no_points():
+    silent = Frontier([point("g", "k=0", 0.0, 1.0), point("g", "k=40", 40, 0.2)])
+    assert silent.range == (40, 40) and np.isnan(silent.at("fvu", 5)).all()
+    broken = Frontier(
+        [point("g", "k=8", 8, 0.6), point("g", "k=16", 16, math.nan), point("g", "k=32", 32, 0.2)]
+    )
+    assert broken.at("fvu", 16) == pytest.approx(np.full(51, 0.4))
+    assert np.isnan(Frontier([point("g", "k=0", 0.0, 1.0)]).at("fvu", 1)).all()

@@ -250,3 +250,17 @@ def test_a_probe_ranks_latents_by_cosine():
 def test_what_cannot_be_asked_says_why(ask, error, message):
     with pytest.raises(error, match=message):
         ask()
+
+
+def test_encoder_decoder_cosine_is_that_of_numpy():
+    generator = torch.Generator().manual_seed(0)
+    W_enc, W_dec = torch.randn(7, 20, generator=generator), torch.randn(20, 7, generator=generator)
+    W_dec[3] = 0
+    W_enc[:, 5] = -2 * W_dec[5]
+    found = metrics.encoder_decoder_cosine(W_enc, W_dec).numpy()
+    for latent in range(20):
+        a, b = W_enc[:, latent].double().numpy(), W_dec[latent].double().numpy()
+        expected = 0.0 if latent == 3 else a @ b / np.sqrt((a @ a) * (b @ b))
+        assert found[latent] == pytest.approx(expected, abs=1e-6)
+    assert found[5] == pytest.approx(-1)
+    assert torch.allclose(metrics.encoder_decoder_cosine(W_dec.T, W_dec)[4], torch.ones(()))

@@ -174,7 +174,7 @@ def test_several_reports_make_one_page(tmp_path: Path) -> None:
 def compared_report(path: Path, name: str, k: int, fvu: float, units: str = "u") -> Path:
     data = report_data(name, name * 8, fvu)
     data["dictionary"] |= {"config": {"kind": "topk", "k": k}, "training": {"seed": 0}}
-    data["bootstrap"] = {"units": units}
+    data["bootstrap"] = {"units": units, "n": 20, "seed": 0}
     draws = {"l0": np.full(21, float(k)), "fvu": np.concatenate([[fvu], fvu + np.linspace(-0.01, 0.01, 20)])}
     with artifact.building(path, kind="report", version=1, config=Config(), parents={"d": str(path)}) as work:
         artifact.write_json(work.path / figures.REPORT, data)
@@ -219,6 +219,21 @@ def test_reports_of_the_same_documents_are_told_apart(tmp_path: Path) -> None:
     other = compared_report(tmp_path / "three", "c", 32, 0.5, units="v")
     done = report(ReportConfig(reports=(one, other), out=tmp_path / "page2"))
     assert "which differences are real" not in (done.path / "report.md").read_text()  # not the same documents
+
+
+@pytest.mark.parametrize(
+    "what", ["bootstrap.n", "bootstrap.seed", "text.n_tokens", "dictionary.model_fingerprint"]
+)
+def test_draws_of_other_documents_models_or_seeds_are_not_paired(tmp_path: Path, what: str) -> None:
+    compared_report(tmp_path / "one", "a", 32, 0.3)
+    data = json.loads((compared_report(tmp_path / "two", "b", 32, 0.5) / "report.json").read_text())
+    table, name = what.split(".")
+    data[table][name] = "7" * 64 if name == "model_fingerprint" else 7
+    with artifact.building(tmp_path / "other", kind="report", version=1, config=Config(), parents={}) as work:
+        artifact.write_json(work.path / figures.REPORT, data)
+        figures.write_draws(work.path, {"dictionary": {"l0": np.full(8, 32.0), "fvu": np.full(8, 0.5)}})
+    done = report(ReportConfig(reports=(tmp_path / "one", tmp_path / "other"), out=tmp_path / "page"))
+    assert "frontier_fvu" not in (done.path / "report.md").read_text()
 
 
 def test_a_report_without_draws_cannot_be_compared(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,8 @@ from sememe.errors import ConfigError, MismatchError, ShapeError
 __all__ = ["Opened", "open_all"]
 
 KINDS = ("dictionary", "sweep")
+RESERVED = ("base", "mean", "zero")
+"""What the unedited model and the ablations are called among the arms."""
 
 
 class Opened(NamedTuple):
@@ -31,7 +34,7 @@ def open_all(folders: tuple[Path, ...]) -> dict[str, Opened]:
 
     Raises:
         ArtifactError: a folder is not a dictionary, and holds none.
-        ConfigError: there are fewer than two.
+        ConfigError: there are fewer than two, or two are the same.
         ShapeError: they write outputs of different widths at the same place.
     """
     paths = [path for folder in folders for path in _dictionaries_in(folder)]
@@ -41,11 +44,12 @@ def open_all(folders: tuple[Path, ...]) -> dict[str, Opened]:
             ", ".join(map(str, paths)) or "none",
             "Name another, or a folder that holds several.",
         )
-    found = {
-        name: Opened(artifact.load(path, "dictionary"), dictionaries.load(path))
-        for name, path in _named(paths)
-    }
+    found = {}
+    for name, path in _named(paths):
+        apart = name if name not in RESERVED else f"{name} (dictionary)"
+        found[apart] = Opened(artifact.load(path, "dictionary"), dictionaries.load(path))
     _check_widths(found)
+    _check_different(found)
     return found
 
 
@@ -53,16 +57,27 @@ def _dictionaries_in(folder: Path) -> list[Path]:
     """The folder itself, or those below it: a sweep's, or a recipe's."""
     if (folder / artifact.META).is_file() or not folder.is_dir():
         if (folder / artifact.META).is_file() and artifact.load(folder).meta["kind"] == "sweep":
-            return sorted(path.parent for path in folder.glob(f"*/{artifact.META}"))
+            return sorted((path.parent for path in folder.glob(f"*/{artifact.META}")), key=_natural)
         return [folder]  # whatever else it is, opening it says so
-    found = [path for child in sorted(folder.iterdir()) if child.is_dir() for path in _below(child)]
+    found = [
+        path for child in sorted(folder.iterdir(), key=_natural) if child.is_dir() for path in _below(child)
+    ]
     return found or [folder]
+
+
+def _natural(path: Path) -> list[tuple[bool, int, str]]:
+    """k2 before k16."""
+    return [
+        (part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", path.name)
+    ]
 
 
 def _below(folder: Path) -> list[Path]:
     if (folder / artifact.META).is_file():
         return _dictionaries_in(folder) if artifact.load(folder).meta["kind"] in KINDS else []
-    return [path for child in sorted(folder.iterdir()) if child.is_dir() for path in _below(child)]
+    return [
+        path for child in sorted(folder.iterdir(), key=_natural) if child.is_dir() for path in _below(child)
+    ]
 
 
 def _named(paths: list[Path]) -> list[tuple[str, Path]]:
@@ -75,6 +90,18 @@ def _named(paths: list[Path]) -> list[tuple[str, Path]]:
     else:
         names = [f"{number}: {path.name}" for number, path in enumerate(paths, 1)]
     return list(zip(names, paths, strict=True))
+
+
+def _check_different(found: dict[str, Opened]) -> None:
+    by_path: dict[Path, str] = {}
+    for name, one in found.items():
+        first = by_path.setdefault(one.saved.path.resolve(), name)
+        if first != name:
+            raise ConfigError(
+                "each dictionary must be named once",
+                f"{first} and {name}, which are the same",
+                "Leave one out.",
+            )
 
 
 def _check_widths(found: dict[str, Opened]) -> None:

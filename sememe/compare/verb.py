@@ -61,7 +61,8 @@ def compare(
         TextError: the held-out text is shorter than one context.
     """
     opened = open_all(config.dictionaries)
-    parents = {f"dictionary.{index}": one.saved.fingerprint for index, one in enumerate(opened.values())}
+    # under the names that the page tells them apart by
+    parents = {f"dictionary: {name}": one.saved.fingerprint for name, one in opened.items()}
     store = None if config.store is None or config.directions_only else open_store(config.store)
     policy, notices = None, list[str]()
     if not config.directions_only:
@@ -85,7 +86,7 @@ def compare(
         else:
             lm = lm if lm is not None else language_models.load(config.model)
             data |= _measured(config, lm, opened, policy, store)
-        data["notices"] = notices + _cautions(data)
+        data["notices"] = notices + data.get("notices", []) + _cautions(data)
         data["attributions"] = [] if policy is None else [a._asdict() for a in text.attributions(config.text)]
         Comparison.build(data, COMPARISON)  # what is written is what is published
         artifact.write_json(work.path / COMPARISON, data)
@@ -142,7 +143,7 @@ def _model_of(config: CompareConfig, opened: dict[str, Opened], lm: LanguageMode
             f"the model must be the one the dictionaries were trained on, {site.model} "
             f"(fingerprint {site.model_fingerprint[:16]})",
             f"fingerprint {fingerprint[:16]}",
-            f"Pass --model {site.model}.",
+            f"Pass --model, and --randomise if it was: {site.model}.",
         )
     return fingerprint
 
@@ -182,9 +183,14 @@ def _measured(
         places[name] = Place(f"null: {about['null']}{width}{where}", f"k={about['k']}")
         descriptions[name] = about
     rows, points = [], {}
+    cheats: list[str] = []
     for measured, arms in groups.values():
         for name in arms.dictionaries:
             points[name] = Point(places[name], measured.drawn(name))
+            if name not in arms.controls:
+                cheats += [
+                    f"{name} may be {cheat}." for cheat in measured.cheats(name, arms.dictionaries[name])
+                ]
             rows.append(
                 {
                     "name": name,
@@ -203,6 +209,7 @@ def _measured(
         "text": first.describe_text(text.fingerprint(config.text)),
         "bootstrap": first.describe_bootstrap(),
         "stopped": stopped,
+        "notices": cheats,
     }
 
 
@@ -242,6 +249,7 @@ def _arms(
         for k in ks:
             made, about = make_null(null, k, d_sae, config.seed, sites, fitted)
             name = f"{prefix}{null} k={about['k']}"
+            name = name if name not in own else f"{name} (null)"
             if name not in nulls:
                 nulls[name] = made
                 configs[name] = about | {"null": null, "place": prefix.removesuffix(": "), "kind": null}

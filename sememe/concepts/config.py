@@ -54,7 +54,7 @@ class ConceptsConfig(Config):
     """Outer folds of the probes."""
     n_bootstrap: int = Field(default=1000, ge=0)
     """Draws of texts for the 95% intervals; 0 gives none."""
-    seed: int = Field(default=0, ge=0, lt=2**32)
+    seed: int = Field(default=0, ge=0, lt=2**31)
     """Of every draw."""
 
     @model_validator(mode="after")

@@ -55,6 +55,14 @@ def read_labelled(config: ConceptsConfig) -> Labelled:
                 ", ".join(sorted(found)[:5]) or "none",
                 "Leave spurious_field out, or keep lines of two classes.",
             )
+    together = Counter(zip(labels, spurious, strict=True))
+    least = min(together.values()) if len(together) == 4 else 0
+    if least < LEAST:
+        raise TextError(
+            f"with spurious_field, each combination of the two labels must have {LEAST} texts",
+            f"{least}",
+            "Give more labelled texts, or leave spurious_field out.",
+        )
     return _chosen(config, texts, labels, spurious)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +31,15 @@ N_HALVINGS = 3
 SHUFFLED = "shuffled labels"
 
 
+class _Side(NamedTuple):
+    """How a probe did on one class."""
+
+    right: np.ndarray
+    truth: np.ndarray
+    rows: np.ndarray
+    """Which texts these were: classes share them."""
+
+
 def concepts(
     config: ConceptsConfig, *, lm: LanguageModel | None = None, fresh: bool = False
 ) -> artifact.Artifact:
@@ -53,10 +62,11 @@ def concepts(
     dictionary = dictionaries.load(config.dictionary)
     sites = sites_of(dictionary, config.dictionary)
     for name in ("ks", "n_ablated"):
-        if max(getattr(config, name)) > dictionary.d_sae:
-            raise ConfigError(
-                f"{name} must be at most d_sae={dictionary.d_sae}", max(getattr(config, name)), "Lower it."
-            )
+        asked = getattr(config, name)
+        if asked == type(config).model_fields[name].default:  # as far as there are so many
+            config = config.replace(**{name: tuple(n for n in asked if n <= dictionary.d_sae) or (1,)})
+        elif max(asked) > dictionary.d_sae:
+            raise ConfigError(f"{name} must be at most d_sae={dictionary.d_sae}", max(asked), "Lower it.")
     policy = policy_of(config.policy, saved, None)
     model_fingerprint = lm.fingerprint if lm else language_models.fingerprint_of(config.model)
     check_model(sites, model_fingerprint)
@@ -125,7 +135,7 @@ def _asked(
     }
     # with two classes, what tells one tells the other
     asked = labelled.classes[:1] if len(labelled.classes) == 2 else labelled.classes
-    right: dict[str, dict[str, list[np.ndarray]]] = {}
+    right: dict[str, dict[str, list[_Side]]] = {}
     classes: dict[str, Any] = {}
     with track("probe", len(asked), "classes") as progress:
         for name in asked:
@@ -136,7 +146,7 @@ def _asked(
                 "n_with": int(truth.sum()),
                 "n_without": int((~truth).sum()),
                 "probes": {
-                    arm: {k: _scored(config, one, truth) for k, one in own.items()}
+                    arm: {k: _scored(config, one, truth, rows) for k, one in own.items()}
                     for arm, own in probes.items()
                 },
                 "absorption": {
@@ -147,7 +157,7 @@ def _asked(
             for arm, own in probes.items():
                 for k, one in own.items():
                     side = (one.answers > 0) == truth.numpy()
-                    right.setdefault(arm, {}).setdefault(k, []).append(np.stack([side, truth.numpy()]))
+                    right.setdefault(arm, {}).setdefault(k, []).append(_Side(side, truth.numpy(), rows))
             progress.advance(1)
     means = {
         arm: {k: _mean_accuracy(config, sides) for k, sides in own.items()} for arm, own in right.items()
@@ -200,9 +210,11 @@ def _probes(
     return named | {"activations": {"dense": metrics.dense_probe(x, truth, **options)}}
 
 
-def _scored(config: ConceptsConfig, probe: metrics.Probe, truth: torch.Tensor) -> dict[str, Any]:
+def _scored(
+    config: ConceptsConfig, probe: metrics.Probe, truth: torch.Tensor, rows: np.ndarray
+) -> dict[str, Any]:
     """Scores with an interval over texts, and the latents of most folds."""
-    sides = [np.stack([(probe.answers > 0) == truth.numpy(), truth.numpy()])]
+    sides = [_Side((probe.answers > 0) == truth.numpy(), truth.numpy(), rows)]
     used = [latent for fold in probe.chosen for latent in fold]
     most = sorted(set(used), key=lambda latent: (-used.count(latent), latent))
     return {
@@ -212,25 +224,25 @@ def _scored(config: ConceptsConfig, probe: metrics.Probe, truth: torch.Tensor) -
     }
 
 
-def _mean_accuracy(config: ConceptsConfig, sides: list[np.ndarray]) -> dict[str, float | None]:
-    """The mean over classes of balanced accuracies, its interval over draws of each class's texts.
-
-    Args:
-        config: How many draws.
-        sides: For each class, of shape (2, texts): whether the probe is right, and the label.
-    """
-    rng = np.random.default_rng(config.seed)
+def _mean_accuracy(config: ConceptsConfig, sides: list[_Side]) -> dict[str, float | None]:
+    """The mean over classes of balanced accuracies; its interval over draws of texts, the same in every class."""
+    n_texts = 1 + max(int(side.rows.max()) for side in sides)
+    weights = np.random.default_rng(config.seed).multinomial(
+        n_texts, np.full(n_texts, 1 / n_texts), size=config.n_bootstrap
+    )
     values, draws = [], []
-    for right, truth in sides:
-        groups = [right[truth], right[~truth]]
-        values.append(float(np.mean([group.mean() for group in groups])))
-        drawn = [
-            rng.binomial(len(group), group.mean(), size=config.n_bootstrap) / len(group) for group in groups
+    for side in sides:
+        groups = [
+            (side.right[side.truth], side.rows[side.truth]),
+            (side.right[~side.truth], side.rows[~side.truth]),
         ]
+        values.append(float(np.mean([right.mean() for right, _ in groups])))
+        with np.errstate(all="ignore"):
+            drawn = [weights[:, rows] @ right / weights[:, rows].sum(1) for right, rows in groups]
         draws.append(np.mean(drawn, axis=0))
     low = high = None
     if config.n_bootstrap > 1:
-        low, high = (float(q) for q in np.quantile(np.mean(draws, axis=0), [0.025, 0.975]))
+        low, high = (float(q) for q in np.nanquantile(np.mean(draws, axis=0), [0.025, 0.975]))
     return {"value": float(np.mean(values)), "low": low, "high": high}
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from sememe import kernels
 from sememe.dictionaries.base import Sites
 from sememe.dictionaries.random_state import RandomState
-from sememe.dictionaries.steered import Steered, SteeredConfig
+from sememe.dictionaries.sparse_start import SparseStart, SparseStartConfig
 from sememe.encoded import Encoded
 
 __all__ = ["ActivationPenalty", "ActivationPenaltyConfig", "entropy", "root_sum"]
@@ -25,7 +25,7 @@ NOISE_CUT = 4.0
 TINY = 1e-8
 
 
-class ActivationPenaltyConfig(SteeredConfig):
+class ActivationPenaltyConfig(SparseStartConfig):
     """Options of every architecture that may choose how its activations are made sparse."""
 
     sqrt_coefficient: float = Field(default=0.0, ge=0)
@@ -49,7 +49,7 @@ class ActivationPenaltyConfig(SteeredConfig):
         return self
 
 
-class ActivationPenalty(Steered, abc.ABC):
+class ActivationPenalty(SparseStart, abc.ABC):
     """A dictionary with any of: L1, l_1/2, entropy, noise.
 
     Source: l_1/2, noise: tried in the discussions that led to Cunningham et al. 2023, arXiv:2309.08600, and found

@@ -93,10 +93,15 @@ class ArchitectureConfig(Config):
     def _k_fits(self) -> Self:
         if self.d_sae is not None and self.d_sae < 1:
             raise ConfigError("d_sae must be >= 1", self.d_sae, "Raise d_sae.")
-        k = getattr(self, "k", None)
+        k = self.k_in_use()
         if k is not None and self.d_sae is not None and not 1 <= k <= self.d_sae:
             raise ConfigError(f"k must be in [1, d_sae={self.d_sae}]", k, "Lower k or raise d_sae.")
         return self
+
+    def k_in_use(self) -> int | None:
+        """The number of active latents that the options ask for, if they ask for one."""
+        k: int | None = getattr(self, "k", None)
+        return k
 
     def check_inert(self, *names: str, without: str) -> None:
         """Raise a ConfigError if one of the options differs from its default although it has no effect.

@@ -13,8 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sememe import kernels
-from sememe.config import Config
-from sememe.dictionaries.base import Dictionary, Sites
+from sememe.dictionaries.base import ArchitectureConfig, Dictionary, Sites
 from sememe.encoded import Encoded
 from sememe.errors import ActivationError, ConfigError
 
@@ -27,20 +26,16 @@ class Fitted(Dictionary):
     W_dec: Tensor
     b_dec: Tensor
 
-    def __init__(self, config: Config, d_in: int, d_out: int, d_sae: int, sites: Sites | None = None) -> None:
+    def __init__(
+        self, config: ArchitectureConfig, d_in: int, d_out: int, d_sae: int, sites: Sites | None = None
+    ) -> None:
         super().__init__(config, d_in, d_out, d_sae, sites)
         self.check_autoencoder()
-        k = self.k_of(config)
+        k = config.k_in_use()
         if k is not None and not 1 <= k <= d_sae:
             raise ConfigError(f"k must be in [1, d_sae={d_sae}]", k, "Lower k.")
         self.register_buffer("W_dec", torch.zeros(d_sae, d_out))
         self.register_buffer("b_dec", torch.zeros(d_out))
-
-    @staticmethod
-    def k_of(config: Config) -> int | None:
-        """Latents kept per row, as its options have it."""
-        k: int | None = getattr(config, "k", None)
-        return k
 
     def keeping(self, k: int) -> Self:
         """The same directions, k of them kept per row (all there are, if fewer)."""

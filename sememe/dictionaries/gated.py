@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from sememe import kernels
 from sememe.dictionaries.base import Loss, Sites
-from sememe.dictionaries.steered import Steered, SteeredConfig
+from sememe.dictionaries.sparse_start import SparseStart, SparseStartConfig
 from sememe.encoded import Encoded
 
 __all__ = ["Gated", "GatedConfig"]
 
 
-class GatedConfig(SteeredConfig):
+class GatedConfig(SparseStartConfig):
     """Options of a gated dictionary."""
 
     kind: Literal["gated"] = "gated"
@@ -27,7 +27,7 @@ class GatedConfig(SteeredConfig):
 
 
 @final
-class Gated(Steered):
+class Gated(SparseStart):
     """`gate = (x - b_pre) W_enc + b_enc`, `acts = H(gate) * relu(exp(r_mag) * (x - b_pre) W_enc + b_mag)`.
 
     b_enc is the paper's b_gate, W_enc its W_gate.

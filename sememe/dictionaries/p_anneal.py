@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from sememe.dictionaries.base import Loss, Sites
-from sememe.dictionaries.steered import Steered, SteeredConfig
+from sememe.dictionaries.sparse_start import SparseStart, SparseStartConfig
 from sememe.encoded import Encoded
 
 __all__ = ["PAnneal", "PAnnealConfig"]
@@ -19,7 +19,7 @@ SMALL = 1e-3
 """Added to activations before the power, whose slope at 0 is infinite for p < 1."""
 
 
-class PAnnealConfig(SteeredConfig):
+class PAnnealConfig(SparseStartConfig):
     """Options of a p-annealed dictionary."""
 
     kind: Literal["p_anneal"] = "p_anneal"
@@ -41,7 +41,7 @@ class PAnnealConfig(SteeredConfig):
 
 
 @final
-class PAnneal(Steered):
+class PAnneal(SparseStart):
     """A ReLU dictionary with the penalty `mean_rows sum_i acts_i^p`, p falling linearly from 1 to p_end.
 
     Source: Karvonen et al. 2024, arXiv:2408.00113, section 4. Differs: p changes at every step; the weight is

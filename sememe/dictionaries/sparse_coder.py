@@ -13,7 +13,6 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from sememe.config import Config
 from sememe.dictionaries.base import ArchitectureConfig, Dictionary, Sites
 from sememe.dictionaries.fitted import Fitted, check_rows
 from sememe.encoded import Encoded
@@ -42,6 +41,10 @@ class CoderOptions(ArchitectureConfig):
     """Steps of fista."""
     non_negative: bool = False
     """Whether coefficients have to be >= 0."""
+
+    def k_in_use(self) -> int | None:
+        """fista knows none."""
+        return None if self.encoder == "fista" else self.k
 
     @model_validator(mode="after")
     def _options_have_an_effect(self) -> Self:
@@ -75,12 +78,6 @@ class SparseCoder(Fitted):
     ) -> None:
         super().__init__(config, d_in, d_out, d_sae, sites)
         self.signed = not config.non_negative
-
-    @staticmethod
-    def k_of(config: Config) -> int | None:
-        """fista knows no k."""
-        assert isinstance(config, SparseCoderConfig)
-        return None if config.encoder == "fista" else config.k
 
     @classmethod
     def rebuild(cls, config: dict[str, Any], d_in: int, d_out: int, d_sae: int, sites: Sites | None) -> Self:

@@ -18,19 +18,17 @@ from sememe.errors import ConfigError
 
 __all__ = ["Tied", "TiedConfig"]
 
-N_START_ROWS = 1024
-"""Rows of the sample that set the first biases: it holds their pre-activations densely."""
-
 
 class TiedConfig(ActivationPenaltyConfig):
     """Options of a tied dictionary."""
 
     kind: Literal["tied"] = "tied"
     """Name of the architecture."""
+    start_density: float = Field(default=0.025, ge=0, le=0.5)
+    """Share of the sample's rows on which each latent is active at the start; its bias is set so. From 0 tied weights
+    do not get there."""
     bias_decay: float = Field(default=0.0, ge=0)
     """Weight of the encoder bias's Euclidean norm in the loss."""
-    start_density: float = Field(default=0.025, gt=0, le=0.5)
-    """Share of the sample's rows on which each latent is active at the start; its bias is set so."""
     centre: bool = False
     """Subtract the sample's geometric median before encoding; b_dec starts there."""
 
@@ -76,22 +74,6 @@ class Tied(ActivationPenalty):
     def W_enc(self) -> Float[Tensor, "d_in d_sae"]:  # type: ignore[override]
         """The decoder's transpose, latent-major as every encoder."""
         return self.W_dec.T
-
-    def initialise(
-        self, x: Float[Tensor, "rows d_in"], target: Float[Tensor, "rows d_out"], generator: torch.Generator
-    ) -> None:
-        """As every linear dictionary; biases are the quantile of the sample that gives the density to start at."""
-        super().initialise(x, target, generator)
-        with torch.no_grad():
-            pre_acts = (x[:N_START_ROWS] - self.b_pre) @ self.W_enc
-            n_above = max(1, round(self.config.start_density * pre_acts.shape[0]))
-            self.b_enc.copy_(-pre_acts.topk(n_above, dim=0).values[-1].clamp_min(0))
-
-    def _reset_encoder(self, ids: Int[Tensor, " n"], units: Float[Tensor, "n d_in"]) -> None:
-        """As every linear encoder; the bias is what is usual, for from 0 it would take long to get there."""
-        usual = self.b_enc.median()
-        super()._reset_encoder(ids, units)
-        self.b_enc[ids] = usual
 
     def _centre(self) -> Callable[[Tensor], Tensor]:
         return geometric_median if self.config.centre else _zero

@@ -31,6 +31,8 @@ TOLD = ("fvu", "ce_increase")
 DICTIONARY_COLOUR, NULL_COLOUR = "#1f6feb", "#8c959f"
 MAX_SENTENCES = 24
 MAX_HISTOGRAMS = 10
+MAX_LABEL = 44
+"""Characters of a title in a legend."""
 COLUMNS = (*HEADLINE, "perplexity")
 
 MARKS_MUELLER = (
@@ -175,7 +177,7 @@ def frontier_plot(data: Data, metric: str) -> Figure | None:
     groups = {group: points for group, points in groups.items() if points}
     if not groups:
         return None
-    figure = Figure(figsize=(6.4, 4.0 + 0.16 * max(0, len(groups) - 6)), layout="constrained")
+    figure = Figure(figsize=(6.4, 4.0 + 0.2 * max(0, len(groups) - 6)), layout="constrained")
     axes = figure.add_subplot()
     values = [_value(p[metric]) or 0.0 for points in groups.values() for p in points]
     for (group, points), colour in zip(groups.items(), _colours(groups), strict=True):
@@ -187,7 +189,7 @@ def frontier_plot(data: Data, metric: str) -> Figure | None:
             "marker": "s" if null else "o",
             "markersize": 4.5,
         }
-        axes.plot(l0, value, color=colour, linewidth=1.2, label=group, **style)
+        axes.plot(l0, value, color=colour, linewidth=1.2, label=_short(group), **style)
         for x, p in zip(l0, points, strict=True):
             if p[metric]["low"] is not None:
                 axes.plot([x, x], [p[metric]["low"], p[metric]["high"]], color=colour, linewidth=2, alpha=0.5)
@@ -277,6 +279,11 @@ def directions_plot(data: Data) -> Figure | None:
     figure.colorbar(shown, ax=axes, shrink=0.8)
     axes.set_title("mmcs: how much of the row is in the column")
     return figure
+
+
+def _short(title: str) -> str:
+    """A title that fits into a legend."""
+    return title if len(title) <= MAX_LABEL else title[: MAX_LABEL - 1] + "\u2026"
 
 
 def _plain_ticks(axis: Any) -> None:

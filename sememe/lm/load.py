@@ -153,14 +153,17 @@ def _randomise(hf: Any, config: ModelConfig) -> None:
     Source: the randomised models of Bricken et al. 2023 and Heap et al. 2025, arXiv:2501.17727. Differs: entries are
     shuffled within each matrix instead of drawn anew, so that their distribution stays exactly.
     """
-    embeddings = [hf.get_input_embeddings(), hf.get_output_embeddings()]
-    kept = (
-        {id(module.weight) for module in embeddings if module is not None}
-        if config.randomise == "layers"
-        else set()
-    )
+    embeddings = [module for module in hf.modules() if isinstance(module, torch.nn.Embedding)]
+    embeddings += [module for module in (hf.get_output_embeddings(),) if module is not None]
+    kept = {id(module.weight) for module in embeddings} if config.randomise == "layers" else set()
     generator = torch.Generator().manual_seed(config.randomise_seed)
-    for _, weight in sorted(hf.named_parameters()):
+    for name, weight in sorted(hf.named_parameters()):
+        if weight.is_meta:
+            raise ResourceError(
+                "randomise needs every weight in memory",
+                f"{name}, which is offloaded",
+                "Drop device_map, or randomise.",
+            )
         if weight.dim() >= 2 and id(weight) not in kept:
             order = torch.randperm(weight.numel(), generator=generator).to(weight.device)
             weight.copy_(weight.reshape(-1)[order].reshape(weight.shape))

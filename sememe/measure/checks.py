@@ -96,7 +96,7 @@ def check_model(sites: Sites, fingerprint: str) -> None:
             f"the model must be the one the dictionary was trained on, {site.model} "
             f"(fingerprint {site.model_fingerprint[:16]})",
             f"fingerprint {fingerprint[:16]}",
-            f"Pass --model {site.model}.",
+            f"Pass --model, and --randomise if it was: {site.model}.",
         )
 
 
@@ -213,8 +213,13 @@ def splicer_for(lm: LanguageModel, sites: Sites) -> Splicer:
 TRAINING_OPTIONS = (
     *("n_tokens", "epochs", "batch_size", "optimiser", "lr", "warmup", "decay", "freeze_above", "scale"),
     *("end_to_end", "seed"),
+    *("baseline", "n_rows"),
 )
-"""Options of `train`, beside the architecture's, by which dictionaries of one stream differ."""
+"""Options of `train` and `fit`, beside the architecture's, by which dictionaries of one stream differ."""
+
+
+PARENTS = ("store", "text", "over")
+"""What dictionaries are made from, by fingerprint."""
 
 
 def describe(saved: artifact.Artifact, dictionary: Dictionary, sites: Sites) -> dict[str, Any]:
@@ -225,7 +230,11 @@ def describe(saved: artifact.Artifact, dictionary: Dictionary, sites: Sites) -> 
         "fingerprint": saved.fingerprint,
         "kind": dictionary.kind,
         "config": dictionary.config.resolved(),
-        "training": {name: trained_with[name] for name in TRAINING_OPTIONS if name in trained_with},
+        "training": {
+            **{name: trained_with[name] for name in TRAINING_OPTIONS if name in trained_with},
+            **{name: saved.meta["parents"][name][:16] for name in PARENTS if name in saved.meta["parents"]},
+            **({"step": saved.extra["step"]} if "step" in saved.extra else {}),
+        },
         "d_in": dictionary.d_in,
         "d_out": dictionary.d_out,
         "d_sae": dictionary.d_sae,

@@ -5,6 +5,7 @@ Fills the sums of `metrics.py` and turns them into report.json. Knows arms, not 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from sememe import figures, metrics, text
 from sememe.config import sha256_of
-from sememe.dictionaries.base import Sites
+from sememe.dictionaries.base import Dictionary, Sites
 from sememe.errors import ActivationError, TextError
 from sememe.lm import LanguageModel
 from sememe.measure.arms import Arms, join
@@ -300,6 +301,13 @@ class Measured:
         found = self.kept[name].drawn(**options) | self.sparsity[name].drawn(**options)
         found["fvu_all_rows"] = self.all_rows[name].drawn(**options)["fvu"]
         return found | self.loss.drawn(name, **options)
+
+    def cheats(self, name: str, dictionary: Dictionary) -> tuple[str, ...]:
+        """Known ways of reconstructing without finding features that an arm shows, in words."""
+        found = self.sparsity[name]
+        l0 = found.compute()["l0"].value
+        W_dec = dictionary.decoder_directions().detach()
+        return metrics.cheats(W_dec, found.density().to(W_dec.device), l0).named if math.isfinite(l0) else ()
 
     # -- the report --------------------------------------------------------------------------------
 

@@ -1,0 +1,56 @@
+"""Encoders of a ReLU that start where few latents are active. Knows biases, no penalty."""
+
+from __future__ import annotations
+
+import abc
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor
+
+from sememe.dictionaries.steered import Steered, SteeredConfig
+
+__all__ = ["SparseStart", "SparseStartConfig"]
+
+N_START_ROWS = 4096
+"""Rows of the sample that set the first biases: it holds their pre-activations densely."""
+
+
+class SparseStartConfig(SteeredConfig):
+    """Options of every architecture whose encoder is one product and a ReLU under a penalty."""
+
+    start_density: float = Field(default=0.0, ge=0, le=0.5)
+    """Share of the sample's rows on which each latent is active at the start; its bias is set so. 0 leaves biases at 0,
+    as papers do, where half of the latents are active. In short runs 0.025 reconstructs far better."""
+
+
+class SparseStart(Steered, abc.ABC):
+    """A penalised dictionary whose biases start as a quantile of the sample.
+
+    From 0 the penalty first has to silence nearly all latents, which can take a short run whole.
+    """
+
+    config: SparseStartConfig
+
+    def initialise(
+        self, x: Float[Tensor, "rows d_in"], target: Float[Tensor, "rows d_out"], generator: torch.Generator
+    ) -> None:
+        """As every linear dictionary; biases are the quantile of the sample that gives the density to start at."""
+        super().initialise(x, target, generator)
+        if self.config.start_density == 0:
+            return
+        with torch.no_grad():
+            kept = self.b_enc[0].clone()  # of a constant latent
+            pre_acts = (x[:N_START_ROWS] - self.b_pre) @ self.W_enc
+            n_above = max(1, round(self.config.start_density * pre_acts.shape[0]))
+            self.b_enc.copy_(-pre_acts.topk(n_above, dim=0).values[-1].clamp_min(0))
+            if self.config.constant_latent:
+                self.b_enc[0] = kept
+
+    def _reset_encoder(self, ids: Int[Tensor, " n"], units: Float[Tensor, "n d_in"]) -> None:
+        """As every linear encoder; the bias is what is usual, for from 0 it would take long to get there."""
+        usual = self.b_enc.median()
+        super()._reset_encoder(ids, units)
+        if self.config.start_density > 0:
+            self.b_enc[ids] = usual
