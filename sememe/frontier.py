@@ -315,7 +315,8 @@ def _sentence(found: Difference, better: str) -> str:
     if not (math.isfinite(found.low) and math.isfinite(found.high)):
         return f"{where}: {found.a} {numbers} of {found.b}; without an interval, nothing says whether that is real."
     size = f"a difference of {abs(found.difference):.2g}"
-    bounds = f"95% interval {found.low:.2g} to {found.high:.2g}"
+    low, high = sorted((found.low, found.high) if found.difference >= 0 else (-found.low, -found.high))
+    bounds = f"95% interval {low:.2g} to {high:.2g}"
     if not found.real:
         return (
             f"{where}: {found.a} and {found.b} are not told apart by these documents: {numbers}, {size} "

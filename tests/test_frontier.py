@@ -97,7 +97,7 @@ def test_a_difference_is_paired_and_told_in_words():
     assert found.low == pytest.approx(-0.2) and found.high == pytest.approx(-0.2) and found.real
     assert found.sentence == (
         "fvu at l0 16: a is better than b, 0.4 against 0.6, a difference of 0.2 that is real "
-        "(95% interval -0.2 to -0.2)."
+        "(95% interval 0.2 to 0.2)."
     )
 
 
