@@ -25,6 +25,7 @@ from sememe.dictionaries.identity import Identity
 from sememe.dictionaries.topk import TopKConfig
 from sememe.errors import ActivationError, ConfigError, MismatchError, ShapeError, TextError
 from sememe.evaluate import evaluate
+from sememe.figures import Report
 from sememe.harvest import HarvestConfig, harvest
 from sememe.lm import LanguageModel, ModelConfig
 from sememe.run import print_report
@@ -175,6 +176,11 @@ def test_a_dictionary_of_more_than_the_train_split_has_no_held_out_documents(
             evaluate(config_for(dictionary, world.corpus, tmp_path / "r", store=store), lm=world.lm)
 
 
+def about_documents(report: Report) -> list[str]:
+    """Notices on what was trained on; others say what a dictionary may be."""
+    return [notice for notice in report.data["notices"] if not notice.startswith("It may be ")]
+
+
 @pytest.mark.parametrize("live", [False, True])
 def test_another_separation_than_the_training_texts_is_refused_without_a_store(
     tmp_path: Path, world: World, live: bool
@@ -198,7 +204,7 @@ def test_another_separation_than_the_training_texts_is_refused_without_a_store(
             evaluate(config, lm=world.lm)
     smaller = text.replace(heldout_fraction=0.2)
     report = evaluate(config_for(path, world.corpus, tmp_path / "r", text=smaller, nulls=()), lm=world.lm)
-    assert report.data["notices"] == []
+    assert not about_documents(report)
 
 
 def test_a_dictionary_that_does_not_say_what_it_saw_is_measured_with_a_notice(
@@ -206,7 +212,7 @@ def test_a_dictionary_that_does_not_say_what_it_saw_is_measured_with_a_notice(
 ) -> None:
     path = identity(world.lm, tmp_path / "d")
     report = evaluate(config_for(path, world.corpus, tmp_path / "r", nulls=()), lm=world.lm)
-    (notice,) = report.data["notices"]
+    (notice,) = about_documents(report)
     assert "does not say which documents it was trained on" in notice
     print_report(report.path)
     for shown in (
@@ -217,7 +223,7 @@ def test_a_dictionary_that_does_not_say_what_it_saw_is_measured_with_a_notice(
     measured = evaluate(
         config_for(path, world.corpus, tmp_path / "r2", nulls=(), store=world.store), lm=world.lm
     )
-    assert measured.data["notices"] == [], "its store says it"
+    assert not about_documents(measured), "its store says it"
 
 
 def test_too_little_text_is_an_error_and_leaves_nothing(tmp_path: Path, lm: LanguageModel) -> None:
