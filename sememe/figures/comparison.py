@@ -277,7 +277,7 @@ def directions_plot(data: Data) -> Figure | None:
                 colour = "white" if mmcs[i, j] < 0.6 else "black"
                 axes.text(j, i, f"{mmcs[i, j]:.2f}", ha="center", va="center", fontsize=7, color=colour)
     figure.colorbar(shown, ax=axes, shrink=0.8)
-    axes.set_title("mmcs: how much of the row is in the column")
+    axes.set_title("mmcs of row in column")
     return figure
 
 
