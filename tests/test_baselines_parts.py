@@ -104,7 +104,7 @@ def test_rica_finds_sparse_directions() -> None:
 
 
 def test_rica_of_more_directions_than_dimensions_reconstructs_and_finds_them_in_part() -> None:
-    """Its objective is not least at the truth there: longer runs move away from it (docs/dictionaries/rica.md)."""
+    """Its objective is not least at the truth there (docs/dictionaries/rica.md)."""
     truth, x = sparse_rows(12)
     made = RICA.fit(x, RICAConfig(d_sae=12))
     random = torch.randn(12, 8, generator=torch.Generator().manual_seed(1))

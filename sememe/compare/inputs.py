@@ -10,7 +10,7 @@ from sememe import artifact, dictionaries
 from sememe.dictionaries.base import Dictionary, Sites
 from sememe.errors import ConfigError, MismatchError, ShapeError
 
-__all__ = ["Opened", "open_all"]
+__all__ = ["Opened", "check_one_model", "open_all"]
 
 KINDS = ("dictionary", "sweep")
 RESERVED = ("base", "mean", "zero")

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sememe import kernels
-from sememe.dictionaries.base import ArchitectureConfig, Dictionary, Sites
+from sememe.dictionaries.base import ArchitectureConfig, Sites
+from sememe.dictionaries.fitted import Fitted
 from sememe.encoded import Encoded
 from sememe.errors import ActivationError, ConfigError, ShapeError
 
@@ -99,7 +99,7 @@ class PCAConfig(ArchitectureConfig):
 
 
 @final
-class PCA(Dictionary):
+class PCA(Fitted):
     """`acts = top_k((x - mean) C^T)` by absolute value, `recon = acts C + mean`; C holds orthonormal rows.
 
     Acts are signed: one component stands for two half-lines, which flatters its l0 by up to two.
@@ -114,14 +114,7 @@ class PCA(Dictionary):
         self, config: PCAConfig, d_in: int, d_out: int, d_sae: int, sites: Sites | None = None
     ) -> None:
         super().__init__(config, d_in, d_out, d_sae, sites)
-        self.check_autoencoder()
-        if config.k is not None and not 1 <= config.k <= d_sae:
-            raise ConfigError(f"k must be in [1, d_sae={d_sae}]", config.k, "Lower k.")
-        self.register_buffer("W_dec", torch.zeros(d_sae, d_out))
-        self.register_buffer("b_dec", torch.zeros(d_out))
         self.register_buffer("variance", torch.zeros(d_sae))
-        self.W_dec: Tensor
-        self.b_dec: Tensor
         self.variance: Tensor
 
     @classmethod
@@ -162,16 +155,6 @@ class PCA(Dictionary):
             return Encoded.from_topk(acts[:, :k], indices, self.d_sae)
         indices = acts.abs().topk(k, dim=1, sorted=False).indices
         return Encoded.from_topk(acts.gather(1, indices), indices.to(torch.int32), self.d_sae)
-
-    def decode(
-        self, encoded: Encoded, x: Float[Tensor, "batch d_in"] | None = None
-    ) -> Float[Tensor, "batch d_out"]:
-        """The weighted sum of components, plus the mean."""
-        return kernels.decode_encoded(encoded, self.W_dec, self.b_dec)
-
-    def decoder_directions(self) -> Float[Tensor, "d_sae d_out"]:
-        """The components."""
-        return self.W_dec
 
     def encoder_directions(self) -> Float[Tensor, "d_sae d_in"]:
         """The components."""

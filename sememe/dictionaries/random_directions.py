@@ -14,10 +14,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sememe import kernels
-from sememe.dictionaries.base import ArchitectureConfig, Dictionary, Sites
+from sememe.dictionaries.base import ArchitectureConfig, Sites
+from sememe.dictionaries.fitted import Fitted
 from sememe.dictionaries.initial import unit_rows
 from sememe.encoded import Encoded
-from sememe.errors import ConfigError, ShapeError
+from sememe.errors import ShapeError
 
 __all__ = ["RandomDirections", "RandomDirectionsConfig"]
 
@@ -36,23 +37,11 @@ class RandomDirectionsConfig(ArchitectureConfig):
 
 
 @final
-class RandomDirections(Dictionary):
+class RandomDirections(Fitted):
     """`acts = top_k((x - mean) D^T)`, `recon = acts D + mean`; the rows of D are uniform on the sphere."""
 
     kind = "random_directions"
     config: RandomDirectionsConfig
-
-    def __init__(
-        self, config: RandomDirectionsConfig, d_in: int, d_out: int, d_sae: int, sites: Sites | None = None
-    ) -> None:
-        super().__init__(config, d_in, d_out, d_sae, sites)
-        self.check_autoencoder()
-        if not 1 <= config.k <= d_sae:
-            raise ConfigError(f"k must be in [1, d_sae={d_sae}]", config.k, "Lower k or raise d_sae.")
-        self.register_buffer("W_dec", torch.zeros(d_sae, d_out))
-        self.register_buffer("b_dec", torch.zeros(d_out))
-        self.W_dec: Tensor
-        self.b_dec: Tensor
 
     @classmethod
     def rebuild(cls, config: dict[str, Any], d_in: int, d_out: int, d_sae: int, sites: Sites | None) -> Self:
@@ -96,16 +85,6 @@ class RandomDirections(Dictionary):
         projections = (x - self.b_dec) @ self.W_dec.T
         indices = projections.abs().topk(self.config.k, dim=1, sorted=False).indices
         return Encoded.from_topk(projections.gather(1, indices), indices.to(torch.int32), self.d_sae)
-
-    def decode(
-        self, encoded: Encoded, x: Float[Tensor, "batch d_in"] | None = None
-    ) -> Float[Tensor, "batch d_out"]:
-        """The weighted sum of directions, plus the mean."""
-        return kernels.decode_encoded(encoded, self.W_dec, self.b_dec)
-
-    def decoder_directions(self) -> Float[Tensor, "d_sae d_out"]:
-        """The directions."""
-        return self.W_dec
 
     def encoder_directions(self) -> Float[Tensor, "d_sae d_in"]:
         """The directions."""

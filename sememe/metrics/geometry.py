@@ -160,7 +160,7 @@ def encoder_decoder_cosine(
 ) -> Float[Tensor, " d_sae"]:
     """How much each latent reads along what it writes: 1 for tied weights, 0 where either has no length.
 
-    Source: Nanda 2023, who found a median near 0.6 for latents that are not rare.
+    Source: Nanda 2023, among the analyses of that replication.
 
     Args:
         W_enc: Encoder columns.
