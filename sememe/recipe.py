@@ -1,14 +1,15 @@
 """A recipe as it is written: its tables, and the stages they stand for. Runs nothing.
 
 A recipe is a TOML file with a `name`, the shared tables `[model]`, `[text]` and `[policy]`, and one table per
-stage: `[harvest]`, `[train]`, `[evaluate]`, `[interpret]`, `[explain]`, `[export]`, `[compare]`. A stage's table holds
+stage: `[harvest]`, `[train]`, `[fit]`, `[evaluate]`, `[interpret]`, `[explain]`, `[export]`, `[compare]`. A stage's table holds
 its verb's options; where it reads and writes follows from the name:
 
-    artifacts/NAME/{store, dictionary, report, atlas, explanations, site, comparison}
+    artifacts/NAME/{store, dictionary, baseline, report, atlas, explanations, site, comparison}
 
 Several dictionaries are `[train.NAME]` tables with an architecture each, or come from a `[train.sweep]`; their
-results lie one folder deeper: `dictionary/NAME`, `report/NAME`. With a `[compare]` table they are compared at the end,
-and `[evaluate]`, `[interpret]` and `[export]` happen only where their tables are there.
+results lie one folder deeper: `dictionary/NAME`, `report/NAME`. `[fit.NAME]` tables, with a baseline each, add baselines
+and sparse coders in `baseline/NAME`. With a `[compare]` table all of them are compared at the end, and `[evaluate]`, `[interpret]` and
+`[export]` happen only where their tables are there.
 """
 
 from __future__ import annotations
@@ -23,13 +24,16 @@ from sememe.errors import ConfigError, nearest
 __all__ = ["Recipe", "Stage", "place_of", "read_recipe", "stages"]
 
 SHARED = ("model", "text", "policy")
-STAGES = ("harvest", "train", "evaluate", "interpret", "explain", "export", "compare")
+STAGES = ("harvest", "train", "fit", "evaluate", "interpret", "explain", "export", "compare")
 OPTIONAL = ("explain", "compare")
 """Stages that happen only where their tables are there."""
 
 
 class Recipe(NamedTuple):
-    """A recipe's tables as plain data. `dictionaries` maps a name to a train table; "" is the only one."""
+    """A recipe's tables as plain data.
+
+    `dictionaries` maps a name to a train table; "" is the only one. `baselines` maps a name to a fit table.
+    """
 
     name: str
     model: dict[str, Any]
@@ -37,6 +41,7 @@ class Recipe(NamedTuple):
     policy: dict[str, Any]
     harvest: dict[str, Any]
     dictionaries: dict[str, dict[str, Any]]
+    baselines: dict[str, dict[str, Any]]
     evaluate: dict[str, Any] | None
     interpret: dict[str, Any] | None
     explain: dict[str, Any] | None
@@ -48,7 +53,7 @@ class Stage(NamedTuple):
     """One verb of a recipe, with all its options."""
 
     verb: str
-    """harvest, train, evaluate, interpret, explain, export or compare."""
+    """harvest, train, fit, evaluate, interpret, explain, export or compare."""
     name: str
     """The dictionary it is about; "" for the only one, and for harvest."""
     path: Path
@@ -89,13 +94,15 @@ def read_recipe(path: str | Path) -> Recipe:
             ", ".join(data) or "nothing",
             "Add them.",
         )
-    train = data["train"]
-    named = {
-        key: value for key, value in train.items() if isinstance(value, dict) and "architecture" in value
-    }
-    common = {key: value for key, value in train.items() if key not in named}
-    dictionaries = {key: common | value for key, value in named.items()} if named else {"": train}
-    optional = STAGES[2:] if "compare" in data else OPTIONAL
+    dictionaries = _named(data["train"], "architecture")
+    baselines = _named(data.get("fit", {}), "baseline")
+    if not set(baselines).isdisjoint(dictionaries) or (baselines and set(baselines) & {""}):
+        raise ConfigError(
+            "each [fit.NAME] must have a baseline and a name that no [train.NAME] has",
+            ", ".join(repr(name) for name in baselines),
+            'Write [fit.pca] with baseline = {kind = "pca"}.',
+        )
+    optional = STAGES[3:] if "compare" in data else OPTIONAL
     return Recipe(
         name,
         data.get("model", {}),
@@ -103,8 +110,18 @@ def read_recipe(path: str | Path) -> Recipe:
         data.get("policy", {}),
         data["harvest"],
         dictionaries,
-        *(data.get(stage, None if stage in optional else {}) for stage in STAGES[2:]),
+        baselines,
+        *(data.get(stage, None if stage in optional else {}) for stage in STAGES[3:]),
     )
+
+
+def _named(table: dict[str, Any], mark: str) -> dict[str, dict[str, Any]]:
+    """A table's named parts, those that hold `mark`, each with what all share; the table itself as "" if none does."""
+    named = {key: value for key, value in table.items() if isinstance(value, dict) and mark in value}
+    common = {key: value for key, value in table.items() if key not in named}
+    if named:
+        return {key: common | value for key, value in named.items()}
+    return {"": table} if table else {}
 
 
 def place_of(recipe: Recipe, out: str | Path | None) -> Path:
@@ -139,6 +156,7 @@ def stages(recipe: Recipe, base: Path) -> list[Stage]:
             }
             label = "" if place == Path() else str(place)
             found += _after_training(recipe, label, store, paths, where)
+    found += _baselines(recipe, base, store, where)
     if recipe.compare is not None:
         from sememe.compare import CompareConfig
 
@@ -147,13 +165,14 @@ def stages(recipe: Recipe, base: Path) -> list[Stage]:
         n_trained = sum(
             len(swept_names(stage.config)) for stage in training if isinstance(stage.config, TrainConfig)
         )
-        if n_trained < 2:
+        if n_trained + len(recipe.baselines) < 2:
             raise ConfigError(
-                f"a recipe that ends in [compare] must train at least two dictionaries ({recipe.name})",
+                f"a recipe that ends in [compare] must make at least two dictionaries ({recipe.name})",
                 n_trained,
-                "Add [train.NAME] tables or a sweep, or drop [compare].",
+                "Add [train.NAME] or [fit.NAME] tables or a sweep, or drop [compare].",
             )
-        about = {"dictionaries": tuple(stage.path for stage in training), "store": store, "out": out}
+        compared = tuple(stage.path for stage in found if stage.verb in ("train", "fit"))
+        about = {"dictionaries": compared, "store": store, "out": out}
         compare = CompareConfig.build({**shared, **recipe.compare, **about}, where)
         found.append(Stage("compare", "", out, compare))
     if harvest.split != "train" and any(stage.verb in ("evaluate", "compare") for stage in found):
@@ -162,6 +181,28 @@ def stages(recipe: Recipe, base: Path) -> list[Stage]:
             repr(harvest.split),
             "Leave split out of [harvest].",
         )
+    return found
+
+
+def _baselines(recipe: Recipe, base: Path, store: Path, where: str) -> list[Stage]:
+    """The fit stages. `over` is the name of one of the recipe's dictionaries."""
+    if not recipe.baselines:
+        return []
+    from sememe.fit import FitConfig
+
+    found = []
+    for name, table in recipe.baselines.items():
+        about: dict[str, Any] = {"store": store, "out": base / "baseline" / name}
+        if "over" in table:
+            over = str(table["over"])
+            if over not in recipe.dictionaries:
+                raise ConfigError(
+                    f"over must name a dictionary that the recipe {recipe.name} trains",
+                    repr(over),
+                    nearest(over, recipe.dictionaries),
+                )
+            about["over"] = base / "dictionary" / over
+        found.append(Stage("fit", name, about["out"], FitConfig.build({**table, **about}, where)))
     return found
 
 

@@ -84,6 +84,7 @@ def _do(stage: Stage, fresh: bool) -> None:
     from sememe.compare import compare
     from sememe.evaluate import evaluate
     from sememe.explain import explain
+    from sememe.fit import fit
     from sememe.harvest import harvest
     from sememe.interpret import interpret
     from sememe.train import TrainConfig, train, train_sweep
@@ -91,6 +92,7 @@ def _do(stage: Stage, fresh: bool) -> None:
     verbs: dict[str, Callable[..., Any]] = {
         "harvest": harvest,
         "train": train,
+        "fit": fit,
         "evaluate": evaluate,
         "interpret": interpret,
         "explain": explain,

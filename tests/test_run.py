@@ -95,6 +95,48 @@ def test_a_recipe_can_end_in_a_comparison(place, tmp_path, capsys):
     assert all(result.reused for result in run(tmp_path / "compared.toml", out=tmp_path / "out"))
 
 
+def test_baselines_and_coders_are_fitted_and_compared(place, tmp_path):
+    recipe = (place / "small.toml").read_text().replace("epochs = 3", "epochs = 1")
+    recipe = recipe.replace("[train.architecture]", "[train.one.architecture]")
+    recipe = (
+        recipe[: recipe.index("[evaluate]")]
+        + "[fit.coder]\nover = 'one'\nn_rows = 300\nbaseline = {kind = 'sparse_coder', k = 4}\n"
+        + "[fit.axes]\nn_rows = 300\nbaseline = {kind = 'pca', k = 4}\n"
+        + "[compare]\nn_tokens = 600\nn_fit_rows = 500\nnulls = ['untrained']\n"
+    )
+    file = tmp_path / "fitted.toml"
+    file.write_text(recipe)
+    results = run(file, out=tmp_path / "out")
+    assert [result.stage for result in results] == [
+        "harvest",
+        "train one",
+        "fit coder",
+        "fit axes",
+        "compare",
+    ]
+    data = json.loads((tmp_path / "out" / "comparison" / "comparison.json").read_text())
+    fvu = {row["name"]: row["metrics"]["fvu"]["value"] for row in data["rows"]}
+    assert list(fvu)[:3] == ["one", "coder", "axes"]
+    assert fvu["coder"] < fvu["one"]  # the best four of the same directions
+    assert all(result.reused for result in run(file, out=tmp_path / "out"))
+    for old, new, message in (
+        (
+            "over = 'one'",
+            "over = 'two'",
+            r"over must name a dictionary that the recipe .* trains, got 'two'. ",
+        ),
+        (
+            "[fit.axes]",
+            "[fit.one]",
+            r"a name that no \[train.NAME\] has, got 'coder', 'one'. Write \[fit.pca\]",
+        ),
+        ("[fit.axes]", "[fit.axes.more]", r"fit|baseline"),
+    ):
+        file.write_text(recipe.replace(old, new))
+        with pytest.raises(ConfigError, match=message):
+            run(file, out=tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

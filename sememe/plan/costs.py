@@ -21,6 +21,7 @@ __all__ = [
     "explain_seconds",
     "export_bytes",
     "export_seconds",
+    "fit_bytes",
     "harvest_bytes",
     "harvest_seconds",
     "interpret_bytes",
@@ -154,6 +155,12 @@ def train_bytes(sizes: Sequence[Dictionary], batch_size: int, buffer: float) -> 
     selection = max(batch_size * size.d_sae * (4.0 if size.kind in FAST else 24.0) for size in sizes)
     # Weights, gradients, two moments; on the disk the dictionary and two checkpoints of weights and moments.
     return Bytes(BASE + 4 * weights + rows + selection + buffer, 7 * weights)
+
+
+def fit_bytes(d_in: int, d_sae: int, n_rows: int, shard: float) -> Bytes:
+    """Args: n_rows: rows held in memory, beside their codes; shard: bytes of a shard of the store."""
+    weights = 4.0 * d_sae * (2 * d_in + 2)
+    return Bytes(BASE + 4 * weights + 4.0 * n_rows * (4 * d_in + min(d_sae, 256)) + 2 * shard, weights)
 
 
 def train_seconds(sizes: Sequence[Dictionary], speed: Speed, batch_size: int, n_steps: int) -> float:

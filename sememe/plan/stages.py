@@ -16,6 +16,7 @@ from sememe import artifact, dictionaries, lm
 from sememe.compare import CompareConfig
 from sememe.errors import HookpointError, nearest
 from sememe.evaluate import EvaluateConfig
+from sememe.fit import FitConfig
 from sememe.harvest import HarvestConfig
 from sememe.interpret import InterpretConfig
 from sememe.lm import Outline
@@ -119,6 +120,8 @@ class _Planner:
             return Estimate(stage, False, None, None, note=f"the config of {name} is not at hand")
         if isinstance(config, TrainConfig):
             return self._train(stage, config, rows)
+        if isinstance(config, FitConfig):
+            return self._fit(stage, config, rows)
         if model is not None and isinstance(config, HarvestConfig):
             return self._harvest(stage, config, model, rows)
         if model is not None and isinstance(config, EvaluateConfig):
@@ -252,6 +255,18 @@ class _Planner:
         knobs = [Knob("d_sae", widths.pop(), lambda n: needs(n, batch))] if len(widths) == 1 else []
         knobs.append(Knob("batch_size", batch, lambda n: needs(None, n)))
         return Estimate(stage, False, needs(None, batch), seconds, tuple(knobs))
+
+    def _fit(self, stage: Stage, config: FitConfig, rows: _Rows) -> Estimate:
+        """Memory only: how long a search for codes takes hangs on the kind, and is not known here."""
+        names = tuple(rows.widths) if config.hookpoint is None else (config.hookpoint,)
+        d_in = sum(rows.widths[name] for name in names if name in rows.widths)
+        shard = rows.n_bytes(names) / rows.n_rows * rows.shard_rows
+
+        def needs(n_rows: int) -> Bytes:
+            d_sae = config.baseline.width(d_in)
+            return costs.fit_bytes(d_in, d_sae, min(n_rows, rows.n_rows), shard)
+
+        return Estimate(stage, False, needs(config.n_rows), None, (Knob("n_rows", config.n_rows, needs),))
 
     def _evaluate(self, stage: Stage, config: EvaluateConfig, model: Outline, rows: _Rows) -> Estimate:
         train = self._train_config(stage.name)
