@@ -6,7 +6,7 @@
     ├── ModelError           a language model cannot be found, read, or used
     │   └── HookpointError   a hookpoint does not exist in the model
     ├── TextError            a corpus cannot be found, is empty, or is too short
-    ├── ActivationError      activations are NaN, infinite, or otherwise unusable
+    ├── ActivationError      activations, or a dictionary's weights, are NaN, infinite, or otherwise unusable
     ├── ArtifactError        a folder on disk is not the artifact that was asked for
     │   ├── CorruptError     a file is truncated or does not match its hash
     │   ├── MismatchError    an artifact belongs to another model, layer, policy, config or parent
@@ -85,7 +85,7 @@ class TextError(SememeError):
 
 
 class ActivationError(SememeError):
-    """Activations are NaN, infinite, or otherwise unusable."""
+    """Activations, or a dictionary's weights, are NaN, infinite, or otherwise unusable."""
 
 
 class ArtifactError(SememeError):

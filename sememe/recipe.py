@@ -1,15 +1,15 @@
 """A recipe as it is written: its tables, and the stages they stand for. Runs nothing.
 
 A recipe is a TOML file with a `name`, the shared tables `[model]`, `[text]` and `[policy]`, and one table per
-stage: `[harvest]`, `[train]`, `[fit]`, `[evaluate]`, `[interpret]`, `[explain]`, `[export]`, `[compare]`. A stage's table holds
-its verb's options; where it reads and writes follows from the name:
+stage: `[harvest]`, `[train]`, `[fit]`, `[evaluate]`, `[interpret]`, `[explain]`, `[export]`, `[compare]`. A stage's
+table holds its verb's options; where it reads and writes follows from the name:
 
     artifacts/NAME/{store, dictionary, baseline, report, atlas, explanations, site, comparison}
 
 Several dictionaries are `[train.NAME]` tables with an architecture each, or come from a `[train.sweep]`; their
-results lie one folder deeper: `dictionary/NAME`, `report/NAME`. `[fit.NAME]` tables, with a baseline each, add baselines
-and sparse coders in `baseline/NAME`. With a `[compare]` table all of them are compared at the end, and `[evaluate]`, `[interpret]` and
-`[export]` happen only where their tables are there.
+results lie one folder deeper: `dictionary/NAME`, `report/NAME`. `[fit.NAME]` tables, with a baseline each, add
+baselines and sparse coders in `baseline/NAME`. With a `[compare]` table all of them are compared at the end, and
+`[evaluate]`, `[interpret]` and `[export]` happen only where their tables are there.
 """
 
 from __future__ import annotations

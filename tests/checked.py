@@ -26,6 +26,7 @@ UNCHECKED = {
     "sememe.kernels.gpu.selection",
     "sememe.kernels.gpu.sparse",
     "sememe.kernels.pursuit",
+    "sememe.metrics.loops",
 }
 """numba and Triton compile a function's source, which a checked function no longer is."""
 

@@ -7,9 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
 
 from sememe import metrics
-from sememe.errors import ConfigError, ShapeError
+from sememe.errors import ActivationError, ConfigError, ShapeError
+from sememe.metrics.assignment import assign
 
 
 def rows(n: int, d: int, seed: int = 0) -> torch.Tensor:
@@ -38,6 +40,85 @@ def test_a_matching_is_the_best_of_all(n_a, n_b, seed):
     assert len(set(found.a.tolist())) == len(set(found.b.tolist())) == min(n_a, n_b)
     for i, j, cosine in zip(*found, strict=True):
         assert float(cosine) == pytest.approx(cosines(a, b)[i, j], abs=1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(1, 120),
+    st.integers(0, 60),
+    st.integers(2, 40),
+    st.floats(0, 1),
+    st.integers(0, 2**31),
+    st.integers(1, 50),
+)
+def test_a_matching_without_the_table_is_that_of_scipy_with_it(n_a, more, d, alike, seed, block):
+    a, b = rows(n_a, d, seed), rows(n_a + more, d, seed + 1)
+    twins = int(alike * n_a)
+    b[:twins] = a[:twins] + 0.3 * b[:twins]
+    b[-1] = b[0]  # ties
+    a[0] = 0
+    unit_a, unit_b = metrics.unit_rows(a), metrics.unit_rows(b)
+    columns, _ = assign(unit_a, unit_b, block=block)
+    table = (unit_a @ unit_b.T).double().numpy()
+    mine, theirs = linear_sum_assignment(table, maximize=True)
+    assert len(set(columns.tolist())) == n_a and min(columns.tolist()) >= 0
+    ours = table[np.arange(n_a), columns.numpy()].sum()
+    assert ours == pytest.approx(table[mine, theirs].sum(), abs=1e-6 * n_a)
+    assert torch.equal(columns, assign(unit_a, unit_b, block=block)[0]), "the same twice"
+
+
+def test_a_matching_that_its_first_candidates_do_not_hold_is_found():
+    """All rows want the same few columns: most have to be looked for."""
+    crowd = rows(1, 30) + 0.01 * rows(200, 30, 1)
+    others = torch.cat([crowd[:20], rows(180, 30, 2)])
+    columns, n_looks = assign(metrics.unit_rows(crowd), metrics.unit_rows(others))
+    table = cosines(crowd, others)
+    mine, theirs = linear_sum_assignment(table, maximize=True)
+    assert n_looks > 1
+    assert table[np.arange(200), columns.numpy()].sum() == pytest.approx(table[mine, theirs].sum(), abs=2e-4)
+
+
+def test_a_matching_does_not_mind_which_side_is_smaller():
+    a, b = rows(30, 8), rows(50, 8, 1)
+    one, other = metrics.match(a, b), metrics.match(b, a)
+    assert one.a.tolist() == other.b[other.b.argsort()].tolist()
+    assert one.b.tolist() == other.a[other.b.argsort()].tolist()
+    assert other.a.tolist() == sorted(other.a.tolist())
+
+
+def broken(n: int, d: int) -> torch.Tensor:
+    made = rows(n, d)
+    made[1, 2] = torch.nan
+    return made
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda bad, good, few: metrics.match(good, bad),
+        lambda bad, good, few: metrics.self_similarity([good, bad]),
+        lambda bad, good, few: metrics.splits(good, bad),
+        lambda bad, good, few: metrics.opposites(bad),
+        lambda bad, good, few: metrics.cheats(bad, few, 1.0),
+        lambda bad, good, few: metrics.rare_cluster(bad.T, few),
+        lambda bad, good, few: metrics.neuron_sparsity(bad),
+        lambda bad, good, few: metrics.outlier_dimensions(bad),
+    ],
+)
+def test_a_choice_refuses_nan_which_its_answer_could_not_show(ask):
+    good, few = rows(6, 12), torch.full((6,), 0.01)
+    with pytest.raises(
+        ActivationError, match=r"must be finite, got NaN or infinity in 1 of 6, the first being 1\. Look"
+    ):
+        ask(broken(6, 12), good, few)
+    with pytest.raises(ActivationError, match=r"densities must be finite, got NaN"):
+        metrics.cheats(good, torch.full((6,), torch.nan), 1.0)
+
+
+def test_nan_in_a_mean_of_cosines_stays_nan():
+    good = rows(6, 12)
+    for found in (metrics.mmcs(broken(6, 12), good), metrics.mmacs(good, broken(6, 12))):
+        assert np.isnan(found)
 
 
 def test_a_shuffled_dictionary_is_matched_to_itself():

@@ -307,7 +307,9 @@ class Measured:
         found = self.sparsity[name]
         l0 = found.compute()["l0"].value
         W_dec = dictionary.decoder_directions().detach()
-        return metrics.cheats(W_dec, found.density().to(W_dec.device), l0).named if math.isfinite(l0) else ()
+        if not (math.isfinite(l0) and bool(torch.isfinite(W_dec).all())):
+            return ()  # NaN stands in the numbers, with its cause
+        return metrics.cheats(W_dec, found.density().to(W_dec.device), l0).named
 
     # -- the report --------------------------------------------------------------------------------
 

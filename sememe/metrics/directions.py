@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sememe.errors import ConfigError, ShapeError
+from sememe.errors import ActivationError, ConfigError, ShapeError
 
-__all__ = ["Nearest", "mcs", "mmcs", "nearest_directions", "unit_rows"]
+__all__ = ["Nearest", "check_finite", "mcs", "mmcs", "nearest_directions", "unit_rows"]
 
 
 class Nearest(NamedTuple):
@@ -91,3 +91,22 @@ def unit_rows(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     x = x.detach().float()
     norms = x.norm(dim=1, keepdim=True)
     return torch.where(norms == 0, 0.0, x / norms)  # so written, NaN stays
+
+
+def check_finite(rows: Float[Tensor, "n ..."], what: str) -> None:
+    """Refuse NaN and infinity where an answer is yes or no, or a choice, and cannot be NaN itself.
+
+    Args:
+        rows: Rows, or a number for each of something.
+        what: What they are, for the message.
+
+    Raises:
+        ActivationError: some are not finite.
+    """
+    broken = torch.nonzero(~torch.isfinite(rows.detach()).view(rows.shape[0], -1).all(1)).view(-1)
+    if broken.numel():
+        raise ActivationError(
+            f"{what} must be finite",
+            f"NaN or infinity in {broken.numel()} of {rows.shape[0]}, the first being {int(broken[0])}",
+            "Look for the step at which training lost them; its last good checkpoint is kept.",
+        )

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sememe.errors import ConfigError, ShapeError
-from sememe.metrics.directions import nearest_directions, unit_rows
+from sememe.metrics.directions import check_finite, nearest_directions, unit_rows
 
 __all__ = [
     "Moments",
@@ -54,7 +54,9 @@ def neuron_sparsity(W_dec: Float[Tensor, "d_sae d"]) -> NeuronSparsity:
 
     Raises:
         ShapeError: fewer than ten dimensions.
+        ActivationError: a row is NaN or infinite.
     """
+    check_finite(W_dec, "decoder rows")
     if W_dec.shape[1] < 10:
         raise ShapeError(
             "neuron sparsity must be asked of at least 10 dimensions",
@@ -174,7 +176,11 @@ def outlier_dimensions(W_dec: Float[Tensor, "d_sae d"], times: float = 6.0) -> I
     """Dimensions whose mean square over all rows is more than `times` the median dimension's, largest first.
 
     Language models have a few dimensions of huge variance; latents that lie in them say little.
+
+    Raises:
+        ActivationError: a row is NaN or infinite.
     """
+    check_finite(W_dec, "decoder rows")
     energy = unit_rows(W_dec).square().mean(0)
     found = torch.nonzero(energy > times * energy.median()).view(-1)
     return found[energy[found].argsort(descending=True)]

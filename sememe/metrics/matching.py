@@ -1,7 +1,7 @@
 """One dictionary against another, or against itself later: one-to-one matches, stability, splitting, cheats.
 
-Knows matrices of rows. Cosines are signed unless `absolute` is said; nothing of size n_a x n_b is held but by `match`,
-whose assignment needs it.
+Knows matrices of rows. Cosines are signed unless `absolute` is said; nothing of size n_a x n_b is held. Where an answer
+is yes or no, or a choice, NaN is refused, as it could not be seen in the answer.
 """
 
 from __future__ import annotations
@@ -9,14 +9,13 @@ from __future__ import annotations
 import itertools
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from sememe.errors import ShapeError
-from sememe.metrics.directions import mcs, nearest_directions, unit_rows
+from sememe.metrics.assignment import assign
+from sememe.metrics.directions import check_finite, mcs, nearest_directions, unit_rows
 
 __all__ = [
     "Cheats",
@@ -46,21 +45,29 @@ class Match(NamedTuple):
     cosines: Float[Tensor, " n"]
 
 
-def match(a: Float[Tensor, "n_a d"], b: Float[Tensor, "n_b d"], *, block: int = 4096) -> Match:
-    """The one-to-one matching with the largest sum of cosines (Hungarian). Takes about 20 n_a n_b bytes (the cosines,
-    and scipy's copies in float64), and n^3 steps at worst.
+def match(a: Float[Tensor, "n_a d"], b: Float[Tensor, "n_b d"], *, block: int = 2048) -> Match:
+    """The one-to-one matching with the largest sum of cosines (Hungarian), to 1e-6 in their mean.
+
+    Args:
+        a: Directions of any length; one of length zero has cosine 0 with everything.
+        b: Directions of any length.
+        block: Rows of the smaller set at a time: memory is about 12 block n bytes, n the larger set's size.
 
     Raises:
         ShapeError: the two sets live in different spaces.
+        ActivationError: a direction is NaN or infinite.
     """
     _check(a, b)
-    unit_a, unit_b = unit_rows(a), unit_rows(b)
-    cosines = np.empty((a.shape[0], b.shape[0]), np.float32)
-    for start in range(0, a.shape[0], block):
-        cosines[start : start + block] = (unit_a[start : start + block] @ unit_b.T).cpu().numpy()
-    rows, columns = linear_sum_assignment(cosines, maximize=True)
-    found = torch.from_numpy(cosines[rows, columns])
-    return Match(torch.from_numpy(rows), torch.from_numpy(columns), found.clamp(-1, 1))
+    check_finite(a, "directions that are matched")
+    check_finite(b, "directions that are matched")
+    few, many = (unit_rows(side) for side in ((a, b) if a.shape[0] <= b.shape[0] else (b, a)))
+    theirs, _ = assign(few, many, block=block)
+    mine = torch.arange(few.shape[0])
+    cosines = (few * many[theirs.to(many.device)]).sum(1).clamp(-1, 1).cpu()
+    if a.shape[0] <= b.shape[0]:
+        return Match(mine, theirs, cosines)
+    order = theirs.argsort()
+    return Match(theirs[order], mine[order], cosines[order])
 
 
 def mmacs(a: Float[Tensor, "n_a d"], b: Float[Tensor, "n_b d"], *, block: int = 4096) -> float:
@@ -93,6 +100,7 @@ def self_similarity(checkpoints: list[Float[Tensor, "d_sae d"]]) -> Stability:
 
     Raises:
         ShapeError: fewer than two, or of different shapes.
+        ActivationError: a direction is NaN or infinite.
     """
     shapes = {tuple(rows.shape) for rows in checkpoints}
     if len(checkpoints) < 2 or len(shapes) != 1:
@@ -101,6 +109,8 @@ def self_similarity(checkpoints: list[Float[Tensor, "d_sae d"]]) -> Stability:
             f"{len(checkpoints)} of shapes {sorted(shapes)}",
             "Train with --keep-checkpoints, and pass them all.",
         )
+    for number, rows in enumerate(checkpoints):
+        check_finite(rows, f"directions of checkpoint {number}")
     units = [unit_rows(rows) for rows in checkpoints]
     similarity = torch.stack([(one * two).sum(1) for one, two in itertools.pairwise(units)])
     so_far = torch.cummax(similarity, dim=0).values
@@ -133,7 +143,12 @@ def splits(
     `least`; a small one's latent with two such or more is split.
 
     Source: Bricken et al. 2023, section "Feature splitting"; the assignment to the nearest is ours.
+
+    Raises:
+        ActivationError: a direction is NaN or infinite.
     """
+    check_finite(small, "the small dictionary's directions")
+    check_finite(large, "the large dictionary's directions")
     nearest = nearest_directions(large, small, block=block)
     cosines, parent = nearest.cosines[:, 0], nearest.indices[:, 0]
     counts = torch.bincount(parent[cosines >= least], minlength=small.shape[0])
@@ -151,7 +166,11 @@ def opposites(
     """Rows that have an opposite among the others: a cosine of at most `most`.
 
     A pair of opposite latents is a single signed one, and a whole dictionary of them, [U, -U], writes everything.
+
+    Raises:
+        ActivationError: a row is NaN or infinite.
     """
+    check_finite(rows, "directions")
     found = nearest_directions(rows, -rows, block=block).cosines[:, 0]
     return torch.nonzero(found >= -most).view(-1)
 
@@ -182,7 +201,12 @@ def cheats(
         density: Share of the rows on which each latent is active.
         l0: Mean number of active latents.
         block: Rows compared at a time.
+
+    Raises:
+        ActivationError: a row or a density is NaN or infinite.
     """
+    check_finite(W_dec, "decoder rows")
+    check_finite(density, "densities")
     squares = unit_rows(W_dec).square()
     one_hot = float((squares.amax(1) > ONE_HOT).double().mean())
     paired = opposites(W_dec, block=block).numel() / W_dec.shape[0]
@@ -224,7 +248,12 @@ def rare_cluster(
         W_enc: Encoder weights.
         density: Share of the rows on which each latent is active.
         below: Latents with less than this are rare.
+
+    Raises:
+        ActivationError: an encoder column or a density is NaN or infinite.
     """
+    check_finite(W_enc.T, "encoder columns")
+    check_finite(density, "densities")
     rare = torch.nonzero(density < below).view(-1)
     share = rare.numel() / density.shape[0]
     if rare.numel() == 0:
