@@ -56,6 +56,21 @@ class Config(pydantic.BaseModel):
         except pydantic.ValidationError as error:
             raise _rewrite(cls, error, where) from None
 
+    def check_inert(self, *names: str, without: str) -> None:
+        """Raise a ConfigError if one of the options differs from its default although it has no effect.
+
+        Args:
+            names: The options.
+            without: Why they have none, e.g. "auxk_coefficient is 0".
+        """
+        for name in names:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ConfigError(
+                    f"{name} must be left out when {without}: it has no effect then",
+                    getattr(self, name),
+                    "Drop it.",
+                )
+
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, validated again."""
         data = {name: getattr(self, name) for name in type(self).model_fields}

@@ -30,7 +30,7 @@ from sememe.store import open_store
 
 __all__ = ["KINDS", "FitConfig", "fit"]
 
-VERSION = 1
+VERSION = 2
 N_PROBE_ROWS = 16
 
 KINDS: dict[str, type[Config]] = {

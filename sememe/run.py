@@ -16,7 +16,7 @@ from sememe.errors import ArtifactError
 from sememe.plan import check
 from sememe.recipe import Recipe, Stage, place_of, read_recipe, stages
 
-__all__ = ["StageResult", "print_comparison", "print_report", "run"]
+__all__ = ["StageResult", "print_comparison", "print_geometry", "print_report", "run"]
 
 
 WIDE = 140
@@ -205,11 +205,46 @@ def print_comparison(path: str | Path) -> None:
     table.add_column("")
     for name in directions["names"]:
         table.add_column(name, justify="right")
-    for name, values in zip(directions["names"], directions["mmcs"], strict=True):
-        table.add_row(name, *(f"{value:.3f}" for value in values))
+    table.add_column("random", justify="right")
+    for name, values, random in zip(
+        directions["names"], directions["mmcs"], directions["random"], strict=True
+    ):
+        table.add_row(name, *(f"{value:.3f}" for value in (*values, random)))
     if len(directions["names"]) <= MAX_NAMES:
         console.print("mmcs: how much of the row is in the column", soft_wrap=True, highlight=False)
         console.print(table)
+    for notice in data["notices"]:
+        console.print(notice, soft_wrap=True, markup=False, highlight=False)
+
+
+def print_geometry(path: str | Path) -> None:
+    """Where latents lie, in short: the classes, and who has whose."""
+    from rich.console import Console
+    from rich.table import Table
+
+    data = json.loads((Path(path) / "geometry.json").read_text(encoding="utf-8"))
+    console = Console()
+    table = Table(title="means over latents, and of random directions")
+    table.add_column("")
+    for row in data["rows"]:
+        for name in (row["name"], "random"):
+            table.add_column(name, justify="right")
+    for name in dict.fromkeys(name for row in data["rows"] for name in row["numbers"]):
+        cells = []
+        for row in data["rows"]:
+            one = row["numbers"].get(name, {})
+            cells += [_shown(one, bounds=False), _shown({"value": one.get("random")})]
+        table.add_row(name, *cells)
+    console.print(table)
+    for pair in data["pairs"]:
+        one = pair["matched_cosine"]
+        console.print(
+            f"{pair['small']} in {pair['large']}: one to one, mean cosine {one['value']:.3f} "
+            f"(random {one['random']:.3f}), {one['share_above_0.9']:.0%} above 0.9; "
+            f"{pair['splits']['n']:,} latents split",
+            soft_wrap=True,
+            highlight=False,
+        )
     for notice in data["notices"]:
         console.print(notice, soft_wrap=True, markup=False, highlight=False)
 

@@ -16,6 +16,7 @@ CONFIGS = {
     "evaluate": "EvaluateConfig",
     "compare": "CompareConfig",
     "concepts": "ConceptsConfig",
+    "geometry": "GeometryConfig",
     "report": "ReportConfig",
     "interpret": "InterpretConfig",
     "explain": "ExplainConfig",

@@ -84,6 +84,8 @@ def test_several_give_a_matrix(tmp_path: Path, pair: object) -> None:
     data = json.loads((done.path / "comparison.json").read_text())
     assert data["pair"] is None and not list(done.path.glob("*.npz"))
     assert np.allclose(data["directions"]["mmcs"], [[1, 0.5, 0.25], [0.8, 1, 0.4], [1, 1, 1]])
+    random = data["directions"]["random"]
+    assert len(random) == 3 and all(0 < value < 1 for value in random)
 
 
 def test_the_second_run_opens_it(tmp_path: Path, pair: object) -> None:

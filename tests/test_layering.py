@@ -26,7 +26,7 @@ LAYERS = [
     ["source", "end_to_end", "measure"],
     ["probes"],
     [
-        "harvest", "train", "fit", "evaluate", "compare", "concepts", "interpret", "explain",
+        "harvest", "train", "fit", "evaluate", "compare", "concepts", "geometry", "interpret", "explain",
         "intervene", "pretrain", "convert", "publish", "report",
     ],
     ["browse"],

@@ -300,6 +300,45 @@ def test_a_probe_ranks_latents_by_cosine():
     assert found.tolist() == pytest.approx([3 / 10**0.5, 1 / 10**0.5, -3 / 10**0.5])
 
 
+def test_correlations_are_numpys():
+    values = rows(300, 5)
+    values[:, 1] = values[:, 0] + 0.1 * values[:, 1]
+    table = np.abs(np.corrcoef(values.double().numpy().T))[~np.eye(5, dtype=bool)]
+    found = metrics.correlations(values)
+    assert found.mean_absolute == pytest.approx(table.mean(), abs=1e-9)
+    assert found.share_small == pytest.approx((table < 0.05).mean())
+    values[:, 2] = 1
+    constant = metrics.correlations(values)
+    assert np.isnan(constant.mean_absolute) and np.isnan(constant.share_small)
+
+
+def test_a_mean_over_latents_has_an_interval_that_covers():
+    inside = 0
+    for seed in range(200):
+        found = metrics.over_latents(rows(80, 1, seed)[:, 0].double() + 2, n_bootstrap=200, seed=seed)
+        inside += found.low < 2 < found.high
+    assert 178 <= inside <= 198  # 95% of 200, and three standard errors
+    many = rows(5000, 1)[:, 0].double()
+    found = metrics.over_latents(many)
+    assert found.value == pytest.approx(float(many.mean()))
+    assert (found.high - found.low) / 2 == pytest.approx(1.96 * float(many.std()) / 5000**0.5, rel=0.15)
+    broken = metrics.over_latents(torch.tensor([1.0, torch.nan]), cause="one is nothing")
+    assert np.isnan(broken.value) and broken.cause == "one is nothing"
+    assert metrics.over_latents(torch.ones(1)).cause == "an interval needs at least 2 latents"
+
+
+def test_the_rare_cluster_says_whether_it_writes_one_direction_too():
+    W_enc, density = rows(40, 20).T.contiguous(), torch.full((40,), 0.01)
+    W_enc[:, 10:30] = rows(1, 20, 5).T + 0.02 * rows(20, 20, 6)
+    density[10:30] = 0
+    apart = metrics.rare_cluster(W_enc, density, W_dec=rows(40, 20, 7))
+    assert apart.coincide == 1 and apart.decoders_coincide == 0
+    together = metrics.rare_cluster(W_enc, density, W_dec=W_enc.T)
+    assert together.decoders_coincide == 1
+    assert metrics.rare_cluster(W_enc, density).decoders_coincide is None
+    assert metrics.rare_cluster(W_enc, torch.ones(40), W_dec=W_enc.T).decoders_coincide == 0
+
+
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("ask", "error", "message"),
@@ -314,6 +353,11 @@ def test_a_probe_ranks_latents_by_cosine():
             lambda: metrics.self_similarity([rows(2, 3), rows(3, 3)]),
             ShapeError,
             r"got 2 of shapes \[\(2, 3\), \(3, 3\)\]",
+        ),
+        (
+            lambda: metrics.correlations(rows(1, 3)),
+            ShapeError,
+            r"at least 2 rows and 2 coordinates, got \(1, 3\)",
         ),
         (lambda: metrics.neuron_sparsity(rows(2, 9)), ShapeError, "at least 10 dimensions, got 9"),
         (

@@ -40,6 +40,9 @@ VERBS: dict[str, Verb] = {
         "Compare dictionaries: on the same documents at matched l0, and direction by direction.", "compare"
     ),
     "concepts": Verb("Ask what latents know of labels: probes, ablations, absorption.", "concepts"),
+    "geometry": Verb(
+        "Ask where latents lie: among neurons, in other dictionaries, over training.", "geometry"
+    ),
     "report": Verb("Draw one page from one or several reports.", "report"),
     "interpret": Verb("Make an atlas: where each latent fires, and what it writes.", "interpret"),
     "explain": Verb("Say in words when each latent fires, and score the words.", "explain"),

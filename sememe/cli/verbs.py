@@ -268,6 +268,25 @@ def _compare() -> Any:
     )
 
 
+def _geometry() -> Any:
+    from sememe.geometry import GeometryConfig, geometry
+
+    def verb(config: GeometryConfig, fresh: bool = False) -> None:
+        made = geometry(config, fresh=fresh)
+        from sememe.run import print_geometry
+
+        print_geometry(made.path)
+        _say("geometry", made.path / "geometry.html")
+
+    return command(
+        GeometryConfig,
+        verb,
+        positional=("dictionaries",),
+        extra=FRESH,
+        doc="Ask where latents lie: among neurons, in other dictionaries, over training.",
+    )
+
+
 def _report() -> Any:
     from sememe.report import ReportConfig, report
 
@@ -438,6 +457,7 @@ _MAKERS: dict[str, Callable[[], Any]] = {
     "fit_app": _fit,
     "evaluate": _evaluate,
     "compare": _compare,
+    "geometry": _geometry,
     "report": _report,
     "interpret": _interpret,
     "explain": _explain,

@@ -1,7 +1,7 @@
 """The verb that compares dictionaries: on the same held-out documents at matched l0, and direction by direction.
 
-    folders -> inputs.py (which dictionaries) -> directions.py (what each finds of the others)
-                                              -> verb.py (one pass over text, frontiers, differences)
+    dictionaries -> directions.py (what each finds of the others)
+                 -> verb.py (one pass over text, frontiers, differences)
 
 Knows decoder directions, models and text; the pass is `measure/`, what is real is `frontier.py`, the page is
 `figures/`.

@@ -25,7 +25,8 @@ HISTOGRAM_BINS = 40
 def all_pairs(loaded: dict[str, Dictionary]) -> dict[str, Any]:
     """mmcs of every dictionary to every other, and the share of its latents found there.
 
-    Row by column: how much of the row's latents the column's hold. The diagonal is 1.
+    Row by column: how much of the row's latents the column's hold. The diagonal is 1. `random` is each one's mmcs to as
+    many random directions as the widest has latents: what no resemblance gives.
     """
     names = list(loaded)
     n = len(names)
@@ -39,7 +40,12 @@ def all_pairs(loaded: dict[str, Dictionary]) -> dict[str, Any]:
             mmcs[one, other] = float(best.double().mean())
             found[one, other] = float((best > FOUND_COSINE).double().mean())
             progress.advance(1)
-    return {"names": names, "mmcs": mmcs.tolist(), f"share_above_{FOUND_COSINE:g}": found.tolist()}
+        d_sae = max(one.d_sae for one in loaded.values())
+        rows = [loaded[name].decoder_directions() for name in names]
+        random = metrics.random_rows(d_sae, rows[0].shape[1]).to(rows[0].device)
+        chance = [metrics.mmcs(one, random) for one in rows]
+    share = {f"share_above_{FOUND_COSINE:g}": found.tolist()}
+    return {"names": names, "mmcs": mmcs.tolist(), "random": chance, **share}
 
 
 def one_pair(config: CompareConfig, loaded: dict[str, Dictionary], folder: Path) -> dict[str, Any]:

@@ -130,6 +130,8 @@ class Directions(Config):
     """Of rows and columns."""
     mmcs: tuple[tuple[float, ...], ...]
     """Mean over the row's latents of the largest cosine with any of the column's."""
+    random: tuple[float, ...]
+    """The same of each row in random directions: what no resemblance gives."""
     share_above: tuple[tuple[float, ...], ...] = Field(alias="share_above_0.9")
     """Share of the row's latents for which it exceeds 0.9."""
 

@@ -11,9 +11,9 @@ from sememe import artifact, figures, frontier, text
 from sememe import lm as language_models
 from sememe.compare.config import CompareConfig
 from sememe.compare.directions import all_pairs, one_pair
-from sememe.compare.inputs import Opened, check_one_model, open_all
 from sememe.compare.schema import Comparison
 from sememe.dictionaries.base import Dictionary, Sites
+from sememe.dictionaries.folders import Opened, open_all
 from sememe.errors import MismatchError
 from sememe.frontier import Place, Point
 from sememe.lm import LanguageModel
@@ -32,7 +32,7 @@ from sememe.text import TokenPolicy
 
 __all__ = ["COMPARISON", "compare"]
 
-VERSION = 2
+VERSION = 3
 COMPARISON = "comparison.json"
 SCHEMA = "comparison.schema.json"
 MAX_NULL_L0S = 3
@@ -60,7 +60,7 @@ def compare(
         ArtifactError: a folder is not a dictionary.
         TextError: the held-out text is shorter than one context.
     """
-    opened = open_all(config.dictionaries)
+    opened = open_all(config.dictionaries, at_least=2)
     # under the names that the page tells them apart by
     parents = {f"dictionary: {name}": one.saved.fingerprint for name, one in opened.items()}
     store = None if config.store is None or config.directions_only else open_store(config.store)
@@ -104,7 +104,7 @@ def _check(
     config: CompareConfig, opened: dict[str, Opened], store: Store | None
 ) -> tuple[TokenPolicy, list[str]]:
     """The token policy that all share, and what a reader has to know."""
-    check_one_model(opened)
+    _check_one_model(opened)
     policies: dict[str, TokenPolicy] = {}
     notices: dict[str, None] = {}
     for name, one in opened.items():
@@ -127,6 +127,32 @@ def _check(
                 "Compare those of one policy, or pass --directions-only.",
             )
     return policy, list(notices)
+
+
+def _check_one_model(found: dict[str, Opened]) -> None:
+    """Whether all belong to one language model.
+
+    Raises:
+        MismatchError: they do not, or one was trained on bare tensors.
+    """
+    models: dict[str, Any] = {}
+    for name, one in found.items():
+        if one.sites is None:
+            raise MismatchError(
+                f"the dictionary {name} must know its model and hookpoint to be measured on text",
+                "none (it was trained on bare tensors)",
+                "Pass --directions-only.",
+            )
+        for site in (*one.sites.inputs, *one.sites.outputs):
+            models.setdefault(
+                site.model_fingerprint, f"{site.model} ({site.model_fingerprint[:16]}), of {name}"
+            )
+    if len(models) > 1:
+        raise MismatchError(
+            "dictionaries must belong to one model to be measured on the same documents",
+            "; ".join(models.values()),
+            "Compare those of one model, or pass --directions-only.",
+        )
 
 
 def _sites(one: Opened) -> Sites:

@@ -103,21 +103,6 @@ class ArchitectureConfig(Config):
         k: int | None = getattr(self, "k", None)
         return k
 
-    def check_inert(self, *names: str, without: str) -> None:
-        """Raise a ConfigError if one of the options differs from its default although it has no effect.
-
-        Args:
-            names: The options.
-            without: Why they have none, e.g. "auxk_coefficient is 0".
-        """
-        for name in names:
-            if getattr(self, name) != type(self).model_fields[name].default:
-                raise ConfigError(
-                    f"{name} must be left out when {without}: it has no effect then",
-                    getattr(self, name),
-                    "Drop it.",
-                )
-
     def width(self, d_in: int) -> int:
         """The number of latents for an input width."""
         return 8 * d_in if self.d_sae is None else self.d_sae

@@ -13,10 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sememe import kernels
+from sememe import kernels, metrics
 from sememe.dictionaries.base import ArchitectureConfig, Sites
 from sememe.dictionaries.fitted import Fitted
-from sememe.dictionaries.initial import unit_rows
 from sememe.encoded import Encoded
 from sememe.errors import ShapeError
 
@@ -71,7 +70,7 @@ class RandomDirections(Fitted):
         """Directions from the seed about a known mean."""
         d_in = mean.shape[0]
         self = cls(config, d_in, d_in, config.width(d_in), sites)
-        self.W_dec.copy_(unit_rows(self.d_sae, d_in, torch.Generator().manual_seed(config.seed)))
+        self.W_dec.copy_(metrics.unit_rows(metrics.random_rows(self.d_sae, d_in, config.seed)))
         self.b_dec.copy_(mean)
         return self.eval().to(mean.device)
 

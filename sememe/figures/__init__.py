@@ -16,6 +16,7 @@ from sememe.figures.data import (
     read_watched,
     write_draws,
 )
+from sememe.figures.geometry import write_geometry
 from sememe.figures.grid import grid_plots
 from sememe.figures.pages import write_pages
 from sememe.figures.tables import BETTER, headline_table, markdown_table
@@ -35,5 +36,6 @@ __all__ = [
     "write_comparison",
     "write_concepts",
     "write_draws",
+    "write_geometry",
     "write_pages",
 ]

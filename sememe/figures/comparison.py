@@ -261,19 +261,21 @@ def density_plot(data: Data) -> Figure | None:
 
 def directions_plot(data: Data) -> Figure | None:
     """mmcs of every dictionary to every other as a heat map."""
-    names, mmcs = data["directions"]["names"], np.array(data["directions"]["mmcs"])
-    n = len(names)
+    directions = data["directions"]
+    names, n = directions["names"], len(directions["names"])
+    mmcs = np.column_stack([np.array(directions["mmcs"]), directions["random"]])
     if n < 2:
         return None
     side = max(3.2, 0.42 * n + 1.8)
     figure = Figure(figsize=(min(side + 1.4, 12), min(side, 11)), layout="constrained")
     axes = figure.add_subplot()
     shown = axes.imshow(mmcs, cmap="viridis", vmin=0, vmax=1)
-    axes.set_xticks(range(n), names, rotation=60, ha="right", fontsize=7.5)
+    axes.axvline(n - 0.5, color="white", linewidth=2)
+    axes.set_xticks(range(n + 1), [*names, "random directions"], rotation=60, ha="right", fontsize=7.5)
     axes.set_yticks(range(n), names, fontsize=7.5)
     if n <= 16:
         for i in range(n):
-            for j in range(n):
+            for j in range(n + 1):
                 colour = "white" if mmcs[i, j] < 0.6 else "black"
                 axes.text(j, i, f"{mmcs[i, j]:.2f}", ha="center", va="center", fontsize=7, color=colour)
     figure.colorbar(shown, ax=axes, shrink=0.8)

@@ -381,6 +381,28 @@ class LanguageModel:
         for part in torch.split(directions.detach(), chunk):
             yield reading.logits(part)
 
+    def embeddings(self) -> tuple[Float[Tensor, "vocab d_model"], Float[Tensor, "vocab d_hidden"]]:
+        """A row per token: of the embedding, and of the unembedding. The weights themselves; change nothing."""
+        return self.hf.get_input_embeddings().weight.detach(), self._head.weight.detach()
+
+    def output_projection(self, hookpoint: str) -> Float[Tensor, "d d_out"] | None:
+        """What the module that reads a hookpoint does to it, `x @ W`, without its bias; None unless the hookpoint is
+        a single linear module's input (`mlp_act.L`, `attn_z.L`)."""
+        place = self._points.resolve(hookpoint)
+        module = self._points.module(place)
+        weight = getattr(module, "weight", None)
+        if (
+            place.side != "in"
+            or not isinstance(weight, Tensor)
+            or weight.dim() != 2
+            or any(module.children())
+        ):
+            return None
+        basis = torch.eye(self.width(hookpoint), device=weight.device, dtype=weight.dtype)
+        with self._without_edits(), torch.no_grad():  # some keep their weight transposed, so it is asked
+            found = module(basis) - module(torch.zeros_like(basis[:1]))
+        return found.float() if isinstance(found, Tensor) else None
+
     def token_text(self, token: int) -> str:
         """Readable text of a token; bytes that are only part of a character show as `\\xe6`."""
         return self._table().text(token)

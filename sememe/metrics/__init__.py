@@ -35,12 +35,14 @@ from sememe.metrics.concepts import (
     spurious_removal,
     targeted_perturbation,
 )
-from sememe.metrics.directions import Nearest, mcs, mmcs, nearest_directions, unit_rows
+from sememe.metrics.directions import Nearest, check_finite, mcs, mmcs, nearest_directions, unit_rows
 from sememe.metrics.geometry import (
+    Correlations,
     Moments,
     NeuronSparsity,
     RandomBaseline,
     capacity,
+    correlations,
     effective_neurons,
     encoder_decoder_cosine,
     moments,
@@ -49,6 +51,7 @@ from sememe.metrics.geometry import (
     outlier_dimensions,
     probe_rank,
     random_moments,
+    random_rows,
     token_match,
 )
 from sememe.metrics.matching import (
@@ -76,12 +79,13 @@ from sememe.metrics.predictions import (
 from sememe.metrics.probing import LinearProbe, Probe, ProbeScores, dense_probe, linear_probe, sparse_probe
 from sememe.metrics.reconstruction import Reconstruction
 from sememe.metrics.sparsity import DensityHistogram, Sparsity, density_histogram
-from sememe.metrics.sums import Statistic, Sums, bootstrap
+from sememe.metrics.sums import Statistic, Sums, bootstrap, over_latents
 
 __all__ = [
     "Absorption",
     "BaseTerms",
     "Cheats",
+    "Correlations",
     "DensityHistogram",
     "LanguageModelLoss",
     "LinearProbe",
@@ -107,6 +111,8 @@ __all__ = [
     "bootstrap",
     "capacity",
     "cheats",
+    "check_finite",
+    "correlations",
     "dense_probe",
     "density_histogram",
     "effective_neurons",
@@ -123,9 +129,11 @@ __all__ = [
     "null_space_share",
     "opposites",
     "outlier_dimensions",
+    "over_latents",
     "prediction_terms",
     "probe_rank",
     "random_moments",
+    "random_rows",
     "rare_cluster",
     "self_similarity",
     "sparse_probe",

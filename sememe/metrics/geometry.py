@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -13,10 +14,12 @@ from sememe.errors import ConfigError, ShapeError
 from sememe.metrics.directions import check_finite, nearest_directions, unit_rows
 
 __all__ = [
+    "Correlations",
     "Moments",
     "NeuronSparsity",
     "RandomBaseline",
     "capacity",
+    "correlations",
     "effective_neurons",
     "moments",
     "neuron_sparsity",
@@ -24,8 +27,12 @@ __all__ = [
     "outlier_dimensions",
     "probe_rank",
     "random_moments",
+    "random_rows",
     "token_match",
 ]
+
+NULL = 0x6E756C6C
+"""Sets the stream of random directions apart from all others of the same seed."""
 
 
 class NeuronSparsity(NamedTuple):
@@ -90,6 +97,16 @@ def moments(rows: Float[Tensor, "n d"], *, about_zero: bool = False) -> Moments:
     return Moments(values.pow(3).mean(1) / square.pow(1.5), values.pow(4).mean(1) / square.square())
 
 
+def random_rows(n: int, d: int, seed: int = 0) -> Float[Tensor, "n d"]:
+    """Normal numbers: directions drawn uniformly from the sphere, of no norm in particular.
+
+    Their stream is no training's: with a generator of the bare seed they would be the very rows that a dictionary of
+    the same size and seed was started from, and still resembles.
+    """
+    own = np.random.SeedSequence([seed, NULL]).generate_state(1, np.uint64)[0]
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(int(own)))
+
+
 class RandomBaseline(NamedTuple):
     """What directions drawn uniformly from the sphere have."""
 
@@ -102,7 +119,7 @@ class RandomBaseline(NamedTuple):
 
 def random_moments(n: int, d: int, seed: int = 0) -> RandomBaseline:
     """Moments of n random directions in d dimensions: what `moments` is to be compared with."""
-    made = moments(torch.randn(n, d, generator=torch.Generator().manual_seed(seed)))
+    made = moments(random_rows(n, d, seed))
     return RandomBaseline(
         float(made.kurtosis.mean()),
         float(made.skew.mean()),
@@ -212,3 +229,37 @@ def probe_rank(
     cosines = rows @ (probe / length).to(rows)
     order = cosines.argsort(descending=True, stable=True)
     return cosines[order], order
+
+
+class Correlations(NamedTuple):
+    """How much a few coordinates of the data go together."""
+
+    mean_absolute: float
+    """Mean over pairs of |correlation|; NaN where a coordinate never changes."""
+    share_small: float
+    """Share of the pairs with |correlation| below 0.05: how sparse the covariance is."""
+
+
+def correlations(values: Float[Tensor, "rows k"], small: float = 0.05) -> Correlations:
+    """How sparse the covariance of k coordinates is: of latents' activations, say, against as many neurons'.
+
+    Source: asked by the sparse-coding project (is the covariance sparse in the basis of the top latents?); the
+    measure, correlations, so that no coordinate's scale counts, is ours.
+
+    Args:
+        values: The coordinates of each row, at least two of each.
+        small: Correlations below this count as none.
+
+    Raises:
+        ShapeError: fewer than two rows or coordinates.
+    """
+    n, k = values.shape
+    if n < 2 or k < 2:
+        raise ShapeError(
+            "correlations must be asked of at least 2 rows and 2 coordinates", (n, k), "Take more of them."
+        )
+    centred = values.detach().double() - values.detach().double().mean(0)
+    scaled = centred / centred.norm(dim=0)
+    pairs = (scaled.T @ scaled)[~torch.eye(k, dtype=torch.bool, device=values.device)].abs()
+    share = float((pairs < small).double().mean()) if bool(torch.isfinite(pairs).all()) else math.nan
+    return Correlations(float(pairs.mean()), share)

@@ -6,7 +6,7 @@ is yes or no, or a choice, NaN is refused, as it could not be seen in the answer
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 STABLE, LOST = 0.9, 0.6
+COINCIDE = 0.95
 ONE_HOT = 0.9
 
 
@@ -90,29 +91,35 @@ class Stability(NamedTuple):
     """Whether it fell below 0.6 afterwards."""
 
 
-def self_similarity(checkpoints: list[Float[Tensor, "d_sae d"]]) -> Stability:
+def self_similarity(checkpoints: Iterable[Tensor]) -> Stability:
     """How much each latent still is what it was, over a training run.
 
     Source: the sparse-coding project's runs, in which 1,707 of 4,096 latents reached 0.9 and then fell below 0.6.
 
     Args:
-        checkpoints: Decoder directions in the order of training, at least two.
+        checkpoints: Decoder directions (d_sae, d) in the order of training, at least two; two are held at a time.
 
     Raises:
         ShapeError: fewer than two, or of different shapes.
         ActivationError: a direction is NaN or infinite.
     """
-    shapes = {tuple(rows.shape) for rows in checkpoints}
-    if len(checkpoints) < 2 or len(shapes) != 1:
+    shapes: set[tuple[int, ...]] = set()
+    found: list[Tensor] = []
+    before, number = None, 0
+    for number, rows in enumerate(checkpoints, 1):
+        check_finite(rows, f"directions of checkpoint {number - 1}")
+        unit = unit_rows(rows)
+        shapes.add(tuple(unit.shape))
+        if before is not None and len(shapes) == 1:
+            found.append((before * unit).sum(1))
+        before = unit
+    if number < 2 or len(shapes) != 1:
         raise ShapeError(
             "self-similarity must be asked of two checkpoints or more of one shape",
-            f"{len(checkpoints)} of shapes {sorted(shapes)}",
+            f"{number} of shapes {sorted(shapes)}",
             "Train with --keep-checkpoints, and pass them all.",
         )
-    for number, rows in enumerate(checkpoints):
-        check_finite(rows, f"directions of checkpoint {number}")
-    units = [unit_rows(rows) for rows in checkpoints]
-    similarity = torch.stack([(one * two).sum(1) for one, two in itertools.pairwise(units)])
+    similarity = torch.stack(found)
     so_far = torch.cummax(similarity, dim=0).values
     return Stability(
         similarity.clamp(-1, 1),
@@ -234,10 +241,15 @@ class RareCluster(NamedTuple):
     """That mean, of norm 1; compare it across seeds. 0 where no latent is rare."""
     latents: Int[Tensor, " n"]
     """Those that coincide."""
+    decoders_coincide: float | None = None
+    """Share of the same latents whose decoder row has a cosine above 0.95 with these rows' mean, if asked."""
 
 
 def rare_cluster(
-    W_enc: Float[Tensor, "d_in d_sae"], density: Float[Tensor, " d_sae"], below: float = 1e-4
+    W_enc: Float[Tensor, "d_in d_sae"],
+    density: Float[Tensor, " d_sae"],
+    below: float = 1e-4,
+    W_dec: Float[Tensor, "d_sae d_out"] | None = None,
 ) -> RareCluster:
     """Whether the rarest latents all read one direction.
 
@@ -248,6 +260,7 @@ def rare_cluster(
         W_enc: Encoder weights.
         density: Share of the rows on which each latent is active.
         below: Latents with less than this are rare.
+        W_dec: Decoder rows, if it is to be said whether those of the same latents coincide as well.
 
     Raises:
         ActivationError: an encoder column or a density is NaN or infinite.
@@ -257,11 +270,22 @@ def rare_cluster(
     rare = torch.nonzero(density < below).view(-1)
     share = rare.numel() / density.shape[0]
     if rare.numel() == 0:
-        return RareCluster(share, 0.0, W_enc.new_zeros(W_enc.shape[0]), rare)
-    rows = unit_rows(W_enc.T[rare])
+        written = None if W_dec is None else 0.0
+        return RareCluster(share, 0.0, W_enc.new_zeros(W_enc.shape[0]), rare, written)
+    inside, direction = _about_one(unit_rows(W_enc.T[rare]))
+    latents = rare[inside]
+    written = None
+    if W_dec is not None:
+        check_finite(W_dec, "decoder rows")
+        rows = unit_rows(W_dec[latents])
+        written = float(_about_one(rows)[0].double().mean()) if latents.numel() else 0.0
+    return RareCluster(share, float(inside.double().mean()), direction, latents, written)
+
+
+def _about_one(rows: Float[Tensor, "n d"]) -> tuple[Bool[Tensor, " n"], Float[Tensor, " d"]]:
+    """Which unit rows are nearly their mean, and that mean's direction."""
     mean = unit_rows(rows.mean(0, keepdim=True))
-    inside = (rows @ mean.T).view(-1) > 0.95
-    return RareCluster(share, float(inside.double().mean()), mean[0], rare[inside])
+    return (rows @ mean.T).view(-1) > COINCIDE, mean[0]
 
 
 def larger_dictionary_test(

@@ -14,7 +14,18 @@ from torch import Tensor
 
 from sememe.errors import ShapeError
 
-__all__ = ["Array", "Formula", "Statistic", "Sums", "Totals", "bootstrap", "drawn", "select", "units_of"]
+__all__ = [
+    "Array",
+    "Formula",
+    "Statistic",
+    "Sums",
+    "Totals",
+    "bootstrap",
+    "drawn",
+    "over_latents",
+    "select",
+    "units_of",
+]
 
 Array = npt.NDArray[np.float64]
 Totals = Mapping[str, Array]
@@ -149,6 +160,38 @@ def drawn(
     totals = {name: np.tensordot(weights, array, axes=1) for name, array in sums.items()}
     with np.errstate(all="ignore"):
         return {name: np.asarray(formula(totals), dtype=np.float64) for name, formula in formulas.items()}
+
+
+MAX_GROUPS = 1024
+"""Latents, or groups of them, that a bootstrap over latents draws."""
+
+
+def over_latents(
+    values: Float[Tensor, " n"],
+    *,
+    n_bootstrap: int = 1000,
+    seed: int = 0,
+    cause: str = "some latents have no value",
+) -> Statistic:
+    """The mean over latents with an interval from drawing latents; of many, groups of every 1,024th.
+
+    Args:
+        values: A number for each latent. NaN makes the mean NaN.
+        n_bootstrap: Draws; 0 gives no interval.
+        seed: Of the draws.
+        cause: Why there may be NaN.
+    """
+    groups = torch.arange(values.shape[0], device=values.device) % MAX_GROUPS
+    sums = Sums()
+    sums.add(groups, {"n": torch.ones_like(values, dtype=torch.float64), "value": values.detach()})
+    found = bootstrap(
+        sums.arrays(),
+        {"mean": lambda t: t["value"] / t["n"]},
+        n=n_bootstrap,
+        seed=seed,
+        causes={"mean": cause},
+    )["mean"]
+    return found._replace(cause=found.cause.replace("2 documents", "2 latents"))
 
 
 def units_of(units: Int[Tensor, " rows"] | None, like: Tensor) -> Int[Tensor, " rows"]:

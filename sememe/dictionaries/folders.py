@@ -1,16 +1,16 @@
-"""Which dictionaries are meant, and what they are called. Reads folders; measures nothing."""
+"""Which dictionaries are meant by some folders, and what they are called. Reads folders; measures nothing."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from sememe import artifact, dictionaries
 from sememe.dictionaries.base import Dictionary, Sites
-from sememe.errors import ConfigError, MismatchError, ShapeError
+from sememe.errors import ConfigError, ShapeError
 
-__all__ = ["Opened", "check_one_model", "open_all"]
+__all__ = ["Opened", "open_all"]
 
 KINDS = ("dictionary", "sweep")
 RESERVED = ("base", "mean", "zero")
@@ -18,7 +18,7 @@ RESERVED = ("base", "mean", "zero")
 
 
 class Opened(NamedTuple):
-    """One dictionary of the comparison."""
+    """A dictionary with the artifact it came from."""
 
     saved: artifact.Artifact
     dictionary: Dictionary
@@ -29,18 +29,22 @@ class Opened(NamedTuple):
         return self.dictionary.sites
 
 
-def open_all(folders: tuple[Path, ...]) -> dict[str, Opened]:
+def open_all(folders: tuple[Path, ...], *, at_least: int = 1) -> dict[str, Opened]:
     """Open every dictionary in the folders, under the shortest names that tell them apart.
+
+    Args:
+        folders: Dictionaries, sweeps, or folders that hold such.
+        at_least: How many there have to be.
 
     Raises:
         ArtifactError: a folder is not a dictionary, and holds none.
-        ConfigError: there are fewer than two, or two are the same.
+        ConfigError: there are fewer, or two are the same.
         ShapeError: they write outputs of different widths at the same place.
     """
     paths = [path for folder in folders for path in _dictionaries_in(folder)]
-    if len(paths) < 2:
+    if len(paths) < at_least:
         raise ConfigError(
-            "at least two dictionaries must be named",
+            "at least two dictionaries must be named" if at_least > 1 else "a dictionary must be named",
             ", ".join(map(str, paths)) or "none",
             "Name another, or a folder that holds several.",
         )
@@ -113,29 +117,3 @@ def _check_widths(found: dict[str, Opened]) -> None:
                 f"{one.dictionary.d_out} of {name}",
                 "Compare dictionaries of one hookpoint, or of hookpoints of one width.",
             )
-
-
-def check_one_model(found: dict[str, Opened]) -> None:
-    """Whether all belong to one language model.
-
-    Raises:
-        MismatchError: they do not, or one was trained on bare tensors.
-    """
-    models: dict[str, Any] = {}
-    for name, one in found.items():
-        if one.sites is None:
-            raise MismatchError(
-                f"the dictionary {name} must know its model and hookpoint to be measured on text",
-                "none (it was trained on bare tensors)",
-                "Pass --directions-only.",
-            )
-        for site in (*one.sites.inputs, *one.sites.outputs):
-            models.setdefault(
-                site.model_fingerprint, f"{site.model} ({site.model_fingerprint[:16]}), of {name}"
-            )
-    if len(models) > 1:
-        raise MismatchError(
-            "dictionaries must belong to one model to be measured on the same documents",
-            "; ".join(models.values()),
-            "Compare those of one model, or pass --directions-only.",
-        )

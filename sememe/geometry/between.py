@@ -1,0 +1,83 @@
+"""Several dictionaries: who has whose latents, one to one and at best; splitting; the rare direction across seeds.
+
+Knows matrices of directions by name.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sememe import metrics
+from sememe.geometry.config import GeometryConfig
+from sememe.progress import track
+
+__all__ = ["agreement", "pairs"]
+
+EDGES = np.linspace(-1, 1, 41)
+FOUND = 0.9
+
+
+def pairs(directions: dict[str, Float[Tensor, "n d"]], config: GeometryConfig) -> list[dict[str, Any]]:
+    """Every two, the smaller first: the larger-dictionary test, beside random directions, and splitting."""
+    found = []
+    names = sorted(directions, key=lambda name: directions[name].shape[0])
+    both = list(itertools.combinations(names, 2))
+    with track("match dictionaries", len(both), "pairs") as progress, torch.inference_mode():
+        for small, large in both:
+            found.append(
+                {"small": small, "large": large, **_pair(directions[small], directions[large], config)}
+            )
+            progress.advance(1)
+    return found
+
+
+def _pair(
+    small: Float[Tensor, "n_small d"], large: Float[Tensor, "n_large d"], config: GeometryConfig
+) -> dict[str, Any]:
+    options: dict[str, Any] = {"n_bootstrap": config.n_bootstrap, "seed": config.seed}
+    chance = {
+        name: metrics.random_rows(rows.shape[0], rows.shape[1], config.seed)
+        for name, rows in (("small", small), ("large", large))
+    }
+    compared = {
+        "mmcs_small_to_large": (metrics.mcs(small, large), metrics.mcs(small, chance["large"])),
+        "mmcs_large_to_small": (metrics.mcs(large, small), metrics.mcs(large, chance["small"])),
+        "matched_cosine": (
+            metrics.match(small, large).cosines,
+            metrics.match(small, chance["large"]).cosines,
+        ),
+    }
+    out: dict[str, Any] = {}
+    for name, cosines in compared.items():
+        own, random = (one.double() for one in cosines)
+        counts, _ = np.histogram(own.numpy(), bins=EDGES)
+        out[name] = {
+            **metrics.over_latents(own, **options).to_json(),
+            "random": float(random.mean()),
+            f"share_above_{FOUND:g}": float((own > FOUND).double().mean()),
+            "histogram": {"edges": EDGES.tolist(), "counts": counts.tolist()},
+        }
+    split = metrics.splits(small, large)
+    order = sorted(range(len(split.children)), key=lambda i: -split.children[i].numel())
+    out["splits"] = {
+        "n": int(split.parents.numel()),
+        "share": split.parents.numel() / small.shape[0],
+        "most": [
+            {"latent": int(split.parents[i]), "children": split.children[i].tolist()}
+            for i in order[: config.n_shown]
+        ],
+    }
+    return out
+
+
+def agreement(directions: dict[str, Float[Tensor, " d"]]) -> dict[str, Any]:
+    """The cosine of each rare direction to each other's: near 1 across seeds if it is the data's own."""
+    names = list(directions)
+    rows = metrics.unit_rows(torch.stack([directions[name] for name in names]))
+    return {"names": names, "cosines": (rows @ rows.T).tolist()}

@@ -1,0 +1,64 @@
+"""One dictionary's kept checkpoints: which latents settled, which were lost again. Knows a dictionary's folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sememe import artifact, dictionaries, metrics
+from sememe.progress import track
+
+__all__ = ["history"]
+
+FOLDER, LOG = "checkpoints", "metrics.jsonl"
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+def history(folder: Path) -> dict[str, Any] | None:
+    """Self-similarity over the checkpoints in a dictionary's folder, the dictionary itself being the last; None if it
+    kept none."""
+    places = sorted((folder / FOLDER).glob(f"step-*/{artifact.META}"))
+    if not places:
+        return None
+    paths = [place.parent for place in places]
+    steps = [int(artifact.load(path, "dictionary").extra["step"]) for path in paths]
+    last = _last_step(folder)
+    if last is not None and last > steps[-1]:
+        paths.append(folder)
+        steps.append(last)
+    if len(paths) < 2:
+        return None
+
+    def directions() -> Iterator[Tensor]:
+        with track(f"checkpoints of {folder.name}", len(paths), "checkpoints") as progress:
+            for path in paths:
+                yield dictionaries.load(path).decoder_directions().detach()
+                progress.advance(1)
+
+    found = metrics.self_similarity(directions())
+    similarity = found.similarity.double()
+    return {
+        "steps": steps,
+        "n_latents": int(similarity.shape[1]),
+        "mean": similarity.mean(1).tolist(),
+        "quantiles": {f"{q:g}": torch.quantile(similarity, q, dim=1).tolist() for q in QUANTILES},
+        "share_at_least_0.9": (similarity >= 0.9).double().mean(1).tolist(),
+        "n_reached_0.9": int(found.reached.sum()),
+        "n_fell_below_0.6": int(found.fell.sum()),
+        "random_spread": float(1 / np.sqrt(dictionaries.load(folder).d_out)),
+    }
+
+
+def _last_step(folder: Path) -> int | None:
+    """The step that the training's log ends with."""
+    try:
+        lines = (folder / LOG).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return None
+    return int(json.loads(lines[-1])["step"]) if lines else None
