@@ -200,6 +200,16 @@ def print_comparison(path: str | Path) -> None:
             found = [row["metrics"].get(metric) for metric in columns]
             table.add_row(name, *(_shown(one, bounds=console.width >= WIDE) for one in found))
         console.print(table)
+    if data["together"]:
+        found = data["together"]["metrics"]
+        console.print(
+            f"all at once ({', '.join(data['together']['hookpoints'])}): "
+            + ", ".join(
+                f"{name} {_shown(found[name])}" for name in ("ce_increase", "ce_recovered_mean", "perplexity")
+            ),
+            soft_wrap=True,
+            highlight=False,
+        )
     directions = data["directions"]
     table = Table()
     table.add_column("")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from sememe.errors import ConfigError
 from sememe.measure import MeasureConfig
 
 __all__ = ["CompareConfig"]
@@ -23,7 +24,20 @@ class CompareConfig(MeasureConfig):
     """The folder to make."""
     directions_only: bool = False
     """Compare decoder directions and run no language model."""
+    together: bool = False
+    """Besides, splice all of them in at once, each reading what those below it left; they must write to different
+    hookpoints."""
     n_nearest: int = Field(default=5, ge=1)
     """Of two dictionaries: nearest latents stored per latent, both ways."""
     n_shown: int = Field(default=20, ge=0)
     """Of two dictionaries: best and worst matches listed on the page."""
+
+    @model_validator(mode="after")
+    def _together_is_measured(self) -> Self:
+        if self.together and self.directions_only:
+            raise ConfigError(
+                "together must be left out with directions_only: no language model runs then",
+                self.together,
+                "Drop one of the two.",
+            )
+        return self

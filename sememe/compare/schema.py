@@ -136,11 +136,24 @@ class Directions(Config):
     """Share of the row's latents for which it exceeds 0.9."""
 
 
+class TogetherData(Config):
+    """All dictionaries spliced in at once."""
+
+    dictionaries: tuple[str, ...]
+    """Their names."""
+    hookpoints: tuple[str, ...]
+    """Where they write."""
+    metrics: dict[str, Number]
+    """Of the model that runs on all of them; recovered shares refer to ablation in all places."""
+    ablations: dict[str, Number]
+    """Cross-entropy unedited (base), and with zeros or means in all places."""
+
+
 class Comparison(Config):
     """comparison.json."""
 
     format_version: int
-    """Of this layout: 2."""
+    """Of this layout: 3."""
     rows: tuple[Row, ...]
     """Dictionaries, then nulls."""
     frontiers: dict[str, FrontierData]
@@ -157,6 +170,8 @@ class Comparison(Config):
     """Units, draws and seed of the intervals."""
     stopped: dict[str, Any] | None
     """Why reading ended: all tokens, the budget, or intervals that are narrow enough."""
+    together: TogetherData | None
+    """All of them spliced in at once, if that was asked."""
     notices: tuple[str, ...]
     """What a reader has to know."""
     attributions: tuple[dict[str, Any], ...]

@@ -17,7 +17,7 @@ from sememe.dictionaries.folders import Opened, open_all
 from sememe.errors import MismatchError
 from sememe.frontier import Place, Point
 from sememe.lm import LanguageModel
-from sememe.measure import Arms, Measured, fit, make_null, run
+from sememe.measure import Arms, Measured, Together, check_together, fit, make_null, run
 from sememe.measure.checks import (
     check_nulls,
     check_store,
@@ -105,6 +105,8 @@ def _check(
 ) -> tuple[TokenPolicy, list[str]]:
     """The token policy that all share, and what a reader has to know."""
     _check_one_model(opened)
+    if config.together:
+        check_together({name: _sites(one) for name, one in opened.items()})
     policies: dict[str, TokenPolicy] = {}
     notices: dict[str, None] = {}
     for name, one in opened.items():
@@ -197,6 +199,12 @@ def _measured(
         arms, configs = _arms(config, lm, own, sites, policy, store, prefix)
         null_configs |= configs
         groups[place] = (Measured(config, lm, splicer_for(lm, sites), sites, policy), arms)
+    together = None
+    if config.together:
+        means = {one.sites.outputs[0].hookpoint: arms.mean for one, arms in groups.values()}
+        own = {name: one.dictionary for name, one in opened.items()}
+        together = Together(config, lm, own, means, policy)
+        groups["all together"] = (together, Arms({}, next(iter(means.values())), (), ()))
     stopped = run(config, groups)
     descriptions = {
         name: describe(one.saved, one.dictionary, _sites(one)) | {"name": name}
@@ -235,6 +243,7 @@ def _measured(
         "text": first.describe_text(text.fingerprint(config.text)),
         "bootstrap": first.describe_bootstrap(),
         "stopped": stopped,
+        "together": None if together is None else together.summary(),
         "notices": cheats,
     }
 
@@ -310,7 +319,7 @@ def _undescribed(opened: dict[str, Opened]) -> dict[str, Any]:
         for name, one in opened.items()
     ]
     nothing: dict[str, Any] = {"frontiers": {}, "differences": []}
-    return {"rows": rows, **nothing, "text": None, "bootstrap": None, "stopped": None}
+    return {"rows": rows, **nothing, "text": None, "bootstrap": None, "stopped": None, "together": None}
 
 
 def _cautions(data: dict[str, Any]) -> list[str]:

@@ -332,9 +332,25 @@ def _tables(data: Data) -> list[Section]:
         found.append(
             ("In the shape of Marks & Mueller's table", f"{markdown_table(theirs)}\n\n{note}", in_html)
         )
+    if data["together"]:
+        found.append(_together(data["together"]))
     if data["pair"]:
         found += _pair(data["pair"])
     return found
+
+
+def _together(data: Data) -> Section:
+    """All dictionaries spliced in at once."""
+    columns = [name for name in COLUMNS if name in data["metrics"]]
+    table = Table(["", *columns], [], [])
+    table.rows.append(["together", *(number(data["metrics"][name]["value"]) for name in columns)])
+    table.notes.append(["", *(cell_note(data["metrics"][name]) for name in columns)])
+    note = f"At {', '.join(data['hookpoints'])}: each reads what those below it left."
+    return (
+        "All spliced in at once",
+        f"{markdown_table(table)}\n\n{note}",
+        f"{html_table(table)}<p class='legend'>{html.escape(note)}</p>",
+    )
 
 
 def _main_table(rows: Sequence[Data]) -> Table:

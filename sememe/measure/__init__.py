@@ -9,5 +9,17 @@ predictions made from kept positions.
 from sememe.measure.arms import Arms, Material, fit, make_null
 from sememe.measure.config import NULLS, MeasureConfig
 from sememe.measure.measured import Measured, run
+from sememe.measure.together import Together, check_together
 
-__all__ = ["NULLS", "Arms", "Material", "MeasureConfig", "Measured", "fit", "make_null", "run"]
+__all__ = [
+    "NULLS",
+    "Arms",
+    "Material",
+    "MeasureConfig",
+    "Measured",
+    "Together",
+    "check_together",
+    "fit",
+    "make_null",
+    "run",
+]

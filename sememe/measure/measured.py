@@ -26,7 +26,7 @@ from sememe.progress import track
 from sememe.splice import BaseRun, Splicer
 from sememe.text import TokenBlock, TokenPolicy
 
-__all__ = ["Measured", "run"]
+__all__ = ["Measured", "rows_at", "run"]
 
 MAX_UNITS = 1024
 """Bootstrap units; with more documents than this, some units are two or more documents of one language."""
@@ -175,7 +175,7 @@ class Measured:
         flat_valid = torch.nonzero(batch.valid).view(-1)
         keep, units = batch.keep[flat_valid], batch.units[flat_valid]
         predicting, targets = self._predictions(batch)
-        hidden = {"base": _rows_at(batch.run.hidden, predicting)}
+        hidden = {"base": rows_at(batch.run.hidden, predicting)}
         shape = (*batch.run.ids.shape, batch.target.shape[1])
         for name, dictionary in arms.dictionaries.items():
             encoded = dictionary.encode(batch.x)
@@ -252,7 +252,7 @@ class Measured:
             part = new[..., site.start : site.stop] if new.shape[-1] > 1 else new
             chosen = torch.where(keep.to(original.device), part.to(original.device, original.dtype), original)
             replacements[site.hookpoint] = chosen
-        return _rows_at(self.splicer.spliced(batch.run, replacements), predicting)
+        return rows_at(self.splicer.spliced(batch.run, replacements), predicting)
 
     def _compare(
         self,
@@ -415,6 +415,7 @@ class Measured:
         return out
 
 
-def _rows_at(hidden: Float[Tensor, "batch seq d"], index: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
+def rows_at(hidden: Float[Tensor, "batch seq d"], index: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
+    """Hidden states of positions, counted through the batch."""
     flat = hidden.flatten(0, 1)
     return flat.index_select(0, index.to(flat.device))
