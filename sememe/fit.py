@@ -6,9 +6,11 @@ dictionaries; runs no model.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, ClassVar, Self
 
+import torch
 from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -25,13 +27,15 @@ from sememe.dictionaries.random_directions import RandomDirections, RandomDirect
 from sememe.dictionaries.rica import RICA, RICAConfig
 from sememe.dictionaries.sparse_coder import KSVDConfig, SparseCoderConfig, ksvd, sparse_coder_over
 from sememe.errors import ConfigError, HookpointError, MismatchError, ShapeError
-from sememe.source import StoreSource
+from sememe.progress import track
+from sememe.source import StoreSource, upcoming
 from sememe.store import open_store
 
 __all__ = ["KINDS", "FitConfig", "fit"]
 
 VERSION = 2
 N_PROBE_ROWS = 16
+STREAMED_ROWS = 8192
 
 KINDS: dict[str, type[Config]] = {
     "ica": ICAConfig,
@@ -76,7 +80,7 @@ class FitConfig(Config):
     over: Path | None = None
     """Of sparse_coder: the dictionary over whose directions codes are searched for."""
     n_rows: int = Field(default=16_384, ge=16)
-    """Rows, drawn from the store; all are held in memory."""
+    """Rows, drawn from the store. pca, identity and random_directions stream them; others hold them all."""
 
     @model_validator(mode="after")
     def _over_what(self) -> Self:
@@ -120,25 +124,33 @@ def fit(config: FitConfig, *, fresh: bool = False) -> Dictionary:
     with artifact.building(
         config.out, kind="dictionary", version=VERSION, config=config, parents=parents, fresh=fresh
     ) as work:
-        rows = source.next_batch(min(config.n_rows, source.n_rows)).x.float()
-        made = _fitted(config, rows, source.sites)
+        probe = upcoming(source, N_PROBE_ROWS).x.float()
+        made = _fitted(config, source, min(config.n_rows, source.n_rows))
         work.extra = {
             "policy": store.info.policy.resolved(),
             "store": store.info.resolved(),
             "separation": store.separation,
-            **made.write(work.path, rows[:N_PROBE_ROWS]),
+            **made.write(work.path, probe),
         }
     return dictionaries.load(config.out)
 
 
-def _fitted(config: FitConfig, x: Float[Tensor, "rows d"], sites: Sites) -> Dictionary:
-    """The dictionary."""
-    baseline = config.baseline
-    d_sae, k = baseline.width(x.shape[1]), baseline.k_in_use()
+def _fitted(config: FitConfig, source: StoreSource, n_rows: int) -> Dictionary:
+    """The dictionary. Where a sum over rows is enough they are streamed; else they are held."""
+    baseline, sites = config.baseline, source.sites
+    d_sae, k = baseline.width(source.d_in), baseline.k_in_use()
     if k is not None and k > d_sae and config.over is None:
         raise ConfigError(f"k must be in [1, d_sae={d_sae}]", k, "Lower k.")
     if isinstance(baseline, PCAConfig):
-        return PCA.fit([x], baseline, sites)
+        return PCA.fit(_stream(source, n_rows), baseline, sites)
+    if isinstance(baseline, IdentityConfig | RandomDirectionsConfig):
+        mean = (
+            sum((rows.double().sum(0) for rows in _stream(source, n_rows)), torch.zeros(source.d_in)) / n_rows
+        )
+        if isinstance(baseline, IdentityConfig):
+            return Identity.from_mean(mean.float(), baseline, sites)
+        return RandomDirections.from_mean(mean.float(), baseline, sites)
+    x = source.next_batch(n_rows).x.float()
     if isinstance(baseline, ICAConfig):
         return ICA.fit(x, baseline, sites)
     if isinstance(baseline, RICAConfig):
@@ -147,10 +159,6 @@ def _fitted(config: FitConfig, x: Float[Tensor, "rows d"], sites: Sites) -> Dict
         return NMF.fit(x, baseline, sites)
     if isinstance(baseline, NeuronsConfig):
         return Neurons.fit(x, baseline, sites)
-    if isinstance(baseline, IdentityConfig):
-        return Identity.from_mean(x.mean(0), baseline, sites)
-    if isinstance(baseline, RandomDirectionsConfig):
-        return RandomDirections.from_mean(x.mean(0), baseline, sites)
     if isinstance(baseline, KSVDConfig):
         return ksvd(x, baseline, sites).coder
     assert config.over is not None
@@ -169,6 +177,15 @@ def _fitted(config: FitConfig, x: Float[Tensor, "rows d"], sites: Sites) -> Dict
         )
     over.sites = over.sites or sites
     return sparse_coder_over(over, baseline)
+
+
+def _stream(source: StoreSource, n_rows: int) -> Iterator[Float[Tensor, "rows d"]]:
+    """So many rows, a batch at a time."""
+    with track("read rows", n_rows, "rows") as progress:
+        for start in range(0, n_rows, STREAMED_ROWS):
+            rows = source.next_batch(min(STREAMED_ROWS, n_rows - start)).x.float()
+            progress.advance(rows.shape[0])
+            yield rows
 
 
 def _places(sites: Sites) -> str:

@@ -134,3 +134,14 @@ def test_what_cannot_be_fitted(world: World, tmp_path: Path) -> None:
     ):
         fit(config_for(world, tmp_path / "d", "sparse_coder", over=tmp_path / "elsewhere"))
     assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize("kind", ["pca", "identity", "random_directions"])
+def test_streamed_rows_give_what_held_ones_give(world, fitted, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr("sememe.fit.STREAMED_ROWS", 37)
+    streamed = fit(config_for(world, tmp_path / kind, kind))
+    held = dictionaries.load(fitted / kind)
+    store = open_store(world.store)
+    x = store.read(0, ("resid_post.1",)).activations["resid_post.1"].float()
+    torch.testing.assert_close(streamed(x), held(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(streamed.b_dec, held.b_dec, rtol=1e-5, atol=1e-6)
