@@ -79,7 +79,7 @@ class FrontierData(Config):
     points: tuple[FrontierPoint, ...]
     """Its settings."""
     mean_over_common_l0: dict[str, Number]
-    """Each metric's mean over the l0 that all groups reach, on a logarithmic axis; empty where there is none."""
+    """Each metric's mean over the l0 that groups share, on a logarithmic axis; empty for a group that is left out."""
     l0_from: float | None = None
     """Where that begins."""
     l0_to: float | None = None
@@ -143,6 +143,8 @@ class Comparison(Config):
     """Dictionaries, then nulls."""
     frontiers: dict[str, FrontierData]
     """By group."""
+    left_out: dict[str, str]
+    """By group, why its mean over the l0 that the others share was not taken; empty where no two share any."""
     differences: tuple[DifferenceData, ...]
     """Every pair of groups, every metric."""
     directions: Directions

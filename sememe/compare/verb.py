@@ -32,7 +32,7 @@ from sememe.text import TokenPolicy
 
 __all__ = ["COMPARISON", "compare"]
 
-VERSION = 2
+VERSION = 3
 COMPARISON = "comparison.json"
 SCHEMA = "comparison.schema.json"
 MAX_NULL_L0S = 3
@@ -79,7 +79,7 @@ def compare(
         config.out, kind="comparison", version=VERSION, config=config, parents=parents, fresh=fresh
     ) as work:
         loaded = {name: one.dictionary for name, one in opened.items()}
-        data: dict[str, Any] = {"format_version": VERSION, "directions": all_pairs(loaded)}
+        data: dict[str, Any] = {"format_version": 2, "directions": all_pairs(loaded)}
         data["pair"] = one_pair(config, loaded, work.path) if len(loaded) == 2 else None
         if policy is None:
             data |= _undescribed(opened)
@@ -283,7 +283,7 @@ def _undescribed(opened: dict[str, Opened]) -> dict[str, Any]:
         }
         for name, one in opened.items()
     ]
-    nothing: dict[str, Any] = {"frontiers": {}, "differences": []}
+    nothing: dict[str, Any] = {"frontiers": {}, "differences": [], "left_out": {}}
     return {"rows": rows, **nothing, "text": None, "bootstrap": None, "stopped": None}
 
 
@@ -303,6 +303,9 @@ def _cautions(data: dict[str, Any]) -> list[str]:
             "One seed each: intervals say how the numbers hang on the documents, not how another training "
             "would have come out."
         )
+    found += [
+        f"The means over shared l0 are without {group}: {why}." for group, why in data["left_out"].items()
+    ]
     n_compared = sum(one["low"] is not None for one in data["differences"])
     if n_compared >= 20:
         found.append(
