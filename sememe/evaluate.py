@@ -27,7 +27,7 @@ from sememe.measure.checks import (
     check_model,
     check_nulls,
     check_parts,
-    check_same_width,
+    check_same_place,
     check_store,
     check_text,
     describe,
@@ -129,7 +129,7 @@ def evaluate(config: EvaluateConfig, *, lm: LanguageModel | None = None, fresh: 
     if config.matched_in is not None:
         parents["matched_in"] = artifact.load(config.matched_in, "dictionary").fingerprint
         other = dictionaries.load(config.matched_in)
-        check_same_width(dictionary, other, config.matched_in)
+        check_same_place(dictionary, other, config.matched_in)
     identity = artifact.identity_of("report", VERSION, config, parents)
     if not fresh and artifact.find(config.out, "report", identity):
         return figures.open_report(config.out)

@@ -343,12 +343,35 @@ def test_latents_that_another_dictionary_has_are_spliced_alone(
     assert value["matched"] + value["unmatched"] == pytest.approx(found.value("l0")) and value["matched"] > 0
     with pytest.raises(ConfigError, match="matched_above must be left out without matched_in"):
         config_for(path, corpus, tmp_path / "r", matched_above=0.8)
-    wide = TopK(TopKConfig(k=2, d_sae=8), 7, 7, 8)
-    wide.save(tmp_path / "wide", torch.randn(16, 7))
-    with pytest.raises(
-        ShapeError, match=r"matched_in must have d_out=24 like the dictionary, got 7 of .*wide"
+    of = site(lm)
+    for about, width, error, message in (
+        ({"stop": 7}, 7, ShapeError, r"matched_in must have d_out=24 like the dictionary, got 7 of .*there"),
+        (
+            {"model_fingerprint": "f" * 64, "model": "another"},
+            D,
+            MismatchError,
+            r"matched_in must be of the dictionary's model, .*, got .*there of another \(fingerprint ffff",
+        ),
+        (
+            {"hookpoint": "resid_post.2"},
+            D,
+            MismatchError,
+            r"matched_in must write to the dictionary's hookpoint, resid_post.1, got resid_post.2 of .*there",
+        ),
     ):
-        evaluate(config_for(path, corpus, tmp_path / "r2", matched_in=tmp_path / "wide"), lm=lm)
+        sites = (of.replace(**about),)
+        there = TopK(TopKConfig(k=2, d_sae=8), width, width, 8, Sites(inputs=sites, outputs=sites))
+        there.save(
+            tmp_path / error.__name__ / str(width) / next(iter(about)) / "there", torch.randn(16, width)
+        )
+        asked["matched_in"] = tmp_path / error.__name__ / str(width) / next(iter(about)) / "there"
+        with pytest.raises(error, match=message):
+            evaluate(config_for(path, corpus, tmp_path / "r2", **asked), lm=lm)
+    bare = TopK(TopKConfig(k=2, d_sae=8), D, D, 8)
+    bare.save(tmp_path / "bare", torch.randn(16, D))
+    asked["matched_in"] = tmp_path / "bare"
+    with pytest.raises(MismatchError, match="must know its model and hookpoint"):
+        evaluate(config_for(path, corpus, tmp_path / "r2", **asked), lm=lm)
 
 
 def test_the_smallest_set_of_latents_within_a_share_of_the_perplexity(
