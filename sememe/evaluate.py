@@ -40,7 +40,7 @@ from sememe.text import TokenPolicy
 
 __all__ = ["NULLS", "EvaluateConfig", "evaluate"]
 
-VERSION = 3
+VERSION = 4
 
 
 class EvaluateConfig(MeasureConfig):

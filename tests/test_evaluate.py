@@ -32,6 +32,7 @@ from sememe.errors import ConfigError, MismatchError, ShapeError
 from sememe.evaluate import evaluate
 from sememe.figures import Report, open_report
 from sememe.lm import LanguageModel
+from sememe.measure.measured import MAX_UNITS, MAX_VALUES, _Units
 from sememe.store import open_store
 
 
@@ -299,6 +300,57 @@ def test_groups_average_to_the_whole(report: Report) -> None:
     n = sum(group["n_rows"] for group in groups)
     l0 = sum(group["n_rows"] * group["metrics"]["l0"]["value"] for group in groups) / n
     assert l0 == pytest.approx(report.value("l0"), rel=1e-9)
+
+
+def test_numbers_are_grouped_by_each_tag(lm: LanguageModel, corpus: Path, tmp_path: Path) -> None:
+    """A tag's group is what its documents alone give; a unit never has documents of two."""
+    lines = [json.loads(line) for line in corpus.read_text().splitlines()]
+    for number, line in enumerate(lines):
+        line |= {"genre": "<news>" if number % 2 else "verse"} | (
+            {"year": 1900 + number} if number % 5 else {}
+        )
+    tagged = tmp_path / "tagged.jsonl"
+    tagged.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    path = zeros(lm, tmp_path / "d")
+    config = config_for(path, tagged, tmp_path / "r", nulls=())
+    asked = config.replace(text=text_config(tagged, tag_fields=("genre", "year")))
+    found = evaluate(asked, lm=lm).data
+    assert list(found["by_tag"]) == ["genre", "year"] and set(found["by_tag"]["genre"]) == {"<news>", "verse"}
+    for groups in found["by_tag"].values():
+        assert sum(group["n_documents"] for group in groups.values()) == found["text"]["n_documents"]
+        assert sum(group["n_rows"] for group in groups.values()) == found["text"]["n_rows_kept"]
+    mse = sum(g["n_rows"] * g["metrics"]["mse"]["value"] for g in found["by_tag"]["genre"].values())
+    assert mse / found["text"]["n_rows_kept"] == pytest.approx(found["metrics"]["mse"]["value"])
+    assert "unknown" in found["by_tag"]["year"] and len(found["by_tag"]["year"]) <= MAX_VALUES + 1
+    page = (tmp_path / "r" / "report.html").read_text()
+    assert "<h3>By genre</h3>" in page and "&lt;news&gt;" in page and "<news>" not in page
+    assert evaluate(config.replace(out=tmp_path / "r2"), lm=lm).data["by_tag"] == {}
+
+
+def test_units_are_merged_only_among_documents_of_the_same_tags() -> None:
+    units = _Units(("genre", "id"))
+    n = 2 * MAX_UNITS
+    ids = np.arange(n, dtype=np.int32)[None]
+    documents = {
+        i: text.DocumentInfo(i, "a", "english", None, {"genre": "ab"[i % 2], "id": str(i)}, "")
+        for i in range(n)
+    }
+    found = units(text.TokenBlock(ids, ids, ids, ids >= 0, ids >= 0, documents), slice(0, 1))
+    assert found.max() < MAX_UNITS + 2
+    for unit, own in enumerate(units.tags):
+        genres = {documents[int(i)].tags["genre"] for i in np.flatnonzero(found == unit)}
+        assert genres == {own[2]}
+    assert len({tags[3] for tags in units.tags}) == MAX_VALUES + 1
+
+
+def test_every_row_is_in_the_histogram_of_l0(report: Report) -> None:
+    kept = report.data["text"]["n_rows_kept"]
+    for arm, own in report.data["density"].items():
+        pairs = own["l0_histogram"]
+        assert sum(count for _, count in pairs) == kept and all(count > 0 for _, count in pairs)
+        value = report.value("l0", None if arm == "dictionary" else arm)
+        assert sum(n * count for n, count in pairs) / kept == pytest.approx(value)
+    assert report.data["density"]["untrained"]["l0_histogram"] == [[3, kept]]
 
 
 def test_pca_beats_untrained_on_the_rows_it_was_fitted_to(report: Report) -> None:

@@ -39,6 +39,8 @@ class Histogram(Config):
     """Share of the latents below 1e-5, 1e-4, 1e-3, and above 1e-2."""
     l0_quantiles: dict[str, float]
     """Active latents per row that such a share of the rows does not exceed."""
+    l0_histogram: tuple[tuple[int, int], ...]
+    """Numbers of active latents that occur, and on how many rows each."""
 
 
 class Row(Config):

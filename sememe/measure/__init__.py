@@ -10,4 +10,13 @@ from sememe.measure.arms import Arms, Material, fit, make_null
 from sememe.measure.config import NULLS, MeasureConfig
 from sememe.measure.measured import Measured, run
 
-__all__ = ["NULLS", "Arms", "Material", "MeasureConfig", "Measured", "fit", "make_null", "run"]
+__all__ = [
+    "NULLS",
+    "Arms",
+    "Material",
+    "MeasureConfig",
+    "Measured",
+    "fit",
+    "make_null",
+    "run",
+]
