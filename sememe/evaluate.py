@@ -22,7 +22,7 @@ from sememe.dictionaries.part import Part
 from sememe.errors import ConfigError
 from sememe.figures import Report
 from sememe.lm import LanguageModel
-from sememe.measure import NULLS, Arms, MeasureConfig, Measured, fit, make_null, run
+from sememe.measure import NULLS, Arms, MeasureConfig, Measured, check_documents, fit, make_null, run
 from sememe.measure.checks import (
     check_model,
     check_nulls,
@@ -102,7 +102,7 @@ def evaluate(config: EvaluateConfig, *, lm: LanguageModel | None = None, fresh: 
         ConfigError: a null is unknown, or cannot be made for this dictionary.
         MismatchError: dictionary, store, model and policy do not belong together; or another report stands at
             config.out.
-        TextError: the held-out text is shorter than one context.
+        TextError: the held-out text is shorter than one context, or too few documents for intervals.
         ActivationError: an activation is NaN or infinite; the error says in which document.
     """
     saved = artifact.load(config.dictionary, "dictionary")
@@ -135,6 +135,7 @@ def evaluate(config: EvaluateConfig, *, lm: LanguageModel | None = None, fresh: 
         return figures.open_report(config.out)
     lm = lm if lm is not None else language_models.load(config.model)
     splicer = splicer_for(lm, sites)
+    check_documents(config, lm, policy)
     with artifact.building(
         config.out, kind="report", version=VERSION, config=config, parents=parents, fresh=fresh
     ) as work:

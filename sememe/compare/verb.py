@@ -17,7 +17,7 @@ from sememe.dictionaries.base import Dictionary, Sites
 from sememe.errors import MismatchError
 from sememe.frontier import Place, Point
 from sememe.lm import LanguageModel
-from sememe.measure import Arms, Measured, fit, make_null, run
+from sememe.measure import Arms, Measured, check_documents, fit, make_null, run
 from sememe.measure.checks import (
     check_nulls,
     check_store,
@@ -58,7 +58,7 @@ def compare(
         MismatchError: dictionaries belong to different models, policies or stores; or another comparison stands at
             config.out.
         ArtifactError: a folder is not a dictionary.
-        TextError: the held-out text is shorter than one context.
+        TextError: the held-out text is shorter than one context, or too few documents for intervals.
     """
     opened = open_all(config.dictionaries)
     # under the names that the page tells them apart by
@@ -159,6 +159,7 @@ def _measured(
     store: Store | None,
 ) -> dict[str, Any]:
     """Every dictionary and its nulls on the same documents."""
+    check_documents(config, lm, policy)
     by_sites: dict[str, list[str]] = {}
     for name, one in opened.items():
         by_sites.setdefault(_places(_sites(one)), []).append(name)

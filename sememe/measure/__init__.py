@@ -8,7 +8,7 @@ predictions made from kept positions.
 
 from sememe.measure.arms import Arms, Material, fit, make_null
 from sememe.measure.config import NULLS, MeasureConfig
-from sememe.measure.measured import Measured, run
+from sememe.measure.measured import Measured, check_documents, run
 
 __all__ = [
     "NULLS",
@@ -16,6 +16,7 @@ __all__ = [
     "Material",
     "MeasureConfig",
     "Measured",
+    "check_documents",
     "fit",
     "make_null",
     "run",

@@ -26,7 +26,7 @@ from sememe.progress import track
 from sememe.splice import BaseRun, Splicer
 from sememe.text import TokenBlock, TokenPolicy
 
-__all__ = ["Measured", "run"]
+__all__ = ["Measured", "check_documents", "run"]
 
 MAX_UNITS = 1024
 """Bootstrap units; with more documents than this, some units are two or more documents of the same tags."""
@@ -107,6 +107,32 @@ class _Batch(NamedTuple):
     valid: Bool[Tensor, " positions"]
     keep: Bool[Tensor, " positions"]
     units: Int[Tensor, " positions"]
+
+
+LEAST_DOCUMENTS = 2
+"""Held-out documents without which nothing can be drawn again."""
+
+
+def check_documents(config: MeasureConfig, lm: LanguageModel, policy: TokenPolicy) -> None:
+    """Whether there are enough held-out documents for intervals; reads no further than the second.
+
+    Raises:
+        TextError: intervals are asked for, and there are not.
+    """
+    if config.n_bootstrap == 0:
+        return
+    found: set[int] = set()
+    for block in text.token_blocks(
+        config.text, lm.tokenizer, policy, split="heldout", n_tokens=config.n_tokens
+    ):
+        found |= set(np.unique(block.doc_ids[block.keep]).tolist())
+        if len(found) >= LEAST_DOCUMENTS:
+            return
+    raise TextError(
+        f"intervals need at least {LEAST_DOCUMENTS} held-out documents",
+        len(found),
+        "Raise n_tokens or heldout_fraction, or pass --n-bootstrap 0.",
+    )
 
 
 def run(config: MeasureConfig, groups: Mapping[str, tuple[Measured, Arms]]) -> dict[str, Any]:
