@@ -22,12 +22,12 @@ from sememe.dictionaries.part import Part
 from sememe.errors import ConfigError
 from sememe.figures import Report
 from sememe.lm import LanguageModel
-from sememe.measure import NULLS, Arms, MeasureConfig, Measured, fit, make_null, run
+from sememe.measure import NULLS, Arms, MeasureConfig, Measured, check_documents, fit, make_null, run
 from sememe.measure.checks import (
     check_model,
     check_nulls,
     check_parts,
-    check_same_width,
+    check_same_place,
     check_store,
     check_text,
     describe,
@@ -40,7 +40,7 @@ from sememe.text import TokenPolicy
 
 __all__ = ["NULLS", "EvaluateConfig", "evaluate"]
 
-VERSION = 4
+VERSION = 5
 
 
 class EvaluateConfig(MeasureConfig):
@@ -102,7 +102,7 @@ def evaluate(config: EvaluateConfig, *, lm: LanguageModel | None = None, fresh: 
         ConfigError: a null is unknown, or cannot be made for this dictionary.
         MismatchError: dictionary, store, model and policy do not belong together; or another report stands at
             config.out.
-        TextError: the held-out text is shorter than one context.
+        TextError: the held-out text is shorter than one context, or too few documents for intervals.
         ActivationError: an activation is NaN or infinite; the error says in which document.
     """
     saved = artifact.load(config.dictionary, "dictionary")
@@ -129,12 +129,13 @@ def evaluate(config: EvaluateConfig, *, lm: LanguageModel | None = None, fresh: 
     if config.matched_in is not None:
         parents["matched_in"] = artifact.load(config.matched_in, "dictionary").fingerprint
         other = dictionaries.load(config.matched_in)
-        check_same_width(dictionary, other, config.matched_in)
+        check_same_place(dictionary, other, config.matched_in)
     identity = artifact.identity_of("report", VERSION, config, parents)
     if not fresh and artifact.find(config.out, "report", identity):
         return figures.open_report(config.out)
     lm = lm if lm is not None else language_models.load(config.model)
     splicer = splicer_for(lm, sites)
+    check_documents(config, lm, policy)
     with artifact.building(
         config.out, kind="report", version=VERSION, config=config, parents=parents, fresh=fresh
     ) as work:

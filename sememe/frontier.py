@@ -329,7 +329,7 @@ def _sentence(found: Difference, better: str) -> str:
 
 
 def summary(points: Mapping[str, Point], metrics: Mapping[str, str], seed: int = 0) -> dict[str, Any]:
-    """Every group's frontier, and every pair of groups compared, as plain data without NaN.
+    """Every group's frontier, every pair of groups compared, and whose areas are left out, as plain data without NaN.
 
     Args:
         points: Dictionaries by name, all on the same documents.
@@ -340,30 +340,60 @@ def summary(points: Mapping[str, Point], metrics: Mapping[str, str], seed: int =
     for point in points.values():
         by_group.setdefault(point.place.group, []).append(point)
     frontiers = [Frontier(own, seed) for own in by_group.values()]
-    ranges = [frontier.range for frontier in frontiers]
-    low, high = max(r[0] for r in ranges), min(r[1] for r in ranges)
-    described = {one.group: _described(one, metrics, (low, high)) for one in frontiers}
+    common, left_out = _shared(frontiers)
+    described = {
+        one.group: _described(one, metrics, None if one.group in left_out else common) for one in frontiers
+    }
     compared = [
         _numbers(found)
         for index, one in enumerate(frontiers)
         for other in frontiers[index + 1 :]
         for found in differences(one, other, metrics)
     ]
-    return {"frontiers": described, "differences": compared}
+    return {"frontiers": described, "differences": compared, "left_out": left_out}
 
 
-def _described(frontier: Frontier, metrics: Mapping[str, str], common: tuple[float, float]) -> dict[str, Any]:
-    """A frontier's points with their intervals, and the area under it over the l0 that all groups reach."""
+def _shared(frontiers: Sequence[Frontier]) -> tuple[tuple[float, float] | None, dict[str, str]]:
+    """The range of l0 over which areas are taken, and why the groups that have none were left out.
+
+    The most groups that share a range; of several such ranges the widest.
+    """
+    reach = {one.group: one.range for one in frontiers if 0 < one.range[0] < one.range[1]}
+    best: tuple[int, float] = (0, 0.0)
+    common: tuple[float, float] | None = None
+    for low in {own[0] for own in reach.values()}:
+        for high in {own[1] for own in reach.values() if own[1] > low}:
+            n = sum(own[0] <= low and high <= own[1] for own in reach.values())
+            if (n, high / low) > best:
+                best, common = (n, high / low), (low, high)
+    if common is None or best[0] < 2:
+        return None, {}
+    left_out = {}
+    for one in frontiers:
+        own = reach.get(one.group)
+        if own is None:
+            left_out[one.group] = f"it has one setting (l0 {_l0s(one)}), which is no range"
+        elif not (own[0] <= common[0] and common[1] <= own[1]):
+            left_out[one.group] = (
+                f"its l0 ({_l0s(one)}) do not reach over {common[0]:.3g} to {common[1]:.3g}, which the others share"
+            )
+    return common, left_out
+
+
+def _described(
+    frontier: Frontier, metrics: Mapping[str, str], common: tuple[float, float] | None
+) -> dict[str, Any]:
+    """A frontier's points with their intervals, and the area under it over a range of l0, if there is one."""
     names = [name for name in ("l0", *metrics) if name in frontier.values]
     points = [
         {"setting": setting, "n_seeds": n, **{name: _statistic(frontier.values[name][row]) for name in names}}
         for row, (setting, n) in enumerate(zip(frontier.settings, frontier.n_seeds, strict=True))
     ]
-    low, high = common
-    areas = {}
-    if 0 < low < high:
+    areas, span = {}, {}
+    if common is not None:
+        low, high = common
         areas = {name: _statistic(frontier.mean(name, low, high)) for name in names if name != "l0"}
-    span = {"l0_from": low, "l0_to": high} if areas else {}
+        span = {"l0_from": low, "l0_to": high}
     return {"points": points, "mean_over_common_l0": areas, **span}
 
 

@@ -5,31 +5,38 @@
     fvu          what is left unexplained there
     next_larger  how much of it the next larger dictionary of the same penalty has too (mmcs)
 
-Source: the four plots of Cunningham, Riggs, Ewart & Huben's replication of Sharkey et al. 2022. Differs: the penalty
-multiplies the sum over latents against the error averaged over dimensions, as everywhere here; fvu instead of the
-reconstruction loss.
+Every cell is a training run of its own on the same rows, an artifact of its own, and found or resumed by itself.
+
+Source: the four plots of Cunningham, Riggs, Ewart & Huben's replication of Sharkey et al. 2022, whose grid is the
+default. Penalties are counted as there: the weight of the mean over latents, in raw units (`l1_coefficient` multiplies
+the sum, in training units). Differs: fvu instead of the reconstruction loss.
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from sememe import artifact, figures, metrics
+from sememe import artifact, dictionaries, figures, metrics
 from sememe.config import Config, sha256_of
 from sememe.dictionaries import Dictionary
 from sememe.errors import ConfigError
 from sememe.source import Batch
 from sememe.toy import PlantedSource, ToyConfig, recovery
-from sememe.train import TrainConfig, train_sweep
+from sememe.train import TrainConfig, train
 
 __all__ = ["GRID", "GridConfig", "grid"]
 
-VERSION = 1
+VERSION = 2
 GRID = "grid.json"
+N_TOKENS = 4_000_000
+"""Rows of each training, where none are asked for."""
+N_SAMPLE_ROWS = 8192
+"""Rows from which the data's spread is taken, as the trainer does."""
 N_ROWS = 16_384
 """Fresh rows on which dead latents and fvu are counted."""
 N_AT_ONCE = 2048
@@ -45,19 +52,41 @@ class GridConfig(Config):
     planted: ToyConfig = ToyConfig()
     """What is to be found."""
     train: TrainConfig
-    """How; its sweep is the grid's."""
+    """How; 4,000,000 rows each if it does not say."""
     penalties: tuple[float, ...] = Field(
-        default=(0.001, 0.00316, 0.01, 0.0316, 0.1, 0.316, 1.0), min_length=1
+        default=tuple(10 ** (exponent / 4) for exponent in range(-8, 9)), min_length=1
     )
-    """Values of the architecture's l1_coefficient."""
-    ratios: tuple[float, ...] = Field(default=(0.25, 0.5, 1.0, 2.0, 4.0), min_length=1)
+    """Weights of the mean activation over latents, against the error averaged over dimensions, both in raw units."""
+    ratios: tuple[float, ...] = Field(default=tuple(2.0**exponent for exponent in range(-2, 6)), min_length=1)
     """Latents per planted feature."""
+
+    @field_validator("penalties")
+    @classmethod
+    def _positive(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        for penalty in value:
+            if penalty <= 0:
+                raise ConfigError("penalties must be above 0", f"{penalty:g}", "Change --penalties.")
+        return value
+
+
+class _Cell(NamedTuple):
+    """One dictionary of the grid."""
+
+    penalty: float
+    d_sae: int
+    config: TrainConfig
+
+    @property
+    def coefficient(self) -> float:
+        """What its loss multiplies the sum over latents with, in training units."""
+        return float(self.config.architecture.l1_coefficient)  # type: ignore[union-attr]
 
 
 def grid(config: GridConfig, *, fresh: bool = False) -> artifact.Artifact:
     """Train a dictionary for every penalty and ratio on one stream; measure each; draw the four plots.
 
-    The artifact holds grid.json (a line per dictionary), grid.csv and grid.svg, and lies in OUT/plots.
+    A grid that was stopped goes on: dictionaries that are there are opened, one that was begun is resumed. The
+    artifact holds grid.json (a line per dictionary), grid.csv and grid.svg, and lies in OUT/plots.
 
     Args:
         config: Which grid.
@@ -66,37 +95,58 @@ def grid(config: GridConfig, *, fresh: bool = False) -> artifact.Artifact:
     Raises:
         ConfigError: the architecture has no L1 penalty, a sweep of its own is given, or a size is below 1.
     """
-    sizes = _sizes(config)
-    sweep = (
-        f"l1_coefficient={','.join(map(repr, config.penalties))}",
-        f"d_sae={','.join(map(str, sizes))}",
-    )
-    trained = config.train.replace(sweep=sweep, out=config.out / "dictionaries")
-    source = PlantedSource(config.planted)
-    about = {"planted": config.planted.resolved()}
+    cells = _cells(config, _sizes(config))
     planted = {"planted": sha256_of(config.planted.resolved())}
-    found = train_sweep(trained, source=source, parents=planted, extra=about, fresh=fresh)
-    parents = {"sweep": found.artifact.fingerprint}
+    about = {"planted": config.planted.resolved()}
+    made: dict[str, artifact.Artifact] = {}
+    for number, cell in enumerate(cells, 1):
+        if fresh or not (cell.config.out / artifact.META).is_file():
+            what = f"penalty {cell.penalty:.3g}, {cell.d_sae:,} latents"
+            print(f"cell {number} of {len(cells)}: {what}", file=sys.stderr, flush=True)
+        train(cell.config, source=PlantedSource(config.planted), parents=planted, extra=about, fresh=fresh)
+        made[cell.config.out.name] = artifact.load(cell.config.out, "dictionary")
+    parents = {f"dictionary: {name}": one.fingerprint for name, one in made.items()}
     identity = artifact.identity_of("grid", VERSION, config, parents)
     plots = config.out / "plots"
     there = None if fresh else artifact.find(plots, "grid", identity)
     if there is not None:
         return there
-    loaded = {
-        (float(entry["options"]["l1_coefficient"]), int(entry["options"]["d_sae"])): found.load(entry["name"])
-        for entry in found.index
-    }
-    lines = _measure(loaded, source)
+    lines = _measure(cells, PlantedSource(config.planted))
     with artifact.building(
         plots, kind="grid", version=VERSION, config=config, parents=parents, fresh=fresh
     ) as work:
-        artifact.write_json(work.path / GRID, {"format_version": 1, "dictionaries": lines})
+        artifact.write_json(work.path / GRID, {"format_version": 2, "dictionaries": lines})
         names = list(lines[0])
         rows = [",".join("" if line[name] is None else f"{line[name]:g}" for name in names) for line in lines]
         (work.path / "grid.csv").write_text("\n".join([",".join(names), *rows, ""]), encoding="utf-8")
         for name, picture in figures.grid_plots(lines, config.planted.n_features).items():
             (work.path / f"{name}.svg").write_text(picture, encoding="utf-8")
     return artifact.load(plots, "grid")
+
+
+def _cells(config: GridConfig, sizes: list[int]) -> list[_Cell]:
+    """The smallest dictionaries first, which are the quickest."""
+    length = {} if config.train.n_tokens or config.train.epochs else {"n_tokens": N_TOKENS}
+    spread = _spread(config)
+    cells = []
+    for d_sae in sorted(sizes):
+        for penalty in sorted(config.penalties):
+            # rounded, so that the same grid is the same wherever the spread was measured
+            coefficient = float(f"{penalty / (d_sae * spread):.4g}")
+            architecture = config.train.architecture.replace(l1_coefficient=coefficient, d_sae=d_sae)
+            out = config.out / "dictionaries" / f"penalty{penalty:.6g}-d_sae{d_sae}"
+            cells.append(
+                _Cell(penalty, d_sae, config.train.replace(architecture=architecture, out=out, **length))
+            )
+    return cells
+
+
+def _spread(config: GridConfig) -> float:
+    """What the trainer divides rows by: their root mean square distance from the mean; 1 if it does not."""
+    if not config.train.scale:
+        return 1.0
+    x = PlantedSource(config.planted).sample(N_SAMPLE_ROWS).x.double()
+    return float((x - x.mean(0)).square().mean().sqrt()) or 1.0
 
 
 def _sizes(config: GridConfig) -> list[int]:
@@ -110,7 +160,15 @@ def _sizes(config: GridConfig) -> list[int]:
         raise ConfigError(
             "a grid must have no sweep of its own", " ".join(config.train.sweep), "Drop --sweep, or --grid."
         )
-    if len(set(config.penalties)) < len(config.penalties):
+    for name, axis in (("l1_coefficient", "penalties"), ("d_sae", "ratios")):
+        given = getattr(config.train.architecture, name)
+        if given != type(config.train.architecture).model_fields[name].default:
+            raise ConfigError(
+                f"{name} must be left out of a grid, whose {axis} decide it",
+                given,
+                f"Drop --{name.replace('_', '-')}, or set --{axis}.",
+            )
+    if len({f"{penalty:.6g}" for penalty in config.penalties}) < len(config.penalties):
         raise ConfigError("each penalty must be named once", f"{config.penalties}", "Leave the repeats out.")
     sizes = [round(ratio * config.planted.n_features) for ratio in config.ratios]
     if min(sizes) < 1 or len(set(sizes)) < len(sizes):
@@ -121,26 +179,30 @@ def _sizes(config: GridConfig) -> list[int]:
 
 
 @torch.no_grad()
-def _measure(loaded: dict[tuple[float, int], Dictionary], source: PlantedSource) -> list[dict[str, Any]]:
-    """One line per dictionary, by penalty and then by size."""
+def _measure(cells: list[_Cell], source: PlantedSource) -> list[dict[str, Any]]:
+    """One line per dictionary, by penalty and then by size; two are held at a time."""
     rows, lines = source.hold_out(N_ROWS), []
-    for penalty, size in sorted(loaded):
-        dictionary = loaded[penalty, size]
-        larger = min((d for p, d in loaded if p == penalty and d > size), default=None)
+    ordered = sorted(cells, key=lambda cell: (cell.penalty, cell.d_sae))
+    following: Dictionary | None = dictionaries.load(ordered[0].config.out)
+    for cell, after in zip(ordered, [*ordered[1:], None], strict=True):
+        assert following is not None
+        dictionary = following
+        following = None if after is None else dictionaries.load(after.config.out)
         scores = recovery(source.planted, dictionary)
-        following = None
-        if larger is not None:
-            other = loaded[penalty, larger].decoder_directions()
-            following = float(metrics.mmcs(dictionary.decoder_directions(), other))
+        in_larger = None
+        if following is not None and after is not None and after.penalty == cell.penalty:
+            both = dictionary.decoder_directions(), following.decoder_directions()
+            in_larger = float(metrics.mmcs(*both))
         lines.append(
             {
-                "l1_coefficient": penalty,
-                "d_sae": size,
+                "penalty": cell.penalty,
+                "l1_coefficient": cell.coefficient,
+                "d_sae": cell.d_sae,
                 "recall": scores.recall,
                 "precision": scores.precision,
                 "found": scores.found,
                 **_on(dictionary, rows),
-                "next_larger": following,
+                "next_larger": in_larger,
             }
         )
     return lines

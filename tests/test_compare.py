@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from evaluate_world import World, autoencoder, identity, make_world, save, text_config, zeros
+from evaluate_world import POLICY, World, autoencoder, identity, make_world, save, text_config, zeros
 from test_report import Page
 
 from sememe import artifact, dictionaries
 from sememe.compare import CompareConfig, Comparison, compare
 from sememe.dictionaries.topk import TopK, TopKConfig
-from sememe.errors import ArtifactError, ConfigError, MismatchError, ShapeError
+from sememe.errors import ArtifactError, ConfigError, MismatchError, ShapeError, TextError
 from sememe.evaluate import EvaluateConfig, evaluate
 from sememe.figures import open_report, read_draws
 from sememe.store import open_store
@@ -331,3 +331,17 @@ def test_another_model_or_policy_is_refused(world: World, tmp_path: Path) -> Non
     with pytest.raises(MismatchError, match=r"must have one token policy .* that of a: .*, got .* of d"):
         compare(config.replace(dictionaries=(tmp_path / "a", tmp_path / "d")), lm=world.lm)
     assert not (tmp_path / "c").exists()
+
+
+def test_intervals_need_two_documents(world: World, tmp_path: Path) -> None:
+    few = {"nulls": (), "n_tokens": POLICY.context_length}
+    with pytest.raises(
+        TextError, match=r"intervals need at least 2 held-out documents, got 1\. Raise n_tokens"
+    ):
+        compare(on_text(world, tmp_path / "c", "zeros", "neurons", **few), lm=world.lm)
+    assert not (tmp_path / "c").exists()
+    done = compare(on_text(world, tmp_path / "c", "zeros", "neurons", n_bootstrap=0, **few), lm=world.lm)
+    data = read(done)
+    assert data["text"]["n_documents"] == 1
+    assert all(row["metrics"]["fvu"]["low"] is None for row in data["rows"])
+    assert not any(one["real"] for one in data["differences"])

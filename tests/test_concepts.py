@@ -175,6 +175,32 @@ def test_first_letters_come_from_the_vocabulary(world: World, tmp_path: Path) ->
     )
 
 
+def test_every_letter_with_enough_words_is_asked_about(world: World, tmp_path: Path) -> None:
+    from sememe.concepts.labelled import MAX_CLASSES, first_letters, read_labelled
+
+    letters = "abcdefghijklmnopqrstuvwxyz"
+
+    class Vocabulary:
+        def __len__(self) -> int:
+            return 26 * 20 - 1
+
+        def decode(self, ids: list[int]) -> str:
+            letter, number = letters[ids[0] % 26], ids[0] // 26
+            return f" {letter}{letters[number]}rd"
+
+    config = config_for(world, tmp_path / "c", first_letter=True)
+    found = first_letters(config, Vocabulary())
+    assert set(found.classes) == set(letters) - {"z"}, "z has 19"
+    assert found.left_out == {"z": 19}
+    assert len(first_letters(config.replace(max_classes=5), Vocabulary()).classes) == 5
+    path = tmp_path / "many.jsonl"
+    lines = [json.dumps({"text": f"text {i}", "label": letters[i % 26]}) for i in range(26 * 20)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    assert (
+        len(read_labelled(config_for(world, tmp_path / "c", labelled=(path,))).classes) == MAX_CLASSES == 12
+    )
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

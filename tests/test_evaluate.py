@@ -32,6 +32,7 @@ from sememe.errors import ConfigError, MismatchError, ShapeError
 from sememe.evaluate import evaluate
 from sememe.figures import Report, open_report
 from sememe.lm import LanguageModel
+from sememe.measure.measured import MAX_UNITS, MAX_VALUES, _Units
 from sememe.store import open_store
 
 
@@ -301,6 +302,57 @@ def test_groups_average_to_the_whole(report: Report) -> None:
     assert l0 == pytest.approx(report.value("l0"), rel=1e-9)
 
 
+def test_numbers_are_grouped_by_each_tag(lm: LanguageModel, corpus: Path, tmp_path: Path) -> None:
+    """A tag's group is what its documents alone give; a unit never has documents of two."""
+    lines = [json.loads(line) for line in corpus.read_text().splitlines()]
+    for number, line in enumerate(lines):
+        line |= {"genre": "<news>" if number % 2 else "verse"} | (
+            {"year": 1900 + number} if number % 5 else {}
+        )
+    tagged = tmp_path / "tagged.jsonl"
+    tagged.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    path = zeros(lm, tmp_path / "d")
+    config = config_for(path, tagged, tmp_path / "r", nulls=())
+    asked = config.replace(text=text_config(tagged, tag_fields=("genre", "year")))
+    found = evaluate(asked, lm=lm).data
+    assert list(found["by_tag"]) == ["genre", "year"] and set(found["by_tag"]["genre"]) == {"<news>", "verse"}
+    for groups in found["by_tag"].values():
+        assert sum(group["n_documents"] for group in groups.values()) == found["text"]["n_documents"]
+        assert sum(group["n_rows"] for group in groups.values()) == found["text"]["n_rows_kept"]
+    mse = sum(g["n_rows"] * g["metrics"]["mse"]["value"] for g in found["by_tag"]["genre"].values())
+    assert mse / found["text"]["n_rows_kept"] == pytest.approx(found["metrics"]["mse"]["value"])
+    assert "unknown" in found["by_tag"]["year"] and len(found["by_tag"]["year"]) <= MAX_VALUES + 1
+    page = (tmp_path / "r" / "report.html").read_text()
+    assert "<h3>By genre</h3>" in page and "&lt;news&gt;" in page and "<news>" not in page
+    assert evaluate(config.replace(out=tmp_path / "r2"), lm=lm).data["by_tag"] == {}
+
+
+def test_units_are_merged_only_among_documents_of_the_same_tags() -> None:
+    units = _Units(("genre", "id"))
+    n = 2 * MAX_UNITS
+    ids = np.arange(n, dtype=np.int32)[None]
+    documents = {
+        i: text.DocumentInfo(i, "a", "english", None, {"genre": "ab"[i % 2], "id": str(i)}, "")
+        for i in range(n)
+    }
+    found = units(text.TokenBlock(ids, ids, ids, ids >= 0, ids >= 0, documents), slice(0, 1))
+    assert found.max() < MAX_UNITS + 2
+    for unit, own in enumerate(units.tags):
+        genres = {documents[int(i)].tags["genre"] for i in np.flatnonzero(found == unit)}
+        assert genres == {own[2]}
+    assert len({tags[3] for tags in units.tags}) == MAX_VALUES + 1
+
+
+def test_every_row_is_in_the_histogram_of_l0(report: Report) -> None:
+    kept = report.data["text"]["n_rows_kept"]
+    for arm, own in report.data["density"].items():
+        pairs = own["l0_histogram"]
+        assert sum(count for _, count in pairs) == kept and all(count > 0 for _, count in pairs)
+        value = report.value("l0", None if arm == "dictionary" else arm)
+        assert sum(n * count for n, count in pairs) / kept == pytest.approx(value)
+    assert report.data["density"]["untrained"]["l0_histogram"] == [[3, kept]]
+
+
 def test_pca_beats_untrained_on_the_rows_it_was_fitted_to(report: Report) -> None:
     assert report.value("fvu", "pca") < report.value("fvu", "untrained")
 
@@ -343,12 +395,35 @@ def test_latents_that_another_dictionary_has_are_spliced_alone(
     assert value["matched"] + value["unmatched"] == pytest.approx(found.value("l0")) and value["matched"] > 0
     with pytest.raises(ConfigError, match="matched_above must be left out without matched_in"):
         config_for(path, corpus, tmp_path / "r", matched_above=0.8)
-    wide = TopK(TopKConfig(k=2, d_sae=8), 7, 7, 8)
-    wide.save(tmp_path / "wide", torch.randn(16, 7))
-    with pytest.raises(
-        ShapeError, match=r"matched_in must have d_out=24 like the dictionary, got 7 of .*wide"
+    of = site(lm)
+    for about, width, error, message in (
+        ({"stop": 7}, 7, ShapeError, r"matched_in must have d_out=24 like the dictionary, got 7 of .*there"),
+        (
+            {"model_fingerprint": "f" * 64, "model": "another"},
+            D,
+            MismatchError,
+            r"matched_in must be of the dictionary's model, .*, got .*there of another \(fingerprint ffff",
+        ),
+        (
+            {"hookpoint": "resid_post.2"},
+            D,
+            MismatchError,
+            r"matched_in must write to the dictionary's hookpoint, resid_post.1, got resid_post.2 of .*there",
+        ),
     ):
-        evaluate(config_for(path, corpus, tmp_path / "r2", matched_in=tmp_path / "wide"), lm=lm)
+        sites = (of.replace(**about),)
+        there = TopK(TopKConfig(k=2, d_sae=8), width, width, 8, Sites(inputs=sites, outputs=sites))
+        there.save(
+            tmp_path / error.__name__ / str(width) / next(iter(about)) / "there", torch.randn(16, width)
+        )
+        asked["matched_in"] = tmp_path / error.__name__ / str(width) / next(iter(about)) / "there"
+        with pytest.raises(error, match=message):
+            evaluate(config_for(path, corpus, tmp_path / "r2", **asked), lm=lm)
+    bare = TopK(TopKConfig(k=2, d_sae=8), D, D, 8)
+    bare.save(tmp_path / "bare", torch.randn(16, D))
+    asked["matched_in"] = tmp_path / "bare"
+    with pytest.raises(MismatchError, match="must know its model and hookpoint"):
+        evaluate(config_for(path, corpus, tmp_path / "r2", **asked), lm=lm)
 
 
 def test_the_smallest_set_of_latents_within_a_share_of_the_perplexity(

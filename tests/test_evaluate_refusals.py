@@ -276,3 +276,27 @@ def test_a_reconstruction_out_of_all_bounds_is_measured_and_one_that_is_not_fini
     with pytest.raises(MismatchError, match=r"must reproduce its stored reconstructions .* got .* nan"):
         evaluate(config_for(broken, corpus, tmp_path / "r2", nulls=(), store=store), lm=lm)
     assert not (tmp_path / "r2").exists()
+
+
+def test_intervals_need_two_documents(
+    world: World, lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused before a null is fitted or a forward is run; without intervals one document is enough."""
+    path = identity(lm, tmp_path / "d")
+    config = config_for(path, world.corpus, tmp_path / "r", nulls=(), n_tokens=POLICY.context_length)
+    blocks = text.token_blocks(
+        config.text, lm.tokenizer, POLICY, split="heldout", n_tokens=POLICY.context_length
+    )
+    assert sum(len(set(block.doc_ids[block.keep].tolist())) for block in blocks) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr("sememe.evaluate.fit", lambda *_: pytest.fail("nulls were fitted"))
+        with pytest.raises(
+            TextError,
+            match=r"^intervals need at least 2 held-out documents, got 1\. Raise n_tokens or heldout_fraction, or pass "
+            r"--n-bootstrap 0\.$",
+        ):
+            evaluate(config, lm=lm)
+    assert not (tmp_path / "r").exists()
+    found = evaluate(config.replace(n_bootstrap=0), lm=lm).data
+    assert found["text"]["n_documents"] == 1 and found["metrics"]["fvu"]["value"] == 0
+    assert found["metrics"]["fvu"].get("low") is None

@@ -166,7 +166,9 @@ def test_a_summary_is_plain_data_without_nan():
     }
     found = summary(points, BETTER)
     assert [p["setting"] for p in found["frontiers"]["a"]["points"]] == ["k=8", "k=32"]
-    assert found["frontiers"]["a"]["mean_over_common_l0"] == {}  # c shares nothing with the others
+    assert found["frontiers"]["a"]["mean_over_common_l0"]["fvu"]["value"] == pytest.approx(0.45)
+    assert found["frontiers"]["c"]["mean_over_common_l0"] == {}
+    assert found["left_out"] == {"c": "it has one setting (l0 64), which is no range"}
     assert len(found["differences"]) == 3
     assert found["differences"][1]["difference"] is None and found["differences"][1]["real"] is False
     del points["5"]
@@ -215,3 +217,26 @@ def test_silent_dictionaries_and_settings_without_a_number_are_no_points():
     )
     assert broken.at("fvu", 16) == pytest.approx(np.full(51, 0.4))
     assert np.isnan(Frontier([point("g", "k=0", 0.0, 1.0)]).at("fvu", 1)).all()
+
+
+def test_areas_are_of_the_most_groups_that_share_a_range():
+    def group(name, low, high):
+        return {f"{name}{l0}": point(name, f"k={l0}", l0, 1 / l0) for l0 in (low, high)}
+
+    points = group("a", 8, 64) | group("b", 4, 32) | group("c", 16, 128) | group("far", 200, 400)
+    points["null"] = point("null: pca", "k=20", 20, 0.1)
+    found = summary(points, BETTER)
+    spans = {name: (one.get("l0_from"), one.get("l0_to")) for name, one in found["frontiers"].items()}
+    assert spans == {
+        **dict.fromkeys("abc", (16, 32)),
+        "far": (None, None),
+        "null: pca": (None, None),
+    }
+    assert found["left_out"] == {
+        "far": "its l0 (200 to 400) do not reach over 16 to 32, which the others share",
+        "null: pca": "it has one setting (l0 20), which is no range",
+    }
+    alone = summary(group("a", 8, 64) | group("far", 200, 400), BETTER)
+    assert alone["left_out"] == {} and not any(
+        one["mean_over_common_l0"] for one in alone["frontiers"].values()
+    )

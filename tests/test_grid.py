@@ -3,16 +3,18 @@
 import json
 
 import pytest
+import torch
 
-from sememe import artifact
+from sememe import artifact, dictionaries
 from sememe.cli import _run
 from sememe.dictionaries.relu import ReLUConfig
 from sememe.dictionaries.topk import TopKConfig
 from sememe.errors import ConfigError
-from sememe.grid import GRID, N_ROWS, GridConfig, grid
+from sememe.grid import GRID, N_ROWS, N_SAMPLE_ROWS, GridConfig, grid
 from sememe.metrics import mmcs
 from sememe.toy import PlantedSource, ToyConfig, recovery
-from sememe.train import TrainConfig, open_sweep
+from sememe.train import TrainConfig
+from sememe.train.crew import Crew
 
 PLANTED = ToyConfig(d=12, n_features=20, n_active=2, decay=1.0)
 
@@ -22,7 +24,7 @@ def config(out, **options) -> GridConfig:
         architecture=ReLUConfig(resample="none"), n_tokens=150_000, batch_size=256, lr=5e-3, threads=1
     )
     return GridConfig.build(
-        {"out": out, "planted": PLANTED, "train": train, "penalties": (0.01, 1.0), "ratios": (0.5, 2.0)}
+        {"out": out, "planted": PLANTED, "train": train, "penalties": (0.5, 50.0), "ratios": (0.5, 2.0)}
         | options
     )
 
@@ -30,14 +32,18 @@ def config(out, **options) -> GridConfig:
 def test_every_cell_is_what_its_dictionary_does(tmp_path, capsys):
     made = grid(config(tmp_path / "g"))
     lines = json.loads(made.file(GRID).read_text())["dictionaries"]
-    assert [(line["l1_coefficient"], line["d_sae"]) for line in lines] == [
-        (0.01, 10), (0.01, 40), (1.0, 10), (1.0, 40)
-    ]  # fmt: skip
+    assert [(line["penalty"], line["d_sae"]) for line in lines] == [
+        (0.5, 10),
+        (0.5, 40),
+        (50.0, 10),
+        (50.0, 40),
+    ]
     source = PlantedSource(PLANTED)
-    sweep = open_sweep(tmp_path / "g" / "dictionaries")
-    names = {(e["options"]["l1_coefficient"], e["options"]["d_sae"]): e["name"] for e in sweep.index}
+    folder = tmp_path / "g" / "dictionaries"
+    assert len(list(folder.iterdir())) == 4
     for line in lines:
-        dictionary = sweep.load(names[line["l1_coefficient"], line["d_sae"]])
+        dictionary = dictionaries.load(folder / f"penalty{line['penalty']:g}-d_sae{line['d_sae']}")
+        assert dictionary.config.l1_coefficient == line["l1_coefficient"]
         assert recovery(source.planted, dictionary).recall == line["recall"]
         x = source.hold_out(4096).x
         dense = dictionary.encode(x).to_dense()
@@ -50,16 +56,72 @@ def test_every_cell_is_what_its_dictionary_does(tmp_path, capsys):
         if line["d_sae"] == 40:
             assert line["next_larger"] is None
         else:
-            larger = sweep.load(names[line["l1_coefficient"], 40]).decoder_directions()
+            larger = dictionaries.load(folder / f"penalty{line['penalty']:g}-d_sae40").decoder_directions()
             assert line["next_larger"] == mmcs(dictionary.decoder_directions(), larger)
-    found = {(line["l1_coefficient"], line["d_sae"]): line for line in lines}
-    assert found[0.01, 40]["recall"] > found[0.01, 10]["recall"]
-    assert found[1.0, 40]["fvu"] > 2 * found[0.01, 40]["fvu"], "the larger penalty costs more"
+    found = {(line["penalty"], line["d_sae"]): line for line in lines}
+    assert found[0.5, 40]["recall"] > found[0.5, 10]["recall"]
+    assert found[50.0, 40]["fvu"] > 2 * found[0.5, 40]["fvu"], "the larger penalty costs more"
     picture = (made.path / "grid.svg").read_text()
-    assert picture.count("l1_coefficient") == 4 and "2 x" in picture and "Dead latents" in picture
-    assert (made.path / "grid.csv").read_text().splitlines()[0].startswith("l1_coefficient,d_sae,recall")
+    assert picture.count("penalty") == 4 and "2 x" in picture and "Dead latents" in picture
+    assert (
+        (made.path / "grid.csv").read_text().splitlines()[0].startswith("penalty,l1_coefficient,d_sae,recall")
+    )
     before = made.fingerprint
+    capsys.readouterr()
     assert grid(config(tmp_path / "g")).fingerprint == before, "it is there"
+    assert capsys.readouterr().err == "", "and nothing was trained again"
+
+
+def test_the_default_is_the_published_grid():
+    options = GridConfig(train=TrainConfig(architecture=ReLUConfig()))
+    assert len(options.penalties) == 17 and len(options.ratios) == 8
+    assert options.penalties[0] == pytest.approx(0.01) and options.penalties[-1] == pytest.approx(100)
+    assert options.penalties[9] / options.penalties[8] == pytest.approx(10**0.25)
+    assert options.ratios == (0.25, 0.5, 1, 2, 4, 8, 16, 32)
+
+
+@pytest.mark.parametrize("scale", [True, False])
+def test_a_penalty_weighs_the_mean_over_latents_in_raw_units(scale, tmp_path, capsys):
+    """As in the published code: mse + penalty * (sum over latents, mean over rows) / d_sae, on the rows as they are."""
+    train = TrainConfig(architecture=ReLUConfig(resample="none"), n_tokens=256, batch_size=256, scale=scale)
+    made = grid(config(tmp_path / "g", train=train, penalties=(0.1, 3.0)))
+    source = PlantedSource(PLANTED)
+    x = source.sample(N_SAMPLE_ROWS).x
+    spread = float((x - x.mean(0)).square().mean().sqrt()) if scale else 1.0
+    assert spread != pytest.approx(1.0, abs=0.1) or not scale
+    for line in json.loads(made.file(GRID).read_text())["dictionaries"]:
+        sae = ReLUConfig(l1_coefficient=line["l1_coefficient"], d_sae=line["d_sae"])
+        built = dictionaries.build(sae, PLANTED.d, PLANTED.d)
+        rows = x[:512] / spread
+        built.initialise(rows, rows, torch.Generator().manual_seed(0))
+        loss = built.loss(rows, rows, 0.5)
+        acts, recon = built.encode(rows).to_dense() * spread, built(rows) * spread
+        mean_act = acts.abs().sum(1).mean() / line["d_sae"]
+        published = (x[:512] - recon).square().mean() + line["penalty"] * mean_act
+        assert loss.total.item() * spread**2 == pytest.approx(published.item(), rel=1e-3)
+
+
+def test_a_grid_that_was_killed_goes_on(tmp_path, monkeypatch, capsys):
+    """The first cells are kept, the one that was begun is resumed, and all is as if nothing had happened."""
+    options = config(tmp_path).train.replace(n_tokens=10 * 256)
+    whole = grid(config(tmp_path / "whole", train=options)).file(GRID).read_text()
+    real, calls = Crew.train_step, []
+
+    def dies(self, *args):
+        calls.append(1)
+        if len(calls) == 16:
+            raise KeyboardInterrupt
+        return real(self, *args)
+
+    monkeypatch.setattr(Crew, "train_step", dies)
+    options = options.replace(checkpoint_every_seconds=0.0)
+    with pytest.raises(KeyboardInterrupt):
+        grid(config(tmp_path / "g", train=options))
+    capsys.readouterr()
+    assert grid(config(tmp_path / "g", train=options)).file(GRID).read_text() == whole
+    assert len(calls) == 4 * 10 + 1, "no step was taken twice"
+    err = capsys.readouterr().err
+    assert "cell 2 of 4" in err and "cell 4 of 4" in err and "cell 1 of 4" not in err
 
 
 def test_the_command_draws_a_grid(tmp_path, capsys):
@@ -107,6 +169,15 @@ def test_families_are_reported(tmp_path, capsys):
             "no sweep of its own, got seed=0,1. Drop --sweep",
         ),
         ({"penalties": (0.1, 0.1)}, r"named once, got \(0.1, 0.1\)"),
+        ({"penalties": (0.1, 0.0)}, "penalties must be above 0, got 0. Change --penalties"),
+        (
+            {"train": TrainConfig(architecture=ReLUConfig(d_sae=64))},
+            "d_sae must be left out of a grid, whose ratios decide it, got 64. Drop --d-sae, or set --ratios",
+        ),
+        (
+            {"train": TrainConfig(architecture=ReLUConfig(l1_coefficient=0.5))},
+            "l1_coefficient must be left out of a grid, whose penalties decide it, got 0.5",
+        ),
         ({"ratios": (1.0, 1.01)}, "a size of its own, at least 1, got"),
         ({"ratios": (0.001,)}, "a size of its own, at least 1, got"),
     ],

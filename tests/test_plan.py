@@ -153,3 +153,17 @@ def test_a_sweep_is_planned_as_one_stage_with_all_its_dictionaries(place, tmp_pa
     assert many["train"].needs.disk == pytest.approx(3 * one["train"].needs.disk)
     assert many["train"].needs.memory > one["train"].needs.memory
     assert {knob.name for knob in many["train"].knobs} == {"d_sae", "batch_size"}
+
+
+def test_a_comparison_of_directions_needs_no_model(place, tmp_path):
+    recipe = changed(place, tmp_path, "k = 4\n", "")
+    text = recipe.read_text().replace("epochs = 3", "epochs = 3\nsweep = {k = [2, 4]}") + "[compare]\n"
+    recipe.write_text(text)
+    whole = plan(recipe, out=tmp_path / "out")
+    recipe.write_text(text + "directions_only = true\n")
+    bare = plan(recipe, out=tmp_path / "out")
+    ours, theirs = bare.estimates[-1], whole.estimates[-1]
+    assert ours.stage.verb == theirs.stage.verb == "compare" and not ours.knobs and theirs.knobs
+    # imports alone, not those of a language model
+    assert 0 < bare.seconds(ours) < 5 < whole.seconds(theirs)
+    assert ours.needs is not None and ours.needs.memory > 0 and ours.needs.gpu == 0

@@ -14,7 +14,7 @@ from sememe import artifact, figures
 from sememe.config import Config
 from sememe.errors import ArtifactError, ConfigError, CorruptError, MismatchError
 from sememe.figures.data import MAX_POINTS, number
-from sememe.figures.plots import curves_plot, plots
+from sememe.figures.plots import curves_plot, l0_plot, plots
 from sememe.report import ReportConfig, report
 
 
@@ -327,3 +327,16 @@ def test_a_report_shows_itself(tmp_path: Path) -> None:
     assert opened.value("fvu") == 0.12 and opened.value("fvu", "pca") == 0.27
     assert "<table>" in opened._repr_html_() and "null: pca" in opened._repr_html_()
     assert repr(opened).startswith("Report(demo")
+
+
+def test_how_many_latents_are_active_is_drawn_where_it_differs() -> None:
+    density = {"dictionary": {"l0_histogram": [[2, 10], [90, 30]]}, "pca": {"l0_histogram": [[40, 40]]}}
+    figure = l0_plot({"density": density})
+    assert figure is not None
+    (axes,) = figure.axes
+    values = axes.patches[0].get_data().values
+    assert values[1] == 0.25 and values[45] == 0.75 and sum(values) == 1
+    assert "bins of 2" in axes.get_xlabel()
+    density["dictionary"]["l0_histogram"] = [[3, 40]]
+    assert l0_plot({"density": density}) is None, "a TopK dictionary has nothing to show"
+    assert l0_plot({"density": {"dictionary": {}}}) is None, "nor has a report of an earlier version"

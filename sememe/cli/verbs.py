@@ -23,7 +23,7 @@ GRID: dict[str, tuple[Any, Any, str]] = {
         False,
         "Train one for every penalty and size, and draw what each finds.",
     ),
-    "penalties": (_MANY, (), "With --grid: values of l1_coefficient."),
+    "penalties": (_MANY, (), "With --grid: weights of the mean activation over latents."),
     "ratios": (_MANY, (), "With --grid: latents per planted feature."),
 }
 

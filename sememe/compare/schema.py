@@ -39,6 +39,8 @@ class Histogram(Config):
     """Share of the latents below 1e-5, 1e-4, 1e-3, and above 1e-2."""
     l0_quantiles: dict[str, float]
     """Active latents per row that such a share of the rows does not exceed."""
+    l0_histogram: tuple[tuple[int, int], ...]
+    """Numbers of active latents that occur, and on how many rows each."""
 
 
 class Row(Config):
@@ -79,7 +81,7 @@ class FrontierData(Config):
     points: tuple[FrontierPoint, ...]
     """Its settings."""
     mean_over_common_l0: dict[str, Number]
-    """Each metric's mean over the l0 that all groups reach, on a logarithmic axis; empty where there is none."""
+    """Each metric's mean over the l0 that groups share, on a logarithmic axis; empty for a group that is left out."""
     l0_from: float | None = None
     """Where that begins."""
     l0_to: float | None = None
@@ -153,11 +155,13 @@ class Comparison(Config):
     """comparison.json."""
 
     format_version: int
-    """Of this layout: 3."""
+    """Of this layout: 5."""
     rows: tuple[Row, ...]
     """Dictionaries, then nulls."""
     frontiers: dict[str, FrontierData]
     """By group."""
+    left_out: dict[str, str]
+    """By group, why its mean over the l0 that the others share was not taken; empty where no two share any."""
     differences: tuple[DifferenceData, ...]
     """Every pair of groups, every metric."""
     directions: Directions

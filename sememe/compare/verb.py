@@ -17,7 +17,7 @@ from sememe.dictionaries.folders import Opened, open_all
 from sememe.errors import MismatchError
 from sememe.frontier import Place, Point
 from sememe.lm import LanguageModel
-from sememe.measure import Arms, Measured, Together, check_together, fit, make_null, run
+from sememe.measure import Arms, Measured, Together, check_documents, check_together, fit, make_null, run
 from sememe.measure.checks import (
     check_nulls,
     check_store,
@@ -32,7 +32,7 @@ from sememe.text import TokenPolicy
 
 __all__ = ["COMPARISON", "compare"]
 
-VERSION = 3
+VERSION = 5
 COMPARISON = "comparison.json"
 SCHEMA = "comparison.schema.json"
 MAX_NULL_L0S = 3
@@ -58,7 +58,7 @@ def compare(
         MismatchError: dictionaries belong to different models, policies or stores; or another comparison stands at
             config.out.
         ArtifactError: a folder is not a dictionary.
-        TextError: the held-out text is shorter than one context.
+        TextError: the held-out text is shorter than one context, or too few documents for intervals.
     """
     opened = open_all(config.dictionaries, at_least=2)
     # under the names that the page tells them apart by
@@ -79,7 +79,7 @@ def compare(
         config.out, kind="comparison", version=VERSION, config=config, parents=parents, fresh=fresh
     ) as work:
         loaded = {name: one.dictionary for name, one in opened.items()}
-        data: dict[str, Any] = {"format_version": VERSION, "directions": all_pairs(loaded)}
+        data: dict[str, Any] = {"format_version": 2, "directions": all_pairs(loaded)}
         data["pair"] = one_pair(config, loaded, work.path) if len(loaded) == 2 else None
         if policy is None:
             data |= _undescribed(opened)
@@ -187,6 +187,7 @@ def _measured(
     store: Store | None,
 ) -> dict[str, Any]:
     """Every dictionary and its nulls on the same documents."""
+    check_documents(config, lm, policy)
     by_sites: dict[str, list[str]] = {}
     for name, one in opened.items():
         by_sites.setdefault(_places(_sites(one)), []).append(name)
@@ -318,7 +319,7 @@ def _undescribed(opened: dict[str, Opened]) -> dict[str, Any]:
         }
         for name, one in opened.items()
     ]
-    nothing: dict[str, Any] = {"frontiers": {}, "differences": []}
+    nothing: dict[str, Any] = {"frontiers": {}, "differences": [], "left_out": {}}
     return {"rows": rows, **nothing, "text": None, "bootstrap": None, "stopped": None, "together": None}
 
 
@@ -338,6 +339,9 @@ def _cautions(data: dict[str, Any]) -> list[str]:
             "One seed each: intervals say how the numbers hang on the documents, not how another training "
             "would have come out."
         )
+    found += [
+        f"The means over shared l0 are without {group}: {why}." for group, why in data["left_out"].items()
+    ]
     n_compared = sum(one["low"] is not None for one in data["differences"])
     if n_compared >= 20:
         found.append(

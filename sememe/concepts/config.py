@@ -46,8 +46,8 @@ class ConceptsConfig(Config):
     """Latents ablated for targeted perturbation and spurious removal."""
     max_per_class: int = Field(default=200, ge=20)
     """At most so many texts of a class, and as many others beside it."""
-    max_classes: int = Field(default=12, ge=2)
-    """The most frequent classes are taken."""
+    max_classes: int | None = Field(default=None, ge=2)
+    """So many of the most frequent classes are taken; if not given 12, and with first_letter all of them."""
     batch_rows: int = Field(default=16, ge=1)
     """Texts per forward."""
     n_folds: int = Field(default=5, ge=2)

@@ -17,6 +17,8 @@ __all__ = ["Labelled", "first_letters", "read_labelled"]
 
 LEAST = 20
 """Texts that a class must have."""
+MAX_CLASSES = 12
+"""Classes that are taken from files, if nothing else is said."""
 
 
 class Labelled(NamedTuple):
@@ -143,7 +145,8 @@ def _chosen(
             found or "no labels",
             "Give more labelled texts.",
         )
-    classes = tuple(big[: config.max_classes])
+    default = None if config.first_letter else MAX_CLASSES
+    classes = tuple(big[: config.max_classes or default])
     rng = np.random.default_rng(config.seed)
     kept: list[int] = []
     groups = (

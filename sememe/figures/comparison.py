@@ -321,8 +321,10 @@ def _tables(data: Data) -> list[Section]:
         areas = _area_table(data["frontiers"])
         if areas is not None:
             low, high = _common(data["frontiers"])
-            title = f"Means over the l0 that all reach, {number(low)} to {number(high)}"
-            found.append((title, markdown_table(areas), html_table(areas)))
+            title = f"Means over the l0 that these share, {number(low)} to {number(high)}"
+            why = " ".join(f"Without {name}: {reason}." for name, reason in data["left_out"].items())
+            in_html = html_table(areas) + (f"<p class='legend'>{html.escape(why)}</p>" if why else "")
+            found.append((title, markdown_table(areas) + (f"\n\n{why}" if why else ""), in_html))
         theirs = _marks_mueller(measured)
         note = (
             "Theirs are of another model's MLP outputs (pythia-70m-deduped) and stand here for the shape. What they "
@@ -372,6 +374,8 @@ def _area_table(frontiers: Mapping[str, Data]) -> Table | None:
         return None
     table = Table(["", *names], [], [])
     for group, one in frontiers.items():
+        if not one["mean_over_common_l0"]:
+            continue
         found = [one["mean_over_common_l0"].get(name) for name in names]
         table.rows.append([group] + [number(value["value"]) if value else "" for value in found])
         table.notes.append([""] + [cell_note(value) if value else "" for value in found])

@@ -29,10 +29,10 @@ def grid_plots(lines: Sequence[Mapping[str, Any]], n_features: int) -> dict[str,
     """The four plots in one picture, as an SVG by file name.
 
     Args:
-        lines: One per dictionary: l1_coefficient, d_sae, and the panels' numbers; None where there is none.
+        lines: One per dictionary: penalty, d_sae, and the panels' numbers; None where there is none.
         n_features: Planted features: sizes are shown as multiples of it.
     """
-    penalties = sorted({line["l1_coefficient"] for line in lines})
+    penalties = sorted({line["penalty"] for line in lines})
     sizes = sorted({line["d_sae"] for line in lines})
     with mpl.rc_context(STYLE):
         figure = Figure(
@@ -43,13 +43,13 @@ def grid_plots(lines: Sequence[Mapping[str, Any]], n_features: int) -> dict[str,
             values = np.full((len(sizes), len(penalties)), math.nan)
             for line in lines:
                 if line[name] is not None:
-                    place = sizes.index(line["d_sae"]), penalties.index(line["l1_coefficient"])
+                    place = sizes.index(line["d_sae"]), penalties.index(line["penalty"])
                     values[place] = line[name]
             image = axes.imshow(values, origin="lower", aspect="auto", cmap=colours, vmin=low, vmax=high)
             axes.set_title(title, fontsize=9.5)
             axes.set_xticks(range(len(penalties)), [f"{value:.3g}" for value in penalties], rotation=45)
             axes.set_yticks(range(len(sizes)), [f"{size / n_features:g} x" for size in sizes])
-            axes.set_xlabel("l1_coefficient")
+            axes.set_xlabel("penalty")
             axes.set_ylabel("latents per feature")
             for (row, column), value in np.ndenumerate(values):
                 if math.isfinite(value):

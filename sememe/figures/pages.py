@@ -50,11 +50,11 @@ def write_pages(folder: Path, reports: Mapping[str, Data], compared: Data | None
             markdown += [f"![{name}](figures/{prefix}{name}.svg)", ""]
             body.append(f"<figure>{drawn}</figure>")
         body.append("</div>")
-        for what in ("language", "source"):
-            groups = data[f"by_{what}"]
+        grouped = {what: data[f"by_{what}"] for what in ("language", "source")}
+        for what, groups in (*grouped.items(), *data.get("by_tag", {}).items()):
             if len(groups) > 1:
                 markdown += [f"**By {what}**", "", markdown_table(group_table(groups)), ""]
-                body.append(f"<h3>By {what}</h3>{html_table(group_table(groups))}")
+                body.append(f"<h3>By {html.escape(what)}</h3>{html_table(group_table(groups))}")
         facts = _facts(data)
         markdown += [f"- {name}: {value}" for name, value in facts] + [""]
         body.append(

@@ -26,6 +26,7 @@ COLOURS = {
     "zero": "#24292f",
 }
 MAX_CURVES = 6
+MAX_BINS = 80
 LOGARITHMIC_FROM = 20
 """Largest over smallest value from which an axis is logarithmic."""
 STYLE = {
@@ -65,6 +66,34 @@ def density_plot(data: Data) -> Figure:
     axes.set_xlabel("density: share of tokens on which a latent is active")
     axes.set_ylabel("latents")
     axes.set_title("How often latents are active")
+    axes.legend(fontsize=8.5)
+    return figure
+
+
+def l0_plot(data: Data) -> Figure | None:
+    """Rows per number of active latents, where that differs between rows of the dictionary."""
+    found = {arm: own.get("l0_histogram", ()) for arm, own in data["density"].items()}
+    if len(found.get("dictionary", ())) < 2:
+        return None
+    figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+    axes = figure.add_subplot()
+    most = max(n for n, _ in found["dictionary"])
+    width = -(-(most + 1) // MAX_BINS)
+    edges = [width * i - 0.5 for i in range(-(-(most + 1) // width) + 1)]
+    for arm, histogram in found.items():
+        total = sum(count for _, count in histogram)
+        shares = [0.0] * (len(edges) - 1)
+        for n, count in histogram:
+            if n <= most:
+                shares[n // width] += count / total
+        colour = COLOURS.get(arm, "#57606a")
+        axes.stairs(shares, edges, color=colour, linewidth=1.6, label=arm, fill=False)
+        if arm == "dictionary":
+            axes.stairs(shares, edges, color=colour, alpha=0.18, fill=True)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("latents active on a token" + (f", in bins of {width}" if width > 1 else ""))
+    axes.set_ylabel("share of tokens")
+    axes.set_title("How many latents are active")
     axes.legend(fontsize=8.5)
     return figure
 
@@ -206,6 +235,7 @@ def plots(data: Data) -> dict[str, Figure]:
             "ce_increase in nats per token, lower is better",
         ),
         "density": lambda: density_plot(data),
+        "l0": lambda: l0_plot(data),
         "training": lambda: curves_plot(data.get("training", ())),
         "watched": lambda: watched_plot(data.get("watched", ())),
         "density_over_time": lambda: density_map(data.get("watched", ())),

@@ -82,7 +82,7 @@ def headline_table(reports: Mapping[str, Data]) -> Table:
 
 
 def group_table(groups: Mapping[str, Data]) -> Table:
-    """A row per language or source."""
+    """A row per language, source, or value of a tag."""
     columns = ("fvu", "l0", "ce_base", "ce_increase", "ce_recovered_zero", "ce_recovered_mean", "kl")
     table = Table(["", "documents", "rows", *columns], [], [])
     for name, group in groups.items():

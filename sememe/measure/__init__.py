@@ -8,7 +8,7 @@ predictions made from kept positions.
 
 from sememe.measure.arms import Arms, Material, fit, make_null
 from sememe.measure.config import NULLS, MeasureConfig
-from sememe.measure.measured import Measured, run
+from sememe.measure.measured import Measured, check_documents, run
 from sememe.measure.together import Together, check_together
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "MeasureConfig",
     "Measured",
     "Together",
+    "check_documents",
     "check_together",
     "fit",
     "make_null",

@@ -18,7 +18,7 @@ __all__ = [
     "check_model",
     "check_nulls",
     "check_parts",
-    "check_same_width",
+    "check_same_place",
     "check_store",
     "check_text",
     "describe",
@@ -56,12 +56,28 @@ def check_parts(top_latents: tuple[int, ...], d_sae: int) -> None:
             raise ConfigError(f"top_latents must leave a rest of d_sae={d_sae}", n, "Lower it.")
 
 
-def check_same_width(dictionary: Dictionary, other: Dictionary, path: Path) -> None:
+def check_same_place(dictionary: Dictionary, other: Dictionary, path: Path) -> None:
     """Whether directions of both can be compared.
 
     Raises:
+        MismatchError: the other is of another model, or writes to another hookpoint.
         ShapeError: they write outputs of different widths.
     """
+    assert dictionary.sites is not None
+    ours, theirs = dictionary.sites.outputs, sites_of(other, path).outputs
+    if ours[0].model_fingerprint != theirs[0].model_fingerprint:
+        raise MismatchError(
+            f"matched_in must be of the dictionary's model, {ours[0].model} "
+            f"(fingerprint {ours[0].model_fingerprint[:16]})",
+            f"{path} of {theirs[0].model} (fingerprint {theirs[0].model_fingerprint[:16]})",
+            "Name one of the same model.",
+        )
+    if [site.hookpoint for site in ours] != [site.hookpoint for site in theirs]:
+        raise MismatchError(
+            f"matched_in must write to the dictionary's hookpoint, {_names(ours)}",
+            f"{_names(theirs)} of {path}",
+            "Name one of the same hookpoint.",
+        )
     if other.d_out != dictionary.d_out:
         raise ShapeError(
             f"matched_in must have d_out={dictionary.d_out} like the dictionary",

@@ -26,10 +26,13 @@ from sememe.progress import track
 from sememe.splice import BaseRun, Splicer
 from sememe.text import TokenBlock, TokenPolicy
 
-__all__ = ["Measured", "rows_at", "run"]
+__all__ = ["Measured", "check_documents", "rows_at", "run"]
 
 MAX_UNITS = 1024
-"""Bootstrap units; with more documents than this, some units are two or more documents of one language."""
+"""Bootstrap units; with more documents than this, some units are two or more documents of the same tags."""
+MAX_VALUES = 50
+"""Values of a tag that are told apart, the first that are read: units are never shared between them."""
+UNKNOWN, OTHERS = "unknown", "(others)"
 LOGIT_ROWS = 256
 """Predictions whose logits are held at once: (rows, vocabulary) in float32 is 50 MB at 49,152 tokens."""
 
@@ -42,12 +45,18 @@ NARROW_FLOOR = 1e-4
 
 
 class _Units:
-    """Which bootstrap unit each document is, and the tags of each unit."""
+    """Which bootstrap unit each document is, and the tags of each unit: language, source, then the named fields.
 
-    def __init__(self) -> None:
+    Args:
+        fields: Tags by which numbers are asked for, too.
+    """
+
+    def __init__(self, fields: tuple[str, ...] = ()) -> None:
+        self.fields = fields
         self.of: dict[int, int] = {}
-        self.tags: list[tuple[str, str]] = []
-        self._by_tags: dict[tuple[str, str], list[int]] = {}
+        self.tags: list[tuple[str, ...]] = []
+        self._by_tags: dict[tuple[str, ...], list[int]] = {}
+        self._values: dict[str, set[str]] = {field: set() for field in fields}
 
     def __call__(self, block: TokenBlock, part: slice) -> Int[np.ndarray, " positions"]:
         """One unit id per position; 0 for padding, which nothing counts."""
@@ -63,7 +72,7 @@ class _Units:
     def _unit(self, doc_id: int, block: TokenBlock) -> int:
         if doc_id not in self.of:
             info = block.documents[doc_id]
-            tags = (info.language or "unknown", info.source)
+            tags = (info.language or UNKNOWN, info.source, *(self._value(f, info.tags) for f in self.fields))
             alike = self._by_tags.setdefault(tags, [])
             if len(self.tags) < MAX_UNITS or not alike:
                 alike.append(len(self.tags))
@@ -72,6 +81,14 @@ class _Units:
             else:
                 self.of[doc_id] = alike[len(self.of) % len(alike)]
         return self.of[doc_id]
+
+    def _value(self, field: str, tags: Mapping[str, str]) -> str:
+        """A document's value of a field; of a field with very many, the later ones are one."""
+        value, known = tags.get(field, UNKNOWN), self._values[field]
+        if value not in known and len(known) >= MAX_VALUES:
+            return OTHERS
+        known.add(value)
+        return value
 
     def fingerprint(self) -> str:
         """Which document is in which unit: measurements that agree in it can be compared draw by draw."""
@@ -90,6 +107,32 @@ class _Batch(NamedTuple):
     valid: Bool[Tensor, " positions"]
     keep: Bool[Tensor, " positions"]
     units: Int[Tensor, " positions"]
+
+
+LEAST_DOCUMENTS = 2
+"""Held-out documents without which nothing can be drawn again."""
+
+
+def check_documents(config: MeasureConfig, lm: LanguageModel, policy: TokenPolicy) -> None:
+    """Whether there are enough held-out documents for intervals; reads no further than the second.
+
+    Raises:
+        TextError: intervals are asked for, and there are not.
+    """
+    if config.n_bootstrap == 0:
+        return
+    found: set[int] = set()
+    for block in text.token_blocks(
+        config.text, lm.tokenizer, policy, split="heldout", n_tokens=config.n_tokens
+    ):
+        found |= set(np.unique(block.doc_ids[block.keep]).tolist())
+        if len(found) >= LEAST_DOCUMENTS:
+            return
+    raise TextError(
+        f"intervals need at least {LEAST_DOCUMENTS} held-out documents",
+        len(found),
+        "Raise n_tokens or heldout_fraction, or pass --n-bootstrap 0.",
+    )
 
 
 def run(config: MeasureConfig, groups: Mapping[str, tuple[Measured, Arms]]) -> dict[str, Any]:
@@ -144,7 +187,7 @@ class Measured:
         self.all_rows: dict[str, metrics.Reconstruction] = {}
         self.sparsity: dict[str, metrics.Sparsity] = {}
         self.by_site = [metrics.Reconstruction() for _ in sites.outputs] if len(sites.outputs) > 1 else []
-        self.units = _Units()
+        self.units = _Units(config.text.tag_fields)
         self.n_tokens = self.n_rows = self.n_outliers = self.n_predictions = 0
 
     def begin(self, arms: Arms) -> None:
@@ -334,6 +377,7 @@ class Measured:
             "density": {name: self.density(name) for name in arms.dictionaries if name not in parts},
             "by_language": self._grouped(0),
             "by_source": self._grouped(1),
+            "by_tag": {field: self._grouped(2 + i) for i, field in enumerate(self.units.fields)},
             **self._by_site(),
             "bootstrap": self.describe_bootstrap(),
         }
@@ -391,10 +435,15 @@ class Measured:
         """How often an arm's latents are active, as plain data."""
         found = self.sparsity[name]
         histogram = metrics.density_histogram(found.density())._asdict()
-        return histogram | {"shares": found.density_shares(), "l0_quantiles": found.l0_quantiles()}
+        rows = {n: int(count) for n, count in enumerate(found.rows_with.tolist()) if count}
+        return histogram | {
+            "shares": found.density_shares(),
+            "l0_quantiles": found.l0_quantiles(),
+            "l0_histogram": [[n, count] for n, count in rows.items()],
+        }
 
     def _grouped(self, axis: int) -> dict[str, Any]:
-        """The dictionary's numbers per language or source."""
+        """The dictionary's numbers per language, source, or value of a tag."""
         out = {}
         for value in sorted({tags[axis] for tags in self.units.tags}):
             units = self.units.where(axis, value)

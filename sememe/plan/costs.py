@@ -15,6 +15,8 @@ from sememe.plan.machine import Speed
 __all__ = [
     "Bytes",
     "Dictionary",
+    "directions_bytes",
+    "directions_seconds",
     "evaluate_bytes",
     "evaluate_seconds",
     "explain_bytes",
@@ -60,6 +62,10 @@ START = 3.0
 """Seconds of imports and of opening artifacts."""
 EXPORT_PER_LATENT = 1 / 1500
 EXPLAIN_PER_LATENT = 1 / 60
+DIRECTIONS_BLOCK = 4e8
+"""Memory of a block of cosines."""
+COMPARISON_BYTES = 2e6
+"""On disk: the page of a comparison."""
 ATLAS_BYTES = 3500
 """On disk, per latent."""
 SITE_BYTES = 4000
@@ -262,6 +268,18 @@ def interpret_seconds(
     per_token = forward + TEXT_SECONDS + _encode_seconds(dictionary, speed) + COLLECT_SECONDS * dictionary.l0
     logits = 2.0 * dictionary.d_sae * lm.d_model * lm.vocab_size / speed.model
     return MODEL_START + n_tokens * per_token + logits + dictionary.d_sae / 1000
+
+
+def directions_bytes(sizes: Sequence[Dictionary]) -> Bytes:
+    """Args: sizes: the dictionaries whose directions are compared, all of them held."""
+    return Bytes(BASE + sum(size.n_bytes for size in sizes) + DIRECTIONS_BLOCK, COMPARISON_BYTES)
+
+
+def directions_seconds(sizes: Sequence[Dictionary], speed: Speed) -> float:
+    """Every dictionary's directions with every other's, both ways."""
+    width, total = max(size.d_out for size in sizes), sum(size.d_sae for size in sizes)
+    products = 2.0 * width * (total**2 - sum(size.d_sae**2 for size in sizes))
+    return START + products / speed.dense
 
 
 def explain_bytes(d_sae: int) -> Bytes:

@@ -115,6 +115,8 @@ class _Planner:
         if self._done(stage):
             return Estimate(stage, True, Bytes(0.0), lambda _: 0.0)
         config, model, rows = stage.config, self.model, self.rows
+        if rows is not None and isinstance(config, CompareConfig) and config.directions_only:
+            return self._directions(stage, rows)
         if rows is None or (model is None and stage.verb in ("harvest", "evaluate", "interpret", "compare")):
             name = self.harvest.model.model
             return Estimate(stage, False, None, None, note=f"the config of {name} is not at hand")
@@ -307,6 +309,16 @@ class _Planner:
 
         knobs = (Knob("batch_rows", config.batch_rows, needs),)
         return Estimate(stage, False, needs(config.batch_rows), seconds, knobs)
+
+    def _directions(self, stage: Stage, rows: _Rows) -> Estimate:
+        """A comparison that runs no model."""
+        configs = [other.config for other in self.stages if isinstance(other.config, TrainConfig)]
+        sizes = [self._dictionary(member, rows) for one in configs for member in _members(one)]
+
+        def seconds(speed: Speed) -> float:
+            return costs.directions_seconds(sizes, speed)
+
+        return Estimate(stage, False, costs.directions_bytes(sizes), seconds)
 
     def _interpret(self, stage: Stage, config: InterpretConfig, model: Outline, rows: _Rows) -> Estimate:
         train = self._train_config(stage.name)
