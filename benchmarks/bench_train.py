@@ -204,7 +204,7 @@ def main() -> None:
             4096,
             {"prepare": with_l0(0.04, source)},
         ),
-        ("relu_8192_b4096_dense", "", ReLUConfig(d_sae=8192), 4096, {}),
+        ("relu_8192_b4096_dense", "", ReLUConfig(d_sae=8192, start_density=0), 4096, {}),
     ]
     figures = []
     with kernels.threads(None):

@@ -7,6 +7,7 @@ layers above the hookpoint.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -225,14 +226,17 @@ def _smallest_within(config: EvaluateConfig, measured: Measured, arms: Arms) -> 
     sizes[next(iter(arms.dictionaries.values())).d_sae] = "dictionary"
     found = {n: measured.loss.compute(name)["perplexity"].value for n, name in sorted(sizes.items())}
     enough = [n for n, perplexity in found.items() if perplexity <= (1 + config.within) * base]
+    known = all(math.isfinite(perplexity) for perplexity in (base, *found.values()))
+    cause = "not even all latents keep it" if known else "a perplexity is NaN or infinite"
+    enough = enough if known else []
     smallest = min(enough) if enough else None
     return {
         "smallest_within": {
             "share": config.within,
             "n_latents": smallest,
             "perplexity": None if smallest is None else found[smallest],
-            "perplexity_base": base,
-            **({} if enough else {"cause": "not even all latents keep it"}),
+            "perplexity_base": base if math.isfinite(base) else None,
+            **({} if enough else {"cause": cause}),
         }
     }
 

@@ -205,7 +205,13 @@ class Frontier:
                 for name in metrics
             }
             rows.append((setting, n, averaged))
-        rows = [row for row in rows if float(row[2]["l0"][0]) >= LEAST_L0] or rows[:1]
+        self.dropped = {
+            row[0]: _no_place(float(row[2]["l0"][0]))
+            for row in rows
+            if not float(row[2]["l0"][0]) >= LEAST_L0
+        }
+        """Settings that have no place on the curve, and why."""
+        rows = [row for row in rows if row[0] not in self.dropped] or rows[:1]
         rows.sort(key=lambda row: float(row[2]["l0"][0]))
         self.settings = [row[0] for row in rows]
         """From the sparsest on."""
@@ -224,7 +230,7 @@ class Frontier:
         With a single setting, its own value where its l0 is within 5%.
         """
         own, l0s = self.values[metric], self.values["l0"]
-        known = np.isfinite(own[:, 0]) & np.isfinite(l0s[:, 0])  # a setting that is no number is no point
+        known = np.isfinite(l0s[:, 0])  # a metric that is NaN at a setting stays NaN up to the next ones
         nothing = np.full(own.shape[1], math.nan)
         if not known.any():
             return nothing
@@ -248,6 +254,14 @@ class Frontier:
         grid = _grid(low, high)
         found: Float64[np.ndarray, " draws"] = np.mean([self.at(metric, l0) for l0 in grid], axis=0)
         return found
+
+
+def _no_place(l0: float) -> str:
+    return (
+        "its l0 is NaN"
+        if math.isnan(l0)
+        else f"its l0, {l0:.2g}, is below {LEAST_L0:g}: hardly any latent is active"
+    )
 
 
 def _grid(low: float, high: float) -> list[float]:
@@ -350,7 +364,8 @@ def summary(points: Mapping[str, Point], metrics: Mapping[str, str], seed: int =
         for other in frontiers[index + 1 :]
         for found in differences(one, other, metrics)
     ]
-    return {"frontiers": described, "differences": compared, "left_out": left_out}
+    dropped = {f"{one.group}, {setting}": why for one in frontiers for setting, why in one.dropped.items()}
+    return {"frontiers": described, "differences": compared, "left_out": left_out, "dropped": dropped}
 
 
 def _shared(frontiers: Sequence[Frontier]) -> tuple[tuple[float, float] | None, dict[str, str]]:

@@ -12,7 +12,7 @@ from sememe.frontier import Point
 
 __all__ = ["ReportConfig", "report"]
 
-VERSION = 2
+VERSION = 3
 
 
 class ReportConfig(Config):
@@ -57,7 +57,9 @@ def report(config: ReportConfig, *, fresh: bool = False) -> artifact.Artifact:
         config.out, kind="page", version=VERSION, config=config, parents=parents, fresh=fresh
     ) as work:
         titled = _titled(opened)
-        figures.write_pages(work.path, {title: one.data for title, one in titled.items()}, _compared(titled))
+        data = {title: one.data for title, one in titled.items()}
+        compared = _compared(titled)
+        figures.write_pages(work.path, data, compared, _notes(titled, compared))
         work.extra = {"dictionaries": [one.data["dictionary"]["fingerprint"] for one in opened]}
     return artifact.load(config.out, "page")
 
@@ -78,6 +80,28 @@ def _compared(opened: dict[str, figures.Report]) -> dict[str, Any] | None:
     places = frontier.grouped({title: one.data["dictionary"] for title, one in opened.items()})
     points = {title: Point(places[title], figures.read_draws(one)) for title, one in opened.items()}
     return frontier.summary(points, figures.BETTER)
+
+
+def _notes(opened: dict[str, figures.Report], compared: dict[str, Any] | None) -> list[str]:
+    """Why reports that stand side by side are not compared, and settings without a place."""
+    if len(opened) < 2:
+        return []
+    if compared is not None:
+        return [
+            f"{setting} has no place on a frontier: {why}." for setting, why in compared["dropped"].items()
+        ]
+    models = {
+        one.data["dictionary"]["model_fingerprint"]: f"{title} of {one.data['dictionary']['model']}"
+        for title, one in opened.items()
+    }
+    if len(models) > 1:
+        return [
+            f"These reports are of different models ({', '.join(models.values())}): their numbers stand side by side, "
+            "and no difference is told."
+        ]
+    return [
+        "These reports are not of the same documents, draws and token policy, or keep no draws: no difference is told."
+    ]
 
 
 def _documents_of(one: figures.Report) -> str | None:

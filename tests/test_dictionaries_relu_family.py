@@ -209,3 +209,15 @@ def test_without_a_decoder_bias_nothing_is_added_or_saved(config, tmp_path):
     )
     dictionary.save(tmp_path / "d", x)
     assert float(dictionaries.load(tmp_path / "d").b_dec.abs().max()) == 0
+
+
+@pytest.mark.parametrize("config", [ReLUConfig, GatedConfig, PAnnealConfig])
+@pytest.mark.parametrize(
+    ("given", "d_sae", "expected"), [(None, 1024, 0.025), (None, 1023, 0.5), (0.1, 40, 0.1), (0, 2000, 0.5)]
+)
+def test_many_latents_start_where_few_are_active_unless_asked_otherwise(config, given, d_sae, expected):
+    dictionary = dictionaries.build(config(d_sae=d_sae, start_density=given), D, D)
+    x = sample(2000)
+    dictionary.initialise(x, x, torch.Generator().manual_seed(0))
+    density = float((pre_acts(dictionary, x) > 0).double().mean())
+    assert density == pytest.approx(expected, rel=0.2)

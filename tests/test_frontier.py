@@ -209,13 +209,9 @@ def test_the_order_of_seeds_decides_nothing():
     assert verdicts == [False, False]
 
 
-def test_silent_dictionaries_and_settings_without_a_number_are_no_points():
+def test_silent_dictionaries_are_no_points():
     silent = Frontier([point("g", "k=0", 0.0, 1.0), point("g", "k=40", 40, 0.2)])
     assert silent.range == (40, 40) and np.isnan(silent.at("fvu", 5)).all()
-    broken = Frontier(
-        [point("g", "k=8", 8, 0.6), point("g", "k=16", 16, math.nan), point("g", "k=32", 32, 0.2)]
-    )
-    assert broken.at("fvu", 16) == pytest.approx(np.full(51, 0.4))
     assert np.isnan(Frontier([point("g", "k=0", 0.0, 1.0)]).at("fvu", 1)).all()
 
 
@@ -240,3 +236,23 @@ def test_areas_are_of_the_most_groups_that_share_a_range():
     assert alone["left_out"] == {} and not any(
         one["mean_over_common_l0"] for one in alone["frontiers"].values()
     )
+
+
+def test_a_setting_that_is_nan_is_not_interpolated_over():
+    points = [point("a", f"k={l0}", l0, fvu) for l0, fvu in ((8, 0.3), (16, math.nan), (32, 0.1), (64, 0.05))]
+    found = Frontier(points)
+    assert np.isnan(found.at("fvu", 16.0)).all() and np.isnan(found.at("fvu", 12.0)).all()
+    assert found.at("fvu", 45.0)[0] == pytest.approx(0.1 - 0.05 * math.log(45 / 32) / math.log(2))
+    other = [point("b", f"k={l0}", l0, 0.2) for l0 in (8, 64)]
+    told = summary({str(i): one for i, one in enumerate([*points, *other])}, BETTER)
+    assert "one of them is not a number" in told["differences"][0]["sentence"]
+
+
+def test_settings_without_a_place_are_named():
+    points = [point("a", "k=8", 8, 0.3), point("a", "dead", 0.0, 1.0), point("a", "broken", math.nan, 1.0)]
+    told = summary({str(i): one for i, one in enumerate(points)}, BETTER)
+    assert told["dropped"] == {
+        "a, dead": "its l0, 0, is below 0.5: hardly any latent is active",
+        "a, broken": "its l0 is NaN",
+    }
+    assert [one["setting"] for one in told["frontiers"]["a"]["points"]] == ["k=8"]

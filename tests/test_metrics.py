@@ -421,3 +421,33 @@ def test_directions_of_other_widths_cannot_be_compared() -> None:
         metrics.mcs(torch.zeros(3, 4), torch.zeros(3, 5))
     with pytest.raises(ConfigError, match=r"n must be in \[1, 3\], the number of directions, got 4"):
         metrics.nearest_directions(torch.eye(4), torch.eye(4)[:3], 4)
+
+
+def test_nan_logits_give_nan_and_not_zero_divergence() -> None:
+    logits = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
+    logits[:, 4] = -torch.inf  # ruled out by both: costs nothing
+    targets = torch.zeros(6, dtype=torch.int64)
+    broken = logits.clone()
+    broken[2, 3] = torch.nan
+    for base, arm in ((broken, logits), (logits, broken)):
+        kl = metrics.prediction_terms(metrics.base_terms(base, targets), arm, targets).kl
+        assert torch.isnan(kl).tolist() == [number == 2 for number in range(6)]
+
+
+def test_a_perplexity_that_overflows_says_so() -> None:
+    loss = metrics.LanguageModelLoss()
+    ce = torch.full((4,), 800.0)
+    loss.update(torch.arange(4), {"base": ce / 800, "arm": ce}, {"arm": ce})
+    found = loss.compute("arm")
+    assert math.isnan(found["perplexity"].value) and "its exponential overflows" in found["perplexity"].cause
+    assert found["ce"].value == 800
+
+
+def test_nan_activations_are_not_active_latents() -> None:
+    acts = torch.ones(3, 2)
+    acts[1, 0] = torch.nan
+    sparsity = metrics.Sparsity(8)
+    sparsity.update(Encoded.from_topk(acts, torch.tensor([[0, 1], [2, 3], [4, 5]], dtype=torch.int32), 8))
+    found = sparsity.compute()
+    for name in ("l0", "l1", "frac_alive", "frac_alive_8192"):
+        assert math.isnan(found[name].value) and "NaN or infinite" in found[name].cause

@@ -160,3 +160,9 @@ def test_a_concept_that_no_probe_knows_has_no_absorption():
     assert found.n_true_positives < 40
     nothing = metrics.absorption(np.zeros((80, 6)), np.zeros((80, 6)), np.eye(6), np.arange(80) < 30)
     assert np.isnan(nothing.full) and nothing.n_true_positives == 0
+
+
+def test_a_dictionary_that_never_fires_absorbs_nothing_that_could_be_told():
+    x, acts, W_dec, labels = world()
+    found = metrics.absorption(x, np.zeros_like(acts), W_dec, labels == 0)
+    assert np.isnan(found.full) and np.isnan(found.fraction)

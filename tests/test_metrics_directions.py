@@ -389,3 +389,16 @@ def test_encoder_decoder_cosine_is_that_of_numpy():
         assert found[latent] == pytest.approx(expected, abs=1e-6)
     assert found[5] == pytest.approx(-1)
     assert torch.allclose(metrics.encoder_decoder_cosine(W_dec.T, W_dec)[4], torch.ones(()))
+
+
+def test_the_capacity_of_a_broken_row_is_nan_and_of_none_0():
+    W = rows(4, 5)
+    W[1], W[2, 3] = 0, torch.nan
+    found = metrics.capacity(W)
+    assert float(found[1]) != 0 or torch.isnan(found[2])  # NaN overlaps with every row
+    assert torch.isnan(found[2])
+
+
+def test_cheats_refuse_an_l0_that_is_nan():
+    with pytest.raises(ActivationError, match="l0 must be finite, got NaN"):
+        metrics.cheats(rows(6, 12), torch.full((6,), 0.01), float("nan"))

@@ -233,7 +233,14 @@ def test_draws_of_other_documents_models_or_seeds_are_not_paired(tmp_path: Path,
         artifact.write_json(work.path / figures.REPORT, data)
         figures.write_draws(work.path, {"dictionary": {"l0": np.full(8, 32.0), "fvu": np.full(8, 0.5)}})
     done = report(ReportConfig(reports=(tmp_path / "one", tmp_path / "other"), out=tmp_path / "page"))
-    assert "frontier_fvu" not in (done.path / "report.md").read_text()
+    text = (done.path / "report.md").read_text()
+    assert "frontier_fvu" not in text
+    why = (
+        "of different models (a of"
+        if name == "model_fingerprint"
+        else "not of the same documents, draws and token"
+    )
+    assert f"> These reports are {why}" in text
 
 
 def test_a_report_without_draws_cannot_be_compared(tmp_path: Path) -> None:

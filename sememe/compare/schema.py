@@ -162,6 +162,8 @@ class Comparison(Config):
     """By group."""
     left_out: dict[str, str]
     """By group, why its mean over the l0 that the others share was not taken; empty where no two share any."""
+    dropped: dict[str, str]
+    """Settings that have no place on a frontier, and why."""
     differences: tuple[DifferenceData, ...]
     """Every pair of groups, every metric."""
     directions: Directions

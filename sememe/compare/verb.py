@@ -319,7 +319,7 @@ def _undescribed(opened: dict[str, Opened]) -> dict[str, Any]:
         }
         for name, one in opened.items()
     ]
-    nothing: dict[str, Any] = {"frontiers": {}, "differences": [], "left_out": {}}
+    nothing: dict[str, Any] = {"frontiers": {}, "differences": [], "left_out": {}, "dropped": {}}
     return {"rows": rows, **nothing, "text": None, "bootstrap": None, "stopped": None, "together": None}
 
 
@@ -342,6 +342,7 @@ def _cautions(data: dict[str, Any]) -> list[str]:
     found += [
         f"The means over shared l0 are without {group}: {why}." for group, why in data["left_out"].items()
     ]
+    found += [f"{setting} has no place on a frontier: {why}." for setting, why in data["dropped"].items()]
     n_compared = sum(one["low"] is not None for one in data["differences"])
     if n_compared >= 20:
         found.append(

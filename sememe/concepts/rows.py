@@ -28,6 +28,8 @@ class Pooled(NamedTuple):
     acts: Float[np.ndarray, "n d_sae"]
     n_cut: int
     """Texts longer than a context: their beginnings are read."""
+    l0: float
+    """Mean number of latents active at a position that was read."""
 
 
 def pooled_rows(
@@ -63,6 +65,7 @@ def pooled_rows(
     x = np.zeros((len(rows), dictionary.d_in), dtype=np.float32)
     target = x if same else np.zeros((len(rows), dictionary.d_out), dtype=np.float32)
     acts = np.zeros((len(rows), dictionary.d_sae), dtype=np.float32)
+    n_read = n_active = 0
     with track("read texts", len(rows), "texts") as progress, torch.inference_mode():
         for start in range(0, len(order), batch_rows):
             part = order[start : start + batch_rows]
@@ -89,8 +92,9 @@ def pooled_rows(
                     0, found.indices.long(), found.acts.float()
                 )
                 acts[i] = (summed / own.numel()).cpu().numpy()
+                n_read, n_active = n_read + own.numel(), n_active + int(found.l0().sum())
             progress.advance(len(part))
-    return Pooled(x, target, acts, n_cut)
+    return Pooled(x, target, acts, n_cut, n_active / max(n_read, 1))
 
 
 def _padded(rows: list[list[int]], lm: LanguageModel) -> tuple[Tensor, Tensor]:

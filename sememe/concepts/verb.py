@@ -24,7 +24,7 @@ from sememe.progress import track
 
 __all__ = ["CONCEPTS", "concepts"]
 
-VERSION = 1
+VERSION = 2
 CONCEPTS = "concepts.json"
 N_HALVINGS = 3
 """Draws of a training and a test half for what is fitted on one and scored on the other."""
@@ -109,8 +109,7 @@ def concepts(
 
 def _untrained(dictionary: Dictionary, sites: Sites, own: Pooled, seed: int) -> Dictionary:
     """A TopK dictionary as wide and as sparse, freshly initialised: what its latents tell needs no training."""
-    k = max(1, min(dictionary.d_sae, round(float((own.acts != 0).sum(1).mean()))))
-    k = min(k, 64)  # a mean over positions has more active latents than any of them
+    k = max(1, min(dictionary.d_sae, round(own.l0)))
     made = dictionaries.build(
         TopKConfig(k=k, d_sae=dictionary.d_sae), dictionary.d_in, dictionary.d_out, sites
     )
@@ -224,7 +223,7 @@ def _scored(
     }
 
 
-def _mean_accuracy(config: ConceptsConfig, sides: list[_Side]) -> dict[str, float | None]:
+def _mean_accuracy(config: ConceptsConfig, sides: list[_Side]) -> dict[str, float | str | None]:
     """The mean over classes of balanced accuracies; its interval over draws of texts, the same in every class."""
     n_texts = 1 + max(int(side.rows.max()) for side in sides)
     weights = np.random.default_rng(config.seed).multinomial(
@@ -240,10 +239,13 @@ def _mean_accuracy(config: ConceptsConfig, sides: list[_Side]) -> dict[str, floa
         with np.errstate(all="ignore"):
             drawn = [weights[:, rows] @ right / weights[:, rows].sum(1) for right, rows in groups]
         draws.append(np.mean(drawn, axis=0))
-    low = high = None
+    found: dict[str, float | str | None] = {"value": float(np.mean(values)), "low": None, "high": None}
     if config.n_bootstrap > 1:
-        low, high = (float(q) for q in np.nanquantile(np.mean(draws, axis=0), [0.025, 0.975]))
-    return {"value": float(np.mean(values)), "low": low, "high": high}
+        drawn_means = np.mean(draws, axis=0)
+        if not np.isfinite(drawn_means).all():
+            return found | {"cause": "some draws of texts hold none with, or none without, a class"}
+        found["low"], found["high"] = (float(q) for q in np.quantile(drawn_means, [0.025, 0.975]))
+    return found
 
 
 def _absorbed(
@@ -302,6 +304,8 @@ def _seeds(config: ConceptsConfig) -> range:
 def _over_halvings(values: list[float]) -> dict[str, float | str | None]:
     """The mean, and the smallest and largest; null with its cause where one is not a number."""
     if not all(math.isfinite(value) for value in values):
-        cause = "in some half the probe recognised no text, or had nothing to gain"
+        cause = (
+            "in some half the probe recognised no text, had nothing to gain, or its own latents never fire"
+        )
         return {"value": None, "low": None, "high": None, "cause": cause}
     return {"value": float(np.mean(values)), "low": min(values), "high": max(values)}

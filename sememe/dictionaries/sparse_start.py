@@ -16,13 +16,18 @@ __all__ = ["SparseStart", "SparseStartConfig"]
 N_START_ROWS = 4096
 """Rows of the sample that set the first biases: it holds their pre-activations densely."""
 
+DENSITY = 0.025
+MANY_LATENTS = 1024
+"""From so many on DENSITY is the start, if none is given: 26 active latents a row."""
+
 
 class SparseStartConfig(SteeredConfig):
     """Options of every architecture whose encoder is one product and a ReLU under a penalty."""
 
-    start_density: float = Field(default=0.0, ge=0, le=0.5)
+    start_density: float | None = Field(default=None, ge=0, le=0.5)
     """Share of the sample's rows on which each latent is active at the start; its bias is set so. 0 leaves biases at 0,
-    as papers do, where half of the latents are active. In short runs 0.025 reconstructs far better."""
+    as papers do, where half of the latents are active: a short run then ends before the penalty has silenced them. None
+    given: 0.025 from 1,024 latents on, and 0 below, where so sparse a start would leave rows without any."""
 
 
 class SparseStart(Steered, abc.ABC):
@@ -38,12 +43,12 @@ class SparseStart(Steered, abc.ABC):
     ) -> None:
         """As every linear dictionary; biases are the quantile of the sample that gives the density to start at."""
         super().initialise(x, target, generator)
-        if self.config.start_density == 0:
+        if self._start_density() == 0:
             return
         with torch.no_grad():
             kept = self.b_enc[0].clone()  # of a constant latent
             pre_acts = (x[:N_START_ROWS] - self.b_pre) @ self.W_enc
-            n_above = max(1, round(self.config.start_density * pre_acts.shape[0]))
+            n_above = max(1, round(self._start_density() * pre_acts.shape[0]))
             self.b_enc.copy_(-pre_acts.topk(n_above, dim=0).values[-1].clamp_min(0))
             if self.config.constant_latent:
                 self.b_enc[0] = kept
@@ -52,5 +57,11 @@ class SparseStart(Steered, abc.ABC):
         """As every linear encoder; the bias is what is usual, for from 0 it would take long to get there."""
         usual = self.b_enc.median()
         super()._reset_encoder(ids, units)
-        if self.config.start_density > 0:
+        if self._start_density() > 0:
             self.b_enc[ids] = usual
+
+    def _start_density(self) -> float:
+        given = self.config.start_density
+        if given is not None:
+            return given
+        return DENSITY if self.d_sae >= MANY_LATENTS else 0.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sememe.figures.comparison import comparison_sections
@@ -15,19 +15,27 @@ from sememe.figures.tables import BETTER, MEANINGS, group_table, headline_table,
 __all__ = ["write_pages"]
 
 
-def write_pages(folder: Path, reports: Mapping[str, Data], compared: Data | None = None) -> None:
+def write_pages(
+    folder: Path, reports: Mapping[str, Data], compared: Data | None = None, notes: Sequence[str] = ()
+) -> None:
     """report.md with its plots beside it, and report.html, which holds everything itself.
 
     Args:
         folder: Where to write.
         reports: report.json by title; one or several.
         compared: `frontier.summary` of them, where they are of the same documents.
+        notes: What a reader has to know of all of them.
     """
     (folder / "figures").mkdir(exist_ok=True)
     several = len(reports) > 1
     table = headline_table(reports)
     heading = "Dictionaries compared on held-out text" if several else f"Report: {next(iter(reports))}"
-    markdown, body = [f"# {heading}", "", markdown_table(table), ""], [html_table(table)]
+    markdown, body = [f"# {heading}", ""], []
+    for note in notes:
+        markdown += [f"> {note}", ""]
+        body.append(f"<p class='legend'>{html.escape(note)}</p>")
+    markdown += [markdown_table(table), ""]
+    body.append(html_table(table))
     markdown += [_LEGEND, ""]
     body.append(f"<p class='legend'>{html.escape(_LEGEND)}</p>")
     if several:

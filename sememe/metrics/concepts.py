@@ -205,6 +205,9 @@ def absorption(
         f1_gain: See above.
         max_latents: At most so many stand for the concept.
 
+    Returns:
+        NaN where the probe recognises no row, or the concept's own latents never fire.
+
     Raises:
         ConfigError: too few rows with or without the concept.
     """
@@ -223,6 +226,8 @@ def absorption(
     cosines = (W_dec @ direction) / np.maximum(np.linalg.norm(W_dec, axis=1), 1e-12)
     mine = writes[:, own].sum(1)
     silent = (acts[rows][:, own] == 0).all(1)
+    if (acts[:, own] == 0).all():  # latents that never fire stand for nothing, and so cannot be absorbed
+        return Absorption(float("nan"), float("nan"), len(rows), own, f1)
     others = writes.copy()
     others[:, own] = -np.inf
     strongest = others.argmax(1)

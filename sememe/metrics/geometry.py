@@ -143,7 +143,7 @@ def capacity(W_dec: Float[Tensor, "d_sae d"], *, block: int = 4096) -> Float[Ten
     rows = W_dec.detach().double()
     own = rows.square().sum(1)
     shared = torch.cat([(part @ rows.T).square().sum(1) for part in torch.split(rows, block)])
-    return torch.where(own > 0, own.square() / shared.clamp_min(1e-300), 0.0)
+    return torch.where(own == 0, 0.0, own.square() / shared.clamp_min(1e-300))  # so written, NaN stays
 
 
 def null_space_share(

@@ -214,6 +214,7 @@ def cheats(
     """
     check_finite(W_dec, "decoder rows")
     check_finite(density, "densities")
+    check_finite(torch.tensor([l0]), "l0")
     squares = unit_rows(W_dec).square()
     one_hot = float((squares.amax(1) > ONE_HOT).double().mean())
     paired = opposites(W_dec, block=block).numel() / W_dec.shape[0]

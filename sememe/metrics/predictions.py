@@ -75,7 +75,8 @@ def _expected(probs: Float[Tensor, "n vocab"], values: Float[Tensor, "n vocab"])
     """Sum of probability times value per row. 0 * -inf (a token that is ruled out) is 0, as in every definition."""
     found = torch.bmm(probs[:, None], values[:, :, None]).reshape(-1)
     if not bool(torch.isfinite(found).all()):
-        found = torch.where(probs > 0, probs * values, 0.0).sum(1)
+        ruled_out = (probs == 0) & (values == -torch.inf)  # and nothing else: NaN has to stay NaN
+        found = torch.where(ruled_out, 0.0, probs * values).sum(1)
     return found
 
 
@@ -122,6 +123,7 @@ class LanguageModelLoss:
         if all(np.isfinite(array).all() for array in sums.values()):
             for ablation in ("zero", "mean"):
                 causes[f"ce_recovered_{ablation}"] = f"{ablation} ablation leaves the cross-entropy as it was"
+            causes["perplexity"] = "the cross-entropy is so large that its exponential overflows"
         return bootstrap(sums, formulas, n=n_bootstrap, seed=seed, causes=causes)
 
     def drawn(self, arm: str, *, n: int, seed: int, n_units: int) -> dict[str, Array]:

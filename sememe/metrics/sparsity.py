@@ -35,7 +35,7 @@ class Sparsity:
         self.active_rows = torch.zeros(d_sae, dtype=torch.int64)
         self.rows_with = torch.zeros(1, dtype=torch.int64)
         self.alive_first = torch.zeros(d_sae, dtype=torch.bool)
-        self.n_rows = 0
+        self.n_rows = self.n_broken = 0
 
     def update(
         self,
@@ -53,7 +53,10 @@ class Sparsity:
         size = encoded.acts.to(torch.float64).abs()
         l1 = size.new_zeros(encoded.n_rows).index_add_(0, encoded.row_ids(), size)
         l0 = encoded.l0()
-        self.sums.add(units, {"n": torch.ones_like(l1), "l0": l0.to(torch.float64), "l1": l1})
+        broken = ~torch.isfinite(l1)  # what counts as active there nobody knows
+        self.n_broken += int(broken.sum())
+        counted = torch.where(broken, torch.nan, l0.to(torch.float64))
+        self.sums.add(units, {"n": torch.ones_like(l1), "l0": counted, "l1": l1})
         counts = torch.bincount(l0.long().cpu())
         longer = max(counts.shape[0], self.rows_with.shape[0])
         self.rows_with = _padded(self.rows_with, longer) + _padded(counts, longer)
@@ -102,6 +105,9 @@ class Sparsity:
             return dict.fromkeys(names, Statistic(math.nan, cause="there were no rows"))
         cause = "activations are NaN or infinite"
         out = bootstrap(sums, formulas, n=n_bootstrap, seed=seed, causes=dict.fromkeys(formulas, cause))
+        if self.n_broken:
+            broken = Statistic(math.nan, cause=f"{cause} in {self.n_broken:,} rows")
+            return out | {"frac_alive": broken, "frac_alive_8192": broken}
         out["frac_alive"] = Statistic(float((self.active_rows > 0).double().mean()))
         out["frac_alive_8192"] = (
             Statistic(float(self.alive_first.double().mean()))
