@@ -31,11 +31,13 @@ from sememe.progress import track
 from sememe.source import StoreSource, upcoming
 from sememe.store import open_store
 
-__all__ = ["KINDS", "FitConfig", "fit"]
+__all__ = ["KINDS", "STREAMED", "STREAMED_ROWS", "FitConfig", "fit"]
 
 VERSION = 2
 N_PROBE_ROWS = 16
 STREAMED_ROWS = 8192
+STREAMED = ("identity", "pca", "random_directions")
+"""Kinds for which a sum over rows is enough."""
 
 KINDS: dict[str, type[Config]] = {
     "ica": ICAConfig,

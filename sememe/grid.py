@@ -14,6 +14,7 @@ the sum, in training units). Differs: fvu instead of the reconstruction loss.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -24,7 +25,7 @@ from pydantic import Field, field_validator
 from sememe import artifact, dictionaries, figures, metrics
 from sememe.config import Config, sha256_of
 from sememe.dictionaries import Dictionary
-from sememe.errors import ConfigError
+from sememe.errors import ConfigError, MismatchError
 from sememe.source import Batch
 from sememe.toy import PlantedSource, ToyConfig, recovery
 from sememe.train import TrainConfig, train
@@ -108,12 +109,15 @@ def grid(config: GridConfig, *, fresh: bool = False) -> artifact.Artifact:
     parents = {f"dictionary: {name}": one.fingerprint for name, one in made.items()}
     identity = artifact.identity_of("grid", VERSION, config, parents)
     plots = config.out / "plots"
-    there = None if fresh else artifact.find(plots, "grid", identity)
-    if there is not None:
-        return there
+    with contextlib.suppress(
+        MismatchError
+    ):  # plots of fewer cells, say: drawn again, as each cell was checked above
+        there = None if fresh else artifact.find(plots, "grid", identity)
+        if there is not None:
+            return there
     lines = _measure(cells, PlantedSource(config.planted))
     with artifact.building(
-        plots, kind="grid", version=VERSION, config=config, parents=parents, fresh=fresh
+        plots, kind="grid", version=VERSION, config=config, parents=parents, fresh=True
     ) as work:
         artifact.write_json(work.path / GRID, {"format_version": 2, "dictionaries": lines})
         names = list(lines[0])
@@ -154,7 +158,13 @@ def _sizes(config: GridConfig) -> list[int]:
         raise ConfigError(
             "a grid must be of an architecture with an l1_coefficient",
             config.train.architecture.kind,
-            "Take relu, tied, gated or p_anneal.",
+            "Take relu, tied or gated.",
+        )
+    if config.train.architecture.kind == "p_anneal":
+        raise ConfigError(
+            "a grid must be of an architecture whose penalty is a sum of activations all along",
+            "p_anneal, whose exponent falls",
+            "Take relu, tied or gated.",
         )
     if config.train.sweep:
         raise ConfigError(

@@ -25,6 +25,7 @@ __all__ = ["Recipe", "Stage", "place_of", "read_recipe", "stages"]
 
 SHARED = ("model", "text", "policy")
 STAGES = ("harvest", "train", "fit", "evaluate", "interpret", "explain", "export", "compare")
+FIT_LIKE_THIS = 'Write [fit.pca] with baseline = {kind = "pca"}.'
 OPTIONAL = ("explain", "compare")
 """Stages that happen only where their tables are there."""
 
@@ -95,13 +96,12 @@ def read_recipe(path: str | Path) -> Recipe:
             "Add them.",
         )
     dictionaries = _named(data["train"], "architecture")
-    baselines = _named(data.get("fit", {}), "baseline")
-    if not set(baselines).isdisjoint(dictionaries) or (baselines and set(baselines) & {""}):
-        raise ConfigError(
-            "each [fit.NAME] must have a baseline and a name that no [train.NAME] has",
-            ", ".join(repr(name) for name in baselines),
-            'Write [fit.pca] with baseline = {kind = "pca"}.',
-        )
+    baselines = _baselines_of(data["fit"]) if "fit" in data else {}
+    for name in baselines:
+        if name in dictionaries:
+            raise ConfigError(
+                "a [fit.NAME] must have a name that no [train.NAME] has", repr(name), "Name it otherwise."
+            )
     optional = STAGES[3:] if "compare" in data else OPTIONAL
     return Recipe(
         name,
@@ -119,9 +119,21 @@ def _named(table: dict[str, Any], mark: str) -> dict[str, dict[str, Any]]:
     """A table's named parts, those that hold `mark`, each with what all share; the table itself as "" if none does."""
     named = {key: value for key, value in table.items() if isinstance(value, dict) and mark in value}
     common = {key: value for key, value in table.items() if key not in named}
-    if named:
-        return {key: common | value for key, value in named.items()}
-    return {"": table} if table else {}
+    return {key: common | value for key, value in named.items()} if named else {"": table}
+
+
+def _baselines_of(table: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    for name, value in table.items():
+        if isinstance(value, dict) and "baseline" not in value and name != "baseline":
+            raise ConfigError(f"[fit.{name}] must have a baseline", _keys(value), FIT_LIKE_THIS)
+    found = _named(table, "baseline")
+    if "" in found:
+        raise ConfigError("[fit] must hold named baselines", _keys(table), FIT_LIKE_THIS)
+    return found
+
+
+def _keys(table: dict[str, Any]) -> str:
+    return ", ".join(table) or "an empty table"
 
 
 def place_of(recipe: Recipe, out: str | Path | None) -> Path:
@@ -144,6 +156,7 @@ def stages(recipe: Recipe, base: Path) -> list[Stage]:
     shared = {"model": recipe.model, "text": recipe.text}
     harvest = HarvestConfig.build({**shared, "policy": recipe.policy, **recipe.harvest, "out": store}, where)
     found = [Stage("harvest", "", store, harvest)]
+    trained: list[str] = []
     for name, table in recipe.dictionaries.items():
         out = base / "dictionary" / name
         train = TrainConfig.build({**table, "store": store, "out": out}, where)
@@ -155,8 +168,9 @@ def stages(recipe: Recipe, base: Path) -> list[Stage]:
                 for kind in ("dictionary", "report", "atlas", "explanations", "site")
             }
             label = "" if place == Path() else str(place)
+            trained.append(label)
             found += _after_training(recipe, label, store, paths, where)
-    found += _baselines(recipe, base, store, where)
+    found += _baselines(recipe, base, store, trained, where)
     if recipe.compare is not None:
         from sememe.compare import CompareConfig
 
@@ -168,7 +182,7 @@ def stages(recipe: Recipe, base: Path) -> list[Stage]:
         if n_trained + len(recipe.baselines) < 2:
             raise ConfigError(
                 f"a recipe that ends in [compare] must make at least two dictionaries ({recipe.name})",
-                n_trained,
+                n_trained + len(recipe.baselines),
                 "Add [train.NAME] or [fit.NAME] tables or a sweep, or drop [compare].",
             )
         compared = tuple(stage.path for stage in found if stage.verb in ("train", "fit"))
@@ -184,8 +198,8 @@ def stages(recipe: Recipe, base: Path) -> list[Stage]:
     return found
 
 
-def _baselines(recipe: Recipe, base: Path, store: Path, where: str) -> list[Stage]:
-    """The fit stages. `over` is the name of one of the recipe's dictionaries."""
+def _baselines(recipe: Recipe, base: Path, store: Path, trained: list[str], where: str) -> list[Stage]:
+    """The fit stages. `over` is the name of one of the dictionaries trained: "small", or "small/k16" of a sweep."""
     if not recipe.baselines:
         return []
     from sememe.fit import FitConfig
@@ -195,11 +209,11 @@ def _baselines(recipe: Recipe, base: Path, store: Path, where: str) -> list[Stag
         about: dict[str, Any] = {"store": store, "out": base / "baseline" / name}
         if "over" in table:
             over = str(table["over"])
-            if over not in recipe.dictionaries:
+            if over not in trained:
                 raise ConfigError(
                     f"over must name a dictionary that the recipe {recipe.name} trains",
                     repr(over),
-                    nearest(over, recipe.dictionaries),
+                    nearest(over, trained),
                 )
             about["over"] = base / "dictionary" / over
         found.append(Stage("fit", name, about["out"], FitConfig.build({**table, **about}, where)))

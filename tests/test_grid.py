@@ -7,6 +7,7 @@ import torch
 
 from sememe import artifact, dictionaries
 from sememe.cli import _run
+from sememe.dictionaries.p_anneal import PAnnealConfig
 from sememe.dictionaries.relu import ReLUConfig
 from sememe.dictionaries.topk import TopKConfig
 from sememe.errors import ConfigError
@@ -168,6 +169,10 @@ def test_families_are_reported(tmp_path, capsys):
             {"train": TrainConfig(architecture=ReLUConfig(), sweep=("seed=0,1",))},
             "no sweep of its own, got seed=0,1. Drop --sweep",
         ),
+        (
+            {"train": TrainConfig(architecture=PAnnealConfig())},
+            "penalty is a sum of activations all along, got p_anneal, whose exponent falls. Take relu",
+        ),
         ({"penalties": (0.1, 0.1)}, r"named once, got \(0.1, 0.1\)"),
         ({"penalties": (0.1, 0.0)}, "penalties must be above 0, got 0. Change --penalties"),
         (
@@ -193,3 +198,13 @@ def test_fresh_rows_are_not_those_of_the_stream():
     held, given = source.hold_out(50).x, source.next_batch(50).x
     some = held[held.any(dim=1)]  # rows without any feature are alike
     assert len(some) > 30 and not (some[:, None] == given).all(-1).any()
+
+
+def test_a_grid_with_more_cells_keeps_those_that_are_there(tmp_path):
+    first = grid(config(tmp_path / "g", penalties=(0.1,), ratios=(1.0,)))
+    (made,) = (tmp_path / "g" / "dictionaries").iterdir()
+    before = (made / "meta.json").stat().st_mtime_ns
+    more = grid(config(tmp_path / "g", penalties=(0.1, 1.0), ratios=(1.0,)))
+    assert more.fingerprint != first.fingerprint and (made / "meta.json").stat().st_mtime_ns == before
+    lines = json.loads((more.path / "grid.json").read_text())["dictionaries"]
+    assert [line["penalty"] for line in lines] == [0.1, 1.0]

@@ -402,3 +402,30 @@ def test_the_capacity_of_a_broken_row_is_nan_and_of_none_0():
 def test_cheats_refuse_an_l0_that_is_nan():
     with pytest.raises(ActivationError, match="l0 must be finite, got NaN"):
         metrics.cheats(rows(6, 12), torch.full((6,), 0.01), float("nan"))
+
+
+@pytest.mark.parametrize("which", ["nearly one", "one", "zero in a", "zero in b", "zero in both"])
+def test_a_crowd_is_matched_in_a_few_looks(which):
+    """Rows that nearly coincide all want the same columns; those of length 0 do not care."""
+    n = 500
+    a, b = rows(n, 30), rows(n, 30, 1)
+    if "one" in which:
+        a, b = (rows(1, 30, 2) + (1e-3 if "nearly" in which else 0) * side for side in (a, b))
+    if which in ("zero in a", "zero in both"):
+        a[50:] = 0
+    if which in ("zero in b", "zero in both"):
+        b[50:] = 0
+    a, b = metrics.unit_rows(a), metrics.unit_rows(b)
+    columns, n_looks = assign(a, b)
+    table = (a @ b.T).double().numpy()
+    mine, theirs = linear_sum_assignment(table, maximize=True)
+    assert n_looks <= 8 and sorted(columns.tolist()) == list(range(n))
+    assert table[np.arange(n), columns.numpy()].mean() == pytest.approx(table[mine, theirs].mean(), abs=1e-6)
+
+
+def test_random_directions_are_strange_to_the_baseline_of_that_name():
+    from sememe.dictionaries.random_directions import RandomDirections, RandomDirectionsConfig
+
+    made = RandomDirections.from_mean(torch.zeros(32), RandomDirectionsConfig(d_sae=256, seed=0), None)
+    chance = metrics.mmcs(metrics.random_rows(256, 32, 5), metrics.random_rows(256, 32, 0))
+    assert metrics.mmcs(made.W_dec, metrics.random_rows(256, 32, 0)) == pytest.approx(chance, abs=0.02)

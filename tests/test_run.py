@@ -7,7 +7,7 @@ import pytest
 from small_world import write_corpus, write_model, write_recipe
 
 from sememe.errors import ArtifactError, ConfigError, MismatchError
-from sememe.recipe import read_recipe
+from sememe.recipe import read_recipe, stages
 from sememe.run import print_report, run
 
 
@@ -125,16 +125,41 @@ def test_baselines_and_coders_are_fitted_and_compared(place, tmp_path):
             "over = 'two'",
             r"over must name a dictionary that the recipe .* trains, got 'two'. ",
         ),
+        ("[fit.axes]", "[fit.one]", r"a name that no \[train.NAME\] has, got 'one'\. Name it otherwise"),
         (
-            "[fit.axes]",
-            "[fit.one]",
-            r"a name that no \[train.NAME\] has, got 'coder', 'one'. Write \[fit.pca\]",
+            "baseline = {kind = 'pca', k = 4}",
+            "k = 4",
+            r"\[fit\.axes\] must have a baseline, got n_rows, k\. Write \[fit",
         ),
-        ("[fit.axes]", "[fit.axes.more]", r"fit|baseline"),
     ):
         file.write_text(recipe.replace(old, new))
         with pytest.raises(ConfigError, match=message):
             run(file, out=tmp_path / "out")
+    file.write_text(recipe[: recipe.index("[fit.coder]")] + "[fit]\n")
+    with pytest.raises(ConfigError, match=r"\[fit\] must hold named baselines, got an empty table\. Write"):
+        run(file, out=tmp_path / "out")
+
+
+def test_a_coder_may_go_over_a_member_of_a_sweep_and_not_over_all_of_it(place, tmp_path):
+    recipe = (place / "small.toml").read_text()
+    recipe = recipe[: recipe.index("[train]")] + "[train.a]\nsweep = {k = [2, 4]}\nepochs = 1\n"
+    recipe += "[train.a.architecture]\nkind = 'topk'\nd_sae = 40\n[fit.coder]\nover = 'a/k4'\n"
+    recipe += "baseline = {kind = 'sparse_coder', k = 4}\n[compare]\n"
+    file = tmp_path / "swept.toml"
+    file.write_text(recipe)
+    found = stages(read_recipe(file), tmp_path / "out")
+    assert found[-2].config.over == tmp_path / "out" / "dictionary" / "a" / "k4"
+    file.write_text(recipe.replace("a/k4", "a"))
+    with pytest.raises(ConfigError, match=r"over must name a dictionary .*, got 'a'\. .*'?a/k"):
+        stages(read_recipe(file), tmp_path / "out")
+
+
+def test_an_empty_table_of_training_trains_with_what_is_usual(place, tmp_path):
+    recipe = (place / "small.toml").read_text()
+    start, end = recipe.index("[train]"), recipe.index("[evaluate]")
+    (tmp_path / "empty.toml").write_text(recipe[:start] + "[train]\n" + recipe[end:])
+    found = [stage.verb for stage in stages(read_recipe(tmp_path / "empty.toml"), tmp_path)]
+    assert found[:3] == ["harvest", "train", "evaluate"]
 
 
 @pytest.mark.parametrize(

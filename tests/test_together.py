@@ -130,3 +130,27 @@ def test_what_cannot_be_spliced_together_says_why(world, tmp_path):
     with pytest.raises(ConfigError, match=r"together must be asked of two dictionaries or more, got 1"):
         check_together({"a": one})
     assert not (tmp_path / "c").exists()
+
+
+def test_the_order_of_names_does_not_matter_to_who_reads_what(world, tmp_path):
+    """A transcoder reads what a dictionary at its input left, whichever is named first."""
+    lm = world.lm
+    below = dictionaries.build(TopKConfig(k=4, d_sae=48), 24, 24, autoencoder(lm, "mlp_in.2"))
+    across = Sites(inputs=autoencoder(lm, "mlp_in.2").inputs, outputs=autoencoder(lm, "mlp_out.2").outputs)
+    above = dictionaries.build(TopKConfig(k=4, d_sae=48), 24, 24, across)
+    generator = torch.Generator().manual_seed(0)
+    x, target = torch.randn(200, 24, generator=generator), torch.randn(200, 24, generator=generator)
+    below.initialise(x, x, torch.Generator().manual_seed(1))
+    above.initialise(x, target, torch.Generator().manual_seed(2))
+    places = [save(below, tmp_path / "below"), save(above, tmp_path / "above")]
+    found = [
+        measured(world, tmp_path / f"c{number}", dictionaries=tuple(order))["together"]["metrics"]
+        for number, order in enumerate((places, places[::-1]))
+    ]
+    for name in ("ce_increase", "kl"):
+        assert found[0][name]["value"] == pytest.approx(found[1][name]["value"], abs=1e-6)
+    zeros(lm, tmp_path / "nothing", autoencoder(lm, "mlp_in.2"))
+    with_zeros = measured(world, tmp_path / "z", dictionaries=(tmp_path / "nothing", places[1]))
+    assert with_zeros["together"]["metrics"]["kl"]["value"] != pytest.approx(
+        found[0]["kl"]["value"], abs=1e-4
+    )

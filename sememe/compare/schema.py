@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
 from sememe.config import Config
 
-__all__ = ["Comparison"]
+__all__ = ["FORMAT", "Comparison"]
+
+FORMAT = 3
 
 
 class Number(Config):
@@ -154,8 +156,8 @@ class TogetherData(Config):
 class Comparison(Config):
     """comparison.json."""
 
-    format_version: int
-    """Of this layout: 5."""
+    format_version: Literal[3]
+    """Of this layout."""
     rows: tuple[Row, ...]
     """Dictionaries, then nulls."""
     frontiers: dict[str, FrontierData]

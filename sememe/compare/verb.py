@@ -11,7 +11,7 @@ from sememe import artifact, figures, frontier, text
 from sememe import lm as language_models
 from sememe.compare.config import CompareConfig
 from sememe.compare.directions import all_pairs, one_pair
-from sememe.compare.schema import Comparison
+from sememe.compare.schema import FORMAT, Comparison
 from sememe.dictionaries.base import Dictionary, Sites
 from sememe.dictionaries.folders import Opened, open_all
 from sememe.errors import MismatchError
@@ -79,7 +79,7 @@ def compare(
         config.out, kind="comparison", version=VERSION, config=config, parents=parents, fresh=fresh
     ) as work:
         loaded = {name: one.dictionary for name, one in opened.items()}
-        data: dict[str, Any] = {"format_version": 2, "directions": all_pairs(loaded)}
+        data: dict[str, Any] = {"format_version": FORMAT, "directions": all_pairs(loaded)}
         data["pair"] = one_pair(config, loaded, work.path) if len(loaded) == 2 else None
         if policy is None:
             data |= _undescribed(opened)

@@ -22,6 +22,10 @@ from sememe.errors import ShapeError
 __all__ = ["RandomDirections", "RandomDirectionsConfig"]
 
 
+STREAM = 0x6261736C
+"""Of its directions' random numbers: no null's, and no training's."""
+
+
 class RandomDirectionsConfig(ArchitectureConfig):
     """Options of the random-directions baseline."""
 
@@ -70,7 +74,7 @@ class RandomDirections(Fitted):
         """Directions from the seed about a known mean."""
         d_in = mean.shape[0]
         self = cls(config, d_in, d_in, config.width(d_in), sites)
-        self.W_dec.copy_(metrics.unit_rows(metrics.random_rows(self.d_sae, d_in, config.seed)))
+        self.W_dec.copy_(metrics.unit_rows(metrics.random_rows(self.d_sae, d_in, config.seed, STREAM)))
         self.b_dec.copy_(mean)
         return self.eval().to(mean.device)
 

@@ -244,7 +244,7 @@ def _sections(data: Data) -> list[Section]:
     found: list[Section] = [("Means over latents", _numbers_table(rows), _meanings(rows))]
     if any("rare" in row for row in rows):
         found.append(("The rare cluster", _rare_table(data), RARE))
-    if any("correlations" in row for row in rows):
+    if any(row.get("correlations") for row in rows):
         found.append(("Correlations", _correlations_table(rows), CORRELATIONS))
     if any("history" in row for row in rows):
         found.append(("Over training", _history_table(rows), HISTORY))
@@ -344,11 +344,11 @@ def _rare_table(data: Data) -> Table:
 
 
 def _correlations_table(rows: list[Data]) -> Table:
-    arms = next(list(row["correlations"]) for row in rows if "correlations" in row)
+    arms = next(list(row["correlations"]) for row in rows if row.get("correlations"))
     heads = [f"{arm.replace('_', ' ')}: {what}" for arm in arms for what in ("mean", "share below 0.05")]
     table = Table(["", *heads], [], [])
     for row in rows:
-        if "correlations" in row:
+        if row.get("correlations"):
             found = [
                 row["correlations"][arm][key] for arm in arms for key in ("mean_absolute", "share_small")
             ]

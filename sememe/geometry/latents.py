@@ -23,6 +23,8 @@ from sememe.store import Store
 __all__ = ["Activity", "Latents", "activity", "nearest_to_probe", "of_weights", "summarised"]
 
 ROWS_AT_ONCE = 2048
+RESIDUAL = ("resid_pre", "resid_post", "attn_out", "mlp_out")
+"""Hookpoints whose basis is the embedding's."""
 CLASSES = ("dense", "ten_sparse", "one_sparse")
 
 Columns = dict[str, Tensor]
@@ -35,7 +37,8 @@ class Activity(NamedTuple):
     l0: float
     density: Float[Tensor, " d_sae"]
     correlations: dict[str, metrics.Correlations]
-    """Of the latents that write most, of as many dimensions of the input, of as many random directions."""
+    """Of the latents that write most, of as many dimensions of the input, of as many random directions; none of fewer
+    than two latents that fire."""
 
 
 class Latents(NamedTuple):
@@ -60,7 +63,8 @@ def of_weights(dictionary: Dictionary, lm: LanguageModel | None, seed: int) -> L
     columns, random = (_merged(function(rows) for function in functions) for rows in (W_dec, chance))
     columns["decoder_norm"] = W_dec.norm(dim=1)
     W_enc = dictionary.encoder_directions()
-    if W_enc is not None and W_enc.shape == W_dec.shape:
+    one_place = dictionary.sites is None or dictionary.sites.inputs == dictionary.sites.outputs
+    if W_enc is not None and W_enc.shape == W_dec.shape and one_place:
         read = W_enc.detach().float().cpu().T
         columns["encoder_decoder_cosine"] = metrics.encoder_decoder_cosine(read, W_dec)
         random["encoder_decoder_cosine"] = metrics.encoder_decoder_cosine(read, chance)
@@ -94,13 +98,14 @@ def _of_rows(
         }
 
     functions: list[Callable[[Tensor], Columns]] = [shape, *([classes] if d >= 10 else [])]
-    if lm is None:
-        return functions
-    for name, table in zip(("embedding", "unembedding"), lm.embeddings(), strict=True):
-        if table.shape[1] == d:
-            functions.append(_nearest_token(name, table.float().cpu()))
     outputs = dictionary.sites.outputs if dictionary.sites is not None else ()
-    W_out = lm.output_projection(outputs[0].hookpoint) if len(outputs) == 1 else None
+    if lm is None or len(outputs) != 1:
+        return functions
+    in_residual = outputs[0].hookpoint.split(".")[0] in RESIDUAL
+    for name, table in zip(("embedding", "unembedding"), lm.embeddings(), strict=True):
+        if in_residual and table.shape[1] == d:
+            functions.append(_nearest_token(name, table.float().cpu()))
+    W_out = lm.output_projection(outputs[0].hookpoint)
     if W_out is not None:
         seen = W_out.cpu()
         functions.append(lambda rows: {"null_space_share": metrics.null_space_share(rows, seen)})
@@ -178,7 +183,7 @@ def activity(dictionary: Dictionary, store: Store, config: GeometryConfig, label
             sparsity.update(encoded)
             written.index_add_(0, encoded.indices.long(), encoded.acts.double().square())
             progress.advance(part.shape[0])
-        k = min(config.n_correlated, dictionary.d_sae, x.shape[1])
+        k = min(config.n_correlated, int((written * norms > 0).sum()), x.shape[1])
         top = (written * norms).topk(k).indices
         place = torch.full((dictionary.d_sae,), -1, dtype=torch.int64).index_copy(0, top, torch.arange(k))
         acts = torch.zeros(x.shape[0], k)
@@ -191,13 +196,10 @@ def activity(dictionary: Dictionary, store: Store, config: GeometryConfig, label
     values = x.float()
     widest = values.var(0).topk(k).indices
     random = values @ metrics.unit_rows(metrics.random_rows(k, x.shape[1], config.seed)).T
+    compared = {"latents": acts, "neurons": values[:, widest], "random_directions": random} if k > 1 else {}
     return Activity(
         x.shape[0],
         sparsity.compute()["l0"].value,
         sparsity.density().cpu(),
-        {
-            "latents": metrics.correlations(acts),
-            "neurons": metrics.correlations(values[:, widest]),
-            "random_directions": metrics.correlations(random),
-        },
+        {name: metrics.correlations(one) for name, one in compared.items()},
     )

@@ -162,6 +162,10 @@ def _asked(
             if direction is not None:
                 rare[name] = direction
             notices += [f"{name} may be {cheat}." for cheat in row["cheats"]]
+            if active.n_rows < config.n_rows:
+                notices.append(
+                    f"{name}: {active.n_rows:,} rows were encoded, as many as the store gives at once."
+                )
         row["numbers"] = summarised(latents, config)
         if probe is not None:
             row["probe"] = nearest_to_probe(directions[name], probe, config)
@@ -170,6 +174,13 @@ def _asked(
             row["history"] = past
         rows.append(row)
         columns[name] = latents.columns
+    places = {tuple(row["hookpoints"]) for row in rows}
+    models = {site.model_fingerprint for one in opened.values() if one.sites for site in one.sites.outputs}
+    if len(places) > 1 or len(models) > 1:
+        notices.append(
+            "Dictionaries are of different hookpoints or models: their directions may live in different bases, and "
+            "what is said of pairs of them means little."
+        )
     return {
         "format_version": VERSION,
         "rows": rows,
@@ -191,6 +202,7 @@ def _of_activity(
         "cheats": list(metrics.cheats(W_dec, active.density, active.l0).named),
         "correlations": {
             name: {key: None if np.isnan(value) else value for key, value in each._asdict().items()}
+            | ({"cause": "a coordinate never changes"} if np.isnan(each.mean_absolute) else {})
             for name, each in active.correlations.items()
         },
     }

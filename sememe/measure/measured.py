@@ -30,6 +30,8 @@ __all__ = ["Measured", "check_documents", "rows_at", "run"]
 
 MAX_UNITS = 1024
 """Bootstrap units; with more documents than this, some units are two or more documents of the same tags."""
+MOST_UNITS = 2 * MAX_UNITS
+"""Units from which on new combinations of tags are no longer told apart."""
 MAX_VALUES = 50
 """Values of a tag that are told apart, the first that are read: units are never shared between them."""
 UNKNOWN, OTHERS = "unknown", "(others)"
@@ -73,6 +75,10 @@ class _Units:
         if doc_id not in self.of:
             info = block.documents[doc_id]
             tags = (info.language or UNKNOWN, info.source, *(self._value(f, info.tags) for f in self.fields))
+            if (
+                tags not in self._by_tags and len(self.tags) >= MOST_UNITS
+            ):  # tags beyond language and source are many
+                tags = (*tags[:2], *(OTHERS for _ in self.fields))
             alike = self._by_tags.setdefault(tags, [])
             if len(self.tags) < MAX_UNITS or not alike:
                 alike.append(len(self.tags))
@@ -85,7 +91,7 @@ class _Units:
     def _value(self, field: str, tags: Mapping[str, str]) -> str:
         """A document's value of a field; of a field with very many, the later ones are one."""
         value, known = tags.get(field, UNKNOWN), self._values[field]
-        if value not in known and len(known) >= MAX_VALUES:
+        if value not in known and len(known - {UNKNOWN}) >= MAX_VALUES and value != UNKNOWN:
             return OTHERS
         known.add(value)
         return value
@@ -457,7 +463,7 @@ class Measured:
                 self.sparsity["dictionary"].sums.arrays(len(self.units.tags)).get("n", np.zeros(len(units)))
             )
             out[value] = {
-                "n_documents": int(units.sum()),
+                "n_documents": sum(bool(units[unit]) for unit in self.units.of.values()),
                 "n_rows": int(counts[units].sum()),
                 "metrics": {key: statistic.to_json() for key, statistic in statistics.items()},
             }

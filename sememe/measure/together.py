@@ -121,10 +121,11 @@ class Together(Measured):
 
         def replace(dictionary: Dictionary, read: str) -> Edit:
             def change(x: Tensor) -> Tensor:
-                rows = reads.get(read, x)[valid.to(x.device)].float()
+                seen = reads.get(read, x)
+                rows = seen[valid.to(seen.device)].to(self.lm.device).float()
                 recon = dictionary.decode(dictionary.encode(rows), rows)
                 new = x.clone()
-                new[valid.to(x.device)] = recon.to(x.dtype)
+                new[valid.to(x.device)] = recon.to(x.device, x.dtype)
                 return torch.where(keep.to(x.device)[..., None], new, x)
 
             return change
@@ -134,7 +135,9 @@ class Together(Measured):
             read, write = dictionary.sites.inputs[0].hookpoint, dictionary.sites.outputs[0].hookpoint
             if read != write:
                 edits.setdefault(read, []).append(remember(read))
-            edits.setdefault(write, []).append(replace(dictionary, read))
+            edits.setdefault(write, []).insert(
+                0, replace(dictionary, read)
+            )  # whoever reads there reads what it left
         return {name: _one_after_the_other(several) for name, several in edits.items()}
 
     def _constants(self, values: Mapping[str, Tensor], keep: Bool[Tensor, "batch seq"]) -> dict[str, Edit]:
@@ -167,10 +170,15 @@ def _one_after_the_other(edits: list[Edit]) -> Edit:
 
 
 def _side_by_side(sites: list[Sites], side: str) -> tuple[Site, ...]:
-    """Their sites one behind the other, each hookpoint once."""
+    """Their sites one behind the other, each hookpoint once, with the strictest of all limits there."""
+    limits: dict[str, float] = {}
+    for site in (one for each in sites for one in (*each.inputs, *each.outputs)):
+        if site.max_norm is not None:
+            limits[site.hookpoint] = min(site.max_norm, limits.get(site.hookpoint, site.max_norm))
     found: list[Site] = []
     for site in (one for each in sites for one in getattr(each, side)):
         if site.hookpoint not in {one.hookpoint for one in found}:
             start = found[-1].stop if found else 0
-            found.append(site.replace(start=start, stop=start + site.stop - site.start))
+            stop, limit = start + site.stop - site.start, limits.get(site.hookpoint)
+            found.append(site.replace(start=start, stop=stop, max_norm=limit))
     return tuple(found)

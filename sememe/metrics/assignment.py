@@ -20,8 +20,10 @@ __all__ = ["assign"]
 
 N_CANDIDATES = 16
 """Pairs of each row that the solver begins with."""
-N_ADDED = 16
-"""Pairs of each row that a look over all of them adds at most."""
+N_ADDED, MOST_ADDED = 16, 256
+"""Pairs of each row that the first look over all of them adds, the worst and as many at random; every look twice as
+many as the one before, up to the second number. Without those at random, rows that nearly coincide would all be given
+the same few columns, look after look."""
 ALONE = 3.0
 """Price of leaving a row alone: more than any pair's, 1 - cosine <= 2, so that the best assignment leaves none."""
 TOLERANCE = 1e-6
@@ -34,19 +36,33 @@ def assign(
 ) -> tuple[Int[Tensor, " n_a"], int]:
     """The column of each row in the assignment with the largest sum of cosines, and the number of looks it took.
 
-    Its mean cosine is within 1e-6 of the best one's.
+    Its mean cosine is within 1e-6 of the best one's. Rows of norm 0 do not care: they get what is left.
 
     Args:
         a: Directions of norm 1 or 0; no more of them than of b.
         b: Directions of norm 1 or 0.
         block: Rows of `a` compared at a time: memory is about 12 block n_b bytes beside the candidates.
+
+    Raises:
+        SememeError: it did not settle, which has not been seen.
     """
+    something = a.any(1)
+    if not bool(something.all()):
+        columns = torch.full((a.shape[0],), -1)
+        own = something.cpu()
+        columns[own], n_looks = assign(a[something], b, block=block) if own.any() else (columns[own], 0)
+        taken = torch.zeros(b.shape[0], dtype=torch.bool)
+        taken[columns[own]] = True
+        columns[~own] = torch.nonzero(~taken).view(-1)[: int((~own).sum())]
+        return columns, n_looks
+    generator = torch.Generator(a.device).manual_seed(0)
     indices, costs = _first_candidates(a, b, block)
     indptr = np.arange(a.shape[0] + 1, dtype=np.int64) * indices.shape[1]
     flat, flat_costs = indices.reshape(-1), costs.reshape(-1)
     for n_looks in range(1, MAX_ROUNDS + 1):
         columns, rows_price, columns_price = cheapest_assignment(indptr, flat, flat_costs, b.shape[0], ALONE)
-        rows, more, more_costs = _overlooked(a, b, rows_price, columns_price, block)
+        n_added = min(MOST_ADDED, N_ADDED * 2 ** (n_looks - 1))
+        rows, more, more_costs = _overlooked(a, b, (rows_price, columns_price), n_added, block, generator)
         if not rows.size:
             return torch.from_numpy(columns), n_looks
         owner = np.concatenate([np.repeat(np.arange(a.shape[0]), np.diff(indptr)), rows])
@@ -74,13 +90,14 @@ def _first_candidates(
 def _overlooked(
     a: Float[Tensor, "n_a d"],
     b: Float[Tensor, "n_b d"],
-    rows_price: Float64[np.ndarray, " n_a"],
-    columns_price: Float64[np.ndarray, " n_b"],
+    prices: tuple[Float64[np.ndarray, " n_a"], Float64[np.ndarray, " n_b"]],
+    n_added: int,
     block: int,
+    generator: torch.Generator,
 ) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"], Float64[np.ndarray, " n"]]:
-    """Pairs that cost less than their prices: rows, columns and costs, the worst of each row."""
-    u, v = (torch.from_numpy(price).float().to(a.device) for price in (rows_price, columns_price))
-    n = min(N_ADDED, b.shape[0])
+    """Pairs that cost less than their prices: rows, columns and costs; of each row the worst, and some at random."""
+    u, v = (torch.from_numpy(price).float().to(a.device) for price in prices)
+    n = min(n_added, b.shape[0])
     rows, columns, costs = [], [], []
     for start in range(0, a.shape[0], block):
         cosines = a[start : start + block] @ b.T
@@ -88,9 +105,13 @@ def _overlooked(
         some = torch.nonzero(gain.amax(1) > TOLERANCE).view(-1)
         if some.numel() == 0:
             continue
-        worst = gain[some].topk(n, dim=1)
-        row, place = torch.nonzero(worst.values > TOLERANCE, as_tuple=True)
-        column = worst.indices[row, place]
+        gain = gain[some]
+        wanted = gain > TOLERANCE
+        chosen = torch.zeros_like(wanted).scatter_(1, gain.topk(n, dim=1).indices, True)
+        if bool((wanted.sum(1) > n).any()):
+            lots = torch.rand(gain.shape, generator=generator, device=gain.device).masked_fill_(~wanted, -1.0)
+            chosen.scatter_(1, lots.topk(n, dim=1).indices, True)
+        row, column = torch.nonzero(chosen & wanted, as_tuple=True)
         rows.append((some[row] + start).cpu())
         columns.append(column.cpu())
         costs.append(1 - cosines[some[row], column].double().cpu())

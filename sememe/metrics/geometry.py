@@ -97,13 +97,14 @@ def moments(rows: Float[Tensor, "n d"], *, about_zero: bool = False) -> Moments:
     return Moments(values.pow(3).mean(1) / square.pow(1.5), values.pow(4).mean(1) / square.square())
 
 
-def random_rows(n: int, d: int, seed: int = 0) -> Float[Tensor, "n d"]:
+def random_rows(n: int, d: int, seed: int = 0, stream: int = NULL) -> Float[Tensor, "n d"]:
     """Normal numbers: directions drawn uniformly from the sphere, of no norm in particular.
 
     Their stream is no training's: with a generator of the bare seed they would be the very rows that a dictionary of
-    the same size and seed was started from, and still resembles.
+    the same size and seed was started from, and still resembles. The random-directions baseline has another stream: a
+    null has to be strange to it, too.
     """
-    own = np.random.SeedSequence([seed, NULL]).generate_state(1, np.uint64)[0]
+    own = np.random.SeedSequence([seed, stream]).generate_state(1, np.uint64)[0]
     return torch.randn(n, d, generator=torch.Generator().manual_seed(int(own)))
 
 

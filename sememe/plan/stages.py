@@ -16,7 +16,7 @@ from sememe import artifact, dictionaries, lm
 from sememe.compare import CompareConfig
 from sememe.errors import HookpointError, nearest
 from sememe.evaluate import EvaluateConfig
-from sememe.fit import FitConfig
+from sememe.fit import STREAMED, STREAMED_ROWS, FitConfig
 from sememe.harvest import HarvestConfig
 from sememe.interpret import InterpretConfig
 from sememe.lm import Outline
@@ -264,9 +264,19 @@ class _Planner:
         d_in = sum(rows.widths[name] for name in names if name in rows.widths)
         shard = rows.n_bytes(names) / rows.n_rows * rows.shard_rows
 
+        d_sae = config.baseline.width(d_in)
+        if config.over is not None:
+            d_sae = next(
+                self._dictionary(member, rows).d_sae
+                for other in self.stages
+                if isinstance(other.config, TrainConfig)
+                for member in _members(other.config)
+                if member.out == config.over
+            )
+
         def needs(n_rows: int) -> Bytes:
-            d_sae = config.baseline.width(d_in)
-            return costs.fit_bytes(d_in, d_sae, min(n_rows, rows.n_rows), shard)
+            held = STREAMED_ROWS if config.baseline.kind in STREAMED else n_rows
+            return costs.fit_bytes(d_in, d_sae, min(held, rows.n_rows), shard)
 
         return Estimate(stage, False, needs(config.n_rows), None, (Knob("n_rows", config.n_rows, needs),))
 
@@ -296,7 +306,9 @@ class _Planner:
         members = [member for one in configs for member in _members(one)]
         widest = max((self._dictionary(member, rows) for member in members), key=lambda one: one.d_sae)
         outputs = {name for member in members for name in self._names(member, rows)[1]}
-        length, n_arms = rows.policy.context_length, len(members) + 3 * len(config.nulls)
+        n_fitted = sum(isinstance(other.config, FitConfig) for other in self.stages)
+        length, n_arms = rows.policy.context_length, len(members) + n_fitted + 3 * len(config.nulls)
+        whole = 3 if config.together else 0
 
         def needs(batch_rows: int) -> Bytes:
             return costs.evaluate_bytes(model, widest, n_arms, batch_rows, length)
@@ -304,6 +316,11 @@ class _Planner:
         def seconds(speed: Speed) -> float:
             above = model.n_layers_above(tuple(outputs))
             found = costs.evaluate_seconds(model, widest, speed, config.n_tokens, n_arms, above, length)
+            if whole:
+                n_layers = model.n_layers
+                found += costs.evaluate_seconds(
+                    model, widest, speed, config.n_tokens, whole, n_layers, length
+                )
             budget = config.budget_seconds()
             return found if budget is None else min(found, budget)
 
