@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from common import finish, row
 
+from sememe.dictionaries.sparse_coder import KSVDConfig, ksvd
 from sememe.toy import PlantedSource, ToyConfig, recovery
 from sememe.train import TrainConfig, train
 
@@ -111,11 +112,58 @@ def measured(recipe: Recipe, seed: int = 0, **changes: Any) -> Found:
     )
 
 
+DEFAULT = [
+    (Recipe("topk", "topk", {"k": 5, "auxk": 64, "dead_after_tokens": 20_000}, 0.98), 8_000_000),
+    (Recipe("relu", "relu", {"l1_coefficient": 0.01, "norm_weighted": True}, 0.95), 8_000_000),
+]
+"""On the default toy: 256 dimensions, 512 features, 5 active, the rarest in one row of 3,300."""
+KSVD_ROWS = 32_768
+
+
+def on_the_default_toy() -> list[dict[str, Any]]:
+    """What is found of it: by TopK and ReLU, and by K-SVD told the right number of active features, and a wrong one."""
+    figures = []
+    for recipe, n_rows in DEFAULT:
+        source = PlantedSource(ToyConfig())
+        with tempfile.TemporaryDirectory() as folder:
+            options = {
+                "out": Path(folder) / "learned",
+                "architecture": {"kind": recipe.kind, "d_sae": 512, **recipe.options},
+                "n_tokens": n_rows,
+                "batch_size": BATCH,
+                "lr": 3e-3,
+                "threads": 1,
+            }
+            found = recovery(source.planted, train(TrainConfig.build(options), source=source))
+        figures.append(
+            row(
+                f"toy_default_{recipe.name}",
+                found.recall,
+                f">= {recipe.must}",
+                "mmcs",
+                n_rows=n_rows,
+                **found._asdict(),
+            )
+        )
+    for k in (5, 20):
+        source = PlantedSource(ToyConfig())
+        coder = ksvd(source.next_batch(KSVD_ROWS).x, KSVDConfig(d_sae=512, k=k, n_iterations=40)).coder
+        found = recovery(source.planted, coder)
+        figures.append(
+            row(f"toy_default_ksvd_{k}", found.recall, "", "mmcs", n_rows=KSVD_ROWS, **found._asdict())
+        )
+    return figures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", help="names of recipes")
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--default", action="store_true", help="the default toy instead, which takes minutes")
     arguments = parser.parse_args()
+    if arguments.default:
+        finish("toy_default", on_the_default_toy())
+        return
     figures = []
     for recipe in RECIPES:
         if arguments.only and recipe.name not in arguments.only:
