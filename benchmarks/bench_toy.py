@@ -113,8 +113,8 @@ def measured(recipe: Recipe, seed: int = 0, **changes: Any) -> Found:
 
 
 DEFAULT = [
-    (Recipe("topk", "topk", {"k": 5, "auxk": 64, "dead_after_tokens": 20_000}, 0.98), 8_000_000),
-    (Recipe("relu", "relu", {"l1_coefficient": 0.01, "norm_weighted": True}, 0.95), 8_000_000),
+    (Recipe("topk", "topk", {"k": 5, "auxk": 64, "dead_after_tokens": 20_000}, 0.98), 8_000_000, 3e-3),
+    (Recipe("relu", "relu", {"l1_coefficient": 0.005, "norm_weighted": True}, 0.95), 4_000_000, 1e-2),
 ]
 """On the default toy: 256 dimensions, 512 features, 5 active, the rarest in one row of 3,300."""
 KSVD_ROWS = 32_768
@@ -123,7 +123,7 @@ KSVD_ROWS = 32_768
 def on_the_default_toy() -> list[dict[str, Any]]:
     """What is found of it: by TopK and ReLU, and by K-SVD told the right number of active features, and a wrong one."""
     figures = []
-    for recipe, n_rows in DEFAULT:
+    for recipe, n_rows, lr in DEFAULT:
         source = PlantedSource(ToyConfig())
         with tempfile.TemporaryDirectory() as folder:
             options = {
@@ -131,7 +131,7 @@ def on_the_default_toy() -> list[dict[str, Any]]:
                 "architecture": {"kind": recipe.kind, "d_sae": 512, **recipe.options},
                 "n_tokens": n_rows,
                 "batch_size": BATCH,
-                "lr": 3e-3,
+                "lr": lr,
                 "threads": 1,
             }
             found = recovery(source.planted, train(TrainConfig.build(options), source=source))
