@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, ClassVar
 
 from sememe import artifact, figures, frontier
 from sememe.config import Config, canonical_json
 from sememe.errors import ConfigError
+from sememe.figures.schema import PAGE_FORMAT, Page
 from sememe.frontier import Point
 
 __all__ = ["ReportConfig", "report"]
 
-VERSION = 3
+VERSION = 4
+PAGE, SCHEMA = "page.json", "page.schema.json"
 
 
 class ReportConfig(Config):
@@ -23,7 +26,7 @@ class ReportConfig(Config):
     reports: tuple[Path, ...]
     """Reports that `sememe evaluate` made, or folders of such (a sweep's); a row and a section each."""
     out: Path = Path("artifacts/page")
-    """The folder to make: report.html and report.md with its plots."""
+    """The folder to make: report.html, report.md with its plots, page.json with its schema, page.csv."""
 
 
 def report(config: ReportConfig, *, fresh: bool = False) -> artifact.Artifact:
@@ -59,9 +62,40 @@ def report(config: ReportConfig, *, fresh: bool = False) -> artifact.Artifact:
         titled = _titled(opened)
         data = {title: one.data for title, one in titled.items()}
         compared = _compared(titled)
-        figures.write_pages(work.path, data, compared, _notes(titled, compared))
+        notes = _notes(titled, compared)
+        figures.write_pages(work.path, data, compared, notes)
+        shown = _shown(data, compared, notes)
+        Page.build(shown, PAGE)  # what is written is what is published
+        artifact.write_json(work.path / PAGE, shown)
+        schema = json.dumps(Page.model_json_schema(by_alias=True), indent=2)
+        (work.path / SCHEMA).write_text(schema + "\n", encoding="utf-8")
+        figures.write_rows(work.path / "page.csv", shown)
         work.extra = {"dictionaries": [one.data["dictionary"]["fingerprint"] for one in opened]}
     return artifact.load(config.out, "page")
+
+
+def _shown(
+    reports: dict[str, dict[str, Any]], compared: dict[str, Any] | None, notes: list[str]
+) -> dict[str, Any]:
+    """page.json."""
+    places = frontier.grouped({title: data["dictionary"] for title, data in reports.items()})
+    rows = []
+    for title, data in reports.items():
+        about, place = data["dictionary"], places[title]
+        arms = {title: data["metrics"]}
+        arms |= {
+            f"{title}: {name}": found
+            for kind in ("parts", "nulls")
+            for name, found in data.get(kind, {}).items()
+        }
+        for name, found in arms.items():
+            null = name.removeprefix(f"{title}: ") in data["nulls"] and name != title
+            description = about if not null else {"kind": name.removeprefix(f"{title}: "), "d_sae": None}
+            rows.append(
+                {"name": name, **place._asdict(), "null": null, "description": description, "metrics": found}
+            )
+    nothing: dict[str, Any] = {"frontiers": {}, "differences": [], "left_out": {}, "dropped": {}}
+    return {"format_version": PAGE_FORMAT, "rows": rows, **(compared or nothing), "notices": notes}
 
 
 def _reports_in(folder: Path) -> list[Path]:

@@ -1,5 +1,6 @@
 """Pages from reports: self-contained, escaped, honest about NaN; and the figures behind them."""
 
+import csv
 import json
 import re
 import shutil
@@ -347,3 +348,23 @@ def test_how_many_latents_are_active_is_drawn_where_it_differs() -> None:
     density["dictionary"]["l0_histogram"] = [[3, 40]]
     assert l0_plot({"density": density}) is None, "a TopK dictionary has nothing to show"
     assert l0_plot({"density": {"dictionary": {}}}) is None, "nor has a report of an earlier version"
+
+
+def test_numbers_and_their_schema_lie_beside_the_page(tmp_path: Path) -> None:
+    one = compared_report(tmp_path / "one", "a", 32, 0.3)
+    two = compared_report(tmp_path / "two", "b", 32, 0.5)
+    done = report(ReportConfig(reports=(one, two), out=tmp_path / "page"))
+    data = json.loads((done.path / "page.json").read_text())
+    assert list(data["frontiers"]) == ["topk"] and not data["notices"]
+    names = [row["name"] for row in data["rows"] if not row["null"]]
+    assert len(names) == 2 and [
+        row["metrics"]["fvu"]["value"] for row in data["rows"] if not row["null"]
+    ] == [0.3, 0.5]
+    assert any(row["null"] and row["name"].endswith(": pca") for row in data["rows"])
+    schema = json.loads((done.path / "page.schema.json").read_text())
+    published = Path(__file__).parent.parent / "docs" / "schemas" / "page.schema.json"
+    assert schema == json.loads(published.read_text()) and set(schema["required"]) == set(data)
+    with (done.path / "page.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [line["name"] for line in lines] == [row["name"] for row in data["rows"]]
+    assert [float(line["fvu"]) for line in lines if line["name"] in names] == [0.3, 0.5]

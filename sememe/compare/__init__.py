@@ -8,7 +8,7 @@ Knows decoder directions, models and text; the pass is `measure/`, what is real 
 """
 
 from sememe.compare.config import CompareConfig
-from sememe.compare.schema import Comparison
 from sememe.compare.verb import COMPARISON, compare
+from sememe.figures.schema import Comparison
 
 __all__ = ["COMPARISON", "CompareConfig", "Comparison", "compare"]

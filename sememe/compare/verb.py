@@ -11,10 +11,10 @@ from sememe import artifact, figures, frontier, text
 from sememe import lm as language_models
 from sememe.compare.config import CompareConfig
 from sememe.compare.directions import all_pairs, one_pair
-from sememe.compare.schema import FORMAT, Comparison
 from sememe.dictionaries.base import Dictionary, Sites
 from sememe.dictionaries.folders import Opened, open_all
 from sememe.errors import MismatchError
+from sememe.figures.schema import FORMAT, Comparison
 from sememe.frontier import Place, Point
 from sememe.lm import LanguageModel
 from sememe.measure import Arms, Measured, Together, check_documents, check_together, fit, make_null, run

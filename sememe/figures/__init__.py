@@ -4,7 +4,7 @@ Knows the layout of report.json and nothing about how its numbers were made; nev
 the `report` verb share it.
 """
 
-from sememe.figures.comparison import write_comparison
+from sememe.figures.comparison import write_comparison, write_rows
 from sememe.figures.concepts import write_concepts
 from sememe.figures.data import (
     HEADLINE,
@@ -38,4 +38,5 @@ __all__ = [
     "write_draws",
     "write_geometry",
     "write_pages",
+    "write_rows",
 ]

@@ -22,7 +22,7 @@ from sememe.figures.frame import attributions, credit, page
 from sememe.figures.plots import STYLE, dots_plot, svg
 from sememe.figures.tables import BETTER, MEANINGS, Table, cell_note, html_table, markdown_table
 
-__all__ = ["comparison_sections", "write_comparison"]
+__all__ = ["comparison_sections", "write_comparison", "write_rows"]
 
 FRONTIERS = ("fvu", "ce_increase", "ce_recovered_mean")
 """Metrics drawn against l0."""
@@ -90,7 +90,7 @@ def write_comparison(folder: Path, data: Data) -> None:
         body.append("<h3>Text</h3><ul class='credits'>" + "".join(credit(*line) for line in lines) + "</ul>")
     (folder / "comparison.md").write_text("\n".join(markdown), encoding="utf-8")
     (folder / "comparison.html").write_text(page("Dictionaries compared", "\n".join(body)), encoding="utf-8")
-    _write_csv(folder / "comparison.csv", data)
+    write_rows(folder / "comparison.csv", data)
 
 
 def comparison_sections(compared: Data, folder: Path) -> list[Section]:
@@ -437,7 +437,7 @@ def _pair(pair: Data) -> list[Section]:
     return [("Matched latents", f"{lead}\n\n{markdown_table(table)}", in_html), *matches]
 
 
-def _write_csv(path: Path, data: Data) -> None:
+def write_rows(path: Path, data: Data) -> None:
     """A line per dictionary and null; for each metric its value and the ends of its interval, empty where NaN."""
     names = list(dict.fromkeys(name for row in data["rows"] for name in row.get("metrics", {})))
     fields = [f"{name}{end}" for name in names for end in ("", "_low", "_high")]

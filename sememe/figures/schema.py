@@ -1,4 +1,4 @@
-"""What comparison.json holds. Its JSON schema is written beside it as comparison.schema.json."""
+"""What comparison.json and a page's page.json hold. Their JSON schemas are written beside them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pydantic import Field
 
 from sememe.config import Config
 
-__all__ = ["FORMAT", "Comparison"]
+__all__ = ["FORMAT", "PAGE_FORMAT", "Comparison", "Page"]
 
-FORMAT = 3
+FORMAT, PAGE_FORMAT = 3, 1
 
 
 class Number(Config):
@@ -184,3 +184,22 @@ class Comparison(Config):
     """What a reader has to know."""
     attributions: tuple[dict[str, Any], ...]
     """Whose text it is."""
+
+
+class Page(Config):
+    """page.json: what a page of reports shows."""
+
+    format_version: Literal[1]
+    """Of this layout."""
+    rows: tuple[Row, ...]
+    """Dictionaries, each followed by its parts and nulls."""
+    frontiers: dict[str, FrontierData]
+    """By group; empty where the reports are not of the same documents."""
+    differences: tuple[DifferenceData, ...]
+    """Every pair of groups, every metric."""
+    left_out: dict[str, str]
+    """By group, why its mean over shared l0 was not taken."""
+    dropped: dict[str, str]
+    """Settings that have no place on a frontier, and why."""
+    notices: tuple[str, ...]
+    """What a reader has to know."""
