@@ -195,6 +195,19 @@ def test_cheats_are_named():
     assert sparse_neurons.named == (), "single neurons, few at a time, are no cheat"
 
 
+def test_dense_latents_are_told_apart_from_a_long_tail():
+    W = rows(400, 32)
+    rng = np.random.default_rng(0)
+    tail = torch.from_numpy(10 ** rng.normal(-1.3, 0.4, 400)).clamp(max=1).float()
+    one = metrics.cheats(W, tail, 20.0)
+    assert one.dense > 0.1 and not one.bimodal and "two modes" not in one.named[0]
+    apart = torch.full((400,), 0.003)
+    apart[:80] = 0.4  # as after a resampling that went wrong
+    two = metrics.cheats(W, apart, 20.0)
+    assert two.dense == 0.2 and two.bimodal and "apart from the others (two modes of density)" in two.named[0]
+    assert not metrics.cheats(W, torch.full((400,), 0.4), 20.0).bimodal, "there are no others"
+
+
 def test_the_rare_cluster_is_found_where_there_is_one():
     W_enc, density = rows(40, 20).T.contiguous(), torch.full((40,), 0.01)
     density[10:30] = 1e-6

@@ -210,6 +210,7 @@ def test_the_command_trains_and_says_what_was_found(
     printed = capsys.readouterr().out
     assert f"{found.recall:.4f}" in printed and f"{found.found:.1%}" in printed
     chance = recovery(toy, Directions(torch.randn(32, 16, generator=generator())))
+    assert chance.random == pytest.approx(chance.recall, abs=0.05) and found.random == chance.random
     assert found.recall > 0.9 > chance.recall
 
 

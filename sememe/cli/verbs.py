@@ -159,6 +159,7 @@ def _toy() -> App:
     def show(source: PlantedSource, dictionary: Dictionary) -> None:
         found = recovery(source.planted, dictionary)
         print(f"recall (mmcs planted -> learned)     {found.recall:.4f}")
+        print(f"  of as many random directions       {found.random:.4f}")
         print(f"precision (mmcs learned -> planted)  {found.precision:.4f}")
         print(f"planted features found (> 0.9)       {found.found:.1%}")
         if source.planted.config.n_children:

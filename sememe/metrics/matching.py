@@ -6,6 +6,7 @@ is yes or no, or a choice, NaN is refused, as it could not be seen in the answer
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -191,6 +192,8 @@ class Cheats(NamedTuple):
     """Share of decoder rows with an opposite (cosine at most -0.95)."""
     dense: float
     """Share of latents active on more than one row in ten."""
+    bimodal: bool
+    """Whether these are a mode of their own: per decade of density, fewer than half as many latents lie just below."""
     named: tuple[str, ...]
     """What that amounts to, in words; empty if nothing does."""
 
@@ -219,6 +222,8 @@ def cheats(
     one_hot = float((squares.amax(1) > ONE_HOT).double().mean())
     paired = opposites(W_dec, block=block).numel() / W_dec.shape[0]
     dense = float((density > 0.1).double().mean())
+    valley = float(((density > 0.03) & (density <= 0.1)).double().mean()) / math.log10(0.1 / 0.03)
+    bimodal = dense > 0 and valley < dense / 2 and bool((density <= 0.03).any())
     named = []
     if one_hot > 0.5 and l0 > 0.1 * W_dec.shape[1]:
         named.append(
@@ -227,8 +232,11 @@ def cheats(
     if paired > 0.5:
         named.append(f"opposite pairs: {paired:.0%} of the latents have one, so signs are free")
     if dense > 0.1:
-        named.append(f"dense latents: {dense:.0%} of the latents are active on more than a tenth of the rows")
-    return Cheats(one_hot, paired, dense, tuple(named))
+        apart = ", apart from the others (two modes of density)" if bimodal else ""
+        named.append(
+            f"dense latents: {dense:.0%} of the latents are active on more than a tenth of the rows{apart}"
+        )
+    return Cheats(one_hot, paired, dense, bimodal, tuple(named))
 
 
 class RareCluster(NamedTuple):

@@ -28,6 +28,8 @@ class Recovery(NamedTuple):
     """Mean over the learned directions of the largest cosine to a planted feature (mmcs learned -> truth)."""
     found: float
     """Share of planted features with a learned direction at a cosine above 0.9."""
+    random: float
+    """The recall of as many random directions: what is found without learning."""
 
 
 def recovery(truth: Truth, dictionary: Dictionary) -> Recovery:
@@ -42,10 +44,12 @@ def recovery(truth: Truth, dictionary: Dictionary) -> Recovery:
     if getattr(dictionary, "signed", False):
         learned, features = torch.cat([learned, -learned]), torch.cat([features, -features])
     cosines = metrics.mcs(truth.features, learned)
+    chance = metrics.random_rows(learned.shape[0], learned.shape[1])
     return Recovery(
         recall=float(cosines.mean()),
         precision=float(metrics.mmcs(learned, features)),
         found=float((cosines > FOUND_COSINE).double().mean()),
+        random=metrics.mmcs(truth.features, chance),
     )
 
 
