@@ -28,6 +28,8 @@ def pairs(directions: dict[str, Float[Tensor, "n d"]], config: GeometryConfig) -
     found = []
     names = sorted(directions, key=lambda name: directions[name].shape[0])
     both = list(itertools.combinations(names, 2))
+    if not both:
+        return []
     with track("match dictionaries", len(both), "pairs") as progress, torch.inference_mode():
         for small, large in both:
             found.append(
