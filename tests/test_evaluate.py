@@ -32,7 +32,7 @@ from sememe.errors import ConfigError, MismatchError, ShapeError
 from sememe.evaluate import evaluate
 from sememe.figures import Report, open_report
 from sememe.lm import LanguageModel
-from sememe.measure.measured import MAX_UNITS, MAX_VALUES, _Units
+from sememe.measure.measured import MAX_UNITS, MAX_VALUES, MOST_UNITS, _Units
 from sememe.store import open_store
 
 
@@ -341,6 +341,18 @@ def test_units_are_merged_only_among_documents_of_the_same_tags() -> None:
         genres = {documents[int(i)].tags["genre"] for i in np.flatnonzero(found == unit)}
         assert genres == {own[2]}
     assert len({tags[3] for tags in units.tags}) == MAX_VALUES + 1
+
+
+def test_many_combinations_of_tags_do_not_make_units_without_end() -> None:
+    units = _Units(("a", "b", "c"))
+    n = 6 * MAX_UNITS
+    ids = np.arange(n, dtype=np.int32)[None]
+    tags = [{"a": str(i % 37), "b": str(i % 41), "c": str(i % 43)} for i in range(n)]
+    documents = {i: text.DocumentInfo(i, "a", "english", None, tags[i], "") for i in range(n)}
+    found = units(text.TokenBlock(ids, ids, ids, ids >= 0, ids >= 0, documents), slice(0, 1))
+    assert len(units.tags) <= MOST_UNITS + 1 and found.max() < len(units.tags)
+    assert ("english", "a", *["(others)"] * 3) in units.tags
+    assert sum(bool(units.where(0, "english")[unit]) for unit in units.of.values()) == n
 
 
 def test_every_row_is_in_the_histogram_of_l0(report: Report) -> None:

@@ -247,3 +247,14 @@ def test_what_cannot_be_asked_says_why(world, tmp_path):
     with pytest.raises(ConfigError, match=r"probe must be a \.npy file of numbers, got .*text\.npy"):
         ask(probe=tmp_path / "text.npy")
     assert not (tmp_path / "g").exists()
+
+
+def test_dictionaries_of_other_places_are_compared_with_a_notice(world, tmp_path):
+    made = dictionaries.build(TopKConfig(k=4, d_sae=48), D, D, autoencoder(world.lm, "mlp_out.2"))
+    made.initialise(torch.randn(64, D), torch.randn(64, D), torch.Generator().manual_seed(0))
+    elsewhere = save(made, tmp_path / "elsewhere")
+    here = world.place / "dictionaries" / "one"
+    found = geometry(GeometryConfig(dictionaries=(here, elsewhere), out=tmp_path / "g"))
+    assert read(found)["notices"][0].startswith("Dictionaries are of different hookpoints or models: ")
+    alone = geometry(GeometryConfig(dictionaries=(here,), out=tmp_path / "h"))
+    assert read(alone)["notices"] == [] and read(alone)["pairs"] == []
