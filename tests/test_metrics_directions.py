@@ -408,8 +408,9 @@ def test_the_capacity_of_a_broken_row_is_nan_and_of_none_0():
     W = rows(4, 5)
     W[1], W[2, 3] = 0, torch.nan
     found = metrics.capacity(W)
-    assert float(found[1]) != 0 or torch.isnan(found[2])  # NaN overlaps with every row
-    assert torch.isnan(found[2])
+    assert float(found[1]) == 0 and torch.isnan(found[2])
+    whole = metrics.capacity(W[:2])
+    assert torch.isfinite(whole).all() and float(whole[0]) == pytest.approx(1)
 
 
 def test_cheats_refuse_an_l0_that_is_nan():

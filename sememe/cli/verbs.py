@@ -250,42 +250,31 @@ def _evaluate() -> Any:
     )
 
 
+def _about_dictionaries(config: Any, verb: Callable[..., Any], name: str, doc: str) -> Any:
+    """A command about several dictionaries, which prints what is in its folder and says where the page is."""
+
+    def ask(config: Any, fresh: bool = False) -> None:
+        made = verb(config, fresh=fresh)
+        import sememe.run
+
+        getattr(sememe.run, f"print_{name}")(made.path)
+        _say(name, made.path / f"{name}.html")
+
+    return command(config, ask, positional=("dictionaries",), extra=FRESH, doc=doc)
+
+
 def _compare() -> Any:
     from sememe.compare import CompareConfig, compare
 
-    def verb(config: CompareConfig, fresh: bool = False) -> None:
-        made = compare(config, fresh=fresh)
-        from sememe.run import print_comparison
-
-        print_comparison(made.path)
-        _say("comparison", made.path / "comparison.html")
-
-    return command(
-        CompareConfig,
-        verb,
-        positional=("dictionaries",),
-        extra=FRESH,
-        doc="Compare dictionaries on the same documents, and by their directions.",
-    )
+    doc = "Compare dictionaries on the same documents, and by their directions."
+    return _about_dictionaries(CompareConfig, compare, "comparison", doc)
 
 
 def _geometry() -> Any:
     from sememe.geometry import GeometryConfig, geometry
 
-    def verb(config: GeometryConfig, fresh: bool = False) -> None:
-        made = geometry(config, fresh=fresh)
-        from sememe.run import print_geometry
-
-        print_geometry(made.path)
-        _say("geometry", made.path / "geometry.html")
-
-    return command(
-        GeometryConfig,
-        verb,
-        positional=("dictionaries",),
-        extra=FRESH,
-        doc="Ask where latents lie: among neurons, in other dictionaries, over training.",
-    )
+    doc = "Ask where latents lie: among neurons, in other dictionaries, over training."
+    return _about_dictionaries(GeometryConfig, geometry, "geometry", doc)
 
 
 def _report() -> Any:

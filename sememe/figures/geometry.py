@@ -27,6 +27,7 @@ MAX_POINTS = 20_000
 """Latents drawn in a scatter plot; of more, every n-th."""
 MAX_DRAWN = 4
 """Dictionaries, and pairs of them, that get plots of their own."""
+DOTS: dict[str, Any] = {"linestyle": "", "marker": ".", "markersize": 3, "alpha": 0.6, "rasterized": True}
 CLASSES = (("dense", "#8c959f"), ("ten-sparse", "#d1730b"), ("one-sparse", "#1f6feb"))
 BLUE, GREY, GREEN, RED = "#1f6feb", "#8c959f", "#1a7f37", "#cf222e"
 MEANINGS = {
@@ -129,16 +130,8 @@ def _neurons_plot(row: Data, own: Columns) -> Figure:
     for kind, (label, colour) in enumerate(CLASSES):
         inside = own["class"][take] == kind
         share = row["numbers"][f"share_{label.replace('-', '_')}"]["value"]
-        axes.plot(
-            own["top_1"][take][inside],
-            own["next_9"][take][inside],
-            ".",
-            color=colour,
-            markersize=3,
-            alpha=0.6,
-            rasterized=True,
-            label=f"{label}: {share:.1%}",
-        )
+        dots = own["top_1"][take][inside], own["next_9"][take][inside]
+        axes.plot(*dots, **DOTS, color=colour, label=f"{label}: {share:.1%}")
     axes.plot([0.35, 0.35], [0, 0.1], color="#24292f", linewidth=0.8, linestyle=":")
     axes.plot([0.35, 1], [0.1, 0.1], color="#24292f", linewidth=0.8, linestyle=":")
     axes.plot([0, 0.35], [0.35, 0], color="#24292f", linewidth=0.8, linestyle=":")
@@ -176,15 +169,8 @@ def _reading_plot(row: Data, own: Columns) -> Figure:
     )
     take = _some(row["d_sae"])
     density = own["density"][take]
-    axes.plot(
-        density[density > 0],
-        own["encoder_decoder_cosine"][take][density > 0],
-        ".",
-        color=BLUE,
-        markersize=3,
-        alpha=0.5,
-        rasterized=True,
-    )
+    dots = density[density > 0], own["encoder_decoder_cosine"][take][density > 0]
+    axes.plot(*dots, **DOTS, color=BLUE)
     if (density > 0).any():
         axes.set_xscale("log")
     if "rare" in row:

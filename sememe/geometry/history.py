@@ -20,7 +20,7 @@ FOLDER, LOG = "checkpoints", "metrics.jsonl"
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
-def history(folder: Path) -> dict[str, Any] | None:
+def history(folder: Path, d_out: int) -> dict[str, Any] | None:
     """Self-similarity over the checkpoints in a dictionary's folder, the dictionary itself being the last; None if it
     kept none."""
     places = sorted((folder / FOLDER).glob(f"step-*/{artifact.META}"))
@@ -51,7 +51,7 @@ def history(folder: Path) -> dict[str, Any] | None:
         "share_at_least_0.9": (similarity >= 0.9).double().mean(1).tolist(),
         "n_reached_0.9": int(found.reached.sum()),
         "n_fell_below_0.6": int(found.fell.sum()),
-        "random_spread": float(1 / np.sqrt(dictionaries.load(folder).d_out)),
+        "random_spread": float(1 / np.sqrt(d_out)),
     }
 
 

@@ -169,7 +169,7 @@ def _asked(
         row["numbers"] = summarised(latents, config)
         if probe is not None:
             row["probe"] = nearest_to_probe(directions[name], probe, config)
-        past = history(one.saved.path)
+        past = history(one.saved.path, dictionary.d_out)
         if past is not None:
             row["history"] = past
         rows.append(row)
