@@ -186,7 +186,7 @@ def print_comparison(path: str | Path) -> None:
     from rich.table import Table
 
     data = json.loads((Path(path) / "comparison.json").read_text(encoding="utf-8"))
-    measured = [row for row in data["rows"] if row["metrics"]]
+    measured = [row for row in data["rows"] if row.get("metrics")]
     console = Console()
     if measured:
         columns = ("fvu", "l0", "ce_increase", "ce_recovered_mean", "perplexity")

@@ -12,6 +12,7 @@ from evaluate_world import POLICY, World, autoencoder, identity, make_world, sav
 from test_report import Page
 
 from sememe import artifact, dictionaries
+from sememe.cli import _run
 from sememe.compare import CompareConfig, Comparison, compare
 from sememe.dictionaries.topk import TopK, TopKConfig
 from sememe.errors import ArtifactError, ConfigError, MismatchError, ShapeError, TextError
@@ -86,6 +87,16 @@ def test_several_give_a_matrix(tmp_path: Path, pair: object) -> None:
     assert np.allclose(data["directions"]["mmcs"], [[1, 0.5, 0.25], [0.8, 1, 0.4], [1, 1, 1]])
     random = data["directions"]["random"]
     assert len(random) == 3 and all(0 < value < 1 for value in random)
+
+
+def test_the_command_prints_directions_where_nothing_was_measured(
+    tmp_path: Path, pair: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert _run(["compare", *folders, "--directions-only", "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "mmcs: how much of the row is in the column" in said and "random" in said
+    assert f"comparison: {tmp_path / 'out' / 'comparison.html'}" in said.replace("\n", "")
 
 
 def test_the_second_run_opens_it(tmp_path: Path, pair: object) -> None:
