@@ -4,7 +4,7 @@
     registry                     pinned packages: the embedded models and corpora
     encoded, metrics, kernels    sparse activations, what is measured on them, and how it is made fast
     dictionaries                 one file per architecture and baseline
-    text, lm, store, toy         documents, language models, activations on disk, data with a known answer
+    text, lm, store, toy, judge  documents, language models, activations on disk, data with a known answer, asking
     formats, source              other tools' files; streams of activations
     harvest, train, fit, evaluate, compare, concepts, geometry, interpret, explain, intervene, pretrain, convert,
     publish, report              the verbs: each is also `sememe VERB`, a config, a docs page, a test file

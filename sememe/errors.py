@@ -13,6 +13,7 @@
     │   └── LockError        another run is writing to the same place
     ├── FormatError          another tool's file is not what it claims to be
     ├── ResourceError        not enough memory, disk, or a missing optional package
+    ├── JudgeError           a language model that is asked cannot be reached, refuses, or costs too much
     └── ServerError          the browser's server cannot be started
 
 Knows nothing about the rest of the package.
@@ -30,6 +31,7 @@ __all__ = [
     "CorruptError",
     "FormatError",
     "HookpointError",
+    "JudgeError",
     "LockError",
     "MismatchError",
     "ModelError",
@@ -110,6 +112,10 @@ class FormatError(SememeError):
 
 class ResourceError(SememeError):
     """Not enough memory or disk, or an optional package is missing."""
+
+
+class JudgeError(SememeError):
+    """A language model that is asked cannot be reached, refuses, or costs too much."""
 
 
 class ServerError(SememeError):

@@ -21,7 +21,7 @@ LAYERS = [
     ["kernels"],
     ["dictionaries"],
     ["text", "toy", "formats", "atlas", "lm", "optimiser"],
-    ["store", "splice", "figures", "collect"],
+    ["store", "splice", "figures", "collect", "judge"],
     ["capture", "join"],
     ["source", "end_to_end", "measure"],
     ["probes"],
