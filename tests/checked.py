@@ -18,6 +18,7 @@ __all__ = ["UNCHECKED", "check", "install"]
 
 UNCHECKED = {
     "sememe.collect.loops",
+    "sememe.collect.pair_loops",
     "sememe.explain.loops",
     "sememe.kernels.cpu.loops",
     "sememe.kernels.cpu.sparse_loops",
