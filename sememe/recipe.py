@@ -238,8 +238,8 @@ def _after_training(
     # Over the store's own text, whose activations need no second forward, unless the recipe asks for another.
     elsewhere = {"n_tokens", "split", "text"} & set(recipe.interpret)
     origin = shared if elsewhere else {"model": recipe.model, "store": store}
-    about = {"dictionary": paths["dictionary"], "out": paths["atlas"]}
-    interpret = InterpretConfig.build({**origin, **recipe.interpret, **about}, where)
+    made = {"dictionaries": (paths["dictionary"],), "out": paths["atlas"]}
+    interpret = InterpretConfig.build({**origin, **recipe.interpret, **made}, where)
     found.append(Stage("interpret", name, paths["atlas"], interpret))
     if recipe.explain is not None:
         from sememe.explain import ExplainConfig

@@ -293,17 +293,35 @@ def _report() -> Any:
     )
 
 
+def _lens() -> Any:
+    from sememe.lens import LensConfig, lens
+    from sememe.run import print_lens
+
+    def verb(config: LensConfig, fresh: bool = False) -> None:
+        lens(config, fresh=fresh)
+        print_lens(config.out)
+        _say("lens", config.out)
+
+    return command(
+        LensConfig,
+        verb,
+        extra=FRESH,
+        doc="Train a tuned lens: what a model would say if it stopped at a layer.",
+    )
+
+
 def _interpret() -> Any:
-    from sememe.interpret import InterpretConfig, interpret
+    from sememe.interpret import InterpretConfig, interpret_all
 
     def verb(config: InterpretConfig, fresh: bool = False) -> None:
-        interpret(config, fresh=fresh).close()
-        _say("atlas", config.out)
+        for atlas in interpret_all(config, fresh=fresh).values():
+            atlas.close()
+            _say("atlas", atlas.artifact.path)
 
     return command(
         InterpretConfig,
         verb,
-        positional=("dictionary",),
+        positional=("dictionaries",),
         extra=FRESH,
         doc="Make an atlas: where each latent fires, and what it writes.",
     )
@@ -449,6 +467,7 @@ _MAKERS: dict[str, Callable[[], Any]] = {
     "compare": _compare,
     "geometry": _geometry,
     "report": _report,
+    "lens": _lens,
     "interpret": _interpret,
     "explain": _explain,
     "browse": _browse,

@@ -34,7 +34,7 @@ from sememe.collect import loops
 from sememe.collect.loops import N_DECILES
 from sememe.errors import ConfigError
 
-__all__ = ["N_DECILES", "N_FINE", "N_PLACES", "N_TOKENS", "Collector", "Examples"]
+__all__ = ["N_DECILES", "N_FINE", "N_PLACES", "N_TOKENS", "Collector", "Examples", "TopTokens"]
 
 N_FINE = 1024
 """Bins of the histogram kept during the pass; at least half of them lie below the largest activation."""

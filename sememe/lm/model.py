@@ -112,6 +112,11 @@ class LanguageModel:
         """The layer from whose output `hidden_from` recomputes everything from this hookpoint on; -1: none."""
         return self._points.resolve(hookpoint).start
 
+    def written_layer(self, hookpoint: str) -> int:
+        """The layer in whose output a write to the residual stream here first shows; -1: before layer 0."""
+        place = self._points.resolve(hookpoint)
+        return place.layer - 1 if place.name.startswith("resid_pre.") else place.layer
+
     # ---- reading --------------------------------------------------------------------------------------------
 
     def capture(

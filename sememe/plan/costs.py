@@ -252,7 +252,9 @@ def interpret_bytes(
     """Args: slots: examples kept per latent; shard: bytes of a store's shard, if one is read."""
     host, gpu = _model_bytes(lm, batch_rows * context_length)
     # The bound in the docstring of `collect`, with three active tokens per window.
-    collector = float(dictionary.d_sae) * (4 * 1024 + 12 * 256 + (28 + 2 * 6 * 3) * slots + 14 * n_random)
+    collector = float(dictionary.d_sae) * (
+        4 * 1024 + 16 * 256 + 12 * 16 + (28 + 2 * 6 * 3) * slots + 14 * n_random
+    )
     rows = min(batch_rows * context_length, max(2**25 // dictionary.d_sae, 64))
     encoding = 8.0 * rows * dictionary.d_sae
     database = 4.0 * 512 * lm.vocab_size * 2 + 0.3e9
