@@ -4,7 +4,7 @@
         [--widths 4608 65536] [--out artifacts/bench/atlas.json]
 
 The forward is timed batch by batch, in turns with the pass, so that whatever else the machine does falls on both.
-The pass counts everything: tokenizing, forward, encoding, collecting, snapshots, direct logits, the database. Each
+The pass counts everything: tokenizing, forward, encoding, collecting, snapshots, direct logits, pairs, neighbours, the map, the database. Each
 width runs in a process of its own, whose peak memory is the figure. The dictionary is an untrained TopK one whose
 encoder is its decoder's transpose; a trained one of the same shape costs the same.
 """
@@ -112,7 +112,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     fetch(config.text)
     seconds = {"text": 0.0, "forward": 0.0, "pass": 0.0, "write": 0.0}
     with tempfile.TemporaryDirectory() as folder:
-        run = Pass(config, lm, dictionary, TokenPolicy(), Path(folder))
+        run = Pass(config, lm, {"bench": dictionary}, TokenPolicy(), Path(folder))
+        run.open()
         with (run.folder / ROWS).open("wb") as rows, (run.folder / DOCUMENTS).open("wb") as documents:
             parts = run.parts(documents)
             began = time.perf_counter()
@@ -137,14 +138,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             rows.flush()
             documents.flush()
         began = time.perf_counter()
-        write_database(Path(folder) / "atlas.duckdb", run, {"d_sae": d_sae})
+        write_database(Path(folder) / "atlas.duckdb", run, run.followed[0], {"d_sae": d_sae})
+        run.close()
         seconds["write"] = time.perf_counter() - began
         n_bytes = (Path(folder) / "atlas.duckdb").stat().st_size
     whole = seconds["text"] + seconds["pass"] + seconds["write"]
     return {
         "over_forward": whole / seconds["forward"],
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        "collector_gb": run.collector.nbytes / 2**30,
+        "collector_gb": run.followed[0].collector.nbytes / 2**30,
         "database_mb": n_bytes / 2**20,
         "n_tokens": n_tokens,
         "tokens_per_second": n_tokens / whole,

@@ -40,7 +40,7 @@ from sememe.store import Store, open_store
 from sememe.text import TokenPolicy, fetch, fingerprint
 from sememe.tuned import Lens, open_lens
 
-__all__ = ["InterpretConfig", "interpret", "interpret_all", "parents_of"]
+__all__ = ["RANDOMISED", "InterpretConfig", "interpret", "interpret_all", "parents_of"]
 
 VERSION = 2
 NULL_FOLDER = "null-{}"
