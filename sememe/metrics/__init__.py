@@ -31,7 +31,9 @@ from sememe.metrics.concepts import (
     Absorption,
     SpuriousRemoval,
     TargetedPerturbation,
+    Tested,
     absorption,
+    over_halvings,
     spurious_removal,
     targeted_perturbation,
 )
@@ -76,7 +78,15 @@ from sememe.metrics.predictions import (
     base_terms,
     prediction_terms,
 )
-from sememe.metrics.probing import LinearProbe, Probe, ProbeScores, dense_probe, linear_probe, sparse_probe
+from sememe.metrics.probing import (
+    LinearProbe,
+    Probe,
+    ProbeScores,
+    dense_probe,
+    linear_probe,
+    probe_scores,
+    sparse_probe,
+)
 from sememe.metrics.reconstruction import Reconstruction
 from sememe.metrics.sparsity import DensityHistogram, Sparsity, density_histogram
 from sememe.metrics.sums import Statistic, Sums, bootstrap, over_latents
@@ -106,6 +116,7 @@ __all__ = [
     "Statistic",
     "Sums",
     "TargetedPerturbation",
+    "Tested",
     "absorption",
     "base_terms",
     "bootstrap",
@@ -129,9 +140,11 @@ __all__ = [
     "null_space_share",
     "opposites",
     "outlier_dimensions",
+    "over_halvings",
     "over_latents",
     "prediction_terms",
     "probe_rank",
+    "probe_scores",
     "random_moments",
     "random_rows",
     "rare_cluster",
