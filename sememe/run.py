@@ -250,7 +250,7 @@ def print_geometry(path: str | Path) -> None:
         one = pair["matched_cosine"]
         console.print(
             f"{pair['small']} in {pair['large']}: one to one, mean cosine {one['value']:.3f} "
-            f"(random {one['random']:.3f}), {one['share_above_0.9']:.0%} above 0.9; "
+            f"(random {one['random']:.3f}), {one['share_above_0.9']['value']:.0%} above 0.9; "
             f"{pair['splits']['n']:,} latents split",
             soft_wrap=True,
             highlight=False,

@@ -63,8 +63,10 @@ from sememe.metrics.matching import (
     Splits,
     Stability,
     cheats,
+    coincide,
     larger_dictionary_test,
     match,
+    mean_directions,
     mmacs,
     opposites,
     rare_cluster,
@@ -89,7 +91,7 @@ from sememe.metrics.probing import (
 )
 from sememe.metrics.reconstruction import Reconstruction
 from sememe.metrics.sparsity import DensityHistogram, Sparsity, density_histogram
-from sememe.metrics.sums import Statistic, Sums, bootstrap, over_latents
+from sememe.metrics.sums import Statistic, Sums, bootstrap, over_latents, over_pairs
 
 __all__ = [
     "Absorption",
@@ -123,6 +125,7 @@ __all__ = [
     "capacity",
     "cheats",
     "check_finite",
+    "coincide",
     "correlations",
     "dense_probe",
     "density_histogram",
@@ -132,6 +135,7 @@ __all__ = [
     "linear_probe",
     "match",
     "mcs",
+    "mean_directions",
     "mmacs",
     "mmcs",
     "moments",
@@ -142,6 +146,7 @@ __all__ = [
     "outlier_dimensions",
     "over_halvings",
     "over_latents",
+    "over_pairs",
     "prediction_terms",
     "probe_rank",
     "probe_scores",
