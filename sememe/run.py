@@ -219,7 +219,7 @@ def print_comparison(path: str | Path) -> None:
     for name, values, random in zip(
         directions["names"], directions["mmcs"], directions["random"], strict=True
     ):
-        table.add_row(name, *(f"{value:.3f}" for value in (*values, random)))
+        table.add_row(name, *(f"{one['value']:.3f}" for one in (*values, random)))
     if len(directions["names"]) <= MAX_NAMES:
         console.print("mmcs: how much of the row is in the column", soft_wrap=True, highlight=False)
         console.print(table)
