@@ -372,7 +372,7 @@ def _directions(data: Data) -> Section:
             table.notes.append(["", "", *(note(one) for one in (*row, chance))])
     lead = (
         "How much of the row's latents the column holds: the mean of their largest cosine with any of its latents, and "
-        "the share of them for which that exceeds 0.9, each with its 95% interval over the row's latents. random: as many "
+        "the share of them for which that exceeds 0.9, each with its 95% interval over those. random: as many "
         "random directions as the widest dictionary has latents. A wider dictionary holds more by chance, too."
     )
     sentences = [one["sentence"] for one in data["differences"]]
