@@ -219,7 +219,7 @@ def print_comparison(path: str | Path) -> None:
     for name, values, random in zip(
         directions["names"], directions["mmcs"], directions["random"], strict=True
     ):
-        table.add_row(name, *(f"{value:.3f}" for value in (*values, random)))
+        table.add_row(name, *(f"{one['value']:.3f}" for one in (*values, random)))
     if len(directions["names"]) <= MAX_NAMES:
         console.print("mmcs: how much of the row is in the column", soft_wrap=True, highlight=False)
         console.print(table)
@@ -250,7 +250,7 @@ def print_geometry(path: str | Path) -> None:
         one = pair["matched_cosine"]
         console.print(
             f"{pair['small']} in {pair['large']}: one to one, mean cosine {one['value']:.3f} "
-            f"(random {one['random']:.3f}), {one['share_above_0.9']:.0%} above 0.9; "
+            f"(random {one['random']:.3f}), {one['share_above_0.9']['value']:.0%} above 0.9; "
             f"{pair['splits']['n']:,} latents split",
             soft_wrap=True,
             highlight=False,

@@ -404,11 +404,13 @@ def test_blocks_change_nothing(name: str) -> None:
 STREAMS = {"LanguageModelLoss", "Reconstruction", "Sparsity", "Sums", "bootstrap", "density_histogram"}
 EXEMPT = {
     "one mean or one order over all latents: has no batches": (
-        "correlations outlier_dimensions over_latents probe_rank random_moments random_rows rare_cluster"
+        "coincide correlations mean_directions outlier_dimensions over_latents over_pairs probe_rank"
+        " random_moments random_rows rare_cluster"
     ),
     "no number: an error": "check_finite",
     "a regression on all texts at once: has no batches; how these are read is below": (
-        "absorption dense_probe linear_probe sparse_probe spurious_removal targeted_perturbation"
+        "absorption dense_probe linear_probe over_halvings probe_scores sparse_probe spurious_removal"
+        " targeted_perturbation"
     ),
 }
 

@@ -32,7 +32,7 @@ from sememe.text import TokenPolicy
 
 __all__ = ["COMPARISON", "compare"]
 
-VERSION = 5
+VERSION = 6
 COMPARISON = "comparison.json"
 SCHEMA = "comparison.schema.json"
 MAX_NULL_L0S = 3
@@ -79,7 +79,7 @@ def compare(
         config.out, kind="comparison", version=VERSION, config=config, parents=parents, fresh=fresh
     ) as work:
         loaded = {name: one.dictionary for name, one in opened.items()}
-        data: dict[str, Any] = {"format_version": FORMAT, "directions": all_pairs(loaded)}
+        data: dict[str, Any] = {"format_version": FORMAT, "directions": all_pairs(config, loaded)}
         data["pair"] = one_pair(config, loaded, work.path) if len(loaded) == 2 else None
         if policy is None:
             data |= _undescribed(opened)
@@ -356,4 +356,4 @@ def _cautions(data: dict[str, Any]) -> list[str]:
 
 def _summary(data: dict[str, Any]) -> dict[str, Any]:
     pair = data["pair"] or {}
-    return {name: pair[name] for name in ("mmcs_a_to_b", "mmcs_b_to_a") if name in pair}
+    return {name: pair[name]["value"] for name in ("mmcs_a_to_b", "mmcs_b_to_a") if name in pair}

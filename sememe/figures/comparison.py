@@ -20,7 +20,16 @@ from matplotlib.figure import Figure
 from sememe.figures.data import HEADLINE, Data, number
 from sememe.figures.frame import attributions, credit, page
 from sememe.figures.plots import STYLE, dots_plot, svg
-from sememe.figures.tables import BETTER, MEANINGS, Table, cell_note, html_table, markdown_table
+from sememe.figures.tables import (
+    BETTER,
+    MEANINGS,
+    Table,
+    cell_note,
+    html_table,
+    markdown_table,
+    percent,
+    percent_note,
+)
 
 __all__ = ["comparison_sections", "write_comparison", "write_rows"]
 
@@ -31,6 +40,8 @@ TOLD = ("fvu", "ce_increase")
 DICTIONARY_COLOUR, NULL_COLOUR = "#1f6feb", "#8c959f"
 MAX_SENTENCES = 24
 MAX_HISTOGRAMS = 10
+MAX_DIRECTIONS = 16
+"""Dictionaries whose mmcs to one another are printed as a table."""
 MAX_LABEL = 44
 """Characters of a title in a legend."""
 COLUMNS = (*HEADLINE, "perplexity")
@@ -263,7 +274,12 @@ def directions_plot(data: Data) -> Figure | None:
     """mmcs of every dictionary to every other as a heat map."""
     directions = data["directions"]
     names, n = directions["names"], len(directions["names"])
-    mmcs = np.column_stack([np.array(directions["mmcs"]), directions["random"]])
+    mmcs = np.array(
+        [
+            [one["value"] for one in (*row, random)]
+            for row, random in zip(directions["mmcs"], directions["random"], strict=True)
+        ]
+    )
     if n < 2:
         return None
     side = max(3.2, 0.42 * n + 1.8)
@@ -336,9 +352,46 @@ def _tables(data: Data) -> list[Section]:
         )
     if data["together"]:
         found.append(_together(data["together"]))
+    found.append(_directions(data["directions"]))
     if data["pair"]:
         found += _pair(data["pair"])
     return found
+
+
+def _directions(data: Data) -> Section:
+    """mmcs and shares of each dictionary in each other, and where each is found best."""
+    names = data["names"]
+    table = Table(["", "", *names, "random"], [], [])
+    for key, title, shown, note in (
+        ("mmcs", "mmcs", number, cell_note),
+        ("share_above_0.9", "above 0.9", percent, percent_note),
+    ):
+        random = data["random" if key == "mmcs" else f"random_{key}"]
+        for name, row, chance in zip(names, data[key], random, strict=True):
+            table.rows.append([name, title, *(shown(one["value"]) for one in (*row, chance))])
+            table.notes.append(["", "", *(note(one) for one in (*row, chance))])
+    lead = (
+        "How much of the row's latents the column holds: the mean of their largest cosine with any of its latents, and "
+        "the share of them for which that exceeds 0.9, each with its 95% interval over those. random: as many "
+        "random directions as the widest dictionary has latents. A wider dictionary holds more by chance, too."
+    )
+    sentences = [one["sentence"] for one in data["differences"]]
+    rest = len(sentences) - MAX_SENTENCES
+    sentences = sentences[:MAX_SENTENCES] + ([f"{rest:,} more are in comparison.json."] if rest > 0 else [])
+    if len(names) > MAX_DIRECTIONS:
+        lead, table = lead + " The table of so many is in comparison.json.", Table([], [], [])
+    in_markdown = [
+        lead,
+        markdown_table(table) if table.rows else "",
+        "\n".join(f"- {one}" for one in sentences),
+    ]
+    items = "".join(f"<li>{html.escape(one)}</li>" for one in sentences)
+    in_html = f"<p class='legend'>{html.escape(lead)}</p>" + (html_table(table) if table.rows else "")
+    return (
+        "Whose latents are in whom",
+        "\n\n".join(part for part in in_markdown if part),
+        in_html + (f"<ul>{items}</ul>" if items else ""),
+    )
 
 
 def _together(data: Data) -> Section:
@@ -410,21 +463,24 @@ def _pair(pair: Data) -> list[Section]:
     names = {side: pair[side] for side in "ab"}
     lead = (
         f"a is {names['a']}, b is {names['b']}. Cosines are between decoder directions and signed. If b is the truth, "
-        "a to b is a precision (how much of a is in b) and b to a a recall (how much of b was found)."
+        "a to b is a precision (how much of a is in b) and b to a a recall (how much of b was found). Under each "
+        "number: its 95% interval over latents; random: against as many random directions."
     )
-    table = Table(["", "mmcs", "median", "share above 0.9", "latents matched"], [], [])
+    heads = [cell for head in ("mmcs", "median", "share above 0.9") for cell in (head, "random")]
+    table = Table(["", *heads, "latents matched", "random"], [], [])
     matches: list[Section] = []
     for one, other in (("a", "b"), ("b", "a")):
         way = pair[f"{one}_to_{other}"]
-        cells = (
-            f"{pair[f'mmcs_{one}_to_{other}']:.4f}",
-            f"{way['median_mcs']:.4f}",
-            f"{way['share_above_0.9']:.1%}",
-        )
-        table.rows.append(
-            [f"{one} to {other}", *cells, f"{way['n_distinct_matches']:,} of {way['n_there']:,}"]
-        )
-        table.notes.append([""] * 5)
+        cells, notes = [f"{one} to {other}"], [""]
+        for found in (pair[f"mmcs_{one}_to_{other}"], way["median_mcs"]):
+            cells += [f"{found['value']:.4f}", f"{found['random']:.4f}"]
+            notes += [cell_note(found), ""]
+        above = way["share_above_0.9"]
+        cells += [percent(above["value"]), percent(above["random"])]
+        matched = (way["n_distinct_matches"], way["random_n_distinct_matches"])
+        cells += [f"{n:,} of {way['n_there']:,}" for n in matched]
+        table.rows.append(cells)
+        table.notes.append([*notes, percent_note(above), "", "", ""])
         for which in ("best", "worst"):
             if not way[which]:
                 continue

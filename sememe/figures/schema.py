@@ -10,16 +10,16 @@ from sememe.config import Config
 
 __all__ = ["FORMAT", "PAGE_FORMAT", "Comparison", "Page"]
 
-FORMAT, PAGE_FORMAT = 3, 1
+FORMAT, PAGE_FORMAT = 4, 1
 
 
 class Number(Config):
     """A metric. JSON has no NaN: null, and why."""
 
     value: float | None
-    """Over all documents."""
+    """Over all documents; of directions, over all latents."""
     low: float | None = None
-    """Lower end of the 95% bootstrap interval over documents."""
+    """Lower end of the 95% bootstrap interval over documents, or latents."""
     high: float | None = None
     """Its upper end."""
     cause: str = ""
@@ -127,17 +127,38 @@ class DifferenceData(Config):
     """All of it in words."""
 
 
+class DirectionDifference(Config):
+    """The mmcs of a dictionary where it is found best less that in another."""
+
+    of: str
+    """Whose latents."""
+    best: str
+    """Where they are found best."""
+    other: str
+    """Where else they are looked for."""
+    difference: Number
+    """Latent by latent: the interval is paired."""
+    real: bool
+    """Whether the interval leaves out 0."""
+    sentence: str
+    """All of it in words."""
+
+
 class Directions(Config):
     """Decoder directions, row by column."""
 
     names: tuple[str, ...]
     """Of rows and columns."""
-    mmcs: tuple[tuple[float, ...], ...]
+    mmcs: tuple[tuple[Number, ...], ...]
     """Mean over the row's latents of the largest cosine with any of the column's."""
-    random: tuple[float, ...]
+    random: tuple[Number, ...]
     """The same of each row in random directions: what no resemblance gives."""
-    share_above: tuple[tuple[float, ...], ...] = Field(alias="share_above_0.9")
+    share_above: tuple[tuple[Number, ...], ...] = Field(alias="share_above_0.9")
     """Share of the row's latents for which it exceeds 0.9."""
+    random_share_above: tuple[Number, ...] = Field(alias="random_share_above_0.9")
+    """The same of each row in random directions."""
+    differences: tuple[DirectionDifference, ...]
+    """Of each row: the column that holds it best against every other."""
 
 
 class TogetherData(Config):
@@ -156,7 +177,7 @@ class TogetherData(Config):
 class Comparison(Config):
     """comparison.json."""
 
-    format_version: Literal[3]
+    format_version: Literal[4]
     """Of this layout."""
     rows: tuple[Row, ...]
     """Dictionaries, then nulls."""

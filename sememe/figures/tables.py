@@ -17,6 +17,8 @@ __all__ = [
     "headline_table",
     "html_table",
     "markdown_table",
+    "percent",
+    "percent_note",
 ]
 
 BETTER = {
@@ -60,6 +62,17 @@ def cell_note(statistic: Mapping[str, Any]) -> str:
     if statistic["value"] is None:
         return str(statistic.get("cause", ""))
     return "no interval" if "cause" in statistic else ""
+
+
+def percent(value: float | None) -> str:
+    """A share as people read it."""
+    return "–" if value is None else f"{value:.1%}"
+
+
+def percent_note(statistic: Mapping[str, Any]) -> str:
+    """A share's interval, or why there is none."""
+    low, high = statistic.get("low"), statistic.get("high")
+    return f"{low:.1%} to {high:.1%}" if low is not None and high is not None else cell_note(statistic)
 
 
 def headline_table(reports: Mapping[str, Data]) -> Table:
