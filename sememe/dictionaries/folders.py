@@ -11,7 +11,7 @@ from sememe import artifact, dictionaries
 from sememe.dictionaries.base import Dictionary, Sites
 from sememe.errors import ConfigError, ShapeError
 
-__all__ = ["Opened", "checkpoints_in", "last_step", "open_all", "paths_in"]
+__all__ = ["CHECKPOINTS", "Opened", "checkpoints_in", "last_step", "open_all", "paths_in"]
 
 KINDS = ("dictionary", "sweep")
 CHECKPOINTS, TRAINING_LOG = "checkpoints", "metrics.jsonl"
