@@ -97,10 +97,10 @@ def read_recipe(path: str | Path) -> Recipe:
         )
     dictionaries = _named(data["train"], "architecture")
     baselines = _baselines_of(data["fit"]) if "fit" in data else {}
-    for name in baselines:
-        if name in dictionaries:
+    for baseline in baselines:
+        if baseline in dictionaries:
             raise ConfigError(
-                "a [fit.NAME] must have a name that no [train.NAME] has", repr(name), "Name it otherwise."
+                "a [fit.NAME] must have a name that no [train.NAME] has", repr(baseline), "Name it otherwise."
             )
     optional = STAGES[3:] if "compare" in data else OPTIONAL
     return Recipe(
