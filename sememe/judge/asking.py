@@ -112,9 +112,7 @@ async def _each(
 
 def _run(make: Callable[[], Any]) -> Any:
     """A coroutine run to its end; Ctrl-C and SIGTERM cancel it."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
+    if not _on_a_loop():
         return asyncio.run(_terminable(make))
     outcome: list[Any] = []
     loop_and_task: list[Any] = []
@@ -142,6 +140,14 @@ def _run(make: Callable[[], Any]) -> Any:
     if error is not None:
         raise error
     return result
+
+
+def _on_a_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 async def _terminable(make: Callable[[], Any]) -> Any:
