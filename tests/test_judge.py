@@ -330,7 +330,8 @@ def test_a_server_that_is_down_is_named_in_a_second(endpoint):
     started = time.monotonic()
     with pytest.raises(JudgeError) as caught:
         ask_all(judge, questions(40))
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 5, "a second, on a machine with nothing else to do"
+    assert judge.tally.n_retries <= 16, "one more try for each request under way"
     assert caught.value.rule == f"a server must be reachable at {server.url}"
     assert caught.value.remedy == "Start it, or mend base_url."
 
@@ -852,6 +853,10 @@ def without_log_probs(body):
             Reply(400, {"error": {"message": "Only no echo is supported"}}),
             "HTTP 400: Only no echo is supported",
         ),
+        (
+            Reply(500, {"error": {"message": "Only no echo is supported"}}),
+            "HTTP 500: Only no echo is supported",
+        ),
         (Reply(404, "404 page not found"), "HTTP 404: 404 page not found"),
         (Reply(body={"choices": [{"text": "a"}]}), "got none"),
         (
@@ -872,7 +877,7 @@ def without_log_probs(body):
             "log-probabilities of the answer alone",
         ),
     ],
-    ids=["no echo", "chats only", "none", "other shape", "answer alone"],
+    ids=["no echo", "llama.cpp", "chats only", "none", "other shape", "answer alone"],
 )
 def test_a_server_without_log_probabilities_of_prompts_is_named_at_once(endpoint, reply, told):
     with JudgeServer(script=[reply] * 9, models=["small"]) as server:

@@ -28,8 +28,8 @@ T = TypeVar("T")
 
 _AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529})
 _CONNECT_SECONDS = 5.0
-_FIRST_CONTACT_TRIES = 2
-"""How often a server that was never reached is tried: long enough for one that restarts its network, no longer."""
+_FIRST_CONTACT_RETRIES = 1
+"""How often a server that was never reached is tried again: a user who mistyped an address waits for the answer."""
 
 
 class _Connection(NamedTuple):
@@ -194,7 +194,7 @@ class Endpoint:
         """Seconds until the next try; raises the failure's error when there shall be none."""
         config = self.config
         allowed = (
-            min(config.max_retries, _FIRST_CONTACT_TRIES) if failure.never_reached else config.max_retries
+            min(config.max_retries, _FIRST_CONTACT_RETRIES) if failure.never_reached else config.max_retries
         )
         if tries >= allowed:
             error = failure.error
@@ -306,7 +306,9 @@ class Endpoint:
             if slots and await self._models(client) is not None:
                 return self._no_log_probs(f"HTTP 404: {said}")
             return await self._not_found(client, said)
-        if status in (400, 405, 422, 501) and slots:
+        # llama.cpp refuses with HTTP 500: "Only no echo is supported".
+        names_it = re.search(r"\b(echo|logprobs?)\b", said, re.IGNORECASE) is not None
+        if slots and (names_it or status in (400, 405, 422, 501)):
             return self._no_log_probs(f"HTTP {status}: {said}")
         if status == 429 and "insufficient_quota" in f"{error.body}":
             return JudgeError(
