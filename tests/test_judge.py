@@ -159,7 +159,9 @@ def test_newer_models_limit_under_another_name(endpoint):
     with JudgeServer(chat=chat) as server:
         judge = endpoint(server, concurrency=1)
         assert [answer.text for answer in ask_all(judge, questions(3))] == ["fine"] * 3
-    assert ["max_tokens" in seen.body for seen in server.seen] == [True, False, False, False]
+        assert ["max_tokens" in seen.body for seen in server.seen] == [True, False, False, False]
+        several = ask_all(endpoint(server), [question(f"another {i}") for i in range(8)])
+        assert [answer.text for answer in several] == ["fine"] * 8
 
 
 # -- a busy, ill or silent server -------------------------------------------------------------------
@@ -343,6 +345,16 @@ def test_a_server_that_goes_down_midway_is_waited_for(endpoint):
     with pytest.raises(JudgeError, match=r"tried 4 times"):
         ask_all(judge, questions(3))
     assert ask_all(judge, questions(2))[1].usage.from_cache
+
+
+def test_what_is_hopeless_for_one_question_is_asked_for_none_after_it(endpoint):
+    with JudgeServer(chat=lambda request: Reply(401)) as server:
+        judge = endpoint(server, concurrency=2)
+        with pytest.raises(JudgeError, match="HTTP 401"):
+            ask_all(judge, questions(50))
+        assert server.n_requests <= 2
+        server.chat = lambda request: "mended"
+        assert ask_all(judge, questions(2))[0].text == "mended", "the next run tries again"
 
 
 @pytest.mark.parametrize("status", [401, 403])

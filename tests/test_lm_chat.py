@@ -12,7 +12,8 @@ from sememe.errors import ModelError
 NUMBERS = tuple(str(i) for i in range(11))
 TEXT = "a\t?\nb\t?\ncat\t?\n"
 PLACES = (2, 6, 12)
-TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+TEMPLATE = """{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}
+{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"""
 
 
 def talking(template=TEMPLATE, name="llama", **changes):
