@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+from judge_world import CHOICES, PLACES, TEXT, failing, question
 from tiny_models import tiny_lm
 
 from sememe import lm
@@ -16,29 +17,12 @@ from sememe.judge import (
     Answer,
     Judge,
     LocalConfig,
-    Message,
-    Question,
     SlotQuestion,
     ask_all,
     open_judge,
     run_each,
 )
 from sememe.judge.local import LocalJudge
-
-TEXT = "Rate each:\nthe\tunknown\ncat\tunknown\n12\tunknown\n"
-PLACES = tuple(i for i in range(len(TEXT)) if TEXT.startswith("unknown", i))
-CHOICES = tuple(str(i) for i in range(11))
-
-
-def question(text="how many?", **changes):
-    return Question((Message("user", text),), **changes)
-
-
-def failing(judge, asked):
-    """The error of a question."""
-    with pytest.raises(JudgeError) as caught:
-        ask_all(judge, [asked])
-    return str(caught.value)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
+from urllib.parse import urlsplit
 
 from sememe.config import sha256_of
 from sememe.errors import JudgeError, ResourceError, nearest
@@ -104,8 +105,12 @@ class Endpoint:
             JudgeError: as `ask`; or the server does not tell the log-probabilities of a prompt.
         """
         if self.config.slots == "one_by_one":
-            one = [self._next_token(question.text[:slot]) for slot in question.slots]
-            found = await asyncio.gather(*one)
+            tasks = [asyncio.ensure_future(self._next_token(question.text[:slot])) for slot in question.slots]
+            try:
+                found = await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:  # a failure ends the others too
+                    task.cancel()
             distributions = [top for top, _ in found]
             usage = Usage(
                 sum(u.n_prompt_tokens for _, u in found),
@@ -269,11 +274,17 @@ class Endpoint:
             seconds = self.config.timeout_seconds
             self._hopeless = None
             self._key = self._key_from_environment()
+            timeout = openai.Timeout(seconds, connect=min(seconds, _CONNECT_SECONDS))
+            # A proxy of the environment leads away from this machine, whatever NO_PROXY says.
+            here = urlsplit(self.config.base_url).hostname in ("localhost", "127.0.0.1", "::1")
             client = openai.AsyncOpenAI(
                 base_url=self.config.base_url,
                 api_key=self._key or "none",
                 max_retries=0,
-                timeout=openai.Timeout(seconds, connect=min(seconds, _CONNECT_SECONDS)),
+                timeout=timeout,
+                http_client=openai.DefaultAsyncHttpxClient(timeout=timeout, trust_env=False)
+                if here
+                else None,
             )
             self._connection = _Connection(loop, client, asyncio.Semaphore(self.config.concurrency))
         return self._connection
