@@ -3,6 +3,7 @@
 The only package that imports transformers. Knows nothing about dictionaries, stores or verbs.
 """
 
+from sememe.lm.chat import Completion, chat_ids, choice_log_probs, complete
 from sememe.lm.embedded import EMBEDDED
 from sememe.lm.load import ModelConfig, fetch, fingerprint_of, load, wrap
 from sememe.lm.model import LanguageModel
@@ -10,9 +11,13 @@ from sememe.lm.outline import Outline, outline
 
 __all__ = [
     "EMBEDDED",
+    "Completion",
     "LanguageModel",
     "ModelConfig",
     "Outline",
+    "chat_ids",
+    "choice_log_probs",
+    "complete",
     "fetch",
     "fingerprint_of",
     "load",
