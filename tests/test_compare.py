@@ -17,7 +17,7 @@ from sememe.compare import CompareConfig, Comparison, compare
 from sememe.dictionaries.topk import TopK, TopKConfig
 from sememe.errors import ArtifactError, ConfigError, MismatchError, ShapeError, TextError
 from sememe.evaluate import EvaluateConfig, evaluate
-from sememe.figures import open_report, read_draws
+from sememe.figures import GROUPED, open_report, read_draws
 from sememe.store import open_store
 
 
@@ -261,6 +261,45 @@ def test_each_has_the_numbers_that_an_evaluation_of_it_alone_gives(
     )
     assert draws["ce_increase"][0] == pytest.approx(expected["ce_increase"]["value"], rel=1e-9)
     assert report.data["bootstrap"]["units"] == read(done)["bootstrap"]["units"]
+    assert row["density"] == report.data["density"]["dictionary"]
+    for language, group in report.data["by_language"].items():
+        ours = read(done)["by_language"][language]
+        arm = ours["arms"]["k4-seed1"]
+        assert (ours["n_documents"], arm["n_rows"]) == (group["n_documents"], group["n_rows"])
+        assert arm["metrics"] == {name: group["metrics"][name] for name in GROUPED}
+
+
+def test_every_arm_is_told_by_tag(world: World, tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in world.corpus.read_text().splitlines()]
+    for number, line in enumerate(lines):
+        line["genre"] = ("verse", "<news>", "prose")[number % 3]
+    tagged = tmp_path / "tagged.jsonl"
+    tagged.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    text = text_config(tagged, tag_fields=("genre",))
+    topk = [f"topk/k{k}-seed0" for k in (2, 4)]
+    config = on_text(world, tmp_path / "c", *topk, nulls=("pca",), text=text, store=None, n_bootstrap=20)
+    done = compare(config, lm=world.lm)
+    data = read(done)
+    by_name = {row["name"]: row["metrics"] for row in data["rows"]}
+    names = set(by_name)
+    assert names == {"k2-seed0", "k4-seed0", "pca k=2", "pca k=4"}
+    assert set(data["by_tag"]) == {"genre"} and set(data["by_tag"]["genre"]) == {"verse", "<news>", "prose"}
+    for group in data["by_tag"]["genre"].values():
+        assert set(group["arms"]) == names, "nulls, too"
+        for arm in group["arms"].values():
+            assert (
+                arm["metrics"]["fvu"]["low"]
+                <= arm["metrics"]["fvu"]["value"]
+                <= arm["metrics"]["fvu"]["high"]
+            )
+    groups = data["by_tag"]["genre"].values()
+    for name in names:
+        arms = [group["arms"][name] for group in groups]
+        n = sum(arm["n_rows"] for arm in arms)
+        l0 = sum(arm["n_rows"] * arm["metrics"]["l0"]["value"] for arm in arms) / n
+        assert n == data["text"]["n_rows_kept"] and l0 == pytest.approx(by_name[name]["l0"]["value"])
+    page = (done.path / "comparison.html").read_text()
+    assert "By genre</h2>" in page and "By language</h2>" in page and "<news>" not in page
 
 
 def test_seeds_make_a_setting_and_nulls_stand_at_the_same_l0(done: artifact.Artifact) -> None:
@@ -328,7 +367,43 @@ def test_a_budget_ends_it_and_says_so(world: World, tmp_path: Path) -> None:
     data = read(compare(config, lm=world.lm))
     assert data["stopped"]["because"] == "the budget is spent"
     assert 0 < data["stopped"]["n_tokens"] == data["text"]["n_tokens"] < 3000
-    assert any("because the budget is spent" in notice for notice in data["notices"])
+    (notice,) = (notice for notice in data["notices"] if "because the budget is spent" in notice)
+    assert "; of 0.001s, " in notice and "s went into fitting nulls and" in notice
+    assert set(data["stopped"]["spent"]) == {"fitting", "reading"}
+    for row in data["rows"]:
+        assert row["metrics"]["fvu"]["low"] is not None, "it reads on until there are two documents"
+
+
+def test_a_budget_counts_the_fitting_of_nulls(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that stands still but for the fitting, which takes an hour."""
+    from sememe.compare import verb
+
+    now = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+
+    def slow(*args: object) -> object:
+        now[0] += 3600
+        return fit(*args)
+
+    fit = verb.fit
+    monkeypatch.setattr(verb, "fit", slow)
+    names = ("zeros", "neurons")
+    done = compare(
+        on_text(world, tmp_path / "c", *names, nulls=(), n_tokens=3000, budget="59min"), lm=world.lm
+    )
+    stopped = read(done)["stopped"]
+    assert stopped["spent"] == {"fitting": 3600, "reading": 0} and stopped["because"] == "the budget is spent"
+    assert stopped["n_tokens"] < 3000
+    more = compare(
+        on_text(world, tmp_path / "d", *names, nulls=(), n_tokens=3000, budget="61min"), lm=world.lm
+    )
+    assert read(more)["stopped"]["because"] == "all tokens"
+    assert (
+        "because all tokens were read; of 61min, 3,600 s went into fitting nulls"
+        in (more.path / "comparison.md").read_text()
+    )
 
 
 def test_narrow_intervals_end_it_too(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

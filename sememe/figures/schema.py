@@ -37,9 +37,9 @@ class Histogram(Config):
     """Latents that never fired."""
     n_below: int
     """Latents that fired more rarely than the first edge."""
-    shares: dict[str, float]
+    shares: dict[str, Number]
     """Share of the latents below 1e-5, 1e-4, 1e-3, and above 1e-2."""
-    l0_quantiles: dict[str, float]
+    l0_quantiles: dict[str, Number]
     """Active latents per row that such a share of the rows does not exceed."""
     l0_histogram: tuple[tuple[int, int], ...]
     """Numbers of active latents that occur, and on how many rows each."""
@@ -161,6 +161,24 @@ class Directions(Config):
     """Of each row: the column that holds it best against every other."""
 
 
+class GroupArm(Config):
+    """A dictionary or null on some of the documents."""
+
+    n_rows: int
+    """Kept rows of these."""
+    metrics: dict[str, Number]
+    """On these alone."""
+
+
+class GroupData(Config):
+    """The documents of one language, source, or value of a tag."""
+
+    n_documents: int
+    """Of that value."""
+    arms: dict[str, GroupArm]
+    """By the name of the dictionary or null."""
+
+
 class TogetherData(Config):
     """All dictionaries spliced in at once."""
 
@@ -189,6 +207,12 @@ class Comparison(Config):
     """Settings that have no place on a frontier, and why."""
     differences: tuple[DifferenceData, ...]
     """Every pair of groups, every metric."""
+    by_language: dict[str, GroupData]
+    """Per language of the documents; empty if none were read."""
+    by_source: dict[str, GroupData]
+    """Per source."""
+    by_tag: dict[str, dict[str, GroupData]]
+    """Per value of each of the text's tag fields."""
     directions: Directions
     """What dictionaries find of each other."""
     pair: dict[str, Any] | None
@@ -198,7 +222,8 @@ class Comparison(Config):
     bootstrap: dict[str, Any] | None
     """Units, draws and seed of the intervals."""
     stopped: dict[str, Any] | None
-    """Why reading ended: all tokens, the budget, or intervals that are narrow enough."""
+    """Why reading ended: all tokens, the budget, or intervals that are narrow enough; with a budget, the seconds
+    `spent` on fitting nulls and on reading."""
     together: TogetherData | None
     """All of them spliced in at once, if that was asked."""
     notices: tuple[str, ...]
