@@ -19,8 +19,8 @@ from sememe.collect import Collector
 from sememe.config import Config
 from sememe.errors import ArtifactError, MismatchError, TextError
 from sememe.explain import ExplainConfig, Explanations, explain, side_of
-from sememe.explain.classes import CLASSES, classes_of
-from sememe.explain.words import Rule, as_json, in_words
+from sememe.explain.lexical.classes import CLASSES, classes_of
+from sememe.explain.lexical.words import Rule, as_json, in_words
 from sememe.interpret import interpret
 
 # Words, numbers, marks and letters of several scripts; a document is a random sequence of them.

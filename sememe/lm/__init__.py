@@ -4,6 +4,7 @@ The only package that imports transformers. Knows nothing about dictionaries, st
 """
 
 from sememe.lm.embedded import EMBEDDED
+from sememe.lm.encoder import SentenceEncoder, sentence_encoder
 from sememe.lm.load import ModelConfig, fetch, fingerprint_of, load, wrap
 from sememe.lm.model import LanguageModel
 from sememe.lm.outline import Outline, outline
@@ -13,9 +14,11 @@ __all__ = [
     "LanguageModel",
     "ModelConfig",
     "Outline",
+    "SentenceEncoder",
     "fetch",
     "fingerprint_of",
     "load",
     "outline",
+    "sentence_encoder",
     "wrap",
 ]
