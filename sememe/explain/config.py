@@ -34,7 +34,7 @@ class LexicalConfig(Config):
 class ExplainConfig(Config):
     """Which atlas, who explains, and how explanations are scored."""
 
-    not_identity: ClassVar[frozenset[str]] = frozenset({"out", "atlas", "nulls", "effects", "dictionary"})
+    not_identity: ClassVar[frozenset[str]] = frozenset({"out", "atlas", "nulls", "dictionary"})
 
     out: Path = Path("artifacts/explanations")
     """The folder to make."""
@@ -50,15 +50,13 @@ class ExplainConfig(Config):
     scorers: tuple[Scorer, ...] | None = None
     """How words are scored beside the rules' own scores. Left out: detection and fuzzing where a model is asked."""
     n_latents: int = Field(default=100, ge=1)
-    """Latents that the scorers, and the model, are asked about: at random, one from each of as many strata of density."""
+    """Latents that scorers and the model are asked about, at random: one from each of as many strata of density."""
     latents: tuple[int, ...] = ()
     """These latents instead."""
     style: Literal["activations", "highlights"] = "activations"
     """How a model is shown examples: OpenAI's list of tokens with activations, or text with marked words."""
     show_deciles: bool = False
     """Show the explainer weak examples too, from every tenth of the activations."""
-    effects: Path | None = None
-    """Effects of this atlas (`sememe effects`): tell the explainer which context tokens an activation depends on."""
     temperature: float = Field(default=0.0, ge=0, le=2)
     """Of the explanations; 0 always gives the same one. Scorers always ask at 0."""
     categories: bool = True
@@ -99,24 +97,34 @@ class ExplainConfig(Config):
                     f"{', '.join(asking)} with explainer lexical",
                     "Pass --explainer endpoint or --explainer local, or drop them.",
                 )
-            self.check_inert("style", "show_deciles", "effects", "temperature", "categories", without="explainer is lexical")
+            self.check_inert(
+                "style", "show_deciles", "temperature", "categories", without="explainer is lexical"
+            )
             if not self.used_scorers:
-                self.check_inert("n_latents", "latents", without="rules alone are scored: they are for all latents")
+                self.check_inert(
+                    "n_latents", "latents", without="rules alone are scored: they are for all latents"
+                )
         if self.latents:
             self.check_inert("n_latents", without="latents are named")
             if len(set(self.latents)) < len(self.latents) or min(self.latents) < 0:
                 raise ConfigError(
-                    "latents must be different numbers from 0", " ".join(map(str, self.latents)), "Name each once."
+                    "latents must be different numbers from 0",
+                    " ".join(map(str, self.latents)),
+                    "Name each once.",
                 )
         if "generation" in self.used_scorers:
             if self.dictionary is None:
                 raise ConfigError(
-                    "the scorer generation needs the dictionary", "none", "Pass --dictionary, or drop the scorer."
+                    "the scorer generation needs the dictionary",
+                    "none",
+                    "Pass --dictionary, or drop the scorer.",
                 )
         else:
             self.check_inert("dictionary", without="generation is not among the scorers")
             for name, value in changed(self, "subject"):
                 raise ConfigError(
-                    f"{name} must be left out without the scorer generation: it has no effect then", value, "Drop it."
+                    f"{name} must be left out without the scorer generation: it has no effect then",
+                    value,
+                    "Drop it.",
                 )
         return self

@@ -52,9 +52,7 @@ def excerpt(window: Window, length: int, lead: int) -> Window:
     """At most `length` tokens around the peak, of which at most `lead` lie before it unless the end is near."""
     low = max(0, min(window.peak - lead, len(window.tokens) - length))
     high = low + length
-    return window._replace(
-        tokens=window.tokens[low:high], acts=window.acts[low:high], peak=window.peak - low
-    )
+    return window._replace(tokens=window.tokens[low:high], acts=window.acts[low:high], peak=window.peak - low)
 
 
 class Examples(NamedTuple):
@@ -95,7 +93,8 @@ class Examples(NamedTuple):
     @property
     def is_random(self) -> np.ndarray:
         """Whether the latent is silent in an example."""
-        return self.kind == RANDOM
+        silent: np.ndarray = self.kind == RANDOM
+        return silent
 
     def windows(self, latent: int, side: int) -> list[Window]:
         """A latent's examples from documents on one side: the top ones first, the strongest leading."""
@@ -162,7 +161,8 @@ def read(atlas: Atlas, test_fraction: float, seed: int) -> Examples:
     contexts = atlas.table("SELECT id, token_ids, doc_ids FROM contexts ORDER BY id")
     ctx = int(atlas.meta["context_length"])
     ids, docs = (
-        contexts[name].combine_chunks().values.to_numpy().reshape(-1, ctx) for name in ("token_ids", "doc_ids")
+        contexts[name].combine_chunks().values.to_numpy().reshape(-1, ctx)
+        for name in ("token_ids", "doc_ids")
     )
     tokens = atlas.query("SELECT id, text, bytes FROM tokens")
     policy: dict[str, Any] = atlas.meta.get("policy") or {}

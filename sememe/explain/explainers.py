@@ -142,7 +142,9 @@ def _neuron(
         text = f"Neuron {number}\n"
         for i, window in enumerate(windows, 1):
             places = {p for p, act in enumerate(window.acts) if act > 0 and act >= MARKED_FROM * largest}
-            said = ", ".join(f'"{shown(window.tokens[p])}": {level(window.acts[p], largest)}' for p in sorted(places))
+            said = ", ".join(
+                f'"{shown(window.tokens[p])}": {level(window.acts[p], largest)}' for p in sorted(places)
+            )
             text += f"\nText {i}: {highlighted(window.tokens, places)}\nActivations: {said}\n"
     lines = [
         f'In text {i}, without "{shown(token)}" the activation changes by {share:+.0%}.'
@@ -187,7 +189,9 @@ def category_question(explanation: str, windows: Sequence[Window]) -> Question:
         highlighted(w.tokens, {p for p, act in enumerate(w.acts) if act > 0 and act >= MARKED_FROM * largest})
         for w in chosen
     )
-    system = "You sort features of text into categories. Answer with the number of one category and nothing else."
+    system = (
+        "You sort features of text into categories. Answer with the number of one category and nothing else."
+    )
     user = f"Feature: {explanation}\n\nTexts in which it is marked:\n\n{texts}\n\nCategories:\n{listed}\n\nThe number:"
     return Question((Message("system", system), Message("user", user)), max_tokens=6)
 

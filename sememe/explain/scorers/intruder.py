@@ -42,7 +42,9 @@ async def intruder(evidence: Evidence, judge: Judge) -> list[Score]:
         texts = [members[i] for i in rng.choice(len(members), n_members, replace=False)]
         place = int(rng.integers(n_members + 1))
         texts.insert(place, stranger)
-        listed = "\n\n".join(f"{i}. {highlighted(w.tokens, places)}" for i, (w, places) in enumerate(texts, 1))
+        listed = "\n\n".join(
+            f"{i}. {highlighted(w.tokens, places)}" for i, (w, places) in enumerate(texts, 1)
+        )
         messages = (Message("system", SYSTEM), Message("user", f"{listed}\n\nThe number of the text:"))
         questions.append(Question(messages, max_tokens=8))
         truths.append(place + 1)

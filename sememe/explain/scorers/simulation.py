@@ -39,11 +39,29 @@ activation. Most activations will be 0.
 FEW: tuple[tuple[str, tuple[tuple[str, int], ...]], ...] = (
     (
         "numbers, in digits or in words",
-        (("They", 0), (" sold", 0), (" 12", 10), (" boats", 0), (" and", 0), (" seven", 8), (" oars", 0), (".", 0)),
+        (
+            ("They", 0),
+            (" sold", 0),
+            (" 12", 10),
+            (" boats", 0),
+            (" and", 0),
+            (" seven", 8),
+            (" oars", 0),
+            (".", 0),
+        ),
     ),
     (
         "opening brackets, and words inside brackets",
-        (("The", 0), (" river", 0), (" (", 10), ("which", 6), (" floods", 5), (")", 2), (" is", 0), (" wide", 0)),
+        (
+            ("The", 0),
+            (" river", 0),
+            (" (", 10),
+            ("which", 6),
+            (" floods", 5),
+            (")", 2),
+            (" is", 0),
+            (" wide", 0),
+        ),
     ),
 )
 
@@ -63,7 +81,9 @@ async def simulation(explanation: str, evidence: Evidence, judge: Judge) -> list
     random = _unfiltered(evidence, used)
     activating = _activating(evidence, used, "activating", N_EXCERPTS)
     windows = list(dict.fromkeys([*top, *random, *activating]))
-    found = dict(zip(windows, await asyncio.gather(*(_simulate(explanation, w, judge) for w in windows)), strict=True))
+    found = dict(
+        zip(windows, await asyncio.gather(*(_simulate(explanation, w, judge) for w in windows)), strict=True)
+    )
     sets = {
         "top_only": top,
         "random_only": random,
@@ -102,7 +122,9 @@ def expected_level(log_probs: Mapping[str, float]) -> float | None:
     Raises:
         AssertionError: a log-probability is NaN.
     """
-    known = {int(choice): value for choice, value in log_probs.items() if choice in CHOICES and value > -math.inf}
+    known = {
+        int(choice): value for choice, value in log_probs.items() if choice in CHOICES and value > -math.inf
+    }
     if not known:
         return None
     largest = max(known.values())
@@ -113,9 +135,8 @@ def expected_level(log_probs: Mapping[str, float]) -> float | None:
 
 
 def _about(number: int, words: str) -> str:
-    return (
-        f"\n\nNeuron {number}\nExplanation of neuron {number} behavior: the main thing this neuron does is find {words}"
-    )
+    head = f"\n\nNeuron {number}\nExplanation of neuron {number} behavior:"
+    return f"{head} the main thing this neuron does is find {words}"
 
 
 async def _simulate(explanation: str, window: Window, judge: Judge) -> list[float | None]:
@@ -153,7 +174,7 @@ def _activating(evidence: Evidence, used: set[str], what: str, n: int) -> list[W
 
 
 def _unfiltered(evidence: Evidence, used: set[str]) -> list[Window]:
-    """Excerpts as a blind draw from the text would give them: each fires with the probability that one of the text does.
+    """Excerpts as a blind draw gives them: each is one that fires with the probability that one of the text does.
 
     That probability is tokens x density / mean number of active tokens in an excerpt that has any. The atlas keeps
     excerpts that fire and excerpts that do not; the draw between the two is made here.
