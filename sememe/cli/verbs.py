@@ -331,7 +331,13 @@ def _explain() -> Any:
         verb,
         positional=("atlas",),
         extra=FRESH
-        | {"dry_run": (bool, False, "Ask nothing: say how many calls, tokens and how much money it would take.")},
+        | {
+            "dry_run": (
+                bool,
+                False,
+                "Ask nothing: say how many calls, tokens and how much money it would take.",
+            )
+        },
         doc="Say in words what latents stand for, and score the words.",
     )
 

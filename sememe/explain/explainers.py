@@ -33,7 +33,7 @@ EXCERPT, LEAD = 64, 40
 SPARSE = 0.2
 """Below this share of active tokens, the active ones are repeated without the zeros."""
 MARKED_FROM = 0.3
-"""Share of the largest activation from which a token is marked in the style of highlights."""
+"""Share of an excerpt's largest activation from which a token is marked in the style of highlights."""
 MAX_WORDS = 60
 PREFIX = "the main thing this neuron does is find"
 
@@ -141,7 +141,7 @@ def _neuron(
     else:
         text = f"Neuron {number}\n"
         for i, window in enumerate(windows, 1):
-            places = {p for p, act in enumerate(window.acts) if act > 0 and act >= MARKED_FROM * largest}
+            places = _strong(window)
             said = ", ".join(
                 f'"{shown(window.tokens[p])}": {level(window.acts[p], largest)}' for p in sorted(places)
             )
@@ -154,6 +154,12 @@ def _neuron(
     if lines:
         text += "\nWhat the activation depends on:\n" + "\n".join(lines) + "\n"
     return f"{text}\nExplanation of neuron {number} behavior: {PREFIX}"
+
+
+def _strong(window: Window) -> set[int]:
+    """The places that are marked."""
+    least = MARKED_FROM * max(window.acts, default=0.0)
+    return {p for p, act in enumerate(window.acts) if act > 0 and act >= least}
 
 
 def explanation_in(answer: str) -> str | None:
@@ -184,11 +190,7 @@ def category_question(explanation: str, windows: Sequence[Window]) -> Question:
     """Ask which of CATEGORIES a latent belongs to."""
     listed = "\n".join(f"{i}. {name}" for i, name in enumerate(CATEGORIES, 1))
     chosen = _chosen(windows, deciles=False)[:3]
-    largest = max((act for window in chosen for act in window.acts), default=0.0)
-    texts = "\n\n".join(
-        highlighted(w.tokens, {p for p, act in enumerate(w.acts) if act > 0 and act >= MARKED_FROM * largest})
-        for w in chosen
-    )
+    texts = "\n\n".join(highlighted(window.tokens, _strong(window)) for window in chosen)
     system = (
         "You sort features of text into categories. Answer with the number of one category and nothing else."
     )

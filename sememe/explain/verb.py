@@ -17,7 +17,7 @@ from sememe.explain.asked import Facts, Found, ask_about
 from sememe.explain.config import ExplainConfig, LexicalConfig
 from sememe.explain.examples import EXPLAIN, RANDOM, SCORE, Examples, read
 from sememe.explain.lexical import Lexical, find_rules
-from sememe.explain.rehearsal import Rehearsal, together
+from sememe.explain.rehearsal import Rehearsal
 from sememe.explain.results import SHAPE, Scores, correlations, lifts, mean_of, strata, summarise
 from sememe.explain.scorers import Encode, generation
 from sememe.explain.tables import clusters_table, latents_table, tally
@@ -159,17 +159,15 @@ def preview(config: ExplainConfig) -> Preview:
             "Pass --explainer endpoint.",
         )
     wanted = [config, *(_for_null(config, name, path) for name, path in _nulls(config).items())]
-    previews = []
+    rehearsal = Rehearsal(open_judge(config.explainer))
     for one in wanted:
-        rehearsal = Rehearsal(open_judge(config.explainer))
         atlas = open_atlas(one.atlas)
         try:
             chosen = _choose(atlas, one)
             ask_about(chosen.latents, chosen.facts, one, rehearsal, _encoder(one, rehearsal=True))
         finally:
             atlas.close()
-        previews.append(rehearsal.preview())
-    return together(previews)
+    return rehearsal.preview()
 
 
 # -- nulls -----------------------------------------------------------------------------------------------
