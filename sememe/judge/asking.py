@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 
 from sememe.errors import LimitError
 from sememe.judge.base import Answer, Judge, Question, SlotQuestion, Slots
+from sememe.judge.budget import Tally
 from sememe.progress import Progress, track
 
 __all__ = ["ask_all", "run_each"]
@@ -91,6 +92,7 @@ async def _each(
                 failures.append(error)
             if failures:
                 return
+            progress.note = _spent(judge)
             progress.advance()
 
     workers = [asyncio.create_task(work()) for _ in range(min(in_flight, len(items)))]
@@ -110,11 +112,20 @@ async def _each(
     return cast("list[R]", results)
 
 
+def _spent(judge: Judge) -> str:
+    """What a judge that counts has spent so far, for the progress bar."""
+    tally = getattr(judge, "tally", None)
+    if not isinstance(tally, Tally):
+        return ""
+    parts = [f"{tally.n_calls:,} calls", f"{tally.n_from_cache:,} from the cache"]
+    parts += [f"{tally.n_retries:,} sent again"] if tally.n_retries else []
+    parts += [f"{tally.price:.4g} spent"] if tally.price is not None else []
+    return ", ".join(parts)
+
+
 def _run(make: Callable[[], Any]) -> Any:
     """A coroutine run to its end; Ctrl-C and SIGTERM cancel it."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
+    if not _on_a_loop():
         return asyncio.run(_terminable(make))
     outcome: list[Any] = []
     loop_and_task: list[Any] = []
@@ -142,6 +153,14 @@ def _run(make: Callable[[], Any]) -> Any:
     if error is not None:
         raise error
     return result
+
+
+def _on_a_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 async def _terminable(make: Callable[[], Any]) -> Any:

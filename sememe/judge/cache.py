@@ -102,13 +102,11 @@ class AnswerCache:
                     str(error),
                     "Stop the process that holds it, or name another file with answers.",
                 ) from None
+            if "no such" in str(error):
+                raise self._damaged(error) from None  # another program's database
             raise self._unusable(error) from None
         except sqlite3.DatabaseError as error:
-            raise CorruptError(
-                f"{self.path} must be a file of answers",
-                str(error),
-                "Delete it, or name another file with answers.",
-            ) from None
+            raise self._damaged(error) from None
         except OSError as error:
             raise self._unusable(error) from None
 
@@ -120,12 +118,22 @@ class AnswerCache:
         )
 
     def _read(self, text: str) -> Answer | Slots:
-        data: dict[str, Any] = json.loads(text)
-        n_prompt, n_completion, n_calls = data["usage"]
-        usage = Usage(n_prompt, n_completion, from_cache=True, n_calls=n_calls)
-        if "text" in data:
-            return Answer(data["text"], data["finish"], usage)
-        return Slots(tuple(data["log_probs"]), usage)
+        try:
+            data: dict[str, Any] = json.loads(text)
+            n_prompt, n_completion, n_calls = data["usage"]
+            usage = Usage(n_prompt, n_completion, from_cache=True, n_calls=n_calls)
+            if "text" in data:
+                return Answer(data["text"], data["finish"], usage)
+            return Slots(tuple(data["log_probs"]), usage)
+        except (ValueError, TypeError, KeyError) as error:
+            raise self._damaged(
+                f"an answer without {error}" if isinstance(error, KeyError) else error
+            ) from None
+
+    def _damaged(self, found: object) -> CorruptError:
+        return CorruptError(
+            f"{self.path} must be a file of answers", found, "Delete it, or name another file with answers."
+        )
 
 
 def _written(answer: Answer | Slots) -> str:

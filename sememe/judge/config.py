@@ -12,7 +12,6 @@ from pydantic import Field, field_validator, model_validator
 
 from sememe.config import Config
 from sememe.errors import ConfigError
-from sememe.lm import ModelConfig
 
 __all__ = ["EndpointConfig", "JudgeConfig", "LocalConfig"]
 
@@ -123,7 +122,9 @@ class EndpointConfig(Config):
 class LocalConfig(Config):
     """A language model in this process."""
 
-    not_identity: ClassVar[frozenset[str]] = frozenset({"device", "device_map", "max_calls", "answers"})
+    not_identity: ClassVar[frozenset[str]] = frozenset(
+        {"device", "device_map", "batch_size", "max_calls", "answers"}
+    )
 
     kind: Literal["local"] = "local"
     model: str = "smollm2-135m"
@@ -143,16 +144,6 @@ class LocalConfig(Config):
     """Most questions to answer in one run. What was answered before does not count."""
     answers: Path | None = None
     """The file that keeps every answer, for any number of runs; left out: one in the user's cache."""
-
-    def language_model(self) -> ModelConfig:
-        """What `sememe.lm.load` needs."""
-        return ModelConfig(
-            model=self.model,
-            dtype=self.dtype,
-            device=self.device,
-            device_map=self.device_map,
-            revision=self.revision,
-        )
 
 
 JudgeConfig = Annotated[EndpointConfig | LocalConfig, pydantic.Field(discriminator="kind")]

@@ -15,6 +15,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
+from urllib.parse import urlsplit
 
 from sememe.config import sha256_of
 from sememe.errors import JudgeError, ResourceError, nearest
@@ -28,8 +29,8 @@ T = TypeVar("T")
 
 _AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529})
 _CONNECT_SECONDS = 5.0
-_FIRST_CONTACT_TRIES = 2
-"""How often a server that was never reached is tried: long enough for one that restarts its network, no longer."""
+_FIRST_CONTACT_RETRIES = 1
+"""How often a server that was never reached is tried again: a user who mistyped an address waits for the answer."""
 
 
 class _Connection(NamedTuple):
@@ -64,6 +65,7 @@ class Endpoint:
         self._key: str | None = None
         self._jitter = random.Random(0)
         self._reached = False
+        self._hopeless: JudgeError | None = None
         self._not_before = 0.0
         self._limit_field = "max_tokens"
 
@@ -103,8 +105,12 @@ class Endpoint:
             JudgeError: as `ask`; or the server does not tell the log-probabilities of a prompt.
         """
         if self.config.slots == "one_by_one":
-            one = [self._next_token(question.text[:slot]) for slot in question.slots]
-            found = await asyncio.gather(*one)
+            tasks = [asyncio.ensure_future(self._next_token(question.text[:slot])) for slot in question.slots]
+            try:
+                found = await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:  # a failure ends the others too
+                    task.cancel()
             distributions = [top for top, _ in found]
             usage = Usage(
                 sum(u.n_prompt_tokens for _, u in found),
@@ -148,7 +154,7 @@ class Endpoint:
 
     async def close(self) -> None:
         """Close the connections; a new question opens new ones."""
-        connection, self._connection = self._connection, None
+        connection, self._connection, self._hopeless = self._connection, None, None
         if connection is not None and connection.loop is asyncio.get_running_loop():
             await connection.client.close()
 
@@ -181,7 +187,11 @@ class Endpoint:
         async with connection.free:
             tries = 0
             while True:
-                await asyncio.sleep(max(self._not_before - time.monotonic(), 0))
+                while (left := self._not_before - time.monotonic()) > 0:
+                    await asyncio.sleep(left)
+                if self._hopeless is not None:
+                    error = self._hopeless
+                    raise JudgeError(error.rule, error.value, error.remedy)
                 try:
                     return await self._once(connection.client, send, read, place, slots)
                 except _Again as failure:
@@ -194,18 +204,20 @@ class Endpoint:
         """Seconds until the next try; raises the failure's error when there shall be none."""
         config = self.config
         allowed = (
-            min(config.max_retries, _FIRST_CONTACT_TRIES) if failure.never_reached else config.max_retries
+            min(config.max_retries, _FIRST_CONTACT_RETRIES) if failure.never_reached else config.max_retries
         )
         if tries >= allowed:
             error = failure.error
-            raise JudgeError(error.rule, f"{error.value} (tried {tries + 1} times)", error.remedy) from None
+            last = JudgeError(error.rule, f"{error.value} (tried {tries + 1} times)", error.remedy)
+            raise (self._end(last) if failure.never_reached else last) from None
         if failure.wait is not None:
             if failure.wait > config.max_wait_seconds:
-                raise JudgeError(
+                error = JudgeError(
                     f"a server must be ready again within max_wait_seconds = {config.max_wait_seconds:g}",
                     f"{config.base_url}, which asks to wait {failure.wait:.0f} seconds",
                     "Run again later: every answer so far is kept. Or raise max_wait_seconds.",
-                ) from None
+                )
+                raise self._end(error) from None
             # The server speaks of itself, not of one question: nobody asks before.
             self._not_before = max(self._not_before, time.monotonic() + failure.wait)
             return 0.0
@@ -260,12 +272,19 @@ class Endpoint:
                     "pip install 'sememe[llm]', or ask a local model.",
                 ) from None
             seconds = self.config.timeout_seconds
+            self._hopeless = None
             self._key = self._key_from_environment()
+            timeout = openai.Timeout(seconds, connect=min(seconds, _CONNECT_SECONDS))
+            # A proxy of the environment leads away from this machine, whatever NO_PROXY says.
+            here = urlsplit(self.config.base_url).hostname in ("localhost", "127.0.0.1", "::1")
             client = openai.AsyncOpenAI(
                 base_url=self.config.base_url,
                 api_key=self._key or "none",
                 max_retries=0,
-                timeout=openai.Timeout(seconds, connect=min(seconds, _CONNECT_SECONDS)),
+                timeout=timeout,
+                http_client=openai.DefaultAsyncHttpxClient(timeout=timeout, trust_env=False)
+                if here
+                else None,
             )
             self._connection = _Connection(loop, client, asyncio.Semaphore(self.config.concurrency))
         return self._connection
@@ -295,29 +314,32 @@ class Endpoint:
         status, said = int(error.status_code), self._said(error)
         if status in (401, 403):
             variable = self.config.key_variable
-            return JudgeError(
-                f"{self.config.base_url} must accept the key in {variable}",
-                f"HTTP {status}"
-                + (f": {said}" if said else "")
-                + ("" if self._key else f" ({variable} is not set)"),
-                f"Set {variable} to a key that it accepts and that may use {self.config.model}.",
+            return self._end(
+                JudgeError(
+                    f"{self.config.base_url} must accept the key in {variable}",
+                    f"HTTP {status}: {said}" + ("" if self._key else f" ({variable} is not set)"),
+                    f"Set {variable} to a key that it accepts and that may use {self.config.model}.",
+                )
             )
         if status == 404:
             if slots and await self._models(client) is not None:
                 return self._no_log_probs(f"HTTP 404: {said}")
-            return await self._not_found(client, said)
-        if status in (400, 405, 422, 501) and slots:
+            return self._end(await self._not_found(client, said))
+        # llama.cpp refuses with HTTP 500: "Only no echo is supported".
+        names_it = re.search(r"\b(echo|logprobs?)\b", said, re.IGNORECASE) is not None
+        if slots and (names_it or status in (400, 405, 422, 501)):
             return self._no_log_probs(f"HTTP {status}: {said}")
         if status == 429 and "insufficient_quota" in f"{error.body}":
-            return JudgeError(
-                f"the account at {self.config.base_url} must have credit",
-                f"HTTP 429: {said}",
-                "Top it up and run again: every answer so far is kept.",
+            return self._end(
+                JudgeError(
+                    f"the account at {self.config.base_url} must have credit",
+                    f"HTTP 429: {said}",
+                    "Top it up and run again: every answer so far is kept.",
+                )
             )
-        if status == 400 and "max_completion_tokens" in said and self._limit_field == "max_tokens":
-            self._limit_field = (
-                "max_completion_tokens"  # OpenAI's newer models know the same under this name only
-            )
+        if status == 400 and "'max_tokens'" in said and "'max_completion_tokens'" in said:
+            # OpenAI's newer models know the same under another name only.
+            self._limit_field = "max_completion_tokens"
             return _Again(self._refused(place, status, said), wait=0.0)
         if status in _AGAIN or status >= 500:
             remedy = "Run again later: every answer so far is kept."
@@ -326,6 +348,11 @@ class Endpoint:
             ill = JudgeError(f"{place} must answer with HTTP 200", f"HTTP {status}: {said}", remedy)
             return _Again(ill, wait=_retry_after(error.response.headers))
         return self._refused(place, status, said)
+
+    def _end(self, error: JudgeError) -> JudgeError:
+        """Let nobody else ask: it would end the same way. Until `close`."""
+        self._hopeless = error
+        return error
 
     def _refused(self, place: str, status: int, said: str) -> JudgeError:
         return JudgeError(

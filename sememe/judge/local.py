@@ -41,7 +41,7 @@ class LocalJudge:
     def __init__(self, config: LocalConfig) -> None:
         self.config = config
         self.name = f"{config.model} (local)"
-        known = lm.fingerprint_of(config.language_model())
+        known = lm.fingerprint_of(_model_config(config))
         self.fingerprint = sha256_of(["local", known, config.dtype])
         self._model: lm.LanguageModel | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sememe-local-judge")
@@ -173,8 +173,18 @@ class LocalJudge:
 
     def _loaded(self) -> lm.LanguageModel:
         if self._model is None:
-            self._model = lm.load(self.config.language_model())
+            self._model = lm.load(_model_config(self.config))
         return self._model
+
+
+def _model_config(config: LocalConfig) -> lm.ModelConfig:
+    return lm.ModelConfig(
+        model=config.model,
+        dtype=config.dtype,
+        device=config.device,
+        device_map=config.device_map,
+        revision=config.revision,
+    )
 
 
 def _prompt(model: lm.LanguageModel, question: Question) -> list[int]:

@@ -166,6 +166,7 @@ def choice_log_probs(
     row = torch.tensor([ids])
     before = torch.tensor(starts) - 1
     hidden = model.hidden(row, cache=cache)[0, before.to(model.device)]
+    cache = cache if cache is not None and _can_be_cut(cache, 2 * len(ids)) else None
     firsts = [part.cpu() for part in _log_softmax(model, hidden)]
     found: list[dict[str, float]] = [{} for _ in places]
     # From the last place to the first: a cache can be cut, not lengthened.
@@ -188,14 +189,10 @@ def _rest(model: LanguageModel, before: list[int], tokens: tuple[int, ...], cach
     """Log-probability of a choice's tokens after its first."""
     head = list(tokens[:-1])
     if cache is not None:
-        try:
-            cache.crop(len(before))
-            cropped = True
-        except (ValueError, NotImplementedError, AttributeError):
-            cropped = False  # a sliding window that has moved on
-        if cropped:
-            hidden = model.hidden(torch.tensor([head]), cache=cache)[0]
-            return _picked(model, hidden, tokens)
+        surplus = int(cache.get_seq_length()) - len(before)
+        if surplus > 0:
+            cache.crop(-surplus)
+        return _picked(model, model.hidden(torch.tensor([head]), cache=cache)[0], tokens)
     hidden = model.hidden(torch.tensor([before + head]))[0, len(before) :]
     return _picked(model, hidden, tokens)
 
@@ -222,6 +219,14 @@ def _new_cache(model: LanguageModel) -> Any:
     if getattr(model.hf, "_is_stateful", False):
         return None
     return DynamicCache(config=model.hf.config)
+
+
+def _can_be_cut(cache: Any, length: int) -> bool:
+    """Whether every layer keeps all that it has seen, up to a length; a sliding window or a state does not."""
+    return all(
+        type(layer).__name__ == "DynamicLayer" or (getattr(layer, "sliding_window", None) or 0) > length
+        for layer in cache.layers
+    )
 
 
 def _tokens_from(model: LanguageModel, text: str, places: Sequence[int]) -> tuple[list[int], list[int]]:
