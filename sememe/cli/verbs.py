@@ -328,18 +328,35 @@ def _interpret() -> Any:
 
 
 def _explain() -> Any:
-    from sememe.explain import ExplainConfig, explain
+    from sememe.explain import ExplainConfig, explain, preview
 
-    def verb(config: ExplainConfig, fresh: bool = False) -> None:
-        explain(config, fresh=fresh)
+    def verb(config: ExplainConfig, fresh: bool = False, dry_run: bool = False) -> None:
+        if dry_run:
+            cost = preview(config)
+            price = "price not known" if cost.price is None else f"price {cost.price:,.4g}"
+            print(
+                f"{cost.n_calls:,} calls, up to {cost.n_prompt_tokens:,} tokens of prompts and "
+                f"{cost.n_completion_tokens:,} of answers, {price}; {cost.n_from_cache:,} of {cost.n_questions:,} "
+                "questions need not be asked"
+            )
+            return
+        found = explain(config, fresh=fresh)
+        print(found.page())
         _say("explanations", config.out)
 
     return command(
         ExplainConfig,
         verb,
         positional=("atlas",),
-        extra=FRESH,
-        doc="Say in words when each latent fires, and score the words.",
+        extra=FRESH
+        | {
+            "dry_run": (
+                bool,
+                False,
+                "Ask nothing: say how many calls, tokens and how much money it would take.",
+            )
+        },
+        doc="Say in words what latents stand for, and score the words.",
     )
 
 
