@@ -4,8 +4,8 @@
         [--widths 4608 65536] [--out artifacts/bench/atlas.json]
 
 The forward is timed batch by batch, in turns with the pass, so that whatever else the machine does falls on both.
-The pass counts everything: tokenizing, forward, encoding, collecting, snapshots, direct logits, pairs, neighbours, the map, the database. Each
-width runs in a process of its own, whose peak memory is the figure. The dictionary is an untrained TopK one whose
+The pass counts everything: tokenizing, forward, encoding, collecting, direct logits, pairs, neighbours, the map, the
+database. Each width runs in a process of its own, whose peak memory is the figure. The dictionary is an untrained TopK one whose
 encoder is its decoder's transpose; a trained one of the same shape costs the same.
 """
 
