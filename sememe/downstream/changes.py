@@ -98,6 +98,15 @@ class Predictions:
         whole, half = (self.lm.logits(x).float() - constant for x in (seen, seen / 2))
         return bool((whole - 2 * half).norm() <= 0.02 * whole.norm())
 
+    def losses(self) -> Float[Tensor, "batch seq"]:
+        """Of each true next token, unedited, in nats; 0 where it was not asked for, and at the last position."""
+        out = torch.zeros(self.number.shape)
+        rows, positions = torch.nonzero(self.number[:, :-1] >= 0, as_tuple=True)
+        number = self.number[rows, positions].to(self.logits.device)
+        target = self.ids[rows, positions + 1].to(self.logits.device)
+        out[rows, positions] = (self.norms[number] - self.logits[number, target].float()).cpu()
+        return out
+
     def changes(
         self,
         hidden: Float[Tensor, "n after_plus_1 d_hidden"],
