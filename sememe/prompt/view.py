@@ -97,20 +97,28 @@ class PromptView:
         known = any(row.density is not None for row in self.rows)
         columns = ["latent", "act", *(["quantile"] if known else [])]
         columns += ["of max", "density"] if known and not brief else []
+        labelled = any(row.label for row in self.rows)
         if self.ablated:
-            columns += ["loss", "after", *([] if brief else ["KL"]), "without it"]
-        return columns + (["label"] if any(row.label for row in self.rows) else [])
+            columns += ["loss", *([] if brief else ["after", "KL"])]
+            columns += [] if brief and labelled else ["without it"]
+        return columns + (["label"] if labelled else [])
 
     def page(self) -> str:
         """A page that needs no other file."""
         columns = self.columns()
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in ("token", "", *columns))
+        head = "<th>token</th><th></th>" + "".join(
+            f"<th{'' if name in WIDTHS else WORDS}>{html.escape(name)}</th>" for name in columns
+        )
         body = []
         for token, rows in self.by_token():
             first = f"<td><code>{html.escape(visible(token.text))}</code></td><td><small>{_about(token)}</small></td>"
             empty = f"<td colspan='{len(columns)}'></td>"
             lines = [
-                "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(row, columns)) for row in rows
+                "".join(
+                    f"<td{'' if name in WIDTHS else WORDS}>{html.escape(cell)}</td>"
+                    for name, cell in zip(columns, _cells(row, columns), strict=True)
+                )
+                for row in rows
             ]
             for i, line in enumerate(lines or [empty]):
                 body.append(f"<tr>{first if i == 0 else '<td></td><td></td>'}{line}</tr>")
@@ -137,7 +145,8 @@ WIDTHS = {
     "after": 6,
     "KL": 6,
 }
-TOKEN_WIDTH = 12
+WORDS = " style='text-align:left;white-space:normal'"
+TOKEN_WIDTH = 13
 
 LEGEND = (
     "next: the model's loss of the next token, in nats. loss: by how much that rises when the latent is taken out at "
