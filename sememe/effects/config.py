@@ -39,7 +39,7 @@ class EffectsConfig(Config):
     """Examples of each latent that are ablated: its strongest in the atlas."""
     deciles: bool = False
     """The atlas's examples from each tenth of a latent's activations as well."""
-    n_after: int = Field(default=3, ge=0)
+    n_after: int = Field(default=2, ge=0)
     """Predictions after the position's own whose change of loss is summed."""
     n_shown: int = Field(default=5, ge=1)
     """Output tokens named at each end: those that rise most and fall most."""
