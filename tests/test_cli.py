@@ -21,6 +21,8 @@ CONFIGS = {
     "lens": "LensConfig",
     "interpret": "InterpretConfig",
     "explain": "ExplainConfig",
+    "effects": "EffectsConfig",
+    "prompt": "PromptConfig",
     "browse": "BrowseConfig",
     "intervene": "InterveneConfig",
     "toy": "ToyConfig",

@@ -19,7 +19,7 @@ from sememe.explain.scorers import Score
 
 __all__ = ["SHAPE", "Column", "Interval", "Scores", "correlations", "lifts", "mean_of", "strata", "summarise"]
 
-SHAPE = ("max_cos", "self_similarity", "skew", "kurtosis", "bias", "density")
+SHAPE = ("mcs", "max_cos", "self_similarity", "skew", "kurtosis", "bias", "density")
 """Columns of an atlas's latents whose rank correlation with the scores is reported, where they are there."""
 MIN_FOR_RANKS = 8
 Values = Float[np.ndarray, " n"]
