@@ -180,11 +180,11 @@ def test_a_sweep_from_the_command_line(tmp_path, capsys):
 
 
 def test_ctrl_c_says_that_the_work_goes_on(monkeypatch, capsys):
-    import sememe.explain
+    from sememe import artifact
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sememe.explain, "explain", interrupted)
+    monkeypatch.setattr(artifact, "load", interrupted)
     assert _run(["explain", "nowhere"]) == 130
     assert capsys.readouterr().err == "sememe: interrupted; the same command goes on where it was.\n"
