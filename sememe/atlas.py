@@ -7,8 +7,8 @@ All activations are in raw units. Where a dictionary's activations are signed, e
 counted by absolute value, and only `examples.act` and `examples.acts` keep the sign. Activations of a context are
 stored sparsely: two lists of equal length, `positions` (offsets into the context's tokens) and `acts`.
 
-An atlas does not change. What is found out later stands in artifacts of its own beside it (`explain.py` makes one
-of kind "explanations", a parquet file with a row per latent) and is joined when the atlas is opened.
+An atlas does not change. What is found out later stands in artifacts of its own beside it (`explain` makes one of
+kind "explanations", `effects` one of kind "effects"; parquet files) and is joined when the atlas is opened.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ from sememe.errors import ArtifactError, CorruptError, MismatchError
 
 __all__ = [
     "DATABASE",
+    "EFFECTS",
+    "EFFECTS_SCHEMA",
     "EXPLANATIONS",
+    "REMOVALS",
     "SCHEMA",
     "SCHEMA_VERSION",
     "Atlas",
@@ -42,6 +45,7 @@ __all__ = [
 
 DATABASE = "atlas.duckdb"
 EXPLANATIONS = "explanations.parquet"
+EFFECTS, REMOVALS = "effects.parquet", "removals.parquet"
 SCHEMA_VERSION = 1
 
 SCHEMA = """
@@ -98,6 +102,30 @@ CREATE TABLE examples (latent INTEGER NOT NULL, kind VARCHAR NOT NULL, decile TI
     document INTEGER NOT NULL, act FLOAT NOT NULL, positions INTEGER[] NOT NULL, acts FLOAT[] NOT NULL);
 """
 
+EFFECTS_SCHEMA = """
+-- What taking a latent out at one position does to the model's predictions, in nats: one row per example that was
+-- ablated. (latent, kind, decile, rank) are those of `examples`. Changes are ablated minus unedited: a loss_change
+-- above 0 says that the latent helped. NULL where the document ends: there is no next token to predict.
+CREATE TABLE effects (latent INTEGER, kind VARCHAR, decile TINYINT, rank INTEGER, context INTEGER, position INTEGER,
+    act FLOAT,                          -- what was taken out, times the decoder direction
+    loss FLOAT,                         -- of the true next token, unedited
+    loss_change FLOAT,                  -- of that loss
+    loss_change_after FLOAT,            -- summed over the next n_after predictions
+    n_after INTEGER,                    -- how many there were before the document or the row ended
+    kl FLOAT,                           -- from the unedited prediction at the position to the ablated one
+    -- of the likeliest tokens there, those whose log-probability rises most and falls most, the largest first
+    raised STRUCT(token INTEGER, "text" VARCHAR, change FLOAT)[],
+    lowered STRUCT(token INTEGER, "text" VARCHAR, change FLOAT)[]);
+
+-- What a latent's activation is at its peak when one earlier token of the window is left out of the context and those
+-- after it move up: one row per token left out, for the strongest examples (rank as in examples of kind 'top').
+CREATE TABLE removals (latent INTEGER, rank INTEGER, context INTEGER, position INTEGER,
+    removed INTEGER,                    -- offset of the token into the context
+    token INTEGER,                      -- which token that was
+    act FLOAT,                          -- at the peak, with the whole context
+    act_without FLOAT);                 -- and without the token
+"""
+
 
 class Atlas:
     """A finished atlas, open for reading. `connection` takes any SQL; see docs/atlas.md.
@@ -105,9 +133,15 @@ class Atlas:
     Args:
         folder: The artifact.
         explanations: Folder of explanations of this atlas; they are joined as the view `explanations`.
+        effects: Folder of effects of its latents; they are joined as the views `effects` and `removals`.
     """
 
-    def __init__(self, folder: artifact.Artifact, explanations: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        folder: artifact.Artifact,
+        explanations: str | Path | None = None,
+        effects: str | Path | None = None,
+    ) -> None:
         self.artifact = folder
         path = folder.file(DATABASE)
         try:
@@ -120,19 +154,23 @@ class Atlas:
                 str(error).splitlines()[0],
                 "Delete the folder and run `sememe interpret` again.",
             ) from None
-        self._view = ""
+        files: dict[str, Path] = {}
         if explanations is not None:
-            file = _explanations_of(explanations, folder).replace("'", "''")
-            self._view = (
-                f"CREATE TEMP VIEW IF NOT EXISTS explanations AS SELECT * FROM read_parquet('{file}')"
+            files["explanations"] = _child_of(folder, explanations, "explanations", "explain").file(
+                EXPLANATIONS
             )
-            self.connection.execute(self._view)
+        if effects is not None:
+            child = _child_of(folder, effects, "effects", "effects")
+            files |= {"effects": child.file(EFFECTS), "removals": child.file(REMOVALS)}
+        self._views = [_view(name, file) for name, file in files.items()]
+        for view in self._views:
+            self.connection.execute(view)
 
     def _cursor(self) -> duckdb.DuckDBPyConnection:
         """A connection of its own, so that threads do not disturb each other; views are each connection's own."""
         cursor = self.connection.cursor()
-        if self._view:
-            cursor.execute(self._view)
+        for view in self._views:
+            cursor.execute(view)
         return cursor
 
     def query(self, sql: str, *parameters: Any) -> list[dict[str, Any]]:
@@ -226,15 +264,17 @@ def lists(offsets: np.ndarray, values: np.ndarray) -> pa.Array:
     return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(values))
 
 
-def open_atlas(path: str | Path, explanations: str | Path | None = None) -> Atlas:
-    """Open a finished atlas, with its explanations if their folder is named.
+def open_atlas(
+    path: str | Path, explanations: str | Path | None = None, effects: str | Path | None = None
+) -> Atlas:
+    """Open a finished atlas, with its explanations and effects if their folders are named.
 
     Raises:
         ArtifactError: the folder is not an atlas, or of a schema this version does not read.
         CorruptError: the database is damaged.
-        MismatchError: the explanations are of another atlas.
+        MismatchError: the explanations or effects are of another atlas.
     """
-    atlas = Atlas(artifact.load(path, "atlas"), explanations)
+    atlas = Atlas(artifact.load(path, "atlas"), explanations, effects)
     found = atlas.meta.get("schema_version")
     if found != SCHEMA_VERSION:
         atlas.close()
@@ -262,13 +302,19 @@ def labels(explanations: str | Path) -> dict[int, str]:
         connection.close()
 
 
-def _explanations_of(path: str | Path, atlas: artifact.Artifact) -> str:
-    child = artifact.load(path, "explanations")
+def _view(name: str, file: Path) -> str:
+    quoted = str(file).replace("'", "''")
+    return f"CREATE TEMP VIEW IF NOT EXISTS {name} AS SELECT * FROM read_parquet('{quoted}')"
+
+
+def _child_of(atlas: artifact.Artifact, path: str | Path, kind: str, verb: str) -> artifact.Artifact:
+    """An artifact that was made from this atlas."""
+    child = artifact.load(path, kind)
     parent = child.meta["parents"].get("atlas", "none")
     if parent != atlas.fingerprint:
         raise MismatchError(
-            f"the explanations {path} must be of the atlas {atlas.path} (fingerprint {atlas.fingerprint[:16]})",
-            f"explanations of {parent[:16]}",
-            "Run `sememe explain` on this atlas.",
+            f"the {kind} {path} must be of the atlas {atlas.path} (fingerprint {atlas.fingerprint[:16]})",
+            f"{kind} of {parent[:16]}",
+            f"Run `sememe {verb}` on this atlas.",
         )
-    return str(child.file(EXPLANATIONS))
+    return child

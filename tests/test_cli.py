@@ -20,6 +20,8 @@ CONFIGS = {
     "report": "ReportConfig",
     "interpret": "InterpretConfig",
     "explain": "ExplainConfig",
+    "effects": "EffectsConfig",
+    "prompt": "PromptConfig",
     "browse": "BrowseConfig",
     "intervene": "InterveneConfig",
     "toy": "ToyConfig",

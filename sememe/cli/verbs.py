@@ -342,6 +342,42 @@ def _explain() -> Any:
     )
 
 
+def _effects() -> Any:
+    from sememe.effects import EffectsConfig, effects
+
+    def verb(config: EffectsConfig, fresh: bool = False) -> None:
+        found = effects(config, fresh=fresh)
+        for name, value in found.summary.items():
+            if value is not None:
+                print(f"{name.replace('_', ' '):<20} {value:>10{',' if isinstance(value, int) else '.4f'}}")
+        _say("effects", config.out)
+
+    return command(
+        EffectsConfig,
+        verb,
+        positional=("atlas",),
+        extra=FRESH,
+        doc="Measure what each latent does to the predictions, and what made it fire.",
+    )
+
+
+def _prompt() -> Any:
+    from sememe.prompt import PromptConfig, print_prompt, prompt
+
+    def verb(config: PromptConfig) -> None:
+        print_prompt(prompt(config))
+        for name, path in (("rows", config.out), ("page", config.page)):
+            if path is not None:
+                _say(name, path)
+
+    return command(
+        PromptConfig,
+        verb,
+        positional=("prompt",),
+        doc="Show which latents fire on a text, how strongly for them, and what each does to the loss.",
+    )
+
+
 def _browse() -> Any:
     from sememe.browse import BrowseConfig, ExportConfig, browse, export
     from sememe.browse.inputs import Inputs
@@ -468,6 +504,8 @@ _MAKERS: dict[str, Callable[[], Any]] = {
     "report": _report,
     "interpret": _interpret,
     "explain": _explain,
+    "effects": _effects,
+    "prompt": _prompt,
     "browse": _browse,
     "plan_recipe": _plan,
     "run_recipe": _run,
