@@ -251,7 +251,8 @@ def _removals(atlas: Atlas, latents: str) -> dict[int, dict[tuple[int, int], lis
     out: dict[int, dict[tuple[int, int], list[tuple[str, float]]]] = {}
     rows = atlas.query(
         "SELECT latent, context, position, text, act_without / act - 1 AS share FROM removals "
-        f"JOIN tokens ON id = token WHERE latent IN ({latents}) AND act <> 0 AND abs(act_without / act - 1) >= {LEAST_CHANGE} "
+        f"JOIN tokens ON id = token WHERE latent IN ({latents}) AND act <> 0 "
+        f"AND abs(act_without / act - 1) >= {LEAST_CHANGE} "
         "ORDER BY latent, context, position, abs(share) DESC, removed"
     )
     for row in rows:
