@@ -301,6 +301,8 @@ def test_an_unknown_model_and_a_wrong_address_are_told_apart(endpoint):
         assert "must serve the model small" in told
         assert "Did you mean 'small-2'?" in told
         assert server.n_requests == 1
+        server.models = []
+        assert "Load one there first." in failing(endpoint(server, model="small"))
         told = failing(endpoint(server, base_url=server.url.removesuffix("/v1")))
         assert "must be the root of an OpenAI-compatible interface" in told
         assert "/v1" in told

@@ -422,7 +422,7 @@ class Endpoint:
         if self._key:
             text = text.replace(self._key, "[key]")
         text = re.sub(r"\b(sk-|Bearer\s+)\S+", "[key]", text)
-        text = " ".join(text.split())
+        text = " ".join(text.split()).rstrip(".")
         return text if len(text) <= 200 else text[:197] + "..."
 
 
