@@ -91,10 +91,6 @@ class Judge(Protocol):
         """
         ...
 
-    def parts(self, question: SlotQuestion) -> list[SlotQuestion]:
-        """Questions of one request each, about one or more of the places in their order, that come to the same."""
-        ...
-
     def count_tokens(self, text: str) -> int:
         """About how many tokens a text costs."""
         ...

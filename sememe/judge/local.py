@@ -77,10 +77,6 @@ class LocalJudge:
 
         return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: _as_judge(compute))
 
-    def parts(self, question: SlotQuestion) -> list[SlotQuestion]:
-        """The question itself: one forward serves all its places."""
-        return [question]
-
     def count_tokens(self, text: str) -> int:
         """How many tokens a text is; before the model is loaded, about four bytes each."""
         if self._model is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import weakref
 from collections.abc import Awaitable, Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 from sememe.errors import JudgeError
 from sememe.judge.base import Answer, Judge, Question, SlotQuestion, Slots, Usage
@@ -19,6 +19,15 @@ __all__ = ["OpenJudge", "open_judge"]
 
 Q = TypeVar("Q", Question, SlotQuestion)
 A = TypeVar("A", Answer, Slots)
+
+
+@runtime_checkable
+class _Divides(Protocol):
+    """A judge that may send several requests for one question."""
+
+    def parts(self, question: SlotQuestion) -> list[SlotQuestion]:
+        """Questions of one request each, about one or more of the places in their order, that come to the same."""
+        ...
 
 
 class OpenJudge:
@@ -79,7 +88,7 @@ class OpenJudge:
 
     def parts(self, question: SlotQuestion) -> list[SlotQuestion]:
         """Questions of one request each that come to the same."""
-        return self.judge.parts(question)
+        return self.judge.parts(question) if isinstance(self.judge, _Divides) else [question]
 
     def count_tokens(self, text: str) -> int:
         """About how many tokens a text costs."""
