@@ -5,6 +5,7 @@ The only package that imports transformers. Knows nothing about dictionaries, st
 
 from sememe.lm.chat import Completion, chat_ids, choice_log_probs, complete
 from sememe.lm.embedded import EMBEDDED
+from sememe.lm.encoder import SentenceEncoder, sentence_encoder
 from sememe.lm.load import ModelConfig, fetch, fingerprint_of, load, wrap
 from sememe.lm.model import LanguageModel
 from sememe.lm.outline import Outline, outline
@@ -15,6 +16,7 @@ __all__ = [
     "LanguageModel",
     "ModelConfig",
     "Outline",
+    "SentenceEncoder",
     "chat_ids",
     "choice_log_probs",
     "complete",
@@ -22,5 +24,6 @@ __all__ = [
     "fingerprint_of",
     "load",
     "outline",
+    "sentence_encoder",
     "wrap",
 ]

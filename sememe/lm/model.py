@@ -8,6 +8,7 @@ gone when a call returns or raises. One `LanguageModel` serves one thread.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from sememe.errors import HookpointError, ModelError, ShapeError
 from sememe.lm.hookpoints import Hookpoints, Place, attach, read, rows, unrows, write
+from sememe.lm.past import Past, Prefix
 from sememe.lm.readout import Readout, between_stack_and_head
 from sememe.lm.tokens import TokenTable
 
@@ -69,6 +71,9 @@ class LanguageModel:
         self._edits_off = False
         self._skipped_to = -2
         self._tokens: TokenTable | None = None
+        self._past: Past | None = None
+        self._prefix: Prefix | None = None
+        self._can_go_on: bool | None = None
 
     def __repr__(self) -> str:
         return (
@@ -111,6 +116,11 @@ class LanguageModel:
     def replay_layer(self, hookpoint: str) -> int:
         """The layer from whose output `hidden_from` recomputes everything from this hookpoint on; -1: none."""
         return self._points.resolve(hookpoint).start
+
+    def written_layer(self, hookpoint: str) -> int:
+        """The layer in whose output a write to the residual stream here first shows; -1: before layer 0."""
+        place = self._points.resolve(hookpoint)
+        return place.layer - 1 if place.name.startswith("resid_pre.") else place.layer
 
     # ---- reading --------------------------------------------------------------------------------------------
 
@@ -198,6 +208,7 @@ class LanguageModel:
         placed = hidden if fits else hidden.reshape(-1, 1, shape[-1])
         ids = torch.zeros(placed.shape[:2], dtype=torch.long)
         with contextlib.ExitStack() as hooks:
+            hooks.enter_context(self._on_its_own())
             hooks.enter_context(self._skipping(self.n_layers - 1, None))
             hooks.enter_context(self._below_off(self.n_layers))
             hooks.callback(attach(self._head, "in", lambda _: placed).remove)
@@ -288,6 +299,55 @@ class LanguageModel:
                 put = attach(module, place.side, lambda x: unrows(residual, x), first=True)
                 around.callback(put.remove)
             return self.hidden(ids, mask)
+
+    # ---- going on after some tokens -------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def remembering(self) -> Iterator[Past]:
+        """The keys and values of the forward inside the context; of the last one, if there are several."""
+        before, self._past = self._past, Past()
+        try:
+            yield self._past
+        finally:
+            self._past = before
+
+    @contextlib.contextmanager
+    def after(self, prefix: Prefix) -> Iterator[None]:
+        """Every forward inside the context gets new tokens only, which go on from a prefix.
+
+        `hidden`, `capture`, `hidden_from` and `edit` then see the new tokens, as if the prefix's stood before them;
+        rows filled up at their end need no mask. Ask `goes_on()` first.
+        """
+        before, self._prefix = self._prefix, prefix
+        try:
+            yield
+        finally:
+            self._prefix = before
+
+    def goes_on(self) -> bool:
+        """Whether going on after a prefix gives what a full forward gives, tried once on a few tokens."""
+        if self._can_go_on is None:
+            n = 12 if self.context_length is None else min(12, self.context_length)
+            ids = torch.stack([torch.arange(n), torch.arange(n).flip(0)]) % self.vocab_size
+            lengths = torch.tensor([n // 4, n // 2])
+            n_new = n - n // 2
+            try:
+                with self._without_edits(), torch.no_grad():
+                    with self.remembering() as past:
+                        full = self.hidden(ids)
+                    places = lengths[:, None] + torch.arange(n_new)
+                    with self.after(past.prefix(torch.arange(2), lengths, n_new)):
+                        new = self.hidden(ids.gather(1, places)).float()
+                truth = full[torch.arange(2)[:, None].to(full.device), places.to(full.device)].float()
+                tolerance = 1e-3 if self.dtype == torch.float32 else 5e-2
+                self._can_go_on = bool((new - truth).norm() <= tolerance * truth.norm())
+            except Exception:
+                self._can_go_on = False
+        return self._can_go_on
+
+    def skips(self, layer: int) -> bool:
+        """Whether `hidden_from` leaves layers 0 to `layer` out, and does not run the full forward instead."""
+        return layer >= 0 and self._skips(layer)
 
     def generate(
         self,
@@ -477,9 +537,23 @@ class LanguageModel:
         try:
             if cache is not None:
                 return self.hf(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
-            return self.hf(input_ids=ids, attention_mask=mask, use_cache=False)
+            return self.hf(input_ids=ids, **self._cache_arguments(ids, mask))
         except _Stop:
             return None
+
+    def _cache_arguments(self, ids: Tensor, mask: Tensor | None) -> dict[str, Any]:
+        """What a forward is told of earlier tokens, and whether it is to leave its own keys behind."""
+        if self._prefix is not None:
+            n_new = ids.shape[1]
+            mask = self._prefix.mask(n_new)
+            told: dict[str, Any] = {"past_key_values": self._prefix.cache, "use_cache": True}
+            if "position_ids" in inspect.signature(type(self.hf).forward).parameters:
+                told["position_ids"] = self._prefix.positions(n_new, self.context_length).to(ids.device)
+            return told | {"attention_mask": None if mask is None else mask.to(ids.device, torch.long)}
+        if self._past is not None:
+            self._past.forget()
+            return {"attention_mask": mask, "past_key_values": self._past.cache, "use_cache": True}
+        return {"attention_mask": mask, "use_cache": False}
 
     def _follow_shape(self, hooks: contextlib.ExitStack) -> list[tuple[int, int] | None]:
         """The (batch, seq) of the running forward, whoever calls it."""
@@ -501,9 +575,20 @@ class LanguageModel:
     def _without_edits(self) -> Iterator[None]:
         before, self._edits_off = self._edits_off, True
         try:
-            yield
+            with self._on_its_own():
+                yield
         finally:
             self._edits_off = before
+
+    @contextlib.contextmanager
+    def _on_its_own(self) -> Iterator[None]:
+        """Forwards go on from nothing and leave nothing behind."""
+        before = self._past, self._prefix
+        self._past, self._prefix = None, None
+        try:
+            yield
+        finally:
+            self._past, self._prefix = before
 
     @contextlib.contextmanager
     def _below_off(self, layer: int) -> Iterator[None]:
