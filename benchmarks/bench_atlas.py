@@ -4,9 +4,13 @@
         [--widths 4608 65536] [--out artifacts/bench/atlas.json]
 
 The forward is timed batch by batch, in turns with the pass, so that whatever else the machine does falls on both.
-The pass counts everything: tokenizing, forward, encoding, collecting, snapshots, direct logits, the database. Each
-width runs in a process of its own, whose peak memory is the figure. The dictionary is an untrained TopK one whose
-encoder is its decoder's transpose; a trained one of the same shape costs the same.
+The pass counts everything: tokenizing, forward, encoding, collecting, direct logits, pairs, neighbours, the map, the
+database. Each width runs in a process of its own, whose peak memory is the figure. The dictionary is an untrained
+TopK one whose encoder is its decoder's transpose; a trained one of the same shape costs the same.
+
+Effects are those of `sememe effects` with its defaults but for removals, on that atlas: contexts read, the unedited
+forwards, every ablation and the predictions compared, in milliseconds per 20 examples. `effects_ms_per_latent` is for
+all latents, whose examples share contexts; `effects_ms_per_latent_256` for 256 of them, which share few.
 """
 
 from __future__ import annotations
@@ -27,7 +31,10 @@ MUST = {
     "atlas_over_forward": "<= 1.5",
     "atlas_peak_gb_4608": "<= 3",
     "atlas_peak_gb_65536": "<= 6",
+    "effects_ms_per_latent": "<= 150",
 }
+EFFECTS_WIDTH, N_EFFECTS, SAMPLED = 4608, 20, 24
+"""Effects: of the dictionary of that width, so many ablations per latent, timed on one group of contexts in so many."""
 
 
 def main() -> None:
@@ -57,12 +64,14 @@ def main() -> None:
         name = "atlas_over_forward" if width == 4608 else f"atlas_over_forward_{width}"
         rows.append(row(name, found["over_forward"], "ratio", context))
         rows.append(row(f"atlas_peak_gb_{width}", found["peak_gb"], "GB", context))
+        for name, about in found.pop("effects", {}).items():
+            rows.append(row(name, about["ms_per_latent"], "ms", about | {"cores": os.cpu_count()}))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(rows, indent=1))
     print(f"{'figure':<28}{'value':>10}  {'must':<8}unit")
     for entry in rows:
         print(f"{entry['name']:<28}{entry['value']:>10.3f}  {entry['must']:<8}{entry['unit']}")
-    for entry in rows[::2]:
+    for entry in (entry for entry in rows if entry["name"].startswith("atlas_over_forward")):
         seconds = {k: v for k, v in entry["context"].items() if k.endswith("_seconds")}
         print(
             f"d_sae {entry['context']['d_sae']}: "
@@ -92,6 +101,8 @@ def in_child(options: argparse.Namespace, width: int) -> dict[str, Any]:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
+    from sememe import artifact
+    from sememe.atlas import DATABASE
     from sememe.dictionaries import Site, Sites
     from sememe.dictionaries.topk import TopK, TopKConfig
     from sememe.interpret import InterpretConfig
@@ -112,7 +123,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     fetch(config.text)
     seconds = {"text": 0.0, "forward": 0.0, "pass": 0.0, "write": 0.0}
     with tempfile.TemporaryDirectory() as folder:
-        run = Pass(config, lm, dictionary, TokenPolicy(), Path(folder))
+        run = Pass(config, lm, {"bench": dictionary}, TokenPolicy(), Path(folder))
+        run.open()
         with (run.folder / ROWS).open("wb") as rows, (run.folder / DOCUMENTS).open("wb") as documents:
             parts = run.parts(documents)
             began = time.perf_counter()
@@ -137,19 +149,62 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             rows.flush()
             documents.flush()
         began = time.perf_counter()
-        write_database(Path(folder) / "atlas.duckdb", run, {"d_sae": d_sae})
+        made = Path(folder) / "atlas"
+        with artifact.building(made, kind="atlas", version=1, config=config, parents={}) as work:
+            write_database(work.path / DATABASE, run, run.followed[0], {"d_sae": d_sae})
+        run.close()
         seconds["write"] = time.perf_counter() - began
-        n_bytes = (Path(folder) / "atlas.duckdb").stat().st_size
+        n_bytes = (made / DATABASE).stat().st_size
+        peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        effects = measure_effects(made, lm, dictionary) if d_sae == EFFECTS_WIDTH else {}
     whole = seconds["text"] + seconds["pass"] + seconds["write"]
     return {
         "over_forward": whole / seconds["forward"],
-        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        "collector_gb": run.collector.nbytes / 2**30,
+        "peak_gb": peak_gb,
+        "effects": effects,
+        "collector_gb": run.followed[0].collector.nbytes / 2**30,
         "database_mb": n_bytes / 2**20,
         "n_tokens": n_tokens,
         "tokens_per_second": n_tokens / whole,
         **{f"{name}_seconds": value for name, value in seconds.items()},
     }
+
+
+def measure_effects(path: Path, lm: Any, dictionary: Any) -> dict[str, dict[str, float]]:
+    """Milliseconds per 20 examples, for all latents and for 256 of them."""
+    import torch
+
+    from sememe.atlas import open_atlas
+    from sememe.downstream import Reruns
+    from sememe.effects import EffectsConfig
+    from sememe.effects.examples import chosen_latents, groups, read_contexts, read_examples
+    from sememe.effects.group import measure as measure_group
+
+    reruns = Reruns(lm, dictionary)
+    atlas = open_atlas(path)
+    found = {}
+    for name, every in (("effects_ms_per_latent", True), ("effects_ms_per_latent_256", False)):
+        config = EffectsConfig(atlas=path, every=every, n_top=N_EFFECTS, n_removals=0)
+        examples = read_examples(atlas, config, chosen_latents(atlas, config))
+        # One of each so many, from those of which little is needed to those that are needed whole.
+        some = list(groups(examples, config.batch_rows, config.n_after, 0))[SAMPLED // 2 :: SAMPLED]
+        n_examples, seconds = 0, 0.0
+        for i, group in enumerate([some[0], *some]):
+            began = time.perf_counter()
+            inside = examples.take(group.examples)
+            measure_group(reruns, config, read_contexts(atlas, group), group.contexts, inside)
+            if i:  # the first is done twice, and its first time not counted
+                seconds += time.perf_counter() - began
+                n_examples += len(inside.latent)
+        found[name] = {
+            "ms_per_latent": 1000 * seconds * N_EFFECTS / n_examples,
+            "n_examples": n_examples,
+            "n_contexts": sum(len(group.contexts) for group in some),
+            "n_after": config.n_after,
+            "threads": torch.get_num_threads(),
+        }
+    atlas.close()
+    return found
 
 
 def forward(lm: Any, part: Any, hookpoint: str) -> None:

@@ -7,8 +7,8 @@ All activations are in raw units. Where a dictionary's activations are signed, e
 counted by absolute value, and only `examples.act` and `examples.acts` keep the sign. Activations of a context are
 stored sparsely: two lists of equal length, `positions` (offsets into the context's tokens) and `acts`.
 
-An atlas does not change. What is found out later stands in artifacts of its own beside it (`explain.py` makes one
-of kind "explanations", a parquet file with a row per latent) and is joined when the atlas is opened.
+An atlas does not change. What is found out later stands in artifacts of its own beside it (`explain` makes one of
+kind "explanations", `effects` one of kind "effects"; parquet files) and is joined when the atlas is opened.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ from sememe.errors import ArtifactError, CorruptError, MismatchError
 
 __all__ = [
     "DATABASE",
+    "EFFECTS",
+    "EFFECTS_SCHEMA",
     "EXPLANATIONS",
+    "REMOVALS",
     "SCHEMA",
     "SCHEMA_VERSION",
     "Atlas",
@@ -42,13 +45,15 @@ __all__ = [
 
 DATABASE = "atlas.duckdb"
 EXPLANATIONS = "explanations.parquet"
-SCHEMA_VERSION = 1
+EFFECTS, REMOVALS = "effects.parquet", "removals.parquet"
+SCHEMA_VERSION = 2
 
 SCHEMA = """
 -- One row per fact about the whole: value is JSON. Keys: schema_version, dictionary (name, kind, d_in, d_sae,
 -- hookpoint, model, fingerprint), text (n_tokens, n_rows, n_documents), context_length, window (before, after),
--- histogram_edges (list: upper edges are max_act * edge), attributions (list of {source, title, licence, url,
--- notice}), report (headline numbers, when known).
+-- histogram_edges (list: upper edges are max_act * edge), position_edges (upper edges of the bands of positions),
+-- coactive_tokens (how many tokens pairs were counted on), lenses (those of `logits`), attributions (list of {source,
+-- title, licence, url, notice}), report (headline numbers, when known). A null's dictionary says `null`, its name.
 CREATE TABLE meta (key VARCHAR PRIMARY KEY, value VARCHAR NOT NULL);
 
 -- The model's tokens that occur anywhere in this atlas. `text` is for people (may hold U+FFFD), `bytes` is exact.
@@ -76,17 +81,51 @@ CREATE TABLE latents (
     n_distinct_tokens INTEGER,          -- among the tokens of its kept examples' peaks
     language VARCHAR, language_share DOUBLE,   -- the commonest `language` of its kept examples' documents
     histogram BIGINT[] NOT NULL,        -- counts of active tokens between 0 and max_act, see meta.histogram_edges
+    position_density FLOAT[],           -- share of the kept tokens in each band of positions on which it is active,
+    position_mean FLOAT[],              -- and its mean activation over them, silent ones as 0; see meta.position_edges
     decoder_norm FLOAT NOT NULL,
+    bias FLOAT,                         -- its encoder bias; NULL where the dictionary has none
+    encoder_decoder_cosine FLOAT,       -- NULL where it reads elsewhere than it writes
+    max_cos FLOAT,                      -- cosine of its decoder direction to the nearest other of this dictionary
+    mcs FLOAT,                          -- to the nearest of the other dictionaries that were looked at, if any
+    self_similarity FLOAT,              -- to itself at the last but one kept checkpoint, if there are any
+    skew FLOAT, kurtosis FLOAT,         -- of its decoder direction's entries (normal: 0 and 3)
+    n_effective_neurons FLOAT,          -- participation ratio of those entries: 1 is one neuron
+    top_neuron INTEGER, top_neuron_share FLOAT, -- the dimension it writes to most, and that one's share of its square
+    outlier_share FLOAT,                -- share of its square in the outlier dimensions of the dictionary's directions
+    cluster INTEGER,                    -- clusters.id; NULL: in none, or dead
+    x FLOAT, y FLOAT,                   -- its place on a map of the decoder directions; NULL if dead
     logit_mean FLOAT, logit_std FLOAT); -- of its direct effect over the vocabulary
 
+-- Groups of decoder directions that lie close together, named by the tokens that most of their latents fire on.
+CREATE TABLE clusters (id INTEGER PRIMARY KEY, label VARCHAR NOT NULL, n_latents INTEGER NOT NULL,
+    tokens INTEGER[] NOT NULL);
+
+-- The directions nearest to a latent's, of this dictionary (dictionary NULL) or of another that was named. kind:
+-- 'decoder' or 'encoder'; rank 0 is the nearest.
+CREATE TABLE neighbours (latent INTEGER NOT NULL, kind VARCHAR NOT NULL, dictionary VARCHAR, rank INTEGER NOT NULL,
+    other INTEGER NOT NULL, cosine FLOAT NOT NULL);
+
+-- The latents with which it is active on the same tokens, of the whole dictionary, by correlation. n_both of
+-- meta.coactive_tokens; `expected` if the two knew nothing of each other.
+CREATE TABLE coactive (latent INTEGER NOT NULL, rank INTEGER NOT NULL, other INTEGER NOT NULL, n_both BIGINT NOT NULL,
+    expected FLOAT NOT NULL, phi FLOAT NOT NULL);
+
+-- The dimensions ("neurons", where the hookpoint is the inside of an MLP) it writes to most.
+CREATE TABLE neurons (latent INTEGER NOT NULL, rank INTEGER NOT NULL, neuron INTEGER NOT NULL,
+    weight FLOAT NOT NULL, share FLOAT NOT NULL);       -- weight: of the unit direction; share: its square
+
 -- Direct effect on the output: decoder direction through final norm and unembedding, minus the vocabulary mean.
-CREATE TABLE logits (latent INTEGER NOT NULL, sign TINYINT NOT NULL, rank INTEGER NOT NULL,
-    token INTEGER NOT NULL, value FLOAT NOT NULL);      -- sign 1: promoted, -1: demoted; rank 0 is the strongest
+-- lens 'logit': the direction itself; 'tuned': as a tuned lens translates it to the last layer, where one was given.
+CREATE TABLE logits (latent INTEGER NOT NULL, sign TINYINT NOT NULL, rank INTEGER NOT NULL, token INTEGER NOT NULL,
+    value FLOAT NOT NULL,                               -- sign 1: promoted, -1: demoted; rank 0 is the strongest
+    lens VARCHAR NOT NULL DEFAULT 'logit');
 
 -- The tokens that hold most of its activation, up to 5: rank 0 is latents.top_token. `share` is of its activation
--- mass; for latents active on more than 192 distinct tokens it may be slightly too small, never too large.
+-- mass; for latents active on more than 192 distinct tokens it may be slightly too small, never too large; so may
+-- n_active, on how many of the token's n_seen kept occurrences it is active, and mean_act, its mean over those.
 CREATE TABLE top_tokens (latent INTEGER NOT NULL, rank INTEGER NOT NULL, token INTEGER NOT NULL,
-    share DOUBLE NOT NULL);
+    share DOUBLE NOT NULL, n_active BIGINT NOT NULL, n_seen BIGINT NOT NULL, mean_act FLOAT NOT NULL);
 
 -- Where it fired. kind 'top': its largest activations, one per document, rank 0 the largest, decile NULL.
 -- kind 'decile': from the decile of its non-zero activations (0 lowest .. 9 highest), one per document.
@@ -98,6 +137,30 @@ CREATE TABLE examples (latent INTEGER NOT NULL, kind VARCHAR NOT NULL, decile TI
     document INTEGER NOT NULL, act FLOAT NOT NULL, positions INTEGER[] NOT NULL, acts FLOAT[] NOT NULL);
 """
 
+EFFECTS_SCHEMA = """
+-- What taking a latent out at one position does to the model's predictions, in nats: one row per example that was
+-- ablated. (latent, kind, decile, rank) are those of `examples`. Changes are ablated minus unedited: a loss_change
+-- above 0 says that the latent helped. NULL where the document ends: there is no next token to predict.
+CREATE TABLE effects (latent INTEGER, kind VARCHAR, decile TINYINT, rank INTEGER, context INTEGER, position INTEGER,
+    act FLOAT,                          -- what was taken out, times the decoder direction
+    loss FLOAT,                         -- of the true next token, unedited
+    loss_change FLOAT,                  -- of that loss
+    loss_change_after FLOAT,            -- summed over the next n_after predictions
+    n_after INTEGER,                    -- how many there were before the document or the row ended
+    kl FLOAT,                           -- from the unedited prediction at the position to the ablated one
+    -- of the likeliest tokens there, those whose log-probability rises most and falls most, the largest first
+    raised STRUCT(token INTEGER, "text" VARCHAR, change FLOAT)[],
+    lowered STRUCT(token INTEGER, "text" VARCHAR, change FLOAT)[]);
+
+-- What a latent's activation is at its peak when one earlier token of the window is left out of the context and those
+-- after it move up: one row per token left out, for the strongest examples (rank as in examples of kind 'top').
+CREATE TABLE removals (latent INTEGER, rank INTEGER, context INTEGER, position INTEGER,
+    removed INTEGER,                    -- offset of the token into the context
+    token INTEGER,                      -- which token that was
+    act FLOAT,                          -- at the peak, with the whole context
+    act_without FLOAT);                 -- and without the token
+"""
+
 
 class Atlas:
     """A finished atlas, open for reading. `connection` takes any SQL; see docs/atlas.md.
@@ -105,9 +168,15 @@ class Atlas:
     Args:
         folder: The artifact.
         explanations: Folder of explanations of this atlas; they are joined as the view `explanations`.
+        effects: Folder of effects of its latents; they are joined as the views `effects` and `removals`.
     """
 
-    def __init__(self, folder: artifact.Artifact, explanations: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        folder: artifact.Artifact,
+        explanations: str | Path | None = None,
+        effects: str | Path | None = None,
+    ) -> None:
         self.artifact = folder
         path = folder.file(DATABASE)
         try:
@@ -120,19 +189,25 @@ class Atlas:
                 str(error).splitlines()[0],
                 "Delete the folder and run `sememe interpret` again.",
             ) from None
-        self._view = ""
+        files: dict[str, Path] = {}
         if explanations is not None:
-            file = _explanations_of(explanations, folder).replace("'", "''")
-            self._view = (
-                f"CREATE TEMP VIEW IF NOT EXISTS explanations AS SELECT * FROM read_parquet('{file}')"
-            )
-            self.connection.execute(self._view)
+            child = _child_of(folder, explanations, "explanations", "explain")
+            files["explanations"] = child.file(EXPLANATIONS)
+        if effects is not None:
+            child = _child_of(folder, effects, "effects", "effects")
+            files |= {"effects": child.file(EFFECTS), "removals": child.file(REMOVALS)}
+        catalogue = str(self.connection.execute("SELECT current_database()").fetchall()[0][0])
+        self._views = [_view(name, f"SELECT * FROM {_rows(file)}") for name, file in files.items()]
+        self._views.append(_view("latents", _explained(catalogue, files.get("explanations"))))
+        if self.meta.get("schema_version") == SCHEMA_VERSION:
+            for view in self._views:
+                self.connection.execute(view)
 
     def _cursor(self) -> duckdb.DuckDBPyConnection:
         """A connection of its own, so that threads do not disturb each other; views are each connection's own."""
         cursor = self.connection.cursor()
-        if self._view:
-            cursor.execute(self._view)
+        for view in self._views:
+            cursor.execute(view)
         return cursor
 
     def query(self, sql: str, *parameters: Any) -> list[dict[str, Any]]:
@@ -226,15 +301,17 @@ def lists(offsets: np.ndarray, values: np.ndarray) -> pa.Array:
     return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(values))
 
 
-def open_atlas(path: str | Path, explanations: str | Path | None = None) -> Atlas:
-    """Open a finished atlas, with its explanations if their folder is named.
+def open_atlas(
+    path: str | Path, explanations: str | Path | None = None, effects: str | Path | None = None
+) -> Atlas:
+    """Open a finished atlas, with its explanations and effects if their folders are named.
 
     Raises:
         ArtifactError: the folder is not an atlas, or of a schema this version does not read.
         CorruptError: the database is damaged.
-        MismatchError: the explanations are of another atlas.
+        MismatchError: the explanations or effects are of another atlas.
     """
-    atlas = Atlas(artifact.load(path, "atlas"), explanations)
+    atlas = Atlas(artifact.load(path, "atlas"), explanations, effects)
     found = atlas.meta.get("schema_version")
     if found != SCHEMA_VERSION:
         atlas.close()
@@ -262,13 +339,32 @@ def labels(explanations: str | Path) -> dict[int, str]:
         connection.close()
 
 
-def _explanations_of(path: str | Path, atlas: artifact.Artifact) -> str:
-    child = artifact.load(path, "explanations")
+def _view(name: str, select: str) -> str:
+    return f"CREATE TEMP VIEW IF NOT EXISTS {name} AS {select}"
+
+
+def _rows(file: Path) -> str:
+    quoted = str(file).replace("'", "''")
+    return f"read_parquet('{quoted}')"
+
+
+def _explained(catalogue: str, explanations: Path | None) -> str:
+    """The table of latents with what each stands for, which goes by the bare table's name."""
+    latents = f'"{catalogue}".main.latents AS l'
+    if explanations is None:
+        return f"SELECT l.*, CAST(NULL AS VARCHAR) AS explanation FROM {latents}"
+    joined = f"LEFT JOIN {_rows(explanations)} AS e ON e.latent = l.id"
+    return f"SELECT l.*, e.label AS explanation FROM {latents} {joined}"
+
+
+def _child_of(atlas: artifact.Artifact, path: str | Path, kind: str, verb: str) -> artifact.Artifact:
+    """An artifact that was made from this atlas."""
+    child = artifact.load(path, kind)
     parent = child.meta["parents"].get("atlas", "none")
     if parent != atlas.fingerprint:
         raise MismatchError(
-            f"the explanations {path} must be of the atlas {atlas.path} (fingerprint {atlas.fingerprint[:16]})",
-            f"explanations of {parent[:16]}",
-            "Run `sememe explain` on this atlas.",
+            f"the {kind} {path} must be of the atlas {atlas.path} (fingerprint {atlas.fingerprint[:16]})",
+            f"{kind} of {parent[:16]}",
+            f"Run `sememe {verb}` on this atlas.",
         )
-    return str(child.file(EXPLANATIONS))
+    return child

@@ -16,7 +16,7 @@ from sememe.errors import ArtifactError
 from sememe.plan import check
 from sememe.recipe import Recipe, Stage, place_of, read_recipe, stages
 
-__all__ = ["StageResult", "print_comparison", "print_geometry", "print_report", "run"]
+__all__ = ["StageResult", "print_comparison", "print_geometry", "print_lens", "print_report", "run"]
 
 
 WIDE = 140
@@ -257,6 +257,21 @@ def print_geometry(path: str | Path) -> None:
         )
     for notice in data["notices"]:
         console.print(notice, soft_wrap=True, markup=False, highlight=False)
+
+
+def print_lens(path: str | Path) -> None:
+    """How near each layer's lens comes to what the model says, beside the logit lens."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from sememe import artifact
+
+    table = Table(title=f"{path}: divergence from the model on held-out documents, in nats (95% intervals)")
+    for column in ("layer", "tuned lens", "logit lens"):
+        table.add_column(column, justify="right")
+    for layer, found in artifact.load(path, "lens").extra["measured"].items():
+        table.add_row(layer, _shown(found["tuned"]["kl"]), _shown(found["logit"]["kl"]))
+    Console().print(table)
 
 
 def _shown(entry: dict[str, Any] | None, bounds: bool = True) -> str:

@@ -18,6 +18,7 @@ from tiny_models import (
 
 from sememe.errors import HookpointError, ModelError, ShapeError
 from sememe.lm import LanguageModel, wrap
+from sememe.lm.past import Past, Prefix
 
 ALL = {**ARCHITECTURES, **MORE}
 
@@ -460,3 +461,49 @@ def test_generation_past_the_context(llama: LanguageModel) -> None:
         ModelError, match=f"must fit the context of {CONTEXT} tokens of llama, got {CONTEXT + 7}"
     ):
         llama.generate(some_ids(), CONTEXT)
+
+
+# ---- going on after some tokens -------------------------------------------------------------------------------
+
+
+def test_going_on_after_a_prefix_is_the_full_forward(lm: LanguageModel) -> None:
+    """Rows that go on after 0, 3 and 5 tokens of two contexts, filled up at their end, edited and captured."""
+    ids = some_ids(seq=9)
+    rows, lengths, n_new = torch.tensor([0, 1, 0]), torch.tensor([0, 3, 5]), 4
+    if not lm.goes_on():
+        assert lm.hf.config.model_type == "mamba"
+        return
+    places = lengths[:, None] + torch.arange(n_new)
+    new = ids[rows[:, None], places]
+    with torch.no_grad():
+        with lm.remembering() as past:
+            full = lm.hidden(ids)
+        with lm.after(past.prefix(rows, lengths, n_new)):
+            found = lm.hidden(new)
+            captured = lm.capture(new, ["resid_post.1"])["resid_post.1"]
+            assert torch.equal(lm.logits(full), lm.logits(full)), "logits go on from nothing"
+        assert torch.allclose(found, full[rows[:, None], places], rtol=1e-3, atol=1e-5)
+        whole = lm.capture(ids, ["resid_post.1"])["resid_post.1"]
+        assert torch.allclose(captured, whole[rows[:, None], places], rtol=1e-3, atol=1e-5)
+
+        moved = noise(3, n_new, D_MODEL)
+        with lm.after(past.prefix(rows, lengths, n_new, first_layer=1 + lm.skips(1))):
+            replaced = lm.hidden_from(1, moved, new)
+        for i in range(3):
+            residual = whole[rows[i]].clone()
+            residual[lengths[i] : lengths[i] + n_new] = moved[i]
+            end = int(lengths[i]) + n_new
+            truth = lm.hidden_from(1, residual[None], ids[rows[i]][None])[0, int(lengths[i]) : end]
+            assert torch.allclose(replaced[i], truth, rtol=1e-3, atol=1e-4)
+    assert torch.equal(lm.hidden(ids), full), "and nothing of it stays"
+
+
+def test_a_model_whose_keys_do_not_help_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = tiny_lm("llama")
+    prefix = Past.prefix
+
+    def wrong(self: Past, rows: torch.Tensor, lengths: torch.Tensor, *rest: int) -> Prefix:
+        return prefix(self, rows.flip(0), lengths, *rest)
+
+    monkeypatch.setattr(Past, "prefix", wrong)
+    assert not lm.goes_on()

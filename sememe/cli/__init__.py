@@ -44,8 +44,13 @@ VERBS: dict[str, Verb] = {
         "Ask where latents lie: among neurons, in other dictionaries, over training.", "geometry"
     ),
     "report": Verb("Draw one page from one or several reports.", "report"),
+    "lens": Verb("Train a tuned lens: what a model would say if it stopped at a layer.", "lens"),
     "interpret": Verb("Make an atlas: where each latent fires, and what it writes.", "interpret"),
     "explain": Verb("Say in words when each latent fires, and score the words.", "explain"),
+    "effects": Verb(
+        "Measure what each latent does to the predictions, and what made it fire: real forwards.", "effects"
+    ),
+    "prompt": Verb("Show which latents fire on a text, how strongly, and what each does there.", "prompt"),
     "browse": Verb("Look at an atlas in the web browser, or export it as a site.", "browse"),
     "intervene": Verb("Change a model's latents and see what it says then.", "intervene"),
     "toy": Verb("Train on a planted dictionary and see how much of it is found.", "toy"),

@@ -293,35 +293,106 @@ def _report() -> Any:
     )
 
 
+def _lens() -> Any:
+    from sememe.lens import LensConfig, lens
+    from sememe.run import print_lens
+
+    def verb(config: LensConfig, fresh: bool = False) -> None:
+        lens(config, fresh=fresh)
+        print_lens(config.out)
+        _say("lens", config.out)
+
+    return command(
+        LensConfig,
+        verb,
+        extra=FRESH,
+        doc="Train a tuned lens: what a model would say if it stopped at a layer.",
+    )
+
+
 def _interpret() -> Any:
-    from sememe.interpret import InterpretConfig, interpret
+    from sememe.interpret import InterpretConfig, interpret_all
 
     def verb(config: InterpretConfig, fresh: bool = False) -> None:
-        interpret(config, fresh=fresh).close()
-        _say("atlas", config.out)
+        for atlas in interpret_all(config, fresh=fresh).values():
+            atlas.close()
+            _say("atlas", atlas.artifact.path)
 
     return command(
         InterpretConfig,
         verb,
-        positional=("dictionary",),
+        positional=("dictionaries",),
         extra=FRESH,
         doc="Make an atlas: where each latent fires, and what it writes.",
     )
 
 
 def _explain() -> Any:
-    from sememe.explain import ExplainConfig, explain
+    from sememe.explain import ExplainConfig, explain, preview
 
-    def verb(config: ExplainConfig, fresh: bool = False) -> None:
-        explain(config, fresh=fresh)
+    def verb(config: ExplainConfig, fresh: bool = False, dry_run: bool = False) -> None:
+        if dry_run:
+            cost = preview(config)
+            price = "price not known" if cost.price is None else f"price {cost.price:,.4g}"
+            print(
+                f"{cost.n_calls:,} calls, up to {cost.n_prompt_tokens:,} tokens of prompts and "
+                f"{cost.n_completion_tokens:,} of answers, {price}; {cost.n_from_cache:,} of {cost.n_questions:,} "
+                "questions need not be asked"
+            )
+            return
+        found = explain(config, fresh=fresh)
+        print(found.page())
         _say("explanations", config.out)
 
     return command(
         ExplainConfig,
         verb,
         positional=("atlas",),
+        extra=FRESH
+        | {
+            "dry_run": (
+                bool,
+                False,
+                "Ask nothing: say how many calls, tokens and how much money it would take.",
+            )
+        },
+        doc="Say in words what latents stand for, and score the words.",
+    )
+
+
+def _effects() -> Any:
+    from sememe.effects import EffectsConfig, effects
+
+    def verb(config: EffectsConfig, fresh: bool = False) -> None:
+        found = effects(config, fresh=fresh)
+        for name, value in found.summary.items():
+            if value is not None:
+                print(f"{name.replace('_', ' '):<20} {value:>10{',' if isinstance(value, int) else '.4f'}}")
+        _say("effects", config.out)
+
+    return command(
+        EffectsConfig,
+        verb,
+        positional=("atlas",),
         extra=FRESH,
-        doc="Say in words when each latent fires, and score the words.",
+        doc="Measure what each latent does to the predictions, and what made it fire.",
+    )
+
+
+def _prompt() -> Any:
+    from sememe.prompt import PromptConfig, print_prompt, prompt
+
+    def verb(config: PromptConfig) -> None:
+        print_prompt(prompt(config))
+        for name, path in (("rows", config.out), ("page", config.page)):
+            if path is not None:
+                _say(name, path)
+
+    return command(
+        PromptConfig,
+        verb,
+        positional=("prompt",),
+        doc="Show which latents fire on a text, how strongly for them, and what each does to the loss.",
     )
 
 
@@ -449,8 +520,11 @@ _MAKERS: dict[str, Callable[[], Any]] = {
     "compare": _compare,
     "geometry": _geometry,
     "report": _report,
+    "lens": _lens,
     "interpret": _interpret,
     "explain": _explain,
+    "effects": _effects,
+    "prompt": _prompt,
     "browse": _browse,
     "plan_recipe": _plan,
     "run_recipe": _run,

@@ -17,6 +17,7 @@ from sememe.figures.data import (
     stopped,
     write_draws,
 )
+from sememe.figures.explanations import lift_table, write_explanations
 from sememe.figures.geometry import write_geometry
 from sememe.figures.grid import grid_plots
 from sememe.figures.pages import write_pages
@@ -30,6 +31,7 @@ __all__ = [
     "Report",
     "grid_plots",
     "headline_table",
+    "lift_table",
     "markdown_table",
     "open_report",
     "read_curves",
@@ -39,6 +41,7 @@ __all__ = [
     "write_comparison",
     "write_concepts",
     "write_draws",
+    "write_explanations",
     "write_geometry",
     "write_pages",
     "write_rows",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,12 @@ import torch
 from torch import Tensor
 
 from sememe import artifact, dictionaries, metrics
+from sememe.dictionaries.folders import CHECKPOINTS, last_step
 from sememe.geometry.config import GeometryConfig
 from sememe.progress import track
 
 __all__ = ["history"]
 
-FOLDER, LOG = "checkpoints", "metrics.jsonl"
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 NULLS = 0x68697374
 """The first stream of the random directions: one for each checkpoint."""
@@ -26,12 +25,12 @@ NULLS = 0x68697374
 def history(folder: Path, config: GeometryConfig) -> dict[str, Any] | None:
     """Self-similarity over the checkpoints in a dictionary's folder, the dictionary itself being the last; None if it
     kept none. Beside it that of random directions, drawn anew at every checkpoint."""
-    places = sorted((folder / FOLDER).glob(f"step-*/{artifact.META}"))
+    places = sorted((folder / CHECKPOINTS).glob(f"step-*/{artifact.META}"))
     if not places:
         return None
     paths = [place.parent for place in places]
     steps = [int(artifact.load(path, "dictionary").extra["step"]) for path in paths]
-    last = _last_step(folder)
+    last = last_step(folder)
     if last is not None and last > steps[-1]:
         paths.append(folder)
         steps.append(last)
@@ -71,12 +70,3 @@ def history(folder: Path, config: GeometryConfig) -> dict[str, Any] | None:
         "fell_below_0.6": beside(found.fell, random.fell),
         "random_spread": float(1 / np.sqrt(d_out)),
     }
-
-
-def _last_step(folder: Path) -> int | None:
-    """The step that the training's log ends with."""
-    try:
-        lines = (folder / LOG).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return None
-    return int(json.loads(lines[-1])["step"]) if lines else None

@@ -8,6 +8,7 @@ gone when a call returns or raises. One `LanguageModel` serves one thread.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from sememe.errors import HookpointError, ModelError, ShapeError
 from sememe.lm.hookpoints import Hookpoints, Place, attach, read, rows, unrows, write
+from sememe.lm.past import Past, Prefix
 from sememe.lm.readout import Readout, between_stack_and_head
 from sememe.lm.tokens import TokenTable
 
@@ -69,6 +71,9 @@ class LanguageModel:
         self._edits_off = False
         self._skipped_to = -2
         self._tokens: TokenTable | None = None
+        self._past: Past | None = None
+        self._prefix: Prefix | None = None
+        self._can_go_on: bool | None = None
 
     def __repr__(self) -> str:
         return (
@@ -111,6 +116,11 @@ class LanguageModel:
     def replay_layer(self, hookpoint: str) -> int:
         """The layer from whose output `hidden_from` recomputes everything from this hookpoint on; -1: none."""
         return self._points.resolve(hookpoint).start
+
+    def written_layer(self, hookpoint: str) -> int:
+        """The layer in whose output a write to the residual stream here first shows; -1: before layer 0."""
+        place = self._points.resolve(hookpoint)
+        return place.layer - 1 if place.name.startswith("resid_pre.") else place.layer
 
     # ---- reading --------------------------------------------------------------------------------------------
 
@@ -162,11 +172,19 @@ class LanguageModel:
         return {place.name: found[place.name] for place in places}
 
     def hidden(
-        self, ids: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"] | None = None
+        self,
+        ids: Int[Tensor, "batch seq"],
+        mask: Bool[Tensor, "batch seq"] | None = None,
+        cache: Any = None,
     ) -> Float[Tensor, "batch seq d_hidden"]:
         """What the unembedding sees: the last layer's output after the final norm.
 
         Its width is d_model but where a model projects once more before the unembedding (OPT-350m).
+
+        Args:
+            ids: Token ids.
+            mask: False where a position is padding (at the end of a row).
+            cache: transformers' keys and values of the tokens before `ids`; those of `ids` are added to it.
         """
         found: list[Tensor] = []
 
@@ -176,7 +194,7 @@ class LanguageModel:
 
         with contextlib.ExitStack() as hooks:
             hooks.callback(attach(self._head, "in", take).remove)
-            self._forward(ids, mask)
+            self._forward(ids, mask, cache)
         return found[0]
 
     def logits(self, hidden: Float[Tensor, "*batch d_hidden"]) -> Float[Tensor, "*batch vocab"]:
@@ -190,6 +208,7 @@ class LanguageModel:
         placed = hidden if fits else hidden.reshape(-1, 1, shape[-1])
         ids = torch.zeros(placed.shape[:2], dtype=torch.long)
         with contextlib.ExitStack() as hooks:
+            hooks.enter_context(self._on_its_own())
             hooks.enter_context(self._skipping(self.n_layers - 1, None))
             hooks.enter_context(self._below_off(self.n_layers))
             hooks.callback(attach(self._head, "in", lambda _: placed).remove)
@@ -281,6 +300,55 @@ class LanguageModel:
                 around.callback(put.remove)
             return self.hidden(ids, mask)
 
+    # ---- going on after some tokens -------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def remembering(self) -> Iterator[Past]:
+        """The keys and values of the forward inside the context; of the last one, if there are several."""
+        before, self._past = self._past, Past()
+        try:
+            yield self._past
+        finally:
+            self._past = before
+
+    @contextlib.contextmanager
+    def after(self, prefix: Prefix) -> Iterator[None]:
+        """Every forward inside the context gets new tokens only, which go on from a prefix.
+
+        `hidden`, `capture`, `hidden_from` and `edit` then see the new tokens, as if the prefix's stood before them;
+        rows filled up at their end need no mask. Ask `goes_on()` first.
+        """
+        before, self._prefix = self._prefix, prefix
+        try:
+            yield
+        finally:
+            self._prefix = before
+
+    def goes_on(self) -> bool:
+        """Whether going on after a prefix gives what a full forward gives, tried once on a few tokens."""
+        if self._can_go_on is None:
+            n = 12 if self.context_length is None else min(12, self.context_length)
+            ids = torch.stack([torch.arange(n), torch.arange(n).flip(0)]) % self.vocab_size
+            lengths = torch.tensor([n // 4, n // 2])
+            n_new = n - n // 2
+            try:
+                with self._without_edits(), torch.no_grad():
+                    with self.remembering() as past:
+                        full = self.hidden(ids)
+                    places = lengths[:, None] + torch.arange(n_new)
+                    with self.after(past.prefix(torch.arange(2), lengths, n_new)):
+                        new = self.hidden(ids.gather(1, places)).float()
+                truth = full[torch.arange(2)[:, None].to(full.device), places.to(full.device)].float()
+                tolerance = 1e-3 if self.dtype == torch.float32 else 5e-2
+                self._can_go_on = bool((new - truth).norm() <= tolerance * truth.norm())
+            except Exception:
+                self._can_go_on = False
+        return self._can_go_on
+
+    def skips(self, layer: int) -> bool:
+        """Whether `hidden_from` leaves layers 0 to `layer` out, and does not run the full forward instead."""
+        return layer >= 0 and self._skips(layer)
+
     def generate(
         self,
         ids: Int[Tensor, "batch seq"],
@@ -293,6 +361,8 @@ class LanguageModel:
         seed: int = 0,
         use_cache: bool = True,
         stop_at_eos: bool = True,
+        ends: tuple[int, ...] = (),
+        until: Callable[[Int[Tensor, "batch seq_so_far"]], Bool[Tensor, " batch"]] | None = None,
     ) -> Int[Tensor, "batch seq_plus_new"]:
         """Prompts with their continuations; edits act, and the global random state is left as it was.
 
@@ -306,8 +376,10 @@ class LanguageModel:
             seed: Of the sampling.
             use_cache: Keep keys and values of past positions; without it, every step recomputes all.
             stop_at_eos: End a row at the tokenizer's end token.
+            ends: Further tokens that end a row.
+            until: Which rows end, asked after each token with everything so far.
         """
-        from transformers import GenerationConfig
+        from transformers import GenerationConfig, StoppingCriteriaList
 
         self._check(ids, mask)
         if self.context_length is not None and ids.shape[1] + max_new_tokens > self.context_length:
@@ -317,6 +389,7 @@ class LanguageModel:
                 "Shorten the prompt or lower max_new_tokens.",
             )
         eos = self.tokenizer.eos_token_id if stop_at_eos else None
+        all_ends = [*([eos] if eos is not None else []), *(end for end in ends if end != eos)]
         sampling = (
             {"temperature": temperature, "top_k": top_k or 0, "top_p": top_p or 1.0}
             if temperature > 0
@@ -326,8 +399,8 @@ class LanguageModel:
             max_new_tokens=max_new_tokens,
             do_sample=temperature > 0,
             use_cache=use_cache,
-            eos_token_id=eos,
-            pad_token_id=eos if eos is not None else 0,
+            eos_token_id=all_ends or None,
+            pad_token_id=all_ends[0] if all_ends else 0,
             **sampling,
         )
         ids = ids.to(self.device, torch.long)
@@ -338,7 +411,14 @@ class LanguageModel:
         try:
             with torch.random.fork_rng(devices=devices), torch.no_grad():
                 torch.manual_seed(seed)
-                made: Tensor = self.hf.generate(input_ids=ids, attention_mask=ones, generation_config=config)
+                made: Tensor = self.hf.generate(
+                    input_ids=ids,
+                    attention_mask=ones,
+                    generation_config=config,
+                    stopping_criteria=StoppingCriteriaList(
+                        [lambda so_far, _, **__: until(so_far)] if until is not None else []
+                    ),
+                )
         finally:
             self.hf.generation_config = advice
         return made
@@ -445,7 +525,7 @@ class LanguageModel:
                     "Tokenize with this model's tokenizer.",
                 )
 
-    def _forward(self, ids: Tensor, mask: Tensor | None) -> Any:
+    def _forward(self, ids: Tensor, mask: Tensor | None, cache: Any = None) -> Any:
         """One forward; None when a hook stopped it."""
         self._check(ids, mask)
         # All ones is the default, and lets attention take its fast path.
@@ -455,9 +535,27 @@ class LanguageModel:
         ids = ids.to(self.device, torch.long)
         mask = mask.to(self.device, torch.long) if mask is not None else None
         try:
-            return self.hf(input_ids=ids, attention_mask=mask, use_cache=False)
+            if cache is not None:
+                told = {"attention_mask": mask, "past_key_values": cache, "use_cache": True}
+            else:
+                told = self._cache_arguments(ids, mask)
+            return self.hf(input_ids=ids, **told)
         except _Stop:
             return None
+
+    def _cache_arguments(self, ids: Tensor, mask: Tensor | None) -> dict[str, Any]:
+        """What a forward is told of earlier tokens, and whether it is to leave its own keys behind."""
+        if self._prefix is not None:
+            n_new = ids.shape[1]
+            mask = self._prefix.mask(n_new)
+            told: dict[str, Any] = {"past_key_values": self._prefix.cache, "use_cache": True}
+            if "position_ids" in inspect.signature(type(self.hf).forward).parameters:
+                told["position_ids"] = self._prefix.positions(n_new, self.context_length).to(ids.device)
+            return told | {"attention_mask": None if mask is None else mask.to(ids.device, torch.long)}
+        if self._past is not None:
+            self._past.forget()
+            return {"attention_mask": mask, "past_key_values": self._past.cache, "use_cache": True}
+        return {"attention_mask": mask, "use_cache": False}
 
     def _follow_shape(self, hooks: contextlib.ExitStack) -> list[tuple[int, int] | None]:
         """The (batch, seq) of the running forward, whoever calls it."""
@@ -479,9 +577,20 @@ class LanguageModel:
     def _without_edits(self) -> Iterator[None]:
         before, self._edits_off = self._edits_off, True
         try:
-            yield
+            with self._on_its_own():
+                yield
         finally:
             self._edits_off = before
+
+    @contextlib.contextmanager
+    def _on_its_own(self) -> Iterator[None]:
+        """Forwards go on from nothing and leave nothing behind."""
+        before = self._past, self._prefix
+        self._past, self._prefix = None, None
+        try:
+            yield
+        finally:
+            self._past, self._prefix = before
 
     @contextlib.contextmanager
     def _below_off(self, layer: int) -> Iterator[None]:

@@ -1,0 +1,239 @@
+"""What an ablation changes in a model's predictions: losses, and the tokens that rise and fall. Runs no layer.
+
+With z the logits and D the change of what the unembedding sees, a linear unembedding changes the logits by u = W D,
+and the log-probability of a token v by
+
+    u_v - log sum_w p_w exp(u_w)            p: the unedited probabilities
+
+which is computed so: half-precision logits are good to about 0.05 nats, and the difference of two of them would drown
+small effects; u is rounded relative to itself. Where the unembedding is not linear (soft-capping), u is the
+difference of the two logits.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sememe.errors import ActivationError
+from sememe.lm import LanguageModel
+
+__all__ = ["Changes", "Predictions"]
+
+ROWS = 128
+"""Rows of logits made at once: 128 x 50,000 floats are 25 MB."""
+CACHED_ROWS = 8
+"""And looked at at once, so that on a CPU they stay in its cache."""
+
+
+class Changes(NamedTuple):
+    """What each of n ablations changes, in nats. Losses are 0 where `n_scored` says there is no token to predict."""
+
+    loss: Float[Tensor, " n"]
+    """Of the true next token, unedited."""
+    loss_change: Float[Tensor, " n"]
+    """Ablated minus unedited: above 0 where the latent helped."""
+    loss_change_after: Float[Tensor, " n"]
+    """Summed over the predictions of the tokens after the next one."""
+    scored: Bool[Tensor, " n"]
+    """Whether there is a next token."""
+    n_after: Int[Tensor, " n"]
+    """Predictions behind `loss_change_after`."""
+    kl: Float[Tensor, " n"]
+    """From the unedited prediction at the position to the ablated one."""
+    raised: Int[Tensor, "n shown"]
+    """Of the likeliest tokens, those whose log-probability rises most."""
+    raised_by: Float[Tensor, "n shown"]
+    lowered: Int[Tensor, "n shown"]
+    """And falls most."""
+    lowered_by: Float[Tensor, "n shown"]
+
+
+class _Found(NamedTuple):
+    """Filled place by place."""
+
+    changed: Float[Tensor, "n after_plus_1"]
+    loss: Float[Tensor, " n"]
+    kl: Float[Tensor, " n"]
+    tokens: Int[Tensor, "2 n shown"]
+    by: Float[Tensor, "2 n shown"]
+
+
+class Predictions:
+    """What an unedited run predicts at some places.
+
+    Args:
+        lm: The model.
+        ids: The contexts' tokens.
+        hidden: What its unembedding saw.
+        wanted: The positions at which predictions will be compared.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        ids: Int[Tensor, "batch seq"],
+        hidden: Float[Tensor, "batch seq d_hidden"],
+        wanted: Bool[Tensor, "batch seq"],
+    ) -> None:
+        self.lm, self.ids, self.hidden = lm, ids, hidden
+        rows, positions = torch.nonzero(wanted, as_tuple=True)
+        self.number = torch.full(wanted.shape, -1, dtype=torch.long)
+        self.number[rows, positions] = torch.arange(len(rows))
+        seen = hidden[rows.to(hidden.device), positions.to(hidden.device)]
+        constant = lm.logits(torch.zeros_like(seen[:1])).float()  # an unembedding may have a bias
+        self.constant = constant if bool(constant.any()) else None
+        parts, norms = [], []
+        for part in torch.split(seen, ROWS):
+            parts.append(lm.logits(part))
+            norms += [few.float().logsumexp(-1) for few in torch.split(parts[-1], CACHED_ROWS)]
+        self.logits, self.norms = torch.cat(parts), torch.cat(norms)
+        self.linear = self._is_linear(seen[:8], 0.0 if self.constant is None else self.constant)
+
+    def _is_linear(self, seen: Float[Tensor, "n d_hidden"], constant: Tensor | float) -> bool:
+        """Whether twice the input gives twice the logits."""
+        whole, half = (self.lm.logits(x).float() - constant for x in (seen, seen / 2))
+        return bool((whole - 2 * half).norm() <= 0.02 * whole.norm())
+
+    def losses(self) -> Float[Tensor, "batch seq"]:
+        """Of each true next token, unedited, in nats; 0 where it was not asked for, and at the last position."""
+        out = torch.zeros(self.number.shape)
+        rows, positions = torch.nonzero(self.number[:, :-1] >= 0, as_tuple=True)
+        number = self.number[rows, positions].to(self.logits.device)
+        target = self.ids[rows, positions + 1].to(self.logits.device)
+        out[rows, positions] = (self.norms[number] - self.logits[number, target].float()).cpu()
+        return out
+
+    def changes(
+        self,
+        hidden: Float[Tensor, "n after_plus_1 d_hidden"],
+        rows: Int[Tensor, " n"],
+        positions: Int[Tensor, " n"],
+        scored: Bool[Tensor, "n after_plus_1"],
+        *,
+        n_shown: int,
+        n_likeliest: int,
+    ) -> Changes:
+        """What ablations change.
+
+        Args:
+            hidden: What the unembedding sees from each ablation's position on.
+            rows: The ablations' contexts.
+            positions: Their positions.
+            scored: Whether there is a next token whose loss counts, at the position and each one after it.
+            n_shown: Tokens named at either end.
+            n_likeliest: Only the so many likeliest tokens, before and after, are named.
+        Raises:
+            ActivationError: an ablation drives the model to NaN or infinity.
+        """
+        n, width = scored.shape
+        n_shown = min(n_shown, self.lm.vocab_size)
+        found = _Found(
+            torch.zeros(n, width),
+            torch.zeros(n),
+            torch.zeros(n),
+            torch.zeros(2, n, n_shown, dtype=torch.long),
+            torch.zeros(2, n, n_shown),
+        )
+        wanted = scored.clone()
+        wanted[:, 0] = True
+        places = torch.nonzero(wanted)
+        step = ROWS if self.logits.is_cuda else CACHED_ROWS
+        for part in torch.split(places, ROWS):
+            i, t = part[:, 0], part[:, 1]
+            logits = self._moved(hidden[i.to(hidden.device), t.to(hidden.device)], rows[i], positions[i] + t)
+            for start in range(0, len(part), step):
+                here = slice(start, start + step)
+                self._compare(
+                    found, logits[here], i[here], t[here], rows, positions, scored, n_shown, n_likeliest
+                )
+        return Changes(
+            found.loss,
+            found.changed[:, 0],
+            found.changed[:, 1:].sum(1),
+            scored[:, 0],
+            scored[:, 1:].sum(1),
+            found.kl,
+            found.tokens[0],
+            found.by[0],
+            found.tokens[1],
+            found.by[1],
+        )
+
+    def _moved(
+        self, hidden: Float[Tensor, "m d_hidden"], rows: Int[Tensor, " m"], positions: Int[Tensor, " m"]
+    ) -> Float[Tensor, "m vocab"]:
+        """The change of the logits where the unembedding is linear, and the new logits where it is not."""
+        if not self.linear:
+            return self.lm.logits(hidden)
+        base = self.hidden[rows.to(self.hidden.device), positions.to(self.hidden.device)]
+        return self.lm.logits((hidden.float() - base.float()).to(hidden.dtype))
+
+    def _compare(
+        self,
+        found: _Found,
+        logits: Float[Tensor, "m vocab"],
+        i: Int[Tensor, " m"],
+        t: Int[Tensor, " m"],
+        rows: Int[Tensor, " n"],
+        positions: Int[Tensor, " n"],
+        scored: Bool[Tensor, "n after_plus_1"],
+        n_shown: int,
+        n_likeliest: int,
+    ) -> None:
+        """Note what some predictions change; `logits` are those of `_moved`."""
+        row, position = rows[i], positions[i] + t
+        number = self.number[row, position]
+        assert bool((number >= 0).all()), "a prediction is compared that was not asked for"
+        number = number.to(self.logits.device)
+        before, u = self.logits[number].float(), logits.float()
+        log_p = before - self.norms[number][:, None]
+        if not self.linear:
+            u -= before
+        elif self.constant is not None:
+            u -= self.constant
+        shift = (log_p + u).exp_().sum(1).log_()
+        if not bool(torch.isfinite(shift).all()):
+            raise ActivationError(
+                "an ablation must leave the model's output finite",
+                "NaN or infinity",
+                "Check the decoder's weights.",
+            )
+        has = scored[i, t]
+        target = self.ids[row, (position + 1).clamp(max=self.ids.shape[1] - 1)].to(u.device)[:, None]
+        rise = (u.gather(1, target)[:, 0] - shift).cpu()
+        found.changed[i[has], t[has]] = -rise[has]
+        first = t == 0
+        if not bool(first.any()):
+            return
+        here, mine = first.to(u.device), i[first]
+        log_p, u, shift = log_p[here], u[here], shift[here]
+        loss = -log_p.gather(1, target[here])[:, 0].cpu()
+        found.loss[mine] = torch.where(has[first], loss, 0.0)
+        found.kl[mine] = (shift - (log_p.exp() * u).sum(1)).clamp(min=0).cpu()
+        for end, (ids, values) in enumerate(_extremes(log_p, u, shift, n_shown, n_likeliest)):
+            found.tokens[end, mine], found.by[end, mine] = ids.cpu(), values.cpu()
+
+
+def _extremes(
+    log_p: Float[Tensor, "n vocab"],
+    u: Float[Tensor, "n vocab"],
+    shift: Float[Tensor, " n"],
+    n_shown: int,
+    n_likeliest: int,
+) -> list[tuple[Int[Tensor, "n shown"], Float[Tensor, "n shown"]]]:
+    """Of the likeliest tokens before and after, those that rise most and those that fall most."""
+    n_likeliest = max(min(n_likeliest, u.shape[1]), n_shown)
+    likely = torch.cat([x.topk(n_likeliest, dim=1).indices for x in (log_p, log_p + u)], dim=1)
+    likely = likely.sort(dim=1).values
+    again = torch.zeros_like(likely, dtype=torch.bool)
+    again[:, 1:] = likely[:, 1:] == likely[:, :-1]
+    change = u.gather(1, likely) - shift[:, None]
+    found = []
+    for sign in (1.0, -1.0):
+        ranked = (sign * change).masked_fill(again, -torch.inf).topk(n_shown, dim=1)
+        found.append((likely.gather(1, ranked.indices), sign * ranked.values))
+    return found

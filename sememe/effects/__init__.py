@@ -1,0 +1,179 @@
+"""The verb that asks what each latent does to the model's predictions, and what in the context made it fire.
+
+For examples of an atlas the latent is taken out at its position and the model run on: the change of the loss and of
+the likeliest tokens. And the strongest examples are read again without each token before the peak. An artifact of
+kind "effects" beside the atlas, which is not changed. Knows an atlas, a dictionary and its model; the forwards are
+`downstream`'s.
+
+    config.py     the options
+    examples.py   which examples, context by context
+    group.py      what a few contexts give
+    parts.py      what was found so far, on disk
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from sememe import artifact, dictionaries
+from sememe import lm as language_models
+from sememe.atlas import EFFECTS, REMOVALS, Atlas, open_atlas
+from sememe.downstream import Reruns
+from sememe.effects.config import EffectsConfig
+from sememe.effects.examples import chosen_latents, groups, read_contexts, read_examples
+from sememe.effects.group import measure
+from sememe.effects.parts import PARTS, Parts, summary_of, write_tables
+from sememe.errors import ArtifactError, MismatchError
+from sememe.interrupt import stop_requests
+from sememe.lm import LanguageModel
+from sememe.progress import track
+
+__all__ = ["Effects", "EffectsConfig", "effects"]
+
+VERSION = 1
+
+
+class Effects:
+    """Finished effects of some of an atlas's latents."""
+
+    def __init__(self, folder: artifact.Artifact) -> None:
+        self.artifact = folder
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Counts, mean changes of the loss, and how large rounding alone makes them (`noise`)."""
+        summary: dict[str, Any] = self.artifact.extra["summary"]
+        return summary
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per ablation; the columns are those of docs/effects.md."""
+        rows: list[dict[str, Any]] = pq.read_table(self.artifact.file(EFFECTS)).to_pylist()
+        return rows
+
+    def removals(self) -> list[dict[str, Any]]:
+        """One row per token left out of a context."""
+        rows: list[dict[str, Any]] = pq.read_table(self.artifact.file(REMOVALS)).to_pylist()
+        return rows
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><th style='text-align:left'>{name.replace('_', ' ')}</th><td>{_shown(value)}</td></tr>"
+            for name, value in self.summary.items()
+        )
+        return f"<table><caption>Sememe effects</caption>{rows}</table>"
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def effects(config: EffectsConfig, *, lm: LanguageModel | None = None, fresh: bool = False) -> Effects:
+    """Measure the effects of some latents, or open them if they are there.
+
+    Args:
+        config: Which latents of which atlas.
+        lm: The model, if it is loaded already; else it is loaded from config.model.
+        fresh: Replace whatever stands at config.out.
+    Raises:
+        ArtifactError: config.atlas is not an atlas, or its dictionary is not where it was.
+        MismatchError: the atlas is of another dictionary or model, or other effects stand at config.out.
+        ConfigError: a latent does not exist.
+        ActivationError: none of the latents fires, or an activation is NaN or infinite.
+    """
+    atlas = open_atlas(config.atlas)
+    try:
+        chosen = chosen_latents(atlas, config)
+        path = _dictionary_of(atlas, config)
+        fingerprint = lm.fingerprint if lm else language_models.fingerprint_of(config.model)
+        _check_model(atlas, config, fingerprint)
+        parents = {
+            "atlas": atlas.artifact.fingerprint,
+            "dictionary": atlas.artifact.meta["parents"]["dictionary"],
+            "model": fingerprint,
+        }
+        identity = artifact.identity_of("effects", VERSION, config, parents)
+        if not fresh and (found := artifact.find(config.out, "effects", identity, config, parents)):
+            return Effects(found)
+        dictionary = dictionaries.load(path)
+        lm = lm if lm is not None else language_models.load(config.model)
+        reruns = Reruns(lm, dictionary)
+        with artifact.building(
+            config.out,
+            kind="effects",
+            version=VERSION,
+            config=config,
+            parents=parents,
+            resumable=True,
+            fresh=fresh,
+            leave_out=(PARTS,),
+        ) as work:
+            parts = Parts(work.path, config.snapshot_seconds)
+            _measure(config, atlas, reruns, chosen, parts)
+            found_all = parts.all()
+            write_tables(work.path, found_all, lm.token_text, config.n_after)
+            work.extra["summary"] = summary_of(found_all, config.n_after)
+            work.extra["latents"] = chosen
+    finally:
+        atlas.close()
+    return Effects(artifact.load(config.out, "effects"))
+
+
+def _measure(config: EffectsConfig, atlas: Atlas, reruns: Reruns, chosen: list[int], parts: Parts) -> None:
+    """Go through the contexts, from where an earlier run ended."""
+    examples = read_examples(atlas, config, chosen)
+    n_before = parts.n_done_examples
+    with (
+        track("effects", len(examples.latent), "ablations", done=n_before) as progress,
+        stop_requests() as stop,
+    ):
+        for group in groups(examples, config.batch_rows, config.n_after, parts.n_done):
+            inside = examples.take(group.examples)
+            found = measure(reruns, config, read_contexts(atlas, group), group.contexts, inside)
+            parts.add(found, len(group.contexts), time.monotonic())
+            progress.advance(len(inside.latent))
+            if stop.is_set():
+                parts.save()
+                raise KeyboardInterrupt
+    parts.save()
+
+
+def _dictionary_of(atlas: Atlas, config: EffectsConfig) -> Path:
+    """The folder of the dictionary the atlas is of.
+
+    Raises:
+        ArtifactError: it is not where it was.
+        MismatchError: the one that was named is another.
+    """
+    wanted = atlas.artifact.meta["parents"]["dictionary"]
+    named = config.dictionary
+    recorded = Path(atlas.artifact.meta["config"].get("dictionary", "dictionary"))
+    places = [named] if named is not None else [recorded, atlas.artifact.path.parent / recorded.name]
+    there = next((place for place in places if (place / artifact.META).is_file()), None)
+    if there is None:
+        raise ArtifactError(
+            f"the dictionary of the atlas {config.atlas} must be at {' or '.join(map(str, places))}",
+            "nothing there",
+            "Name its folder with --dictionary.",
+        )
+    found = artifact.load(there, "dictionary").fingerprint
+    if found != wanted:
+        raise MismatchError(
+            f"the atlas {config.atlas} must be of the dictionary {there} (fingerprint {found[:16]})",
+            f"an atlas of {wanted[:16]}",
+            "Name the dictionary that the atlas was made from, or make the atlas again.",
+        )
+    return there
+
+
+def _check_model(atlas: Atlas, config: EffectsConfig, fingerprint: str) -> None:
+    wanted = atlas.artifact.meta["parents"].get("model")
+    if wanted != fingerprint:
+        raise MismatchError(
+            f"the model {config.model.model} (fingerprint {fingerprint[:16]}) must be the atlas's",
+            f"an atlas of {atlas.meta['dictionary'].get('model', 'another')} ({str(wanted)[:16]})",
+            f"Pass --model {atlas.meta['dictionary'].get('model', '')}.",
+        )

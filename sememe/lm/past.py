@@ -1,0 +1,115 @@
+"""Keys and values that a forward left behind, and forwards that go on from them. Knows caches and nothing of layers.
+
+A row that goes on after the first n tokens of a context reads that context's keys and values instead of computing
+its n tokens again. Rows of one batch may go on after different numbers of tokens: the shorter are padded at the
+front, as in batched generation.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+__all__ = ["Past", "Prefix"]
+
+
+class Prefix(NamedTuple):
+    """What the rows of one batch go on from."""
+
+    cache: Any
+    """The model's cache object."""
+    lengths: Int[Tensor, " rows"]
+    """Tokens before each row's first new one."""
+    n_padded: int
+    """Those of the longest: the width of the cache."""
+
+    def mask(self, n_new: int) -> Bool[Tensor, "rows padded_plus_new"] | None:
+        """False at the padding in front; None where there is none."""
+        if bool((self.lengths == self.n_padded).all()):
+            return None
+        before = torch.arange(self.n_padded) >= (self.n_padded - self.lengths)[:, None]
+        return torch.cat([before, torch.ones(before.shape[0], n_new, dtype=torch.bool)], dim=1)
+
+    def positions(self, n_new: int, context_length: int | None) -> Int[Tensor, "rows new"]:
+        """Of the new tokens; what fills a row up may lie past the model's context and gets its last position."""
+        found = self.lengths[:, None] + torch.arange(n_new)
+        return found if context_length is None else found.clamp(max=context_length - 1)
+
+
+class Past:
+    """Keys and values of one forward, layer by layer."""
+
+    def __init__(self) -> None:
+        self.cache = DynamicCache()
+
+    def forget(self) -> None:
+        """Begin anew: another forward is about to leave its keys here."""
+        self.cache = DynamicCache()
+
+    def keys_and_values(self) -> list[tuple[Float[Tensor, "batch heads seq d"], ...]]:
+        """Of each layer."""
+        return [(layer.keys, layer.values) for layer in self.cache.layers]
+
+    def prefix(
+        self, rows: Int[Tensor, " rows"], lengths: Int[Tensor, " rows"], n_new: int, first_layer: int = 0
+    ) -> Prefix:
+        """What a batch goes on from.
+
+        Args:
+            rows: The row of the forward that each goes on from.
+            lengths: After how many of its tokens.
+            n_new: Room for so many new tokens.
+            first_layer: The lowest layer that will run; those below are not copied.
+        """
+        n_padded = int(lengths.max()) if len(lengths) else 0
+        layers = []
+        for number, tensors in enumerate(self.keys_and_values()):
+            if number < first_layer:
+                layers.append(_Layer(None, None, n_padded))
+                continue
+            keys, values = (_lefts(x, rows, lengths, n_padded, n_new) for x in tensors)
+            layers.append(_Layer(keys, values, n_padded))
+        cache = DynamicCache()
+        cache.layers = layers
+        return Prefix(cache, lengths, n_padded)
+
+
+class _Layer(DynamicLayer):  # type: ignore[misc]
+    """A layer's keys and values with room for the new ones behind them, so that nothing is copied again."""
+
+    def __init__(self, keys: Tensor | None, values: Tensor | None, n_padded: int) -> None:
+        super().__init__()
+        self.n_padded = n_padded
+        if keys is not None and values is not None:
+            self.dtype, self.device = keys.dtype, keys.device
+            self.keys, self.values = keys, values
+            self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        end = self.n_padded + key_states.shape[-2]
+        self.keys[:, :, self.n_padded : end] = key_states
+        self.values[:, :, self.n_padded : end] = value_states
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def get_seq_length(self, *_: Any) -> int:
+        return self.n_padded
+
+
+def _lefts(
+    x: Float[Tensor, "batch heads seq d"],
+    rows: Int[Tensor, " rows"],
+    lengths: Int[Tensor, " rows"],
+    n_padded: int,
+    n_new: int,
+) -> Float[Tensor, "rows heads padded_plus_new d"]:
+    """The first tokens of some rows, moved to the right of n_padded places, with zeros in front."""
+    _, n_heads, _, d = x.shape
+    out = x.new_empty(len(rows), n_heads, n_padded + n_new, d)
+    for i, (row, length) in enumerate(zip(rows.tolist(), lengths.tolist(), strict=True)):
+        out[i, :, : n_padded - length] = 0  # a weight of 0 leaves nothing of a number, but all of a NaN
+        out[i, :, n_padded - length : n_padded] = x[row, :, :length]
+    return out
