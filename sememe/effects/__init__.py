@@ -13,6 +13,7 @@ kind "effects" beside the atlas, which is not changed. Knows an atlas, a diction
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from sememe.effects.config import EffectsConfig
 from sememe.effects.examples import chosen_latents, groups, read_contexts, read_examples
 from sememe.effects.group import measure
 from sememe.effects.parts import PARTS, Parts, summary_of, write_tables
-from sememe.errors import ArtifactError, MismatchError
+from sememe.errors import ActivationError, ArtifactError, MismatchError
 from sememe.interrupt import stop_requests
 from sememe.lm import LanguageModel
 from sememe.progress import track
@@ -112,7 +113,11 @@ def effects(config: EffectsConfig, *, lm: LanguageModel | None = None, fresh: bo
             leave_out=(PARTS,),
         ) as work:
             parts = Parts(work.path, config.snapshot_seconds)
-            _measure(config, atlas, reruns, chosen, parts)
+            try:
+                _measure(config, atlas, reruns, chosen, parts)
+            except ActivationError:
+                shutil.rmtree(work.path)  # going on would end in the same place
+                raise
             found_all = parts.all()
             write_tables(work.path, found_all, lm.token_text, config.n_after)
             work.extra["summary"] = summary_of(found_all, config.n_after)
