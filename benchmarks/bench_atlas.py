@@ -4,9 +4,9 @@
         [--widths 4608 65536] [--out artifacts/bench/atlas.json]
 
 The forward is timed batch by batch, in turns with the pass, so that whatever else the machine does falls on both.
-The pass counts everything: tokenizing, forward, encoding, collecting, snapshots, direct logits, the database. Each
-width runs in a process of its own, whose peak memory is the figure. The dictionary is an untrained TopK one whose
-encoder is its decoder's transpose; a trained one of the same shape costs the same.
+The pass counts everything: tokenizing, forward, encoding, collecting, direct logits, pairs, neighbours, the map, the
+database. Each width runs in a process of its own, whose peak memory is the figure. The dictionary is an untrained
+TopK one whose encoder is its decoder's transpose; a trained one of the same shape costs the same.
 
 Effects are those of `sememe effects` with its defaults but for removals, on that atlas: contexts read, the unedited
 forwards, every ablation and the predictions compared, in milliseconds per 20 examples. `effects_ms_per_latent` is for
@@ -123,7 +123,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     fetch(config.text)
     seconds = {"text": 0.0, "forward": 0.0, "pass": 0.0, "write": 0.0}
     with tempfile.TemporaryDirectory() as folder:
-        run = Pass(config, lm, dictionary, TokenPolicy(), Path(folder))
+        run = Pass(config, lm, {"bench": dictionary}, TokenPolicy(), Path(folder))
+        run.open()
         with (run.folder / ROWS).open("wb") as rows, (run.folder / DOCUMENTS).open("wb") as documents:
             parts = run.parts(documents)
             began = time.perf_counter()
@@ -150,7 +151,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         began = time.perf_counter()
         made = Path(folder) / "atlas"
         with artifact.building(made, kind="atlas", version=1, config=config, parents={}) as work:
-            write_database(work.path / DATABASE, run, {"d_sae": d_sae})
+            write_database(work.path / DATABASE, run, run.followed[0], {"d_sae": d_sae})
+        run.close()
         seconds["write"] = time.perf_counter() - began
         n_bytes = (made / DATABASE).stat().st_size
         peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -160,7 +162,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "over_forward": whole / seconds["forward"],
         "peak_gb": peak_gb,
         "effects": effects,
-        "collector_gb": run.collector.nbytes / 2**30,
+        "collector_gb": run.followed[0].collector.nbytes / 2**30,
         "database_mb": n_bytes / 2**20,
         "n_tokens": n_tokens,
         "tokens_per_second": n_tokens / whole,

@@ -36,6 +36,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "Atlas",
     "create",
+    "dictionary_of",
     "insert",
     "labels",
     "lists",
@@ -46,13 +47,14 @@ __all__ = [
 DATABASE = "atlas.duckdb"
 EXPLANATIONS = "explanations.parquet"
 EFFECTS, REMOVALS = "effects.parquet", "removals.parquet"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 SCHEMA = """
 -- One row per fact about the whole: value is JSON. Keys: schema_version, dictionary (name, kind, d_in, d_sae,
 -- hookpoint, model, fingerprint), text (n_tokens, n_rows, n_documents), context_length, window (before, after),
--- histogram_edges (list: upper edges are max_act * edge), attributions (list of {source, title, licence, url,
--- notice}), report (headline numbers, when known).
+-- histogram_edges (list: upper edges are max_act * edge), position_edges (upper edges of the bands of positions),
+-- coactive_tokens (how many tokens pairs were counted on), lenses (those of `logits`), attributions (list of {source,
+-- title, licence, url, notice}), report (headline numbers, when known). A null's dictionary says `null`, its name.
 CREATE TABLE meta (key VARCHAR PRIMARY KEY, value VARCHAR NOT NULL);
 
 -- The model's tokens that occur anywhere in this atlas. `text` is for people (may hold U+FFFD), `bytes` is exact.
@@ -80,17 +82,51 @@ CREATE TABLE latents (
     n_distinct_tokens INTEGER,          -- among the tokens of its kept examples' peaks
     language VARCHAR, language_share DOUBLE,   -- the commonest `language` of its kept examples' documents
     histogram BIGINT[] NOT NULL,        -- counts of active tokens between 0 and max_act, see meta.histogram_edges
+    position_density FLOAT[],           -- share of the kept tokens in each band of positions on which it is active,
+    position_mean FLOAT[],              -- and its mean activation over them, silent ones as 0; see meta.position_edges
     decoder_norm FLOAT NOT NULL,
+    bias FLOAT,                         -- its encoder bias; NULL where the dictionary has none
+    encoder_decoder_cosine FLOAT,       -- NULL where it reads elsewhere than it writes
+    max_cos FLOAT,                      -- cosine of its decoder direction to the nearest other of this dictionary
+    mcs FLOAT,                          -- to the nearest of the other dictionaries that were looked at, if any
+    self_similarity FLOAT,              -- to itself at the last but one kept checkpoint, if there are any
+    skew FLOAT, kurtosis FLOAT,         -- of its decoder direction's entries (normal: 0 and 3)
+    n_effective_neurons FLOAT,          -- participation ratio of those entries: 1 is one neuron
+    top_neuron INTEGER, top_neuron_share FLOAT, -- the dimension it writes to most, and that one's share of its square
+    outlier_share FLOAT,                -- share of its square in the outlier dimensions of the dictionary's directions
+    cluster INTEGER,                    -- clusters.id; NULL: in none, or dead
+    x FLOAT, y FLOAT,                   -- its place on a map of the decoder directions; NULL if dead
     logit_mean FLOAT, logit_std FLOAT); -- of its direct effect over the vocabulary
 
+-- Groups of decoder directions that lie close together, named by the tokens that most of their latents fire on.
+CREATE TABLE clusters (id INTEGER PRIMARY KEY, label VARCHAR NOT NULL, n_latents INTEGER NOT NULL,
+    tokens INTEGER[] NOT NULL);
+
+-- The directions nearest to a latent's, of this dictionary (dictionary NULL) or of another that was named. kind:
+-- 'decoder' or 'encoder'; rank 0 is the nearest.
+CREATE TABLE neighbours (latent INTEGER NOT NULL, kind VARCHAR NOT NULL, dictionary VARCHAR, rank INTEGER NOT NULL,
+    other INTEGER NOT NULL, cosine FLOAT NOT NULL);
+
+-- The latents with which it is active on the same tokens, of the whole dictionary, by correlation. n_both of
+-- meta.coactive_tokens; `expected` if the two knew nothing of each other.
+CREATE TABLE coactive (latent INTEGER NOT NULL, rank INTEGER NOT NULL, other INTEGER NOT NULL, n_both BIGINT NOT NULL,
+    expected FLOAT NOT NULL, phi FLOAT NOT NULL);
+
+-- The dimensions ("neurons", where the hookpoint is the inside of an MLP) it writes to most.
+CREATE TABLE neurons (latent INTEGER NOT NULL, rank INTEGER NOT NULL, neuron INTEGER NOT NULL,
+    weight FLOAT NOT NULL, share FLOAT NOT NULL);       -- weight: of the unit direction; share: its square
+
 -- Direct effect on the output: decoder direction through final norm and unembedding, minus the vocabulary mean.
-CREATE TABLE logits (latent INTEGER NOT NULL, sign TINYINT NOT NULL, rank INTEGER NOT NULL,
-    token INTEGER NOT NULL, value FLOAT NOT NULL);      -- sign 1: promoted, -1: demoted; rank 0 is the strongest
+-- lens 'logit': the direction itself; 'tuned': as a tuned lens translates it to the last layer, where one was given.
+CREATE TABLE logits (latent INTEGER NOT NULL, sign TINYINT NOT NULL, rank INTEGER NOT NULL, token INTEGER NOT NULL,
+    value FLOAT NOT NULL,                               -- sign 1: promoted, -1: demoted; rank 0 is the strongest
+    lens VARCHAR NOT NULL DEFAULT 'logit');
 
 -- The tokens that hold most of its activation, up to 5: rank 0 is latents.top_token. `share` is of its activation
--- mass; for latents active on more than 192 distinct tokens it may be slightly too small, never too large.
+-- mass; for latents active on more than 192 distinct tokens it may be slightly too small, never too large; so may
+-- n_active, on how many of the token's n_seen kept occurrences it is active, and mean_act, its mean over those.
 CREATE TABLE top_tokens (latent INTEGER NOT NULL, rank INTEGER NOT NULL, token INTEGER NOT NULL,
-    share DOUBLE NOT NULL);
+    share DOUBLE NOT NULL, n_active BIGINT NOT NULL, n_seen BIGINT NOT NULL, mean_act FLOAT NOT NULL);
 
 -- Where it fired. kind 'top': its largest activations, one per document, rank 0 the largest, decile NULL.
 -- kind 'decile': from the decile of its non-zero activations (0 lowest .. 9 highest), one per document.
@@ -156,15 +192,17 @@ class Atlas:
             ) from None
         files: dict[str, Path] = {}
         if explanations is not None:
-            files["explanations"] = _child_of(folder, explanations, "explanations", "explain").file(
-                EXPLANATIONS
-            )
+            child = _child_of(folder, explanations, "explanations", "explain")
+            files["explanations"] = child.file(EXPLANATIONS)
         if effects is not None:
             child = _child_of(folder, effects, "effects", "effects")
             files |= {"effects": child.file(EFFECTS), "removals": child.file(REMOVALS)}
-        self._views = [_view(name, file) for name, file in files.items()]
-        for view in self._views:
-            self.connection.execute(view)
+        catalogue = str(self.connection.execute("SELECT current_database()").fetchall()[0][0])
+        self._views = [_view(name, f"SELECT * FROM {_rows(file)}") for name, file in files.items()]
+        self._views.append(_view("latents", _explained(catalogue, files.get("explanations"))))
+        if self.meta.get("schema_version") == SCHEMA_VERSION:
+            for view in self._views:
+                self.connection.execute(view)
 
     def _cursor(self) -> duckdb.DuckDBPyConnection:
         """A connection of its own, so that threads do not disturb each other; views are each connection's own."""
@@ -287,6 +325,22 @@ def open_atlas(
     return atlas
 
 
+def dictionary_of(atlas: Atlas) -> str:
+    """The fingerprint of the dictionary an atlas was made from.
+
+    Raises:
+        MismatchError: it is the atlas of a null, which stands nowhere.
+    """
+    found = atlas.artifact.meta["parents"].get("dictionary")
+    if found is None:
+        raise MismatchError(
+            f"the atlas {atlas.artifact.path} must be of a dictionary",
+            f"the atlas of a null ({atlas.meta['dictionary'].get('null', 'unknown')})",
+            "Name the atlas of a dictionary.",
+        )
+    return str(found)
+
+
 def labels(explanations: str | Path) -> dict[int, str]:
     """What each explained latent stands for, from a folder of explanations.
 
@@ -302,9 +356,22 @@ def labels(explanations: str | Path) -> dict[int, str]:
         connection.close()
 
 
-def _view(name: str, file: Path) -> str:
+def _view(name: str, select: str) -> str:
+    return f"CREATE TEMP VIEW IF NOT EXISTS {name} AS {select}"
+
+
+def _rows(file: Path) -> str:
     quoted = str(file).replace("'", "''")
-    return f"CREATE TEMP VIEW IF NOT EXISTS {name} AS SELECT * FROM read_parquet('{quoted}')"
+    return f"read_parquet('{quoted}')"
+
+
+def _explained(catalogue: str, explanations: Path | None) -> str:
+    """The table of latents with what each stands for, which goes by the bare table's name."""
+    latents = f'"{catalogue}".main.latents AS l'
+    if explanations is None:
+        return f"SELECT l.*, CAST(NULL AS VARCHAR) AS explanation FROM {latents}"
+    joined = f"LEFT JOIN {_rows(explanations)} AS e ON e.latent = l.id"
+    return f"SELECT l.*, e.label AS explanation FROM {latents} {joined}"
 
 
 def _child_of(atlas: artifact.Artifact, path: str | Path, kind: str, verb: str) -> artifact.Artifact:

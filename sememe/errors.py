@@ -13,7 +13,8 @@
     │   └── LockError        another run is writing to the same place
     ├── FormatError          another tool's file is not what it claims to be
     ├── ResourceError        not enough memory, disk, or a missing optional package
-    ├── JudgeError           a language model that is asked cannot be reached, refuses, or costs too much
+    ├── JudgeError           a language model that is asked cannot be reached, or refuses
+    │   └── LimitError       asking has cost what it may
     └── ServerError          the browser's server cannot be started
 
 Knows nothing about the rest of the package.
@@ -32,6 +33,7 @@ __all__ = [
     "FormatError",
     "HookpointError",
     "JudgeError",
+    "LimitError",
     "LockError",
     "MismatchError",
     "ModelError",
@@ -115,7 +117,11 @@ class ResourceError(SememeError):
 
 
 class JudgeError(SememeError):
-    """A language model that is asked cannot be reached, refuses, or costs too much."""
+    """A language model that is asked cannot be reached, or refuses."""
+
+
+class LimitError(JudgeError):
+    """Asking has cost what it may; what was answered is kept."""
 
 
 class ServerError(SememeError):

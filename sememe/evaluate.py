@@ -8,6 +8,7 @@ layers above the hookpoint.
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -41,7 +42,7 @@ from sememe.text import TokenPolicy
 
 __all__ = ["NULLS", "EvaluateConfig", "evaluate"]
 
-VERSION = 5
+VERSION = 6
 
 
 class EvaluateConfig(MeasureConfig):
@@ -140,9 +141,10 @@ def evaluate(config: EvaluateConfig, *, lm: LanguageModel | None = None, fresh: 
     with artifact.building(
         config.out, kind="report", version=VERSION, config=config, parents=parents, fresh=fresh
     ) as work:
+        since = time.monotonic()
         measured = Measured(config, lm, splicer, sites, policy)
         arms, null_configs = make_arms(config, lm, dictionary.to(lm.device), sites, policy, store, other)
-        stopped = run(config, {"dictionary": (measured, arms)})
+        stopped = run(config, {"dictionary": (measured, arms)}, since)
         data = measured.report(arms) | {
             "dictionary": describe(saved, dictionary, sites),
             "null_configs": null_configs,

@@ -97,10 +97,10 @@ def read_recipe(path: str | Path) -> Recipe:
         )
     dictionaries = _named(data["train"], "architecture")
     baselines = _baselines_of(data["fit"]) if "fit" in data else {}
-    for name in baselines:
-        if name in dictionaries:
+    for baseline in baselines:
+        if baseline in dictionaries:
             raise ConfigError(
-                "a [fit.NAME] must have a name that no [train.NAME] has", repr(name), "Name it otherwise."
+                "a [fit.NAME] must have a name that no [train.NAME] has", repr(baseline), "Name it otherwise."
             )
     optional = STAGES[3:] if "compare" in data else OPTIONAL
     return Recipe(
@@ -238,8 +238,8 @@ def _after_training(
     # Over the store's own text, whose activations need no second forward, unless the recipe asks for another.
     elsewhere = {"n_tokens", "split", "text"} & set(recipe.interpret)
     origin = shared if elsewhere else {"model": recipe.model, "store": store}
-    about = {"dictionary": paths["dictionary"], "out": paths["atlas"]}
-    interpret = InterpretConfig.build({**origin, **recipe.interpret, **about}, where)
+    made = {"dictionaries": (paths["dictionary"],), "out": paths["atlas"]}
+    interpret = InterpretConfig.build({**origin, **recipe.interpret, **made}, where)
     found.append(Stage("interpret", name, paths["atlas"], interpret))
     if recipe.explain is not None:
         from sememe.explain import ExplainConfig

@@ -16,7 +16,7 @@ from sememe.errors import ArtifactError
 from sememe.plan import check
 from sememe.recipe import Recipe, Stage, place_of, read_recipe, stages
 
-__all__ = ["StageResult", "print_comparison", "print_geometry", "print_report", "run"]
+__all__ = ["StageResult", "print_comparison", "print_geometry", "print_lens", "print_report", "run"]
 
 
 WIDE = 140
@@ -219,7 +219,7 @@ def print_comparison(path: str | Path) -> None:
     for name, values, random in zip(
         directions["names"], directions["mmcs"], directions["random"], strict=True
     ):
-        table.add_row(name, *(f"{value:.3f}" for value in (*values, random)))
+        table.add_row(name, *(f"{one['value']:.3f}" for one in (*values, random)))
     if len(directions["names"]) <= MAX_NAMES:
         console.print("mmcs: how much of the row is in the column", soft_wrap=True, highlight=False)
         console.print(table)
@@ -250,13 +250,28 @@ def print_geometry(path: str | Path) -> None:
         one = pair["matched_cosine"]
         console.print(
             f"{pair['small']} in {pair['large']}: one to one, mean cosine {one['value']:.3f} "
-            f"(random {one['random']:.3f}), {one['share_above_0.9']:.0%} above 0.9; "
+            f"(random {one['random']:.3f}), {one['share_above_0.9']['value']:.0%} above 0.9; "
             f"{pair['splits']['n']:,} latents split",
             soft_wrap=True,
             highlight=False,
         )
     for notice in data["notices"]:
         console.print(notice, soft_wrap=True, markup=False, highlight=False)
+
+
+def print_lens(path: str | Path) -> None:
+    """How near each layer's lens comes to what the model says, beside the logit lens."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from sememe import artifact
+
+    table = Table(title=f"{path}: divergence from the model on held-out documents, in nats (95% intervals)")
+    for column in ("layer", "tuned lens", "logit lens"):
+        table.add_column(column, justify="right")
+    for layer, found in artifact.load(path, "lens").extra["measured"].items():
+        table.add_row(layer, _shown(found["tuned"]["kl"]), _shown(found["logit"]["kl"]))
+    Console().print(table)
 
 
 def _shown(entry: dict[str, Any] | None, bounds: bool = True) -> str:

@@ -42,7 +42,7 @@ class World(NamedTuple):
         """Options of a small atlas."""
         options: dict[str, object] = {
             "out": self.root / out,
-            "dictionary": self.dictionary,
+            "dictionaries": self.dictionary,
             "model": self.model,
             "text": self.text,
             "n_tokens": 5000,
@@ -54,6 +54,7 @@ class World(NamedTuple):
             "before": 8,
             "after": 4,
             "batch_rows": 8,
+            "map": False,
         }
         return InterpretConfig.build(options | changes)
 

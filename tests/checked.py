@@ -18,7 +18,8 @@ __all__ = ["UNCHECKED", "check", "install"]
 
 UNCHECKED = {
     "sememe.collect.loops",
-    "sememe.explain.loops",
+    "sememe.collect.pair_loops",
+    "sememe.explain.lexical.loops",
     "sememe.kernels.cpu.loops",
     "sememe.kernels.cpu.sparse_loops",
     "sememe.kernels.cpu.steps",

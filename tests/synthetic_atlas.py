@@ -65,6 +65,11 @@ VOCABULARY: list[bytes] = [
     b"<|endoftext|>",
 ]
 LANGUAGES = ["en", "de", "ja", None]
+LATENTS = (
+    "id", "density", "n_active", "max_act", "mean_act", "top_token", "top_token_share", "n_distinct_tokens",
+    "language", "language_share", "histogram", "decoder_norm", "logit_mean", "logit_std", "position_density",
+    "position_mean",
+)  # fmt: skip
 WINDOW = (8, 4)
 N_BINS = 20
 DICTIONARY = "d1c7" * 16
@@ -175,7 +180,10 @@ def _fill(path: Path, config: SyntheticConfig) -> None:
         latents.append(_latent(latent, flat, flat_documents, places, acts, n_tokens, rng))
         mass = np.bincount(flat[places], weights=acts, minlength=1)
         ranked = [int(token) for token in np.argsort(-mass, kind="stable")[:5] if mass[token] > 0]
-        top_tokens += [(latent, rank, token, mass[token] / mass.sum()) for rank, token in enumerate(ranked)]
+        top_tokens += [
+            (latent, rank, token, mass[token] / mass.sum(), 1, 1, float(mass[token]))
+            for rank, token in enumerate(ranked)
+        ]
         for sign in (1, -1):
             tokens = [int(favourites[0])] if sign == 1 else []
             tokens += [int(t) for t in rng.permutation(len(VOCABULARY)) if t not in tokens][
@@ -244,18 +252,18 @@ def _fill(path: Path, config: SyntheticConfig) -> None:
         "contexts",
         [(i, ids[i].tolist(), documents[i].tolist()) for i in range(config.n_contexts)],
     )
-    _insert(connection, "latents", latents)
+    _insert(connection, "latents", latents, LATENTS)
     _insert(connection, "top_tokens", top_tokens)
-    _insert(connection, "logits", logits)
+    _insert(connection, "logits", logits, ("latent", "sign", "rank", "token", "value"))
     _insert(connection, "examples", examples)
     connection.close()
 
 
-def _insert(connection, table: str, rows: list[tuple]) -> None:
-    names = [row[0] for row in connection.execute(f"DESCRIBE {table}").fetchall()]
+def _insert(connection, table: str, rows: list[tuple], names: tuple[str, ...] | None = None) -> None:
+    names = names or tuple(row[0] for row in connection.execute(f"DESCRIBE {table}").fetchall())
     rows_table = pa.table({name: [row[i] for row in rows] for i, name in enumerate(names)})
     connection.register("rows_table", rows_table)
-    connection.execute(f"INSERT INTO {table} SELECT * FROM rows_table")
+    connection.execute(f"INSERT INTO {table} BY NAME SELECT * FROM rows_table")
     connection.unregister("rows_table")
 
 
@@ -276,6 +284,8 @@ def _latent(latent, flat, flat_documents, places, acts, n_tokens, rng) -> tuple:
             1.0,
             0.0,
             float(rng.uniform(0.1, 1)),
+            [0.0] * 16,
+            [0.0] * 16,
         )
     mass = np.bincount(flat[places], weights=acts)
     counts, _ = np.histogram(acts, bins=N_BINS, range=(0, float(acts.max())))
@@ -297,6 +307,8 @@ def _latent(latent, flat, flat_documents, places, acts, n_tokens, rng) -> tuple:
         float(rng.uniform(0.5, 2)),
         0.0,
         float(rng.uniform(0.1, 1)),
+        [len(places) / n_tokens] * 16,
+        [float(acts.sum()) / n_tokens] * 16,
     )
 
 

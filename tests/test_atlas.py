@@ -49,12 +49,12 @@ def queries() -> list[str]:
 @pytest.mark.parametrize("query", queries())
 def test_the_queries_in_the_docs_run(atlas: Atlas, query: str) -> None:
     rows = atlas.query(query)
-    if "' king'" not in query and "language_share" not in query:
+    if not any(part in query for part in ("' king'", "language_share", "FROM clusters")):
         assert rows, "and they find something"
 
 
-def test_ten_queries_and_every_table_is_documented() -> None:
-    assert len(queries()) == 10
+def test_queries_and_every_table_is_documented() -> None:
+    assert len(queries()) >= 10
     text = (ROOT / "docs" / "atlas.md").read_text(encoding="utf-8")
     for table in re.findall(r"CREATE TABLE (\w+)", SCHEMA):
         assert f"`{table}`" in text, f"docs/atlas.md must name the table {table}"
@@ -153,21 +153,21 @@ def small(path: Path, token: str = "a", version: int | None = None) -> Path:
             "decoder_norm) VALUES (0, 0.5, 50, 1, 1, 0, 1, [50], 1)"
         )
         connection.execute("INSERT INTO tokens VALUES (0, ?, 'a'::BLOB)", [token])
-        connection.execute("INSERT INTO top_tokens VALUES (0, 0, 0, 1)")
+        connection.execute("INSERT INTO top_tokens VALUES (0, 0, 0, 1, 1, 1, 1)")
         connection.close()
     return path
 
 
 def test_a_newer_schema(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"must have schema version 1, got 2\. Upgrade sememe to read it"):
-        open_atlas(small(tmp_path / "atlas", version=2))
+    with pytest.raises(ArtifactError, match=r"must have schema version 2, got 3\. Upgrade sememe to read it"):
+        open_atlas(small(tmp_path / "atlas", version=3))
 
 
 def test_an_older_schema(tmp_path: Path) -> None:
     with pytest.raises(
-        ArtifactError, match=r"must have schema version 1, got 0\. Run `sememe interpret` again"
+        ArtifactError, match=r"must have schema version 2, got 1\. Run `sememe interpret` again"
     ):
-        open_atlas(small(tmp_path / "atlas", version=0))
+        open_atlas(small(tmp_path / "atlas", version=1))
 
 
 def test_nothing_there_and_another_kind(folder: Path, tmp_path: Path) -> None:

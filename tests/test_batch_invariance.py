@@ -125,8 +125,10 @@ def numbers(data: Stream, size: int) -> dict[str, Any]:
         **{name: one[:3] for name, one in statistics.items()},
         **{f"{name}_drawn": values for name, values in draws.items()},
         "density": sparsity.density().numpy(),
-        "l0_quantiles": list(sparsity.l0_quantiles().values()),
-        "density_shares": list(sparsity.density_shares().values()),
+        "l0_quantiles": [one.value for one in sparsity.l0_quantiles().values()],
+        "density_shares": [one.value for one in sparsity.density_shares().values()],
+        "l0_quantiles_bounds": [one[1:3] for one in sparsity.l0_quantiles(**options).values()],
+        "density_shares_bounds": [one[1:3] for one in sparsity.density_shares(**options).values()],
         "density_histogram": [*histogram.counts, histogram.n_silent, histogram.n_below],
     }
 
@@ -200,15 +202,38 @@ def by_definition(data: Stream) -> dict[str, Any]:
     edges = np.logspace(-1, 0, 9)
     counts = [((density >= low) & (density < high)).sum() for low, high in pairwise(edges)]
     shares = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+    def below(own: np.ndarray) -> list[float]:
+        return [*((own < limit).mean() for limit in (1e-5, 1e-4, 1e-3)), (own > 1e-2).mean()]
+
+    def about(value: float, drawn: list[float]) -> list[float]:
+        low, high = np.quantile(drawn, [0.025, 0.975]) - np.mean(drawn)
+        return [max(0, value + low), min(1, value + high)]
+
+    early = [unit for unit in range(N_UNITS) if active[:200][units[:200] == unit].any()]
+    chosen, chosen_early = (
+        [
+            np.concatenate([np.flatnonzero(units[:rows] == u) for u in np.repeat(mine, counts)])
+            for counts in np.random.default_rng(3).multinomial(
+                len(mine), np.full(len(mine), 1 / len(mine)), 40
+            )
+        ]
+        for rows, mine in ((N, np.arange(N_UNITS)), (200, np.array(early)))
+    )
+    of_draws = np.array([below(active[rows].mean(0)) for rows in chosen])
+    ordered = [np.sort(active[rows].sum(1)) for rows in chosen]
+    at = [[one[math.ceil(round(share * len(one), 9)) - 1] for one in ordered] for share in shares]
+    alive, first = (density > 0).mean(), active[:200].any(0).mean()
     return found | {
-        "frac_alive": [(density > 0).mean(), math.nan, math.nan],
-        "frac_alive_8192": [active[:200].any(0).mean(), math.nan, math.nan],
+        "frac_alive": [alive, *about(alive, [active[rows].any(0).mean() for rows in chosen])],
+        "frac_alive_8192": [first, *about(first, [active[rows].any(0).mean() for rows in chosen_early])],
+        "l0_quantiles_bounds": [np.quantile(own, [0.025, 0.975]) for own in at],
+        "density_shares_bounds": [
+            about(v, list(own)) for v, own in zip(below(density), of_draws.T, strict=True)
+        ],
         "density": density,
         "l0_quantiles": [l0[math.ceil(round(share * N, 9)) - 1] for share in shares],
-        "density_shares": [
-            *((density < limit).mean() for limit in (1e-5, 1e-4, 1e-3)),
-            (density > 1e-2).mean(),
-        ],
+        "density_shares": below(density),
         "density_histogram": [*counts, (density == 0).sum(), ((density > 0) & (density < 0.1)).sum()],
     }
 
@@ -404,11 +429,13 @@ def test_blocks_change_nothing(name: str) -> None:
 STREAMS = {"LanguageModelLoss", "Reconstruction", "Sparsity", "Sums", "bootstrap", "density_histogram"}
 EXEMPT = {
     "one mean or one order over all latents: has no batches": (
-        "correlations outlier_dimensions over_latents probe_rank random_moments random_rows rare_cluster"
+        "coincide correlations mean_directions outlier_dimensions over_latents over_pairs probe_rank"
+        " random_moments random_rows rare_cluster"
     ),
     "no number: an error": "check_finite",
     "a regression on all texts at once: has no batches; how these are read is below": (
-        "absorption dense_probe linear_probe sparse_probe spurious_removal targeted_perturbation"
+        "absorption dense_probe linear_probe over_halvings probe_scores sparse_probe spurious_removal"
+        " targeted_perturbation"
     ),
 }
 

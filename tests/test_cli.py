@@ -18,6 +18,7 @@ CONFIGS = {
     "concepts": "ConceptsConfig",
     "geometry": "GeometryConfig",
     "report": "ReportConfig",
+    "lens": "LensConfig",
     "interpret": "InterpretConfig",
     "explain": "ExplainConfig",
     "effects": "EffectsConfig",

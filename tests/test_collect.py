@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sememe.collect import N_DECILES, N_FINE, N_TOKENS, Collector
+from sememe.collect import N_DECILES, N_FINE, N_PLACES, N_TOKENS, Collector
 from sememe.errors import ConfigError
 
 BEFORE, AFTER = 3, 2
@@ -182,15 +182,39 @@ def check(found: Collector, batch: Batch, n_decile: int = 2) -> None:
         mass: dict[int, float] = defaultdict(float)
         for (row, pos), act in truth.items():
             mass[int(batch.ids[row, pos])] += abs(act)
-        keys, masses = found.top_tokens(3)
-        for token, amount in zip(keys[latent], masses[latent], strict=True):
+        times: dict[int, int] = defaultdict(int)
+        for row, pos in truth:
+            times[int(batch.ids[row, pos])] += 1
+        keys, masses, counted = found.top_tokens(3)
+        for token, amount, n in zip(keys[latent], masses[latent], counted[latent], strict=True):
             if token >= 0:
                 assert amount == pytest.approx(mass[int(token)], rel=1e-6)
+                assert n == times[int(token)]
         assert (
             keys[latent][0] == -1
             if not mass
             else masses[latent][0] == pytest.approx(max(mass.values()), rel=1e-6)
         )
+    check_places(found, batch, slow)
+
+
+def check_places(found: Collector, batch: Batch, slow: Slow) -> None:
+    """Density and mean by position, and how often each token was seen."""
+    ctx = batch.ids.shape[1]
+    density, mean = found.by_place()
+    for band in range(N_PLACES):
+        inside = [p for p in range(ctx) if p * N_PLACES // ctx == band]
+        n_kept = int(batch.keep[:, inside].sum())
+        for latent in range(found.d_sae):
+            strengths = [abs(a) for (_, p), a in slow.at[latent].items() if p in inside]
+            if n_kept == 0:
+                assert np.isnan(density[latent, band]) and np.isnan(mean[latent, band])
+            else:
+                assert density[latent, band] == pytest.approx(len(strengths) / n_kept)
+                assert mean[latent, band] == pytest.approx(sum(strengths) / n_kept, rel=1e-6)
+    tokens, times = np.unique(batch.ids[batch.keep], return_counts=True)
+    np.testing.assert_array_equal(np.flatnonzero(found.occurrences), tokens)
+    np.testing.assert_array_equal(found.occurrences[tokens], times)
 
 
 @settings(max_examples=40, deadline=None)
@@ -216,7 +240,18 @@ def test_collector_equals_the_slow_truth(
 def same(a: Collector, b: Collector) -> None:
     for x, y in zip(a.examples(2), b.examples(2), strict=True):
         np.testing.assert_array_equal(x, y)
-    for name in ("n_active", "total", "largest", "hist", "exponents", "token_mass", "n_silent"):
+    for name in (
+        "n_active",
+        "total",
+        "largest",
+        "hist",
+        "exponents",
+        "token_mass",
+        "token_count",
+        "place_n",
+        "place_mass",
+        "n_silent",
+    ):
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
 
 
@@ -268,9 +303,10 @@ def test_memory_does_not_grow_with_the_text() -> None:
         sizes.append(found.nbytes)
     assert max(sizes[20:]) <= 1.05 * max(sizes[:20])
     n_slots, window = 24, BEFORE + AFTER + 1
-    bound = 16 * (4 * N_FINE + 12 * N_TOKENS + 28 * n_slots + 14 * 3 + 60) + max(
+    bound = 16 * (4 * N_FINE + 16 * N_TOKENS + 12 * N_PLACES + 28 * n_slots + 14 * 3 + 60) + max(
         2 * 6 * 16 * n_slots * window, 6 * 4096
     )
+    bound += 8 * (20 + N_PLACES)  # tokens and places counted once for all latents
     assert max(sizes) <= bound
 
 
@@ -311,10 +347,11 @@ def test_token_table_keeps_the_heavy_tokens_of_many() -> None:
         np.zeros(ids.shape, np.int32),
     )
     truth = acts[ids.ravel() == 7].sum(dtype=np.float64)
-    tokens, mass = found.top_tokens(2)
+    tokens, mass, n_active = found.top_tokens(2)
     assert tokens[0, 0] == 7
     assert truth - found.token_lost[0] - 1e-6 <= mass[0, 0] <= truth + 1e-6
     assert 0 < found.token_lost[0] < 0.1 * acts.sum()
+    assert n_active[0, 0] <= (ids == 7).sum() < 1.1 * n_active[0, 0]
 
 
 def test_deciles_come_from_every_band() -> None:

@@ -17,7 +17,7 @@ from sememe.compare import CompareConfig, Comparison, compare
 from sememe.dictionaries.topk import TopK, TopKConfig
 from sememe.errors import ArtifactError, ConfigError, MismatchError, ShapeError, TextError
 from sememe.evaluate import EvaluateConfig, evaluate
-from sememe.figures import open_report, read_draws
+from sememe.figures import GROUPED, open_report, read_draws
 from sememe.store import open_store
 
 
@@ -51,15 +51,26 @@ def test_recall_and_precision_by_name(tmp_path: Path, pair: object) -> None:
     done = compare(config_for(tmp_path))
     data = json.loads((done.path / "comparison.json").read_text())
     own = data["pair"]
-    assert own["mmcs_a_to_b"] == pytest.approx(4 / 8)
-    assert own["mmcs_b_to_a"] == pytest.approx(4 / 5)  # the opposite direction is not found: cosine 0
-    assert own["a_to_b"]["share_above_0.9"] == 0.5 and own["b_to_a"]["share_above_0.9"] == 0.8
+    assert own["mmcs_a_to_b"]["value"] == pytest.approx(4 / 8)
+    assert own["mmcs_b_to_a"]["value"] == pytest.approx(
+        4 / 5
+    )  # the opposite direction is not found: cosine 0
+    shares = [own[way]["share_above_0.9"] for way in ("a_to_b", "b_to_a")]
+    assert [share["value"] for share in shares] == [0.5, 0.8] and [share["random"] for share in shares] == [
+        0,
+        0,
+    ]
     assert sum(own["a_to_b"]["histogram"]["counts"]) == 8
     assert [row["description"]["d_sae"] for row in data["rows"]] == [8, 5]
-    assert done.extra == {"mmcs_a_to_b": own["mmcs_a_to_b"], "mmcs_b_to_a": own["mmcs_b_to_a"]}
+    assert done.extra == {name: own[name]["value"] for name in ("mmcs_a_to_b", "mmcs_b_to_a")}
     assert data["directions"]["names"] == ["a", "b"]
-    assert np.allclose(data["directions"]["mmcs"], [[1, 0.5], [0.8, 1]])
-    assert np.allclose(data["directions"]["share_above_0.9"], [[1, 0.5], [0.8, 1]])
+    for name in ("mmcs", "share_above_0.9"):
+        assert np.allclose(values(data["directions"][name]), [[1, 0.5], [0.8, 1]])
+    assert data["directions"]["differences"] == [], "of two, each is found in one other"
+
+
+def values(table: list[list[dict]]) -> list[list[float]]:
+    return [[one["value"] for one in row] for row in table]
 
 
 def test_nearest_latents_are_stored_both_ways(tmp_path: Path, pair: object) -> None:
@@ -70,7 +81,7 @@ def test_nearest_latents_are_stored_both_ways(tmp_path: Path, pair: object) -> N
     assert back["indices"].shape == (5, 7) and back["indices"][:4, 0].tolist() == [3, 2, 1, 0]
     assert np.all(np.diff(back["cosines"], axis=1) <= 1e-6)
     markdown = (done.path / "comparison.md").read_text()
-    assert "| 0 | 3 | 1.0000 |" in markdown and "| a to b | 0.5000 |" in markdown
+    assert "| 0 | 3 | 1.0000 |" in markdown and "| a to b | 0.5000 (0.125 to 0.875) |" in markdown
 
 
 def test_a_dictionary_compared_with_itself_is_found_whole(tmp_path: Path, pair: object) -> None:
@@ -84,9 +95,69 @@ def test_several_give_a_matrix(tmp_path: Path, pair: object) -> None:
     done = compare(config_for(tmp_path, "a", "b", "c"))
     data = json.loads((done.path / "comparison.json").read_text())
     assert data["pair"] is None and not list(done.path.glob("*.npz"))
-    assert np.allclose(data["directions"]["mmcs"], [[1, 0.5, 0.25], [0.8, 1, 0.4], [1, 1, 1]])
+    assert np.allclose(values(data["directions"]["mmcs"]), [[1, 0.5, 0.25], [0.8, 1, 0.4], [1, 1, 1]])
     random = data["directions"]["random"]
-    assert len(random) == 3 and all(0 < value < 1 for value in random)
+    assert len(random) == 3 and all(0 < one["low"] <= one["value"] <= one["high"] < 1 for one in random)
+
+
+def plain_bootstrap(values: np.ndarray, n: int, seed: int) -> tuple[float, float]:
+    """Of a mean, by drawing the values themselves."""
+    size = len(values)
+    draws = np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size), size=n)
+    low, high = np.quantile([np.repeat(values, weights).mean() for weights in draws], [0.025, 0.975])
+    return float(low), float(high)
+
+
+def test_directions_have_intervals_over_latents_and_paired_differences(tmp_path: Path) -> None:
+    """Seeds of a: b is a with a little noise, c with more; each latent is a little worse in c."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(40, 30, generator=generator)
+    noise = torch.randn(40, 30, generator=generator)
+    unlike = torch.linspace(0.1, 2, 40)[:, None] * noise
+    for name, rows in (("a", a), ("b", a + unlike), ("c", a + 1.1 * unlike), ("d", a - unlike)):
+        dictionary(tmp_path / name, rows)
+    done = compare(config_for(tmp_path, "a", "b", "c", "d", n_bootstrap=200, seed=4))
+    found = json.loads((done.path / "comparison.json").read_text())["directions"]
+    unit = [x / x.norm(dim=1, keepdim=True) for x in (a, a + unlike, a + 1.1 * unlike, a - unlike)]
+    best = [(unit[0] @ other.T).amax(1).double().numpy() for other in unit]
+    for column in (1, 2, 3):
+        one, share = found["mmcs"][0][column], found["share_above_0.9"][0][column]
+        assert one["value"] == pytest.approx(best[column].mean(), abs=1e-6)
+        assert (one["low"], one["high"]) == pytest.approx(plain_bootstrap(best[column], 200, 4), abs=1e-6)
+        above = best[column] > 0.9
+        assert (share["low"], share["high"]) == pytest.approx(plain_bootstrap(above, 200, 4), abs=1e-6)
+    of_a = {one["other"]: one for one in found["differences"] if one["of"] == "a"}
+    assert set(of_a) in ({"c", "d"}, {"c", "b"}), "c is worst"
+    worse = of_a["c"]["difference"]
+    leader = best[1] if of_a["c"]["best"] == "b" else best[3]
+    assert (worse["low"], worse["high"]) == pytest.approx(plain_bootstrap(leader - best[2], 200, 4), abs=1e-6)
+    mmcs = found["mmcs"][0]
+    assert of_a["c"]["real"] and mmcs[1]["low"] < mmcs[2]["high"], (
+        "paired: each interval for itself holds both"
+    )
+    assert "better in" in of_a["c"]["sentence"]
+    alike = of_a["d" if "d" in of_a else "b"]
+    assert not alike["real"] and "alike" in alike["sentence"] and "the interval holds 0" in alike["sentence"]
+    assert len(found["differences"]) == 4 * 2
+    page = (done.path / "comparison.html").read_text()
+    assert "Whose latents are in whom</h2>" in page and "better in" in page
+
+
+def test_a_medians_interval_is_what_a_bootstrap_tends_to(tmp_path: Path, pair: object) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for name in ("e", "f"):
+        dictionary(tmp_path / name, torch.randn(101, 8, generator=generator))
+    done = compare(config_for(tmp_path, "e", "f"))
+    way = json.loads((done.path / "comparison.json").read_text())["pair"]["a_to_b"]
+    best = np.load(done.path / "matches_a_to_b.npz")["cosines"][:, 0].astype(np.float64)
+    draws = np.random.default_rng(0).integers(0, 101, (20_000, 101))
+    low, high = np.quantile(np.median(best[draws], axis=1), [0.025, 0.975])
+    assert way["median_mcs"]["low"] == pytest.approx(low, abs=0.01)
+    assert way["median_mcs"]["high"] == pytest.approx(high, abs=0.01)
+    assert way["median_mcs"]["random"] == pytest.approx(
+        way["median_mcs"]["value"], abs=0.05
+    )  # they are random
+    assert abs(way["n_distinct_matches"] - way["random_n_distinct_matches"]) < 15
 
 
 def test_the_command_prints_directions_where_nothing_was_measured(
@@ -190,6 +261,45 @@ def test_each_has_the_numbers_that_an_evaluation_of_it_alone_gives(
     )
     assert draws["ce_increase"][0] == pytest.approx(expected["ce_increase"]["value"], rel=1e-9)
     assert report.data["bootstrap"]["units"] == read(done)["bootstrap"]["units"]
+    assert row["density"] == report.data["density"]["dictionary"]
+    for language, group in report.data["by_language"].items():
+        ours = read(done)["by_language"][language]
+        arm = ours["arms"]["k4-seed1"]
+        assert (ours["n_documents"], arm["n_rows"]) == (group["n_documents"], group["n_rows"])
+        assert arm["metrics"] == {name: group["metrics"][name] for name in GROUPED}
+
+
+def test_every_arm_is_told_by_tag(world: World, tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in world.corpus.read_text().splitlines()]
+    for number, line in enumerate(lines):
+        line["genre"] = ("verse", "<news>", "prose")[number % 3]
+    tagged = tmp_path / "tagged.jsonl"
+    tagged.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    text = text_config(tagged, tag_fields=("genre",))
+    topk = [f"topk/k{k}-seed0" for k in (2, 4)]
+    config = on_text(world, tmp_path / "c", *topk, nulls=("pca",), text=text, store=None, n_bootstrap=20)
+    done = compare(config, lm=world.lm)
+    data = read(done)
+    by_name = {row["name"]: row["metrics"] for row in data["rows"]}
+    names = set(by_name)
+    assert names == {"k2-seed0", "k4-seed0", "pca k=2", "pca k=4"}
+    assert set(data["by_tag"]) == {"genre"} and set(data["by_tag"]["genre"]) == {"verse", "<news>", "prose"}
+    for group in data["by_tag"]["genre"].values():
+        assert set(group["arms"]) == names, "nulls, too"
+        for arm in group["arms"].values():
+            assert (
+                arm["metrics"]["fvu"]["low"]
+                <= arm["metrics"]["fvu"]["value"]
+                <= arm["metrics"]["fvu"]["high"]
+            )
+    groups = data["by_tag"]["genre"].values()
+    for name in names:
+        arms = [group["arms"][name] for group in groups]
+        n = sum(arm["n_rows"] for arm in arms)
+        l0 = sum(arm["n_rows"] * arm["metrics"]["l0"]["value"] for arm in arms) / n
+        assert n == data["text"]["n_rows_kept"] and l0 == pytest.approx(by_name[name]["l0"]["value"])
+    page = (done.path / "comparison.html").read_text()
+    assert "By genre</h2>" in page and "By language</h2>" in page and "<news>" not in page
 
 
 def test_seeds_make_a_setting_and_nulls_stand_at_the_same_l0(done: artifact.Artifact) -> None:
@@ -257,7 +367,43 @@ def test_a_budget_ends_it_and_says_so(world: World, tmp_path: Path) -> None:
     data = read(compare(config, lm=world.lm))
     assert data["stopped"]["because"] == "the budget is spent"
     assert 0 < data["stopped"]["n_tokens"] == data["text"]["n_tokens"] < 3000
-    assert any("because the budget is spent" in notice for notice in data["notices"])
+    (notice,) = (notice for notice in data["notices"] if "because the budget is spent" in notice)
+    assert "; of 0.001s, " in notice and "s went into fitting nulls and" in notice
+    assert set(data["stopped"]["spent"]) == {"fitting", "reading"}
+    for row in data["rows"]:
+        assert row["metrics"]["fvu"]["low"] is not None, "it reads on until there are two documents"
+
+
+def test_a_budget_counts_the_fitting_of_nulls(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that stands still but for the fitting, which takes an hour."""
+    from sememe.compare import verb
+
+    now = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+
+    def slow(*args: object) -> object:
+        now[0] += 3600
+        return fit(*args)
+
+    fit = verb.fit
+    monkeypatch.setattr(verb, "fit", slow)
+    names = ("zeros", "neurons")
+    done = compare(
+        on_text(world, tmp_path / "c", *names, nulls=(), n_tokens=3000, budget="59min"), lm=world.lm
+    )
+    stopped = read(done)["stopped"]
+    assert stopped["spent"] == {"fitting": 3600, "reading": 0} and stopped["because"] == "the budget is spent"
+    assert stopped["n_tokens"] < 3000
+    more = compare(
+        on_text(world, tmp_path / "d", *names, nulls=(), n_tokens=3000, budget="61min"), lm=world.lm
+    )
+    assert read(more)["stopped"]["because"] == "all tokens"
+    assert (
+        "because all tokens were read; of 61min, 3,600 s went into fitting nulls"
+        in (more.path / "comparison.md").read_text()
+    )
 
 
 def test_narrow_intervals_end_it_too(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

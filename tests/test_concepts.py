@@ -107,6 +107,19 @@ def test_spurious_removal_and_absorption_stand_beside_an_untrained_null(done: ar
         assert all(0 <= one["clean"]["value"] <= 1 for one in arm.values())
     (only,) = data["classes"].values()
     assert set(only["absorption"]) == {"dictionary", "untrained"}
+    numbers = [
+        only["absorption"][arm][name] for arm in only["absorption"] for name in ("full", "fraction", "f1")
+    ]
+    numbers += [
+        one[name] for arm in data["spurious_removal"].values() for one in arm.values() for name in one
+    ]
+    for one in numbers:
+        assert len(one["halvings"]) == 3
+        if one["low"] is None:
+            assert one["cause"], "what has no interval says why"
+        else:
+            assert one["low"] <= one["value"] <= one["high"]
+    assert sum(one["low"] is not None for one in numbers) > len(numbers) / 2
     assert "targeted_perturbation" not in data  # needs three classes: with two, others are the same class
 
 
@@ -123,6 +136,9 @@ def test_the_page_and_the_csv(done: artifact.Artifact) -> None:
         "activations",
     }
     assert len(lines) == 4 * 2 + 1
+    for line in lines:
+        for name in ("accuracy", "balanced_accuracy", "auroc"):
+            assert float(line[f"{name}_low"]) <= float(line[name]) <= float(line[f"{name}_high"])
     assert "Spurious removal" in (done.path / "concepts.md").read_text()
 
 

@@ -24,7 +24,8 @@ def test_every_dictionary_has_a_page(kind):
 
 
 @pytest.mark.parametrize(
-    "name", ["formats", "glossary", "log", "benchmarks", "text", "lm", "atlas", "metrics", "topologies"]
+    "name",
+    ["formats", "glossary", "log", "benchmarks", "text", "lm", "atlas", "metrics", "topologies", "judge"],
 )
 def test_the_other_pages_are_there(name):
     assert (ROOT / "docs" / f"{name}.md").is_file()

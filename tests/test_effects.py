@@ -297,7 +297,7 @@ def test_latents_that_do_not_exist_or_never_fire(world: World, atlas: Path) -> N
     with pytest.raises(ConfigError, match=r"a latent must be in \[0, 47\], got 48"):
         effects(config_of(world, "bad", every=False, latents=(48,)), lm=world.lm)
     save_dictionary(world.root / "wide", sites(world.lm), d_sae=3000)
-    config = world.config("atlas-wide", dictionary=world.root / "wide", n_tokens=1500)
+    config = world.config("atlas-wide", dictionaries=world.root / "wide", n_tokens=1500)
     plain = interpret(config, lm=world.lm)
     dead = plain.query("SELECT id FROM latents WHERE n_active = 0 LIMIT 1")[0]["id"]
     plain.close()
@@ -330,7 +330,7 @@ def test_the_dictionary_is_found_beside_an_atlas_that_moved(
     for path in (atlas, world.dictionary):
         (tmp_path / "moved" / path.name).symlink_to(path)
     meta = json.loads((atlas / "meta.json").read_text())
-    assert meta["config"]["dictionary"] == str(world.dictionary)
+    assert meta["config"]["dictionaries"] == [str(world.dictionary)]
     config = config_of(
         world, "moved", atlas=tmp_path / "moved" / "atlas", every=False, latents=(), n_latents=1
     )
@@ -367,7 +367,7 @@ def test_nan_in_the_model_leaves_nothing_behind(
 def test_other_hookpoints_from_the_verb(world: World, hookpoint: str) -> None:
     name = hookpoint.replace(".", "-")
     save_dictionary(world.root / name, sites(world.lm, hookpoint))
-    config = world.config(f"atlas-{name}", dictionary=world.root / name, n_tokens=2000)
+    config = world.config(f"atlas-{name}", dictionaries=world.root / name, n_tokens=2000)
     interpret(config, lm=world.lm).close()
     made = effects(config_of(world, f"effects-{name}", atlas=config.out, deciles=False), lm=world.lm)
     assert made.summary["n_ablations"] > 50 and made.summary["kl"] > 1e-6
@@ -375,7 +375,7 @@ def test_other_hookpoints_from_the_verb(world: World, hookpoint: str) -> None:
 
 def test_one_document_per_row_with_padding(world: World) -> None:
     save_dictionary(world.root / "unpacked", sites(world.lm), policy=POLICY.replace(packing=False))
-    config = world.config("atlas-unpacked", dictionary=world.root / "unpacked", n_tokens=2000)
+    config = world.config("atlas-unpacked", dictionaries=world.root / "unpacked", n_tokens=2000)
     interpret(config, lm=world.lm).close()
     made = effects(config_of(world, "effects-unpacked", atlas=config.out), lm=world.lm)
     rows = open_atlas(config.out, effects=made.artifact.path)

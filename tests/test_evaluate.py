@@ -32,7 +32,7 @@ from sememe.errors import ConfigError, MismatchError, ShapeError
 from sememe.evaluate import evaluate
 from sememe.figures import Report, open_report
 from sememe.lm import LanguageModel
-from sememe.measure.measured import MAX_UNITS, MAX_VALUES, MOST_UNITS, _Units
+from sememe.measure.units import MAX_UNITS, MAX_VALUES, MOST_UNITS, Units
 from sememe.store import open_store
 
 
@@ -286,6 +286,16 @@ def test_the_report_holds_what_it_promises(report: Report, store: Path) -> None:
     histogram = data["density"]["dictionary"]
     assert sum(histogram["counts"]) + histogram["n_silent"] + histogram["n_below"] == 32
     assert histogram["n_silent"] == round(32 * (1 - data["frac_alive"]))
+    for arm, own in data["density"].items():
+        assert set(own["shares"]) == {"below_1e-5", "below_1e-4", "below_1e-3", "above_1e-2"}
+        for one in (*own["shares"].values(), *own["l0_quantiles"].values()):
+            assert one["low"] <= one["value"] <= one["high"], arm
+        alive = (data["metrics"] if arm == "dictionary" else data["nulls"][arm])["frac_alive"]
+        assert alive["low"] <= alive["value"] <= alive["high"]
+        # with fewer than 100,000 rows, below 1e-5 is silent
+        assert own["shares"]["below_1e-5"]["value"] == pytest.approx(1 - alive["value"])
+    page = (report.path / "report.html").read_text()
+    assert "How often latents are active</h3>" in page and "<td>null: untrained</td>" in page
     assert data["bootstrap"]["unit"] == "document"
     assert data["bootstrap"]["n_units"] == data["text"]["n_documents"]
     assert set(data["by_language"]) == {"english", "german"}
@@ -300,6 +310,16 @@ def test_groups_average_to_the_whole(report: Report) -> None:
     n = sum(group["n_rows"] for group in groups)
     l0 = sum(group["n_rows"] * group["metrics"]["l0"]["value"] for group in groups) / n
     assert l0 == pytest.approx(report.value("l0"), rel=1e-9)
+    for null in report.data["nulls"]:
+        mse = sum(group["n_rows"] * group["nulls"][null]["mse"]["value"] for group in groups) / n
+        assert mse == pytest.approx(report.data["nulls"][null]["mse"]["value"], rel=1e-9)
+        for group in groups:
+            fvu = group["nulls"][null]["fvu"]
+            assert fvu["low"] <= fvu["value"] <= fvu["high"]
+            assert group["nulls"][null]["ce_base"] == group["metrics"]["ce_base"]
+    markdown = (report.path / "report.md").read_text()
+    by_language = markdown[markdown.index("**By language**") :]
+    assert by_language.index("| german |") < by_language.rindex("| null: untrained |")
 
 
 def test_numbers_are_grouped_by_each_tag(lm: LanguageModel, corpus: Path, tmp_path: Path) -> None:
@@ -328,7 +348,7 @@ def test_numbers_are_grouped_by_each_tag(lm: LanguageModel, corpus: Path, tmp_pa
 
 
 def test_units_are_merged_only_among_documents_of_the_same_tags() -> None:
-    units = _Units(("genre", "id"))
+    units = Units(("genre", "id"))
     n = 2 * MAX_UNITS
     ids = np.arange(n, dtype=np.int32)[None]
     documents = {
@@ -344,7 +364,7 @@ def test_units_are_merged_only_among_documents_of_the_same_tags() -> None:
 
 
 def test_many_combinations_of_tags_do_not_make_units_without_end() -> None:
-    units = _Units(("a", "b", "c"))
+    units = Units(("a", "b", "c"))
     n = 6 * MAX_UNITS
     ids = np.arange(n, dtype=np.int32)[None]
     tags = [{"a": str(i % 37), "b": str(i % 41), "c": str(i % 43)} for i in range(n)]
@@ -506,17 +526,15 @@ def test_documents_are_held_out(corpus: Path, lm: LanguageModel, store: Path, re
 
 
 def test_with_a_million_documents_memory_stays(corpus: Path) -> None:
-    from sememe.measure import measured as measure
-
-    units = measure._Units()
+    units = Units()
     info = text.DocumentInfo(0, "a", "english", None, {}, "")
-    n = measure.MAX_UNITS + 500
+    n = MAX_UNITS + 500
     for start in range(0, n, 16):
         ids = np.arange(start, start + 16, dtype=np.int32)[None]
         block = text.TokenBlock(ids, ids, ids, ids >= 0, ids >= 0, {int(i): info for i in ids[0]})
         found = units(block, slice(0, 1))
-        assert found.max() < measure.MAX_UNITS
-    assert len(units.tags) == measure.MAX_UNITS
+        assert found.max() < MAX_UNITS
+    assert len(units.tags) == MAX_UNITS
     again = units(block, slice(0, 1))
     assert np.array_equal(again, found)
 

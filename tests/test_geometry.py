@@ -98,11 +98,15 @@ def test_densities_are_those_of_the_stores_rows(world, done):
     everything = geometry_density(dictionary, x.float())
     density = pq.read_table(done.path / row["latents"])["density"].to_numpy()
     assert np.abs(density - everything).mean() < 0.01 and np.corrcoef(density, everything)[0, 1] > 0.99
-    assert row["l0"] == pytest.approx(4, abs=0.2)
-    assert row["rare"]["share"] == pytest.approx((density < 1e-4).mean())
+    assert row["l0"]["low"] <= row["l0"]["value"] <= row["l0"]["high"]
+    assert row["l0"]["value"] == pytest.approx(4, abs=0.2)
+    assert row["rare"]["share"]["value"] == pytest.approx((density < 1e-4).mean())
+    assert row["rare"]["n"] == (density < 1e-4).sum()
     assert set(row["correlations"]) == {"latents", "neurons", "random_directions"}
     for one in row["correlations"].values():
-        assert one["mean_absolute"] is None or 0 < one["mean_absolute"] < 1
+        for name in ("mean_absolute", "share_small"):
+            assert 0 <= one[name]["low"] <= one[name]["value"] <= one[name]["high"] <= 1
+    assert row["numbers"]["density"]["random"] == pytest.approx(4 / 48)  # four of them on every row
 
 
 def geometry_density(dictionary: dictionaries.Dictionary, x: torch.Tensor) -> np.ndarray:
@@ -132,7 +136,19 @@ def test_pairs_are_matched_beside_random_directions(world, done):
             "trained on the same rows, they agree more than chance"
         )
         assert sum(pair[name]["histogram"]["counts"]) == 48
-    assert pair["splits"]["n"] == metrics.splits(small, large).parents.numel()
+    found = metrics.splits(small, large)
+    split = pair["splits"]
+    assert split["n"] == found.parents.numel()
+    indicator = torch.zeros(48, dtype=torch.float64)
+    indicator[found.parents] = 1
+    expected = metrics.over_latents(indicator)
+    assert (split["share"]["value"], split["share"]["low"], split["share"]["high"]) == expected[:3]
+    by_chance = metrics.splits(small, metrics.random_rows(96, D)).parents.numel() / 48
+    assert split["share"]["random"] == by_chance
+    above = pair["matched_cosine"]["share_above_0.9"]
+    own = metrics.match(small, large).cosines > 0.9
+    assert above["value"] == pytest.approx(float(own.double().mean()))
+    assert above["low"] <= above["value"] <= above["high"] and above["random"] < 0.1
 
 
 def test_random_directions_are_not_where_a_training_started(world):
@@ -155,7 +171,65 @@ def test_kept_checkpoints_say_which_latents_settled(world, done):
     kept = [folder / "checkpoints" / f"step-{step:09}" for step in steps] + [folder]
     found = metrics.self_similarity(dictionaries.load(path).decoder_directions().detach() for path in kept)
     assert past["n_reached_0.9"] == int(found.reached.sum()) > 0
-    assert past["mean"] == pytest.approx(found.similarity.double().mean(1).tolist())
+    means = [one["value"] for one in past["mean"]]
+    assert means == pytest.approx(found.similarity.double().mean(1).tolist())
+    expected = metrics.over_latents(found.reached.double())
+    reached = past["reached_0.9"]
+    assert (reached["value"], reached["low"], reached["high"]) == expected[:3]
+    assert reached["random"] < 0.1 < reached["low"], "drawn anew each time, directions do not stay"
+    assert all(one["low"] <= one["value"] <= one["high"] for one in past["mean"])
+    assert past["fell_below_0.6"]["value"] == past["n_fell_below_0.6"] / 48
+
+
+def clustered(world: World, folder: Path, seed: int, direction: torch.Tensor) -> Path:
+    """A dictionary of which 16 latents read one direction, upside down to all rows, so that none of them fires."""
+    made = dictionaries.build(TopKConfig(k=4, d_sae=48), D, D, autoencoder(world.lm))
+    noise = torch.Generator().manual_seed(seed)
+    made.initialise(
+        torch.randn(64, D, generator=noise),
+        torch.randn(64, D, generator=noise),
+        torch.Generator().manual_seed(seed),
+    )
+    with torch.no_grad():
+        made.W_enc[:, :16] = direction[:, None] + 0.03 * torch.randn(D, 16, generator=noise)
+        made.b_enc[:16] = -1e4
+    return save(made, folder)
+
+
+def test_the_rare_cluster_stands_beside_as_many_other_latents(world, tmp_path):
+    direction = torch.randn(D, generator=torch.Generator().manual_seed(9))
+    places = [clustered(world, tmp_path / name, seed, direction) for seed, name in enumerate(("a", "b"))]
+    found = geometry(config_for(world, tmp_path / "g", dictionaries=tuple(places)))
+    data = read(found)
+    for row in data["rows"]:
+        rare = row["rare"]
+        assert rare["n"] == rare["n_coincide"] == 16
+        assert rare["share"]["low"] < 16 / 48 == rare["share"]["value"] < rare["share"]["high"]
+        assert rare["share"]["random"] == rare["silent"]["random"] < 0.2
+        assert rare["encoders_coincide"]["value"] == rare["encoders_coincide"]["low"] == 1
+        assert rare["encoders_coincide"]["random"] < 0.2, "other latents read directions of their own"
+        assert rare["decoders_coincide"]["high"] < 0.3
+        assert rare["decoders_coincide"]["random"] == pytest.approx(0, abs=0.1)
+    assert data["rare_agreement"]["names"] == ["a", "b"]
+    cosine = data["rare_agreement"]["cosines"][0][1]
+    assert 0.97 < cosine["low"] <= cosine["value"] <= cosine["high"] + 1e-3
+    assert abs(cosine["random"]) < 0.3
+    text = (found.path / "geometry.md").read_text()
+    assert "16 below 0.0001" in text and "cosine to b" in text
+
+
+def test_a_dictionary_without_rare_latents_says_so(world, tmp_path):
+    one = world.place / "dictionaries" / "one"
+    rare = read(geometry(config_for(world, tmp_path / "g", dictionaries=(one,), rare_below=1e-9)))["rows"][0][
+        "rare"
+    ]
+    if rare["n"] == 0:
+        assert (
+            rare["encoders_coincide"]["value"] is None
+            and rare["encoders_coincide"]["cause"] == "there are none"
+        )
+        assert rare["encoders_coincide"]["random"] is None
+    assert rare["n"] == rare["silent"]["value"] * 48
 
 
 def test_the_page_has_the_scatter_plot_and_every_table(done):

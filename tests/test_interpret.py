@@ -37,6 +37,10 @@ TABLES = (
     "tokens",
     "documents",
     "document_keys",
+    "clusters",
+    "neighbours",
+    "coactive",
+    "neurons",
     "contexts",
     "latents",
     "logits",
@@ -275,7 +279,7 @@ def test_killed_and_run_again_gives_the_same_atlas(world: World, atlas: Atlas, t
         assert done.returncode == -9, done.stderr
         assert not (world.root / "killed").exists(), "nothing half-written under the final name"
         with np.load(world.root / ".killed.partial" / "snapshot.npz") as state:
-            n_rows = int(state["counts"][0])
+            n_rows = int(state["pass_counts"][0])
         assert n_rows == (3 if after == 4 else 3 + 6) * 8, (
             "goes on from the snapshot, and does not start again"
         )
@@ -302,7 +306,7 @@ def test_norm_outliers_are_left_out(world: World) -> None:
     limit = float(torch.cat(norms).quantile(0.75))
     save_dictionary(world.root / "bounded", sites(world.lm, max_norm=limit))
     found = interpret(
-        world.config("atlas-bounded", dictionary=world.root / "bounded", n_tokens=2000), lm=world.lm
+        world.config("atlas-bounded", dictionaries=world.root / "bounded", n_tokens=2000), lm=world.lm
     )
     n_kept = int((torch.cat(norms) <= limit).sum())
     assert found.meta["text"]["n_tokens"] == pytest.approx(n_kept, abs=2)
@@ -315,7 +319,7 @@ def test_one_document_per_row_with_padding(world: World) -> None:
     policy = POLICY.replace(packing=False)
     save_dictionary(world.root / "unpacked", sites(world.lm), policy=policy)
     found = interpret(
-        world.config("atlas-unpacked", dictionary=world.root / "unpacked", n_tokens=3000), lm=world.lm
+        world.config("atlas-unpacked", dictionaries=world.root / "unpacked", n_tokens=3000), lm=world.lm
     )
     blocks = list(token_blocks(world.text, world.lm.tokenizer, policy, split="all", n_tokens=3000))
     assert found.meta["text"]["n_tokens"] == sum(int(block.keep.sum()) for block in blocks)
@@ -332,7 +336,7 @@ def test_one_document_per_row_with_padding(world: World) -> None:
 def test_no_direct_effect_where_the_dictionary_does_not_write_to_the_residual(world: World) -> None:
     save_dictionary(world.root / "heads", sites(world.lm, "attn_z.1"))
     found = interpret(
-        world.config("atlas-heads", dictionary=world.root / "heads", n_tokens=2000), lm=world.lm
+        world.config("atlas-heads", dictionaries=world.root / "heads", n_tokens=2000), lm=world.lm
     )
     assert found.query("SELECT count(*) AS n FROM logits")[0]["n"] == 0
     assert found.query("SELECT count(logit_mean) AS n FROM latents")[0]["n"] == 0
@@ -351,7 +355,7 @@ def test_a_dictionary_that_never_fires(world: World) -> None:
     with pytest.raises(
         ActivationError, match=r"must fire on some token of the text, got no activation on [\d,]+ tokens"
     ):
-        interpret(world.config("atlas-dead", dictionary=world.root / "dead"), lm=world.lm)
+        interpret(world.config("atlas-dead", dictionaries=world.root / "dead"), lm=world.lm)
     assert not list(world.root.glob("*atlas-dead*")), "nothing is left behind"
 
 
@@ -370,26 +374,26 @@ def test_a_dictionary_of_another_model(world: World) -> None:
     with pytest.raises(
         MismatchError, match=r"must belong to the model .* got one that reads other .*--model other"
     ):
-        interpret(world.config("atlas-foreign", dictionary=world.root / "foreign"), lm=world.lm)
+        interpret(world.config("atlas-foreign", dictionaries=world.root / "foreign"), lm=world.lm)
 
 
 def test_a_dictionary_of_another_width(world: World) -> None:
     save_dictionary(world.root / "narrow", sites(world.lm, "mlp_act.0"))
     with pytest.raises(MismatchError, match=r"must read all 96 features of mlp_act.0 .*got d_in 32"):
-        interpret(world.config("atlas-narrow", dictionary=world.root / "narrow"), lm=world.lm)
+        interpret(world.config("atlas-narrow", dictionaries=world.root / "narrow"), lm=world.lm)
 
 
 def test_a_dictionary_that_reads_no_model(world: World) -> None:
     save_dictionary(world.root / "siteless", None)
     with pytest.raises(MismatchError, match=r"must say which hookpoints it reads"):
-        interpret(world.config("atlas-siteless", dictionary=world.root / "siteless"), lm=world.lm)
+        interpret(world.config("atlas-siteless", dictionaries=world.root / "siteless"), lm=world.lm)
 
 
 def test_not_a_dictionary(world: World, atlas: Atlas) -> None:
     with pytest.raises(ArtifactError, match=r"must be a finished dictionary, got nothing there"):
-        interpret(world.config("atlas-none", dictionary=world.root / "nowhere"), lm=world.lm)
+        interpret(world.config("atlas-none", dictionaries=world.root / "nowhere"), lm=world.lm)
     with pytest.raises(ArtifactError, match=r"must be a dictionary, got an atlas"):
-        interpret(world.config("atlas-none", dictionary=world.root / "atlas"), lm=world.lm)
+        interpret(world.config("atlas-none", dictionaries=world.root / "atlas"), lm=world.lm)
 
 
 def test_nan_activations_say_where(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -451,7 +455,7 @@ def test_a_store_in_the_place_of_the_model_gives_the_same_atlas(world: World, tm
     x = torch.randn(256, 64, generator=torch.Generator().manual_seed(0))
     dictionary.initialise(x, x, torch.Generator().manual_seed(0))
     dictionary.save(tmp_path / "d", x, extra={"policy": made.policy.resolved()})
-    asked = {"dictionary": tmp_path / "d", "model": model}
+    asked = {"dictionaries": tmp_path / "d", "model": model}
     live = world.config(str(tmp_path / "live"), **asked, split="all", n_tokens=4000)
     stored = InterpretConfig.build(
         live.resolved() | {"out": tmp_path / "stored", "store": tmp_path / "store", "batch_rows": 5}
@@ -472,7 +476,7 @@ def test_a_store_in_the_place_of_the_model_gives_the_same_atlas(world: World, tm
         interpret(stored.replace(n_top=9000, out=tmp_path / "o"), lm=lm)
     with pytest.raises(HookpointError, match=r"must be in the store .*got 'resid_post.1'"):
         other = save_dictionary(tmp_path / "other", sites(lm, "resid_post.1"), policy=made.policy)
-        interpret(stored.replace(dictionary=other, out=tmp_path / "o"), lm=lm)
+        interpret(stored.replace(dictionaries=other, out=tmp_path / "o"), lm=lm)
     with pytest.raises(MismatchError, match="the store must have the dictionary's token policy"):
         other = save_dictionary(tmp_path / "policy", sites(lm))
-        interpret(stored.replace(dictionary=other, out=tmp_path / "o"), lm=lm)
+        interpret(stored.replace(dictionaries=other, out=tmp_path / "o"), lm=lm)

@@ -166,3 +166,79 @@ def test_a_dictionary_that_never_fires_absorbs_nothing_that_could_be_told():
     x, acts, W_dec, labels = world()
     found = metrics.absorption(x, np.zeros_like(acts), W_dec, labels == 0)
     assert np.isnan(found.full) and np.isnan(found.fraction)
+
+
+def test_halvings_are_averaged_and_drawn_as_a_plain_bootstrap_does():
+    x, acts, W_dec, labels = world(n=120, n_classes=3)
+    parts = [metrics.targeted_perturbation(x, acts, W_dec, labels, (2,), seed=seed)[2] for seed in (0, 1)]
+    found = metrics.over_halvings([part.tested for part in parts], n_bootstrap=40, seed=5)
+    for name in ("score", "own", "others"):
+        assert found[name].value == pytest.approx(np.mean([getattr(part, name) for part in parts]))
+    seen = np.flatnonzero(sum(part.tested.sums["n"] for part in parts))
+    assert 60 < len(seen) < 120, "some texts were trained on in both"
+    drawn = []
+    for weights in np.random.default_rng(5).multinomial(
+        len(seen), np.full(len(seen), 1 / len(seen)), size=40
+    ):
+        rows, losses = np.repeat(seen, weights), []
+        for part in parts:
+            sums = part.tested.sums
+            tested = rows[sums["n"][rows] > 0]
+            for one in range(3):
+                sides = [tested[labels[tested] == one], tested[labels[tested] != one]]
+                means = {
+                    name: np.mean([sums[name][side, one].sum(1).mean() for side in sides])
+                    for name in ("before", "own")
+                }
+                losses.append(means["before"] - means["own"])
+        drawn.append(np.mean(losses))
+    assert found["own"][1:3] == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])))
+    assert found["own"].low < found["own"].value < found["own"].high
+
+
+def test_an_interval_of_absorption_covers_the_share_that_was_planted():
+    """On fresh texts each time: of twelve 95% intervals, three that miss would be too many."""
+    covered, widths = [], []
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        n, d, share = 240, 8, 0.3
+        label = np.arange(n) % 2 == 0
+        child = label & (rng.random(n) < share)
+        acts = np.zeros((n, 6))
+        acts[:, 0] = np.where(label & ~child, 2.0, 0.0)
+        acts[:, 1] = np.where(child, 2.0 * np.sqrt(2), 0.0)
+        acts[:, 2:] = np.maximum(0, rng.standard_normal((n, 4))) * 0.3
+        basis = np.eye(d)
+        W_dec = np.vstack([basis[0], (basis[0] + basis[1]) / np.sqrt(2), basis[2:6]])
+        x = acts @ W_dec + 0.02 * rng.standard_normal((n, d))
+        parts = [
+            metrics.absorption(x, acts, W_dec, label, max_latents=1, seed=one).tested for one in range(3)
+        ]
+        full = metrics.over_halvings(parts, n_bootstrap=300, seed=seed)["full"]
+        covered.append(full.low <= share <= full.high)
+        widths.append(full.high - full.low)
+    assert sum(covered) >= 10
+    assert np.mean(widths) < 0.25, "as wide as 105 texts make it: 2 x 1.96 x sqrt(0.3 x 0.7 / 105) = 0.175"
+
+
+def test_a_spurious_score_is_the_share_of_the_way_over_all_halvings():
+    x, acts, W_dec, concept, spurious = two_labels()
+    parts = [metrics.spurious_removal(x, acts, W_dec, concept, spurious, (1,), seed=s)[1] for s in range(3)]
+    found = metrics.over_halvings([part.tested for part in parts], n_bootstrap=200)
+    biased, clean, ablated = (np.mean([part[i] for part in parts]) for i in (1, 2, 3))
+    assert found["biased"].value == pytest.approx(biased)
+    assert found["score"].value == pytest.approx((ablated - biased) / (clean - biased))
+    assert found["score"].low < found["score"].value < found["score"].high
+
+
+def test_scores_that_are_no_number_say_why():
+    nothing = metrics.absorption(np.zeros((80, 6)), np.zeros((80, 6)), np.eye(6), np.arange(80) < 30)
+    found = metrics.over_halvings([nothing.tested], n_bootstrap=20)["full"]
+    assert np.isnan(found.value) and np.isnan(found.low)
+    assert found.cause == "the probe recognised no text, or the concept's own latents never fire"
+    x, acts, W_dec, concept, _ = two_labels()
+    spurious = np.arange(len(x)) % 2 == 0  # in no direction at all: nothing to be freed from
+    removed = metrics.spurious_removal(x, acts * 0, W_dec * 0, concept, spurious, (1,))[1]
+    again = removed.tested._replace(sums=removed.tested.sums | {"clean": removed.tested.sums["biased"]})
+    found = metrics.over_halvings([again], n_bootstrap=20)["score"]
+    assert np.isnan(found.value) and "as good as the balanced one" in found.cause

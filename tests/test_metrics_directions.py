@@ -318,11 +318,65 @@ def test_correlations_are_numpys():
     values[:, 1] = values[:, 0] + 0.1 * values[:, 1]
     table = np.abs(np.corrcoef(values.double().numpy().T))[~np.eye(5, dtype=bool)]
     found = metrics.correlations(values)
-    assert found.mean_absolute == pytest.approx(table.mean(), abs=1e-9)
-    assert found.share_small == pytest.approx((table < 0.05).mean())
+    assert found.mean_absolute.value == pytest.approx(table.mean(), abs=1e-9)
+    assert found.share_small.value == pytest.approx((table < 0.05).mean())
     values[:, 2] = 1
     constant = metrics.correlations(values)
-    assert np.isnan(constant.mean_absolute) and np.isnan(constant.share_small)
+    assert np.isnan(constant.mean_absolute.value) and np.isnan(constant.share_small.value)
+    assert constant.share_small.cause == "a coordinate never changes, or is NaN or infinite"
+
+
+def test_pairs_are_drawn_as_a_plain_bootstrap_of_their_ends_does():
+    table = rows(7, 7).abs()
+    table = table + table.T
+    found = metrics.over_pairs(table, n_bootstrap=30, seed=2)
+    assert found.value == pytest.approx(float(table[~torch.eye(7, dtype=torch.bool)].mean()), abs=1e-6)
+    means = []
+    for weights in np.random.default_rng(2).multinomial(7, np.full(7, 1 / 7), size=30):
+        ends = np.repeat(np.arange(7), weights)
+        means.append(np.mean([float(table[i, j]) for i in ends for j in ends if i != j]))
+    assert found[1:3] == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])))
+    two = metrics.over_pairs(table[:2, :2], n_bootstrap=30)
+    assert np.isnan(two.low) and two.cause == "some draws hold one thing alone"
+    assert metrics.over_pairs(table[:1, :1]).cause == "there were no pairs"
+    table[0, 1] = torch.nan
+    assert np.isnan(metrics.over_pairs(table).value)
+
+
+def test_an_interval_over_pairs_covers_where_one_over_the_pairs_themselves_would_not():
+    """Pairs that share an end go together: each end adds its own part."""
+    inside = naive = 0
+    for seed in range(150):
+        ends = rows(30, 1, seed)[:, 0].double()
+        table = ends[:, None] + ends[None] + 0.1 * rows(30, 30, seed + 1000).double()
+        found = metrics.over_pairs(table, n_bootstrap=200, seed=seed)
+        inside += found.low < 0 < found.high
+        upper = table[np.triu_indices(30, 1)]
+        naive += abs(float(upper.mean())) < 1.96 * float(upper.std()) / len(upper) ** 0.5
+    assert 133 <= inside <= 149 and naive < 75
+
+
+def test_who_coincides_is_drawn_as_a_plain_bootstrap_does():
+    alike = rows(1, 12, 3) + 0.35 * rows(30, 12, 4)
+    found = metrics.coincide(alike, n_bootstrap=40, seed=6)
+    x = (alike / alike.norm(dim=1, keepdim=True)).numpy()
+
+    def share(some: np.ndarray) -> float:
+        mean = some.mean(0) / np.linalg.norm(some.mean(0))
+        return float((some @ mean > 0.95).mean())
+
+    draws = np.random.default_rng(6).multinomial(30, np.full(30, 1 / 30), size=40)
+    shares = [share(np.repeat(x, weights, axis=0)) for weights in draws]
+    assert found[:3] == pytest.approx((share(x), *np.quantile(shares, [0.025, 0.975])), abs=1e-6)
+    assert 0 < found.low < found.value < found.high < 1
+    assert metrics.coincide(alike[:1]).cause == "an interval needs at least 2 latents"
+    assert np.isnan(metrics.coincide(alike[:0]).value)
+    drawn = metrics.mean_directions(alike, n_bootstrap=3, seed=(6, 1))
+    assert drawn.shape == (4, 12)
+    assert np.allclose(drawn[0], x.mean(0) / np.linalg.norm(x.mean(0)), atol=1e-6)
+    first = np.random.default_rng((6, 1)).multinomial(30, np.full(30, 1 / 30), size=3)[0]
+    mean = np.repeat(x, first, axis=0).mean(0)
+    assert np.allclose(drawn[1], mean / np.linalg.norm(mean), atol=1e-6)
 
 
 def test_a_mean_over_latents_has_an_interval_that_covers():

@@ -71,6 +71,45 @@ def test_the_same_seed_gives_the_same_scores():
         assert np.array_equal(first[k].answers, again[k].answers)
 
 
+def test_a_probes_intervals_are_a_plain_bootstrap_of_its_rows():
+    acts, labels = labelled(n=60)
+    probe = metrics.sparse_probe(acts, labels, (1,))[1]
+    found = metrics.probe_scores(probe, labels, n_bootstrap=50, seed=3)
+    y, n = labels.numpy(), 60
+    drawn: dict[str, list[float]] = {"accuracy": [], "balanced_accuracy": [], "auroc": []}
+    for weights in np.random.default_rng(3).multinomial(n, np.full(n, 1 / n), size=50):
+        rows = np.repeat(np.arange(n), weights)
+        right = (probe.answers > 0) == y
+        drawn["accuracy"].append(right[rows].mean())
+        sides = [right[rows][y[rows] == side].mean() for side in (True, False)]
+        drawn["balanced_accuracy"].append(np.mean(sides))
+        ordered = [
+            (probe.answers[i] > probe.answers[j]) + (probe.answers[i] == probe.answers[j]) / 2
+            for i in rows[y[rows]]
+            for j in rows[~y[rows]]
+            if probe.folds[i] == probe.folds[j]
+        ]
+        drawn["auroc"].append(np.mean(ordered))
+    for name, draws in drawn.items():
+        expected = (getattr(probe.scores, name), *np.quantile(draws, [0.025, 0.975]))
+        assert found[name][:3] == pytest.approx(expected), name
+        assert found[name].low < found[name].high
+    without = metrics.probe_scores(probe, labels, n_bootstrap=0)["auroc"]
+    assert without.value == probe.scores.auroc and np.isnan(without.low) and without.cause == ""
+
+
+def test_auroc_is_scikit_learns_where_folds_have_one_size():
+    from sklearn.metrics import roc_auc_score
+
+    acts, labels = labelled(n=200)
+    labels = torch.arange(200) % 2 == 0
+    probe = metrics.sparse_probe(acts, labels, (3,))[3]
+    y = labels.numpy()
+    folds = [roc_auc_score(y[probe.folds == f], probe.answers[probe.folds == f]) for f in range(5)]
+    assert [int((probe.folds == f).sum()) for f in range(5)] == [40] * 5
+    assert probe.scores.auroc == pytest.approx(np.mean(folds))
+
+
 @pytest.mark.parametrize(
     ("acts", "labels", "ks", "error", "message"),
     [

@@ -148,8 +148,11 @@ def test_a_sweep_is_planned_as_one_stage_with_all_its_dictionaries(place, tmp_pa
     recipe.write_text(recipe.read_text().replace("epochs = 3", "epochs = 3\nsweep = {k = [2, 4, 8]}"))
     swept = plan(recipe, out=tmp_path / "out")
     many = {e.stage.label: e for e in swept.estimates}
-    for label in ("evaluate k2", "interpret k4", "export k8"):
+    for label in ("evaluate k2", "export k8"):
         assert many[label].needs == one[label.split()[0]].needs
+    # 4 latents of a token go to disk to be paired, not the default's 32
+    few, default = many["interpret k4"].needs, one["interpret"].needs
+    assert few.memory == default.memory and few.disk < default.disk
     assert many["train"].needs.disk == pytest.approx(3 * one["train"].needs.disk)
     assert many["train"].needs.memory > one["train"].needs.memory
     assert {knob.name for knob in many["train"].knobs} == {"d_sae", "batch_size"}

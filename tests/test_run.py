@@ -7,7 +7,7 @@ import pytest
 from small_world import write_corpus, write_model, write_recipe
 
 from sememe.errors import ArtifactError, ConfigError, MismatchError
-from sememe.recipe import read_recipe, stages
+from sememe.recipe import place_of, read_recipe, stages
 from sememe.run import print_report, run
 
 
@@ -118,6 +118,7 @@ def test_baselines_and_coders_are_fitted_and_compared(place, tmp_path):
     fvu = {row["name"]: row["metrics"]["fvu"]["value"] for row in data["rows"]}
     assert list(fvu)[:3] == ["one", "coder", "axes"]
     assert fvu["coder"] < fvu["one"]  # the best four of the same directions
+    assert place_of(read_recipe(file), None) == Path("artifacts/small"), "its own name, not a baseline's"
     assert all(result.reused for result in run(file, out=tmp_path / "out"))
     for old, new, message in (
         (

@@ -42,7 +42,8 @@ LATENT_SQL = """
     FROM latents WHERE id BETWEEN ? AND ? ORDER BY id"""
 
 LOGITS_SQL = """
-    SELECT latent, sign, token, value FROM logits WHERE latent BETWEEN ? AND ? ORDER BY latent, sign DESC, rank"""
+    SELECT latent, sign, token, value FROM logits
+    WHERE latent BETWEEN ? AND ? AND lens = 'logit' ORDER BY latent, sign DESC, rank"""
 
 EXAMPLES_SQL = """
     SELECT latent, kind, decile, rank, context, position, start, stop, document, act, positions, acts
@@ -139,7 +140,7 @@ class Data:
         promoted = dict(
             self._rows(
                 "SELECT latent, list(token ORDER BY rank) FROM logits "
-                f"WHERE sign = 1 AND rank < {LABEL_TOKENS} GROUP BY latent"
+                f"WHERE sign = 1 AND lens = 'logit' AND rank < {LABEL_TOKENS} GROUP BY latent"
             )
         )
         return {
@@ -192,7 +193,8 @@ class Data:
         """Which latents a token leads to: `promoted` by them, or the peak (`peaks`) of one of their examples."""
         promoted = self._rows(
             "SELECT token, list(latent ORDER BY latent) FROM "
-            f"(SELECT DISTINCT token, latent FROM logits WHERE sign = 1 AND rank < {PROMOTED_IN_SEARCH}) "
+            "(SELECT DISTINCT token, latent FROM logits "
+            f"WHERE sign = 1 AND lens = 'logit' AND rank < {PROMOTED_IN_SEARCH}) "
             "GROUP BY token ORDER BY token"
         )
         peaks = self._rows(

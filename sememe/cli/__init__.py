@@ -44,6 +44,7 @@ VERBS: dict[str, Verb] = {
         "Ask where latents lie: among neurons, in other dictionaries, over training.", "geometry"
     ),
     "report": Verb("Draw one page from one or several reports.", "report"),
+    "lens": Verb("Train a tuned lens: what a model would say if it stopped at a layer.", "lens"),
     "interpret": Verb("Make an atlas: where each latent fires, and what it writes.", "interpret"),
     "explain": Verb("Say in words when each latent fires, and score the words.", "explain"),
     "effects": Verb(

@@ -293,35 +293,70 @@ def _report() -> Any:
     )
 
 
+def _lens() -> Any:
+    from sememe.lens import LensConfig, lens
+    from sememe.run import print_lens
+
+    def verb(config: LensConfig, fresh: bool = False) -> None:
+        lens(config, fresh=fresh)
+        print_lens(config.out)
+        _say("lens", config.out)
+
+    return command(
+        LensConfig,
+        verb,
+        extra=FRESH,
+        doc="Train a tuned lens: what a model would say if it stopped at a layer.",
+    )
+
+
 def _interpret() -> Any:
-    from sememe.interpret import InterpretConfig, interpret
+    from sememe.interpret import InterpretConfig, interpret_all
 
     def verb(config: InterpretConfig, fresh: bool = False) -> None:
-        interpret(config, fresh=fresh).close()
-        _say("atlas", config.out)
+        for atlas in interpret_all(config, fresh=fresh).values():
+            atlas.close()
+            _say("atlas", atlas.artifact.path)
 
     return command(
         InterpretConfig,
         verb,
-        positional=("dictionary",),
+        positional=("dictionaries",),
         extra=FRESH,
         doc="Make an atlas: where each latent fires, and what it writes.",
     )
 
 
 def _explain() -> Any:
-    from sememe.explain import ExplainConfig, explain
+    from sememe.explain import ExplainConfig, explain, preview
 
-    def verb(config: ExplainConfig, fresh: bool = False) -> None:
-        explain(config, fresh=fresh)
+    def verb(config: ExplainConfig, fresh: bool = False, dry_run: bool = False) -> None:
+        if dry_run:
+            cost = preview(config)
+            price = "price not known" if cost.price is None else f"price {cost.price:,.4g}"
+            print(
+                f"{cost.n_calls:,} calls, up to {cost.n_prompt_tokens:,} tokens of prompts and "
+                f"{cost.n_completion_tokens:,} of answers, {price}; {cost.n_from_cache:,} of {cost.n_questions:,} "
+                "questions need not be asked"
+            )
+            return
+        found = explain(config, fresh=fresh)
+        print(found.page())
         _say("explanations", config.out)
 
     return command(
         ExplainConfig,
         verb,
         positional=("atlas",),
-        extra=FRESH,
-        doc="Say in words when each latent fires, and score the words.",
+        extra=FRESH
+        | {
+            "dry_run": (
+                bool,
+                False,
+                "Ask nothing: say how many calls, tokens and how much money it would take.",
+            )
+        },
+        doc="Say in words what latents stand for, and score the words.",
     )
 
 
@@ -485,6 +520,7 @@ _MAKERS: dict[str, Callable[[], Any]] = {
     "compare": _compare,
     "geometry": _geometry,
     "report": _report,
+    "lens": _lens,
     "interpret": _interpret,
     "explain": _explain,
     "effects": _effects,

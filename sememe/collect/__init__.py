@@ -11,14 +11,15 @@ Kept per latent, with n = n_top + n_reservoir slots of 28 bytes:
 
 - count, sum and largest of its activations;
 - a histogram of N_FINE equal bins from 0 to a power of two that is doubled (neighbours merged) when it is exceeded;
-- the activation mass of its tokens, in a table of N_TOKENS entries. When it is three quarters full the smaller
+- the activation mass and count by token, in a table of N_TOKENS entries. When it is three quarters full the smaller
   half is dropped: a token's mass is then too small by at most `token_lost`, which is 0 for most latents;
+- count and sum by position, in N_PLACES bands of the token row;
 - the n_top largest activations, one per document, exactly;
 - a uniform sample of n_reservoir activations (Vitter's algorithm R);
 - n_random windows in which it is silent, one per document;
 - for each slot, the latent's activations in the window around it, 6 bytes each, in a pool that is compacted.
 
-So the bound is d_sae x (4 N_FINE + 12 N_TOKENS + 28 n + 14 n_random + 60) bytes, and for the pool twice
+So the bound is d_sae x (4 N_FINE + 16 N_TOKENS + 12 N_PLACES + 28 n + 14 n_random + 60) bytes, and for the pool twice
 6 x (n slots x their mean number of activations per window, at most before + after + 1).
 """
 
@@ -33,12 +34,14 @@ from sememe.collect import loops
 from sememe.collect.loops import N_DECILES
 from sememe.errors import ConfigError
 
-__all__ = ["N_DECILES", "N_FINE", "N_TOKENS", "Collector", "Examples"]
+__all__ = ["N_DECILES", "N_FINE", "N_PLACES", "N_TOKENS", "Collector", "Examples", "TopTokens"]
 
 N_FINE = 1024
 """Bins of the histogram kept during the pass; at least half of them lie below the largest activation."""
 N_TOKENS = 256
 """Entries of a latent's table of tokens; exact while no more than 3/4 of that many tokens were seen."""
+N_PLACES = 16
+"""Bands of the position in a token row, equally long, by which activations are counted and summed."""
 
 
 class Examples(NamedTuple):
@@ -64,6 +67,16 @@ class Examples(NamedTuple):
     acts: np.ndarray
 
 
+class TopTokens(NamedTuple):
+    """(d_sae, n) each; -1 and 0 beyond a latent's last."""
+
+    tokens: np.ndarray
+    mass: np.ndarray
+    """Sum of strengths on the token."""
+    n_active: np.ndarray
+    """On how many of its occurrences the latent is active."""
+
+
 class Collector:
     """Statistics and examples of every latent, fed batch by batch.
 
@@ -80,9 +93,10 @@ class Collector:
     """
 
     _ARRAYS = (
-        "n_active", "total", "largest", "hist", "exponents", "token_keys", "token_mass", "token_used",
-        "token_lost", "filled", "act", "row", "pos", "doc", "start", "stop", "off", "length", "n_silent",
-        "silent_row", "silent_pos", "silent_doc", "silent_start", "silent_stop",
+        "n_active", "total", "largest", "hist", "exponents", "token_keys", "token_mass", "token_count", "token_used",
+        "token_lost", "place_n", "place_mass", "place_tokens", "occurrences", "filled", "act", "row", "pos", "doc",
+        "start", "stop", "off", "length", "n_silent", "silent_row", "silent_pos", "silent_doc", "silent_start",
+        "silent_stop",
     )  # fmt: skip
 
     def __init__(
@@ -108,8 +122,13 @@ class Collector:
         self.exponents = np.full(d_sae, loops.NO_EXPONENT, np.int32)
         self.token_keys = np.full((d_sae, N_TOKENS), -1, np.int32)
         self.token_mass = np.zeros((d_sae, N_TOKENS), np.float64)
+        self.token_count = np.zeros((d_sae, N_TOKENS), np.uint32)
         self.token_used = np.zeros(d_sae, np.int32)
         self.token_lost = np.zeros(d_sae, np.float64)
+        self.place_n = np.zeros((d_sae, N_PLACES), np.uint32)
+        self.place_mass = np.zeros((d_sae, N_PLACES), np.float64)
+        self.place_tokens = np.zeros(N_PLACES, np.int64)
+        self.occurrences = np.zeros(0, np.int64)
         self.filled = np.zeros(d_sae, np.int32)
         self.act = np.zeros((d_sae, n_slots), np.float32)
         self.row = np.full((d_sae, n_slots), -1, np.int32)
@@ -162,8 +181,9 @@ class Collector:
         loops.absorb(
             ptr, stops, where, value, flat_ids, docs, first, last, ctx, self.n_rows, self.before, self.after,
             self.seed, self.n_top, self.n_active, self.total, self.largest, self.hist, self.exponents,
-            self.token_keys, self.token_mass, self.token_used, self.token_lost, self.filled, self.act, self.row,
-            self.pos, self.doc, self.start, self.stop, self.off, self.length, need,
+            self.token_keys, self.token_mass, self.token_count, self.token_used, self.token_lost, self.place_n,
+            self.place_mass, self.filled, self.act, self.row, self.pos, self.doc, self.start, self.stop, self.off,
+            self.length, need,
         )  # fmt: skip
         offsets = np.concatenate(([0], np.cumsum(need)))
         self._make_room(int(offsets[-1]))
@@ -179,6 +199,10 @@ class Collector:
                 kept, kept_ptr, self.n_silent, self.silent_row, self.silent_pos, self.silent_doc,
                 self.silent_start, self.silent_stop,
             )  # fmt: skip
+        self.place_tokens += np.bincount(kept % ctx * N_PLACES // ctx, minlength=N_PLACES)
+        seen = np.bincount(flat_ids[kept], minlength=self.occurrences.shape[0])
+        seen[: self.occurrences.shape[0]] += self.occurrences
+        self.occurrences = seen
         self.n_rows += n_rows
         self.n_tokens += kept.shape[0]
 
@@ -210,7 +234,8 @@ class Collector:
         """Take back what `state` gave, into a collector made with the same arguments."""
         for name in self._ARRAYS:
             mine, saved = getattr(self, name), state[name]
-            assert mine.shape == saved.shape and mine.dtype == saved.dtype, name
+            grows = name == "occurrences"  # as long as the largest token id seen
+            assert (grows or mine.shape == saved.shape) and mine.dtype == saved.dtype, name
             setattr(self, name, np.ascontiguousarray(saved))
         self.pool_pos, self.pool_act = np.array(state["pool_pos"]), np.array(state["pool_act"])
         self.pool_used = self.pool_act.shape[0]
@@ -230,19 +255,25 @@ class Collector:
         loops.coarsen(self.hist, self.exponents, self.largest, out)
         return out
 
-    def top_tokens(self, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """The n tokens that hold most of each latent's mass, and the mass: (d_sae, n) each; -1 and 0 beyond.
+    def top_tokens(self, n: int) -> TopTokens:
+        """The n tokens that hold most of each latent's mass; ties go to the lower token.
 
-        Each mass is a lower bound, short by at most `token_lost` of the latent. Ties go to the lower token.
+        Each mass is a lower bound, short by at most `token_lost` of the latent; so is each count.
         """
         keys = self.token_keys.astype(np.int64)
         order = np.lexsort((np.where(keys < 0, np.iinfo(np.int64).max, keys), -self.token_mass), axis=1)[
             :, :n
         ]
-        return (
-            np.take_along_axis(self.token_keys, order, axis=1),
-            np.take_along_axis(self.token_mass, order, axis=1),
-        )
+        arrays = (self.token_keys, self.token_mass, self.token_count)
+        return TopTokens(*(np.take_along_axis(array, order, axis=1) for array in arrays))
+
+    def by_place(self) -> tuple[np.ndarray, np.ndarray]:
+        """Density and mean strength (silent tokens counted as 0) in each band of positions: (d_sae, N_PLACES) each.
+
+        NaN for a band without a kept token.
+        """
+        with np.errstate(invalid="ignore"):
+            return self.place_n / self.place_tokens, self.place_mass / self.place_tokens
 
     def examples(self, n_decile: int) -> Examples:
         """The examples to keep: all top ones, up to n_decile from each decile, and the silent windows.

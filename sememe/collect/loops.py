@@ -138,18 +138,21 @@ def _count_fine(hist, exponents, latent, strength):  # type: ignore[no-untyped-d
 
 
 @njit
-def _halve(keys, mass, latent, used):  # type: ignore[no-untyped-def]
+def _halve(keys, mass, counts, latent, used):  # type: ignore[no-untyped-def]
     """Drop the smaller half of a full token table; returns how many stay and the largest mass dropped."""
     size = keys.shape[1]
     old_keys = np.empty(used, np.int32)
     old_mass = np.empty(used, np.float64)
+    old_counts = np.empty(used, np.uint32)
     n = 0
     for i in range(size):
         if keys[latent, i] >= 0:
             old_keys[n] = keys[latent, i]
             old_mass[n] = mass[latent, i]
+            old_counts[n] = counts[latent, i]
             keys[latent, i] = -1
             mass[latent, i] = 0.0
+            counts[latent, i] = 0
             n += 1
     order = np.argsort(old_mass)
     drop = used // 2
@@ -160,22 +163,24 @@ def _halve(keys, mass, latent, used):  # type: ignore[no-untyped-def]
             at = (at + np.uint64(1)) & np.uint64(size - 1)
         keys[latent, at] = key
         mass[latent, at] = old_mass[order[i]]
+        counts[latent, at] = old_counts[order[i]]
     return used - drop, old_mass[order[drop - 1]]
 
 
 @njit
-def _add_token(keys, mass, used, lost, latent, token, strength):  # type: ignore[no-untyped-def]
-    """Add to the mass of a token in the latent's table (open addressing)."""
+def _add_token(keys, mass, counts, used, lost, latent, token, strength):  # type: ignore[no-untyped-def]
+    """Add to the mass and count of a token in the latent's table (open addressing)."""
     size = keys.shape[1]
     at = _mix(token, 0, 0) & np.uint64(size - 1)
     while keys[latent, at] >= 0 and keys[latent, at] != token:
         at = (at + np.uint64(1)) & np.uint64(size - 1)
     mass[latent, at] += strength
+    counts[latent, at] += np.uint32(1)
     if keys[latent, at] < 0:
         keys[latent, at] = token
         used[latent] += 1
         if used[latent] > size * 3 // 4:
-            n, dropped = _halve(keys, mass, latent, used[latent])
+            n, dropped = _halve(keys, mass, counts, latent, used[latent])
             used[latent] = n
             lost[latent] += dropped
 
@@ -206,7 +211,7 @@ def _fill(act, row, pos, doc, off, latent, slot, a, g, p, d, e):  # type: ignore
 @njit(parallel=True, cache=True)
 def absorb(  # type: ignore[no-untyped-def]
     ptr, stops, where, value, ids, docs, first, last, ctx, first_row, before, after, seed, n_top,
-    n_active, total, largest, hist, exponents, keys, mass, used, lost,
+    n_active, total, largest, hist, exponents, keys, mass, counts, used, lost, place_n, place_mass,
     filled, act, row, pos, doc, begins, ends, off, length, need,
 ):  # fmt: skip
     """Take a batch's entries into each latent's statistics and slots; `need` is the room its new windows want."""
@@ -231,7 +236,10 @@ def absorb(  # type: ignore[no-untyped-def]
             total[latent] += strength
             largest[latent] = max(largest[latent], strength)
             _count_fine(hist, exponents, latent, np.float64(strength))
-            _add_token(keys, mass, used, lost, latent, ids[at], np.float64(strength))
+            _add_token(keys, mass, counts, used, lost, latent, ids[at], np.float64(strength))
+            band = p * place_n.shape[1] // ctx
+            place_n[latent, band] += np.uint32(1)
+            place_mass[latent, band] += np.float64(strength)
 
             if strength > floor and n_top > 0:
                 n = filled[latent]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float64, Int32
+from scipy.stats import binom
+from torch import Tensor
 
 from sememe import metrics
 from sememe.compare.config import CompareConfig
@@ -21,35 +24,85 @@ MATCHES = "matches_{}_to_{}.npz"
 FOUND_COSINE = 0.9
 HISTOGRAM_BINS = 40
 
+Entry = dict[str, Any]
+"""A number with its interval, as plain data."""
 
-def all_pairs(loaded: dict[str, Dictionary]) -> dict[str, Any]:
-    """mmcs of every dictionary to every other, and the share of its latents found there.
+
+def all_pairs(config: CompareConfig, loaded: dict[str, Dictionary]) -> dict[str, Any]:
+    """mmcs of every dictionary to every other, and the share of its latents found there, with intervals over latents.
 
     Row by column: how much of the row's latents the column's hold. The diagonal is 1. `random` is each one's mmcs to as
-    many random directions as the widest has latents: what no resemblance gives.
+    many random directions as the widest has latents: what no resemblance gives. `differences` says of each row in which
+    column it is found best, and whether better than in every other: paired, as these are the same latents.
     """
     names = list(loaded)
-    n = len(names)
-    mmcs, found = np.eye(n), np.eye(n)
-    pairs = list(itertools.permutations(range(n), 2))
+    above = f"share_above_{FOUND_COSINE:g}"
+    cells: dict[str, list[list[Entry]]] = {"mmcs": [], above: []}
+    random: dict[str, list[Entry]] = {"random": [], f"random_{above}": []}
+    differences: list[dict[str, Any]] = []
+    pairs = list(itertools.permutations(names, 2))
+    rows = {name: one.decoder_directions() for name, one in loaded.items()}
+    first = next(iter(rows.values()))
+    strangers = metrics.random_rows(max(len(one) for one in rows.values()), first.shape[1]).to(first.device)
     with track("compare directions", len(pairs), "pairs") as progress, torch.inference_mode():
-        for one, other in pairs:
-            best = metrics.mcs(
-                loaded[names[one]].decoder_directions(), loaded[names[other]].decoder_directions()
-            )
-            mmcs[one, other] = float(best.double().mean())
-            found[one, other] = float((best > FOUND_COSINE).double().mean())
-            progress.advance(1)
-        d_sae = max(one.d_sae for one in loaded.values())
-        rows = [loaded[name].decoder_directions() for name in names]
-        random = metrics.random_rows(d_sae, rows[0].shape[1]).to(rows[0].device)
-        chance = [metrics.mmcs(one, random) for one in rows]
-    share = {f"share_above_{FOUND_COSINE:g}": found.tolist()}
-    return {"names": names, "mmcs": mmcs.tolist(), "random": chance, **share}
+        for one in names:
+            found: dict[str, Float64[Tensor, " d_sae"]] = {}
+            for other in names:
+                if other != one:
+                    found[other] = metrics.mcs(rows[one], rows[other]).double().cpu()
+                    progress.advance(1)
+            itself: Entry = {"value": 1.0, "low": None, "high": None}
+            cells["mmcs"].append([_mean(config, found[name]) if name in found else itself for name in names])
+            cells[above].append([_share(config, found[name]) if name in found else itself for name in names])
+            chance = metrics.mcs(rows[one], strangers).double().cpu()
+            random["random"].append(_mean(config, chance))
+            random[f"random_{above}"].append(_share(config, chance))
+            differences += _differences(config, one, found)
+    return {"names": names, **cells, **random, "differences": differences}
+
+
+def _mean(config: CompareConfig, cosines: Float64[Tensor, " latents"]) -> Entry:
+    return metrics.over_latents(cosines, n_bootstrap=config.n_bootstrap, seed=config.seed).to_json()
+
+
+def _share(config: CompareConfig, cosines: Float64[Tensor, " latents"]) -> Entry:
+    return _mean(config, (cosines > FOUND_COSINE).double())
+
+
+def _differences(
+    config: CompareConfig, one: str, found: Mapping[str, Float64[Tensor, " d_sae"]]
+) -> list[dict[str, Any]]:
+    """Of one dictionary: its mmcs where that is largest less that in each other, latent by latent."""
+    means = {name: float(cosines.mean()) for name, cosines in found.items()}
+    best = max(means, key=lambda name: means[name])
+    told = []
+    for other in found:
+        if other == best:
+            continue
+        entry = _mean(config, found[best] - found[other])
+        real = entry["low"] is not None and float(entry["low"]) > 0
+        interval = "" if entry["low"] is None else f" ({entry['low']:.4g} to {entry['high']:.4g})"
+        told.append(
+            {
+                "of": one,
+                "best": best,
+                "other": other,
+                "difference": entry,
+                "real": real,
+                "sentence": f"Latents of {one} are found "
+                + (f"better in {best} than in {other}" if real else f"in {best} and in {other} alike")
+                + f": mmcs {means[best]:.4g} and {means[other]:.4g}, difference "
+                + f"{means[best] - means[other]:.4g}{interval}"
+                + ("." if real or entry["low"] is None else "; the interval holds 0."),
+            }
+        )
+    return told
 
 
 def one_pair(config: CompareConfig, loaded: dict[str, Dictionary], folder: Path) -> dict[str, Any]:
     """Of two dictionaries, a and b: mmcs both ways, and for each the share found, a histogram, the nearest latents.
+
+    Each mean and share has its interval over latents, and beside it what as many random directions give.
 
     Writes `matches_a_to_b.npz` and `matches_b_to_a.npz`: `indices` and `cosines` of shape (d_sae, n_nearest), nearest
     first.
@@ -61,23 +114,39 @@ def one_pair(config: CompareConfig, loaded: dict[str, Dictionary], folder: Path)
         with torch.inference_mode():
             ours, theirs = (loaded[names[side]].decoder_directions() for side in (one, other))
             nearest = metrics.nearest_directions(ours, theirs, min(config.n_nearest, theirs.shape[0]))
+            random = metrics.nearest_directions(ours, metrics.random_rows(*theirs.shape).to(theirs.device))
         cosines, indices = nearest.cosines.cpu().numpy(), nearest.indices.cpu().numpy().astype(np.int32)
         np.savez_compressed(folder / MATCHES.format(one, other), indices=indices, cosines=cosines)
-        best = cosines[:, 0].astype(np.float64)
+        best, chance = (
+            side.astype(np.float64) for side in (cosines[:, 0], random.cosines[:, 0].cpu().numpy())
+        )
         order = np.argsort(-best, kind="stable").tolist()
         counts, _ = np.histogram(best.clip(-1, 1), bins=edges)
-        data[f"mmcs_{one}_to_{other}"] = float(best.mean())
+        own = torch.from_numpy(best)
+        data[f"mmcs_{one}_to_{other}"] = _mean(config, own) | {"random": float(chance.mean())}
         data[f"{one}_to_{other}"] = {
             "n_latents": int(best.size),
             "n_there": int(theirs.shape[0]),
-            "median_mcs": float(np.median(best)),
-            f"share_above_{FOUND_COSINE:g}": float((best > FOUND_COSINE).mean()),
+            "median_mcs": _median(config, best) | {"random": float(np.median(chance))},
+            f"share_above_{FOUND_COSINE:g}": _share(config, own)
+            | {"random": float((chance > FOUND_COSINE).mean())},
             "n_distinct_matches": int(np.unique(indices[:, 0]).size),
+            "random_n_distinct_matches": int(np.unique(random.indices[:, 0].cpu().numpy()).size),
             "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
             "best": [_match(i, indices, best) for i in order[: config.n_shown]],
             "worst": [_match(i, indices, best) for i in order[::-1][: config.n_shown]],
         }
     return data
+
+
+def _median(config: CompareConfig, values: Float64[np.ndarray, " latents"]) -> Entry:
+    """With the interval that a bootstrap of so many latents tends to: the order of draws is binomial."""
+    found = metrics.Statistic(float(np.median(values)))
+    if config.n_bootstrap and values.size > 1:
+        ranks = binom.ppf([0.025, 0.975], values.size, 0.5).astype(int).clip(0, values.size - 1)
+        low, high = (float(value) for value in np.sort(values)[ranks])
+        found = found._replace(low=low, high=high)
+    return found.to_json()
 
 
 def _match(

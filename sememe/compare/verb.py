@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ from sememe.text import TokenPolicy
 
 __all__ = ["COMPARISON", "compare"]
 
-VERSION = 5
+VERSION = 6
 COMPARISON = "comparison.json"
 SCHEMA = "comparison.schema.json"
 MAX_NULL_L0S = 3
@@ -79,7 +80,7 @@ def compare(
         config.out, kind="comparison", version=VERSION, config=config, parents=parents, fresh=fresh
     ) as work:
         loaded = {name: one.dictionary for name, one in opened.items()}
-        data: dict[str, Any] = {"format_version": FORMAT, "directions": all_pairs(loaded)}
+        data: dict[str, Any] = {"format_version": FORMAT, "directions": all_pairs(config, loaded)}
         data["pair"] = one_pair(config, loaded, work.path) if len(loaded) == 2 else None
         if policy is None:
             data |= _undescribed(opened)
@@ -188,6 +189,7 @@ def _measured(
 ) -> dict[str, Any]:
     """Every dictionary and its nulls on the same documents."""
     check_documents(config, lm, policy)
+    since = time.monotonic()
     by_sites: dict[str, list[str]] = {}
     for name, one in opened.items():
         by_sites.setdefault(_places(_sites(one)), []).append(name)
@@ -206,7 +208,7 @@ def _measured(
         own = {name: one.dictionary for name, one in opened.items()}
         together = Together(config, lm, own, means, policy)
         groups["all together"] = (together, Arms({}, next(iter(means.values())), (), ()))
-    stopped = run(config, groups)
+    stopped = run(config, groups, since)
     descriptions = {
         name: describe(one.saved, one.dictionary, _sites(one)) | {"name": name}
         for name, one in opened.items()
@@ -237,6 +239,13 @@ def _measured(
                 }
             )
     rows.sort(key=lambda row: bool(row["null"]))
+    by_value = _merged(
+        [
+            measured.grouped(list(arms.dictionaries), figures.GROUPED)
+            for measured, arms in groups.values()
+            if arms.dictionaries
+        ]
+    )
     first, _ = next(iter(groups.values()))
     return {
         "rows": rows,
@@ -244,9 +253,27 @@ def _measured(
         "text": first.describe_text(text.fingerprint(config.text)),
         "bootstrap": first.describe_bootstrap(),
         "stopped": stopped,
+        **by_value,
         "together": None if together is None else together.summary(),
         "notices": cheats,
     }
+
+
+def _merged(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Numbers by language, source and tag of several places, which saw the same documents, as one."""
+
+    def joined(groups: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            value: {
+                "n_documents": one["n_documents"],
+                "arms": {name: arm for group in groups for name, arm in group[value]["arms"].items()},
+            }
+            for value, one in groups[0].items()
+        }
+
+    out: dict[str, Any] = {key: joined([one[key] for one in found]) for key in ("by_language", "by_source")}
+    by_tag = {field: joined([one["by_tag"][field] for one in found]) for field in found[0]["by_tag"]}
+    return {**out, "by_tag": by_tag}
 
 
 def _places(sites: Sites) -> str:
@@ -320,6 +347,7 @@ def _undescribed(opened: dict[str, Opened]) -> dict[str, Any]:
         for name, one in opened.items()
     ]
     nothing: dict[str, Any] = {"frontiers": {}, "differences": [], "left_out": {}, "dropped": {}}
+    nothing |= {"by_language": {}, "by_source": {}, "by_tag": {}}
     return {"rows": rows, **nothing, "text": None, "bootstrap": None, "stopped": None, "together": None}
 
 
@@ -349,11 +377,12 @@ def _cautions(data: dict[str, Any]) -> list[str]:
             f"Of {n_compared:,} differences about {round(n_compared / 20):,} would look real by chance alone."
         )
     stopped = data["stopped"]
-    if stopped and stopped["because"] != "all tokens":
-        found.append(f"Reading stopped at {stopped['n_tokens']:,} tokens because {stopped['because']}.")
+    if stopped and "spent" in stopped:
+        said = figures.stopped(stopped)
+        found.append(f"{said[:1].upper()}{said[1:]}.")
     return found
 
 
 def _summary(data: dict[str, Any]) -> dict[str, Any]:
     pair = data["pair"] or {}
-    return {name: pair[name] for name in ("mmcs_a_to_b", "mmcs_b_to_a") if name in pair}
+    return {name: pair[name]["value"] for name in ("mmcs_a_to_b", "mmcs_b_to_a") if name in pair}

@@ -24,7 +24,7 @@ from sememe.progress import track
 
 __all__ = ["CONCEPTS", "concepts"]
 
-VERSION = 2
+VERSION = 3
 CONCEPTS = "concepts.json"
 N_HALVINGS = 3
 """Draws of a training and a test half for what is fitted on one and scored on the other."""
@@ -92,7 +92,7 @@ def concepts(
         null = pooled_rows(lm, untrained, *about)
         data = _asked(config, labelled, {"dictionary": (dictionary, own), "untrained": (untrained, null)})
         data |= {
-            "format_version": 1,
+            "format_version": 2,
             "dictionary": describe(saved, dictionary, sites),
             "pooling": pooling,
             "labels": "first letters" if config.first_letter else [path.name for path in config.labelled],
@@ -140,12 +140,14 @@ def _asked(
         for name in asked:
             rows = _beside(labels == labelled.classes.index(name), config.max_per_class, config.seed)
             truth = torch.from_numpy(labels[rows] == labelled.classes.index(name))
-            probes = _probes(config, arms, rows, truth)
+            shuffled = truth[torch.randperm(len(truth), generator=torch.Generator().manual_seed(config.seed))]
+            probes = _probes(config, arms, rows, truth, shuffled)
+            asked_for = {arm: shuffled if arm == SHUFFLED else truth for arm in probes}
             classes[name] = {
                 "n_with": int(truth.sum()),
                 "n_without": int((~truth).sum()),
                 "probes": {
-                    arm: {k: _scored(config, one, truth, rows) for k, one in own.items()}
+                    arm: {k: _scored(config, one, asked_for[arm]) for k, one in own.items()}
                     for arm, own in probes.items()
                 },
                 "absorption": {
@@ -154,9 +156,10 @@ def _asked(
                 },
             }
             for arm, own in probes.items():
+                label = asked_for[arm].numpy()
                 for k, one in own.items():
-                    side = (one.answers > 0) == truth.numpy()
-                    right.setdefault(arm, {}).setdefault(k, []).append(_Side(side, truth.numpy(), rows))
+                    side = _Side((one.answers > 0) == label, label, rows)
+                    right.setdefault(arm, {}).setdefault(k, []).append(side)
             progress.advance(1)
     means = {
         arm: {k: _mean_accuracy(config, sides) for k, sides in own.items()} for arm, own in right.items()
@@ -187,8 +190,12 @@ def _probes(
     arms: Mapping[str, tuple[Dictionary, Pooled]],
     rows: np.ndarray,
     truth: torch.Tensor,
+    shuffled: torch.Tensor,
 ) -> dict[str, dict[str, metrics.Probe]]:
-    """By arm and number of latents; what all of the activations tell is "dense"."""
+    """By arm and number of latents; what all of the activations tell is "dense".
+
+    The one of the shuffled labels is what choosing among many latents finds in nothing.
+    """
     options: dict[str, Any] = {"n_folds": config.n_folds, "seed": config.seed}
     own = arms["dictionary"][1]
     x = torch.from_numpy(own.x[rows])
@@ -198,27 +205,18 @@ def _probes(
     }
     few = tuple(k for k in config.ks if k <= x.shape[1])
     found["neurons"] = metrics.sparse_probe(x, truth, few, **options)
-    shuffled = truth[torch.randperm(len(truth), generator=torch.Generator().manual_seed(config.seed))]
-    null = metrics.sparse_probe(torch.from_numpy(own.acts[rows]), shuffled, config.ks, **options)
-    # judged by the labels it was fitted to: what choosing among many latents finds in nothing
-    found[SHUFFLED] = {
-        k: one._replace(answers=np.where(shuffled.numpy() == truth.numpy(), one.answers, -one.answers))
-        for k, one in null.items()
-    }
+    found[SHUFFLED] = metrics.sparse_probe(torch.from_numpy(own.acts[rows]), shuffled, config.ks, **options)
     named = {arm: {str(k): one for k, one in own.items()} for arm, own in found.items()}
     return named | {"activations": {"dense": metrics.dense_probe(x, truth, **options)}}
 
 
-def _scored(
-    config: ConceptsConfig, probe: metrics.Probe, truth: torch.Tensor, rows: np.ndarray
-) -> dict[str, Any]:
-    """Scores with an interval over texts, and the latents of most folds."""
-    sides = [_Side((probe.answers > 0) == truth.numpy(), truth.numpy(), rows)]
+def _scored(config: ConceptsConfig, probe: metrics.Probe, label: torch.Tensor) -> dict[str, Any]:
+    """Scores with intervals over texts, and the latents of most folds."""
+    found = metrics.probe_scores(probe, label, n_bootstrap=config.n_bootstrap, seed=config.seed)
     used = [latent for fold in probe.chosen for latent in fold]
     most = sorted(set(used), key=lambda latent: (-used.count(latent), latent))
     return {
-        **{name: value for name, value in probe.scores._asdict().items() if name != "balanced_accuracy"},
-        "balanced_accuracy": _mean_accuracy(config, sides),
+        **{name: one.to_json() for name, one in found.items()},
         "latents": most[: len(probe.chosen[0]) if probe.chosen else 0],
     }
 
@@ -258,9 +256,7 @@ def _absorbed(
         for seed in _seeds(config)
     ]
     return {
-        "full": _over_halvings([part.full for part in found]),
-        "fraction": _over_halvings([part.fraction for part in found]),
-        "f1": _over_halvings([part.f1 for part in found]),
+        **_over_halvings(config, found, ("full", "fraction", "f1")),
         "n_true_positives": [part.n_true_positives for part in found],
         "latents": list(found[0].latents),
     }
@@ -275,10 +271,7 @@ def _perturbed(
         for seed in _seeds(config)
     ]
     names = ("score", "own", "others")
-    return {
-        str(n): {name: _over_halvings([getattr(part[n], name) for part in found]) for name in names}
-        for n in config.n_ablated
-    }
+    return {str(n): _over_halvings(config, [part[n] for part in found], names) for n in config.n_ablated}
 
 
 def _cleaned(
@@ -291,21 +284,25 @@ def _cleaned(
         for seed in _seeds(config)
     ]
     names = ("score", "biased", "clean", "ablated")
-    return {
-        str(n): {name: _over_halvings([getattr(part[n], name) for part in found]) for name in names}
-        for n in config.n_ablated
-    }
+    return {str(n): _over_halvings(config, [part[n] for part in found], names) for n in config.n_ablated}
 
 
 def _seeds(config: ConceptsConfig) -> range:
     return range(config.seed, config.seed + N_HALVINGS)
 
 
-def _over_halvings(values: list[float]) -> dict[str, float | str | None]:
-    """The mean, and the smallest and largest; null with its cause where one is not a number."""
-    if not all(math.isfinite(value) for value in values):
-        cause = (
-            "in some half the probe recognised no text, had nothing to gain, or its own latents never fire"
-        )
-        return {"value": None, "low": None, "high": None, "cause": cause}
-    return {"value": float(np.mean(values)), "low": min(values), "high": max(values)}
+def _over_halvings(
+    config: ConceptsConfig,
+    found: list[metrics.Absorption] | list[metrics.TargetedPerturbation] | list[metrics.SpuriousRemoval],
+    names: tuple[str, ...],
+) -> dict[str, dict[str, Any]]:
+    """Each score over all halvings with its interval over texts, and in each of them."""
+    scores = metrics.over_halvings(
+        [part.tested for part in found], n_bootstrap=config.n_bootstrap, seed=config.seed
+    )
+    each = {name: [getattr(part, name) for part in found] for name in names}
+    return {
+        name: scores[name].to_json()
+        | {"halvings": [value if math.isfinite(value) else None for value in each[name]]}
+        for name in names
+    }

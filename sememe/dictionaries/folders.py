@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -10,9 +11,10 @@ from sememe import artifact, dictionaries
 from sememe.dictionaries.base import Dictionary, Sites
 from sememe.errors import ConfigError, ShapeError
 
-__all__ = ["Opened", "open_all"]
+__all__ = ["CHECKPOINTS", "Opened", "checkpoints_in", "last_step", "open_all", "paths_in"]
 
 KINDS = ("dictionary", "sweep")
+CHECKPOINTS, TRAINING_LOG = "checkpoints", "metrics.jsonl"
 RESERVED = ("base", "mean", "zero")
 """What the unedited model and the ablations are called among the arms."""
 
@@ -41,6 +43,21 @@ def open_all(folders: tuple[Path, ...], *, at_least: int = 1) -> dict[str, Opene
         ConfigError: there are fewer, or two are the same.
         ShapeError: they write outputs of different widths at the same place.
     """
+    found = {}
+    for name, path in paths_in(folders, at_least=at_least).items():
+        apart = name if name not in RESERVED else f"{name} (dictionary)"
+        found[apart] = Opened(artifact.load(path, "dictionary"), dictionaries.load(path))
+    _check_widths(found)
+    return found
+
+
+def paths_in(folders: tuple[Path, ...], *, at_least: int = 1) -> dict[str, Path]:
+    """Where the dictionaries in some folders are, under the shortest names that tell them apart; none is opened.
+
+    Raises:
+        ArtifactError: a sweep's folder is damaged.
+        ConfigError: there are fewer than at_least, or two are the same.
+    """
     paths = [path for folder in folders for path in _dictionaries_in(folder)]
     if len(paths) < at_least:
         raise ConfigError(
@@ -48,13 +65,28 @@ def open_all(folders: tuple[Path, ...], *, at_least: int = 1) -> dict[str, Opene
             ", ".join(map(str, paths)) or "none",
             "Name another, or a folder that holds several.",
         )
-    found = {}
-    for name, path in _named(paths):
-        apart = name if name not in RESERVED else f"{name} (dictionary)"
-        found[apart] = Opened(artifact.load(path, "dictionary"), dictionaries.load(path))
-    _check_widths(found)
+    found = dict(_named(paths))
     _check_different(found)
     return found
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Dictionaries kept while the one in the folder was trained, the earliest first; none is the last step's."""
+    kept = {
+        int(artifact.load(place.parent, "dictionary").extra["step"]): place.parent
+        for place in (folder / CHECKPOINTS).glob(f"step-*/{artifact.META}")
+    }
+    last = last_step(folder)
+    return [kept[step] for step in sorted(kept) if last is None or step < last]
+
+
+def last_step(folder: Path) -> int | None:
+    """The step that the training's log ends with; None without a log."""
+    try:
+        lines = (folder / TRAINING_LOG).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return None
+    return int(json.loads(lines[-1])["step"]) if lines else None
 
 
 def _dictionaries_in(folder: Path) -> list[Path]:
@@ -96,10 +128,10 @@ def _named(paths: list[Path]) -> list[tuple[str, Path]]:
     return list(zip(names, paths, strict=True))
 
 
-def _check_different(found: dict[str, Opened]) -> None:
+def _check_different(found: dict[str, Path]) -> None:
     by_path: dict[Path, str] = {}
-    for name, one in found.items():
-        first = by_path.setdefault(one.saved.path.resolve(), name)
+    for name, path in found.items():
+        first = by_path.setdefault(path.resolve(), name)
         if first != name:
             raise ConfigError(
                 "each dictionary must be named once",

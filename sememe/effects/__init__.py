@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from sememe import artifact, dictionaries
 from sememe import lm as language_models
-from sememe.atlas import EFFECTS, REMOVALS, Atlas, open_atlas
+from sememe.atlas import EFFECTS, REMOVALS, Atlas, dictionary_of, open_atlas
 from sememe.downstream import Reruns
 from sememe.effects.config import EffectsConfig
 from sememe.effects.examples import chosen_latents, groups, read_contexts, read_examples
@@ -93,7 +93,7 @@ def effects(config: EffectsConfig, *, lm: LanguageModel | None = None, fresh: bo
         _check_model(atlas, config, fingerprint)
         parents = {
             "atlas": atlas.artifact.fingerprint,
-            "dictionary": atlas.artifact.meta["parents"]["dictionary"],
+            "dictionary": dictionary_of(atlas),
             "model": fingerprint,
         }
         identity = artifact.identity_of("effects", VERSION, config, parents)
@@ -153,9 +153,9 @@ def _dictionary_of(atlas: Atlas, config: EffectsConfig) -> Path:
         ArtifactError: it is not where it was.
         MismatchError: the one that was named is another.
     """
-    wanted = atlas.artifact.meta["parents"]["dictionary"]
+    wanted = dictionary_of(atlas)
     named = config.dictionary
-    recorded = Path(atlas.artifact.meta["config"].get("dictionary", "dictionary"))
+    recorded = Path(next(iter(atlas.artifact.meta["config"].get("dictionaries", ())), "dictionary"))
     places = [named] if named is not None else [recorded, atlas.artifact.path.parent / recorded.name]
     there = next((place for place in places if (place / artifact.META).is_file()), None)
     if there is None:

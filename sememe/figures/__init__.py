@@ -14,28 +14,34 @@ from sememe.figures.data import (
     read_curves,
     read_draws,
     read_watched,
+    stopped,
     write_draws,
 )
+from sememe.figures.explanations import lift_table, write_explanations
 from sememe.figures.geometry import write_geometry
 from sememe.figures.grid import grid_plots
 from sememe.figures.pages import write_pages
-from sememe.figures.tables import BETTER, headline_table, markdown_table
+from sememe.figures.tables import BETTER, GROUPED, headline_table, markdown_table
 
 __all__ = [
     "BETTER",
+    "GROUPED",
     "HEADLINE",
     "REPORT",
     "Report",
     "grid_plots",
     "headline_table",
+    "lift_table",
     "markdown_table",
     "open_report",
     "read_curves",
     "read_draws",
     "read_watched",
+    "stopped",
     "write_comparison",
     "write_concepts",
     "write_draws",
+    "write_explanations",
     "write_geometry",
     "write_pages",
     "write_rows",

@@ -7,20 +7,35 @@ from __future__ import annotations
 
 import csv
 import html
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
-import numpy as np
 from matplotlib.figure import Figure
 
+from sememe.figures.comparison_plots import (
+    density_plot,
+    directions_plot,
+    frontier_plot,
+    rows_plot,
+    size_plot,
+)
 from sememe.figures.data import HEADLINE, Data, number
 from sememe.figures.frame import attributions, credit, page
-from sememe.figures.plots import STYLE, dots_plot, svg
-from sememe.figures.tables import BETTER, MEANINGS, Table, cell_note, html_table, markdown_table
+from sememe.figures.plots import STYLE, svg
+from sememe.figures.tables import (
+    BETTER,
+    DENSITIES,
+    MEANINGS,
+    Table,
+    cell_note,
+    density_table,
+    html_table,
+    markdown_table,
+    percent,
+    percent_note,
+)
 
 __all__ = ["comparison_sections", "write_comparison", "write_rows"]
 
@@ -28,11 +43,11 @@ FRONTIERS = ("fvu", "ce_increase", "ce_recovered_mean")
 """Metrics drawn against l0."""
 TOLD = ("fvu", "ce_increase")
 """Metrics whose differences are told in words."""
-DICTIONARY_COLOUR, NULL_COLOUR = "#1f6feb", "#8c959f"
 MAX_SENTENCES = 24
-MAX_HISTOGRAMS = 10
-MAX_LABEL = 44
-"""Characters of a title in a legend."""
+MAX_VALUES = 12
+"""Languages, sources or values of a tag that have a column."""
+MAX_DIRECTIONS = 16
+"""Dictionaries whose mmcs to one another are printed as a table."""
 COLUMNS = (*HEADLINE, "perplexity")
 
 MARKS_MUELLER = (
@@ -157,153 +172,6 @@ def _drawn(makers: Mapping[str, Callable[[], Figure | None]], folder: Path) -> l
     return [("", "\n\n".join(f"![{name}](figures/{name}.svg)" for name in drawn), in_html)] if drawn else []
 
 
-def rows_plot(data: Data, metric: str) -> Figure | None:
-    """A metric of every dictionary and null as a dot with its interval, best at the top."""
-    rows = [row for row in data["rows"] if _value(row.get("metrics", {}).get(metric)) is not None]
-    if not rows:
-        return None
-    arms = [(f"null: {row['name']}" if row["null"] else row["name"], row["metrics"][metric]) for row in rows]
-    colours = {name: NULL_COLOUR if name.startswith("null: ") else DICTIONARY_COLOUR for name, _ in arms}
-    title = f"{metric} ({BETTER[metric]} is better), nulls in grey"
-    return dots_plot(arms, title, MEANINGS[metric], colours=colours)
-
-
-def frontier_plot(data: Data, metric: str) -> Figure | None:
-    """A metric against l0: a line per group through its settings, with intervals; nulls dashed."""
-    groups = {
-        group: [p for p in one["points"] if _value(p.get(metric)) is not None and _value(p["l0"])]
-        for group, one in data["frontiers"].items()
-    }
-    groups = {group: points for group, points in groups.items() if points}
-    if not groups:
-        return None
-    figure = Figure(figsize=(6.4, 4.0 + 0.2 * max(0, len(groups) - 6)), layout="constrained")
-    axes = figure.add_subplot()
-    values = [_value(p[metric]) or 0.0 for points in groups.values() for p in points]
-    for (group, points), colour in zip(groups.items(), _colours(groups), strict=True):
-        null = group.startswith("null: ")
-        l0 = [_value(p["l0"]) or 0.0 for p in points]
-        value = [_value(p[metric]) or 0.0 for p in points]
-        style: dict[str, Any] = {
-            "linestyle": ":" if null else "-",
-            "marker": "s" if null else "o",
-            "markersize": 4.5,
-        }
-        axes.plot(l0, value, color=colour, linewidth=1.2, label=_short(group), **style)
-        for x, p in zip(l0, points, strict=True):
-            if p[metric]["low"] is not None:
-                axes.plot([x, x], [p[metric]["low"], p[metric]["high"]], color=colour, linewidth=2, alpha=0.5)
-    axes.set_xscale("log")
-    _plain_ticks(axes.xaxis)
-    if min(values) > 0 and max(values) / min(values) > 20:
-        axes.set_yscale("log")
-        _plain_ticks(axes.yaxis)
-    axes.set_xlabel("l0: latents active per token")
-    axes.set_ylabel(f"{metric}, {BETTER[metric]} is better")
-    axes.set_title(f"{metric} against sparsity")
-    axes.grid()
-    axes.set_axisbelow(True)
-    axes.legend(fontsize=7.5, ncols=2 if len(groups) > 6 else 1)
-    return figure
-
-
-def size_plot(data: Data) -> Figure | None:
-    """Perplexity under reconstruction against the number of latents, where a kind has three sizes or more."""
-    by_kind: dict[str, list[tuple[int, Data]]] = {}
-    for row in data["rows"]:
-        if not row["null"] and _value(row.get("metrics", {}).get("perplexity")) is not None:
-            about = row["description"]
-            title = f"{about['kind']} {row['setting']}".strip()
-            by_kind.setdefault(title, []).append((about["d_sae"], row["metrics"]["perplexity"]))
-    lines = {kind: sorted(own, key=lambda item: item[0]) for kind, own in by_kind.items()}
-    lines = {kind: own for kind, own in lines.items() if len({size for size, _ in own}) >= 3}
-    if not lines:
-        return None
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    axes = figure.add_subplot()
-    for (kind, own), colour in zip(lines.items(), _colours(lines), strict=True):
-        sizes = [size for size, _ in own]
-        axes.plot(sizes, [one["value"] for _, one in own], "o-", color=colour, label=kind, linewidth=1.2)
-        for size, one in own:
-            if one["low"] is not None:
-                axes.plot([size, size], [one["low"], one["high"]], color=colour, linewidth=2, alpha=0.4)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.set_xlabel("latents")
-    axes.set_ylabel("perplexity, lower is better")
-    axes.set_title("Perplexity under reconstruction against size")
-    axes.grid()
-    axes.set_axisbelow(True)
-    axes.legend(fontsize=8.5)
-    return figure
-
-
-def density_plot(data: Data) -> Figure | None:
-    """Latents per density of the first dictionaries, each its own line."""
-    rows = [row for row in data["rows"] if row.get("density") and not row["null"]][:MAX_HISTOGRAMS]
-    if not rows:
-        return None
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    axes = figure.add_subplot()
-    for row, colour in zip(rows, _colours(rows), strict=True):
-        histogram = row["density"]
-        counts = np.array(histogram["counts"]) / max(row["description"]["d_sae"], 1)
-        label = f"{row['name']} ({histogram['n_silent']:,} silent)"
-        axes.stairs(counts, histogram["edges"], color=colour, linewidth=1.3, label=label)
-    axes.set_xscale("log")
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("density: share of tokens on which a latent is active")
-    axes.set_ylabel("share of the latents")
-    axes.set_title("How often latents are active")
-    axes.legend(fontsize=7.5)
-    return figure
-
-
-def directions_plot(data: Data) -> Figure | None:
-    """mmcs of every dictionary to every other as a heat map."""
-    directions = data["directions"]
-    names, n = directions["names"], len(directions["names"])
-    mmcs = np.column_stack([np.array(directions["mmcs"]), directions["random"]])
-    if n < 2:
-        return None
-    side = max(3.2, 0.42 * n + 1.8)
-    figure = Figure(figsize=(min(side + 1.4, 12), min(side, 11)), layout="constrained")
-    axes = figure.add_subplot()
-    shown = axes.imshow(mmcs, cmap="viridis", vmin=0, vmax=1)
-    axes.axvline(n - 0.5, color="white", linewidth=2)
-    axes.set_xticks(range(n + 1), [*names, "random directions"], rotation=60, ha="right", fontsize=7.5)
-    axes.set_yticks(range(n), names, fontsize=7.5)
-    if n <= 16:
-        for i in range(n):
-            for j in range(n + 1):
-                colour = "white" if mmcs[i, j] < 0.6 else "black"
-                axes.text(j, i, f"{mmcs[i, j]:.2f}", ha="center", va="center", fontsize=7, color=colour)
-    figure.colorbar(shown, ax=axes, shrink=0.8)
-    axes.set_title("mmcs of row in column")
-    return figure
-
-
-def _short(title: str) -> str:
-    """A title that fits into a legend."""
-    return title if len(title) <= MAX_LABEL else title[: MAX_LABEL - 1] + "\u2026"
-
-
-def _plain_ticks(axis: Any) -> None:
-    axis.set_major_formatter(lambda value, _: f"{value:g}")
-    axis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "25" else "")
-    axis.set_tick_params(which="minor", labelsize=7.5)
-
-
-def _colours(things: Sequence[Any] | Mapping[str, Any]) -> list[Any]:
-    palette = mpl.colormaps["tab10" if len(things) <= 10 else "tab20"]
-    return [palette(index % palette.N) for index in range(len(things))]
-
-
-def _value(statistic: Data | None) -> float | None:
-    value = None if statistic is None else statistic["value"]
-    return value if value is None or math.isfinite(value) else None
-
-
 # -- in tables -----------------------------------------------------------------------------------------------------
 
 
@@ -334,11 +202,89 @@ def _tables(data: Data) -> list[Section]:
         found.append(
             ("In the shape of Marks & Mueller's table", f"{markdown_table(theirs)}\n\n{note}", in_html)
         )
+    active = density_table(
+        {
+            f"null: {row['name']}" if row["null"] else row["name"]: row["density"]
+            for row in measured
+            if row.get("density")
+        }
+    )
+    if active is not None:
+        in_html = html_table(active) + f"<p class='legend'>{html.escape(DENSITIES)}</p>"
+        found.append(("How often latents are active", f"{markdown_table(active)}\n\n{DENSITIES}", in_html))
+    for what, groups in (
+        ("language", data["by_language"]),
+        ("source", data["by_source"]),
+        *data["by_tag"].items(),
+    ):
+        if len(groups) > 1:
+            found.append(_grouped(what, groups, [row["name"] for row in data["rows"] if row["null"]]))
     if data["together"]:
         found.append(_together(data["together"]))
+    found.append(_directions(data["directions"]))
     if data["pair"]:
         found += _pair(data["pair"])
     return found
+
+
+def _grouped(what: str, groups: Mapping[str, Data], nulls: Sequence[str]) -> Section:
+    """Every dictionary and null by language, source, or value of a tag: a column per value, the most frequent first."""
+    values = sorted(groups, key=lambda value: -groups[value]["n_documents"])
+    shown, in_markdown, in_html = values[:MAX_VALUES], list[str](), list[str]()
+    for metric in TOLD:
+        heads = [f"{value} ({groups[value]['n_documents']:,})" for value in shown]
+        table = Table([metric, *heads], [], [])
+        for name in dict.fromkeys(name for value in shown for name in groups[value]["arms"]):
+            arms = [
+                groups[value]["arms"].get(name, {"metrics": {}})["metrics"].get(metric) for value in shown
+            ]
+            title = f"null: {name}" if name in nulls else name
+            table.rows.append([title, *(number(one["value"]) if one else "" for one in arms)])
+            table.notes.append(["", *(cell_note(one) if one else "" for one in arms)])
+        in_markdown.append(markdown_table(table))
+        in_html.append(html_table(table))
+    rest = len(values) - len(shown)
+    note = "Documents in brackets; under each number its 95% interval over these." + (
+        f" {rest:,} more are in comparison.json." if rest else ""
+    )
+    in_html.append(f"<p class='legend'>{html.escape(note)}</p>")
+    return f"By {what}", "\n\n".join([*in_markdown, note]), "".join(in_html)
+
+
+def _directions(data: Data) -> Section:
+    """mmcs and shares of each dictionary in each other, and where each is found best."""
+    names = data["names"]
+    table = Table(["", "", *names, "random"], [], [])
+    for key, title, shown, note in (
+        ("mmcs", "mmcs", number, cell_note),
+        ("share_above_0.9", "above 0.9", percent, percent_note),
+    ):
+        random = data["random" if key == "mmcs" else f"random_{key}"]
+        for name, row, chance in zip(names, data[key], random, strict=True):
+            table.rows.append([name, title, *(shown(one["value"]) for one in (*row, chance))])
+            table.notes.append(["", "", *(note(one) for one in (*row, chance))])
+    lead = (
+        "How much of the row's latents the column holds: the mean of their largest cosine with any of its latents, and "
+        "the share of them for which that exceeds 0.9, each with its 95% interval over those. random: as many "
+        "random directions as the widest dictionary has latents. A wider dictionary holds more by chance, too."
+    )
+    sentences = [one["sentence"] for one in data["differences"]]
+    rest = len(sentences) - MAX_SENTENCES
+    sentences = sentences[:MAX_SENTENCES] + ([f"{rest:,} more are in comparison.json."] if rest > 0 else [])
+    if len(names) > MAX_DIRECTIONS:
+        lead, table = lead + " The table of so many is in comparison.json.", Table([], [], [])
+    in_markdown = [
+        lead,
+        markdown_table(table) if table.rows else "",
+        "\n".join(f"- {one}" for one in sentences),
+    ]
+    items = "".join(f"<li>{html.escape(one)}</li>" for one in sentences)
+    in_html = f"<p class='legend'>{html.escape(lead)}</p>" + (html_table(table) if table.rows else "")
+    return (
+        "Whose latents are in whom",
+        "\n\n".join(part for part in in_markdown if part),
+        in_html + (f"<ul>{items}</ul>" if items else ""),
+    )
 
 
 def _together(data: Data) -> Section:
@@ -410,21 +356,24 @@ def _pair(pair: Data) -> list[Section]:
     names = {side: pair[side] for side in "ab"}
     lead = (
         f"a is {names['a']}, b is {names['b']}. Cosines are between decoder directions and signed. If b is the truth, "
-        "a to b is a precision (how much of a is in b) and b to a a recall (how much of b was found)."
+        "a to b is a precision (how much of a is in b) and b to a a recall (how much of b was found). Under each "
+        "number: its 95% interval over latents; random: against as many random directions."
     )
-    table = Table(["", "mmcs", "median", "share above 0.9", "latents matched"], [], [])
+    heads = [cell for head in ("mmcs", "median", "share above 0.9") for cell in (head, "random")]
+    table = Table(["", *heads, "latents matched", "random"], [], [])
     matches: list[Section] = []
     for one, other in (("a", "b"), ("b", "a")):
         way = pair[f"{one}_to_{other}"]
-        cells = (
-            f"{pair[f'mmcs_{one}_to_{other}']:.4f}",
-            f"{way['median_mcs']:.4f}",
-            f"{way['share_above_0.9']:.1%}",
-        )
-        table.rows.append(
-            [f"{one} to {other}", *cells, f"{way['n_distinct_matches']:,} of {way['n_there']:,}"]
-        )
-        table.notes.append([""] * 5)
+        cells, notes = [f"{one} to {other}"], [""]
+        for found in (pair[f"mmcs_{one}_to_{other}"], way["median_mcs"]):
+            cells += [f"{found['value']:.4f}", f"{found['random']:.4f}"]
+            notes += [cell_note(found), ""]
+        above = way["share_above_0.9"]
+        cells += [percent(above["value"]), percent(above["random"])]
+        matched = (way["n_distinct_matches"], way["random_n_distinct_matches"])
+        cells += [f"{n:,} of {way['n_there']:,}" for n in matched]
+        table.rows.append(cells)
+        table.notes.append([*notes, percent_note(above), "", "", ""])
         for which in ("best", "worst"):
             if not way[which]:
                 continue

@@ -24,8 +24,9 @@ COLOURS = {
 }
 LEGEND = (
     "Balanced accuracy on texts that the probe was not fitted to, 0.5 for knowing nothing; latents and the "
-    "probe's strength are chosen in each fold's training part. Beside each number: its 95% interval over texts; for "
-    "absorption, perturbation and removal the smallest and largest of several halvings. neurons: the k best dimensions "
+    "probe's strength are chosen in each fold's training part. Beside each number: its 95% interval over texts, the "
+    "same draws in every arm; absorption, perturbation and removal are means over three cuts into a half to fit on "
+    "and a half to score on, and their interval is of the scored texts. neurons: the k best dimensions "
     "of the activations; untrained: an untrained dictionary's latents; shuffled labels: the same search "
     "where there is nothing to find; activations: a probe on all of them."
 )
@@ -118,6 +119,8 @@ def _ablations_plot(arms: Data, name: str) -> Figure:
         colour = COLOURS.get(arm, "#d1730b")
         axes.plot([n for n, _ in shown], [one["value"] for _, one in shown], "o-", color=colour, label=arm)
         for n, one in shown:
+            if one["low"] is None:
+                continue
             axes.plot([n, n], [one["low"], one["high"]], color=colour, linewidth=2.2, alpha=0.4)
     axes.axhline(0, color="#8c959f", linewidth=0.8, linestyle=":")
     axes.set_xscale("log")
@@ -174,11 +177,13 @@ def _write_csv(path: Path, data: Data) -> None:
     """A line per class, arm and number of latents."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        ends = ("balanced_accuracy", "balanced_accuracy_low", "balanced_accuracy_high", "accuracy", "auroc")
-        writer.writerow(["class", "arm", "latents", *ends])
+        scores = ("balanced_accuracy", "accuracy", "auroc")
+        ends = (("", "value"), ("_low", "low"), ("_high", "high"))
+        writer.writerow(
+            ["class", "arm", "latents", *(f"{score}{end}" for score in scores for end, _ in ends)]
+        )
         for name, one in data["classes"].items():
             for arm, by_k in one["probes"].items():
                 for k, found in by_k.items():
-                    own = found["balanced_accuracy"]
-                    numbers = [own["value"], own["low"], own["high"], found["accuracy"], found["auroc"]]
+                    numbers = [found[score][key] for score in scores for _, key in ends]
                     writer.writerow([name, arm, k, *("" if value is None else value for value in numbers)])

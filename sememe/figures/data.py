@@ -27,6 +27,7 @@ __all__ = [
     "read_curves",
     "read_draws",
     "read_watched",
+    "stopped",
     "write_draws",
 ]
 
@@ -168,3 +169,13 @@ def number(value: float | None) -> str:
     if value == 0 or 0.001 <= abs(value) < 10_000:
         return f"{value:.4g}" if abs(value) < 100 else f"{value:,.1f}"
     return f"{value:.2e}"
+
+
+def stopped(data: Data) -> str:
+    """Why reading ended where there was a budget, and what that was spent on."""
+    spent = data["spent"]
+    because = "all tokens were read" if data["because"] == "all tokens" else data["because"]
+    return (
+        f"reading stopped at {data['n_tokens']:,} tokens because {because}; of {data['budget']}, "
+        f"{spent['fitting']:,.0f} s went into fitting nulls and {spent['reading']:,.0f} s into reading"
+    )

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from sememe.figures.data import Data, number
 from sememe.figures.frame import page
 from sememe.figures.plots import STYLE, svg
-from sememe.figures.tables import Table, cell_note, html_table, markdown_table
+from sememe.figures.tables import Table, cell_note, html_table, markdown_table, percent, percent_note
 
 __all__ = ["write_geometry"]
 
@@ -249,21 +249,24 @@ def _sections(data: Data) -> list[Section]:
 
 RARE = (
     "Latents active on fewer rows than the threshold; of these, how many read one direction (cosine above 0.95 with "
-    "their mean), and of those how many write one. Below: the cosine of that direction to the other dictionaries'."
+    "their mean), and of those how many write one; the cosine of that direction to the other dictionaries'. Under each "
+    "number: its 95% interval over latents. random: of the shares, as many random directions of which as many are "
+    "active on each row; of the others, as many latents drawn from those that are not rare, 20 times."
 )
 CORRELATIONS = (
-    "Of the latents that write most, of as many neurons of the largest variance, and of as many random directions: the "
-    "mean of |correlation| over pairs, and the share of the pairs below 0.05. The fewer correlations, the sparser the "
-    "covariance."
+    "Of the latents that write most, of as many neurons of the largest variance, and of as many random directions (the "
+    "null): the mean of |correlation| over pairs, and the share of the pairs below 0.05, with intervals from drawing "
+    "the coordinates again. The fewer correlations, the sparser the covariance."
 )
 HISTORY = (
-    "Latents whose cosine to themselves one checkpoint before ever reached 0.9, and those that fell below 0.6 "
-    "after that."
+    "Share of the latents whose cosine to themselves one checkpoint before ever reached 0.9, and of those that fell "
+    "below 0.6 after that; 95% intervals over latents. random: directions drawn anew at each checkpoint."
 )
 PAIRS = (
     "mmcs: mean over latents of the largest cosine with any of the other's; matched: one to one, with the largest sum "
     "of cosines. random: the same against as many random directions. split: latents of the smaller dictionary that two "
-    "or more of the larger one are nearest to, with a cosine of at least 0.5."
+    "or more of the larger one are nearest to, with a cosine of at least 0.5. Under each number: its 95% interval over "
+    "latents."
 )
 SPLITS = "Latents of the smaller dictionary, and those of the larger that are nearest to them, closest first."
 PROBE = "By cosine; random: the largest cosine that as many random directions have."
@@ -280,8 +283,12 @@ def _numbers_table(rows: list[Data]) -> Table:
             notes += ["", ""] if one is None else [cell_note(one), ""]
         table.rows.append(cells)
         table.notes.append(notes)
-    outliers = [", ".join(map(str, row["outlier_dimensions"][:8])) or "none" for row in rows]
-    table.rows.append(["outlier dimensions", *(cell for one in outliers for cell in (one, ""))])
+    outliers = [
+        ", ".join(map(str, row[key][:8])) or "none"
+        for row in rows
+        for key in ("outlier_dimensions", "random_outlier_dimensions")
+    ]
+    table.rows.append(["outlier dimensions", *outliers])
     table.notes.append([""] * (1 + 2 * len(rows)))
     return table
 
@@ -302,31 +309,32 @@ def _meanings(rows: list[Data]) -> str:
 def _rare_table(data: Data) -> Table:
     other = data["rare_agreement"] or {"names": [], "cosines": []}
     names = other["names"] if len(other["names"]) > 1 else []
-    heads = [
-        "rare",
-        "never active",
-        "read one direction",
-        "write one",
-        *(f"cosine to {name}" for name in names),
-    ]
-    table = Table(["", *heads], [], [])
+    keys = ("share", "silent", "encoders_coincide", "decoders_coincide")
+    heads = ["rare", "never active", "read one direction", "write one"]
+    columns = [cell for head in heads for cell in (head, "random")]
+    table = Table(["", "", *columns, *(f"cosine to {name}" for name in names)], [], [])
     for row in data["rows"]:
         if "rare" not in row:
             continue
         one = row["rare"]
-        cells = [f"{one['share']:.1%} below {one['below']:g}", f"{one['n_silent']:,}"]
-        cells += [
-            f"{one['encoders_coincide']:.1%} ({one['n_coincide']:,})",
-            f"{one['decoders_coincide']:.1%}",
-        ]
+        cells = [row["name"], f"{one['n']:,} below {one['below']:g}"]
+        notes = ["", f"{one['n_coincide']:,} coincide"]
+        for key in keys:
+            cells += [percent(one[key]["value"]), percent(one[key]["random"])]
+            notes += [percent_note(one[key]), ""]
         at = names.index(row["name"]) if row["name"] in names else None
-        cells += [
-            "" if at is None else number(value)
-            for value in (other["cosines"][at] if at is not None else names)
+        cosines = [None] * len(names) if at is None else other["cosines"][at]
+        cells += ["" if cosine is None else number(cosine["value"]) for cosine in cosines]
+        notes += [
+            "" if cosine is None or cosine["random"] is None else _beside_random(cosine) for cosine in cosines
         ]
-        table.rows.append([row["name"], *cells])
-        table.notes.append([""] * (1 + len(cells)))
+        table.rows.append(cells)
+        table.notes.append(notes)
     return table
+
+
+def _beside_random(one: Data) -> str:
+    return f"{cell_note(one)}; random {number(one['random'])}".removeprefix("; ")
 
 
 def _correlations_table(rows: list[Data]) -> Table:
@@ -338,47 +346,50 @@ def _correlations_table(rows: list[Data]) -> Table:
             found = [
                 row["correlations"][arm][key] for arm in arms for key in ("mean_absolute", "share_small")
             ]
-            table.rows.append([row["name"], *map(number, found)])
-            table.notes.append([""] * (1 + len(found)))
+            table.rows.append([row["name"], *(number(one["value"]) for one in found)])
+            table.notes.append(["", *map(cell_note, found)])
     return table
 
 
 def _history_table(rows: list[Data]) -> Table:
-    heads = [
-        "checkpoints",
-        "latents",
-        "reached 0.9",
-        "then below 0.6",
-        "mean at the end",
-        "spread of random cosines",
+    heads = ["checkpoints", "latents"]
+    heads += [
+        cell for head in ("reached 0.9", "then below 0.6", "mean at the end") for cell in (head, "random")
     ]
-    table = Table(["", *heads], [], [])
+    table = Table(["", *heads, "spread of random cosines"], [], [])
     for row in rows:
         if "history" in row:
             past = row["history"]
-            cells = [str(len(past["steps"])), f"{past['n_latents']:,}", f"{past['n_reached_0.9']:,}"]
-            cells += [
-                f"{past['n_fell_below_0.6']:,}",
-                number(past["mean"][-1]),
-                number(past["random_spread"]),
-            ]
-            table.rows.append([row["name"], *cells])
-            table.notes.append([""] * 7)
+            cells = [row["name"], str(len(past["steps"])), f"{past['n_latents']:,}"]
+            notes = ["", "", ""]
+            for key in ("reached_0.9", "fell_below_0.6"):
+                cells += [percent(past[key]["value"]), percent(past[key]["random"])]
+                notes += [percent_note(past[key]), ""]
+            last = past["mean"][-1]
+            cells += [number(last["value"]), number(last["random"]), number(past["random_spread"])]
+            table.rows.append(cells)
+            table.notes.append([*notes, cell_note(last), "", ""])
     return table
 
 
 def _pairs_table(pairs: list[Data]) -> Table:
     keys = ("mmcs_small_to_large", "mmcs_large_to_small", "matched_cosine")
-    heads = [cell for key in keys for cell in (key.replace("_", " "), "above 0.9", "random")]
-    table = Table(["", *heads, "split"], [], [])
+    heads = [
+        cell for key in keys for cell in (key.replace("_", " "), "random", "above 0.9", "random above 0.9")
+    ]
+    table = Table(["", *heads, "split", "random split"], [], [])
     for pair in pairs:
         cells, notes = [f"{pair['small']} in {pair['large']}"], [""]
         for key in keys:
             one = pair[key]
-            cells += [number(one["value"]), f"{one['share_above_0.9']:.1%}", number(one["random"])]
-            notes += [cell_note(one), "", ""]
-        table.rows.append([*cells, f"{pair['splits']['n']:,} ({pair['splits']['share']:.1%})"])
-        table.notes.append([*notes, ""])
+            above = one["share_above_0.9"]
+            cells += [number(one["value"]), number(one["random"])]
+            cells += [percent(above["value"]), percent(above["random"])]
+            notes += [cell_note(one), "", percent_note(above), ""]
+        split = pair["splits"]["share"]
+        cells += [f"{pair['splits']['n']:,} ({percent(split['value'])})", percent(split["random"])]
+        table.rows.append(cells)
+        table.notes.append([*notes, percent_note(split), ""])
     return table
 
 

@@ -7,10 +7,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sememe.figures.comparison import comparison_sections
-from sememe.figures.data import Data, number
+from sememe.figures.data import Data, number, stopped
 from sememe.figures.frame import attributions, credit, page
 from sememe.figures.plots import frontier_plot, plots, svg
-from sememe.figures.tables import BETTER, MEANINGS, group_table, headline_table, html_table, markdown_table
+from sememe.figures.tables import (
+    BETTER,
+    DENSITIES,
+    MEANINGS,
+    density_table,
+    group_table,
+    headline_table,
+    html_table,
+    markdown_table,
+)
 
 __all__ = ["write_pages"]
 
@@ -58,6 +67,13 @@ def write_pages(
             markdown += [f"![{name}](figures/{prefix}{name}.svg)", ""]
             body.append(f"<figure>{drawn}</figure>")
         body.append("</div>")
+        active = density_table(
+            {arm if arm == "dictionary" else f"null: {arm}": own for arm, own in data["density"].items()}
+        )
+        if active is not None:
+            markdown += ["**How often latents are active**", "", markdown_table(active), "", DENSITIES, ""]
+            body.append(f"<h3>How often latents are active</h3>{html_table(active)}")
+            body.append(f"<p class='legend'>{html.escape(DENSITIES)}</p>")
         grouped = {what: data[f"by_{what}"] for what in ("language", "source")}
         for what, groups in (*grouped.items(), *data.get("by_tag", {}).items()):
             if len(groups) > 1:
@@ -111,5 +127,6 @@ def _facts(data: Data) -> list[tuple[str, str]]:
             "nulls fitted on",
             "the training store" if data.get("store") else "activations of the training documents",
         ),
+        *([("stopped", stopped(data["stopped"]))] if (data.get("stopped") or {}).get("spent") else []),
         *(("notice", text) for text in data.get("notices", ())),
     ]

@@ -10,16 +10,16 @@ from sememe.config import Config
 
 __all__ = ["FORMAT", "PAGE_FORMAT", "Comparison", "Page"]
 
-FORMAT, PAGE_FORMAT = 3, 1
+FORMAT, PAGE_FORMAT = 4, 1
 
 
 class Number(Config):
     """A metric. JSON has no NaN: null, and why."""
 
     value: float | None
-    """Over all documents."""
+    """Over all documents; of directions, over all latents."""
     low: float | None = None
-    """Lower end of the 95% bootstrap interval over documents."""
+    """Lower end of the 95% bootstrap interval over documents, or latents."""
     high: float | None = None
     """Its upper end."""
     cause: str = ""
@@ -37,9 +37,9 @@ class Histogram(Config):
     """Latents that never fired."""
     n_below: int
     """Latents that fired more rarely than the first edge."""
-    shares: dict[str, float]
+    shares: dict[str, Number]
     """Share of the latents below 1e-5, 1e-4, 1e-3, and above 1e-2."""
-    l0_quantiles: dict[str, float]
+    l0_quantiles: dict[str, Number]
     """Active latents per row that such a share of the rows does not exceed."""
     l0_histogram: tuple[tuple[int, int], ...]
     """Numbers of active latents that occur, and on how many rows each."""
@@ -127,17 +127,56 @@ class DifferenceData(Config):
     """All of it in words."""
 
 
+class DirectionDifference(Config):
+    """The mmcs of a dictionary where it is found best less that in another."""
+
+    of: str
+    """Whose latents."""
+    best: str
+    """Where they are found best."""
+    other: str
+    """Where else they are looked for."""
+    difference: Number
+    """Latent by latent: the interval is paired."""
+    real: bool
+    """Whether the interval leaves out 0."""
+    sentence: str
+    """All of it in words."""
+
+
 class Directions(Config):
     """Decoder directions, row by column."""
 
     names: tuple[str, ...]
     """Of rows and columns."""
-    mmcs: tuple[tuple[float, ...], ...]
+    mmcs: tuple[tuple[Number, ...], ...]
     """Mean over the row's latents of the largest cosine with any of the column's."""
-    random: tuple[float, ...]
+    random: tuple[Number, ...]
     """The same of each row in random directions: what no resemblance gives."""
-    share_above: tuple[tuple[float, ...], ...] = Field(alias="share_above_0.9")
+    share_above: tuple[tuple[Number, ...], ...] = Field(alias="share_above_0.9")
     """Share of the row's latents for which it exceeds 0.9."""
+    random_share_above: tuple[Number, ...] = Field(alias="random_share_above_0.9")
+    """The same of each row in random directions."""
+    differences: tuple[DirectionDifference, ...]
+    """Of each row: the column that holds it best against every other."""
+
+
+class GroupArm(Config):
+    """A dictionary or null on some of the documents."""
+
+    n_rows: int
+    """Kept rows of these."""
+    metrics: dict[str, Number]
+    """On these alone."""
+
+
+class GroupData(Config):
+    """The documents of one language, source, or value of a tag."""
+
+    n_documents: int
+    """Of that value."""
+    arms: dict[str, GroupArm]
+    """By the name of the dictionary or null."""
 
 
 class TogetherData(Config):
@@ -156,7 +195,7 @@ class TogetherData(Config):
 class Comparison(Config):
     """comparison.json."""
 
-    format_version: Literal[3]
+    format_version: Literal[4]
     """Of this layout."""
     rows: tuple[Row, ...]
     """Dictionaries, then nulls."""
@@ -168,6 +207,12 @@ class Comparison(Config):
     """Settings that have no place on a frontier, and why."""
     differences: tuple[DifferenceData, ...]
     """Every pair of groups, every metric."""
+    by_language: dict[str, GroupData]
+    """Per language of the documents; empty if none were read."""
+    by_source: dict[str, GroupData]
+    """Per source."""
+    by_tag: dict[str, dict[str, GroupData]]
+    """Per value of each of the text's tag fields."""
     directions: Directions
     """What dictionaries find of each other."""
     pair: dict[str, Any] | None
@@ -177,7 +222,8 @@ class Comparison(Config):
     bootstrap: dict[str, Any] | None
     """Units, draws and seed of the intervals."""
     stopped: dict[str, Any] | None
-    """Why reading ended: all tokens, the budget, or intervals that are narrow enough."""
+    """Why reading ended: all tokens, the budget, or intervals that are narrow enough; with a budget, the seconds
+    `spent` on fitting nulls and on reading."""
     together: TogetherData | None
     """All of them spliced in at once, if that was asked."""
     notices: tuple[str, ...]

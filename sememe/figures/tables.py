@@ -10,13 +10,18 @@ from sememe.figures.data import HEADLINE, Data, arms_of, number
 
 __all__ = [
     "BETTER",
+    "DENSITIES",
+    "GROUPED",
     "MEANINGS",
     "Table",
     "cell_note",
+    "density_table",
     "group_table",
     "headline_table",
     "html_table",
     "markdown_table",
+    "percent",
+    "percent_note",
 ]
 
 BETTER = {
@@ -44,6 +49,15 @@ MEANINGS = {
 }
 
 
+GROUPED = ("fvu", "l0", "ce_base", "ce_increase", "ce_recovered_zero", "ce_recovered_mean", "kl")
+"""Metrics that are told per language, source, or value of a tag."""
+DENSITIES = (
+    "Share of the latents active on fewer, or more, of the tokens than so many; and how many latents are active on a "
+    "token, of which such a share of the tokens exceed no more. Under each number: its 95% interval, what as many "
+    "other documents would give."
+)
+
+
 class Table(NamedTuple):
     """Cells as text. `notes` are cells' second lines: intervals and causes."""
 
@@ -60,6 +74,17 @@ def cell_note(statistic: Mapping[str, Any]) -> str:
     if statistic["value"] is None:
         return str(statistic.get("cause", ""))
     return "no interval" if "cause" in statistic else ""
+
+
+def percent(value: float | None) -> str:
+    """A share as people read it."""
+    return "–" if value is None else f"{value:.1%}"
+
+
+def percent_note(statistic: Mapping[str, Any]) -> str:
+    """A share's interval, or why there is none."""
+    low, high = statistic.get("low"), statistic.get("high")
+    return f"{low:.1%} to {high:.1%}" if low is not None and high is not None else cell_note(statistic)
 
 
 def headline_table(reports: Mapping[str, Data]) -> Table:
@@ -82,16 +107,44 @@ def headline_table(reports: Mapping[str, Data]) -> Table:
 
 
 def group_table(groups: Mapping[str, Data]) -> Table:
-    """A row per language, source, or value of a tag."""
-    columns = ("fvu", "l0", "ce_base", "ce_increase", "ce_recovered_zero", "ce_recovered_mean", "kl")
-    table = Table(["", "documents", "rows", *columns], [], [])
+    """A row per language, source, or value of a tag, and below it one for each null."""
+    table = Table(["", "documents", "rows", *GROUPED], [], [])
     for name, group in groups.items():
-        found = [group["metrics"].get(column) for column in columns]
+        arms = {name: group["metrics"]} | {
+            f"null: {null}": own for null, own in group.get("nulls", {}).items()
+        }
+        for title, metrics in arms.items():
+            own = title == name
+            found = [metrics.get(column) for column in GROUPED]
+            counts = [f"{group['n_documents']:,}", f"{group['n_rows']:,}"] if own else ["", ""]
+            table.rows.append([title, *counts, *(number(s["value"]) if s else "" for s in found)])
+            table.notes.append(["", "", "", *(cell_note(s) if s else "" for s in found)])
+    return table
+
+
+def density_table(arms: Mapping[str, Data]) -> Table | None:
+    """How often latents are active, and how many at once; None where that was not counted, or without intervals.
+
+    Args:
+        arms: By title, what report.json and comparison.json hold as `density`.
+    """
+    told = {  # reports of earlier versions have plain numbers, or none
+        title: own
+        for title, own in arms.items()
+        if own.get("shares") and all(isinstance(one, Mapping) for one in own["shares"].values())
+    }
+    if not told:
+        return None
+    first = next(iter(told.values()))
+    heads = [name.replace("_", " ") for name in first["shares"]]
+    heads += [f"l0, {float(share):.0%}" for share in first["l0_quantiles"]]
+    table = Table(["", *heads], [], [])
+    for title, own in told.items():
+        shares, quantiles = own["shares"].values(), own["l0_quantiles"].values()
         table.rows.append(
-            [name, f"{group['n_documents']:,}", f"{group['n_rows']:,}"]
-            + [number(s["value"]) if s else "" for s in found]
+            [title, *(percent(one["value"]) for one in shares), *(number(one["value"]) for one in quantiles)]
         )
-        table.notes.append(["", "", ""] + [cell_note(s) if s else "" for s in found])
+        table.notes.append(["", *map(percent_note, shares), *map(cell_note, quantiles)])
     return table
 
 

@@ -2,6 +2,7 @@
 
     config.py    what can be chosen
     latents.py   one dictionary: a number for each latent, its mean, and what random directions have
+    rare.py      one: the latents that hardly fire, and whether they are one direction
     between.py   several: who has whose latents, one to one and at best; splitting; the rare direction across seeds
     history.py   one dictionary's kept checkpoints: which latents settled, which were lost again
     verb.py      opens, asks, writes

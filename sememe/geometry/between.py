@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sememe import metrics
 from sememe.geometry.config import GeometryConfig
+from sememe.geometry.rare import Direction
 from sememe.progress import track
 
 __all__ = ["agreement", "pairs"]
@@ -62,14 +63,15 @@ def _pair(
         out[name] = {
             **metrics.over_latents(own, **options).to_json(),
             "random": float(random.mean()),
-            f"share_above_{FOUND:g}": float((own > FOUND).double().mean()),
+            f"share_above_{FOUND:g}": _share(own > FOUND, random > FOUND, options),
             "histogram": {"edges": EDGES.tolist(), "counts": counts.tolist()},
         }
-    split = metrics.splits(small, large)
+    split, by_chance = (metrics.splits(small, rows) for rows in (large, chance["large"]))
+    n = small.shape[0]
     order = sorted(range(len(split.children)), key=lambda i: -split.children[i].numel())
     out["splits"] = {
         "n": int(split.parents.numel()),
-        "share": split.parents.numel() / small.shape[0],
+        "share": _share(_at(split.parents, n), _at(by_chance.parents, n), options),
         "most": [
             {"latent": int(split.parents[i]), "children": split.children[i].tolist()}
             for i in order[: config.n_shown]
@@ -78,8 +80,37 @@ def _pair(
     return out
 
 
-def agreement(directions: dict[str, Float[Tensor, " d"]]) -> dict[str, Any]:
-    """The cosine of each rare direction to each other's: near 1 across seeds if it is the data's own."""
+def _share(own: Bool[Tensor, " n"], random: Bool[Tensor, " n"], options: dict[str, Any]) -> dict[str, Any]:
+    """A share of the latents with its interval, and that of random directions."""
+    return {
+        **metrics.over_latents(own.double(), **options).to_json(),
+        "random": float(random.double().mean()),
+    }
+
+
+def _at(latents: Int[Tensor, " m"], n: int) -> Bool[Tensor, " n"]:
+    found = torch.zeros(n, dtype=torch.bool)
+    found[latents.cpu()] = True
+    return found
+
+
+def agreement(directions: dict[str, Direction]) -> dict[str, Any]:
+    """The cosine of each rare direction to each other's: near 1 across seeds if it is the data's own.
+
+    With intervals from drawing each dictionary's rare latents again, by itself, and beside what the means of as many
+    other latents have, who may share a direction, too.
+    """
     names = list(directions)
-    rows = metrics.unit_rows(torch.stack([directions[name] for name in names]))
-    return {"names": names, "cosines": (rows @ rows.T).tolist()}
+    cosines: list[list[dict[str, Any]]] = []
+    for one in names:
+        row = []
+        for other in names:
+            drawn = (directions[one].drawn * directions[other].drawn).sum(1).double().numpy()
+            random = (directions[one].others * directions[other].others).sum(1).double().mean()
+            found = metrics.Statistic(float(np.clip(drawn[0], -1, 1)))
+            if len(drawn) > 1 and one != other:
+                low, high = (float(q) for q in np.quantile(drawn[1:], [0.025, 0.975]).clip(-1, 1))
+                found = found._replace(low=low, high=high)
+            row.append({**found.to_json(), "random": None if one == other else float(random)})
+        cosines.append(row)
+    return {"names": names, "cosines": cosines}

@@ -16,6 +16,7 @@ from sememe import metrics
 from sememe.dictionaries.base import Dictionary
 from sememe.geometry.config import GeometryConfig
 from sememe.lm import LanguageModel
+from sememe.metrics.sums import MAX_GROUPS
 from sememe.progress import track
 from sememe.source import StoreSource
 from sememe.store import Store
@@ -34,8 +35,11 @@ class Activity(NamedTuple):
     """What a dictionary does on rows of a store."""
 
     n_rows: int
-    l0: float
+    l0: metrics.Statistic
+    """With its interval over groups of rows, which were drawn from all of the store."""
     density: Float[Tensor, " d_sae"]
+    random_density: Float[Tensor, " d_sae"]
+    """Of as many random directions, the largest projections of each row active, l0 of them."""
     correlations: dict[str, metrics.Correlations]
     """Of the latents that write most, of as many dimensions of the input, of as many random directions; none of fewer
     than two latents that fire."""
@@ -180,7 +184,7 @@ def activity(dictionary: Dictionary, store: Store, config: GeometryConfig, label
     with track(f"encode for {label}", 2 * x.shape[0], "rows") as progress:
         for part in parts:
             encoded = dictionary.encode(part.float())
-            sparsity.update(encoded)
+            sparsity.update(encoded, None, (torch.arange(part.shape[0]) + sparsity.n_rows) % MAX_GROUPS)
             written.index_add_(0, encoded.indices.long(), encoded.acts.double().square())
             progress.advance(part.shape[0])
         k = min(config.n_correlated, int((written * norms > 0).sum()), x.shape[1])
@@ -195,11 +199,28 @@ def activity(dictionary: Dictionary, store: Store, config: GeometryConfig, label
             progress.advance(part.shape[0])
     values = x.float()
     widest = values.var(0).topk(k).indices
+    options: dict[str, Any] = {"n_bootstrap": config.n_bootstrap, "seed": config.seed}
     random = values @ metrics.unit_rows(metrics.random_rows(k, x.shape[1], config.seed)).T
     compared = {"latents": acts, "neurons": values[:, widest], "random_directions": random} if k > 1 else {}
+    l0 = sparsity.compute(**options)["l0"]
     return Activity(
         x.shape[0],
-        sparsity.compute()["l0"].value,
+        l0._replace(cause=l0.cause.replace("documents", "rows")),
         sparsity.density().cpu(),
-        {name: metrics.correlations(one) for name, one in compared.items()},
+        _random_density(values, dictionary.d_sae, l0.value, config.seed),
+        {name: metrics.correlations(one, **options) for name, one in compared.items()},
     )
+
+
+def _random_density(
+    x: Float[Tensor, "rows d_in"], d_sae: int, l0: float, seed: int
+) -> Float[Tensor, " d_sae"]:
+    """How often random directions are active, the l0 largest projections of each row being so."""
+    k = min(max(1, round(l0)), d_sae)
+    directions = metrics.unit_rows(metrics.random_rows(d_sae, x.shape[1], seed)).T
+    mean = x.mean(0)
+    counts = torch.zeros(d_sae, dtype=torch.int64)
+    for part in torch.split(x, ROWS_AT_ONCE):
+        active = ((part - mean) @ directions).topk(k).indices
+        counts += torch.bincount(active.view(-1), minlength=d_sae)
+    return counts.double() / x.shape[0]

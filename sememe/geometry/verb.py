@@ -15,20 +15,20 @@ from torch import Tensor
 from sememe import artifact, figures, metrics
 from sememe import lm as language_models
 from sememe.config import sha256_of
-from sememe.dictionaries.base import Dictionary
 from sememe.dictionaries.folders import Opened, open_all
 from sememe.errors import ConfigError, MismatchError, ShapeError
 from sememe.geometry.between import agreement, pairs
 from sememe.geometry.config import GeometryConfig
 from sememe.geometry.history import history
 from sememe.geometry.latents import Activity, activity, nearest_to_probe, of_weights, summarised
+from sememe.geometry.rare import Direction, rare
 from sememe.lm import LanguageModel
 from sememe.measure.checks import check_model, check_store
 from sememe.store import Store, open_store
 
 __all__ = ["GEOMETRY", "geometry"]
 
-VERSION = 1
+VERSION = 2
 GEOMETRY = "geometry.json"
 LATENTS = "latents"
 
@@ -138,11 +138,11 @@ def _asked(
 ) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     """geometry.json, and each dictionary's columns."""
     rows, columns, notices = [], {}, list[str]()
-    rare: dict[str, Tensor] = {}
+    directions_read: dict[str, Direction] = {}
     directions = {
         name: one.dictionary.decoder_directions().detach().float().cpu() for name, one in opened.items()
     }
-    for name, one in opened.items():
+    for place, (name, one) in enumerate(opened.items()):
         dictionary = one.dictionary
         latents = of_weights(dictionary, lm, config.seed)
         row: dict[str, Any] = {
@@ -153,14 +153,18 @@ def _asked(
             "fingerprint": one.saved.fingerprint,
             "hookpoints": [] if one.sites is None else list(one.sites.hookpoints),
             "outlier_dimensions": metrics.outlier_dimensions(directions[name]).tolist(),
+            "random_outlier_dimensions": metrics.outlier_dimensions(
+                metrics.random_rows(dictionary.d_sae, dictionary.d_out, config.seed)
+            ).tolist(),
         }
         if store is not None:
             active = activity(dictionary, store, config, name)
-            latents.columns["density"] = active.density
-            row |= _of_activity(config, one.dictionary, directions[name], active)
-            direction = row.pop("rare_direction", None)
+            latents.columns["density"], latents.random["density"] = active.density, active.random_density
+            row |= _of_activity(directions[name], active)
+            cluster, direction = rare(config, dictionary, directions[name], active, place)
+            row |= {"rare": cluster} if cluster else {}
             if direction is not None:
-                rare[name] = direction
+                directions_read[name] = direction
             notices += [f"{name} may be {cheat}." for cheat in row["cheats"]]
             if active.n_rows < config.n_rows:
                 notices.append(
@@ -169,7 +173,7 @@ def _asked(
         row["numbers"] = summarised(latents, config)
         if probe is not None:
             row["probe"] = nearest_to_probe(directions[name], probe, config)
-        past = history(one.saved.path, dictionary.d_out)
+        past = history(one.saved.path, config)
         if past is not None:
             row["history"] = past
         rows.append(row)
@@ -185,42 +189,29 @@ def _asked(
         "format_version": VERSION,
         "rows": rows,
         "pairs": pairs(directions, config),
-        "rare_agreement": agreement(rare) if len({one.shape for one in rare.values()}) == 1 else None,
+        "rare_agreement": _agreement(directions_read),
         "bootstrap": {"n": config.n_bootstrap, "seed": config.seed, "level": 0.95, "unit": "latents"},
         "notices": notices,
     }, columns
 
 
-def _of_activity(
-    config: GeometryConfig, dictionary: Dictionary, W_dec: Float[Tensor, "d_sae d"], active: Activity
-) -> dict[str, Any]:
-    """What densities say: the rare cluster (with its direction, if there is one), cheats, correlations."""
-    W_enc = dictionary.encoder_directions()
-    found: dict[str, Any] = {
+def _agreement(directions: dict[str, Direction]) -> dict[str, Any] | None:
+    """Of inputs of one width: others' directions cannot be compared."""
+    same = len({one.drawn.shape[1] for one in directions.values()}) == 1
+    return agreement(directions) if same else None
+
+
+def _of_activity(W_dec: Float[Tensor, "d_sae d"], active: Activity) -> dict[str, Any]:
+    """What rows say, but for the rare cluster: l0, cheats, correlations."""
+    return {
         "n_rows": active.n_rows,
-        "l0": active.l0,
-        "cheats": list(metrics.cheats(W_dec, active.density, active.l0).named),
+        "l0": active.l0.to_json(),
+        "cheats": list(metrics.cheats(W_dec, active.density, active.l0.value).named),
         "correlations": {
-            name: {key: None if np.isnan(value) else value for key, value in each._asdict().items()}
-            | ({"cause": "a coordinate never changes"} if np.isnan(each.mean_absolute) else {})
+            name: {key: value.to_json() for key, value in each._asdict().items()}
             for name, each in active.correlations.items()
         },
     }
-    if W_enc is not None:
-        cluster = metrics.rare_cluster(
-            W_enc.detach().float().cpu().T, active.density, config.rare_below, W_dec
-        )
-        found["rare"] = {
-            "below": config.rare_below,
-            "share": cluster.share,
-            "n_silent": int((active.density == 0).sum()),
-            "encoders_coincide": cluster.coincide,
-            "decoders_coincide": cluster.decoders_coincide,
-            "n_coincide": int(cluster.latents.numel()),
-        }
-        if cluster.latents.numel() > 1:
-            found["rare_direction"] = cluster.direction
-    return found
 
 
 # -- writing -------------------------------------------------------------------------------------------------------

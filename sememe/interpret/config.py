@@ -3,30 +3,42 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from sememe.config import Config
-from sememe.errors import ConfigError
+from sememe.errors import ConfigError, nearest
 from sememe.lm import ModelConfig
+from sememe.measure.config import NULLS
 from sememe.options import changed
 from sememe.text import TextConfig
 
-__all__ = ["InterpretConfig"]
+__all__ = ["RANDOMISED", "InterpretConfig"]
+
+RANDOMISED = "randomised"
+KNOWN = (*NULLS, RANDOMISED)
 
 
 class InterpretConfig(Config):
     """Which dictionary, over which text, and how many examples to keep."""
 
     not_identity: ClassVar[frozenset[str]] = frozenset(
-        {"out", "dictionary", "store", "batch_rows", "snapshot_seconds"}
+        {"out", "dictionaries", "against", "store", "lens", "nulls", "batch_rows", "snapshot_seconds"}
     )
 
     out: Path = Path("artifacts/atlas")
-    """The folder to make."""
-    dictionary: Path = Path("artifacts/dictionary")
-    """The dictionary's folder."""
+    """The folder to make; of several dictionaries, the folder that holds an atlas of each."""
+    dictionaries: tuple[Path, ...] = (Path("artifacts/dictionary"),)
+    """One or several dictionaries, or folders of such (a sweep's, say): one forward serves them all."""
+    against: tuple[Path, ...] = ()
+    """Other dictionaries of the same hookpoint among whose latents the nearest are looked for, too."""
+    nulls: tuple[str, ...] = ()
+    """Controls of which atlases are made as well, in null-NAME inside each atlas's folder: pca, ica, rica, nmf,
+    identity, neurons, random_directions, untrained (each with as many latents active), and randomised: the
+    dictionary itself, on the model with its weights shuffled."""
+    n_fit_rows: int = Field(default=65_536, ge=2)
+    """Training rows that nulls are fitted to."""
     model: ModelConfig = ModelConfig()
     """The language model, the one the dictionary was trained on."""
     store: Path | None = None
@@ -47,6 +59,16 @@ class InterpretConfig(Config):
     """Uniform sample of each latent's activations from which the examples of the tenths are drawn."""
     n_logits: int = Field(default=15, ge=1)
     """Output tokens shown at each end of a latent's direct effect."""
+    n_neighbours: int = Field(default=14, ge=1)
+    """Nearest directions kept of each latent, of every kind."""
+    n_coactive: int = Field(default=10, ge=1)
+    """Latents kept with which a latent is active most, of the whole dictionary."""
+    coactive_tokens: int = Field(default=1_000_000, ge=1)
+    """Pairs of latents are counted on all tokens up to so many, and on a sample of about so many of a longer text."""
+    map: bool = True
+    """Lay the directions out on a map (UMAP) and find groups on it (HDBSCAN)."""
+    lens: Path | None = None
+    """A tuned lens of the model, as `sememe lens` trains it: what each latent writes is read through it, too."""
     n_bins: int = Field(default=40, ge=2)
     """Bars of the histogram of activations."""
     before: int = Field(default=40, ge=0)
@@ -60,8 +82,31 @@ class InterpretConfig(Config):
     snapshot_seconds: float = Field(default=60.0, ge=0)
     """How often the state is saved, so that an interrupted run loses no more than that."""
 
+    @field_validator("dictionaries", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str | Path) else value
+
+    @field_validator("nulls")
+    @classmethod
+    def _known_nulls(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name not in KNOWN:
+                raise ConfigError("a null must be a known one", repr(name), nearest(name, KNOWN))
+        if len(set(value)) != len(value):
+            raise ConfigError("each null must be named once", ", ".join(value), "Leave the repeats out.")
+        return value
+
     @model_validator(mode="after")
     def _no_inert_option(self) -> InterpretConfig:
+        if not set(self.nulls) - {RANDOMISED}:
+            self.check_inert("n_fit_rows", without="no null is fitted to rows")
+        if RANDOMISED in self.nulls and self.model.randomise != "none":
+            raise ConfigError(
+                "the null randomised shuffles a model's weights, which must not be shuffled already",
+                f"--randomise {self.model.randomise}",
+                "Drop one of the two.",
+            )
         if self.store is not None:
             for name, value in changed(self, "text", "split", "n_tokens"):
                 raise ConfigError(

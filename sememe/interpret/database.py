@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,12 +13,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sememe.atlas import create, insert, lists, set_meta
-from sememe.collect import Examples
+from sememe.collect import N_PLACES, Examples, TopTokens
 from sememe.collect.loops import extremes
-from sememe.dictionaries import Dictionary
+from sememe.collect.together import strongest
+from sememe.dictionaries import Dictionary, Site
+from sememe.interpret.clusters import Map, make_map, named
+from sememe.interpret.followed import Followed
+from sememe.interpret.relations import Relations, relations
 from sememe.interpret.stream import Pass
 from sememe.lm import LanguageModel
 from sememe.text import attributions
+from sememe.tuned import Lens
 
 __all__ = ["residual_directions", "write_database"]
 
@@ -25,32 +31,60 @@ KINDS = np.array(["top", "decile", "random"])
 N_TOP_TOKENS = 5
 
 
-def write_database(path: Path, run: Pass, about: dict[str, Any]) -> None:
-    """Everything the pass found, as an atlas database."""
+def write_database(
+    path: Path,
+    run: Pass,
+    one: Followed,
+    about: dict[str, Any],
+    others: Mapping[str, Dictionary] | None = None,
+    folder: Path | None = None,
+    lens: Lens | None = None,
+) -> None:
+    """Everything the pass found of a dictionary, as an atlas database.
+
+    Args:
+        path: The file to make.
+        run: The pass, over.
+        one: The dictionary's part of it.
+        about: What meta says of the dictionary.
+        others: Dictionaries in which the nearest latents are looked for, too.
+        folder: Where the dictionary came from, if its checkpoints are there.
+        lens: A tuned lens of the model, through which what latents write is read, too.
+    """
     path.unlink(missing_ok=True)
     path.with_name(path.name + ".wal").unlink(missing_ok=True)
-    examples = run.collector.examples(run.config.n_decile)
+    examples = one.collector.examples(run.config.n_decile)
+    found = relations(one.dictionary, run.config.n_neighbours, others or {}, folder)
     connection = create(path)
     try:
         connection.execute("BEGIN")
         shown = _write_contexts(connection, run, examples)
         documents = _write_documents_table(connection, run, shown.documents)
-        logits = _write_logits(connection, run)
-        _write_latents(connection, run, examples, shown.peaks, documents, logits)
-        _write_tokens(connection, run, np.union1d(shown.tokens, logits.tokens))
+        logits = _write_logits(connection, run, one, lens)
+        tokens = one.collector.top_tokens(N_TOP_TOKENS)
+        place = _write_map(connection, run, one, found, tokens.tokens)
+        facts = Facts(examples, shown.peaks, documents, logits, tokens, found, place)
+        _write_latents(connection, run, one, facts)
+        n_paired = _write_relations(connection, run, one, found)
+        _write_tokens(connection, run, np.union1d(np.union1d(shown.tokens, logits.tokens), tokens.tokens))
         config = run.config
         set_meta(
             connection,
             {
                 "dictionary": about,
                 "text": {
-                    "n_tokens": run.collector.n_tokens,
-                    "n_rows": run.collector.n_rows,
+                    "n_tokens": one.collector.n_tokens,
+                    "n_rows": one.collector.n_rows,
                     "n_documents": int(run.document_ids().shape[0]),
                 },
                 "context_length": run.policy.context_length,
                 "window": [config.before, config.after],
                 "histogram_edges": [(i + 1) / config.n_bins for i in range(config.n_bins)],
+                "position_edges": [
+                    -(-(band + 1) * run.policy.context_length // N_PLACES) for band in range(N_PLACES)
+                ],
+                "coactive_tokens": n_paired,
+                "lenses": list(logits.lenses),
                 "attributions": [dict(a._asdict()) for a in attributions(run.text)],
                 "policy": run.policy.resolved(),
             },
@@ -142,18 +176,39 @@ class _Logits(NamedTuple):
     mean: np.ma.MaskedArray[Any, Any]
     std: np.ma.MaskedArray[Any, Any]
     tokens: np.ndarray
+    lenses: tuple[str, ...]
 
 
-def _write_logits(connection: duckdb.DuckDBPyConnection, run: Pass) -> _Logits:
-    """Each latent's direct effect on the output, where it writes to the residual stream."""
-    directions = run.dictionary.decoder_directions().detach().float()
+def _write_logits(
+    connection: duckdb.DuckDBPyConnection, run: Pass, one: Followed, lens: Lens | None
+) -> _Logits:
+    """Each latent's direct effect on the output, where it writes to the residual stream; through the lens as well."""
+    directions = one.dictionary.decoder_directions().detach().float()
     norms = directions.norm(dim=1).cpu().numpy()
     d_sae = directions.shape[0]
-    residual = residual_directions(run.dictionary, run.lm, directions)
-    mean, std = _nothing(d_sae), _nothing(d_sae)
+    residual = residual_directions(one.dictionary, run.lm, directions)
     if residual is None:
-        return _Logits(norms, mean, std, np.zeros(0, np.int64))
+        return _Logits(norms, _nothing(d_sae), _nothing(d_sae), np.zeros(0, np.int64), ())
+    mean, std, tokens = _write_extremes(connection, run, residual, "logit")
+    lenses = ["logit"]
+    if lens is not None:
+        site = _last_residual(one.dictionary, run.lm)
+        assert site is not None
+        layer = run.lm.written_layer(site.hookpoint)
+        translated = residual if layer == run.lm.n_layers - 1 else lens.translate(residual, layer)
+        _, _, more = _write_extremes(connection, run, translated, "tuned")
+        tokens = np.union1d(tokens, more)
+        lenses.append("tuned")
+    return _Logits(norms, np.ma.masked_array(mean), np.ma.masked_array(std), tokens, tuple(lenses))
+
+
+def _write_extremes(
+    connection: duckdb.DuckDBPyConnection, run: Pass, residual: Float[Tensor, "d_sae d_model"], lens: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The tokens at each end; returns mean and spread over the vocabulary, and every token shown."""
     n = min(run.config.n_logits, run.lm.vocab_size)
+    d_sae = residual.shape[0]
+    mean, std = np.zeros(d_sae, np.float32), np.zeros(d_sae, np.float32)
     tokens = np.zeros(0, np.int64)
     start = 0
     for values in run.lm.direct_logits(residual):
@@ -175,44 +230,58 @@ def _write_logits(connection: duckdb.DuckDBPyConnection, run: Pass) -> _Logits:
                     "rank": np.tile(np.arange(n, dtype=np.int32), shape[0]),
                     "token": ids[sign].ravel(),
                     "value": found[sign].ravel(),
+                    "lens": pa.array([lens] * ids[sign].size, pa.string()),
                 },
             )
             tokens = np.union1d(tokens, ids[sign])
-    return _Logits(norms, mean, std, tokens)
+    return mean, std, tokens
 
 
 def residual_directions(
     dictionary: Dictionary, lm: LanguageModel, directions: Float[Tensor, "d_sae d_out"]
 ) -> Float[Tensor, "d_sae d_model"] | None:
     """The part of each decoder direction that is added to the residual stream, at the last such output; or None."""
+    site = _last_residual(dictionary, lm)
+    return None if site is None else directions[:, site.start : site.stop]
+
+
+def _last_residual(dictionary: Dictionary, lm: LanguageModel) -> Site | None:
+    """The last output that is added to the residual stream."""
     assert dictionary.sites is not None
     inner = ("attn_z", "mlp_act", "mlp_in")
     for site in reversed(dictionary.sites.outputs):
         name = site.hookpoint
         if site.stop - site.start == lm.d_model and not name.startswith(inner) and not name.endswith(":in"):
-            return directions[:, site.start : site.stop]
+            return site
     return None
 
 
-def _write_latents(
-    connection: duckdb.DuckDBPyConnection,
-    run: Pass,
-    examples: Examples,
-    peaks: np.ndarray,
-    languages: dict[int, str | None],
-    logits: _Logits,
-) -> None:
-    found = run.collector
+class Facts(NamedTuple):
+    """What the table of latents is made of, besides the collector's."""
+
+    examples: Examples
+    peaks: np.ndarray
+    languages: dict[int, str | None]
+    logits: _Logits
+    tokens: TopTokens
+    relations: Relations
+    place: Map
+
+
+def _write_latents(connection: duckdb.DuckDBPyConnection, run: Pass, one: Followed, facts: Facts) -> None:
+    found, examples, tokens = one.collector, facts.examples, facts.tokens
     d_sae, n_bins = found.d_sae, run.config.n_bins
     shown = examples.kind < 2
     latent = examples.latent[shown]
     n_shown = np.bincount(latent, minlength=d_sae)
-    pairs = np.unique(latent.astype(np.int64) << 32 | peaks[shown])
+    pairs = np.unique(latent.astype(np.int64) << 32 | facts.peaks[shown])
     n_distinct = np.bincount(pairs >> 32, minlength=d_sae)
-    language, share = _commonest_language(latent, examples.document[shown], languages, n_shown)
-    tokens, mass = found.top_tokens(N_TOP_TOKENS)
-    shares = np.divide(mass, found.total[:, None], out=np.zeros(mass.shape), where=found.total[:, None] > 0)
+    language, share = _commonest_language(latent, examples.document[shown], facts.languages, n_shown)
+    total = found.total[:, None]
+    shares = np.divide(tokens.mass, total, out=np.zeros(tokens.mass.shape), where=total > 0)
     dead = found.n_active == 0
+    bands = np.arange(0, d_sae * N_PLACES + 1, N_PLACES)
+    density, mean = found.by_place()
     insert(
         connection,
         "latents",
@@ -222,28 +291,118 @@ def _write_latents(
             "n_active": found.n_active,
             "max_act": found.largest,
             "mean_act": found.mean().astype(np.float32),
-            "top_token": np.ma.masked_array(tokens[:, 0], dead),
+            "top_token": np.ma.masked_array(tokens.tokens[:, 0], dead),
             "top_token_share": np.ma.masked_array(shares[:, 0], dead),
             "n_distinct_tokens": np.ma.masked_array(n_distinct, dead),
             "language": language,
             "language_share": share,
             "histogram": lists(np.arange(0, d_sae * n_bins + 1, n_bins), found.histogram(n_bins).ravel()),
-            "decoder_norm": logits.norms,
-            "logit_mean": logits.mean,
-            "logit_std": logits.std,
+            "position_density": lists(bands, density.astype(np.float32).ravel()),
+            "position_mean": lists(bands, mean.astype(np.float32).ravel()),
+            "decoder_norm": facts.logits.norms,
+            "logit_mean": facts.logits.mean,
+            "logit_std": facts.logits.std,
+            "top_neuron": facts.relations.neurons[:, 0].astype(np.int32),
+            "cluster": np.ma.masked_array(facts.place.cluster, facts.place.cluster < 0),
+            "x": _known(facts.place.places[:, 0]),
+            "y": _known(facts.place.places[:, 1]),
+            **{name: _known(values) for name, values in facts.relations.columns.items()},
         },
     )
-    at, rank = np.nonzero(tokens >= 0)
+    at, rank = np.nonzero(tokens.tokens >= 0)
+    token, n_active = tokens.tokens[at, rank], tokens.n_active[at, rank].astype(np.int64)
     insert(
         connection,
         "top_tokens",
         {
             "latent": at.astype(np.int32),
             "rank": rank.astype(np.int32),
-            "token": tokens[at, rank],
+            "token": token,
             "share": shares[at, rank],
+            "n_active": n_active,
+            "n_seen": found.occurrences[token],
+            "mean_act": (tokens.mass[at, rank] / np.maximum(n_active, 1)).astype(np.float32),
         },
     )
+
+
+def _known(values: np.ndarray) -> np.ma.MaskedArray[Any, Any]:
+    """Numbers as a column in which NaN is missing."""
+    return np.ma.masked_array(values.astype(np.float32), np.isnan(values))
+
+
+def _write_map(
+    connection: duckdb.DuckDBPyConnection, run: Pass, one: Followed, found: Relations, top_tokens: np.ndarray
+) -> Map:
+    """The map of the living latents, and the table of its groups."""
+    d_sae = one.dictionary.d_sae
+    nothing = Map(np.full((d_sae, 2), np.nan, np.float32), np.full(d_sae, -1, np.int32))
+    own = [near for near in found.neighbours if near.kind == "decoder" and near.dictionary is None]
+    if not run.config.map or not own:
+        return nothing
+    directions = one.dictionary.decoder_directions().detach().float().cpu().numpy()
+    made = make_map(directions, own[0], one.collector.n_active > 0, run.config.seed)
+    groups = named(made.cluster, top_tokens, run.lm.token_text)
+    if groups:
+        offsets = np.concatenate(([0], np.cumsum([len(group.tokens) for group in groups])))
+        insert(
+            connection,
+            "clusters",
+            {
+                "id": np.arange(len(groups), dtype=np.int32),
+                "label": [group.label for group in groups],
+                "n_latents": np.array([group.n_latents for group in groups], np.int32),
+                "tokens": lists(offsets, np.array([t for group in groups for t in group.tokens], np.int32)),
+            },
+        )
+    return made
+
+
+def _write_relations(
+    connection: duckdb.DuckDBPyConnection, run: Pass, one: Followed, found: Relations
+) -> int:
+    """Neighbours, partners and neurons; returns on how many tokens pairs were counted."""
+    for near in found.neighbours:
+        d_sae, n = near.others.shape
+        insert(
+            connection,
+            "neighbours",
+            {
+                "latent": np.repeat(np.arange(d_sae, dtype=np.int32), n),
+                "kind": pa.array([near.kind] * (d_sae * n), pa.string()),
+                "dictionary": pa.array([near.dictionary] * (d_sae * n), pa.string()),
+                "rank": np.tile(np.arange(n, dtype=np.int32), d_sae),
+                "other": near.others.ravel().astype(np.int32),
+                "cosine": near.cosines.ravel().astype(np.float32),
+            },
+        )
+    d_sae, n = found.neurons.shape
+    insert(
+        connection,
+        "neurons",
+        {
+            "latent": np.repeat(np.arange(d_sae, dtype=np.int32), n),
+            "rank": np.tile(np.arange(n, dtype=np.int32), d_sae),
+            "neuron": found.neurons.ravel().astype(np.int32),
+            "weight": found.weights.ravel().astype(np.float32),
+            "share": (found.weights.ravel() ** 2).astype(np.float32),
+        },
+    )
+    together = strongest(*one.pairs.read(), d_sae, run.config.n_coactive)
+    at, rank = np.nonzero(together.others >= 0)
+    insert(
+        connection,
+        "coactive",
+        {
+            "latent": at.astype(np.int32),
+            "rank": rank.astype(np.int32),
+            "other": together.others[at, rank],
+            "n_both": together.n_both[at, rank],
+            "expected": together.expected[at, rank],
+            "phi": together.phi[at, rank],
+        },
+    )
+    return together.n_tokens
 
 
 def _commonest_language(
@@ -265,9 +424,8 @@ def _commonest_language(
 
 
 def _write_tokens(connection: duckdb.DuckDBPyConnection, run: Pass, used: np.ndarray) -> None:
-    """The tokens that occur in the contexts, the logits, or as a latent's top tokens."""
-    tokens, _ = run.collector.top_tokens(N_TOP_TOKENS)
-    ids = np.union1d(used, tokens[tokens >= 0]).tolist()
+    """The tokens that occur in the contexts, the logits, or as a latent's top tokens; -1 is none."""
+    ids = used[used >= 0].tolist()
     insert(
         connection,
         "tokens",

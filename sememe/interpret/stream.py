@@ -6,23 +6,22 @@ import collections
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, Int64
-from torch import Tensor
+from jaxtyping import Int64
 
-from sememe.collect import Collector
 from sememe.dictionaries import Dictionary
-from sememe.encoded import Encoded
 from sememe.errors import ActivationError, TextError
 from sememe.interpret.config import InterpretConfig
+from sememe.interpret.followed import Followed, Seen, not_finite
+from sememe.interrupt import stop_requests
 from sememe.lm import LanguageModel
 from sememe.progress import Progress, track
-from sememe.store import Store
+from sememe.store import Store, open_store
 from sememe.text import Split, TextConfig, TokenBlock, TokenPolicy, token_blocks
 
 __all__ = ["DOCUMENTS", "ROWS", "SNAPSHOT", "Pass", "enough_documents"]
@@ -31,16 +30,6 @@ SNAPSHOT, ROWS, DOCUMENTS = "snapshot.npz", "rows.bin", "documents.jsonl"
 BLOCK_ROWS = 512
 READ_AHEAD = 1 << 20
 """At most so many tokens are read before the first forward, to see whether there are documents enough."""
-ENCODE_FLOATS = 1 << 25
-"""Rows are encoded in parts so that a dense (rows, d_sae) matrix holds at most this many floats."""
-
-
-class _Batch(NamedTuple):
-    """Activations at the kept positions of some token rows."""
-
-    encoded: Encoded
-    keep: Bool[np.ndarray, "rows ctx"]
-    n_outliers: int
 
 
 class _StoredBlock:
@@ -64,11 +53,11 @@ def _keys(doc_ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
     return (doc_ids.astype(np.int64) << 32) | (positions.astype(np.int64) & 0xFFFFFFFF)
 
 
-def _text_of(config: InterpretConfig, store: Store | None) -> tuple[TextConfig, Split, int, int]:
+def _text_of(config: InterpretConfig) -> tuple[TextConfig, Split, int, int]:
     """Corpus, split, number of tokens, and rows per block; a store's own, so that its shards and the blocks agree."""
-    if store is None:
+    if config.store is None:
         return config.text, config.split, config.n_tokens, BLOCK_ROWS
-    made = store.artifact.meta["config"]
+    made = open_store(config.store).artifact.meta["config"]
     return TextConfig.build(made["text"]), made["split"], int(made["n_tokens"]), int(made["shard_contexts"])
 
 
@@ -92,12 +81,12 @@ def enough_documents(config: InterpretConfig, n_documents: int) -> None:
 
 
 class Pass:
-    """One streaming pass: the collector, and the token rows and documents on disk.
+    """One streaming pass: the dictionaries it follows, and the token rows and documents on disk.
 
     Args:
         config: The verb's config.
         lm: The model.
-        dictionary: A dictionary that reads it.
+        followed: Dictionaries that read it, by name.
         policy: Which positions are kept.
         folder: Where rows, documents and snapshots are written.
         store: Activations of the text; the model runs over it if not given.
@@ -107,7 +96,7 @@ class Pass:
         self,
         config: InterpretConfig,
         lm: LanguageModel,
-        dictionary: Dictionary,
+        followed: Mapping[str, Dictionary],
         policy: TokenPolicy,
         folder: Path,
         store: Store | None = None,
@@ -115,66 +104,72 @@ class Pass:
         self.config, self.lm, self.policy, self.folder = config, lm, policy, folder
         self.store = store
         self.stored: _StoredBlock | None = None
-        self.text, self.split, self.n_tokens, self.block_rows = _text_of(config, store)
-        self.dictionary = dictionary.eval().to(lm.device)
-        self.collector = Collector(
-            dictionary.d_sae,
-            n_top=config.n_top,
-            n_reservoir=config.n_reservoir,
-            n_random=config.n_random,
-            before=config.before,
-            after=config.after,
-            seed=config.seed,
-        )
-        assert dictionary.sites is not None
-        self.sites = dictionary.sites.inputs
+        self.text, self.split, self.n_tokens, self.block_rows = _text_of(config)
+        self.followed = [
+            Followed(config, dictionary.to(lm.device), name, str(number), folder, self.n_tokens)
+            for number, (name, dictionary) in enumerate(followed.items())
+        ]
+        self.hookpoints = list(dict.fromkeys(site.hookpoint for one in self.followed for site in one.sites))
+        self.n_rows = 0
         self.n_read = 0
-        self.n_outliers = 0
 
     # -- the loop ----------------------------------------------------------------------------------
 
     def run(self, resume: bool = False) -> None:
         """Go over the text, from the last snapshot if there is one."""
         n_done = self._restore() if resume else 0
+        if not self.n_rows:
+            self.open()
         with (
             (self.folder / ROWS).open("r+b" if n_done else "wb") as rows,
             (self.folder / DOCUMENTS).open("r+b" if n_done else "wb") as documents,
             track("interpret", self.n_tokens, "tokens", done=self.n_read) as progress,
         ):
-            rows.seek(self.collector.n_rows * 8 * self.policy.context_length)
+            rows.seek(self.n_rows * 8 * self.policy.context_length)
             rows.truncate()
             documents.seek(n_done)
             documents.truncate()
             self._loop(rows, documents, progress)
 
+    def open(self) -> None:
+        """Begin the files of pairs."""
+        for one in self.followed:
+            one.open()
+
+    def close(self) -> None:
+        """Close them."""
+        for one in self.followed:
+            one.pairs.close()
+
     def _loop(self, rows: IO[bytes], documents: IO[bytes], progress: Progress) -> None:
-        next_snapshot = time.monotonic() + self.config.snapshot_seconds
-        for part in self.parts(documents):
-            progress.advance(self.step(part, rows))
-            if time.monotonic() >= next_snapshot:
-                began = time.monotonic()
-                self._save(rows, documents)
-                took = time.monotonic() - began
-                # A large collector takes seconds to write; that is never more than a twentieth of the time.
-                next_snapshot = time.monotonic() + max(self.config.snapshot_seconds, 20 * took * (took > 0.5))
+        every = self.config.snapshot_seconds
+        next_snapshot = time.monotonic() + every
+        with stop_requests() as stop:
+            for part in self.parts(documents):
+                progress.advance(self.step(part, rows))
+                if stop.is_set():
+                    self._save(rows, documents)
+                    raise KeyboardInterrupt
+                if time.monotonic() >= next_snapshot:
+                    began = time.monotonic()
+                    self._save(rows, documents)
+                    took = time.monotonic() - began
+                    # A large collector takes seconds to write; that is never more than a twentieth of the time.
+                    next_snapshot = time.monotonic() + max(every, 20 * took * (every > 0 and took > 0.5))
         rows.flush()
         documents.flush()
+        for one in self.followed:
+            one.pairs.flush()
 
     def step(self, part: TokenBlock, rows: IO[bytes]) -> int:
         """One forward: encode, collect, and keep the token rows. Returns how many tokens were read."""
-        batch = self._encode(part)
-        encoded = batch.encoded
-        self.collector.add(
-            encoded.indices.to("cpu", torch.int32).numpy(),
-            encoded.acts.to("cpu", torch.float32).numpy(),
-            encoded.row_ptr.to("cpu", torch.int64).numpy(),
-            batch.keep,
-            part.ids,
-            part.doc_ids,
-        )
+        seen = self._seen(part)
+        with torch.inference_mode():
+            for one in self.followed:
+                one.take(seen)
         np.stack((part.ids, part.doc_ids), axis=1).tofile(rows)
-        self.n_outliers += batch.n_outliers
         n_tokens = int(part.attention_mask.sum())
+        self.n_rows += part.ids.shape[0]
         self.n_read += n_tokens
         return n_tokens
 
@@ -188,12 +183,12 @@ class Pass:
             n_tokens=self.n_tokens,
             block_rows=self.block_rows,
         )
-        done, first = self.collector.n_rows, 0
+        done, first = self.n_rows, 0
         for index, block in enumerate(self._once_enough(blocks)):
             n_rows = block.ids.shape[0]
             if first + n_rows > done:
                 if self.store is not None:
-                    self.stored = _StoredBlock(self.store, index, [site.hookpoint for site in self.sites])
+                    self.stored = _StoredBlock(self.store, index, self.hookpoints)
                 if first >= done:
                     _write_documents(documents, block)
                 for start in range(max(done - first, 0), n_rows, self.config.batch_rows):
@@ -218,76 +213,43 @@ class Pass:
         yield from blocks
 
     @torch.inference_mode()
-    def _encode(self, part: TokenBlock) -> _Batch:
-        """The latents at the positions that are kept: of one forward, or of what the store holds of it."""
+    def _seen(self, part: TokenBlock) -> Seen:
+        """Activations at the positions that are kept: of one forward, or what the store holds of it."""
         if self.stored is not None:
-            return self._encode_stored(part, self.stored)
+            rows = self.stored.find(part).reshape(-1)
+            wanted = np.flatnonzero(part.keep.reshape(-1) & (rows >= 0))
+            found = {
+                name: values[rows[wanted]].to(self.lm.device, torch.float32)
+                for name, values in self.stored.activations.items()
+            }
+            n_missing = int(part.keep.sum()) - wanted.shape[0]
+            return Seen(part, self.n_rows, torch.from_numpy(wanted), found, {}, n_missing)
         ids = torch.from_numpy(part.ids).to(self.lm.device, torch.int64)
         mask = None if part.attention_mask.all() else torch.from_numpy(part.attention_mask).to(self.lm.device)
-        captured = self.lm.capture(ids, list(dict.fromkeys(site.hookpoint for site in self.sites)), mask)
-        wanted = torch.from_numpy(np.flatnonzero(part.keep))
-        inside = torch.ones(wanted.shape[0], dtype=torch.bool)
-        columns = []
-        for site in self.sites:
-            values = captured[site.hookpoint].flatten(0, 1)
-            values = values[wanted.to(values.device)].float()
-            norms = torch.linalg.vector_norm(values, dim=1).cpu()
-            if not bool(torch.isfinite(norms).all()):
-                self._not_finite(
-                    part, int(wanted[~torch.isfinite(norms)][0]), f"activations at {site.hookpoint}"
-                )
-            if site.max_norm is not None:
-                inside &= norms <= site.max_norm
-            columns.append(values)
-        x = columns[0] if len(columns) == 1 else torch.cat([c.to(self.lm.device) for c in columns], dim=1)
-        if not bool(inside.all()):
-            x = x[inside.to(x.device)]
-        return self._encoded(part, x, wanted[inside], int((~inside).sum()))
-
-    def _encode_stored(self, part: TokenBlock, stored: _StoredBlock) -> _Batch:
-        rows = stored.find(part).reshape(-1)
-        wanted = np.flatnonzero(part.keep.reshape(-1) & (rows >= 0))
-        x = torch.cat([stored.activations[s.hookpoint][rows[wanted]].float() for s in self.sites], dim=1)
-        return self._encoded(part, x, torch.from_numpy(wanted), int(part.keep.sum()) - wanted.shape[0])
-
-    def _encoded(
-        self, part: TokenBlock, x: Float[Tensor, "rows d_in"], places: Int[Tensor, " rows"], n_outliers: int
-    ) -> _Batch:
-        keep = np.zeros(part.keep.shape, bool)
-        keep.reshape(-1)[places.numpy()] = True
-        encoded = self._encode_rows(x.to(self.lm.device))
-        if not bool(torch.isfinite(encoded.acts).all()):
-            row = int(encoded.row_ids()[~torch.isfinite(encoded.acts)][0])
-            self._not_finite(part, int(places[row]), "the dictionary's latents")
-        return _Batch(encoded, keep, n_outliers)
-
-    def _encode_rows(self, x: Float[Tensor, "rows d_in"]) -> Encoded:
-        step = max(ENCODE_FLOATS // self.dictionary.d_sae, 64)
-        parts = [
-            self.dictionary.encode(x[start : start + step]) for start in range(0, max(x.shape[0], 1), step)
-        ]
-        return parts[0] if len(parts) == 1 else Encoded.cat(parts)
-
-    def _not_finite(self, part: TokenBlock, at: int, what: str) -> None:
-        row, column = divmod(at, part.ids.shape[1])
-        document, position = part.doc_ids[row, column], part.doc_positions[row, column]
-        raise ActivationError(
-            f"{what} must be finite",
-            f"NaN or infinity in document {document}, position {position}",
-            "Load the model in bfloat16 or float32 (--dtype), or check its weights.",
-        )
+        captured = self.lm.capture(ids, self.hookpoints, mask)
+        places = torch.from_numpy(np.flatnonzero(part.keep))
+        activations, norms = {}, {}
+        for name in self.hookpoints:
+            values = captured[name].flatten(0, 1)
+            values = values[places.to(values.device)].float().to(self.lm.device)
+            norms[name] = torch.linalg.vector_norm(values, dim=1).cpu()
+            if not bool(torch.isfinite(norms[name]).all()):
+                not_finite(part, int(places[~torch.isfinite(norms[name])][0]), f"activations at {name}")
+            activations[name] = values
+        return Seen(part, self.n_rows, places, activations, norms)
 
     # -- snapshots ---------------------------------------------------------------------------------
 
     def _save(self, rows: IO[bytes], documents: IO[bytes]) -> None:
-        """The collector's state, after the rows and documents it refers to: a kill at any moment leaves it whole."""
-        for file in (rows, documents):
+        """The collectors' states, after the files they refer to: a kill at any moment leaves it whole."""
+        for file in (rows, documents, *(file for one in self.followed for file in one.pairs.files)):
             file.flush()
             os.fsync(file.fileno())
         aside = self.folder / f"{SNAPSHOT}.tmp"
-        counts = np.array([self.n_read, self.n_outliers, documents.tell()], np.int64)
+        counts = np.array([self.n_rows, self.n_read, documents.tell()], np.int64)
+        states = {key: value for one in self.followed for key, value in one.state().items()}
         with aside.open("wb") as out:
-            np.savez(out, pass_counts=counts, **self.collector.state())
+            np.savez(out, pass_counts=counts, **states)
             out.flush()
             os.fsync(out.fileno())
         aside.replace(self.folder / SNAPSHOT)
@@ -298,8 +260,11 @@ class Pass:
         if not path.is_file():
             return 0
         with np.load(path) as state:
-            self.collector.restore(state)
-            self.n_read, self.n_outliers, n_bytes = (int(n) for n in state["pass_counts"])
+            if any(f"{one.key}.followed" not in state for one in self.followed):
+                return 0  # begun with fewer dictionaries
+            for one in self.followed:
+                one.open(one.restore(state))
+            self.n_rows, self.n_read, n_bytes = (int(n) for n in state["pass_counts"])
         return n_bytes
 
     # -- afterwards --------------------------------------------------------------------------------
@@ -312,16 +277,17 @@ class Pass:
             ActivationError: no latent ever fired.
         """
         enough_documents(self.config, self.document_ids().shape[0])
-        if not self.collector.n_active.any():
-            raise ActivationError(
-                "the dictionary must fire on some token of the text",
-                f"no activation on {self.collector.n_tokens:,} tokens",
-                "Train it longer, or check that it belongs to this model and hookpoint.",
-            )
+        for one in self.followed:
+            if not one.collector.n_active.any():
+                raise ActivationError(
+                    f"the dictionary {one.name} must fire on some token of the text",
+                    f"no activation on {one.collector.n_tokens:,} tokens",
+                    "Train it longer, or check that it belongs to this model and hookpoint.",
+                )
 
     def rows(self) -> np.ndarray:
         """Every token row on disk: (n_rows, 2, context_length), ids and documents."""
-        shape = (self.collector.n_rows, 2, self.policy.context_length)
+        shape = (self.n_rows, 2, self.policy.context_length)
         return np.memmap(self.folder / ROWS, np.int32, mode="r", shape=shape)
 
     def documents(self) -> Iterator[dict[str, Any]]:

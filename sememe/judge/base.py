@@ -40,15 +40,17 @@ class SlotQuestion(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """What a question cost."""
+    """What a question cost. Of an answer from the cache: what it cost when it was asked."""
 
     n_prompt_tokens: int = 0
     n_completion_tokens: int = 0
     from_cache: bool = False
+    n_calls: int = 1
+    """Requests; more than one only where the places of a text are read one by one."""
 
 
 class Answer(NamedTuple):
-    """What the model said."""
+    """What the model said: as it came, cut off or empty included."""
 
     text: str
     finish: str = "stop"
@@ -91,4 +93,12 @@ class Judge(Protocol):
 
     def count_tokens(self, text: str) -> int:
         """About how many tokens a text costs."""
+        ...
+
+    def estimate(self, question: Question | SlotQuestion) -> Usage:
+        """About what a question will cost at most, as if nothing were cached."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of connections; it may be asked again after. Awaited on the loop on which it was asked."""
         ...

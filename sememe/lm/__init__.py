@@ -3,19 +3,27 @@
 The only package that imports transformers. Knows nothing about dictionaries, stores or verbs.
 """
 
+from sememe.lm.chat import Completion, chat_ids, choice_log_probs, complete
 from sememe.lm.embedded import EMBEDDED
+from sememe.lm.encoder import SentenceEncoder, sentence_encoder
 from sememe.lm.load import ModelConfig, fetch, fingerprint_of, load, wrap
 from sememe.lm.model import LanguageModel
 from sememe.lm.outline import Outline, outline
 
 __all__ = [
     "EMBEDDED",
+    "Completion",
     "LanguageModel",
     "ModelConfig",
     "Outline",
+    "SentenceEncoder",
+    "chat_ids",
+    "choice_log_probs",
+    "complete",
     "fetch",
     "fingerprint_of",
     "load",
     "outline",
+    "sentence_encoder",
     "wrap",
 ]

@@ -117,6 +117,11 @@ class LanguageModel:
         """The layer from whose output `hidden_from` recomputes everything from this hookpoint on; -1: none."""
         return self._points.resolve(hookpoint).start
 
+    def written_layer(self, hookpoint: str) -> int:
+        """The layer in whose output a write to the residual stream here first shows; -1: before layer 0."""
+        place = self._points.resolve(hookpoint)
+        return place.layer - 1 if place.name.startswith("resid_pre.") else place.layer
+
     # ---- reading --------------------------------------------------------------------------------------------
 
     def capture(
@@ -167,11 +172,19 @@ class LanguageModel:
         return {place.name: found[place.name] for place in places}
 
     def hidden(
-        self, ids: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"] | None = None
+        self,
+        ids: Int[Tensor, "batch seq"],
+        mask: Bool[Tensor, "batch seq"] | None = None,
+        cache: Any = None,
     ) -> Float[Tensor, "batch seq d_hidden"]:
         """What the unembedding sees: the last layer's output after the final norm.
 
         Its width is d_model but where a model projects once more before the unembedding (OPT-350m).
+
+        Args:
+            ids: Token ids.
+            mask: False where a position is padding (at the end of a row).
+            cache: transformers' keys and values of the tokens before `ids`; those of `ids` are added to it.
         """
         found: list[Tensor] = []
 
@@ -181,7 +194,7 @@ class LanguageModel:
 
         with contextlib.ExitStack() as hooks:
             hooks.callback(attach(self._head, "in", take).remove)
-            self._forward(ids, mask)
+            self._forward(ids, mask, cache)
         return found[0]
 
     def logits(self, hidden: Float[Tensor, "*batch d_hidden"]) -> Float[Tensor, "*batch vocab"]:
@@ -348,6 +361,8 @@ class LanguageModel:
         seed: int = 0,
         use_cache: bool = True,
         stop_at_eos: bool = True,
+        ends: tuple[int, ...] = (),
+        until: Callable[[Int[Tensor, "batch seq_so_far"]], Bool[Tensor, " batch"]] | None = None,
     ) -> Int[Tensor, "batch seq_plus_new"]:
         """Prompts with their continuations; edits act, and the global random state is left as it was.
 
@@ -361,8 +376,10 @@ class LanguageModel:
             seed: Of the sampling.
             use_cache: Keep keys and values of past positions; without it, every step recomputes all.
             stop_at_eos: End a row at the tokenizer's end token.
+            ends: Further tokens that end a row.
+            until: Which rows end, asked after each token with everything so far.
         """
-        from transformers import GenerationConfig
+        from transformers import GenerationConfig, StoppingCriteriaList
 
         self._check(ids, mask)
         if self.context_length is not None and ids.shape[1] + max_new_tokens > self.context_length:
@@ -372,6 +389,7 @@ class LanguageModel:
                 "Shorten the prompt or lower max_new_tokens.",
             )
         eos = self.tokenizer.eos_token_id if stop_at_eos else None
+        all_ends = [*([eos] if eos is not None else []), *(end for end in ends if end != eos)]
         sampling = (
             {"temperature": temperature, "top_k": top_k or 0, "top_p": top_p or 1.0}
             if temperature > 0
@@ -381,8 +399,8 @@ class LanguageModel:
             max_new_tokens=max_new_tokens,
             do_sample=temperature > 0,
             use_cache=use_cache,
-            eos_token_id=eos,
-            pad_token_id=eos if eos is not None else 0,
+            eos_token_id=all_ends or None,
+            pad_token_id=all_ends[0] if all_ends else 0,
             **sampling,
         )
         ids = ids.to(self.device, torch.long)
@@ -393,7 +411,14 @@ class LanguageModel:
         try:
             with torch.random.fork_rng(devices=devices), torch.no_grad():
                 torch.manual_seed(seed)
-                made: Tensor = self.hf.generate(input_ids=ids, attention_mask=ones, generation_config=config)
+                made: Tensor = self.hf.generate(
+                    input_ids=ids,
+                    attention_mask=ones,
+                    generation_config=config,
+                    stopping_criteria=StoppingCriteriaList(
+                        [lambda so_far, _, **__: until(so_far)] if until is not None else []
+                    ),
+                )
         finally:
             self.hf.generation_config = advice
         return made
@@ -500,7 +525,7 @@ class LanguageModel:
                     "Tokenize with this model's tokenizer.",
                 )
 
-    def _forward(self, ids: Tensor, mask: Tensor | None) -> Any:
+    def _forward(self, ids: Tensor, mask: Tensor | None, cache: Any = None) -> Any:
         """One forward; None when a hook stopped it."""
         self._check(ids, mask)
         # All ones is the default, and lets attention take its fast path.
@@ -510,6 +535,8 @@ class LanguageModel:
         ids = ids.to(self.device, torch.long)
         mask = mask.to(self.device, torch.long) if mask is not None else None
         try:
+            if cache is not None:
+                return self.hf(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
             return self.hf(input_ids=ids, **self._cache_arguments(ids, mask))
         except _Stop:
             return None

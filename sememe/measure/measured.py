@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,25 +16,18 @@ from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 from sememe import figures, metrics, text
-from sememe.config import sha256_of
 from sememe.dictionaries.base import Dictionary, Sites
 from sememe.errors import ActivationError, TextError
 from sememe.lm import LanguageModel
 from sememe.measure.arms import Arms, join
 from sememe.measure.config import MeasureConfig
+from sememe.measure.units import Units
 from sememe.progress import track
 from sememe.splice import BaseRun, Splicer
 from sememe.text import TokenBlock, TokenPolicy
 
 __all__ = ["Measured", "check_documents", "rows_at", "run"]
 
-MAX_UNITS = 1024
-"""Bootstrap units; with more documents than this, some units are two or more documents of the same tags."""
-MOST_UNITS = 2 * MAX_UNITS
-"""Units from which on new combinations of tags are no longer told apart."""
-MAX_VALUES = 50
-"""Values of a tag that are told apart, the first that are read: units are never shared between them."""
-UNKNOWN, OTHERS = "unknown", "(others)"
 LOGIT_ROWS = 256
 """Predictions whose logits are held at once: (rows, vocabulary) in float32 is 50 MB at 49,152 tokens."""
 
@@ -44,64 +37,6 @@ CHECKED_EVERY = 5.0
 CHECK_DRAWS = 200
 NARROW_FLOOR = 1e-4
 """Half a width that is narrow enough whatever the value, which may be 0."""
-
-
-class _Units:
-    """Which bootstrap unit each document is, and the tags of each unit: language, source, then the named fields.
-
-    Args:
-        fields: Tags by which numbers are asked for, too.
-    """
-
-    def __init__(self, fields: tuple[str, ...] = ()) -> None:
-        self.fields = fields
-        self.of: dict[int, int] = {}
-        self.tags: list[tuple[str, ...]] = []
-        self._by_tags: dict[tuple[str, ...], list[int]] = {}
-        self._values: dict[str, set[str]] = {field: set() for field in fields}
-
-    def __call__(self, block: TokenBlock, part: slice) -> Int[np.ndarray, " positions"]:
-        """One unit id per position; 0 for padding, which nothing counts."""
-        doc_ids = block.doc_ids[part].reshape(-1)
-        distinct, first, inverse = np.unique(doc_ids, return_index=True, return_inverse=True)
-        units = np.zeros(distinct.shape[0], dtype=np.int64)
-        for at in np.argsort(first):  # in reading order, whatever the batch
-            if distinct[at] >= 0:
-                units[at] = self._unit(int(distinct[at]), block)
-        chosen: Int[np.ndarray, " positions"] = units[inverse.reshape(-1)]
-        return chosen
-
-    def _unit(self, doc_id: int, block: TokenBlock) -> int:
-        if doc_id not in self.of:
-            info = block.documents[doc_id]
-            tags = (info.language or UNKNOWN, info.source, *(self._value(f, info.tags) for f in self.fields))
-            if (
-                tags not in self._by_tags and len(self.tags) >= MOST_UNITS
-            ):  # tags beyond language and source are many
-                tags = (*tags[:2], *(OTHERS for _ in self.fields))
-            alike = self._by_tags.setdefault(tags, [])
-            if len(self.tags) < MAX_UNITS or not alike:
-                alike.append(len(self.tags))
-                self.tags.append(tags)
-                self.of[doc_id] = alike[-1]
-            else:
-                self.of[doc_id] = alike[len(self.of) % len(alike)]
-        return self.of[doc_id]
-
-    def _value(self, field: str, tags: Mapping[str, str]) -> str:
-        """A document's value of a field; of a field with very many, the later ones are one."""
-        value, known = tags.get(field, UNKNOWN), self._values[field]
-        if value not in known and len(known - {UNKNOWN}) >= MAX_VALUES and value != UNKNOWN:
-            return OTHERS
-        known.add(value)
-        return value
-
-    def fingerprint(self) -> str:
-        """Which document is in which unit: measurements that agree in it can be compared draw by draw."""
-        return sha256_of(sorted(self.of.items()))
-
-    def where(self, axis: int, value: str) -> Bool[np.ndarray, " units"]:
-        return np.array([tags[axis] == value for tags in self.tags], dtype=bool)
 
 
 class _Batch(NamedTuple):
@@ -141,18 +76,22 @@ def check_documents(config: MeasureConfig, lm: LanguageModel, policy: TokenPolic
     )
 
 
-def run(config: MeasureConfig, groups: Mapping[str, tuple[Measured, Arms]]) -> dict[str, Any]:
-    """One pass over the held-out tokens, every group on the same ones; why it stopped.
+def run(
+    config: MeasureConfig, groups: Mapping[str, tuple[Measured, Arms]], since: float | None = None
+) -> dict[str, Any]:
+    """One pass over the held-out tokens, every group on the same ones; why it stopped, and what a budget was spent on.
 
     Args:
         config: How many tokens, how long.
         groups: What is measured together, by name: one for each set of sites.
+        since: When fitting the nulls began, as `time.monotonic()` has it: a budget counts from there.
 
     Raises:
         TextError: there was nothing to predict.
     """
     budget = config.budget_seconds()
-    started = checked = time.monotonic()
+    reading = checked = time.monotonic()
+    started = reading if since is None else since
     why, (first, _) = "all tokens", next(iter(groups.values()))
     for measured, arms in groups.values():
         measured.begin(arms)
@@ -163,7 +102,7 @@ def run(config: MeasureConfig, groups: Mapping[str, tuple[Measured, Arms]]) -> d
             if budget is None:
                 continue
             now = time.monotonic()
-            if now - started >= budget:
+            if now - started >= budget and first.enough_documents():
                 why = "the budget is spent"
                 break
             if now - checked >= CHECKED_EVERY:
@@ -178,7 +117,11 @@ def run(config: MeasureConfig, groups: Mapping[str, tuple[Measured, Arms]]) -> d
                 f"none in {measured.n_tokens:,} tokens",
                 "Raise n_tokens or heldout_fraction, or drop fewer positions.",
             )
-    return {"because": why, "n_tokens": first.n_tokens, "budget": config.budget}
+    stopped = {"because": why, "n_tokens": first.n_tokens, "budget": config.budget}
+    if budget is not None:  # without one, equal runs write equal reports
+        ended = time.monotonic()
+        stopped["spent"] = {"fitting": round(reading - started, 1), "reading": round(ended - reading, 1)}
+    return stopped
 
 
 class Measured:
@@ -193,7 +136,7 @@ class Measured:
         self.all_rows: dict[str, metrics.Reconstruction] = {}
         self.sparsity: dict[str, metrics.Sparsity] = {}
         self.by_site = [metrics.Reconstruction() for _ in sites.outputs] if len(sites.outputs) > 1 else []
-        self.units = _Units(config.text.tag_fields)
+        self.units = Units(config.text.tag_fields)
         self.n_tokens = self.n_rows = self.n_outliers = self.n_predictions = 0
 
     def begin(self, arms: Arms) -> None:
@@ -324,6 +267,10 @@ class Measured:
     def _logits(self, states: Float[Tensor, "n d_model"]) -> Float[Tensor, "n vocab"]:
         return self.lm.logits(states).to(self.lm.device)
 
+    def enough_documents(self) -> bool:
+        """Whether what was read gives intervals, if such are asked for; a budget spent on fitting waits for it."""
+        return self.config.n_bootstrap == 0 or len(self.units.of) >= LEAST_DOCUMENTS
+
     def narrow(self, arms: Arms) -> bool:
         """Whether the intervals of fvu and ce_increase are narrow enough in every arm that is no null."""
         options: dict[str, Any] = {"n_bootstrap": CHECK_DRAWS, "seed": self.config.seed}
@@ -374,16 +321,14 @@ class Measured:
             del values["frac_alive"], values["frac_alive_8192"]
         nulls = {name: found[name] for name in found if name != "dictionary" and name not in parts}
         return {
-            "format_version": 1,
+            "format_version": 2,
             **{name: main[name]["value"] for name in figures.HEADLINE if name in main},
             "metrics": main,
             "parts": parts,
             "nulls": nulls,
             "ablations": ablations,
             "density": {name: self.density(name) for name in arms.dictionaries if name not in parts},
-            "by_language": self._grouped(0),
-            "by_source": self._grouped(1),
-            "by_tag": {field: self._grouped(2 + i) for i, field in enumerate(self.units.fields)},
+            **self._by_tags(nulls),
             **self._by_site(),
             "bootstrap": self.describe_bootstrap(),
         }
@@ -442,31 +387,68 @@ class Measured:
         found = self.sparsity[name]
         histogram = metrics.density_histogram(found.density())._asdict()
         rows = {n: int(count) for n, count in enumerate(found.rows_with.tolist()) if count}
+        options: dict[str, Any] = {"n_bootstrap": self.config.n_bootstrap, "seed": self.config.seed}
         return histogram | {
-            "shares": found.density_shares(),
-            "l0_quantiles": found.l0_quantiles(),
+            **{
+                key: {name: one.to_json() for name, one in numbers.items()}
+                for key, numbers in (
+                    ("shares", found.density_shares(**options)),
+                    ("l0_quantiles", found.l0_quantiles(**options)),
+                )
+            },
             "l0_histogram": [[n, count] for n, count in rows.items()],
         }
 
-    def _grouped(self, axis: int) -> dict[str, Any]:
-        """The dictionary's numbers per language, source, or value of a tag."""
+    def _by_tags(self, nulls: Iterable[str]) -> dict[str, Any]:
+        """The dictionary's numbers and its nulls' per language, source, and value of each tag."""
+
+        def reported(groups: dict[str, Any]) -> dict[str, Any]:
+            return {
+                value: {
+                    "n_documents": group["n_documents"],
+                    **group["arms"]["dictionary"],
+                    "nulls": {
+                        name: arm["metrics"] for name, arm in group["arms"].items() if name != "dictionary"
+                    },
+                }
+                for value, group in groups.items()
+            }
+
+        found = self.grouped(["dictionary", *nulls])
+        by_tag = {field: reported(groups) for field, groups in found["by_tag"].items()}
+        return {**{key: reported(found[key]) for key in ("by_language", "by_source")}, "by_tag": by_tag}
+
+    def grouped(self, names: Sequence[str], keys: Sequence[str] | None = None) -> dict[str, Any]:
+        """Numbers of some arms per language, source, and value of each tag.
+
+        Args:
+            names: Which arms.
+            keys: Which of their metrics; all if not given.
+        """
+        by_axis = [self._per_value(axis, names, keys) for axis in range(2 + len(self.units.fields))]
+        by_tag = dict(zip(self.units.fields, by_axis[2:], strict=True))
+        return {"by_language": by_axis[0], "by_source": by_axis[1], "by_tag": by_tag}
+
+    def _per_value(self, axis: int, names: Sequence[str], keys: Sequence[str] | None) -> dict[str, Any]:
         out = {}
         for value in sorted({tags[axis] for tags in self.units.tags}):
             units = self.units.where(axis, value)
             options = self._options(units)
-            statistics = self.kept["dictionary"].compute(**options)
-            statistics |= self.sparsity["dictionary"].compute(**options)
-            statistics |= self.loss.compute("dictionary", **options)
-            statistics["ce_base"] = self.loss.compute("base", **options)["ce"]
-            del statistics["frac_alive"], statistics["frac_alive_8192"]
-            counts = (
-                self.sparsity["dictionary"].sums.arrays(len(self.units.tags)).get("n", np.zeros(len(units)))
-            )
-            out[value] = {
-                "n_documents": sum(bool(units[unit]) for unit in self.units.of.values()),
-                "n_rows": int(counts[units].sum()),
-                "metrics": {key: statistic.to_json() for key, statistic in statistics.items()},
-            }
+            base = self.loss.compute("base", **options)["ce"]
+            arms = {}
+            for name in names:
+                statistics = self.kept[name].compute(**options) | self.sparsity[name].compute(**options)
+                statistics |= self.loss.compute(name, **options) | {"ce_base": base}
+                del statistics["frac_alive"], statistics["frac_alive_8192"]
+                counts = self.sparsity[name].sums.arrays(len(units)).get("n", np.zeros(len(units)))
+                arms[name] = {
+                    "n_rows": int(counts[units].sum()),
+                    "metrics": {
+                        key: one.to_json() for key, one in statistics.items() if keys is None or key in keys
+                    },
+                }
+            n_documents = sum(bool(units[unit]) for unit in self.units.of.values())
+            out[value] = {"n_documents": n_documents, "arms": arms}
         return out
 
 

@@ -31,7 +31,9 @@ from sememe.metrics.concepts import (
     Absorption,
     SpuriousRemoval,
     TargetedPerturbation,
+    Tested,
     absorption,
+    over_halvings,
     spurious_removal,
     targeted_perturbation,
 )
@@ -61,8 +63,10 @@ from sememe.metrics.matching import (
     Splits,
     Stability,
     cheats,
+    coincide,
     larger_dictionary_test,
     match,
+    mean_directions,
     mmacs,
     opposites,
     rare_cluster,
@@ -76,10 +80,18 @@ from sememe.metrics.predictions import (
     base_terms,
     prediction_terms,
 )
-from sememe.metrics.probing import LinearProbe, Probe, ProbeScores, dense_probe, linear_probe, sparse_probe
+from sememe.metrics.probing import (
+    LinearProbe,
+    Probe,
+    ProbeScores,
+    dense_probe,
+    linear_probe,
+    probe_scores,
+    sparse_probe,
+)
 from sememe.metrics.reconstruction import Reconstruction
 from sememe.metrics.sparsity import DensityHistogram, Sparsity, density_histogram
-from sememe.metrics.sums import Statistic, Sums, bootstrap, over_latents
+from sememe.metrics.sums import Statistic, Sums, bootstrap, over_latents, over_pairs
 
 __all__ = [
     "Absorption",
@@ -106,12 +118,14 @@ __all__ = [
     "Statistic",
     "Sums",
     "TargetedPerturbation",
+    "Tested",
     "absorption",
     "base_terms",
     "bootstrap",
     "capacity",
     "cheats",
     "check_finite",
+    "coincide",
     "correlations",
     "dense_probe",
     "density_histogram",
@@ -121,6 +135,7 @@ __all__ = [
     "linear_probe",
     "match",
     "mcs",
+    "mean_directions",
     "mmacs",
     "mmcs",
     "moments",
@@ -129,9 +144,12 @@ __all__ = [
     "null_space_share",
     "opposites",
     "outlier_dimensions",
+    "over_halvings",
     "over_latents",
+    "over_pairs",
     "prediction_terms",
     "probe_rank",
+    "probe_scores",
     "random_moments",
     "random_rows",
     "rare_cluster",

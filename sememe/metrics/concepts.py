@@ -4,10 +4,14 @@ Knows rows (means of a model's activations over a text, or one position's), the 
 Latents are ablated in the rows, to their mean over the training rows: what they tell is gone, what the dictionary does
 not reconstruct stays, and no row is moved across a probe's threshold merely because a latent is usually active. That is
 exact for means over positions, as decoding is linear.
+
+Everything is fitted and chosen on one half and scored on the other. `over_halvings` averages over several such cuts,
+and draws the scored rows again for an interval: nothing is fitted or chosen anew, least of all on them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,12 +19,15 @@ from jaxtyping import Bool, Float, Int
 
 from sememe.errors import ConfigError
 from sememe.metrics.probing import LEAST_PER_CLASS, LinearProbe, linear_probe
+from sememe.metrics.sums import Array, Formula, Statistic, Totals, bootstrap
 
 __all__ = [
     "Absorption",
     "SpuriousRemoval",
     "TargetedPerturbation",
+    "Tested",
     "absorption",
+    "over_halvings",
     "spurious_removal",
     "targeted_perturbation",
 ]
@@ -28,6 +35,81 @@ __all__ = [
 Rows = Float[np.ndarray, "n d"]
 Acts = Float[np.ndarray, "n d_sae"]
 Weights = Float[np.ndarray, "d_sae d"]
+
+
+class Tested(NamedTuple):
+    """What the scores are ratios of, row by row: an interval is drawn from it."""
+
+    sums: dict[str, Array]
+    """A row per example, 0 where it was trained on; `n` says which were not."""
+    formulas: Mapping[str, Formula]
+    """From sums with leading axes (draws, halvings) to each score (draws,)."""
+    cause: str
+    """What it means when a score is not a number."""
+
+
+def over_halvings(parts: Sequence[Tested], *, n_bootstrap: int = 1000, seed: int = 0) -> dict[str, Statistic]:
+    """Scores averaged over several cuts into halves, with intervals from drawing the examples again.
+
+    An example is drawn for every half in which it was tested. The interval says how the scores hang on the examples
+    they were measured on, with probes and latents as they were fitted; another cut's are beside it in `parts`.
+
+    Args:
+        parts: The same examples cut into halves by several seeds.
+        n_bootstrap: Draws; 0 gives no intervals.
+        seed: Of the draws. Equal seeds draw equal examples, so that a null's interval is paired.
+    """
+    first = parts[0]
+    sums = {name: np.stack([part.sums[name] for part in parts], axis=1) for name in first.sums}
+    sums["n"] = sums["n"].sum(1)
+    causes = dict.fromkeys(first.formulas, first.cause)
+    found = bootstrap(sums, first.formulas, n=n_bootstrap, seed=seed, causes=causes)
+    return {
+        name: one._replace(cause=one.cause.replace("documents", "texts").replace("rows", "texts"))
+        for name, one in found.items()
+    }
+
+
+def _accuracy(right: Array, side: Array) -> Array:
+    """Balanced accuracy (draws, halvings, ...) from who was right, and who there was, on either side of a label."""
+    found: Array = (right / side).mean(-1)
+    return found
+
+
+def _loss(t: Totals, after: str) -> Array:
+    """Balanced accuracy lost, mean over halvings and classes."""
+    lost = _accuracy(t["before"], t["side"]) - _accuracy(t[after], t["side"])
+    found: Array = lost.mean((-1, -2))
+    return found
+
+
+PERTURBATION: dict[str, Formula] = {
+    "score": lambda t: _loss(t, "own") - _loss(t, "others"),
+    "own": lambda t: _loss(t, "own"),
+    "others": lambda t: _loss(t, "others"),
+}
+
+
+def _mean_of(name: str) -> Formula:
+    return lambda t: _accuracy(t[name], t["side"]).mean(-1)
+
+
+def _removed(t: Totals) -> Array:
+    """The share of the way: means over halvings first, as their ratio is less noisy than the mean of ratios."""
+    biased, clean, ablated = (_mean_of(name)(t) for name in ("biased", "clean", "ablated"))
+    found: Array = np.where(clean > biased, (ablated - biased) / (clean - biased), np.nan)
+    return found
+
+
+REMOVAL: dict[str, Formula] = {
+    "score": _removed,
+    **{name: _mean_of(name) for name in ("biased", "clean", "ablated")},
+}
+ABSORPTION: dict[str, Formula] = {
+    "full": lambda t: (t["full"] / t["recognised"]).mean(-1),
+    "fraction": lambda t: (t["fraction"] / t["recognised"]).mean(-1),
+    "f1": lambda t: (2 * t["both"] / np.maximum(t["said"] + t["labelled"], 1)).mean(-1),
+}
 
 
 class TargetedPerturbation(NamedTuple):
@@ -41,6 +123,8 @@ class TargetedPerturbation(NamedTuple):
     """Mean loss of the other classes' probes."""
     losses: Float[np.ndarray, "ablated probe"]
     """Loss of balanced accuracy of each class's probe when each class's latents are ablated."""
+    tested: Tested
+    """The same row by row."""
 
 
 class SpuriousRemoval(NamedTuple):
@@ -48,13 +132,15 @@ class SpuriousRemoval(NamedTuple):
 
     score: float
     """(ablated - biased) / (clean - biased): 1 if the probe becomes as good as one trained on balanced rows; NaN if it
-    was that already."""
+    was that already, or better."""
     biased: float
     """Accuracy on balanced rows of the probe trained where both labels agree."""
     clean: float
     """That of a probe trained on balanced rows."""
     ablated: float
     """That of the biased probe on ablated rows."""
+    tested: Tested
+    """The same row by row."""
 
 
 class Absorption(NamedTuple):
@@ -70,6 +156,8 @@ class Absorption(NamedTuple):
     """Those that stand for it: so many as each raised the probe's F1 by more than 0.03."""
     f1: float
     """Test F1 of a probe on these alone."""
+    tested: Tested
+    """The same row by row."""
 
 
 def targeted_perturbation(
@@ -110,18 +198,31 @@ def targeted_perturbation(
         probe = linear_probe(x[train], mine, seed=seed)
         probes.append(probe)
         latents.append(_most_telling(acts[train], mine, W_dec, probe, max(n_ablated)))
-    truth = [labels[test] == one for one in classes]
-    before = [_balanced(probe, x[test], right) for probe, right in zip(probes, truth, strict=True)]
-    found, means = {}, acts[train].mean(0)
+    truth = np.stack([labels[test] == one for one in classes], axis=1)
+    side = np.stack([truth, ~truth], axis=-1).astype(np.float64)  # (rows, probes, with or without the class)
+
+    def right(rows: Rows) -> Array:
+        """Who was right, on which side."""
+        said = np.stack([probe.answers(rows) > 0 for probe in probes], axis=1)
+        found: Array = (said == truth)[..., None] * side
+        return found
+
+    before = right(x[test])
+    shared = _at(test, len(x), {"side": side, "before": before})
+    found, means, k = {}, acts[train].mean(0), len(classes)
     for n in n_ablated:
-        losses = np.zeros((len(classes), len(classes)))
+        losses = np.zeros((k, k))
+        own, others = np.zeros_like(before), np.zeros_like(before)
         for i, ordered in enumerate(latents):
-            ablated = _without(x[test], acts[test] - means, W_dec, ordered[:n])
-            for j, (probe, right) in enumerate(zip(probes, truth, strict=True)):
-                losses[i, j] = before[j] - _balanced(probe, ablated, right)
-        own = float(np.diag(losses).mean())
-        others = float((losses.sum() - np.trace(losses)) / (len(classes) * (len(classes) - 1)))
-        found[n] = TargetedPerturbation(own - others, own, others, losses)
+            after = right(_without(x[test], acts[test] - means, W_dec, ordered[:n]))
+            losses[i] = ((before - after).sum(0) / side.sum(0)).mean(-1)
+            own[:, i] = after[:, i]
+            others += after / (k - 1)
+        others -= own / (k - 1)
+        sums = shared | _at(test, len(x), {"own": own, "others": others})
+        score = {"own": float(np.diag(losses).mean()), "others": float(losses[~np.eye(k, dtype=bool)].mean())}
+        tested = Tested(sums, PERTURBATION, "no text of a class was tested")
+        found[n] = TargetedPerturbation(score["own"] - score["others"], **score, losses=losses, tested=tested)
     return found
 
 
@@ -163,13 +264,24 @@ def spurious_removal(
     clean = linear_probe(x[balanced], concept[balanced], seed=seed)
     about = linear_probe(x[balanced], spurious[balanced], seed=seed)
     ordered = _most_telling(acts[balanced], spurious[balanced], W_dec, about, max(n_ablated))
-    right = concept[held_out]
-    before, best = (_balanced(probe, x[held_out], right) for probe in (biased, clean))
+    truth = concept[held_out]
+    side = np.stack([truth, ~truth], axis=-1).astype(np.float64)
+
+    def right(probe: LinearProbe, rows: Rows) -> Array:
+        found: Array = ((probe.answers(rows) > 0) == truth)[:, None] * side
+        return found
+
+    sums = {"side": side, "biased": right(biased, x[held_out]), "clean": right(clean, x[held_out])}
     found, means = {}, acts[balanced].mean(0)
     for n in n_ablated:
-        after = _balanced(biased, _without(x[held_out], acts[held_out] - means, W_dec, ordered[:n]), right)
-        score = (after - before) / (best - before) if best != before else float("nan")
-        found[n] = SpuriousRemoval(score, before, best, after)
+        left = _without(x[held_out], acts[held_out] - means, W_dec, ordered[:n])
+        tested = Tested(
+            _at(held_out, len(x), sums | {"ablated": right(biased, left)}),
+            REMOVAL,
+            "the probe trained where the labels agree was as good as the balanced one",
+        )
+        scores = over_halvings([tested], n_bootstrap=0)
+        found[n] = SpuriousRemoval(**{name: one.value for name, one in scores.items()}, tested=tested)
     return found
 
 
@@ -216,18 +328,33 @@ def absorption(
     size = float(np.linalg.norm(probe.weights))
     direction = probe.weights / max(size, 1e-12)
     order = _most_telling(acts[train], label[train], W_dec, probe, max_latents)
-    own, f1 = _split_latents(acts, label, train, test, order, f1_gain, seed)
-    found = probe.answers(x[test])
-    rows = test[(found > 0) & label[test]]
+    own, said = _split_latents(acts, label, train, test, order, f1_gain, seed)
+    known = (probe.answers(x[test]) > 0) & label[test]
+    rows = test[known]
+    sums = {"said": said, "labelled": label[test], "both": said & label[test], "recognised": known}
+    sums = {name: one.astype(np.float64) for name, one in sums.items()}
+
+    def found(
+        full: Float[np.ndarray, " recognised"], fraction: Float[np.ndarray, " recognised"]
+    ) -> Absorption:
+        for name, values in (("full", full), ("fraction", fraction)):
+            sums[name] = np.zeros(len(test))
+            sums[name][known] = values
+        cause = "the probe recognised no text, or the concept's own latents never fire"
+        tested = Tested(_at(test, len(x), sums), ABSORPTION, cause)
+        scores = {name: one.value for name, one in over_halvings([tested], n_bootstrap=0).items()}
+        return Absorption(scores["full"], scores["fraction"], len(rows), own, scores["f1"], tested=tested)
+
+    nothing = np.full(len(rows), np.nan)
     if len(rows) == 0:
-        return Absorption(float("nan"), float("nan"), 0, own, f1)
+        return found(nothing, nothing)
     along = probe.answers(x[rows]) / max(size, 1e-12)
     writes = acts[rows] * (W_dec @ direction)[None]
     cosines = (W_dec @ direction) / np.maximum(np.linalg.norm(W_dec, axis=1), 1e-12)
     mine = writes[:, own].sum(1)
     silent = (acts[rows][:, own] == 0).all(1)
     if (acts[:, own] == 0).all():  # latents that never fire stand for nothing, and so cannot be absorbed
-        return Absorption(float("nan"), float("nan"), len(rows), own, f1)
+        return found(nothing, nothing)
     others = writes.copy()
     others[:, own] = -np.inf
     strongest = others.argmax(1)
@@ -239,7 +366,7 @@ def absorption(
     absorbed = np.minimum(top, along - mine)
     counts = (mine < along) & (top >= 0.4 * along)
     fraction = np.where(counts, absorbed / np.maximum(absorbed + np.maximum(mine, 0.0), 1e-12), 0.0)
-    return Absorption(float(full.mean()), float(fraction.mean()), len(rows), own, f1)
+    return found(full.astype(np.float64), fraction)
 
 
 def _split_latents(
@@ -250,8 +377,9 @@ def _split_latents(
     order: Int[np.ndarray, " k"],
     gain: float,
     seed: int,
-) -> tuple[tuple[int, ...], float]:
-    """As many latents of an order as each raise F1 on the training half by more than `gain`, and the test F1."""
+) -> tuple[tuple[int, ...], Bool[np.ndarray, " n_test"]]:
+    """As many latents of an order as each raise F1 on the training half by more than `gain`, and which test rows a
+    probe on them says have the concept."""
     taken, best = 1, -1.0
     for k in range(1, len(order) + 1):
         f1 = _f1(
@@ -264,7 +392,7 @@ def _split_latents(
         taken, best = k, f1
     own = order[:taken]
     probe = linear_probe(acts[train][:, own], label[train], seed=seed)
-    return tuple(int(latent) for latent in own), _f1(probe, acts[test][:, own], label[test])
+    return tuple(int(latent) for latent in own), probe.answers(acts[test][:, own]) > 0
 
 
 def _f1(probe: LinearProbe, x: np.ndarray, label: Bool[np.ndarray, " n"]) -> float:
@@ -273,9 +401,14 @@ def _f1(probe: LinearProbe, x: np.ndarray, label: Bool[np.ndarray, " n"]) -> flo
     return 2 * both / max(float(said.sum() + label.sum()), 1.0)
 
 
-def _balanced(probe: LinearProbe, x: Rows, right: Bool[np.ndarray, " n"]) -> float:
-    said = probe.answers(x) > 0
-    return float(((said[right]).mean() + (~said[~right]).mean()) / 2)
+def _at(rows: Int[np.ndarray, " m"], n: int, sums: Mapping[str, Array]) -> dict[str, Array]:
+    """What some of n rows have, in a table of all of them."""
+    found: dict[str, Array] = {"n": np.zeros(n)}
+    found["n"][rows] = 1
+    for name, values in sums.items():
+        found[name] = np.zeros((n, *values.shape[1:]))
+        found[name][rows] = values
+    return found
 
 
 def _without(x: Rows, acts: Acts, W_dec: Weights, latents: Int[np.ndarray, " k"]) -> Rows:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sememe.errors import ConfigError, ShapeError
 from sememe.metrics.directions import check_finite, nearest_directions, unit_rows
+from sememe.metrics.sums import Statistic, over_pairs
 
 __all__ = [
     "Correlations",
@@ -235,13 +236,15 @@ def probe_rank(
 class Correlations(NamedTuple):
     """How much a few coordinates of the data go together."""
 
-    mean_absolute: float
+    mean_absolute: Statistic
     """Mean over pairs of |correlation|; NaN where a coordinate never changes."""
-    share_small: float
+    share_small: Statistic
     """Share of the pairs with |correlation| below 0.05: how sparse the covariance is."""
 
 
-def correlations(values: Float[Tensor, "rows k"], small: float = 0.05) -> Correlations:
+def correlations(
+    values: Float[Tensor, "rows k"], small: float = 0.05, *, n_bootstrap: int = 0, seed: int = 0
+) -> Correlations:
     """How sparse the covariance of k coordinates is: of latents' activations, say, against as many neurons'.
 
     Source: asked by the sparse-coding project (is the covariance sparse in the basis of the top latents?); the
@@ -250,6 +253,8 @@ def correlations(values: Float[Tensor, "rows k"], small: float = 0.05) -> Correl
     Args:
         values: The coordinates of each row, at least two of each.
         small: Correlations below this count as none.
+        n_bootstrap: Draws of coordinates for the intervals; 0 gives none.
+        seed: Of the draws.
 
     Raises:
         ShapeError: fewer than two rows or coordinates.
@@ -261,6 +266,11 @@ def correlations(values: Float[Tensor, "rows k"], small: float = 0.05) -> Correl
         )
     centred = values.detach().double() - values.detach().double().mean(0)
     scaled = centred / centred.norm(dim=0)
-    pairs = (scaled.T @ scaled)[~torch.eye(k, dtype=torch.bool, device=values.device)].abs()
-    share = float((pairs < small).double().mean()) if bool(torch.isfinite(pairs).all()) else math.nan
-    return Correlations(float(pairs.mean()), share)
+    table = (scaled.T @ scaled).abs()
+    below = torch.where(table.isfinite(), (table < small).double(), torch.nan)
+    options: dict[str, Any] = {
+        "n_bootstrap": n_bootstrap,
+        "seed": seed,
+        "cause": "a coordinate never changes, or is NaN or infinite",
+    }
+    return Correlations(over_pairs(table, **options), over_pairs(below, **options))

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from sememe.errors import ShapeError
 from sememe.metrics.assignment import assign
 from sememe.metrics.directions import check_finite, mcs, nearest_directions, unit_rows
+from sememe.metrics.sums import Statistic
 
 __all__ = [
     "Cheats",
@@ -25,8 +27,10 @@ __all__ = [
     "Splits",
     "Stability",
     "cheats",
+    "coincide",
     "larger_dictionary_test",
     "match",
+    "mean_directions",
     "mmacs",
     "opposites",
     "rare_cluster",
@@ -295,6 +299,53 @@ def _about_one(rows: Float[Tensor, "n d"]) -> tuple[Bool[Tensor, " n"], Float[Te
     """Which unit rows are nearly their mean, and that mean's direction."""
     mean = unit_rows(rows.mean(0, keepdim=True))
     return (rows @ mean.T).view(-1) > COINCIDE, mean[0]
+
+
+def mean_directions(
+    rows: Float[Tensor, "n d"], *, n_bootstrap: int = 1000, seed: int | tuple[int, ...] = 0
+) -> Float[Tensor, "draws d"]:
+    """The direction of the mean of unit rows: first of all rows, then of each of n_bootstrap draws of them.
+
+    Args:
+        rows: Directions of any length.
+        n_bootstrap: Draws.
+        seed: Of the draws.
+    """
+    unit = unit_rows(rows)
+    n = unit.shape[0]
+    weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_bootstrap)
+    counts = np.concatenate([np.ones((1, n)), weights])
+    return unit_rows(torch.from_numpy(counts / n).to(unit) @ unit)
+
+
+def coincide(rows: Float[Tensor, "n d"], *, n_bootstrap: int = 1000, seed: int = 0) -> Statistic:
+    """Share of directions that have a cosine above 0.95 with their mean; in each draw with that draw's mean.
+
+    Args:
+        rows: Directions of any length.
+        n_bootstrap: Draws of rows for the interval; 0 gives none.
+        seed: Of the draws.
+
+    Raises:
+        ActivationError: a row is NaN or infinite.
+    """
+    n = rows.shape[0]
+    if n == 0:
+        return Statistic(math.nan, cause="there are none")
+    check_finite(rows, "directions")
+    unit = unit_rows(rows)
+    value = float(_about_one(unit)[0].double().mean())
+    if n_bootstrap == 0:
+        return Statistic(value)
+    if n < 2:
+        return Statistic(value, cause="an interval needs at least 2 latents")
+    weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_bootstrap)
+    shares = []
+    for part in torch.split(torch.from_numpy(weights / n).to(unit), 64):  # draws x n cosines are held
+        inside = unit_rows(part @ unit) @ unit.T > COINCIDE
+        shares.append((inside.double() * part.double()).sum(1))
+    low, high = (float(q) for q in np.quantile(torch.cat(shares).cpu().numpy(), [0.025, 0.975]))
+    return Statistic(value, low, high)
 
 
 def larger_dictionary_test(

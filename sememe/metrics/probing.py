@@ -10,12 +10,21 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from sememe.errors import ActivationError, ConfigError
+from sememe.metrics.sums import Statistic
 
-__all__ = ["LinearProbe", "Probe", "ProbeScores", "dense_probe", "linear_probe", "sparse_probe"]
+__all__ = [
+    "LinearProbe",
+    "Probe",
+    "ProbeScores",
+    "dense_probe",
+    "linear_probe",
+    "probe_scores",
+    "sparse_probe",
+]
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 """Inverse regularisation strengths that are tried on the training part."""
@@ -29,7 +38,8 @@ class ProbeScores(NamedTuple):
     balanced_accuracy: float
     """Mean of the two classes' accuracies: 0.5 for always answering one of them."""
     auroc: float
-    """Mean over the folds, whose models' answers are not comparable; chance is 0.5, whatever the shares."""
+    """Share of the pairs (one row with, one without) of a fold that are in the right order, ties half; folds' models'
+    answers are not comparable. Chance is 0.5, whatever the shares."""
 
 
 class Probe(NamedTuple):
@@ -39,6 +49,8 @@ class Probe(NamedTuple):
     chosen: tuple[tuple[int, ...], ...]
     answers: Float[np.ndarray, " n"]
     """Log-odds of each row by the fold that did not see it."""
+    folds: Int[np.ndarray, " n"]
+    """Which fold tested each row."""
 
 
 class LinearProbe(NamedTuple):
@@ -89,7 +101,7 @@ def sparse_probe(
             columns = _most_different(x[train], y[train], k)
             chosen.append(tuple(int(column) for column in columns))
             answers[test] = _answers(x[train][:, columns], y[train], x[test][:, columns], n_folds, seed)
-        found[k] = Probe(_scores(answers, y, _folds(y, n_folds, seed)), tuple(chosen), answers)
+        found[k] = _probe(answers, y, n_folds, seed, tuple(chosen))
     return found
 
 
@@ -101,7 +113,71 @@ def dense_probe(
     answers = np.zeros(len(y))
     for train, test in _folds(y, n_folds, seed):
         answers[test] = _answers(x[train], y[train], x[test], n_folds, seed)
-    return Probe(_scores(answers, y, _folds(y, n_folds, seed)), (), answers)
+    return _probe(answers, y, n_folds, seed)
+
+
+def _probe(
+    answers: np.ndarray, y: np.ndarray, n_folds: int, seed: int, chosen: tuple[tuple[int, ...], ...] = ()
+) -> Probe:
+    folds = np.zeros(len(y), dtype=np.int64)
+    for number, (_, test) in enumerate(_folds(y, n_folds, seed)):
+        folds[test] = number
+    scores = {
+        name: float(draws[0]) for name, draws in _drawn(answers, y, folds, np.ones((1, len(y)))).items()
+    }
+    return Probe(ProbeScores(**scores), chosen, answers, folds)
+
+
+def probe_scores(
+    probe: Probe, labels: Bool[Tensor, " n"], *, n_bootstrap: int = 1000, seed: int = 0
+) -> dict[str, Statistic]:
+    """A probe's scores with 95% intervals from drawing its rows again; no probe is fitted anew.
+
+    Args:
+        probe: As `sparse_probe` or `dense_probe` made it.
+        labels: Those it was made with.
+        n_bootstrap: Draws; 0 gives no intervals.
+        seed: Of the draws. Equal seeds draw equal rows, so that a null's interval is paired.
+    """
+    y = labels.detach().cpu().numpy().astype(bool)
+    weights = np.random.default_rng(seed).multinomial(len(y), np.full(len(y), 1 / len(y)), size=n_bootstrap)
+    found = {}
+    for name, draws in _drawn(probe.answers, y, probe.folds, weights).items():
+        value = getattr(probe.scores, name)
+        if n_bootstrap == 0:
+            found[name] = Statistic(value)
+        elif np.isfinite(draws).all():
+            low, high = (float(q) for q in np.quantile(draws, [0.025, 0.975]))
+            found[name] = Statistic(value, low, high)
+        else:
+            found[name] = Statistic(
+                value, cause="some draws of texts hold none with, or none without, the label"
+            )
+    return found
+
+
+def _drawn(
+    answers: Float[np.ndarray, " n"],
+    y: Bool[np.ndarray, " n"],
+    folds: Int[np.ndarray, " n"],
+    weights: Shaped[np.ndarray, "draws n"],
+) -> dict[str, Float[np.ndarray, " draws"]]:
+    """Scores of rows that count so many times each."""
+    weights = weights.astype(np.float64)
+    right = ((answers > 0) == y).astype(np.float64)
+    ordered, pairs = np.zeros(len(weights)), np.zeros(len(weights))
+    for fold in np.unique(folds):
+        one, other = (np.flatnonzero((folds == fold) & side) for side in (y, ~y))
+        before = np.sign(answers[one][:, None] - answers[other][None]) / 2 + 0.5
+        ordered += ((weights[:, one] @ before) * weights[:, other]).sum(1)
+        pairs += weights[:, one].sum(1) * weights[:, other].sum(1)
+    with np.errstate(all="ignore"):
+        sides = [weights[:, side] @ right[side] / weights[:, side].sum(1) for side in (y, ~y)]
+        return {
+            "accuracy": weights @ right / weights.sum(1),
+            "balanced_accuracy": (sides[0] + sides[1]) / 2,
+            "auroc": ordered / pairs,
+        }
 
 
 def _checked(acts: Tensor, labels: Tensor, n_folds: int) -> tuple[np.ndarray, np.ndarray]:
@@ -177,14 +253,3 @@ def linear_probe(
     model = fitted(STRENGTHS[int(np.argmin(losses))], np.arange(len(y)))
     weights = model.coef_[0] / std
     return LinearProbe(weights, float(model.intercept_[0] - mean @ weights))
-
-
-def _scores(answers: np.ndarray, y: np.ndarray, folds: list[tuple[np.ndarray, np.ndarray]]) -> ProbeScores:
-    from sklearn.metrics import roc_auc_score
-
-    right = (answers > 0) == y
-    return ProbeScores(
-        accuracy=float(right.mean()),
-        balanced_accuracy=float((right[y].mean() + right[~y].mean()) / 2),
-        auroc=float(np.mean([roc_auc_score(y[test], answers[test]) for _, test in folds])),
-    )

@@ -23,6 +23,7 @@ __all__ = [
     "bootstrap",
     "drawn",
     "over_latents",
+    "over_pairs",
     "select",
     "units_of",
 ]
@@ -192,6 +193,44 @@ def over_latents(
         causes={"mean": cause},
     )["mean"]
     return found._replace(cause=found.cause.replace("2 documents", "2 latents"))
+
+
+def over_pairs(
+    table: Float[Tensor, "k k"],
+    *,
+    n_bootstrap: int = 1000,
+    seed: int = 0,
+    cause: str = "some pairs have no value",
+) -> Statistic:
+    """The mean over pairs of different things with an interval from drawing the things, not the pairs, which hang
+    together; a thing that is drawn twice makes no pair with itself.
+
+    Source: Snijders & Borgatti 1999, the vertex bootstrap. Differs: pairs of a thing with itself are left out instead
+    of filled.
+
+    Args:
+        table: A number for each pair, symmetric; the diagonal does not count. NaN makes the mean NaN.
+        n_bootstrap: Draws; 0 gives no interval.
+        seed: Of the draws.
+        cause: Why there may be NaN.
+    """
+    k = table.shape[0]
+    values = table.detach().cpu().double().numpy().copy()
+    np.fill_diagonal(values, 0.0)
+    value = float(values.sum() / (k * (k - 1))) if k > 1 else math.nan
+    if not math.isfinite(value):
+        return Statistic(math.nan, cause=cause if k > 1 else "there were no pairs")
+    if n_bootstrap == 0:
+        return Statistic(value)
+    weights = (
+        np.random.default_rng(seed).multinomial(k, np.full(k, 1 / k), size=n_bootstrap).astype(np.float64)
+    )
+    pairs = k**2 - np.square(weights).sum(1)
+    if (pairs == 0).any():
+        return Statistic(value, cause="some draws hold one thing alone")
+    means = np.einsum("bi,bi->b", weights @ values, weights) / pairs
+    low, high = (float(q) for q in np.quantile(means, [0.025, 0.975]))
+    return Statistic(value, low, high)
 
 
 def units_of(units: Int[Tensor, " rows"] | None, like: Tensor) -> Int[Tensor, " rows"]:

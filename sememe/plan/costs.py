@@ -66,8 +66,12 @@ DIRECTIONS_BLOCK = 4e8
 """Memory of a block of cosines."""
 COMPARISON_BYTES = 2e6
 """On disk: the page of a comparison."""
-ATLAS_BYTES = 3500
+ATLAS_BYTES = 6500
 """On disk, per latent."""
+MAP_START, MAP_SECONDS = 12.0, 1.5e-3
+"""Of the map's library to load and compile, and of each latent on it."""
+PAIR_COUNTS = 2**26
+"""Pairs of latents counted at once."""
 SITE_BYTES = 4000
 """On disk, per latent."""
 
@@ -248,26 +252,42 @@ def interpret_bytes(
     batch_rows: int,
     context_length: int,
     shard: float,
+    n_nulls: int = 0,
+    coactive_tokens: int = 0,
 ) -> Bytes:
-    """Args: slots: examples kept per latent; shard: bytes of a store's shard, if one is read."""
+    """Args: slots: examples kept per latent; shard: bytes of a store's shard, if one is read; n_nulls: controls, which
+    share a pass of their own; coactive_tokens: those whose active latents go to disk."""
     host, gpu = _model_bytes(lm, batch_rows * context_length)
     # The bound in the docstring of `collect`, with three active tokens per window.
-    collector = float(dictionary.d_sae) * (4 * 1024 + 12 * 256 + (28 + 2 * 6 * 3) * slots + 14 * n_random)
+    collector = float(dictionary.d_sae) * (
+        4 * 1024 + 16 * 256 + 12 * 16 + (28 + 2 * 6 * 3) * slots + 14 * n_random
+    )
     rows = min(batch_rows * context_length, max(2**25 // dictionary.d_sae, 64))
     encoding = 8.0 * rows * dictionary.d_sae
     database = 4.0 * 512 * lm.vocab_size * 2 + 0.3e9
-    memory = BASE + host + collector + dictionary.n_bytes + encoding + database + 2 * shard
-    return Bytes(memory, ATLAS_BYTES * dictionary.d_sae + 8.0 * n_tokens + collector, gpu)
+    followed = max(1, n_nulls) * (collector + dictionary.n_bytes)
+    pairs = min(4.0 * PAIR_COUNTS, 4.0 * dictionary.d_sae**2)
+    memory = BASE + host + followed + encoding + max(database, pairs) + 2 * shard
+    entries = 4.0 * dictionary.l0 * min(n_tokens, coactive_tokens)
+    disk = (1 + n_nulls) * ATLAS_BYTES * dictionary.d_sae + 8.0 * n_tokens
+    return Bytes(memory, disk + max(1, n_nulls) * (collector + entries), gpu)
 
 
 def interpret_seconds(
-    lm: Outline, dictionary: Dictionary, speed: Speed, n_tokens: int, n_layers: int, context_length: int
+    lm: Outline,
+    dictionary: Dictionary,
+    speed: Speed,
+    n_tokens: int,
+    n_layers: tuple[int, ...],
+    context_length: int,
+    n_nulls: int = 0,
 ) -> float:
-    """Args: n_layers: layers of the language model that run; 0 where a store is read."""
-    forward = _forward_seconds(lm, speed, 0, n_layers, context_length)
-    per_token = forward + TEXT_SECONDS + _encode_seconds(dictionary, speed) + COLLECT_SECONDS * dictionary.l0
+    """Args: n_layers: layers of the language model that run, of each pass; 0 where a store is read."""
+    forward = sum(_forward_seconds(lm, speed, 0, n, context_length) + TEXT_SECONDS for n in n_layers)
+    own = _encode_seconds(dictionary, speed) + COLLECT_SECONDS * dictionary.l0
     logits = 2.0 * dictionary.d_sae * lm.d_model * lm.vocab_size / speed.model
-    return MODEL_START + n_tokens * per_token + logits + dictionary.d_sae / 1000
+    written = logits + dictionary.d_sae / 1000 + MAP_SECONDS * dictionary.d_sae
+    return MODEL_START + MAP_START + n_tokens * (forward + (1 + n_nulls) * own) + (1 + n_nulls) * written
 
 
 def directions_bytes(sizes: Sequence[Dictionary]) -> Bytes:

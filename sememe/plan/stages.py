@@ -18,7 +18,7 @@ from sememe.errors import HookpointError, nearest
 from sememe.evaluate import EvaluateConfig
 from sememe.fit import STREAMED, STREAMED_ROWS, FitConfig
 from sememe.harvest import HarvestConfig
-from sememe.interpret import InterpretConfig
+from sememe.interpret import RANDOMISED, InterpretConfig
 from sememe.lm import Outline
 from sememe.plan import costs
 from sememe.plan.costs import Bytes, Dictionary
@@ -356,11 +356,17 @@ class _Planner:
                 config.batch_rows,
                 length,
                 shard,
+                len(config.nulls),
+                config.coactive_tokens,
             )
 
         def seconds(speed: Speed) -> float:
-            n_layers = 0 if stored else model.n_layers_read(inputs)
-            return costs.interpret_seconds(model, dictionary, speed, n_tokens, n_layers, length)
+            n_layers = model.n_layers_read(inputs)
+            passes = [0 if stored else n_layers] * (1 + bool(set(config.nulls) - {RANDOMISED}))
+            passes += [n_layers] * (RANDOMISED in config.nulls)  # a store knows nothing of the shuffled model
+            return costs.interpret_seconds(
+                model, dictionary, speed, n_tokens, tuple(passes), length, len(config.nulls)
+            )
 
         d_sae, reservoir = dictionary.d_sae, config.n_reservoir
         knobs = (

@@ -23,7 +23,18 @@ from sememe.atlas import DATABASE
 __all__ = ["Cleaned", "bare", "clean", "write"]
 
 TEXTS = {".html", ".json", ".jsonl", ".md", ".svg", ".txt"}
-PATH_KEYS = {"atlas", "dictionary", "explanations", "out", "path", "report", "store"}
+PATH_KEYS = {
+    "against",
+    "atlas",
+    "dictionaries",
+    "dictionary",
+    "explanations",
+    "lens",
+    "out",
+    "path",
+    "report",
+    "store",
+}
 """Options that are paths whatever they look like; elsewhere `owner/name` may be a name on the hub."""
 LOCAL = re.compile(r"(?:(?:hf|file)://)?(?:/|~[^/\s]*/|\.{1,2}/|[A-Za-z]:[\\/])[^\n]*")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from sememe.explain.classes import CLASSES
-from sememe.explain.loops import PAIR, PREVIOUS
+from sememe.explain.lexical.classes import CLASSES
+from sememe.explain.lexical.loops import PAIR, PREVIOUS
 
 __all__ = ["Rule", "as_json", "in_words"]
 

@@ -1,0 +1,139 @@
+"""A judge as it is used: answers kept on disk, costs counted and limited. Knows no protocol."""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections.abc import Awaitable, Callable, Iterable
+from typing import TypeVar
+
+from sememe.errors import JudgeError
+from sememe.judge.base import Answer, Judge, Question, SlotQuestion, Slots, Usage
+from sememe.judge.budget import Budget, Preview, Prices, Tally
+from sememe.judge.cache import AnswerCache, key_of
+from sememe.judge.config import EndpointConfig, LocalConfig
+from sememe.judge.endpoint import Endpoint
+from sememe.paths import cache_dir
+
+__all__ = ["OpenJudge", "open_judge"]
+
+Q = TypeVar("Q", Question, SlotQuestion)
+A = TypeVar("A", Answer, Slots)
+
+
+class OpenJudge:
+    """A judge that is asked nothing twice and keeps to its limits; itself a `Judge`.
+
+    The same question asked twice at a time is sent once.
+
+    Args:
+        judge: Who answers.
+        cache: Where answers are kept.
+        budget: What may be spent.
+    """
+
+    def __init__(self, judge: Judge, cache: AnswerCache, budget: Budget) -> None:
+        self.judge, self.cache, self.budget = judge, cache, budget
+        self.name, self.fingerprint = judge.name, judge.fingerprint
+        # A lock is forgotten with the last question that waits for it.
+        self._asking: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
+
+    @property
+    def tally(self) -> Tally:
+        """What was asked and spent so far."""
+        return self.budget.tally._replace(n_retries=getattr(self.judge, "n_retries", 0))
+
+    async def ask(self, question: Question) -> Answer:
+        """Go on with a conversation.
+
+        Raises:
+            JudgeError: it cannot be reached, or refuses.
+            LimitError: the limit of what may be spent is reached.
+        """
+        return await self._kept(question, self.judge.ask, Answer)
+
+    async def slots(self, question: SlotQuestion) -> Slots:
+        """Distributions at places of a text.
+
+        Raises:
+            JudgeError: as `ask`; or it does not tell the log-probabilities of a prompt.
+            LimitError: the limit of what may be spent is reached.
+        """
+        return await self._kept(question, self.judge.slots, Slots)
+
+    def count_tokens(self, text: str) -> int:
+        """About how many tokens a text costs."""
+        return self.judge.count_tokens(text)
+
+    def estimate(self, question: Question | SlotQuestion) -> Usage:
+        """About what a question will cost at most, as if nothing were cached."""
+        return self.judge.estimate(question)
+
+    def preview(self, questions: Iterable[Question | SlotQuestion]) -> Preview:
+        """What asking some questions would cost, without asking any. Cached ones cost nothing."""
+        n = n_free = n_calls = n_prompt = n_completion = 0
+        seen: set[str] = set()
+        for question in questions:
+            n += 1
+            key = key_of(self.fingerprint, question)
+            if key in seen or self.cache.get(key) is not None:
+                n_free += 1
+                continue
+            seen.add(key)
+            usage = self.estimate(question)
+            n_calls += usage.n_calls
+            n_prompt += usage.n_prompt_tokens
+            n_completion += usage.n_completion_tokens
+        prices = self.budget.prices
+        price = None if prices is None else prices.of(Usage(n_prompt, n_completion))
+        return Preview(n, n_free, n_calls, n_prompt, n_completion, price)
+
+    async def close(self) -> None:
+        """Let go of connections and of the file of answers; it may be asked again after."""
+        self.cache.close()
+        await self.judge.close()
+
+    async def _kept(self, question: Q, ask: Callable[[Q], Awaitable[A]], kind: type[A]) -> A:
+        key = _key(self.fingerprint, question)
+        lock = self._asking.setdefault(key, asyncio.Lock())
+        async with lock:
+            found = self.cache.get(key)
+            if isinstance(found, kind):
+                self.budget.from_cache()
+                return found
+            async with self.budget.spending(self.judge.estimate(question)) as paid:
+                answer = await ask(question)
+                paid.append(answer.usage)
+                self.cache.put(key, answer)
+                return answer
+
+
+def _key(fingerprint: str, question: Question | SlotQuestion) -> str:
+    try:
+        return key_of(fingerprint, question)
+    except UnicodeEncodeError as error:
+        raise JudgeError(
+            "a question must be valid Unicode",
+            f"half a character at {error.start}",
+            "Decode bytes with errors='replace'.",
+        ) from None
+
+
+def open_judge(config: EndpointConfig | LocalConfig) -> OpenJudge:
+    """A language model to ask. Nothing is loaded and no server is met before the first question.
+
+    Raises:
+        ModelError: a local model is not there.
+    """
+    if isinstance(config, EndpointConfig):
+        judge: Judge = Endpoint(config)
+        prices = None
+        if config.prompt_price is not None and config.completion_price is not None:
+            prices = Prices(config.prompt_price, config.completion_price)
+        budget = Budget(prices, config.max_price, config.max_calls)
+    else:
+        from sememe.judge.local import LocalJudge
+
+        judge, budget = LocalJudge(config), Budget(max_calls=config.max_calls)
+    path = config.answers if config.answers is not None else cache_dir() / "judge" / "answers.sqlite"
+    return OpenJudge(judge, AnswerCache(path.expanduser()), budget)

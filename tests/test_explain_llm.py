@@ -1,0 +1,558 @@
+"""Explanations by a language model, the whole way: a server that speaks the real protocol, and real atlases."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import rule_judge
+import torch
+from atlas_fixture import make_world
+from judge_server import JudgeServer, Reply
+from planted_atlas import ID, Planted, edit, plant
+from rule_judge import RuleJudge
+
+from sememe import dictionaries
+from sememe.atlas import labels, open_atlas
+from sememe.cli import app
+from sememe.effects import EffectsConfig, effects
+from sememe.errors import ConfigError, JudgeError, LimitError, MismatchError, TextError
+from sememe.explain import ExplainConfig, explain, preview, side_of
+from sememe.explain.asked import VARIANTS
+from sememe.explain.config import ASKING, SCORERS
+from sememe.explain.examples import EXPLAIN, SCORE, read
+from sememe.explain.explainers import CATEGORIES
+from sememe.explain.written import Reader
+from sememe.interpret import interpret
+from sememe.judge import Question, SlotQuestion
+
+WORDS = [s for s in SCORERS if s not in ("embedding", "generation")]
+KING, ENDINGS, NUMBERS, CYRILLIC, NOISE, DEAD = 0, 1, 2, 3, 7, 8
+
+
+@pytest.fixture(scope="module")
+def atlas(tmp_path_factory: pytest.TempPathFactory) -> Planted:
+    return plant(tmp_path_factory.mktemp("planted") / "atlas")
+
+
+@pytest.fixture
+def server() -> Iterator[JudgeServer]:
+    with JudgeServer(chat=rule_judge.chat, top=rule_judge.top) as running:
+        yield running
+
+
+def config(atlas: Path, out: Path, server: JudgeServer, **changes: Any) -> ExplainConfig:
+    explainer = {
+        "kind": "endpoint",
+        "base_url": server.url,
+        "model": "rule",
+        "backoff_seconds": 0.01,
+        "answers": out.parent / "answers.sqlite",
+    } | changes.pop("explainer", {})
+    options = {"atlas": atlas, "out": out, "explainer": explainer, "scorers": WORDS, "n_bootstrap": 50}
+    return ExplainConfig.build(options | changes)
+
+
+def whole(found: Any) -> dict[tuple[int, str, str], float | None]:
+    return {
+        (r["latent"], r["scorer"], r["variant"]): r["score"] for r in found.scores() if r["decile"] is None
+    }
+
+
+def test_a_model_explains_and_scores_and_nothing_is_asked_twice(
+    atlas: Planted, tmp_path: Path, server: JudgeServer
+) -> None:
+    options = config(atlas.path, tmp_path / "out", server, latents=(KING, NUMBERS, CYRILLIC, NOISE))
+    found = explain(options)
+    rows, scores, summary = found.rows(), whole(found), found.summary
+    assert rows[KING]["explanation"] == 'the tokens [" king"]'
+    assert rows[KING]["label"] == rows[KING]["explanation"] and rows[KING]["label_from"] == "model"
+    assert rows[ENDINGS]["explanation"] is None and rows[ENDINGS]["label"] == rows[ENDINGS]["rule_words"]
+    assert rows[ENDINGS]["label_from"] == "rule"
+    assert rows[KING]["category"] == CATEGORIES[0] and summary["categories"] == {CATEGORIES[0]: 4}
+    for latent in (NUMBERS, CYRILLIC):
+        assert scores[latent, "detection", "windows"] == scores[latent, "fuzzing", "highlights"] == 1
+    for latent in (KING, NUMBERS, CYRILLIC):
+        assert scores[latent, "simulation", "top_only"] > 0.7
+        assert scores[latent, "simulation", "top_and_random_activating"] > 0.7
+    assert (KING, "detection", "windows") not in scores, (
+        "no window of a scoring document is silent: nothing to resist"
+    )
+    # What fires at random can be explained by no token: the judge names all that it saw, and is wrong about them.
+    assert abs(scores[NOISE, "detection", "windows"]) < 0.5
+    assert abs(scores[NOISE, "fuzzing", "highlights"]) < 0.7
+    assert scores[NOISE, "simulation", "random_only_activating"] < 0.5
+    assert scores[NUMBERS, "intruder", "marked"] is not None
+    named = {(row["scorer"], row["variant"]): row for row in summary["scorers"]}
+    for scorer in WORDS:
+        for variant in VARIANTS[scorer]:
+            assert named[scorer, variant]["malformed_share"] == 0
+    deciles = [r for r in found.scores() if r["latent"] == CYRILLIC and r["scorer"] == "detection"]
+    assert len(deciles) > 5 and {r["score"] for r in deciles} == {1.0}
+    assert summary["judge"] is not None and summary["n_asked"] == 4 and summary["n_unexplained"] == 0
+
+    n = server.n_requests
+    again = explain(options.replace(out=tmp_path / "again"))
+    assert server.n_requests == n, "every answer was kept"
+    assert again.rows() == found.rows() and again.scores() == found.scores() and again.summary == summary
+    assert explain(options).artifact.meta == found.artifact.meta
+    page = found.page()
+    assert "| fuzzing: highlights | 3 |" in page and "0 is guessing, 1 is perfect" in page
+    assert found.artifact.file("explanations.svg").read_text().startswith("<svg")
+    assert "fuzzing: highlights" in found._repr_html_()
+    assert labels(tmp_path / "out")[KING] == 'the tokens [" king"]'
+
+
+@pytest.mark.parametrize("style", ["activations", "highlights"])
+def test_both_styles_find_the_tokens(atlas: Planted, tmp_path: Path, server: JudgeServer, style: str) -> None:
+    options = config(
+        atlas.path,
+        tmp_path / "out",
+        server,
+        latents=(KING,),
+        style=style,
+        show_deciles=True,
+        scorers=["fuzzing"],
+    )
+    assert explain(options).rows()[KING]["explanation"] == 'the tokens [" king"]'
+
+
+# -- no leaks -------------------------------------------------------------------------------------------
+
+
+def _changed(atlas: Planted, path: Path, side: int) -> Path:
+    """The atlas with every document of one side replaced: other tokens, other activations, at other places."""
+    shutil.copytree(atlas.path, path)
+    opened = open_atlas(path)
+    keys = {row["id"]: row["key"] for row in opened.query("SELECT id, key FROM document_keys")}
+    opened.close()
+    documents = [i for i, key in keys.items() if side_of(key, 0.4, 0) == side]
+    assert 20 < len(documents) < 100
+    edit(
+        path,
+        (
+            "UPDATE contexts SET token_ids = list_transform(token_ids, lambda t: (t * 7 + 3) % ?) "
+            "WHERE id IN (SELECT unnest(?))",
+            [len(ID), documents],
+        ),
+        (
+            "UPDATE examples SET acts = list_transform(acts, lambda a: 5 * a + 1), position = start, rank = 99 - rank "
+            "WHERE document IN (SELECT unnest(?))",
+            [documents],
+        ),
+    )
+    return path
+
+
+def _sorted(questions: list[Question | SlotQuestion]) -> tuple[list[str], list[str]]:
+    """What the judge was asked for explanations, and what for scores."""
+    explaining, scoring = [], []
+    for question in questions:
+        text = question.text if isinstance(question, SlotQuestion) else json.dumps(question.messages)
+        explains = any(
+            s in text for s in ("what the neuron is looking for", "into categories", "have in common")
+        )
+        (explaining if explains else scoring).append(text)
+    return sorted(explaining), sorted(scoring)
+
+
+@pytest.mark.parametrize(
+    ("style", "deciles"),
+    [("activations", False), ("activations", True), ("highlights", False), ("highlights", True)],
+)
+def test_explaining_and_scoring_share_no_document(
+    atlas: Planted, tmp_path: Path, server: JudgeServer, style: str, deciles: bool
+) -> None:
+    """With all scoring documents changed, explanation prompts are the same to the byte; and the other way round."""
+
+    def asked(path: Path, name: str) -> tuple[list[str], list[str]]:
+        judge = RuleJudge(explanation="some words")
+        options = config(path, tmp_path / name, server, style=style, show_deciles=deciles, n_latents=7)
+        found = explain(options, judge=judge)
+        assert found.summary["n_asked"] == 7
+        return _sorted(judge.asked)
+
+    original = asked(atlas.path, "original")
+    assert len(original[0]) > 2 * 7 and len(original[1]) > 10 * 7
+    other_scores = asked(_changed(atlas, tmp_path / "scoring", SCORE), "changed scoring")
+    assert other_scores[0] == original[0]
+    assert len(set(other_scores[1]) & set(original[1])) <= 8, (
+        "only those about the effect, which no document tells"
+    )
+    other_explains = asked(_changed(atlas, tmp_path / "explaining", EXPLAIN), "changed explaining")
+    assert other_explains[1] == original[1]
+    assert len(set(other_explains[0]) & set(original[0])) <= 8
+
+
+def test_windows_of_the_sides_share_no_document(atlas: Planted) -> None:
+    opened = open_atlas(atlas.path)
+    examples = read(opened, 0.4, 0)
+    opened.close()
+    for latent in range(examples.d_sae):
+        shown, scored = examples.windows(latent, EXPLAIN), examples.windows(latent, SCORE)
+        assert not {w.document for w in shown} & {w.document for w in scored}
+        assert all(w.n_active == 0 for w in (*shown, *scored) if w.kind == "random")
+        assert all(w.acts[w.peak] > 0 for w in (*shown, *scored) if w.kind != "random")
+    king = examples.windows(KING, SCORE)
+    assert all(w.tokens[i] == " king" for w in king for i, act in enumerate(w.acts) if act > 0)
+
+
+# -- malformed answers ------------------------------------------------------------------------------------
+
+
+def test_unreadable_answers_are_counted_and_score_nothing(atlas: Planted, tmp_path: Path) -> None:
+    def chat(request: dict[str, Any]) -> str:
+        explains = "what the neuron is looking for" in request["messages"][0]["content"]
+        return "words" if explains else "I'd rather not."
+
+    with JudgeServer(chat=chat, top=lambda *_: {"rather": -0.1}) as server:
+        found = explain(config(atlas.path, tmp_path / "out", server, latents=(KING, NUMBERS)))
+    for row in found.summary["scorers"]:
+        if row["scorer"] in ASKING and row["mean"] is not None:
+            assert row["malformed_share"] == 1 and row["mean"] == pytest.approx(0), row
+    assert found.summary["categories"] == {"malformed": 2}
+    assert found.rows()[KING]["label"] == "“ king”", "words that score nothing are no label"
+    assert "| 100.0% |" in found.page()
+
+
+def test_a_latent_without_an_explanation_scores_as_a_guess(atlas: Planted, tmp_path: Path) -> None:
+    with JudgeServer(chat=lambda request: "") as server:
+        found = explain(config(atlas.path, tmp_path / "out", server, latents=(KING, NUMBERS)))
+    assert found.summary["n_unexplained"] == 2
+    scores = {(r["latent"], r["scorer"], r["variant"]): r for r in found.scores() if r["decile"] is None}
+    for scorer in ("detection", "fuzzing", "simulation"):
+        for variant in VARIANTS[scorer]:
+            row = scores[KING, scorer, variant]
+            assert (row["score"], row["n"], row["n_malformed"]) == (0, 1, 1)
+
+
+# -- nulls -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def with_nulls(atlas: Planted, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An atlas with two nulls inside: its latents' windows with activations at other, arbitrary places."""
+    path = tmp_path_factory.mktemp("nulls") / "atlas"
+    shutil.copytree(atlas.path, path)
+    for i, name in enumerate(("null-early", "null-late")):
+        shutil.copytree(atlas.path, path / name)
+        edit(
+            path / name,
+            (
+                "UPDATE examples SET positions = [start + ?], acts = [1.0], position = start + ? "
+                "WHERE kind <> 'random'",
+                [i + 2, i + 2],
+            ),
+        )
+        meta = json.loads((path / name / "meta.json").read_text())
+        meta["fingerprint"] = f"{i}" * 64
+        (path / name / "meta.json").write_text(json.dumps(meta))
+    return path
+
+
+def test_the_lift_over_the_best_null_is_reported_for_every_scorer(
+    with_nulls: Path, tmp_path: Path, server: JudgeServer
+) -> None:
+    options = config(with_nulls, tmp_path / "out", server, n_latents=5, scorers=["detection", "fuzzing"])
+    found = explain(options)
+    lifts = {(row["scorer"], row["variant"]): row for row in found.summary["lifts"]}
+    for key in (("lexical", "auroc"), ("detection", "windows"), ("fuzzing", "highlights")):
+        row = lifts[key]
+        assert set(row["nulls"]) == {"early", "late"} and row["low"] <= row["lift"] <= row["high"]
+        best = max(null["mean"] for null in row["nulls"].values())
+        own = next(r["mean"] for r in found.summary["scorers"] if (r["scorer"], r["variant"]) == key)
+        assert row["lift"] == pytest.approx(own - best)
+    assert lifts["lexical", "auroc"]["low"] > 0.2 and lifts["fuzzing", "highlights"]["low"] > 0
+    assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {"out", "out-null-early", "out-null-late"}
+    null = pq.read_table(tmp_path / "out-null-late" / "scores.parquet")
+    assert set(null["scorer"].to_pylist()) == {"lexical", "detection", "fuzzing"}
+    header = next(line for line in found.page().splitlines() if line.startswith("| score | latents"))
+    assert header == "| score | latents | dictionary | early | late | lift | malformed |"
+    n = server.n_requests
+    explain(options.replace(out=tmp_path / "other"))
+    assert server.n_requests == n
+    # One null alone, by name; and none.
+    one = explain(options.replace(nulls=(with_nulls / "null-late",), out=tmp_path / "one"))
+    assert {name for row in one.summary["lifts"] for name in row["nulls"]} == {"late"}
+    assert explain(options.replace(nulls=(), out=tmp_path / "none")).summary["lifts"] == []
+
+
+def test_rules_alone_are_held_against_nulls_too(with_nulls: Path, tmp_path: Path, capsys: Any) -> None:
+    app(
+        ["explain", str(with_nulls), "--out", str(tmp_path / "out"), "--n-bootstrap", "50"],
+        result_action="return_value",
+    )
+    said = capsys.readouterr().out
+    assert "| lexical: auroc |" in said and "| lift |" in said and "explanations: " in said
+    with pytest.raises(ConfigError, match="must have different folder names, got null-late null-late"):
+        explain(
+            ExplainConfig(
+                atlas=with_nulls, out=tmp_path / "x", nulls=(with_nulls / "null-late", tmp_path / "null-late")
+            )
+        )
+
+
+# -- what it costs, stopping and going on ------------------------------------------------------------------
+
+
+def test_a_dry_run_asks_nothing_and_foretells_the_calls(
+    with_nulls: Path, tmp_path: Path, server: JudgeServer, capsys: Any
+) -> None:
+    options = config(
+        with_nulls,
+        tmp_path / "out",
+        server,
+        n_latents=3,
+        explainer={"prompt_price": 1.0, "completion_price": 2.0},
+    )
+    cost = preview(options)
+    assert server.n_requests == 0 and not (tmp_path / "out").exists()
+    assert cost.n_calls > 100 and cost.n_from_cache < 20 and cost.price is not None and cost.price > 0
+    explain(options)
+    assert server.n_requests == pytest.approx(cost.n_calls, abs=3)
+    assert preview(options).n_calls == 0, "all is known now"
+    flags = [
+        "--explainer",
+        "endpoint",
+        "--base-url",
+        server.url,
+        "--model",
+        "rule",
+        "--n-latents",
+        "2",
+        "--dry-run",
+    ]
+    out = ["--out", str(tmp_path / "cli"), "--answers", str(tmp_path / "none.sqlite")]
+    app(["explain", str(with_nulls), *flags, *out], result_action="return_value")
+    said = capsys.readouterr().out
+    assert "calls, up to" in said and "price not known" in said and not (tmp_path / "cli").exists()
+    with pytest.raises(
+        ConfigError, match="preview of the cost needs a language model as explainer, got lexical"
+    ):
+        preview(ExplainConfig(atlas=with_nulls))
+
+
+def test_a_run_that_was_stopped_goes_on_and_ends_the_same(
+    atlas: Planted, tmp_path: Path, server: JudgeServer
+) -> None:
+    options = config(atlas.path, tmp_path / "out", server, n_latents=4)
+    n_whole = preview(options).n_calls
+    stopped = config(atlas.path, tmp_path / "out", server, n_latents=4, explainer={"max_calls": 40})
+    with pytest.raises(LimitError, match="raise the limit and run again"):
+        explain(stopped)
+    assert server.n_requests == 40 and not (tmp_path / "out").exists()
+    found = explain(options)
+    assert server.n_requests <= n_whole + 3, "what was answered was not asked again"
+    with JudgeServer(chat=rule_judge.chat, top=rule_judge.top) as fresh:
+        once = config(
+            atlas.path, tmp_path / "once", fresh, n_latents=4, explainer={"answers": tmp_path / "o.sqlite"}
+        )
+        assert explain(once).scores() == found.scores()
+
+
+def test_a_server_that_refuses_leaves_nothing_half_written(atlas: Planted, tmp_path: Path) -> None:
+    script = [None] * 5 + [Reply(401)]
+    with (
+        JudgeServer(chat=rule_judge.chat, top=rule_judge.top, script=script) as server,
+        pytest.raises(JudgeError),
+    ):
+        explain(config(atlas.path, tmp_path / "out", server, n_latents=4))
+    assert [p.name for p in tmp_path.iterdir() if "out" in p.name and not p.name.endswith(".lock")] == []
+
+
+# -- clusters, generation, embedding ------------------------------------------------------------------------
+
+
+def test_clusters_are_explained_from_their_members(
+    atlas: Planted, tmp_path: Path, server: JudgeServer
+) -> None:
+    path = tmp_path / "atlas"
+    shutil.copytree(atlas.path, path)
+    edit(
+        path,
+        ("ALTER TABLE latents ADD COLUMN cluster INTEGER DEFAULT -1", []),
+        ("UPDATE latents SET cluster = id % 2 WHERE id < 6", []),
+        ("CREATE TABLE clusters (id INTEGER, label VARCHAR, n_latents BIGINT)", []),
+        ("INSERT INTO clusters VALUES (0, 'even', 3), (1, 'odd', 3), (2, 'empty', 0)", []),
+    )
+    asked = explain(config(path, tmp_path / "out", server, latents=(KING, NUMBERS), scorers=["fuzzing"]))
+    rows = pq.read_table(asked.artifact.file("clusters.parquet")).to_pylist()
+    assert rows[0] == {
+        "cluster": 0, "label": "even", "explanation": "things of one kind", "n_latents": 3, "n_shown": 2,
+    }  # fmt: skip
+    assert rows[1]["explanation"] is None and rows[1]["n_shown"] == 0 and rows[2]["explanation"] is None
+    by_rule = explain(ExplainConfig(atlas=path, out=tmp_path / "rules", n_bootstrap=10))
+    rows = pq.read_table(by_rule.artifact.file("clusters.parquet")).to_pylist()
+    assert "a number" in rows[0]["explanation"] and "Cyrillic letters" in rows[1]["explanation"]
+
+
+def test_written_texts_are_run_through_model_and_dictionary(tmp_path: Path, server: JudgeServer) -> None:
+    world = make_world(tmp_path)
+    atlas = interpret(world.config("atlas", n_top=20, n_random=10, n_decile=3), lm=world.lm)
+    reader = Reader(atlas, world.dictionary, world.model)
+    texts = ["the river runs past the old town", "der Fluss", "", "12", "salt and apples " * 40]
+    found = reader.largest(texts, [5, 3, 40])
+    dictionary = dictionaries.load(world.dictionary)
+    for i, text in enumerate(texts):
+        ids = world.lm.tokenizer(text, add_special_tokens=False)["input_ids"][:32]
+        if len(ids) < 2:
+            assert not found[i].any()
+            continue
+        x = world.lm.capture(torch.tensor([ids]), "resid_post.0")["resid_post.0"][0, 1:]
+        dense = dictionary.encode(x.to(torch.bfloat16).float()).to_dense().abs().max(0).values
+        np.testing.assert_allclose(found[i], dense[[5, 3, 40]].detach().numpy(), rtol=2e-2, atol=1e-3)
+    options = config(
+        tmp_path / "atlas", tmp_path / "out", server, n_latents=6, scorers=["generation"], dictionary=world.dictionary,
+        subject=world.model,
+    )  # fmt: skip
+    scores = explain(options).scores()
+    rows = [r for r in scores if r["scorer"] == "generation"]
+    assert {r["variant"] for r in rows} == {"auroc", "activation"} and len(rows) == 12
+    assert np.mean([r["score"] for r in rows if r["variant"] == "auroc"]) > 0.3, "its own tokens make it fire"
+    other = dictionaries.load(world.dictionary)
+    with torch.no_grad():
+        other.W_dec.mul_(2)  # type: ignore[operator, union-attr]
+    other.save(tmp_path / "other", torch.randn(64, 32), extra={"policy": None, "store": {}})
+    with pytest.raises(MismatchError, match=r"the dictionary must be the atlas's .*Pass the dictionary that"):
+        Reader(atlas, tmp_path / "other", world.model)
+    atlas.close()
+
+
+@pytest.mark.model
+def test_the_sentence_encoder_scores_rules_without_asking_anybody(atlas: Planted, tmp_path: Path) -> None:
+    found = explain(
+        ExplainConfig(
+            atlas=atlas.path, out=tmp_path / "out", scorers=("embedding",), n_latents=6, n_bootstrap=20
+        )
+    )
+    rows = [r for r in found.scores() if r["scorer"] == "embedding"]
+    assert len({r["latent"] for r in rows}) == 6 and {r["decile"] for r in rows} == {None, *range(10)}
+    assert found.summary["judge"] is None and found.summary["n_asked"] == 0
+    from sememe.lm import sentence_encoder
+
+    encode = sentence_encoder()
+    one = encode(["a cat", "the kitten sleeps", "the stock market fell"])
+    np.testing.assert_allclose(np.linalg.norm(one, axis=1), 1, rtol=1e-5)
+    assert one[0] @ one[1] > 0.4 > 0.25 > one[0] @ one[2]
+    np.testing.assert_allclose(encode(["a cat"])[0], one[0], atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_a_real_local_model(atlas: Planted, tmp_path: Path) -> None:
+    options = ExplainConfig.build(
+        {
+            "atlas": atlas.path, "out": tmp_path / "out", "latents": (KING,), "scorers": ("simulation", "fuzzing"),
+            "n_bootstrap": 10, "explainer": {"kind": "local", "answers": tmp_path / "answers.sqlite"},
+        }
+    )  # fmt: skip
+    found = explain(options)
+    assert found.rows()[KING]["explanation"]
+    rows = {(r["scorer"], r["variant"]): r for r in found.scores() if r["decile"] is None}
+    simulated = rows["simulation", "top_only"]
+    assert simulated["n_malformed"] == 0 and -1 <= simulated["score"] <= 1
+    assert rows["fuzzing", "highlights"]["n"] > 10
+
+
+# -- bad input -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"scorers": ("detection",)},
+            "scorers that ask a language model need one as explainer, got detection with",
+        ),
+        ({"style": "highlights"}, "style must be left out when explainer is lexical"),
+        ({"show_deciles": True}, "show_deciles must be left out when explainer is lexical"),
+        ({"n_latents": 5}, "n_latents must be left out when rules alone are scored"),
+        ({"latents": (1,)}, "latents must be left out when rules alone are scored"),
+        ({"scorers": ("embedding",), "latents": (1, 1)}, "latents must be different numbers from 0, got 1 1"),
+        (
+            {"scorers": ("embedding",), "latents": (1,), "n_latents": 3},
+            "n_latents must be left out when latents are",
+        ),
+        ({"dictionary": "d"}, "dictionary must be left out when generation is not among the scorers"),
+        ({"subject": {"model": "m"}}, "must be left out without the scorer generation"),
+        (
+            {"explainer": {"kind": "endpoint"}, "scorers": ("generation",)},
+            "the scorer generation needs the dictionary, got none",
+        ),
+        ({"explainer": {"kind": "oracle"}}, "explainer must be one of"),
+    ],
+)
+def test_options_without_effect_are_errors(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ExplainConfig.build(options)
+
+
+def test_latents_that_are_not_there(atlas: Planted, tmp_path: Path, server: JudgeServer) -> None:
+    with pytest.raises(
+        ConfigError, match="latents must be numbers below 10, the latents of the atlas, got 10 99"
+    ):
+        explain(config(atlas.path, tmp_path / "out", server, latents=(1, 10, 99)))
+    dead = explain(config(atlas.path, tmp_path / "dead", server, latents=(DEAD,)))
+    assert dead.rows()[DEAD]["label"] is None
+    scorers = {r["scorer"] for r in dead.scores() if r["latent"] == DEAD}
+    assert scorers == {"simulation"}
+
+
+def test_an_atlas_without_silent_windows(tmp_path: Path, server: JudgeServer) -> None:
+    path = plant(tmp_path / "atlas").path
+    edit(path, ("DELETE FROM examples WHERE kind = 'random'", []))
+    with pytest.raises(
+        TextError, match=r"a silent one to score on, got none that has\. Make the atlas with larger"
+    ):
+        explain(config(path, tmp_path / "out", server))
+
+
+def test_explanations_of_a_model_reach_the_browser(
+    atlas: Planted, tmp_path: Path, server: JudgeServer
+) -> None:
+    explain(config(atlas.path, tmp_path / "out", server, latents=(KING,), scorers=["fuzzing"]))
+    opened = open_atlas(atlas.path, explanations=tmp_path / "out")
+    rows = opened.query("SELECT label, label_from, category FROM explanations WHERE latent = 0")
+    opened.close()
+    assert rows == [{"label": 'the tokens [" king"]', "label_from": "model", "category": CATEGORIES[0]}]
+
+
+def test_an_explainer_is_told_which_tokens_an_activation_depends_on(
+    tmp_path: Path, server: JudgeServer
+) -> None:
+    world = make_world(tmp_path)
+    interpret(world.config("atlas", n_top=20, n_random=10, n_decile=3), lm=world.lm).close()
+    out = tmp_path / "effects"
+    about = {"dictionary": world.dictionary, "model": world.model, "n_removals": 20, "n_latents": 48}
+    effects(EffectsConfig.build({"atlas": tmp_path / "atlas", "out": out} | about))
+    judge = RuleJudge(explanation="words")
+    options = config(
+        tmp_path / "atlas",
+        tmp_path / "out",
+        server,
+        n_latents=6,
+        scorers=["fuzzing"],
+        effects=tmp_path / "effects",
+    )
+    found = explain(options, judge=judge)
+    opened = open_atlas(tmp_path / "atlas", effects=out)
+    told = 0
+    for question in judge.asked:
+        assert isinstance(question, Question)
+        for line in question.messages[-1].content.splitlines():
+            if match := re.fullmatch(
+                r'In text \d+, without "(.*)" the activation changes by ([+-]\d+)%\.', line
+            ):
+                told += 1
+                low, high = (float(match[2]) + d for d in (-0.51, 0.51))
+                sql = "SELECT count(*) AS n FROM removals WHERE 100 * (act_without / act - 1) BETWEEN ? AND ?"
+                assert opened.query(sql, low, high)[0]["n"] > 0 and abs(float(match[2])) >= 10
+    opened.close()
+    assert told >= 3 and "effects" in found.artifact.meta["parents"]
