@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -323,21 +323,32 @@ def test_the_dictionary_and_model_must_be_the_atlass(world: World, atlas: Path, 
     assert not list(world.root.glob("*bad*"))
 
 
-def test_the_dictionary_is_found_beside_an_atlas_that_moved(
+def test_the_dictionary_is_found_where_it_was_or_beside_the_atlas(
     world: World, atlas: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "moved").mkdir()
-    for path in (atlas, world.dictionary):
-        (tmp_path / "moved" / path.name).symlink_to(path)
-    meta = json.loads((atlas / "meta.json").read_text())
-    assert meta["config"]["dictionaries"] == [str(world.dictionary)]
-    config = config_of(
-        world, "moved", atlas=tmp_path / "moved" / "atlas", every=False, latents=(), n_latents=1
-    )
-    config = config.replace(
-        dictionary=tmp_path / "moved" / world.dictionary.name, n_removals=0, out=tmp_path / "out"
-    )
-    assert effects(config, lm=world.lm).summary["n_latents"] == 1
+    """Both folders on another machine: what the atlas remembers is gone, the names are the same."""
+    first, made = tmp_path / "first", tmp_path / "atlases" / "first"
+    shutil.copytree(world.dictionary, first)
+    interpret(world.config("x", dictionaries=(first,), n_tokens=2000).replace(out=made), lm=world.lm).close()
+    options: dict[str, Any] = {"every": False, "n_latents": 1, "n_removals": 0, "atlas": made}
+    one = effects(config_of(world, "one", **options), lm=world.lm)
+    assert one.summary["n_latents"] == 1
+    first.rename(tmp_path / "moved")
+    with pytest.raises(
+        ArtifactError, match=r"the dictionary of the atlas .* must be at .*first or .*nothing there"
+    ):
+        effects(config_of(world, "two", **options), lm=world.lm)
+    named = effects(config_of(world, "two", **options, dictionary=tmp_path / "moved"), lm=world.lm)
+    assert named.summary == one.summary
+    shutil.copytree(made, tmp_path / "elsewhere" / "atlas")
+    shutil.copytree(tmp_path / "moved", tmp_path / "elsewhere" / "first")
+    options["atlas"] = tmp_path / "elsewhere" / "atlas"
+    assert effects(config_of(world, "three", **options), lm=world.lm).summary == one.summary
+    save_dictionary(tmp_path / "elsewhere" / "second", sites(world.lm), k=5)
+    shutil.rmtree(tmp_path / "elsewhere" / "first")
+    (tmp_path / "elsewhere" / "second").rename(tmp_path / "elsewhere" / "first")
+    with pytest.raises(MismatchError, match=r"must be of the dictionary .*first.*Name the dictionary that"):
+        effects(config_of(world, "four", **options), lm=world.lm)
 
 
 def test_nan_in_the_model_leaves_nothing_behind(

@@ -154,24 +154,32 @@ def _dictionary_of(atlas: Atlas, config: EffectsConfig) -> Path:
         MismatchError: the one that was named is another.
     """
     wanted = dictionary_of(atlas)
-    named = config.dictionary
-    recorded = Path(next(iter(atlas.artifact.meta["config"].get("dictionaries", ())), "dictionary"))
-    places = [named] if named is not None else [recorded, atlas.artifact.path.parent / recorded.name]
-    there = next((place for place in places if (place / artifact.META).is_file()), None)
-    if there is None:
+    places = [config.dictionary] if config.dictionary is not None else _recorded(atlas)
+    there = [place for place in places if (place / artifact.META).is_file()]
+    if config.dictionary is None:  # beside an atlas of that name there may be something else
+        there = [place for place in there if artifact.load(place).kind == "dictionary"]
+    if not there:
         raise ArtifactError(
             f"the dictionary of the atlas {config.atlas} must be at {' or '.join(map(str, places))}",
             "nothing there",
             "Name its folder with --dictionary.",
         )
-    found = artifact.load(there, "dictionary").fingerprint
-    if found != wanted:
-        raise MismatchError(
-            f"the atlas {config.atlas} must be of the dictionary {there} (fingerprint {found[:16]})",
-            f"an atlas of {wanted[:16]}",
-            "Name the dictionary that the atlas was made from, or make the atlas again.",
-        )
-    return there
+    found = {place: artifact.load(place, "dictionary").fingerprint for place in there}
+    for place, fingerprint in found.items():
+        if fingerprint == wanted:
+            return place
+    raise MismatchError(
+        f"the atlas {config.atlas} must be of the dictionary {there[0]} (fingerprint {found[there[0]][:16]})",
+        f"an atlas of {wanted[:16]}",
+        "Name the dictionary that the atlas was made from, or make the atlas again.",
+    )
+
+
+def _recorded(atlas: Atlas) -> list[Path]:
+    """Where the dictionaries of the run that made an atlas were, and may be now: beside it."""
+    recorded = [Path(path) for path in atlas.artifact.meta["config"].get("dictionaries", ())]
+    beside = [atlas.artifact.path.parent / path.name for path in recorded]
+    return list(dict.fromkeys((*recorded, *beside, atlas.artifact.path.parent / "dictionary")))
 
 
 def _check_model(atlas: Atlas, config: EffectsConfig, fingerprint: str) -> None:
