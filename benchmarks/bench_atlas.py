@@ -194,7 +194,8 @@ def measure_effects(path: Path, lm: Any, dictionary: Any) -> dict[str, dict[str,
         config = EffectsConfig(atlas=path, every=every, n_top=N_EFFECTS, n_removals=0)
         examples = read_examples(atlas, config, chosen_latents(atlas, config))
         # One of each so many, from those of which little is needed to those that are needed whole.
-        some = list(groups(examples, config.batch_rows, config.n_after, 0))[SAMPLED // 2 :: SAMPLED]
+        whole = list(groups(examples, config.batch_rows, config.n_after, 0))
+        some = whole[min(SAMPLED, len(whole)) // 2 :: SAMPLED]
         n_examples, seconds = 0, 0.0
         for i, group in enumerate([some[0], *some]):
             began = time.perf_counter()
