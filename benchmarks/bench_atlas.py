@@ -55,6 +55,7 @@ def main() -> None:
     rows = []
     for width in options.widths:
         found = in_child(options, width)
+        effects = found.pop("effects", {})
         context = {
             "d_sae": width,
             "cpu": platform.processor() or platform.machine(),
@@ -64,7 +65,7 @@ def main() -> None:
         name = "atlas_over_forward" if width == 4608 else f"atlas_over_forward_{width}"
         rows.append(row(name, found["over_forward"], "ratio", context))
         rows.append(row(f"atlas_peak_gb_{width}", found["peak_gb"], "GB", context))
-        for name, about in found.pop("effects", {}).items():
+        for name, about in effects.items():
             rows.append(row(name, about["ms_per_latent"], "ms", about | {"cores": os.cpu_count()}))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(rows, indent=1))
