@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from pydantic import Field, field_validator, model_validator
@@ -232,15 +233,34 @@ def _smallest_within(config: EvaluateConfig, measured: Measured, arms: Arms) -> 
     cause = "not even all latents keep it" if known else "a perplexity is NaN or infinite"
     enough = enough if known else []
     smallest = min(enough) if enough else None
+    low, high = _drawn_within(config, measured, sizes) if enough else (None, None)
     return {
         "smallest_within": {
             "share": config.within,
             "n_latents": smallest,
+            "low": low,
+            "high": high,
             "perplexity": None if smallest is None else found[smallest],
             "perplexity_base": base if math.isfinite(base) else None,
             **({} if enough else {"cause": cause}),
         }
     }
+
+
+def _drawn_within(
+    config: EvaluateConfig, measured: Measured, sizes: dict[int, str]
+) -> tuple[int | None, int | None]:
+    """Between which numbers of latents the answer lies in 95% of the draws of documents; None beyond all of them."""
+    if config.n_bootstrap == 0 or config.within is None:
+        return None, None
+    options = {"n": config.n_bootstrap, "seed": config.seed, "n_units": len(measured.units.tags)}
+    most = (1 + config.within) * measured.loss.drawn("base", **options)["perplexity"][1:]
+    fewest = np.full(config.n_bootstrap, np.inf)
+    for n in sorted(sizes, reverse=True):
+        fewest[measured.loss.drawn(sizes[n], **options)["perplexity"][1:] <= most] = n
+    ends = np.quantile(fewest, [0.025, 0.975], method="inverted_cdf")
+    low, high = (int(end) if math.isfinite(end) else None for end in ends)
+    return low, high
 
 
 def _parts(

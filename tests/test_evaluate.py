@@ -459,7 +459,7 @@ def test_latents_that_another_dictionary_has_are_spliced_alone(
 
 
 def test_the_smallest_set_of_latents_within_a_share_of_the_perplexity(
-    world: World, corpus: Path, lm: LanguageModel, store: Path, tmp_path: Path
+    report: Report, world: World, corpus: Path, lm: LanguageModel, store: Path, tmp_path: Path
 ) -> None:
     path = world.place / "topk"
     found = evaluate(config_for(path, corpus, tmp_path / "r", store=store, within=1e9, nulls=()), lm=lm).data
@@ -478,6 +478,17 @@ def test_the_smallest_set_of_latents_within_a_share_of_the_perplexity(
         enough = [n for n, value in perplexity.items() if value <= (1 + share) * base]
         assert own["n_latents"] == (min(enough) if enough else None)
         assert ("cause" in own) == (not enough)
+        if own["low"] is not None:
+            assert own["low"] <= own["n_latents"]
+        draws = np.load(tmp_path / f"r{share}" / "draws.npz")
+        # the base's own draws follow from an arm's: its cross-entropy less what it adds
+        most = (1 + share) * np.exp(draws["dictionary/ce"] - draws["dictionary/ce_increase"])
+        kept = {n: draws[f"strongest_{n}/perplexity"] <= most for n in (2, 4, 8, 16)}
+        kept[32] = draws["dictionary/perplexity"] <= most
+        fewest = [min((n for n in kept if kept[n][i]), default=math.inf) for i in range(1, len(most))]
+        low, high = np.sort(fewest)[[math.ceil(q * len(fewest)) - 1 for q in (0.025, 0.975)]]
+        expected = [None if not enough or end == math.inf else end for end in (low, high)]
+        assert [own["low"], own["high"]] == expected
 
 
 @pytest.mark.parametrize(

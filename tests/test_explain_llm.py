@@ -377,10 +377,8 @@ def test_clusters_are_explained_from_their_members(
     shutil.copytree(atlas.path, path)
     edit(
         path,
-        ("ALTER TABLE latents ADD COLUMN cluster INTEGER DEFAULT -1", []),
         ("UPDATE latents SET cluster = id % 2 WHERE id < 6", []),
-        ("CREATE TABLE clusters (id INTEGER, label VARCHAR, n_latents BIGINT)", []),
-        ("INSERT INTO clusters VALUES (0, 'even', 3), (1, 'odd', 3), (2, 'empty', 0)", []),
+        ("INSERT INTO clusters VALUES (0, 'even', 3, []), (1, 'odd', 3, []), (2, 'empty', 0, [])", []),
     )
     asked = explain(config(path, tmp_path / "out", server, latents=(KING, NUMBERS), scorers=["fuzzing"]))
     rows = pq.read_table(asked.artifact.file("clusters.parquet")).to_pylist()
