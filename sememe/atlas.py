@@ -36,6 +36,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "Atlas",
     "create",
+    "dictionary_of",
     "insert",
     "labels",
     "lists",
@@ -322,6 +323,22 @@ def open_atlas(
             "Upgrade sememe to read it." if newer else "Run `sememe interpret` again with this version.",
         )
     return atlas
+
+
+def dictionary_of(atlas: Atlas) -> str:
+    """The fingerprint of the dictionary an atlas was made from.
+
+    Raises:
+        MismatchError: it is the atlas of a null, which stands nowhere.
+    """
+    found = atlas.artifact.meta["parents"].get("dictionary")
+    if found is None:
+        raise MismatchError(
+            f"the atlas {atlas.artifact.path} must be of a dictionary",
+            f"the atlas of a null ({atlas.meta['dictionary'].get('null', 'unknown')})",
+            "Name the atlas of a dictionary.",
+        )
+    return str(found)
 
 
 def labels(explanations: str | Path) -> dict[int, str]:

@@ -18,6 +18,7 @@ from atlas_fixture import make_world
 from sememe import artifact
 from sememe.atlas import DATABASE, SCHEMA, Atlas, create, insert, labels, lists, open_atlas, set_meta
 from sememe.config import Config
+from sememe.effects import EffectsConfig, effects
 from sememe.errors import ArtifactError, CorruptError
 from sememe.explain import ExplainConfig, explain
 from sememe.interpret import interpret
@@ -30,12 +31,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     world = make_world(tmp_path_factory.mktemp("world"))
     interpret(world.config("atlas"), lm=world.lm).close()
     explain(ExplainConfig(atlas=world.root / "atlas", out=world.root / "explanations", n_bootstrap=10))
+    config = EffectsConfig(
+        atlas=world.root / "atlas", out=world.root / "effects", model=world.model, n_latents=40, n_removals=0
+    )
+    effects(config, lm=world.lm)
     return world.root
 
 
 @pytest.fixture
 def atlas(folder: Path) -> Iterator[Atlas]:
-    opened = open_atlas(folder / "atlas", folder / "explanations")
+    opened = open_atlas(folder / "atlas", folder / "explanations", folder / "effects")
     yield opened
     opened.close()
 

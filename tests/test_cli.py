@@ -178,3 +178,14 @@ def test_a_sweep_from_the_command_line(tmp_path, capsys):
     assert capsys.readouterr().err.startswith(
         "sememe: a sweep must be over an option of a topk dictionary, got 'ks'. Did you mean 'k'"
     )
+
+
+def test_ctrl_c_says_that_the_work_goes_on(monkeypatch, capsys):
+    from sememe import artifact
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(artifact, "load", interrupted)
+    assert _run(["explain", "nowhere"]) == 130
+    assert capsys.readouterr().err == "sememe: interrupted; the same command goes on where it was.\n"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -282,6 +282,7 @@ def test_killed_and_interrupted_and_run_again_gives_the_same_bits(
         assert done.returncode == -signal.Signals[name], done.stderr
         assert not (world.root / "killed").exists(), "nothing half-written under the final name"
         assert len(list(work.glob("part-*.npz"))) == n_parts, "what was done is kept, and not done again"
+    (work / "part-000000005-000000099.tmp").write_bytes(b"half a file")  # killed while writing
     again = effects(config, lm=world.lm)
     assert {n: f["sha256"] for n, f in again.artifact.meta["files"].items()} == {
         n: f["sha256"] for n, f in found.artifact.meta["files"].items()
@@ -296,7 +297,7 @@ def test_latents_that_do_not_exist_or_never_fire(world: World, atlas: Path) -> N
     with pytest.raises(ConfigError, match=r"a latent must be in \[0, 47\], got 48"):
         effects(config_of(world, "bad", every=False, latents=(48,)), lm=world.lm)
     save_dictionary(world.root / "wide", sites(world.lm), d_sae=3000)
-    config = world.config("atlas-wide", dictionary=world.root / "wide", n_tokens=1500)
+    config = world.config("atlas-wide", dictionaries=world.root / "wide", n_tokens=1500)
     plain = interpret(config, lm=world.lm)
     dead = plain.query("SELECT id FROM latents WHERE n_active = 0 LIMIT 1")[0]["id"]
     plain.close()
@@ -322,21 +323,32 @@ def test_the_dictionary_and_model_must_be_the_atlass(world: World, atlas: Path, 
     assert not list(world.root.glob("*bad*"))
 
 
-def test_the_dictionary_is_found_beside_an_atlas_that_moved(
+def test_the_dictionary_is_found_where_it_was_or_beside_the_atlas(
     world: World, atlas: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "moved").mkdir()
-    for path in (atlas, world.dictionary):
-        (tmp_path / "moved" / path.name).symlink_to(path)
-    meta = json.loads((atlas / "meta.json").read_text())
-    assert meta["config"]["dictionary"] == str(world.dictionary)
-    config = config_of(
-        world, "moved", atlas=tmp_path / "moved" / "atlas", every=False, latents=(), n_latents=1
-    )
-    config = config.replace(
-        dictionary=tmp_path / "moved" / world.dictionary.name, n_removals=0, out=tmp_path / "out"
-    )
-    assert effects(config, lm=world.lm).summary["n_latents"] == 1
+    """Both folders on another machine: what the atlas remembers is gone, the names are the same."""
+    first, made = tmp_path / "first", tmp_path / "atlases" / "first"
+    shutil.copytree(world.dictionary, first)
+    interpret(world.config("x", dictionaries=(first,), n_tokens=2000).replace(out=made), lm=world.lm).close()
+    options: dict[str, Any] = {"every": False, "n_latents": 1, "n_removals": 0, "atlas": made}
+    one = effects(config_of(world, "one", **options), lm=world.lm)
+    assert one.summary["n_latents"] == 1
+    first.rename(tmp_path / "moved")
+    with pytest.raises(
+        ArtifactError, match=r"the dictionary of the atlas .* must be at .*first or .*nothing there"
+    ):
+        effects(config_of(world, "two", **options), lm=world.lm)
+    named = effects(config_of(world, "two", **options, dictionary=tmp_path / "moved"), lm=world.lm)
+    assert named.summary == one.summary
+    shutil.copytree(made, tmp_path / "elsewhere" / "atlas")
+    shutil.copytree(tmp_path / "moved", tmp_path / "elsewhere" / "first")
+    options["atlas"] = tmp_path / "elsewhere" / "atlas"
+    assert effects(config_of(world, "three", **options), lm=world.lm).summary == one.summary
+    save_dictionary(tmp_path / "elsewhere" / "second", sites(world.lm), k=5)
+    shutil.rmtree(tmp_path / "elsewhere" / "first")
+    (tmp_path / "elsewhere" / "second").rename(tmp_path / "elsewhere" / "first")
+    with pytest.raises(MismatchError, match=r"must be of the dictionary .*first.*Name the dictionary that"):
+        effects(config_of(world, "four", **options), lm=world.lm)
 
 
 def test_nan_in_the_model_leaves_nothing_behind(
@@ -344,14 +356,18 @@ def test_nan_in_the_model_leaves_nothing_behind(
 ) -> None:
     hidden = type(world.lm).hidden
 
+    calls = [0]
+
     def broken(self: Any, *args: Any) -> torch.Tensor:
-        return hidden(self, *args) * torch.nan
+        calls[0] += 1
+        return hidden(self, *args) * (torch.nan if calls[0] > 20 else 1)
 
     world.lm.goes_on()
     world.lm.skips(0)
     monkeypatch.setattr(type(world.lm), "hidden", broken)
-    with pytest.raises(ActivationError, match=r"the activations of .* must be finite, got NaN or infinity"):
-        effects(config_of(world, "broken"), lm=world.lm)
+    with pytest.raises(ActivationError, match=r"finite, got NaN or infinity"):
+        effects(config_of(world, "broken", snapshot_seconds=0), lm=world.lm)
+    assert calls[0] > 20
     assert not list(world.root.glob("*broken*"))
 
 
@@ -362,7 +378,7 @@ def test_nan_in_the_model_leaves_nothing_behind(
 def test_other_hookpoints_from_the_verb(world: World, hookpoint: str) -> None:
     name = hookpoint.replace(".", "-")
     save_dictionary(world.root / name, sites(world.lm, hookpoint))
-    config = world.config(f"atlas-{name}", dictionary=world.root / name, n_tokens=2000)
+    config = world.config(f"atlas-{name}", dictionaries=world.root / name, n_tokens=2000)
     interpret(config, lm=world.lm).close()
     made = effects(config_of(world, f"effects-{name}", atlas=config.out, deciles=False), lm=world.lm)
     assert made.summary["n_ablations"] > 50 and made.summary["kl"] > 1e-6
@@ -370,7 +386,7 @@ def test_other_hookpoints_from_the_verb(world: World, hookpoint: str) -> None:
 
 def test_one_document_per_row_with_padding(world: World) -> None:
     save_dictionary(world.root / "unpacked", sites(world.lm), policy=POLICY.replace(packing=False))
-    config = world.config("atlas-unpacked", dictionary=world.root / "unpacked", n_tokens=2000)
+    config = world.config("atlas-unpacked", dictionaries=world.root / "unpacked", n_tokens=2000)
     interpret(config, lm=world.lm).close()
     made = effects(config_of(world, "effects-unpacked", atlas=config.out), lm=world.lm)
     rows = open_atlas(config.out, effects=made.artifact.path)

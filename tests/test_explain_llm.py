@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from rule_judge import RuleJudge
 from sememe import dictionaries
 from sememe.atlas import labels, open_atlas
 from sememe.cli import app
+from sememe.effects import EffectsConfig, effects
 from sememe.errors import ConfigError, JudgeError, LimitError, MismatchError, TextError
 from sememe.explain import ExplainConfig, explain, preview, side_of
 from sememe.explain.asked import VARIANTS
@@ -375,10 +377,8 @@ def test_clusters_are_explained_from_their_members(
     shutil.copytree(atlas.path, path)
     edit(
         path,
-        ("ALTER TABLE latents ADD COLUMN cluster INTEGER DEFAULT -1", []),
         ("UPDATE latents SET cluster = id % 2 WHERE id < 6", []),
-        ("CREATE TABLE clusters (id INTEGER, label VARCHAR, n_latents BIGINT)", []),
-        ("INSERT INTO clusters VALUES (0, 'even', 3), (1, 'odd', 3), (2, 'empty', 0)", []),
+        ("INSERT INTO clusters VALUES (0, 'even', 3, []), (1, 'odd', 3, []), (2, 'empty', 0, [])", []),
     )
     asked = explain(config(path, tmp_path / "out", server, latents=(KING, NUMBERS), scorers=["fuzzing"]))
     rows = pq.read_table(asked.artifact.file("clusters.parquet")).to_pylist()
@@ -520,3 +520,37 @@ def test_explanations_of_a_model_reach_the_browser(
     rows = opened.query("SELECT label, label_from, category FROM explanations WHERE latent = 0")
     opened.close()
     assert rows == [{"label": 'the tokens [" king"]', "label_from": "model", "category": CATEGORIES[0]}]
+
+
+def test_an_explainer_is_told_which_tokens_an_activation_depends_on(
+    tmp_path: Path, server: JudgeServer
+) -> None:
+    world = make_world(tmp_path)
+    interpret(world.config("atlas", n_top=20, n_random=10, n_decile=3), lm=world.lm).close()
+    out = tmp_path / "effects"
+    about = {"dictionary": world.dictionary, "model": world.model, "n_removals": 20, "n_latents": 48}
+    effects(EffectsConfig.build({"atlas": tmp_path / "atlas", "out": out} | about))
+    judge = RuleJudge(explanation="words")
+    options = config(
+        tmp_path / "atlas",
+        tmp_path / "out",
+        server,
+        n_latents=6,
+        scorers=["fuzzing"],
+        effects=tmp_path / "effects",
+    )
+    found = explain(options, judge=judge)
+    opened = open_atlas(tmp_path / "atlas", effects=out)
+    told = 0
+    for question in judge.asked:
+        assert isinstance(question, Question)
+        for line in question.messages[-1].content.splitlines():
+            if match := re.fullmatch(
+                r'In text \d+, without "(.*)" the activation changes by ([+-]\d+)%\.', line
+            ):
+                told += 1
+                low, high = (float(match[2]) + d for d in (-0.51, 0.51))
+                sql = "SELECT count(*) AS n FROM removals WHERE 100 * (act_without / act - 1) BETWEEN ? AND ?"
+                assert opened.query(sql, low, high)[0]["n"] > 0 and abs(float(match[2])) >= 10
+    opened.close()
+    assert told >= 1 and "effects" in found.artifact.meta["parents"]

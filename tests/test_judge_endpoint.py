@@ -16,6 +16,7 @@ from judge_world import CHOICES, PLACES, TEXT, endpoint_for, failing, question, 
 
 from sememe.errors import (
     JudgeError,
+    LimitError,
     ResourceError,
 )
 from sememe.judge import (
@@ -300,6 +301,8 @@ def test_an_unknown_model_and_a_wrong_address_are_told_apart(endpoint):
         assert "must serve the model small" in told
         assert "Did you mean 'small-2'?" in told
         assert server.n_requests == 1
+        server.models = []
+        assert "Load one there first." in failing(endpoint(server, model="small"))
         told = failing(endpoint(server, base_url=server.url.removesuffix("/v1")))
         assert "must be the root of an OpenAI-compatible interface" in told
         assert "/v1" in told
@@ -375,6 +378,30 @@ def test_distributions_stand_where_they_were_asked_for(endpoint, served, options
         assert dict(found) == pytest.approx(hand)
     assert again.log_probs == slots.log_probs
     assert again.usage.from_cache
+
+
+def test_places_read_one_by_one_are_kept_and_counted_one_by_one(endpoint):
+    asked = SlotQuestion(TEXT, PLACES, CHOICES)
+    with JudgeServer(top=rated, echo=False) as server:
+        judge = endpoint(server, slots="one_by_one", max_calls=2)
+        assert judge.preview([asked, asked])[:3] == (6, 3, 3)
+        with pytest.raises(LimitError):
+            ask_all(judge, [asked])
+        assert server.n_requests == 2
+        assert judge.preview([asked])[:3] == (3, 2, 1)
+        [slots] = ask_all(judge := endpoint(server, slots="one_by_one"), [asked])
+        assert server.n_requests == 3
+        assert judge.tally[:3] == (3, 2, 1)
+        assert slots.usage.n_calls == 3
+        assert not slots.usage.from_cache
+        directly = asyncio.run(closing(judge.judge, asked))
+    assert directly.log_probs == slots.log_probs
+
+
+async def closing(judge, asked):
+    found = await judge.slots(asked)
+    await judge.close()
+    return found
 
 
 def test_what_a_distribution_is_asked_with(endpoint):

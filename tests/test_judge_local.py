@@ -12,7 +12,7 @@ from judge_world import CHOICES, PLACES, TEXT, failing, question
 from tiny_models import tiny_lm
 
 from sememe import lm
-from sememe.errors import JudgeError, ModelError
+from sememe.errors import JudgeError, ModelError, ResourceError
 from sememe.judge import (
     Answer,
     Judge,
@@ -112,6 +112,17 @@ def test_a_local_model_stops_at_ctrl_c(tiny):
         ask_all(judge, [question(f"{i}", max_tokens=200) for i in range(2000)])
     kept = ask_all(judge, [question("new", max_tokens=2)])
     assert kept[0].usage.n_completion_tokens == 2
+
+
+def test_a_device_that_is_full_is_named(tiny, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore lines.")
+
+    monkeypatch.setattr(lm, "complete", full)
+    with pytest.raises(
+        ResourceError, match=r"got CUDA out of memory\. Tried to allocate 2 GiB\. Lower batch_size"
+    ):
+        ask_all(tiny(), [question(max_tokens=5)])
 
 
 def test_a_local_model_that_is_not_there_is_named(tmp_path):

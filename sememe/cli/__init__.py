@@ -65,6 +65,7 @@ app = App(
     help="Take a language model apart: learn, measure, explain, browse and use dictionaries of its latents.",
     version=__version__,
     result_action="return_value",
+    suppress_keyboard_interrupt=False,  # `_run` says that the work goes on
 )
 for _name, _verb in VERBS.items():
     app.command(f"sememe.cli.verbs:{_verb.target}", name=_name, help=_verb.help)

@@ -27,7 +27,7 @@ from sememe.splice import BaseRun, Splicer
 
 __all__ = ["Reruns", "Unedited", "check_dictionary"]
 
-TOKENS_AT_ONCE = {"cpu": 160}
+TOKENS_AT_ONCE = {"cpu": 320}
 """New tokens in one forward: on a CPU a few rows fill its units, and longer batches only fill more rows up."""
 TOKENS_ON_A_GPU = 8192
 ENCODE_FLOATS = 1 << 25

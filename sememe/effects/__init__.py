@@ -13,6 +13,7 @@ kind "effects" beside the atlas, which is not changed. Knows an atlas, a diction
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,13 @@ import pyarrow.parquet as pq
 
 from sememe import artifact, dictionaries
 from sememe import lm as language_models
-from sememe.atlas import EFFECTS, REMOVALS, Atlas, open_atlas
+from sememe.atlas import EFFECTS, REMOVALS, Atlas, dictionary_of, open_atlas
 from sememe.downstream import Reruns
 from sememe.effects.config import EffectsConfig
 from sememe.effects.examples import chosen_latents, groups, read_contexts, read_examples
 from sememe.effects.group import measure
 from sememe.effects.parts import PARTS, Parts, summary_of, write_tables
-from sememe.errors import ArtifactError, MismatchError
+from sememe.errors import ActivationError, ArtifactError, MismatchError
 from sememe.interrupt import stop_requests
 from sememe.lm import LanguageModel
 from sememe.progress import track
@@ -92,7 +93,7 @@ def effects(config: EffectsConfig, *, lm: LanguageModel | None = None, fresh: bo
         _check_model(atlas, config, fingerprint)
         parents = {
             "atlas": atlas.artifact.fingerprint,
-            "dictionary": atlas.artifact.meta["parents"]["dictionary"],
+            "dictionary": dictionary_of(atlas),
             "model": fingerprint,
         }
         identity = artifact.identity_of("effects", VERSION, config, parents)
@@ -112,7 +113,11 @@ def effects(config: EffectsConfig, *, lm: LanguageModel | None = None, fresh: bo
             leave_out=(PARTS,),
         ) as work:
             parts = Parts(work.path, config.snapshot_seconds)
-            _measure(config, atlas, reruns, chosen, parts)
+            try:
+                _measure(config, atlas, reruns, chosen, parts)
+            except ActivationError:
+                shutil.rmtree(work.path)  # going on would end in the same place
+                raise
             found_all = parts.all()
             write_tables(work.path, found_all, lm.token_text, config.n_after)
             work.extra["summary"] = summary_of(found_all, config.n_after)
@@ -148,25 +153,33 @@ def _dictionary_of(atlas: Atlas, config: EffectsConfig) -> Path:
         ArtifactError: it is not where it was.
         MismatchError: the one that was named is another.
     """
-    wanted = atlas.artifact.meta["parents"]["dictionary"]
-    named = config.dictionary
-    recorded = Path(atlas.artifact.meta["config"].get("dictionary", "dictionary"))
-    places = [named] if named is not None else [recorded, atlas.artifact.path.parent / recorded.name]
-    there = next((place for place in places if (place / artifact.META).is_file()), None)
-    if there is None:
+    wanted = dictionary_of(atlas)
+    places = [config.dictionary] if config.dictionary is not None else _recorded(atlas)
+    there = [place for place in places if (place / artifact.META).is_file()]
+    if config.dictionary is None:  # beside an atlas of that name there may be something else
+        there = [place for place in there if artifact.load(place).kind == "dictionary"]
+    if not there:
         raise ArtifactError(
             f"the dictionary of the atlas {config.atlas} must be at {' or '.join(map(str, places))}",
             "nothing there",
             "Name its folder with --dictionary.",
         )
-    found = artifact.load(there, "dictionary").fingerprint
-    if found != wanted:
-        raise MismatchError(
-            f"the atlas {config.atlas} must be of the dictionary {there} (fingerprint {found[:16]})",
-            f"an atlas of {wanted[:16]}",
-            "Name the dictionary that the atlas was made from, or make the atlas again.",
-        )
-    return there
+    found = {place: artifact.load(place, "dictionary").fingerprint for place in there}
+    for place, fingerprint in found.items():
+        if fingerprint == wanted:
+            return place
+    raise MismatchError(
+        f"the atlas {config.atlas} must be of the dictionary {there[0]} (fingerprint {found[there[0]][:16]})",
+        f"an atlas of {wanted[:16]}",
+        "Name the dictionary that the atlas was made from, or make the atlas again.",
+    )
+
+
+def _recorded(atlas: Atlas) -> list[Path]:
+    """Where the dictionaries of the run that made an atlas were, and may be now: beside it."""
+    recorded = [Path(path) for path in atlas.artifact.meta["config"].get("dictionaries", ())]
+    beside = [atlas.artifact.path.parent / path.name for path in recorded]
+    return list(dict.fromkeys((*recorded, *beside, atlas.artifact.path.parent / "dictionary")))
 
 
 def _check_model(atlas: Atlas, config: EffectsConfig, fingerprint: str) -> None:

@@ -45,7 +45,7 @@ class EffectsConfig(Config):
     """Output tokens named at each end: those that rise most and fall most."""
     n_likeliest: int = Field(default=50, ge=1)
     """Only the so many likeliest tokens before the ablation and after it are named."""
-    n_removals: int = Field(default=3, ge=0)
+    n_removals: int = Field(default=2, ge=0)
     """Of each latent's strongest examples, so many are read again without each token of the window before the peak."""
     batch_rows: int = Field(default=8, ge=1)
     """Contexts that go through the model at once."""

@@ -16,7 +16,8 @@ from sememe.effects.group import Found
 
 __all__ = ["PARTS", "Parts", "summary_of", "write_tables"]
 
-PARTS = "part-*.npz"
+PARTS = "part-*"
+"""Whole ones, and one that a kill left half-written aside."""
 
 
 class Parts:
@@ -29,7 +30,7 @@ class Parts:
 
     def __init__(self, folder: Path, seconds: float) -> None:
         self.folder, self.seconds = folder, seconds
-        self.paths = sorted(folder.glob(PARTS))
+        self.paths = sorted(folder.glob(f"{PARTS}.npz"))
         self.n_done = int(self.paths[-1].stem.split("-")[2]) if self.paths else 0
         """Contexts of the parts on disk."""
         self.n_done_examples = sum(len(_read(path).effects["latent"]) for path in self.paths)

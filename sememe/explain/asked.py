@@ -65,6 +65,8 @@ class Facts(NamedTuple):
     demoted: Mapping[int, Sequence[str]]
     rules: Mapping[int, str]
     """Each latent's rule in words."""
+    removals: Mapping[int, Mapping[tuple[int, int], Sequence[tuple[str, float]]]] = {}
+    """Of each latent's examples by place: context tokens, and by what share the activation changes without each."""
 
 
 class Found(NamedTuple):
@@ -136,6 +138,7 @@ async def _one(
         shown,
         style=config.style,
         deciles=config.show_deciles,
+        removals=facts.removals.get(latent),
         temperature=config.temperature,
         seed=config.seed,
     )

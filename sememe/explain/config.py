@@ -34,7 +34,7 @@ class LexicalConfig(Config):
 class ExplainConfig(Config):
     """Which atlas, who explains, and how explanations are scored."""
 
-    not_identity: ClassVar[frozenset[str]] = frozenset({"out", "atlas", "nulls", "dictionary"})
+    not_identity: ClassVar[frozenset[str]] = frozenset({"out", "atlas", "nulls", "effects", "dictionary"})
 
     out: Path = Path("artifacts/explanations")
     """The folder to make."""
@@ -57,6 +57,8 @@ class ExplainConfig(Config):
     """How a model is shown examples: OpenAI's list of tokens with activations, or text with marked words."""
     show_deciles: bool = False
     """Show the explainer weak examples too, from every tenth of the activations."""
+    effects: Path | None = None
+    """Effects of this atlas (`sememe effects`): tell the explainer which context tokens an activation depends on."""
     temperature: float = Field(default=0.0, ge=0, le=2)
     """Of the explanations; 0 always gives the same one. Scorers always ask at 0."""
     categories: bool = True
@@ -98,7 +100,12 @@ class ExplainConfig(Config):
                     "Pass --explainer endpoint or --explainer local, or drop them.",
                 )
             self.check_inert(
-                "style", "show_deciles", "temperature", "categories", without="explainer is lexical"
+                "style",
+                "show_deciles",
+                "effects",
+                "temperature",
+                "categories",
+                without="explainer is lexical",
             )
             if not self.used_scorers:
                 self.check_inert(

@@ -36,6 +36,8 @@ class Window(NamedTuple):
     """Absolute activation at each token, raw units; 0 where it is silent."""
     peak: int
     """Where the activation is that it was kept for; of silent windows, a place like any."""
+    place: tuple[int, int] = (-1, -1)
+    """The peak's context and position in the atlas."""
 
     @property
     def text(self) -> str:
@@ -117,6 +119,7 @@ class Examples(NamedTuple):
             tuple(self.texts[t] for t in self.context_ids[context, start:stop].tolist()),
             tuple(acts.tolist()),
             max(int(self.peaks[i]) - start, 0),
+            (context, int(self.peaks[i])),
         )
 
 

@@ -6,6 +6,7 @@ theirs too.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -87,7 +88,7 @@ def explanation_question(
     *,
     style: Style = "activations",
     deciles: bool = False,
-    removals: Mapping[Window, Sequence[tuple[str, float]]] | None = None,
+    removals: Mapping[tuple[int, int], Sequence[tuple[str, float]]] | None = None,
     temperature: float = 0.0,
     seed: int = 0,
 ) -> Question:
@@ -97,7 +98,7 @@ def explanation_question(
         windows: Its examples on the explaining side, the strongest first.
         style: `activations`, OpenAI's `token<tab>activation`; or `highlights`, running text with marked words.
         deciles: Show examples from the deciles beside the strongest, weak ones included.
-        removals: For some windows, context tokens and by what share their removal changes the activation.
+        removals: For the places of some windows, context tokens and by what share the activation changes without each.
         temperature: Of the answer.
         seed: Of the answer.
     Source: Bills et al. 2023 (prompt and rescaling); delphi (highlights). Differs: the examples of other neurons are
@@ -110,8 +111,7 @@ def explanation_question(
         window = Window("top", None, "", tuple(t for t, _ in pairs), tuple(float(a) for _, a in pairs), 0)
         messages.append(Message("user", _neuron(number, [window], 10.0, style, {})))
         messages.append(Message("assistant", f"{words}."))
-    cut = {excerpt(w, EXCERPT, LEAD): list(said) for w, said in (removals or {}).items()}
-    messages.append(Message("user", _neuron(len(FEW) + 1, chosen, largest, style, cut)))
+    messages.append(Message("user", _neuron(len(FEW) + 1, chosen, largest, style, removals or {})))
     return Question(tuple(messages), max_tokens=MAX_WORDS, temperature=temperature, seed=seed)
 
 
@@ -130,7 +130,7 @@ def _neuron(
     windows: Sequence[Window],
     largest: float,
     style: Style,
-    removals: Mapping[Window, Sequence[tuple[str, float]]],
+    removals: Mapping[tuple[int, int], Sequence[tuple[str, float]]],
 ) -> str:
     if style == "activations":
         text = f"Neuron {number}\nActivations:{records(windows, largest)}"
@@ -149,7 +149,7 @@ def _neuron(
     lines = [
         f'In text {i}, without "{shown(token)}" the activation changes by {share:+.0%}.'
         for i, window in enumerate(windows, 1)
-        for token, share in removals.get(window, ())
+        for token, share in removals.get(window.place, ())
     ]
     if lines:
         text += "\nWhat the activation depends on:\n" + "\n".join(lines) + "\n"
@@ -163,9 +163,9 @@ def _strong(window: Window) -> set[int]:
 
 
 def explanation_in(answer: str) -> str | None:
-    """The explanation in an answer: its first line without the prompt's beginning or a full stop; None if empty."""
+    """The explanation in an answer: its first sentence without the prompt's beginning or full stop; None if empty."""
     for line in answer.splitlines():
-        text = line.strip()
+        text = re.split(r"(?<=\w{3}[.!?])\s+(?=[A-Z])", line.strip())[0]
         if text.lower().startswith(PREFIX):
             text = text[len(PREFIX) :]
         text = text.strip(" \t\"'*:").removesuffix(".").strip()

@@ -22,6 +22,8 @@ __all__ = ["SHAPE", "Column", "Interval", "Scores", "correlations", "lifts", "me
 SHAPE = ("mcs", "max_cos", "self_similarity", "skew", "kurtosis", "bias", "density")
 """Columns of an atlas's latents whose rank correlation with the scores is reported, where they are there."""
 MIN_FOR_RANKS = 8
+CONTROLS = {("lexical", "shuffled"), ("lexical", "other")}
+"""Scores that are themselves nulls: nothing is held against them."""
 Values = Float[np.ndarray, " n"]
 
 
@@ -188,7 +190,7 @@ def lifts(own: Scores, nulls: Mapping[str, Scores], n_bootstrap: int, seed: int)
     anew, so the interval counts that choice.
     """
     out = []
-    for key in [key for key in own.names if key[2] is None]:
+    for key in [key for key in own.names if key[2] is None and key[:2] not in CONTROLS]:
         mine = own.column(key).defined
         others = {name: null.column(key).defined for name, null in nulls.items() if key in null.names}
         others = {name: values for name, values in others.items() if values.size}
@@ -232,7 +234,7 @@ def correlations(
     """
     out = []
     for scorer, variant, decile in scores.names:
-        if decile is not None:
+        if decile is not None or (scorer, variant) in CONTROLS:
             continue
         column = scores.column((scorer, variant, None))
         for name, values in shape.items():

@@ -31,6 +31,8 @@ VERSION = 2
 SCORES = "scores.parquet"
 CLUSTERS = "clusters.parquet"
 PAGE = "explanations.md"
+N_REMOVALS, LEAST_CHANGE = 3, 0.1
+"""Context tokens told of an example, and the least change of its activation for a token to be told."""
 
 
 class Explanations:
@@ -107,6 +109,8 @@ def explain(config: ExplainConfig, *, fresh: bool = False, judge: Judge | None =
     nulls = _nulls(config)
     parents = {"atlas": folder.fingerprint}
     parents |= {name: artifact.load(path, "atlas").fingerprint for name, path in nulls.items()}
+    if config.effects is not None:
+        parents["effects"] = artifact.load(config.effects, "effects").fingerprint
     identity = artifact.identity_of("explanations", VERSION, config, parents)
     if not fresh and (found := artifact.find(config.out, "explanations", identity, config, parents)):
         return Explanations(found)
@@ -115,7 +119,7 @@ def explain(config: ExplainConfig, *, fresh: bool = False, judge: Judge | None =
     others = {
         name: explain(_for_null(config, name, path), fresh=fresh, judge=judge) for name, path in nulls.items()
     }
-    atlas = open_atlas(config.atlas)
+    atlas = open_atlas(config.atlas, effects=config.effects)
     try:
         chosen = _choose(atlas, config)
         encode = _encoder(config)
@@ -161,7 +165,7 @@ def preview(config: ExplainConfig) -> Preview:
     wanted = [config, *(_for_null(config, name, path) for name, path in _nulls(config).items())]
     rehearsal = Rehearsal(open_judge(config.explainer))
     for one in wanted:
-        atlas = open_atlas(one.atlas)
+        atlas = open_atlas(one.atlas, effects=one.effects)
         try:
             chosen = _choose(atlas, one)
             ask_about(chosen.latents, chosen.facts, one, rehearsal, _encoder(one, rehearsal=True))
@@ -199,6 +203,7 @@ def _for_null(config: ExplainConfig, name: str, path: Path) -> ExplainConfig:
         scorers=scorers,
         latents=(),
         n_latents=fields["n_latents"].default if lexical_only else n_latents,
+        effects=None,
         dictionary=None,
         subject=fields["subject"].default,
     )
@@ -235,7 +240,26 @@ def _choose(atlas: Atlas, config: ExplainConfig) -> _Chosen:
         written[row["sign"]].setdefault(row["latent"], []).append(row["text"])
     rules = {latent: words for latent in latents if (words := lexical.words[latent]) is not None}
     densities = {latent: float(density[latent]) for latent in latents}
-    return _Chosen(examples, lexical, latents, Facts(examples, densities, written[1], written[-1], rules))
+    removals = _removals(atlas, wanted) if config.effects is not None else {}
+    return _Chosen(
+        examples, lexical, latents, Facts(examples, densities, written[1], written[-1], rules, removals)
+    )
+
+
+def _removals(atlas: Atlas, latents: str) -> dict[int, dict[tuple[int, int], list[tuple[str, float]]]]:
+    """For each latent's examples, the context tokens without which its activation changes most, as shares of it."""
+    out: dict[int, dict[tuple[int, int], list[tuple[str, float]]]] = {}
+    rows = atlas.query(
+        "SELECT latent, context, position, text, act_without / act - 1 AS share FROM removals "
+        f"JOIN tokens ON id = token WHERE latent IN ({latents}) AND act <> 0 "
+        f"AND abs(act_without / act - 1) >= {LEAST_CHANGE} "
+        "ORDER BY latent, context, position, abs(share) DESC, removed"
+    )
+    for row in rows:
+        found = out.setdefault(row["latent"], {}).setdefault((row["context"], row["position"]), [])
+        if len(found) < N_REMOVALS:
+            found.append((row["text"], row["share"]))
+    return out
 
 
 def _latents(examples: Examples, density: np.ndarray, config: ExplainConfig) -> list[int]:

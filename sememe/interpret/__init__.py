@@ -192,7 +192,9 @@ def _of_null(
     """The config and parents of a null's atlas: it depends on the dictionary for its number of active latents."""
     rows = "" if null == RANDOMISED else f", fitted to {n_fit_rows} rows"
     out = config.out / NULL_FOLDER.format(null)
-    return config.replace(out=out, lens=None, against=()), parents | {"null": f"{null}{rows}"}
+    kept = {role: parents[role] for role in ("model", "store", "text") if role in parents}
+    about = {"null": f"{null}{rows}", "null of": parents["dictionary"]}
+    return config.replace(out=out, lens=None, against=()), kept | about
 
 
 def _nulls(missing: list[tuple[_Wanted, str]], world: _World, config: InterpretConfig) -> list[_Wanted]:

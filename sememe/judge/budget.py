@@ -28,10 +28,10 @@ class Tally(NamedTuple):
     """What was asked so far, in one run."""
 
     n_questions: int = 0
-    """Answered ones; those from the cache too."""
+    """Answered ones; those from the cache too. One whose places are read one by one is as many as it has places."""
     n_from_cache: int = 0
     n_calls: int = 0
-    """Questions sent, without those that were sent again. One that reads places one by one is a call for each."""
+    """Questions sent, without those that were sent again."""
     n_retries: int = 0
     n_failed: int = 0
     """Questions sent that ended in an error."""

@@ -105,12 +105,7 @@ class Endpoint:
             JudgeError: as `ask`; or the server does not tell the log-probabilities of a prompt.
         """
         if self.config.slots == "one_by_one":
-            tasks = [asyncio.ensure_future(self._next_token(question.text[:slot])) for slot in question.slots]
-            try:
-                found = await asyncio.gather(*tasks)
-            finally:
-                for task in tasks:  # a failure ends the others too
-                    task.cancel()
+            found = [await self._next_token(question.text[:slot]) for slot in question.slots]
             distributions = [top for top, _ in found]
             usage = Usage(
                 sum(u.n_prompt_tokens for _, u in found),
@@ -136,6 +131,12 @@ class Endpoint:
             ),
             usage,
         )
+
+    def parts(self, question: SlotQuestion) -> list[SlotQuestion]:
+        """Questions of one request each that come to the same: what an interrupted run keeps."""
+        if self.config.slots == "echo":
+            return [question]
+        return [SlotQuestion(question.text[:slot], (slot,), question.choices) for slot in question.slots]
 
     def count_tokens(self, text: str) -> int:
         """About how many tokens a text costs: four bytes each."""
@@ -421,7 +422,7 @@ class Endpoint:
         if self._key:
             text = text.replace(self._key, "[key]")
         text = re.sub(r"\b(sk-|Bearer\s+)\S+", "[key]", text)
-        text = " ".join(text.split())
+        text = " ".join(text.split()).rstrip(".")
         return text if len(text) <= 200 else text[:197] + "..."
 
 

@@ -208,6 +208,6 @@ def _as_judge(compute: Callable[[], T]) -> T:
     except torch.OutOfMemoryError as error:
         raise ResourceError(
             "the device's memory must hold the questions answered at a time",
-            str(error).splitlines()[0],
+            str(error).splitlines()[0].rstrip("."),
             "Lower batch_size, or name a smaller model.",
         ) from None

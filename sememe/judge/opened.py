@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import Awaitable, Callable, Iterable
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from typing import Protocol, TypeVar, runtime_checkable
 
 from sememe.errors import JudgeError
 from sememe.judge.base import Answer, Judge, Question, SlotQuestion, Slots, Usage
@@ -19,6 +19,15 @@ __all__ = ["OpenJudge", "open_judge"]
 
 Q = TypeVar("Q", Question, SlotQuestion)
 A = TypeVar("A", Answer, Slots)
+
+
+@runtime_checkable
+class _Divides(Protocol):
+    """A judge that may send several requests for one question."""
+
+    def parts(self, question: SlotQuestion) -> list[SlotQuestion]:
+        """Questions of one request each, about one or more of the places in their order, that come to the same."""
+        ...
 
 
 class OpenJudge:
@@ -59,7 +68,27 @@ class OpenJudge:
             JudgeError: as `ask`; or it does not tell the log-probabilities of a prompt.
             LimitError: the limit of what may be spent is reached.
         """
-        return await self._kept(question, self.judge.slots, Slots)
+        parts = self.parts(question)
+        asked = [self._kept(part, self.judge.slots, Slots) for part in parts]
+        # All of them: what is under way when one fails is paid for, and kept.
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        answers: list[Slots] = []
+        for one in found:
+            if isinstance(one, BaseException):
+                raise one
+            answers.append(one)
+        used = [answer.usage for answer in answers]
+        usage = Usage(
+            sum(one.n_prompt_tokens for one in used),
+            sum(one.n_completion_tokens for one in used),
+            from_cache=all(one.from_cache for one in used),
+            n_calls=sum(one.n_calls for one in used),
+        )
+        return Slots(tuple(of_place for answer in answers for of_place in answer.log_probs), usage)
+
+    def parts(self, question: SlotQuestion) -> list[SlotQuestion]:
+        """Questions of one request each that come to the same."""
+        return self.judge.parts(question) if isinstance(self.judge, _Divides) else [question]
 
     def count_tokens(self, text: str) -> int:
         """About how many tokens a text costs."""
@@ -73,7 +102,7 @@ class OpenJudge:
         """What asking some questions would cost, without asking any. Cached ones cost nothing."""
         n = n_free = n_calls = n_prompt = n_completion = 0
         seen: set[str] = set()
-        for question in questions:
+        for question in self._sent(questions):
             n += 1
             key = key_of(self.fingerprint, question)
             if key in seen or self.cache.get(key) is not None:
@@ -87,6 +116,13 @@ class OpenJudge:
         prices = self.budget.prices
         price = None if prices is None else prices.of(Usage(n_prompt, n_completion))
         return Preview(n, n_free, n_calls, n_prompt, n_completion, price)
+
+    def _sent(self, questions: Iterable[Question | SlotQuestion]) -> Iterator[Question | SlotQuestion]:
+        for question in questions:
+            if isinstance(question, SlotQuestion):
+                yield from self.parts(question)
+            else:
+                yield question
 
     async def close(self) -> None:
         """Let go of connections and of the file of answers; it may be asked again after."""

@@ -536,10 +536,8 @@ class LanguageModel:
         mask = mask.to(self.device, torch.long) if mask is not None else None
         try:
             if cache is not None:
-                told = {"attention_mask": mask, "past_key_values": cache, "use_cache": True}
-            else:
-                told = self._cache_arguments(ids, mask)
-            return self.hf(input_ids=ids, **told)
+                return self.hf(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+            return self.hf(input_ids=ids, **self._cache_arguments(ids, mask))
         except _Stop:
             return None
 

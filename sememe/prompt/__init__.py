@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sememe import artifact, dictionaries
 from sememe import lm as language_models
-from sememe.atlas import Atlas, open_atlas
+from sememe.atlas import Atlas, dictionary_of, open_atlas
 from sememe.dictionaries.base import Dictionary
 from sememe.downstream import Changes, Predictions, Reruns, Unedited
 from sememe.errors import ConfigError, MismatchError, ModelError
@@ -260,7 +260,7 @@ class _Known(NamedTuple):
             return cls({}, np.zeros(0), {})
         atlas = open_atlas(config.atlas, explanations=config.explanations)
         try:
-            wanted = atlas.artifact.meta["parents"]["dictionary"]
+            wanted = dictionary_of(atlas)
             if wanted != saved.fingerprint:
                 raise MismatchError(
                     f"the atlas {config.atlas} must be of the dictionary {saved.path} "
