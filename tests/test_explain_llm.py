@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -355,6 +357,25 @@ def test_a_run_that_was_stopped_goes_on_and_ends_the_same(
             atlas.path, tmp_path / "once", fresh, n_latents=4, explainer={"answers": tmp_path / "o.sqlite"}
         )
         assert explain(once).scores() == found.scores()
+
+
+def test_ctrl_c_loses_no_answer(atlas: Planted, tmp_path: Path) -> None:
+    def interrupting(request: dict[str, Any]) -> str:
+        if len(server.seen) == 20:
+            os.kill(os.getpid(), signal.SIGINT)
+        return rule_judge.chat(request)
+
+    with JudgeServer(chat=interrupting, top=rule_judge.top) as server:
+        options = config(
+            atlas.path, tmp_path / "out", server, n_latents=4, scorers=["fuzzing", "detection"],
+            explainer={"concurrency": 2},
+        )  # fmt: skip
+        n_whole = preview(options).n_calls
+        with pytest.raises(KeyboardInterrupt):
+            explain(options)
+        assert 20 <= server.n_requests <= 22 < n_whole and not (tmp_path / "out").exists()
+        explain(options)
+        assert server.n_requests <= n_whole + 3, "but for those under way, nothing was asked again"
 
 
 def test_a_server_that_refuses_leaves_nothing_half_written(atlas: Planted, tmp_path: Path) -> None:

@@ -447,10 +447,15 @@ def test_rank_correlation_is_spearmans() -> None:
     values = np.round(rng.normal(size=80), 1)
     density = np.round(values + rng.normal(size=80), 1)
     density[3] = np.nan
-    (found,) = correlations(_scores(values), {"density": density}, 200, 0)
+    (found,) = correlations(_scores(values), {"density": density}, 1000, 0)
     kept = ~np.isnan(density)
     assert found["rho"] == pytest.approx(spearmanr(density[kept], values[kept]).statistic)
     assert found["low"] < found["rho"] < found["high"] and found["n_latents"] == 79
+    slow = []
+    for _ in range(1000):  # ranks anew in every draw
+        rows = rng.choice(np.flatnonzero(kept), 79)
+        slow.append(spearmanr(density[rows], values[rows]).statistic)
+    assert (found["low"], found["high"]) == pytest.approx(np.quantile(slow, (0.025, 0.975)), abs=0.04)
     (flat,) = correlations(_scores(values), {"density": np.ones(80)}, 200, 0)
     assert flat["rho"] is None, "all alike"
 

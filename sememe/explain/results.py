@@ -253,15 +253,15 @@ def correlations(
 def _spearman(x: Values, y: Values, n: int, seed: int) -> tuple[float | None, float | None, float | None]:
     if x.size < MIN_FOR_RANKS or np.ptp(x) == 0 or np.ptp(y) == 0:
         return None, None, None
-    rho = float(np.corrcoef(rankdata(x), rankdata(y))[0, 1])
-    rng = np.random.default_rng(seed)
-    drawn = []
-    for _ in range(n):
-        rows = rng.integers(0, x.size, x.size)
-        a, b = rankdata(x[rows]), rankdata(y[rows])
-        if np.ptp(a) and np.ptp(b):
-            drawn.append(float(np.corrcoef(a, b)[0, 1]))
-    if len(drawn) < n / 2 or not drawn:
+    a, b = rankdata(x), rankdata(y)
+    rho = float(np.corrcoef(a, b)[0, 1])
+    # Ranks are those among all latents; drawing latents weighs them.
+    a, b = a - a.mean(), b - b.mean()
+    weights = np.random.default_rng(seed).multinomial(x.size, np.full(x.size, 1 / x.size), size=n) / x.size
+    mean_a, mean_b, aa, bb, ab = (weights @ np.stack((a, b, a * a, b * b, a * b), axis=1)).T
+    spread = (aa - mean_a**2) * (bb - mean_b**2)
+    drawn = (ab - mean_a * mean_b)[spread > 0] / np.sqrt(spread[spread > 0])
+    if drawn.size < n / 2 or not drawn.size:
         return rho, None, None
     low, high = np.quantile(drawn, (0.025, 0.975))
     return rho, float(low), float(high)

@@ -7,6 +7,7 @@ score is corrected for chance, an answer that cannot be read counts as a guess, 
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Sequence
 
 from sememe.explain.examples import Window
@@ -15,12 +16,24 @@ from sememe.explain.scorers.base import Asked, Evidence, Score, contrast, croppe
 from sememe.judge import Judge, Question
 from sememe.judge.base import Message
 
-__all__ = ["ask_flags", "detection"]
+__all__ = ["Shown", "ask_flags", "detection"]
 
 SYSTEM = (
     "You are shown a description of a feature of text and several short texts. Say for each text whether it contains "
     "what is described. Answer with a JSON list of one number per text, 1 if it does and 0 if it does not, and nothing "
     "else."
+)
+Shown = tuple[str, tuple[tuple[str, int], ...]]
+"""A description, and texts with their right answers."""
+SHOWN: Shown = (
+    "words about rain and snow",
+    (
+        (" the boats came home before dark and were tied up", 0),
+        (" by dawn the rain had stopped and the road was", 1),
+        (" of the committee, which met twice in the spring", 0),
+        (" fields lay white under the first snow of the", 1),
+        (" three of them were sold, and nobody asked why", 0),
+    ),
 )
 
 
@@ -36,17 +49,24 @@ async def detection(explanation: str, evidence: Evidence, judge: Judge, *, batch
     rng = evidence.rng("detection")
     windows = [cropped(window, rng) for window in (*evidence.active, *evidence.silent)]
     windows = [windows[i] for i in rng.permutation(len(windows))]
-    asked = await ask_flags(judge, SYSTEM, explanation, windows, [w.text for w in windows], batch)
+    texts = [window.text for window in windows]
+    asked = await ask_flags(judge, SYSTEM, explanation, windows, texts, batch, SHOWN)
     return contrast("detection", "windows", asked)
 
 
 async def ask_flags(
-    judge: Judge, system: str, explanation: str, windows: Sequence[Window], texts: Sequence[str], batch: int
+    judge: Judge,
+    system: str,
+    explanation: str,
+    windows: Sequence[Window],
+    texts: Sequence[str],
+    batch: int,
+    shown: Shown,
 ) -> list[Asked]:
     """Ask yes or no about every text, some in each question; those of kind "random" should get a no."""
     parts = [range(start, min(start + batch, len(texts))) for start in range(0, len(texts), batch)]
     answers = await asyncio.gather(
-        *(judge.ask(_question(system, explanation, [texts[i] for i in part])) for part in parts)
+        *(judge.ask(_question(system, explanation, [texts[i] for i in part], shown)) for part in parts)
     )
     out = []
     for part, answer in zip(parts, answers, strict=True):
@@ -58,8 +78,18 @@ async def ask_flags(
     return out
 
 
-def _question(system: str, explanation: str, texts: Sequence[str]) -> Question:
+def _question(system: str, explanation: str, texts: Sequence[str], shown: Shown) -> Question:
+    """With one example that was answered before, in the form that is asked for."""
+    words, pairs = shown
+    messages = (
+        Message("system", system),
+        Message("user", _asked(words, [text for text, _ in pairs])),
+        Message("assistant", json.dumps([answer for _, answer in pairs])),
+        Message("user", _asked(explanation, texts)),
+    )
+    return Question(messages, max_tokens=8 + 4 * len(texts))
+
+
+def _asked(explanation: str, texts: Sequence[str]) -> str:
     listed = "\n\n".join(f"Text {i}: {text}" for i, text in enumerate(texts, 1))
-    example = "[" + ", ".join("01"[i % 2] for i in range(len(texts))) + "]"
-    user = f"Description: {explanation}\n\n{listed}\n\nAnswer with {len(texts)} numbers, in a form like {example}."
-    return Question((Message("system", system), Message("user", user)), max_tokens=8 + 4 * len(texts))
+    return f"Description: {explanation}\n\n{listed}\n\nAnswer with {len(texts)} numbers."

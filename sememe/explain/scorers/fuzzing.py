@@ -11,7 +11,7 @@ import numpy as np
 from sememe.explain.examples import Window
 from sememe.explain.prompts import highlighted
 from sememe.explain.scorers.base import LENGTH, Evidence, Score, contrast, cropped
-from sememe.explain.scorers.detection import ask_flags
+from sememe.explain.scorers.detection import Shown, ask_flags
 from sememe.judge import Judge
 
 __all__ = ["fuzzing", "marked"]
@@ -20,6 +20,16 @@ SYSTEM = (
     "You are shown a description of a feature of text and several short texts in which some words are marked "
     "<<like this>>. Say for each text whether the marked words are what is described. Answer with a JSON list of one "
     "number per text, 1 if they are and 0 if they are not, and nothing else."
+)
+SHOWN: Shown = (
+    "words about rain and snow",
+    (
+        (" the boats came home before dark<< and>> were tied up", 0),
+        (" by dawn the<< rain>> had stopped and the road was", 1),
+        (" of the<< committee>>, which met twice in the spring", 0),
+        (" fields lay white under the first<< snow>> of the", 1),
+        (" three of them were<< sold>>, and nobody asked why", 0),
+    ),
 )
 
 
@@ -30,7 +40,7 @@ async def fuzzing(explanation: str, evidence: Evidence, judge: Judge, *, batch: 
     chosen = [chosen[i] for i in rng.permutation(len(chosen))]
     windows = [window for window, _ in chosen]
     texts = [highlighted(window.tokens, places) for window, places in chosen]
-    asked = await ask_flags(judge, SYSTEM, explanation, windows, texts, batch)
+    asked = await ask_flags(judge, SYSTEM, explanation, windows, texts, batch, SHOWN)
     return contrast("fuzzing", "highlights", asked)
 
 
