@@ -58,6 +58,7 @@ def main() -> None:
     rows = []
     for width in options.widths:
         found = in_child(options, width)
+        effects = found.pop("effects", {})
         context = {
             "d_sae": width,
             "cpu": platform.processor() or platform.machine(),
@@ -67,7 +68,7 @@ def main() -> None:
         name = "atlas_over_forward" if width == 4608 else f"atlas_over_forward_{width}"
         rows.append(row(name, found["over_forward"], "ratio", context))
         rows.append(row(f"atlas_peak_gb_{width}", found["peak_gb"], "GB", context))
-        for name, about in found.pop("effects", {}).items():
+        for name, about in effects.items():
             rows.append(row(name, about["ms_per_latent"], "ms", about | {"cores": os.cpu_count()}))
         if lexical := found.pop("lexical", {}):
             rows.append(row("lexical_seconds_4608", lexical["seconds"], "s", lexical))

@@ -84,7 +84,8 @@ def _loss(t: Totals, after: str) -> Array:
 
 
 PERTURBATION: dict[str, Formula] = {
-    "score": lambda t: _loss(t, "own") - _loss(t, "others"),
+    # that of own less that of others: what was right before falls out
+    "score": lambda t: _accuracy(t["others"] - t["own"], t["side"]).mean((-1, -2)),
     "own": lambda t: _loss(t, "own"),
     "others": lambda t: _loss(t, "others"),
 }

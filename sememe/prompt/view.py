@@ -184,8 +184,10 @@ def _cells(row: LatentRow, columns: list[str]) -> list[str]:
         "after": number(row.loss_change_after, "+.3f") if row.n_after else "",
         "KL": number(row.kl, ".3f"),
         "without it": " ".join(
-            [f"↑{visible(item.text)}" for item in row.raised]
-            + [f"↓{visible(item.text)}" for item in row.lowered]
+            f"{sign}{visible(item.text)}"
+            for pair in itertools.zip_longest(row.raised, row.lowered)
+            for sign, item in zip("↑↓", pair, strict=True)
+            if item is not None
         ),
         "label": row.label or "",
     }
