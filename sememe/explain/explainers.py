@@ -35,7 +35,8 @@ SPARSE = 0.2
 """Below this share of active tokens, the active ones are repeated without the zeros."""
 MARKED_FROM = 0.3
 """Share of an excerpt's largest activation from which a token is marked in the style of highlights."""
-MAX_WORDS = 60
+MAX_ANSWER = 60
+"""Tokens of an explanation, as in OpenAI's protocol."""
 PREFIX = "the main thing this neuron does is find"
 
 SYSTEM = {
@@ -112,7 +113,7 @@ def explanation_question(
         messages.append(Message("user", _neuron(number, [window], 10.0, style, {})))
         messages.append(Message("assistant", f"{words}."))
     messages.append(Message("user", _neuron(len(FEW) + 1, chosen, largest, style, removals or {})))
-    return Question(tuple(messages), max_tokens=MAX_WORDS, temperature=temperature, seed=seed)
+    return Question(tuple(messages), max_tokens=MAX_ANSWER, temperature=temperature, seed=seed)
 
 
 def _chosen(windows: Sequence[Window], deciles: bool) -> list[Window]:
@@ -174,7 +175,7 @@ def explanation_in(answer: str) -> str | None:
     return None
 
 
-def effect_question(promoted: Sequence[str], demoted: Sequence[str], *, seed: int = 0) -> Question:
+def effect_question(promoted: Sequence[str], demoted: Sequence[str]) -> Question:
     """Ask what the output tokens that a latent makes likelier have in common."""
     system = (
         "We're studying parts of a language model. Each makes some output tokens more likely and others less likely. "
@@ -183,7 +184,7 @@ def effect_question(promoted: Sequence[str], demoted: Sequence[str], *, seed: in
     more = ", ".join(f'"{shown(token)}"' for token in promoted)
     less = ", ".join(f'"{shown(token)}"' for token in demoted)
     user = f"More likely: {more}\nLess likely: {less}\n\nIt makes more likely"
-    return Question((Message("system", system), Message("user", user)), max_tokens=MAX_WORDS, seed=seed)
+    return Question((Message("system", system), Message("user", user)), max_tokens=MAX_ANSWER)
 
 
 def category_question(explanation: str, windows: Sequence[Window]) -> Question:
@@ -203,9 +204,9 @@ def category_in(number: int | None) -> str | None:
     return None if number is None else CATEGORIES[number - 1]
 
 
-def cluster_question(explanations: Sequence[str], *, seed: int = 0) -> Question:
+def cluster_question(explanations: Sequence[str]) -> Question:
     """Ask what the latents of a cluster have in common."""
     system = "We're studying groups of neurons in a neural network. Summarize in a few words what a group is about."
     listed = "\n".join(f"- {text}" for text in explanations)
     user = f"The neurons of one group look for:\n{listed}\n\nWhat they have in common:"
-    return Question((Message("system", system), Message("user", user)), max_tokens=MAX_WORDS, seed=seed)
+    return Question((Message("system", system), Message("user", user)), max_tokens=MAX_ANSWER)

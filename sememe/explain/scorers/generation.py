@@ -27,11 +27,11 @@ SYSTEM = (
 )
 
 
-async def write_texts(explanation: str, judge: Judge, *, n: int = N_TEXTS, seed: int = 0) -> list[str]:
+async def write_texts(explanation: str, judge: Judge, *, n: int = N_TEXTS) -> list[str]:
     """At most n texts that should make a latent fire; fewer if the answer holds fewer."""
     user = f"Description: {explanation}\n\nWrite {n} texts of one or two sentences each."
     messages = (Message("system", SYSTEM), Message("user", user))
-    answer = await judge.ask(Question(messages, max_tokens=80 * n, seed=seed))
+    answer = await judge.ask(Question(messages, max_tokens=80 * n))
     return texts_in(answer.text, n)
 
 
