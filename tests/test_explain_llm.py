@@ -468,16 +468,16 @@ def test_the_sentence_encoder_scores_rules_without_asking_anybody(atlas: Planted
 def test_a_real_local_model(atlas: Planted, tmp_path: Path) -> None:
     options = ExplainConfig.build(
         {
-            "atlas": atlas.path, "out": tmp_path / "out", "latents": (NUMBERS,), "scorers": ("simulation", "fuzzing"),
+            "atlas": atlas.path, "out": tmp_path / "out", "n_latents": 1, "scorers": ("simulation", "fuzzing"),
             "n_bootstrap": 10, "explainer": {"kind": "local", "answers": tmp_path / "answers.sqlite"},
         }
     )  # fmt: skip
     found = explain(options)
-    assert found.rows()[NUMBERS]["explanation"]
+    assert sum(row["explanation"] is not None for row in found.rows()) == 1
     rows = {(r["scorer"], r["variant"]): r for r in found.scores() if r["decile"] is None}
     simulated = rows["simulation", "top_only"]
     assert simulated["n_malformed"] == 0 and -1 <= simulated["score"] <= 1
-    assert rows["fuzzing", "highlights"]["n"] >= 8
+    assert rows["fuzzing", "highlights"]["n"] >= 5
 
 
 # -- bad input -----------------------------------------------------------------------------------------------
