@@ -122,9 +122,9 @@ CREATE TABLE logits (latent INTEGER NOT NULL, sign TINYINT NOT NULL, rank INTEGE
     value FLOAT NOT NULL,                               -- sign 1: promoted, -1: demoted; rank 0 is the strongest
     lens VARCHAR NOT NULL DEFAULT 'logit');
 
--- The tokens that hold most of its activation, up to 5: rank 0 is latents.top_token. `share` is of its activation
--- mass; for latents active on more than 192 distinct tokens it may be slightly too small, never too large; so may
--- n_active, on how many of the token's n_seen kept occurrences it is active, and mean_act, its mean over those.
+-- The tokens that hold most of its activation: rank 0 is latents.top_token. `share` is of its activation mass; for
+-- latents active on more than 192 distinct tokens it may be slightly too small, never too large; so may n_active, on
+-- how many of the token's n_seen kept occurrences it is active, and mean_act, its mean over those.
 CREATE TABLE top_tokens (latent INTEGER NOT NULL, rank INTEGER NOT NULL, token INTEGER NOT NULL,
     share DOUBLE NOT NULL, n_active BIGINT NOT NULL, n_seen BIGINT NOT NULL, mean_act FLOAT NOT NULL);
 

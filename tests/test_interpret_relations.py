@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +18,7 @@ from test_interpret import TABLES, Slow, contents
 from sememe import artifact, dictionaries, metrics
 from sememe.atlas import Atlas, open_atlas
 from sememe.dictionaries.folders import checkpoints_in
-from sememe.errors import ConfigError, MismatchError
+from sememe.errors import ActivationError, ConfigError, MismatchError
 from sememe.interpret import interpret, interpret_all
 from sememe.interpret.clusters import make_map, named
 from sememe.interpret.relations import Neighbours
@@ -168,14 +170,76 @@ def test_several_dictionaries_in_one_forward_are_each_what_it_is_alone(
         interpret(world.config("both", dictionaries=paths))
 
 
-def test_dictionaries_of_one_place_are_each_others_neighbours(world: World) -> None:
+def test_dictionaries_of_one_pass_are_looked_for_in_each_other_when_named(world: World) -> None:
     a = save_dictionary(world.root / "a", sites(world.lm), d_sae=48)
     b = save_dictionary(world.root / "b", sites(world.lm), d_sae=64)
-    found = interpret_all(world.config("pair", dictionaries=(a, b), n_tokens=2000), lm=world.lm)
+    found = interpret_all(
+        world.config("pair", dictionaries=(a, b), against=(a, b), n_tokens=2000), lm=world.lm
+    )
     for name, other in (("a", "b"), ("b", "a")):
         rows = found[name].query("SELECT DISTINCT dictionary FROM neighbours WHERE dictionary IS NOT NULL")
-        assert rows == [{"dictionary": other}]
+        assert rows == [{"dictionary": other}], "not in itself"
         found[name].close()
+
+
+INTERRUPTED = """
+import signal, os, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from sememe.interpret import InterpretConfig, interpret_all
+from sememe.interpret.stream import Pass
+step, calls = Pass.step, [0]
+def dying(self, *args):
+    n = step(self, *args)
+    calls[0] += 1
+    if calls[0] == 5:
+        os.kill(os.getpid(), signal.{number})
+    return n
+Pass.step = dying
+interpret_all(InterpretConfig.model_validate_json(Path({config!r}).read_text()))
+"""
+
+
+@pytest.mark.parametrize("number", ["SIGKILL", "SIGINT"])
+def test_a_pass_over_several_goes_on_and_never_with_another_s_counts(
+    world: World, tmp_path: Path, number: str
+) -> None:
+    """Stopped with two dictionaries: the same two end as if nothing had happened; another one starts anew."""
+    places = {"one": "resid_post.0", "two": "resid_post.1", "three": "mlp_out.1"}
+    paths = {
+        name: save_dictionary(world.root / f"{number}-{name}", sites(world.lm, place))
+        for name, place in places.items()
+    }
+    for second in ("two", "three"):
+        both = (paths["one"], paths["two"])
+        config = world.config(
+            f"stopped-{number}-{second}", dictionaries=both, n_tokens=2000,
+            snapshot_seconds=0 if number == "SIGKILL" else 60,
+        )  # fmt: skip
+        (tmp_path / "config.json").write_text(config.model_dump_json())
+        script = INTERRUPTED.format(
+            tests=str(Path(__file__).parent), config=str(tmp_path / "config.json"), number=number
+        )
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+        assert done.returncode != 0 and list(config.out.glob(".*.partial/snapshot.npz")), done.stderr
+        asked = config.replace(dictionaries=(paths["one"], paths[second]))
+        for name, atlas in interpret_all(asked, lm=world.lm).items():
+            atlas.close()
+            path = paths[name.removeprefix(f"{number}-")]
+            alone = world.config(f"alone-{number}-{second}-{name}", dictionaries=path, n_tokens=2000)
+            interpret(alone, lm=world.lm).close()
+            one, two = contents(config.out / name), contents(alone.out)
+            for table in TABLES:
+                assert table == "meta" or one[table] == two[table], (second, name, table)
+
+
+def test_one_that_never_fires_takes_no_other_with_it(world: World) -> None:
+    silent = save_dictionary(world.root / "silent", sites(world.lm), silent=True)
+    config = world.config("company", dictionaries=(silent, world.dictionary), n_tokens=2000)
+    with pytest.raises(ActivationError, match=r"the dictionary silent must fire .* got no activation on"):
+        interpret_all(config, lm=world.lm)
+    assert (config.out / "dictionary" / "meta.json").is_file() and not (config.out / "silent").exists()
+    assert not list(config.out.glob(".*.partial"))
 
 
 def test_nulls_beside_the_atlas(world: World) -> None:

@@ -19,6 +19,8 @@ from sememe.progress import track
 
 __all__ = ["Coactive", "PairFiles", "sampled", "strongest"]
 
+N_READ = 1 << 22
+"""Entries looked at together."""
 N_COUNTS = 1 << 26
 """Pair counts held at once, 4 bytes each."""
 
@@ -134,7 +136,9 @@ def strongest(
     """
     n = min(n, max(d_sae - 1, 1))
     n_tokens = ptr.shape[0] - 1
-    n_active = np.bincount(entries, minlength=d_sae).astype(np.int64)
+    n_active = np.zeros(d_sae, np.int64)
+    for start in range(0, entries.shape[0], N_READ):  # bincount copies what it counts
+        n_active += np.bincount(entries[start : start + N_READ], minlength=d_sae)
     others = np.full((d_sae, n), -1, np.int32)
     n_both = np.zeros((d_sae, n), np.int64)
     expected = np.full((d_sae, n), np.nan, np.float32)

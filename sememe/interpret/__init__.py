@@ -234,6 +234,8 @@ class _World(NamedTuple):
     policy: TokenPolicy
     store: Store | None
     against: Mapping[str, Dictionary]
+    places: Mapping[str, Path]
+    """Where those came from: none is looked for in itself."""
     lens: Lens | None
 
     @classmethod
@@ -258,38 +260,26 @@ class _World(NamedTuple):
             for one in wanted:
                 check_store(store, one.dictionary, policies[first])
             enough_documents(config, len(store.documents()))
-        against = {
-            name: dictionaries.load(path)
-            for name, path in (paths_in(config.against) if config.against else {}).items()
-        }
+        places = paths_in(config.against) if config.against else {}
+        against = {name: dictionaries.load(path) for name, path in places.items()}
         for name, other in against.items():
             for one in wanted:
                 _check_against(one, name, other)
         lens = None if config.lens is None else open_lens(config.lens, lm)
-        return cls(lm, policies[first], store, against, lens)
+        return cls(lm, policies[first], store, against, places, lens)
 
     def make(self, wanted: list[_Wanted], fresh: bool) -> None:
         """One pass, and the atlases of it. The first one's folder holds what the pass writes down on its way."""
         if not wanted:
             return
+        building = [_building(one, fresh) for one in wanted]
         with contextlib.ExitStack() as stack:
-            works = [
-                stack.enter_context(
-                    artifact.building(
-                        one.config.out,
-                        kind="atlas",
-                        version=VERSION,
-                        config=one.config,
-                        parents=one.parents,
-                        resumable=True,
-                        fresh=fresh,
-                        leave_out=(SNAPSHOT, ROWS, DOCUMENTS, f"{PAIRS}-*", f"{DATABASE}.wal"),
-                    )
-                )
-                for one in wanted
-            ]
+            works = [stack.enter_context(one) for one in building]
+            identities = [_identity(one) for one in wanted]
             followed = {one.name: one.dictionary for one in wanted}
-            run = Pass(wanted[0].config, self.lm, followed, self.policy, works[0].path, self.store)
+            run = Pass(
+                wanted[0].config, self.lm, followed, self.policy, works[0].path, self.store, identities
+            )
             stack.callback(run.close)
             try:
                 run.run(resume=works[0].resumed)
@@ -298,17 +288,62 @@ class _World(NamedTuple):
                 for work in works:
                     shutil.rmtree(work.path)  # going on would end in the same place
                 raise
-            for one, own, work in zip(wanted, run.followed, works, strict=True):
-                among = {
-                    n: d for n, d in followed.items() if n != one.name and _same_place(d, one.dictionary)
-                }
-                others = {} if "null" in one.about else {**among, **self.against}
+            silent = []
+            for one, own, work, done in zip(wanted, run.followed, works, building, strict=True):
+                if not own.collector.n_active.any():
+                    silent.append(one.name)
+                    continue
+                others = {name: d for name, d in self.against.items() if one.folder != self.places[name]}
                 write_database(work.path / DATABASE, run, own, one.about, others, one.folder, self.lens)
                 work.extra = {
                     "policy": run.policy.resolved(),
                     "n_tokens": own.collector.n_tokens,
                     "n_outliers": own.n_outliers,
                 }
+                done.whole = True
+            if silent:
+                raise ActivationError(
+                    f"the dictionary {' and '.join(silent)} must fire on some token of the text",
+                    f"no activation on {run.n_read:,} tokens",
+                    "Leave it out of --nulls."
+                    if "null" in wanted[0].about
+                    else "Train it longer, or check that it belongs to this model and hookpoint.",
+                )
+
+
+def _identity(one: _Wanted) -> str:
+    """What an atlas in the making is of. Two dictionaries may have the same weights, at different places."""
+    sites = None if one.dictionary.sites is None else one.dictionary.sites.resolved()
+    return sha256_of([artifact.identity_of("atlas", VERSION, one.config, one.parents), sites])
+
+
+class _building(contextlib.AbstractContextManager[artifact.Work]):
+    """An atlas being built that is finished once it is whole, whatever becomes of the others of its pass."""
+
+    def __init__(self, one: _Wanted, fresh: bool) -> None:
+        self.whole = False
+        self.inner = artifact.building(
+            one.config.out,
+            kind="atlas",
+            version=VERSION,
+            config=one.config,
+            parents=one.parents,
+            resumable=True,
+            fresh=fresh,
+            leave_out=(SNAPSHOT, ROWS, DOCUMENTS, f"{PAIRS}-*", f"{DATABASE}.wal"),
+        )
+
+    def __enter__(self) -> artifact.Work:
+        self.work = self.inner.__enter__()
+        return self.work
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> bool | None:
+        if self.whole:
+            self.inner.__exit__(None, None, None)
+            return None
+        if isinstance(error, ActivationError) and self.work.path.exists():
+            shutil.rmtree(self.work.path)  # it would be silent again
+        return self.inner.__exit__(kind, error, trace)
 
 
 def _same_place(a: Dictionary, b: Dictionary) -> bool:

@@ -59,6 +59,8 @@ class InterpretConfig(Config):
     """Uniform sample of each latent's activations from which the examples of the tenths are drawn."""
     n_logits: int = Field(default=15, ge=1)
     """Output tokens shown at each end of a latent's direct effect."""
+    n_top_tokens: int = Field(default=10, ge=1, le=128)
+    """Tokens shown that hold most of a latent's activation, with its mean on each."""
     n_neighbours: int = Field(default=14, ge=1)
     """Nearest directions kept of each latent, of every kind."""
     n_coactive: int = Field(default=10, ge=1)

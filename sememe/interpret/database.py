@@ -28,7 +28,6 @@ from sememe.tuned import Lens
 __all__ = ["residual_directions", "write_database"]
 
 KINDS = np.array(["top", "decile", "random"])
-N_TOP_TOKENS = 5
 
 
 def write_database(
@@ -61,7 +60,7 @@ def write_database(
         shown = _write_contexts(connection, run, examples)
         documents = _write_documents_table(connection, run, shown.documents)
         logits = _write_logits(connection, run, one, lens)
-        tokens = one.collector.top_tokens(N_TOP_TOKENS)
+        tokens = one.collector.top_tokens(run.config.n_top_tokens)
         place = _write_map(connection, run, one, found, tokens.tokens)
         facts = Facts(examples, shown.peaks, documents, logits, tokens, found, place)
         _write_latents(connection, run, one, facts)

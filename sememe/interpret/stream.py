@@ -6,7 +6,7 @@ import collections
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Int64
 
 from sememe.dictionaries import Dictionary
-from sememe.errors import ActivationError, TextError
+from sememe.errors import TextError
 from sememe.interpret.config import InterpretConfig
 from sememe.interpret.followed import Followed, Seen, not_finite
 from sememe.interrupt import stop_requests
@@ -90,6 +90,7 @@ class Pass:
         policy: Which positions are kept.
         folder: Where rows, documents and snapshots are written.
         store: Activations of the text; the model runs over it if not given.
+        identities: What each dictionary's atlas will be: only a pass for the same ones goes on from a snapshot.
     """
 
     def __init__(
@@ -100,9 +101,10 @@ class Pass:
         policy: TokenPolicy,
         folder: Path,
         store: Store | None = None,
+        identities: Sequence[str] = (),
     ) -> None:
         self.config, self.lm, self.policy, self.folder = config, lm, policy, folder
-        self.store = store
+        self.store, self.identities = store, list(identities)
         self.stored: _StoredBlock | None = None
         self.text, self.split, self.n_tokens, self.block_rows = _text_of(config)
         self.followed = [
@@ -249,7 +251,7 @@ class Pass:
         counts = np.array([self.n_rows, self.n_read, documents.tell()], np.int64)
         states = {key: value for one in self.followed for key, value in one.state().items()}
         with aside.open("wb") as out:
-            np.savez(out, pass_counts=counts, **states)
+            np.savez(out, pass_counts=counts, identities=np.array(self.identities, str), **states)
             out.flush()
             os.fsync(out.fileno())
         aside.replace(self.folder / SNAPSHOT)
@@ -260,8 +262,8 @@ class Pass:
         if not path.is_file():
             return 0
         with np.load(path) as state:
-            if any(f"{one.key}.followed" not in state for one in self.followed):
-                return 0  # begun with fewer dictionaries
+            if state["identities"].tolist() != self.identities:
+                return 0  # begun with other dictionaries
             for one in self.followed:
                 one.open(one.restore(state))
             self.n_rows, self.n_read, n_bytes = (int(n) for n in state["pass_counts"])
@@ -270,20 +272,12 @@ class Pass:
     # -- afterwards --------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """That there is something to show.
+        """That there is text enough to show.
 
         Raises:
             TextError: the text has fewer documents than examples are asked for.
-            ActivationError: no latent ever fired.
         """
         enough_documents(self.config, self.document_ids().shape[0])
-        for one in self.followed:
-            if not one.collector.n_active.any():
-                raise ActivationError(
-                    f"the dictionary {one.name} must fire on some token of the text",
-                    f"no activation on {one.collector.n_tokens:,} tokens",
-                    "Train it longer, or check that it belongs to this model and hookpoint.",
-                )
 
     def rows(self) -> np.ndarray:
         """Every token row on disk: (n_rows, 2, context_length), ids and documents."""
