@@ -1,11 +1,13 @@
 """How long an atlas takes over one truncated forward of the same text, and how much memory it needs.
 
-    python benchmarks/bench_atlas.py [--tokens 200000] [--model smollm2-135m] [--hookpoint resid_post.8]
+    python benchmarks/bench_atlas.py [--tokens 1000000] [--wide-tokens 100000] [--model smollm2-135m]
+        [--hookpoint resid_post.8]
         [--widths 4608 65536] [--out artifacts/bench/atlas.json]
 
 The forward is timed batch by batch, in turns with the pass, so that whatever else the machine does falls on both.
 The pass counts everything: tokenizing, forward, encoding, collecting, direct logits, pairs, neighbours, the map, the
-database. Each width runs in a process of its own, whose peak memory is the figure. The dictionary is an untrained
+database. Each width runs in a process of its own, whose peak memory is the figure; the width of 4,608 once more on
+a tenth of the text, whose peak must be the same. The dictionary is an untrained
 TopK one whose encoder is its decoder's transpose; a trained one of the same shape costs the same.
 
 Effects are those of `sememe effects` with its defaults but for removals, on that atlas: contexts read, the unedited
@@ -33,7 +35,9 @@ MUST = {
     "atlas_over_forward": "<= 1.5",
     "atlas_peak_gb_4608": "<= 3",
     "atlas_peak_gb_65536": "<= 6",
+    "atlas_peak_over_a_tenth_of_the_text": "<= 1.1",
     "effects_ms_per_latent": "<= 150",
+    "effects_ms_per_latent_256": "<= 150",
     "lexical_seconds_4608": "<= 120",
 }
 EFFECTS_WIDTH, N_EFFECTS, SAMPLED = 4608, 20, 24
@@ -44,20 +48,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tokens", type=int, default=200_000)
+    parser.add_argument("--tokens", type=int, default=1_000_000)
+    parser.add_argument("--wide-tokens", type=int, default=100_000, help="of widths above 4608")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--hookpoint", default="resid_post.8")
-    parser.add_argument("--widths", type=int, nargs="+", default=[4608])
+    parser.add_argument("--widths", type=int, nargs="+", default=[4608, 65536])
     parser.add_argument("--corpus", nargs="+", default=["default"])
     parser.add_argument("--out", type=Path, default=Path("artifacts/bench/atlas.json"))
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         print(json.dumps(measure(options)))
         return
     rows = []
     for width in options.widths:
-        found = in_child(options, width)
+        n_tokens = options.tokens if width <= EFFECTS_WIDTH else options.wide_tokens
+        found = in_child(options, width, n_tokens)
         effects = found.pop("effects", {})
         context = {
             "d_sae": width,
@@ -68,6 +75,10 @@ def main() -> None:
         name = "atlas_over_forward" if width == 4608 else f"atlas_over_forward_{width}"
         rows.append(row(name, found["over_forward"], "ratio", context))
         rows.append(row(f"atlas_peak_gb_{width}", found["peak_gb"], "GB", context))
+        if width == EFFECTS_WIDTH:
+            tenth = in_child(options, width, options.tokens // 10, bare=True)
+            grown = found["peak_gb"] / tenth["peak_gb"]
+            rows.append(row("atlas_peak_over_a_tenth_of_the_text", grown, "ratio", tenth))
         for name, about in effects.items():
             rows.append(row(name, about["ms_per_latent"], "ms", about | {"cores": os.cpu_count()}))
         if lexical := found.pop("lexical", {}):
@@ -96,8 +107,9 @@ def row(name: str, value: float, unit: str, context: dict[str, Any]) -> dict[str
     }
 
 
-def in_child(options: argparse.Namespace, width: int) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--child", "--tokens", str(options.tokens), "--model", options.model]
+def in_child(options: argparse.Namespace, width: int, n_tokens: int, bare: bool = False) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--child", "--tokens", str(n_tokens), "--model", options.model]
+    command += ["--bare"] * bare
     command += ["--hookpoint", options.hookpoint, "--widths", str(width), "--corpus", *options.corpus]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -162,8 +174,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         seconds["write"] = time.perf_counter() - began
         n_bytes = (made / DATABASE).stat().st_size
         peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        effects = measure_effects(made, lm, dictionary) if d_sae == EFFECTS_WIDTH else {}
-        lexical = measure_lexical(made) if d_sae == EFFECTS_WIDTH else {}
+        more = d_sae == EFFECTS_WIDTH and not options.bare
+        lexical = measure_lexical(made) if more else {}
+        effects = measure_effects(made, lm, dictionary) if more else {}
     whole = seconds["text"] + seconds["pass"] + seconds["write"]
     return {
         "over_forward": whole / seconds["forward"],
