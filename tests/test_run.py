@@ -11,12 +11,15 @@ from sememe.recipe import place_of, read_recipe, stages
 from sememe.run import print_report, run
 
 
+INTERPRET = "[interpret]\nn_tokens = 6000\nmap = false\nnulls = ['pca']\nn_fit_rows = 500\n"
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("run")
     write_corpus(place / "corpus.jsonl", n_documents=300)
     write_model(place / "model")
-    write_recipe(place, "[interpret]\nn_tokens = 6000\n")
+    write_recipe(place, INTERPRET)
     run(place / "small.toml", out=place / "out")
     return place
 
@@ -24,6 +27,7 @@ def place(tmp_path_factory) -> Path:
 def test_everything_lands_where_the_docs_say(place):
     for kind in ("store", "dictionary", "report", "atlas", "site"):
         assert (place / "out" / kind / "meta.json").is_file(), kind
+    assert (place / "out" / "atlas" / "null-pca" / "meta.json").is_file()
     report = json.loads((place / "out" / "report" / "report.json").read_text())
     for name in ("fvu", "l0", "frac_alive", "ce_recovered_zero", "ce_recovered_mean", "kl"):
         assert "value" in report["metrics"][name], name
@@ -63,7 +67,7 @@ def test_several_dictionaries_share_a_store(place, tmp_path):
 
 def test_a_sweep_makes_a_dictionary_and_a_report_for_each(place, tmp_path):
     recipe = (place / "small.toml").read_text().replace("epochs = 3", "epochs = 1\nsweep = {k = [2, 4]}")
-    recipe = recipe.replace("k = 4\n", "").replace("[interpret]\nn_tokens = 6000", "")
+    recipe = recipe.replace("k = 4\n", "").replace(INTERPRET, "")
     (tmp_path / "swept.toml").write_text(recipe.replace("n_tokens = 1500", "n_tokens = 600"))
     run(tmp_path / "swept.toml", out=tmp_path / "out")
     assert (tmp_path / "out" / "dictionary" / "index.json").is_file()
