@@ -10,7 +10,6 @@ from sememe.errors import ArtifactError, ConfigError, MismatchError
 from sememe.recipe import place_of, read_recipe, stages
 from sememe.run import print_report, run
 
-
 INTERPRET = "[interpret]\nn_tokens = 6000\nmap = false\nnulls = ['pca']\nn_fit_rows = 500\n"
 
 
