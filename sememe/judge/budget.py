@@ -28,7 +28,8 @@ class Tally(NamedTuple):
     """What was asked so far, in one run."""
 
     n_questions: int = 0
-    """Answered ones; those from the cache too. One whose places are read one by one is as many as it has places."""
+    """Answered ones; those from the cache too. One whose places are read one by one is as many as it has places,
+    and what is asked to tell choices of several tokens apart counts too."""
     n_from_cache: int = 0
     n_calls: int = 0
     """Questions sent, without those that were sent again."""

@@ -101,10 +101,12 @@ class Endpoint:
     async def slots(self, question: SlotQuestion) -> Slots:
         """Distributions at places of a text, among the `n_log_probs` likeliest tokens of each.
 
+        Of single tokens, as the server names them: `OpenJudge` tells choices apart that begin with the same token.
+
         Raises:
             JudgeError: as `ask`; or the server does not tell the log-probabilities of a prompt.
         """
-        if self.config.slots == "one_by_one":
+        if self._separately(question):
             found = [await self._next_token(question.text[:slot]) for slot in question.slots]
             distributions = [top for top, _ in found]
             usage = Usage(
@@ -134,7 +136,7 @@ class Endpoint:
 
     def parts(self, question: SlotQuestion) -> list[SlotQuestion]:
         """Questions of one request each that come to the same: what an interrupted run keeps."""
-        if self.config.slots == "echo":
+        if not self._separately(question):
             return [question]
         return [SlotQuestion(question.text[:slot], (slot,), question.choices) for slot in question.slots]
 
@@ -148,7 +150,7 @@ class Endpoint:
             # Four tokens around each message, three before the answer.
             prompt = sum(self.count_tokens(message.content) + 4 for message in question.messages) + 3
             return Usage(prompt, question.max_tokens)
-        if self.config.slots == "one_by_one":
+        if self._separately(question):
             prompts = [self.count_tokens(question.text[:slot]) for slot in question.slots]
             return Usage(sum(prompts), len(prompts), n_calls=len(prompts))
         return Usage(self.count_tokens(question.text), 1)
@@ -160,6 +162,10 @@ class Endpoint:
             await connection.client.close()
 
     # ---- one request ----------------------------------------------------------------------------------------
+
+    def _separately(self, question: SlotQuestion) -> bool:
+        """Whether each place has a request of its own; what follows the whole text needs no echo."""
+        return self.config.slots == "one_by_one" or set(question.slots) == {len(question.text)}
 
     async def _next_token(self, prompt: str) -> tuple[Mapping[str, float], Usage]:
         top, told = await self._complete(prompt, False, replies.next_token)
