@@ -4,13 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import AsyncIterator
 from typing import NamedTuple
 
 from sememe.errors import LimitError
 from sememe.judge.base import Usage
 
-__all__ = ["Budget", "Preview", "Prices", "Tally"]
+__all__ = ["Budget", "Preview", "Prices", "Tally", "tokens_at_most"]
+
+_PIECES = re.compile(r"[A-Za-z]+| +|[^\x00-\x7f]+|.", re.DOTALL)
+
+
+def tokens_at_most(text: str) -> int:
+    """How many tokens a text costs at most: a bound that holds for prompts, not for every string of letters.
+
+    A word is a token per four letters begun; every digit, tab, line break and other sign, and every run of spaces, is
+    one of its own; what is not ASCII is one per byte. On the explainer's and the simulator's prompts about excerpts in
+    six languages and code this is 1.2 to 2.9 times what SmolLM2 and Gemma 3 count; four bytes per token is 0.4 to 0.9.
+    """
+    n = 0
+    for piece in _PIECES.findall(text):
+        if not piece.isascii():
+            n += len(piece.encode(errors="replace"))
+        elif piece.isalpha():
+            n += -(-len(piece) // 4)
+        else:
+            n += 1
+    return n
 
 
 class Prices(NamedTuple):

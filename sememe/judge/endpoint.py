@@ -21,6 +21,7 @@ from sememe.config import sha256_of
 from sememe.errors import JudgeError, ResourceError, nearest
 from sememe.judge import replies
 from sememe.judge.base import Answer, Question, SlotQuestion, Slots, Usage
+from sememe.judge.budget import tokens_at_most
 from sememe.judge.config import EndpointConfig
 
 __all__ = ["Endpoint"]
@@ -141,11 +142,11 @@ class Endpoint:
         return [SlotQuestion(question.text[:slot], (slot,), question.choices) for slot in question.slots]
 
     def count_tokens(self, text: str) -> int:
-        """About how many tokens a text costs: four bytes each."""
-        return -(-len(text.encode(errors="replace")) // 4)
+        """How many tokens a text costs at most; the server's tokenizer is not known here."""
+        return tokens_at_most(text)
 
     def estimate(self, question: Question | SlotQuestion) -> Usage:
-        """About what a question will cost at most."""
+        """What a question will cost at most."""
         if isinstance(question, Question):
             # Four tokens around each message, three before the answer.
             prompt = sum(self.count_tokens(message.content) + 4 for message in question.messages) + 3
