@@ -224,7 +224,7 @@ def test_the_tally_counts_tokens_and_price(endpoint):
 
 def test_tokens_are_counted_so_that_they_are_not_too_few():
     assert tokens_at_most("") == 0
-    assert tokens_at_most(" cat\t0\n") == 4
+    assert tokens_at_most(" cat\t0\n") == 5
     assert tokens_at_most("wonderful") == 3
     assert tokens_at_most("10, (x)") == 7
     assert tokens_at_most("é") == 2
@@ -315,6 +315,21 @@ def test_max_price_is_never_passed_and_uses_what_answers_leave_over(endpoint):
         spent = judge.tally.price
     assert 250 - 112 < spent <= 250
     assert judge.tally.n_calls == server.n_requests > 2
+
+
+def test_tries_that_gave_no_answer_are_paid_for(endpoint):
+    told = {"usage": {"prompt_tokens": 30, "completion_tokens": 20}, "choices": []}
+    costs = {"prompt_price": 1e6, "completion_price": 1e6}
+    with JudgeServer(script=[Reply(body=told), Reply(200, "<html>"), Reply(500)]) as server:
+        judge = endpoint(server, **costs)
+        ask_all(judge, [question("q", max_tokens=5)])
+        # What the first said, what the second may have cost (8 and 5), nothing for the third, and 1 + 1.
+        assert judge.tally[5:] == (30 + 8 + 1, 20 + 5 + 1, 65)
+    with JudgeServer(chat=lambda request: Reply(body=told)) as server:
+        judge = endpoint(server, max_price=60, **costs)
+        with pytest.raises(LimitError, match="at most max_price = 60 may be spent, got 50 spent"):
+            ask_all(judge, [question("other", max_tokens=5)])
+        assert server.n_requests == 1
 
 
 def test_an_answer_under_way_is_kept_when_the_limit_comes(endpoint):

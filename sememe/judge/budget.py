@@ -4,14 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import NamedTuple
 
 from sememe.errors import LimitError
 from sememe.judge.base import Usage
 
-__all__ = ["Budget", "Preview", "Prices", "Tally", "tokens_at_most"]
+__all__ = ["Budget", "Preview", "Prices", "Tally", "charge", "tokens_at_most"]
+
+_CHARGE: contextvars.ContextVar[Callable[[Usage], None] | None] = contextvars.ContextVar(
+    "charge", default=None
+)
+
+
+def charge(usage: Usage) -> None:
+    """Count what a try cost that gave no answer, in the budget of the question under way.
+
+    Raises:
+        LimitError: another try would go beyond a limit.
+    """
+    count = _CHARGE.get()
+    if count is not None:
+        count(usage)
+
 
 _PIECES = re.compile(r"[A-Za-z]+| +|[^\x00-\x7f]+|.", re.DOTALL)
 
@@ -118,9 +135,17 @@ class Budget:
         self._reserved_price += price
         self._reserved_calls += expected.n_calls
         paid: list[Usage] = []
+
+        def count(lost: Usage) -> None:
+            self._add(n_prompt_tokens=lost.n_prompt_tokens, n_completion_tokens=lost.n_completion_tokens)
+            if not self._has_room(0.0, 0):
+                raise self._limit(price)
+
+        token = _CHARGE.set(count)
         try:
             yield paid
         finally:
+            _CHARGE.reset(token)
             self._reserved_price -= price
             self._reserved_calls -= expected.n_calls
             if self._reserved_calls == 0:

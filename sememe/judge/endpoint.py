@@ -21,7 +21,7 @@ from sememe.config import sha256_of
 from sememe.errors import JudgeError, ResourceError, nearest
 from sememe.judge import replies
 from sememe.judge.base import Answer, Question, SlotQuestion, Slots, Usage
-from sememe.judge.budget import tokens_at_most
+from sememe.judge.budget import charge, tokens_at_most
 from sememe.judge.config import EndpointConfig
 
 __all__ = ["Endpoint"]
@@ -94,7 +94,9 @@ class Endpoint:
                 **fields,
             )
 
-        text, finish, usage = await self._send(send, replies.chat, f"{self.config.base_url}/chat/completions")
+        text, finish, usage = await self._send(
+            send, replies.chat, f"{self.config.base_url}/chat/completions", self.estimate(question)
+        )
         if usage is None:
             usage = self.estimate(question)._replace(n_completion_tokens=self.count_tokens(text))
         return Answer(text, finish, usage)
@@ -185,10 +187,17 @@ class Endpoint:
                 **({"echo": True} if echo else {}),
             )
 
-        return await self._send(send, read, f"{self.config.base_url}/completions", slots=True)
+        return await self._send(
+            send, read, f"{self.config.base_url}/completions", Usage(self.count_tokens(prompt), 1), slots=True
+        )
 
     async def _send(
-        self, send: Callable[[Any], Any], read: Callable[[Any], T], place: str, slots: bool = False
+        self,
+        send: Callable[[Any], Any],
+        read: Callable[[Any], T],
+        place: str,
+        expected: Usage,
+        slots: bool = False,
     ) -> T:
         """One request, and again until it is answered or there is no use in it."""
         connection = self._open()
@@ -201,7 +210,7 @@ class Endpoint:
                     error = self._hopeless
                     raise JudgeError(error.rule, error.value, error.remedy)
                 try:
-                    return await self._once(connection.client, send, read, place, slots)
+                    return await self._once(connection.client, send, read, place, expected, slots)
                 except _Again as failure:
                     wait = self._wait_after(failure, tries)
                     tries += 1
@@ -233,7 +242,13 @@ class Endpoint:
         return float(min(first * 2**tries, config.max_wait_seconds) * self._jitter.uniform(0.5, 1.0))
 
     async def _once(
-        self, client: Any, send: Callable[[Any], Any], read: Callable[[Any], T], place: str, slots: bool
+        self,
+        client: Any,
+        send: Callable[[Any], Any],
+        read: Callable[[Any], T],
+        place: str,
+        expected: Usage,
+        slots: bool,
     ) -> T:
         import openai
 
@@ -242,6 +257,7 @@ class Endpoint:
                 response = await send(client)
                 body = response.http_response.text
         except (TimeoutError, openai.APITimeoutError):
+            charge(expected)  # it may have been answered, and billed, all the same
             raise _Again(
                 JudgeError(
                     f"{place} must answer within timeout_seconds = {self.config.timeout_seconds:g}",
@@ -255,9 +271,12 @@ class Endpoint:
             self._reached = True
             raise await self._status(client, error, place, slots) from None
         self._reached = True
+        reply = None
         try:
-            return read(replies.parsed(body, response.http_response.headers.get("content-type", "")))
+            reply = replies.parsed(body, response.http_response.headers.get("content-type", ""))
+            return read(reply)
         except replies.NotAnAnswer as error:
+            charge(replies.usage(reply) or expected)
             raise _Again(
                 JudgeError(
                     f"{error.rule} in the answer of {place}",
@@ -266,6 +285,7 @@ class Endpoint:
                 )
             ) from None
         except replies.NoLogProbs as error:
+            charge(replies.usage(reply) or expected)
             raise self._no_log_probs(self._clean(str(error))) from None
 
     def _open(self) -> _Connection:
