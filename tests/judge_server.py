@@ -59,9 +59,9 @@ def last_user(request: dict[str, Any]) -> str:
     return str(next(m["content"] for m in reversed(request["messages"]) if m["role"] == "user"))
 
 
-def tokens_of(text: str) -> list[str]:
-    """Words, numbers and single other characters: together they are the text."""
-    return re.findall(r"[^\W\d_]+|\d+|.", text, re.S)
+def tokens_of(text: str, split_digits: bool = False) -> list[str]:
+    """Words, numbers (or single digits) and single other characters: together they are the text."""
+    return re.findall(r"[^\W\d_]+|\d|." if split_digits else r"[^\W\d_]+|\d+|.", text, re.S)
 
 
 def even_top(text: str, token: str, before: str) -> dict[str, float]:
@@ -83,6 +83,7 @@ class JudgeServer:
         shape: Of a completion's log-probabilities: OpenAI's first one, or that of chats (llama.cpp).
         first_token: A token that stands before every prompt and counts in the offsets, as some servers' `<s>`.
         usage: Whether it says what a request cost.
+        split_digits: Whether each digit is a token, as with Qwen2.5, Gemma or SmolLM2; `top` is to name single ones.
     """
 
     def __init__(
@@ -97,10 +98,12 @@ class JudgeServer:
         shape: str = "completion",
         first_token: str = "",
         usage: bool = True,
+        split_digits: bool = False,
     ) -> None:
         self.chat, self.top, self.key, self.models = chat, top, key, models
         self.script = list(script)
         self.echo, self.shape, self.first_token, self.usage = echo, shape, first_token, usage
+        self.split_digits = split_digits
         self.seen: list[Seen] = []
         self.running, self.most_at_once = 0, 0
 
@@ -196,7 +199,7 @@ class JudgeServer:
         prompt, n = str(body["prompt"]), body.get("logprobs")
         if body.get("echo") and not self.echo:
             return Reply(400, _error("Only no echo is supported", "invalid_request_error"))
-        tokens = [*([self.first_token] if self.first_token else []), *tokens_of(prompt)]
+        tokens = [*([self.first_token] if self.first_token else []), *tokens_of(prompt, self.split_digits)]
         offsets, at = [], 0
         for token in tokens:
             offsets.append(at)

@@ -28,7 +28,7 @@ from sememe.judge import (
     ask_all,
     run_each,
 )
-from sememe.judge.budget import Budget, Prices
+from sememe.judge.budget import Budget, Prices, tokens_at_most
 from sememe.options import flags_of
 
 
@@ -222,6 +222,54 @@ def test_the_tally_counts_tokens_and_price(endpoint):
     }
 
 
+def test_tokens_are_counted_so_that_they_are_not_too_few():
+    assert tokens_at_most("") == 0
+    assert tokens_at_most(" cat\t0\n") == 5
+    assert tokens_at_most("wonderful") == 3
+    assert tokens_at_most("10, (x)") == 7
+    assert tokens_at_most("é") == 2
+    assert tokens_at_most("    \ud800") == 2
+
+
+EXCERPTS = {
+    "English": "The rest of the harbour, which nobody had visited since 1987, lay under thirty feet of snow. ",
+    "code": "for i in range(10):\n    self._x[i] += np.sum(y, axis=-1)  # shape (n, 3)\n",
+    "Russian": "Съешь же ещё этих мягких французских булок, да выпей чаю. Всё это было давно. ",
+    "Japanese": "私は昨日、東京で友達と会いました。天気がとても良かったです。",
+    "numbers": "3.14159 2,718 10:45 (1999-2024) x_1 = [0, 1, 2]; ",
+    "names": "Krzysztof Szczebrzeszyn Nguyễn Gwrhyd Llanfairpwllgwyngyll aAbBcC ",
+}
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("kind", EXCERPTS)
+def test_a_preview_is_not_too_low_for_real_prompts(endpoint, kind):
+    from sememe.explain.examples import Window
+    from sememe.explain.explainers import explanation_question
+    from sememe.explain.scorers.simulation import prompt
+    from sememe.lm import embedded
+    from sememe.lm.build import load_tokenizer
+
+    tokenizer = load_tokenizer(str(embedded.obtain(embedded.MODELS["smollm2-135m"]).path))
+    tokens = tuple(tokenizer.decode([i]) for i in tokenizer(EXCERPTS[kind] * 20).input_ids)
+    windows = [
+        Window("top", None, f"d{i}", tokens[i : i + 32], tuple(3.0 * (j % 7 == 0) for j in range(32)), 0)
+        for i in range(0, 160, 32)
+    ]
+    asked = [explanation_question(windows, style=style) for style in ("activations", "highlights")]
+    asked += [prompt("words of one kind", tokens[:64])]
+    with JudgeServer() as server:
+        judge = endpoint(server)
+    for one in asked:
+        if isinstance(one, Question):
+            turns = [message._asdict() for message in one.messages]
+            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        else:
+            text = one.text
+        real = len(tokenizer(text, add_special_tokens=False).input_ids)
+        assert real <= judge.estimate(one).n_prompt_tokens <= 3 * real
+
+
 def test_a_preview_asks_nothing_and_leaves_out_what_is_known(endpoint):
     with JudgeServer() as server:
         judge = endpoint(server, prompt_price=2.0, completion_price=10.0)
@@ -259,14 +307,29 @@ def test_max_calls_stops_cleanly_and_a_new_run_goes_on(endpoint):
 
 
 def test_max_price_is_never_passed_and_uses_what_answers_leave_over(endpoint):
-    # An answer may cost 100 tokens and costs 1: at 1 per token each question may cost about 107 and costs 4.
+    # An answer may cost 100 tokens and costs 1: at 1 per token each question may cost about 111 and costs 4.
     with JudgeServer(chat=slowly) as server:
         judge = endpoint(server, prompt_price=1e6, completion_price=1e6, max_price=250, concurrency=16)
         with pytest.raises(LimitError, match=r"at most max_price = 250 may be spent"):
             ask_all(judge, [question(f"q {i}", max_tokens=100) for i in range(200)])
         spent = judge.tally.price
-    assert 250 - 110 < spent <= 250
+    assert 250 - 112 < spent <= 250
     assert judge.tally.n_calls == server.n_requests > 2
+
+
+def test_tries_that_gave_no_answer_are_paid_for(endpoint):
+    told = {"usage": {"prompt_tokens": 30, "completion_tokens": 20}, "choices": []}
+    costs = {"prompt_price": 1e6, "completion_price": 1e6}
+    with JudgeServer(script=[Reply(body=told), Reply(200, "<html>"), Reply(500)]) as server:
+        judge = endpoint(server, **costs)
+        ask_all(judge, [question("q", max_tokens=5)])
+        # What the first said, what the second may have cost (8 and 5), nothing for the third, and 1 + 1.
+        assert judge.tally[5:] == (30 + 8 + 1, 20 + 5 + 1, 65)
+    with JudgeServer(chat=lambda request: Reply(body=told)) as server:
+        judge = endpoint(server, max_price=60, **costs)
+        with pytest.raises(LimitError, match="at most max_price = 60 may be spent, got 50 spent"):
+            ask_all(judge, [question("other", max_tokens=5)])
+        assert server.n_requests == 1
 
 
 def test_an_answer_under_way_is_kept_when_the_limit_comes(endpoint):

@@ -380,15 +380,79 @@ def test_distributions_stand_where_they_were_asked_for(endpoint, served, options
     assert again.usage.from_cache
 
 
+def rated_in_digits(prompt, token, before):
+    """The same where each digit is a token: "1" stands for itself and for the beginning of "10"."""
+    if before.endswith("\t1"):
+        whole = rated(prompt, token, before.removesuffix("1"))
+        one, ten = math.exp(whole["1"]), math.exp(whole["10"])
+        return {"0": math.log(ten / (one + ten)), "\n": math.log(one / (one + ten))}
+    top = rated(prompt, token, before)
+    top["1"] = math.log(math.exp(top["1"]) + math.exp(top.pop("10")))
+    return top
+
+
+@pytest.mark.parametrize("slots", ["echo", "one_by_one"])
+def test_ten_is_told_from_one_where_each_digit_is_a_token(endpoint, slots):
+    asked = SlotQuestion(TEXT, PLACES, CHOICES)
+    with JudgeServer(top=rated_in_digits, split_digits=True, echo=slots == "echo") as server:
+        judge = endpoint(server, slots=slots)
+        preview = judge.preview([asked])
+        assert preview.n_calls == (4 if slots == "echo" else 6), "at most one more for each place"
+        [found] = ask_all(judge, [asked])
+        assert server.n_requests == judge.tally.n_calls == found.usage.n_calls == preview.n_calls
+        bodies = [seen.body for seen in server.seen[-3:]]
+        assert sorted(body["prompt"] for body in bodies) == sorted(TEXT[:place] + "1" for place in PLACES)
+        assert not any("echo" in body for body in bodies)
+        [again] = ask_all(endpoint(server, slots=slots), [asked])
+        assert server.n_requests == preview.n_calls, "the second questions are kept too"
+        assert judge.preview([asked]).n_calls == 0
+    assert again.usage.from_cache and again.log_probs == found.log_probs
+    for of_place, hand in zip(found.log_probs, expected_slots(), strict=True):
+        assert dict(of_place) == pytest.approx(hand)
+        assert list(of_place) == list(hand)
+
+
+def test_ten_that_is_a_token_is_not_asked_for_where_it_is_only_unlikely(endpoint):
+    with JudgeServer(top=rated) as server:
+        [found] = ask_all(endpoint(server, n_log_probs=5), [SlotQuestion(TEXT, PLACES, CHOICES)])
+        assert server.n_requests == 1
+    assert "10" not in found.log_probs[0] and "1" in found.log_probs[0]
+
+
+def test_choices_longer_by_several_tokens(endpoint):
+    # "100" is reached through "10"; "1" alone, "10" alone and "100" share what "1" bears.
+    after = {"\t": {"1": 0.8, "2": 0.2}, "\t1": {"0": 0.5, "x": 0.5}, "\t10": {"0": 0.25, "x": 0.75}}
+
+    def top(prompt, token, before):
+        found = after.get(before.removeprefix("Rate:\na"), {"x": 1.0})
+        return {choice: math.log(p) for choice, p in found.items()}
+
+    text = "Rate:\na\tunknown\n"
+    asked = SlotQuestion(text, (text.index("unknown"),), ("100", "1", "10", "2"))
+    with JudgeServer(top=top, split_digits=True) as server:
+        [found] = ask_all(endpoint(server), [asked])
+        assert {choice: math.exp(p) for choice, p in found.log_probs[0].items()} == pytest.approx(
+            {"100": 0.1, "1": 0.4, "10": 0.3, "2": 0.2}
+        )
+        message = failing(endpoint(server), asked._replace(choices=("1", "100")))
+    assert "at most one token longer than another that it begins with, got '100'" in message
+    assert "'1' and then '0' are tokens" in message and "local model" in message
+    after["\t1"] = {"0": 1.0}
+    with JudgeServer(top=top, split_digits=True) as server:
+        asked = asked._replace(choices=("1", "10", "2"), text=text + " ")
+        [found] = ask_all(endpoint(server), [asked])
+    assert set(found.log_probs[0]) == {"10", "2"}, "nothing is left for 1 alone"
+
+
 def test_places_read_one_by_one_are_kept_and_counted_one_by_one(endpoint):
     asked = SlotQuestion(TEXT, PLACES, CHOICES)
     with JudgeServer(top=rated, echo=False) as server:
         judge = endpoint(server, slots="one_by_one", max_calls=2)
-        assert judge.preview([asked, asked])[:3] == (6, 3, 3)
+        assert judge.preview([asked, asked])[:3] == (12, 6, 6), "'10' may need three more"
         with pytest.raises(LimitError):
             ask_all(judge, [asked])
         assert server.n_requests == 2
-        assert judge.preview([asked])[:3] == (3, 2, 1)
+        assert judge.preview([asked])[:3] == (6, 2, 4)
         [slots] = ask_all(judge := endpoint(server, slots="one_by_one"), [asked])
         assert server.n_requests == 3
         assert judge.tally[:3] == (3, 2, 1)

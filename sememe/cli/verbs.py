@@ -335,7 +335,7 @@ def _explain() -> Any:
             cost = preview(config)
             price = "price not known" if cost.price is None else f"price {cost.price:,.4g}"
             print(
-                f"{cost.n_calls:,} calls, up to {cost.n_prompt_tokens:,} tokens of prompts and "
+                f"at most {cost.n_calls:,} calls, up to {cost.n_prompt_tokens:,} tokens of prompts and "
                 f"{cost.n_completion_tokens:,} of answers, {price}; {cost.n_from_cache:,} of {cost.n_questions:,} "
                 "questions need not be asked"
             )

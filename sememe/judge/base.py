@@ -34,7 +34,7 @@ class SlotQuestion(NamedTuple):
 
     text: str
     slots: tuple[int, ...]
-    """Where, as offsets of characters into `text`: the distribution is that of the token which begins there."""
+    """Where, as offsets of characters into `text` (its end is one): the distribution is that of what begins there."""
     choices: tuple[str, ...]
     """What may stand there, e.g. "0" ... "10"."""
 

@@ -21,6 +21,7 @@ from sememe.config import sha256_of
 from sememe.errors import JudgeError, ResourceError, nearest
 from sememe.judge import replies
 from sememe.judge.base import Answer, Question, SlotQuestion, Slots, Usage
+from sememe.judge.budget import charge, tokens_at_most
 from sememe.judge.config import EndpointConfig
 
 __all__ = ["Endpoint"]
@@ -93,7 +94,9 @@ class Endpoint:
                 **fields,
             )
 
-        text, finish, usage = await self._send(send, replies.chat, f"{self.config.base_url}/chat/completions")
+        text, finish, usage = await self._send(
+            send, replies.chat, f"{self.config.base_url}/chat/completions", self.estimate(question)
+        )
         if usage is None:
             usage = self.estimate(question)._replace(n_completion_tokens=self.count_tokens(text))
         return Answer(text, finish, usage)
@@ -101,10 +104,12 @@ class Endpoint:
     async def slots(self, question: SlotQuestion) -> Slots:
         """Distributions at places of a text, among the `n_log_probs` likeliest tokens of each.
 
+        Of single tokens, as the server names them: `OpenJudge` tells choices apart that begin with the same token.
+
         Raises:
             JudgeError: as `ask`; or the server does not tell the log-probabilities of a prompt.
         """
-        if self.config.slots == "one_by_one":
+        if self._separately(question):
             found = [await self._next_token(question.text[:slot]) for slot in question.slots]
             distributions = [top for top, _ in found]
             usage = Usage(
@@ -134,21 +139,21 @@ class Endpoint:
 
     def parts(self, question: SlotQuestion) -> list[SlotQuestion]:
         """Questions of one request each that come to the same: what an interrupted run keeps."""
-        if self.config.slots == "echo":
+        if not self._separately(question):
             return [question]
         return [SlotQuestion(question.text[:slot], (slot,), question.choices) for slot in question.slots]
 
     def count_tokens(self, text: str) -> int:
-        """About how many tokens a text costs: four bytes each."""
-        return -(-len(text.encode(errors="replace")) // 4)
+        """How many tokens a text costs at most; the server's tokenizer is not known here."""
+        return tokens_at_most(text)
 
     def estimate(self, question: Question | SlotQuestion) -> Usage:
-        """About what a question will cost at most."""
+        """What a question will cost at most."""
         if isinstance(question, Question):
             # Four tokens around each message, three before the answer.
             prompt = sum(self.count_tokens(message.content) + 4 for message in question.messages) + 3
             return Usage(prompt, question.max_tokens)
-        if self.config.slots == "one_by_one":
+        if self._separately(question):
             prompts = [self.count_tokens(question.text[:slot]) for slot in question.slots]
             return Usage(sum(prompts), len(prompts), n_calls=len(prompts))
         return Usage(self.count_tokens(question.text), 1)
@@ -160,6 +165,10 @@ class Endpoint:
             await connection.client.close()
 
     # ---- one request ----------------------------------------------------------------------------------------
+
+    def _separately(self, question: SlotQuestion) -> bool:
+        """Whether each place has a request of its own; what follows the whole text needs no echo."""
+        return self.config.slots == "one_by_one" or set(question.slots) == {len(question.text)}
 
     async def _next_token(self, prompt: str) -> tuple[Mapping[str, float], Usage]:
         top, told = await self._complete(prompt, False, replies.next_token)
@@ -178,10 +187,17 @@ class Endpoint:
                 **({"echo": True} if echo else {}),
             )
 
-        return await self._send(send, read, f"{self.config.base_url}/completions", slots=True)
+        return await self._send(
+            send, read, f"{self.config.base_url}/completions", Usage(self.count_tokens(prompt), 1), slots=True
+        )
 
     async def _send(
-        self, send: Callable[[Any], Any], read: Callable[[Any], T], place: str, slots: bool = False
+        self,
+        send: Callable[[Any], Any],
+        read: Callable[[Any], T],
+        place: str,
+        expected: Usage,
+        slots: bool = False,
     ) -> T:
         """One request, and again until it is answered or there is no use in it."""
         connection = self._open()
@@ -194,7 +210,7 @@ class Endpoint:
                     error = self._hopeless
                     raise JudgeError(error.rule, error.value, error.remedy)
                 try:
-                    return await self._once(connection.client, send, read, place, slots)
+                    return await self._once(connection.client, send, read, place, expected, slots)
                 except _Again as failure:
                     wait = self._wait_after(failure, tries)
                     tries += 1
@@ -226,7 +242,13 @@ class Endpoint:
         return float(min(first * 2**tries, config.max_wait_seconds) * self._jitter.uniform(0.5, 1.0))
 
     async def _once(
-        self, client: Any, send: Callable[[Any], Any], read: Callable[[Any], T], place: str, slots: bool
+        self,
+        client: Any,
+        send: Callable[[Any], Any],
+        read: Callable[[Any], T],
+        place: str,
+        expected: Usage,
+        slots: bool,
     ) -> T:
         import openai
 
@@ -235,6 +257,7 @@ class Endpoint:
                 response = await send(client)
                 body = response.http_response.text
         except (TimeoutError, openai.APITimeoutError):
+            charge(expected)  # it may have been answered, and billed, all the same
             raise _Again(
                 JudgeError(
                     f"{place} must answer within timeout_seconds = {self.config.timeout_seconds:g}",
@@ -248,9 +271,12 @@ class Endpoint:
             self._reached = True
             raise await self._status(client, error, place, slots) from None
         self._reached = True
+        reply = None
         try:
-            return read(replies.parsed(body, response.http_response.headers.get("content-type", "")))
+            reply = replies.parsed(body, response.http_response.headers.get("content-type", ""))
+            return read(reply)
         except replies.NotAnAnswer as error:
+            charge(replies.usage(reply) or expected)
             raise _Again(
                 JudgeError(
                     f"{error.rule} in the answer of {place}",
@@ -259,6 +285,7 @@ class Endpoint:
                 )
             ) from None
         except replies.NoLogProbs as error:
+            charge(replies.usage(reply) or expected)
             raise self._no_log_probs(self._clean(str(error))) from None
 
     def _open(self) -> _Connection:

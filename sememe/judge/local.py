@@ -14,6 +14,7 @@ from sememe import lm
 from sememe.config import sha256_of
 from sememe.errors import JudgeError, ModelError, ResourceError
 from sememe.judge.base import Answer, Question, SlotQuestion, Slots, Usage
+from sememe.judge.budget import tokens_at_most
 from sememe.judge.config import LocalConfig
 
 __all__ = ["LocalJudge"]
@@ -78,13 +79,13 @@ class LocalJudge:
         return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: _as_judge(compute))
 
     def count_tokens(self, text: str) -> int:
-        """How many tokens a text is; before the model is loaded, about four bytes each."""
+        """How many tokens a text is; before the model is loaded, how many at most."""
         if self._model is None:
-            return -(-len(text.encode(errors="replace")) // 4)
+            return tokens_at_most(text)
         return len(self._model.tokenizer(text, add_special_tokens=False).input_ids)
 
     def estimate(self, question: Question | SlotQuestion) -> Usage:
-        """About what a question will cost at most."""
+        """What a question will cost at most."""
         if isinstance(question, Question):
             prompt = sum(self.count_tokens(message.content) + 4 for message in question.messages) + 3
             return Usage(prompt, question.max_tokens)

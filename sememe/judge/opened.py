@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from typing import Protocol, TypeVar, runtime_checkable
 
 from sememe.errors import JudgeError
@@ -13,6 +13,7 @@ from sememe.judge.budget import Budget, Preview, Prices, Tally
 from sememe.judge.cache import AnswerCache, key_of
 from sememe.judge.config import EndpointConfig, LocalConfig
 from sememe.judge.endpoint import Endpoint
+from sememe.judge.spelled import at_most, rounds, spellings, told_apart
 from sememe.paths import cache_dir
 
 __all__ = ["OpenJudge", "open_judge"]
@@ -23,7 +24,7 @@ A = TypeVar("A", Answer, Slots)
 
 @runtime_checkable
 class _Divides(Protocol):
-    """A judge that may send several requests for one question."""
+    """A judge that may send several requests for one question, and names single tokens only."""
 
     def parts(self, question: SlotQuestion) -> list[SlotQuestion]:
         """Questions of one request each, about one or more of the places in their order, that come to the same."""
@@ -64,19 +65,23 @@ class OpenJudge:
     async def slots(self, question: SlotQuestion) -> Slots:
         """Distributions at places of a text.
 
+        A choice of several tokens ("10" where digits are single tokens) is told from the one it begins with by one
+        more question for each place that names that one.
+
         Raises:
-            JudgeError: as `ask`; or it does not tell the log-probabilities of a prompt.
+            JudgeError: as `ask`; or it does not tell the log-probabilities of a prompt; or a choice is more than one
+                token longer than any other.
             LimitError: the limit of what may be spent is reached.
         """
-        parts = self.parts(question)
-        asked = [self._kept(part, self.judge.slots, Slots) for part in parts]
-        # All of them: what is under way when one fails is paid for, and kept.
-        found = await asyncio.gather(*asked, return_exceptions=True)
-        answers: list[Slots] = []
-        for one in found:
-            if isinstance(one, BaseException):
-                raise one
-            answers.append(one)
+        answers = await self._together(self.parts(question))
+        named = [of_place for answer in answers for of_place in answer.log_probs]
+        joint, left = [dict(of_place) for of_place in named], [dict(of_place) for of_place in named]
+        if isinstance(self.judge, _Divides):
+            for choice in rounds(question, named):
+                spelled = spellings(question, joint, choice)
+                after = await self._together([one.question for one in spelled])
+                told_apart(spelled, [answer.log_probs[0] for answer in after], joint, left)
+                answers += after
         used = [answer.usage for answer in answers]
         usage = Usage(
             sum(one.n_prompt_tokens for one in used),
@@ -84,7 +89,19 @@ class OpenJudge:
             from_cache=all(one.from_cache for one in used),
             n_calls=sum(one.n_calls for one in used),
         )
-        return Slots(tuple(of_place for answer in answers for of_place in answer.log_probs), usage)
+        return Slots(tuple(_in_order(of_place, question.choices) for of_place in left), usage)
+
+    async def _together(self, questions: Iterable[SlotQuestion]) -> list[Slots]:
+        """Answers to questions of one request each."""
+        asked = [self._kept(question, self.judge.slots, Slots) for question in questions]
+        # All of them: what is under way when one fails is paid for, and kept.
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        answers: list[Slots] = []
+        for one in found:
+            if isinstance(one, BaseException):
+                raise one
+            answers.append(one)
+        return answers
 
     def parts(self, question: SlotQuestion) -> list[SlotQuestion]:
         """Questions of one request each that come to the same."""
@@ -121,8 +138,27 @@ class OpenJudge:
         for question in questions:
             if isinstance(question, SlotQuestion):
                 yield from self.parts(question)
+                if isinstance(self.judge, _Divides):
+                    yield from self._besides(question)
             else:
                 yield question
+
+    def _besides(self, question: SlotQuestion) -> list[SlotQuestion]:
+        """What will be asked to tell choices apart: exactly where the answers are known, else all that may be."""
+        known = [self.cache.get(key_of(self.fingerprint, part)) for part in self.parts(question)]
+        named = [of_place for slots in known if isinstance(slots, Slots) for of_place in slots.log_probs]
+        if len(named) < len(question.slots):
+            return at_most(question)
+        joint, left = [dict(of_place) for of_place in named], [dict(of_place) for of_place in named]
+        out: list[SlotQuestion] = []
+        for choice in rounds(question, named):
+            spelled = spellings(question, joint, choice)
+            out += [one.question for one in spelled]
+            after = [self.cache.get(key_of(self.fingerprint, one.question)) for one in spelled]
+            there = [slots.log_probs[0] for slots in after if isinstance(slots, Slots)]
+            if len(there) == len(spelled):
+                told_apart(spelled, there, joint, left)
+        return out
 
     async def close(self) -> None:
         """Let go of connections and of the file of answers; it may be asked again after."""
@@ -142,6 +178,10 @@ class OpenJudge:
                 paid.append(answer.usage)
                 self.cache.put(key, answer)
                 return answer
+
+
+def _in_order(log_probs: Mapping[str, float], choices: Iterable[str]) -> dict[str, float]:
+    return {choice: log_probs[choice] for choice in choices if choice in log_probs}
 
 
 def _key(fingerprint: str, question: Question | SlotQuestion) -> str:

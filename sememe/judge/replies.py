@@ -9,7 +9,7 @@ from typing import Any
 
 from sememe.judge.base import Usage
 
-__all__ = ["NoLogProbs", "NotAnAnswer", "chat", "echoed", "models", "next_token", "parsed"]
+__all__ = ["NoLogProbs", "NotAnAnswer", "chat", "echoed", "models", "next_token", "parsed", "usage"]
 
 
 class NotAnAnswer(Exception):
@@ -59,7 +59,7 @@ def chat(reply: Any) -> tuple[str, str, Usage | None]:
     if not isinstance(text, str):
         raise NotAnAnswer("choices[0].message.content must be a text", _shown(text))
     finish = choice.get("finish_reason")
-    return text, finish if isinstance(finish, str) else "unknown", _usage(reply)
+    return text, finish if isinstance(finish, str) else "unknown", usage(reply)
 
 
 def echoed(reply: Any, prompt: str) -> tuple[dict[int, Mapping[str, float]], Usage | None]:
@@ -91,7 +91,7 @@ def echoed(reply: Any, prompt: str) -> tuple[dict[int, Mapping[str, float]], Usa
         if isinstance(distribution, dict):
             # A token that is no whole character may have no width; the first at a place is the one that begins there.
             found.setdefault(offset - shift, _finite(distribution, f"choices[0].logprobs.top_logprobs[{i}]"))
-    return found, _usage(reply)
+    return found, usage(reply)
 
 
 def next_token(reply: Any) -> tuple[Mapping[str, float], Usage | None]:
@@ -112,11 +112,11 @@ def next_token(reply: Any) -> tuple[Mapping[str, float], Usage | None]:
         ):
             raise NotAnAnswer("choices[0].logprobs.content[0].top_logprobs must be a list", _shown(first))
         place = "choices[0].logprobs.content[0].top_logprobs"
-        return _finite({entry["token"]: entry["logprob"] for entry in listed}, place), _usage(reply)
+        return _finite({entry["token"]: entry["logprob"] for entry in listed}, place), usage(reply)
     top = log_probs.get("top_logprobs")
     if not isinstance(top, list) or not top or not isinstance(top[0], dict):
         raise NoLogProbs(f"log-probabilities with {', '.join(sorted(log_probs)) or 'nothing'} only")
-    return _finite(top[0], "choices[0].logprobs.top_logprobs[0]"), _usage(reply)
+    return _finite(top[0], "choices[0].logprobs.top_logprobs[0]"), usage(reply)
 
 
 def models(reply: Any) -> list[str]:
@@ -156,8 +156,9 @@ def _finite(distribution: dict[str, Any], place: str) -> dict[str, float]:
     return found
 
 
-def _usage(reply: Any) -> Usage | None:
-    told = reply.get("usage")
+def usage(reply: Any) -> Usage | None:
+    """What a reply says that it cost."""
+    told = reply.get("usage") if isinstance(reply, dict) else None
     if not isinstance(told, dict):
         return None
     prompt, completion = told.get("prompt_tokens"), told.get("completion_tokens", 0)
