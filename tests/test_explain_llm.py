@@ -286,6 +286,31 @@ def test_the_lift_over_the_best_null_is_reported_for_every_scorer(
     assert explain(options.replace(nulls=(), out=tmp_path / "none")).summary["lifts"] == []
 
 
+def test_a_null_that_comes_later_is_scored_and_nothing_else_is_made_again(
+    with_nulls: Path, tmp_path: Path, server: JudgeServer
+) -> None:
+    options = config(with_nulls, tmp_path / "out", server, n_latents=5, scorers=["fuzzing"])
+    both = explain(options.replace(out=tmp_path / "both"))
+    first = explain(options.replace(nulls=(with_nulls / "null-early",)))
+    tables = {name: first.artifact.meta["files"][name] for name in ("explanations.parquet", "scores.parquet")}
+    judge = RuleJudge()
+    judge.name, judge.fingerprint = "rule", "other"
+    later = explain(options, judge=judge)
+    n_null = len(judge.asked)
+    assert n_null > 0, "the null that was not there before"
+    assert {name for row in later.summary["lifts"] for name in row["nulls"]} == {"early", "late"}
+    assert later.summary == both.summary and later.page() == both.page()
+    assert tables.items() <= later.artifact.meta["files"].items()
+    assert later.artifact.identity == first.artifact.identity
+    meta = later.artifact.meta
+    assert explain(options, judge=judge).artifact.meta == meta and len(judge.asked) == n_null
+    none = explain(options.replace(nulls=()), judge=judge)
+    assert none.summary["lifts"] == [] and "| lift |" not in none.page() and len(judge.asked) == n_null
+    assert none.rows() == later.rows() and none.scores() == later.scores()
+    again = explain(options)
+    assert again.summary == both.summary
+
+
 def test_rules_alone_are_held_against_nulls_too(with_nulls: Path, tmp_path: Path, capsys: Any) -> None:
     app(
         ["explain", str(with_nulls), "--out", str(tmp_path / "out"), "--n-bootstrap", "50"],

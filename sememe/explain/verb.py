@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ from sememe.judge import EndpointConfig, Judge, LocalConfig, Preview, open_judge
 
 __all__ = ["CLUSTERS", "SCORES", "Explanations", "explain", "preview"]
 
-VERSION = 2
+VERSION = 3
 SCORES = "scores.parquet"
 CLUSTERS = "clusters.parquet"
 PAGE = "explanations.md"
@@ -90,8 +91,9 @@ class Explanations:
 def explain(config: ExplainConfig, *, fresh: bool = False, judge: Judge | None = None) -> Explanations:
     """Explain the latents of an atlas, or open the explanations if they are there.
 
-    Nulls are explained first, each into a folder of its own beside config.out. Every answer of a language model is
-    kept when it comes, so a run that was interrupted goes on where it was.
+    Nulls are explained first, each into a folder of its own beside config.out. Explanations do not depend on them:
+    where finished ones stand beside other nulls than now, the new nulls are scored and the lifts made anew. Every
+    answer of a language model is kept when it comes, so a run that was interrupted goes on where it was.
 
     Args:
         config: Which atlas, who explains, and how words are scored.
@@ -105,20 +107,37 @@ def explain(config: ExplainConfig, *, fresh: bool = False, judge: Judge | None =
         MismatchError: the dictionary or model for the scorer `generation` is not the atlas's.
         TextError: the examples do not come from documents on both sides of the split.
     """
-    folder = artifact.load(config.atlas, "atlas")
-    nulls = _nulls(config)
-    parents = {"atlas": folder.fingerprint}
-    parents |= {name: artifact.load(path, "atlas").fingerprint for name, path in nulls.items()}
+    parents = {"atlas": artifact.load(config.atlas, "atlas").fingerprint}
     if config.effects is not None:
         parents["effects"] = artifact.load(config.effects, "effects").fingerprint
+    nulls = _nulls(config)
+    against = {name: artifact.load(path, "atlas").fingerprint for name, path in nulls.items()}
     identity = artifact.identity_of("explanations", VERSION, config, parents)
-    if not fresh and (found := artifact.find(config.out, "explanations", identity, config, parents)):
-        return Explanations(found)
-    if judge is None and isinstance(config.explainer, (EndpointConfig, LocalConfig)):
+    there = None if fresh else artifact.find(config.out, "explanations", identity, config, parents)
+    if there is not None and there.extra["nulls"] == against:
+        return Explanations(there)
+    wanted = {name: _for_null(config, name, path) for name, path in nulls.items()}
+    finished = there is not None and all((one.out / artifact.META).is_file() for one in wanted.values())
+    if judge is None and isinstance(config.explainer, (EndpointConfig, LocalConfig)) and not finished:
         judge = open_judge(config.explainer)
-    others = {
-        name: explain(_for_null(config, name, path), fresh=fresh, judge=judge) for name, path in nulls.items()
-    }
+    others = {name: explain(one, fresh=fresh, judge=judge) for name, one in wanted.items()}
+    if there is None:
+        _make(config, parents, against, others, judge, fresh=fresh)
+    else:
+        _hold_against(there, config, parents, against, others)
+    return Explanations(artifact.load(config.out, "explanations"))
+
+
+def _make(
+    config: ExplainConfig,
+    parents: Mapping[str, str],
+    against: Mapping[str, str],
+    others: Mapping[str, Explanations],
+    judge: Judge | None,
+    *,
+    fresh: bool,
+) -> None:
+    """Explain and score the latents of the atlas, and write the artifact."""
     atlas = open_atlas(config.atlas, effects=config.effects)
     try:
         chosen = _choose(atlas, config)
@@ -128,26 +147,51 @@ def explain(config: ExplainConfig, *, fresh: bool = False, judge: Judge | None =
             config.out, kind="explanations", version=VERSION, config=config, parents=parents, fresh=fresh
         ) as work:
             made = _explain(chosen, config, judge, encode, reader)
-            null_scores = {
-                name.removeprefix("null-"): Scores.of_table(pq.read_table(null.artifact.file(SCORES)))
-                for name, null in others.items()
-            }
+            shape = _shape(atlas, chosen.examples.d_sae)
             summary = made.summary | {
-                "lifts": lifts(made.scores, null_scores, config.n_bootstrap, config.seed),
-                "correlations": correlations(
-                    made.scores, _shape(atlas, chosen.examples.d_sae), config.n_bootstrap, config.seed
-                ),
+                "lifts": _lifts(made.scores, others, config),
+                "correlations": correlations(made.scores, shape, config.n_bootstrap, config.seed),
             }
             clusters = clusters_table(atlas, made.table, judge, config)
             if clusters is not None:
                 pq.write_table(clusters, work.path / CLUSTERS)
             pq.write_table(made.table, work.path / EXPLANATIONS)
             pq.write_table(made.scores.table(), work.path / SCORES)
-            write_explanations(work.path, summary)
-            work.extra["summary"] = summary
+            _finish(work, summary, against)
     finally:
         atlas.close()
-    return Explanations(artifact.load(config.out, "explanations"))
+
+
+def _hold_against(
+    there: artifact.Artifact,
+    config: ExplainConfig,
+    parents: Mapping[str, str],
+    against: Mapping[str, str],
+    others: Mapping[str, Explanations],
+) -> None:
+    """Finished explanations beside other nulls: their tables stay as they are, the lifts are made anew."""
+    scores = Scores.of_table(pq.read_table(there.file(SCORES, verify=True)))
+    summary = there.extra["summary"] | {"lifts": _lifts(scores, others, config)}
+    with artifact.building(
+        config.out, kind="explanations", version=VERSION, config=config, parents=parents, fresh=True
+    ) as work:
+        for name in (EXPLANATIONS, SCORES, CLUSTERS):
+            if name in there.meta["files"]:
+                shutil.copyfile(there.file(name, verify=True), work.path / name)
+        _finish(work, summary, against)
+
+
+def _finish(work: artifact.Work, summary: dict[str, Any], against: Mapping[str, str]) -> None:
+    write_explanations(work.path, summary)
+    work.extra |= {"summary": summary, "nulls": dict(against)}
+
+
+def _lifts(scores: Scores, others: Mapping[str, Explanations], config: ExplainConfig) -> list[dict[str, Any]]:
+    null_scores = {
+        name.removeprefix("null-"): Scores.of_table(pq.read_table(null.artifact.file(SCORES)))
+        for name, null in others.items()
+    }
+    return lifts(scores, null_scores, config.n_bootstrap, config.seed)
 
 
 def preview(config: ExplainConfig) -> Preview:
