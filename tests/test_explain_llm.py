@@ -84,7 +84,7 @@ def test_a_model_explains_and_scores_and_nothing_is_asked_twice(
     for latent in (KING, NUMBERS, CYRILLIC):
         assert scores[latent, "simulation", "top_only"] > 0.7
         assert scores[latent, "simulation", "top_and_random_activating"] > 0.7
-    assert (KING, "detection", "windows") not in scores, (
+    assert scores[KING, "detection", "windows"] is None, (
         "no window of a scoring document is silent: nothing to resist"
     )
     # What fires at random can be explained by no token: the judge names all that it saw, and is wrong about them.
@@ -233,6 +233,13 @@ def test_a_latent_without_an_explanation_scores_as_a_guess(atlas: Planted, tmp_p
         for variant in VARIANTS[scorer]:
             row = scores[KING, scorer, variant]
             assert (row["score"], row["n"], row["n_malformed"]) == (0, 1, 1)
+    opened = open_atlas(atlas.path)
+    windows = read(opened, 0.4, 0).windows(NUMBERS, SCORE)
+    opened.close()
+    there = {w.decile for w in windows if w.kind == "decile"}
+    deciles = [r for r in found.scores() if r["latent"] == NUMBERS and r["scorer"] == "detection"]
+    assert {r["decile"] for r in deciles} == {None, *there} and len(there) > 5
+    assert {(r["score"], r["n_malformed"]) for r in deciles} == {(0, 1)}
 
 
 # -- nulls -----------------------------------------------------------------------------------------------
@@ -530,6 +537,15 @@ def test_a_real_local_model(atlas: Planted, tmp_path: Path) -> None:
             {"explainer": {"kind": "endpoint"}, "scorers": ("generation",)},
             "the scorer generation needs the dictionary, got none",
         ),
+        (
+            {
+                "explainer": {"kind": "endpoint"},
+                "scorers": ("generation",),
+                "dictionary": "d",
+                "latents": (3,),
+            },
+            "the scorer generation needs two latents or more: .*, got 1. Name more latents",
+        ),
         ({"explainer": {"kind": "oracle"}}, "explainer must be one of"),
     ],
 )
@@ -545,8 +561,33 @@ def test_latents_that_are_not_there(atlas: Planted, tmp_path: Path, server: Judg
         explain(config(atlas.path, tmp_path / "out", server, latents=(1, 10, 99)))
     dead = explain(config(atlas.path, tmp_path / "dead", server, latents=(DEAD,)))
     assert dead.rows()[DEAD]["label"] is None
-    scorers = {r["scorer"] for r in dead.scores() if r["latent"] == DEAD}
-    assert scorers == {"simulation"}
+    scores = {r["scorer"]: r["score"] for r in dead.scores() if r["latent"] == DEAD and r["decile"] is None}
+    assert set(scores) == set(WORDS), "what is not defined is counted"
+    assert all(scores[scorer] is None for scorer in ("simulation", "detection", "fuzzing", "intruder"))
+    undefined = {r["scorer"]: r["n_undefined"] for r in dead.summary["scorers"] if r["scorer"] != "lexical"}
+    assert all(undefined[scorer] == 1 for scorer in ("detection", "fuzzing", "intruder"))
+
+
+def test_one_latents_effect_is_held_against_all_others(
+    atlas: Planted, tmp_path: Path, server: JudgeServer
+) -> None:
+    """Whoever is asked about beside it, the same tokens are asked about; none of them was shown to an explainer."""
+
+    def about_effect(name: str, *latents: int) -> tuple[list[dict[str, Any]], list[str]]:
+        judge = RuleJudge()
+        options = config(atlas.path, tmp_path / name, server, latents=latents, scorers=["effect"])
+        scores = [r for r in explain(options, judge=judge).scores() if r["scorer"] == "effect"]
+        said = [q.messages[-1].content for q in judge.asked if isinstance(q, Question)]
+        return scores, said
+
+    many, said = about_effect("many", *range(10))
+    listed = [t for text in said for t in re.findall(r"^\d+\. '(.*)'$", text, re.M)]
+    shown = [t for text in said if "Less likely" in text for t in re.findall(r'"(.*?)"[,\n]', text)]
+    assert listed and shown and not {t.strip() for t in listed} & {t.strip() for t in shown}
+    defined = [r["latent"] for r in many if r["score"] is not None]
+    assert len(many) == 10 and len(defined) > 2
+    alone, _ = about_effect("alone", defined[0])
+    assert alone == [r for r in many if r["latent"] == defined[0]] and alone[0]["n"] >= 2
 
 
 def test_an_atlas_without_silent_windows(tmp_path: Path, server: JudgeServer) -> None:
@@ -561,11 +602,12 @@ def test_an_atlas_without_silent_windows(tmp_path: Path, server: JudgeServer) ->
 def test_explanations_of_a_model_reach_the_browser(
     atlas: Planted, tmp_path: Path, server: JudgeServer
 ) -> None:
-    explain(config(atlas.path, tmp_path / "out", server, latents=(KING,), scorers=["fuzzing"]))
+    explain(config(atlas.path, tmp_path / "out", server, latents=(CYRILLIC,), scorers=["fuzzing"]))
     opened = open_atlas(atlas.path, explanations=tmp_path / "out")
-    rows = opened.query("SELECT label, label_from, category FROM explanations WHERE latent = 0")
+    rows = opened.query(f"SELECT label, label_from, category FROM explanations WHERE latent = {CYRILLIC}")
     opened.close()
-    assert rows == [{"label": 'the tokens [" king"]', "label_from": "model", "category": CATEGORIES[0]}]
+    assert rows[0].pop("label").startswith("the tokens [")
+    assert rows == [{"label_from": "model", "category": CATEGORIES[0]}]
 
 
 def test_an_explainer_is_told_which_tokens_an_activation_depends_on(

@@ -190,7 +190,7 @@ def lifts(own: Scores, nulls: Mapping[str, Scores], n_bootstrap: int, seed: int)
     anew, so the interval counts that choice.
     """
     out = []
-    for key in [key for key in own.names if key[2] is None and key[:2] not in CONTROLS]:
+    for key in sorted(key for key in own.names if key[2] is None and key[:2] not in CONTROLS):
         mine = own.column(key).defined
         others = {name: null.column(key).defined for name, null in nulls.items() if key in null.names}
         others = {name: values for name, values in others.items() if values.size}

@@ -274,6 +274,12 @@ def _choose(atlas: Atlas, config: ExplainConfig) -> _Chosen:
     latents: list[int] = []
     if config.used_scorers or not isinstance(config.explainer, LexicalConfig):
         latents = _latents(examples, density, config)
+    if "generation" in config.used_scorers and len(latents) < 2:
+        raise ConfigError(
+            "the scorer generation needs two latents or more: texts for one are held against those for another",
+            f"{len(latents)}",
+            "Make the atlas over more text, or drop the scorer.",
+        )
     wanted = ", ".join(map(str, latents)) or "NULL"
     rows = atlas.query(
         f"SELECT latent, sign, text FROM logits JOIN tokens ON id = token WHERE latent IN ({wanted}) "
@@ -282,11 +288,20 @@ def _choose(atlas: Atlas, config: ExplainConfig) -> _Chosen:
     written: dict[int, dict[int, list[str]]] = {1: {}, -1: {}}
     for row in rows:
         written[row["sign"]].setdefault(row["latent"], []).append(row["text"])
+    others = [
+        row["text"]
+        for row in atlas.query(
+            "SELECT DISTINCT token, text FROM logits JOIN tokens ON id = token WHERE sign = 1 ORDER BY token"
+        )
+    ]
     rules = {latent: words for latent in latents if (words := lexical.words[latent]) is not None}
     densities = {latent: float(density[latent]) for latent in latents}
     removals = _removals(atlas, wanted) if config.effects is not None else {}
     return _Chosen(
-        examples, lexical, latents, Facts(examples, densities, written[1], written[-1], rules, removals)
+        examples,
+        lexical,
+        latents,
+        Facts(examples, densities, written[1], written[-1], others, rules, removals),
     )
 
 
@@ -392,7 +407,7 @@ def _with_generation(found: Sequence[Found], reader: Reader, examples: Examples)
     parts = [acts[end - len(one.texts) : end] for one, end in zip(found, ends.tolist(), strict=True)]
     out = []
     for i, one in enumerate(found):
-        if one.explanation is None or len(found) < 2:
+        if one.explanation is None:
             out.append(one)
             continue
         low, high = examples.latent_ptr[one.latent], examples.latent_ptr[one.latent + 1]
