@@ -150,6 +150,7 @@ def _make(
             shape = _shape(atlas, chosen.examples.d_sae)
             summary = made.summary | {
                 "lifts": _lifts(made.scores, others, config),
+                "no_lift": _no_lift(config),
                 "correlations": correlations(made.scores, shape, config.n_bootstrap, config.seed),
             }
             clusters = clusters_table(atlas, made.table, judge, config)
@@ -191,7 +192,18 @@ def _lifts(scores: Scores, others: Mapping[str, Explanations], config: ExplainCo
         name.removeprefix("null-"): Scores.of_table(pq.read_table(null.artifact.file(SCORES)))
         for name, null in others.items()
     }
-    return lifts(scores, null_scores, config.n_bootstrap, config.seed)
+    return lifts(scores, null_scores, config.n_bootstrap, config.seed, without=frozenset(_no_lift(config)))
+
+
+def _no_lift(config: ExplainConfig) -> dict[str, str]:
+    """Scorers for which nulls and dictionary are not treated alike, and why."""
+    out: dict[str, str] = {}
+    if config.effects is not None:
+        why = "the nulls' explainer is not told effects"
+        out |= dict.fromkeys([s for s in config.used_scorers if s not in ("intruder", "effect")], why)
+    if "generation" in config.used_scorers:
+        out["generation"] = "a null's texts are run through no dictionary"
+    return out
 
 
 def preview(config: ExplainConfig) -> Preview:
@@ -422,7 +434,7 @@ def _add_lexical(scores: Scores, lexical: Lexical) -> None:
     for variant, measured in (("shuffled", lexical.shuffled), ("other", lexical.other)):
         _add_column(scores, lexical, variant, None, measured.gain, measured.n_on)
     for decile, measured in ((None, lexical.found), *enumerate(lexical.deciles)):
-        _add_column(scores, lexical, "auroc", decile, measured.gain, measured.n_on)
+        _add_column(scores, lexical, "score", decile, measured.gain, measured.n_on)
         _add_column(scores, lexical, "correlation", decile, measured.correlation, measured.n_on)
 
 
