@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,11 @@ from sememe.cli import app
 from sememe.effects import EffectsConfig, effects
 from sememe.errors import ConfigError, JudgeError, LimitError, MismatchError, TextError
 from sememe.explain import ExplainConfig, explain, preview, side_of
-from sememe.explain.asked import VARIANTS
+from sememe.explain.asked import VARIANTS, ask_about
 from sememe.explain.config import ASKING, SCORERS
 from sememe.explain.examples import EXPLAIN, SCORE, read
 from sememe.explain.explainers import CATEGORIES
+from sememe.explain.verb import _choose
 from sememe.explain.written import Reader
 from sememe.interpret import interpret
 from sememe.judge import Question, SlotQuestion
@@ -191,6 +192,49 @@ def test_explaining_and_scoring_share_no_document(
     other_explains = asked(_changed(atlas, tmp_path / "explaining", EXPLAIN), "changed explaining")
     assert other_explains[1] == original[1]
     assert len(set(other_explains[0]) & set(original[0])) <= 8
+
+
+def test_effects_texts_for_the_encoder_and_generation_share_no_document(
+    atlas: Planted, tmp_path: Path, server: JudgeServer
+) -> None:
+    """What is known of context tokens, on both sides, is told for the explaining side alone."""
+    changed = {side: _changed(atlas, tmp_path / f"changed {side}", side) for side in (EXPLAIN, SCORE)}
+
+    def asked(path: Path) -> tuple[list[str], list[str], list[str]]:
+        options = config(
+            path, tmp_path / "x", server, scorers=["embedding", "generation"], dictionary="d", n_latents=7
+        )
+        opened = open_atlas(path)
+        chosen = _choose(opened, options)
+        opened.close()
+        removals = {
+            latent: {
+                w.place: [(f"{w.tokens[w.peak]} of side {side}", 0.5)]
+                for side in (EXPLAIN, SCORE)
+                for w in chosen.examples.windows(latent, side)
+            }
+            for latent in chosen.latents
+        }
+        encoded: list[str] = []
+
+        def encode(texts: Sequence[str]) -> np.ndarray:
+            encoded.extend(texts)
+            return np.ones((len(texts), 1), np.float32)
+
+        judge = RuleJudge(explanation="some words")
+        ask_about(chosen.latents, chosen.facts._replace(removals=removals), options, judge, encode)
+        said = [json.dumps(q.messages) for q in judge.asked if isinstance(q, Question)]
+        writing = sorted(text for text in said if "You write" in text)
+        assert len(writing) == 7
+        return sorted(text for text in said if "You write" not in text), sorted(encoded), writing
+
+    original = asked(atlas.path)
+    told = " ".join(original[0])
+    assert "of side 0" in told and "of side 1" not in told and len(original[1]) > 7 * 10
+    other_scores, other_explains = asked(changed[SCORE]), asked(changed[EXPLAIN])
+    assert other_scores[0] == original[0] and other_scores[1] != original[1]
+    assert other_explains[1] == original[1] and other_explains[0] != original[0]
+    assert other_scores[2] == original[2] == other_explains[2], "texts are written from the words alone"
 
 
 def test_windows_of_the_sides_share_no_document(atlas: Planted) -> None:

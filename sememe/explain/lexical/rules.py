@@ -201,7 +201,7 @@ def _json(rule: Rule, tokens: Mapping[int, str]) -> str | None:
 
 
 def _strangers(has_rule: np.ndarray, seed: int) -> np.ndarray:
-    """For each latent another one, chosen at random among those with a rule that says something; itself if there is no other."""
+    """For each latent another one, chosen at random among those with a rule; itself if there is no other."""
     out = np.arange(has_rule.shape[0])
     ids = np.flatnonzero(has_rule)
     rng = np.random.default_rng(seed)
