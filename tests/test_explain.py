@@ -18,6 +18,7 @@ from sememe.atlas import open_atlas
 from sememe.errors import ArtifactError, MismatchError, TextError
 from sememe.explain import ExplainConfig, Explanations, explain, side_of
 from sememe.explain.lexical.classes import CLASSES, classes_of
+from sememe.explain.lexical.rules import _strangers
 from sememe.explain.lexical.words import Rule, as_json, in_words
 from sememe.interpret import interpret
 
@@ -71,6 +72,15 @@ def test_nulls_score_nothing(found: Explanations) -> None:
     )
     assert summary["lift"]["low"] > 0.4
     assert summary["n_scored"] == 9 and summary["n_labelled"] == 8
+
+
+def test_a_stranger_always_has_a_rule() -> None:
+    has = np.random.default_rng(1).random(200) < 0.3
+    for seed in range(5):
+        other = _strangers(has, seed)
+        assert has[other].all() and (other != np.arange(200)).all()
+        assert sorted(other[has]) == np.flatnonzero(has).tolist()
+    assert _strangers(np.zeros(3, bool), 0).tolist() == [0, 1, 2]
 
 
 def says(row: dict[str, Any], current: int, previous: int, recent: list[int]) -> bool:

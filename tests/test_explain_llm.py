@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,11 @@ from sememe.cli import app
 from sememe.effects import EffectsConfig, effects
 from sememe.errors import ConfigError, JudgeError, LimitError, MismatchError, TextError
 from sememe.explain import ExplainConfig, explain, preview, side_of
-from sememe.explain.asked import VARIANTS
+from sememe.explain.asked import VARIANTS, ask_about
 from sememe.explain.config import ASKING, SCORERS
 from sememe.explain.examples import EXPLAIN, SCORE, read
 from sememe.explain.explainers import CATEGORIES
+from sememe.explain.verb import _choose
 from sememe.explain.written import Reader
 from sememe.interpret import interpret
 from sememe.judge import Question, SlotQuestion
@@ -84,7 +85,7 @@ def test_a_model_explains_and_scores_and_nothing_is_asked_twice(
     for latent in (KING, NUMBERS, CYRILLIC):
         assert scores[latent, "simulation", "top_only"] > 0.7
         assert scores[latent, "simulation", "top_and_random_activating"] > 0.7
-    assert (KING, "detection", "windows") not in scores, (
+    assert scores[KING, "detection", "windows"] is None, (
         "no window of a scoring document is silent: nothing to resist"
     )
     # What fires at random can be explained by no token: the judge names all that it saw, and is wrong about them.
@@ -106,7 +107,7 @@ def test_a_model_explains_and_scores_and_nothing_is_asked_twice(
     assert again.rows() == found.rows() and again.scores() == found.scores() and again.summary == summary
     assert explain(options).artifact.meta == found.artifact.meta
     page = found.page()
-    assert "| fuzzing: highlights | 3 |" in page and "0 is guessing, 1 is perfect" in page
+    assert "| fuzzing: highlights | 3 (1 undefined) |" in page and "0 is guessing, 1 is perfect" in page
     assert found.artifact.file("explanations.svg").read_text().startswith("<svg")
     assert "fuzzing: highlights" in found._repr_html_()
     assert labels(tmp_path / "out")[KING] == 'the tokens [" king"]'
@@ -193,6 +194,49 @@ def test_explaining_and_scoring_share_no_document(
     assert len(set(other_explains[0]) & set(original[0])) <= 8
 
 
+def test_effects_texts_for_the_encoder_and_generation_share_no_document(
+    atlas: Planted, tmp_path: Path, server: JudgeServer
+) -> None:
+    """What is known of context tokens, on both sides, is told for the explaining side alone."""
+    changed = {side: _changed(atlas, tmp_path / f"changed {side}", side) for side in (EXPLAIN, SCORE)}
+
+    def asked(path: Path) -> tuple[list[str], list[str], list[str]]:
+        options = config(
+            path, tmp_path / "x", server, scorers=["embedding", "generation"], dictionary="d", n_latents=7
+        )
+        opened = open_atlas(path)
+        chosen = _choose(opened, options)
+        opened.close()
+        removals = {
+            latent: {
+                w.place: [(f"{w.tokens[w.peak]} of side {side}", 0.5)]
+                for side in (EXPLAIN, SCORE)
+                for w in chosen.examples.windows(latent, side)
+            }
+            for latent in chosen.latents
+        }
+        encoded: list[str] = []
+
+        def encode(texts: Sequence[str]) -> np.ndarray:
+            encoded.extend(texts)
+            return np.ones((len(texts), 1), np.float32)
+
+        judge = RuleJudge(explanation="some words")
+        ask_about(chosen.latents, chosen.facts._replace(removals=removals), options, judge, encode)
+        said = [json.dumps(q.messages) for q in judge.asked if isinstance(q, Question)]
+        writing = sorted(text for text in said if "You write" in text)
+        assert len(writing) == 7
+        return sorted(text for text in said if "You write" not in text), sorted(encoded), writing
+
+    original = asked(atlas.path)
+    told = " ".join(original[0])
+    assert "of side 0" in told and "of side 1" not in told and len(original[1]) > 7 * 10
+    other_scores, other_explains = asked(changed[SCORE]), asked(changed[EXPLAIN])
+    assert other_scores[0] == original[0] and other_scores[1] != original[1]
+    assert other_explains[1] == original[1] and other_explains[0] != original[0]
+    assert other_scores[2] == original[2] == other_explains[2], "texts are written from the words alone"
+
+
 def test_windows_of_the_sides_share_no_document(atlas: Planted) -> None:
     opened = open_atlas(atlas.path)
     examples = read(opened, 0.4, 0)
@@ -233,6 +277,13 @@ def test_a_latent_without_an_explanation_scores_as_a_guess(atlas: Planted, tmp_p
         for variant in VARIANTS[scorer]:
             row = scores[KING, scorer, variant]
             assert (row["score"], row["n"], row["n_malformed"]) == (0, 1, 1)
+    opened = open_atlas(atlas.path)
+    windows = read(opened, 0.4, 0).windows(NUMBERS, SCORE)
+    opened.close()
+    there = {w.decile for w in windows if w.kind == "decile"}
+    deciles = [r for r in found.scores() if r["latent"] == NUMBERS and r["scorer"] == "detection"]
+    assert {r["decile"] for r in deciles} == {None, *there} and len(there) > 3
+    assert {(r["score"], r["n_malformed"]) for r in deciles} == {(0, 1)}
 
 
 # -- nulls -----------------------------------------------------------------------------------------------
@@ -265,13 +316,13 @@ def test_the_lift_over_the_best_null_is_reported_for_every_scorer(
     options = config(with_nulls, tmp_path / "out", server, n_latents=5, scorers=["detection", "fuzzing"])
     found = explain(options)
     lifts = {(row["scorer"], row["variant"]): row for row in found.summary["lifts"]}
-    for key in (("lexical", "auroc"), ("detection", "windows"), ("fuzzing", "highlights")):
+    for key in (("lexical", "score"), ("detection", "windows"), ("fuzzing", "highlights")):
         row = lifts[key]
         assert set(row["nulls"]) == {"early", "late"} and row["low"] <= row["lift"] <= row["high"]
         best = max(null["mean"] for null in row["nulls"].values())
         own = next(r["mean"] for r in found.summary["scorers"] if (r["scorer"], r["variant"]) == key)
         assert row["lift"] == pytest.approx(own - best)
-    assert lifts["lexical", "auroc"]["low"] > 0.2 and lifts["fuzzing", "highlights"]["low"] > 0
+    assert lifts["lexical", "score"]["low"] > 0.2 and lifts["fuzzing", "highlights"]["low"] > 0
     assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {"out", "out-null-early", "out-null-late"}
     null = pq.read_table(tmp_path / "out-null-late" / "scores.parquet")
     assert set(null["scorer"].to_pylist()) == {"lexical", "detection", "fuzzing"}
@@ -286,13 +337,38 @@ def test_the_lift_over_the_best_null_is_reported_for_every_scorer(
     assert explain(options.replace(nulls=(), out=tmp_path / "none")).summary["lifts"] == []
 
 
+def test_a_null_that_comes_later_is_scored_and_nothing_else_is_made_again(
+    with_nulls: Path, tmp_path: Path, server: JudgeServer
+) -> None:
+    options = config(with_nulls, tmp_path / "out", server, n_latents=5, scorers=["fuzzing"])
+    both = explain(options.replace(out=tmp_path / "both"))
+    first = explain(options.replace(nulls=(with_nulls / "null-early",)))
+    tables = {name: first.artifact.meta["files"][name] for name in ("explanations.parquet", "scores.parquet")}
+    judge = RuleJudge()
+    judge.name, judge.fingerprint = "rule", "other"
+    later = explain(options, judge=judge)
+    n_null = len(judge.asked)
+    assert n_null > 0, "the null that was not there before"
+    assert {name for row in later.summary["lifts"] for name in row["nulls"]} == {"early", "late"}
+    assert later.summary == both.summary and later.page() == both.page()
+    assert tables.items() <= later.artifact.meta["files"].items()
+    assert later.artifact.identity == first.artifact.identity
+    meta = later.artifact.meta
+    assert explain(options, judge=judge).artifact.meta == meta and len(judge.asked) == n_null
+    none = explain(options.replace(nulls=()), judge=judge)
+    assert none.summary["lifts"] == [] and "| lift |" not in none.page() and len(judge.asked) == n_null
+    assert none.rows() == later.rows() and none.scores() == later.scores()
+    again = explain(options)
+    assert again.summary == both.summary
+
+
 def test_rules_alone_are_held_against_nulls_too(with_nulls: Path, tmp_path: Path, capsys: Any) -> None:
     app(
         ["explain", str(with_nulls), "--out", str(tmp_path / "out"), "--n-bootstrap", "50"],
         result_action="return_value",
     )
     said = capsys.readouterr().out
-    assert "| lexical: auroc |" in said and "| lift |" in said and "explanations: " in said
+    assert "| lexical: score |" in said and "| lift |" in said and "explanations: " in said
     with pytest.raises(ConfigError, match="must have different folder names, got null-late null-late"):
         explain(
             ExplainConfig(
@@ -434,6 +510,10 @@ def test_written_texts_are_run_through_model_and_dictionary(tmp_path: Path, serv
     scores = explain(options).scores()
     rows = [r for r in scores if r["scorer"] == "generation"]
     assert {r["variant"] for r in rows} == {"auroc", "activation"} and len(rows) == 12
+    shutil.copytree(tmp_path / "atlas", tmp_path / "null-same")
+    beside = explain(options.replace(nulls=(tmp_path / "null-same",)))
+    assert "| no null (a null's texts are run through no dictionary) |" in beside.page()
+    assert {row["scorer"] for row in beside.summary["lifts"]} == {"lexical"}
     assert np.mean([r["score"] for r in rows if r["variant"] == "auroc"]) > 0.3, "its own tokens make it fire"
     other = dictionaries.load(world.dictionary)
     with torch.no_grad():
@@ -505,6 +585,15 @@ def test_a_real_local_model(atlas: Planted, tmp_path: Path) -> None:
             {"explainer": {"kind": "endpoint"}, "scorers": ("generation",)},
             "the scorer generation needs the dictionary, got none",
         ),
+        (
+            {
+                "explainer": {"kind": "endpoint"},
+                "scorers": ("generation",),
+                "dictionary": "d",
+                "latents": (3,),
+            },
+            "the scorer generation needs two latents or more: .*, got 1. Name more latents",
+        ),
         ({"explainer": {"kind": "oracle"}}, "explainer must be one of"),
     ],
 )
@@ -520,8 +609,33 @@ def test_latents_that_are_not_there(atlas: Planted, tmp_path: Path, server: Judg
         explain(config(atlas.path, tmp_path / "out", server, latents=(1, 10, 99)))
     dead = explain(config(atlas.path, tmp_path / "dead", server, latents=(DEAD,)))
     assert dead.rows()[DEAD]["label"] is None
-    scorers = {r["scorer"] for r in dead.scores() if r["latent"] == DEAD}
-    assert scorers == {"simulation"}
+    scores = {r["scorer"]: r["score"] for r in dead.scores() if r["latent"] == DEAD and r["decile"] is None}
+    assert set(scores) == set(WORDS), "what is not defined is counted"
+    assert all(scores[scorer] is None for scorer in ("simulation", "detection", "fuzzing", "intruder"))
+    undefined = {r["scorer"]: r["n_undefined"] for r in dead.summary["scorers"] if r["scorer"] != "lexical"}
+    assert all(undefined[scorer] == 1 for scorer in ("detection", "fuzzing", "intruder"))
+
+
+def test_one_latents_effect_is_held_against_all_others(
+    atlas: Planted, tmp_path: Path, server: JudgeServer
+) -> None:
+    """Whoever is asked about beside it, the same tokens are asked about; none of them was shown to an explainer."""
+
+    def about_effect(name: str, *latents: int) -> tuple[list[dict[str, Any]], list[str]]:
+        judge = RuleJudge()
+        options = config(atlas.path, tmp_path / name, server, latents=latents, scorers=["effect"])
+        scores = [r for r in explain(options, judge=judge).scores() if r["scorer"] == "effect"]
+        said = [q.messages[-1].content for q in judge.asked if isinstance(q, Question)]
+        return scores, said
+
+    many, said = about_effect("many", *range(10))
+    listed = [t for text in said for t in re.findall(r"^\d+\. '(.*)'$", text, re.M)]
+    shown = [t for text in said if "Less likely" in text for t in re.findall(r'"(.*?)"[,\n]', text)]
+    assert listed and shown and not {t.strip() for t in listed} & {t.strip() for t in shown}
+    defined = [r["latent"] for r in many if r["score"] is not None]
+    assert len(many) == 10 and len(defined) > 2
+    alone, _ = about_effect("alone", defined[0])
+    assert alone == [r for r in many if r["latent"] == defined[0]] and alone[0]["n"] >= 2
 
 
 def test_an_atlas_without_silent_windows(tmp_path: Path, server: JudgeServer) -> None:
@@ -536,11 +650,12 @@ def test_an_atlas_without_silent_windows(tmp_path: Path, server: JudgeServer) ->
 def test_explanations_of_a_model_reach_the_browser(
     atlas: Planted, tmp_path: Path, server: JudgeServer
 ) -> None:
-    explain(config(atlas.path, tmp_path / "out", server, latents=(KING,), scorers=["fuzzing"]))
+    explain(config(atlas.path, tmp_path / "out", server, latents=(CYRILLIC,), scorers=["fuzzing"]))
     opened = open_atlas(atlas.path, explanations=tmp_path / "out")
-    rows = opened.query("SELECT label, label_from, category FROM explanations WHERE latent = 0")
+    rows = opened.query(f"SELECT label, label_from, category FROM explanations WHERE latent = {CYRILLIC}")
     opened.close()
-    assert rows == [{"label": 'the tokens [" king"]', "label_from": "model", "category": CATEGORIES[0]}]
+    assert rows[0].pop("label").startswith("the tokens [")
+    assert rows == [{"label_from": "model", "category": CATEGORIES[0]}]
 
 
 def test_an_explainer_is_told_which_tokens_an_activation_depends_on(
@@ -574,4 +689,9 @@ def test_an_explainer_is_told_which_tokens_an_activation_depends_on(
                 sql = "SELECT count(*) AS n FROM removals WHERE 100 * (act_without / act - 1) BETWEEN ? AND ?"
                 assert opened.query(sql, low, high)[0]["n"] > 0 and abs(float(match[2])) >= 10
     opened.close()
+    shutil.copytree(tmp_path / "atlas", tmp_path / "null-same")
+    again = explain(options.replace(nulls=(tmp_path / "null-same",)), judge=judge)
+    assert {row["scorer"] for row in again.summary["lifts"]} == {"lexical"}, "a null's explainer is told less"
+    row = next(line for line in again.page().splitlines() if line.startswith("| fuzzing: highlights |"))
+    assert "| no null (the nulls' explainer is not told effects) |" in row
     assert told >= 1 and "effects" in found.artifact.meta["parents"]

@@ -86,7 +86,9 @@ def test_contrast_is_the_adjusted_balanced_accuracy() -> None:
         part = [i for i in range(200) if not truth[i] or deciles[i] == decile]
         expected = balanced_accuracy_score(truth[part], said[part], adjusted=True)
         assert found[decile].score == pytest.approx(expected) and found[decile].n == len(part)
-    assert contrast("x", "y", [a for a in asked if a.positive]) == []
+    for part in ([a for a in asked if a.positive], [a for a in asked if not a.positive], []):
+        undefined = contrast("x", "y", part)
+        assert undefined[0].n == len(part) and all(math.isnan(s.score) for s in undefined)
 
 
 @pytest.mark.parametrize("scorer", [detection, fuzzing, simulation])
@@ -177,7 +179,8 @@ def test_intruder_is_found_and_corrected_for_chance() -> None:
     assert [(round(s.score, 9), s.n_malformed) for s in bad] == [(0.0, 8)]
     never = asyncio.run(intruder(evidence(), RuleJudge(answer="7")))
     assert never[0].n_malformed == 8
-    assert asyncio.run(intruder(evidence(n_silent=0), RuleJudge())) == []
+    (nobody,) = asyncio.run(intruder(evidence(n_silent=0), RuleJudge()))
+    assert math.isnan(nobody.score) and nobody.n == 0
 
 
 class Told(RuleJudge):
@@ -288,6 +291,8 @@ def test_embedding_is_an_auroc() -> None:
     cosines = vectors["all"][1:] @ vectors["all"][0]
     assert found[None].score == pytest.approx(2 * roc_auc_score(vectors["texts"], cosines) - 1)
     assert set(found) == {None, *range(10)}
+    nothing = embedding("words", evidence(n_silent=0), encode)  # type: ignore[arg-type]
+    assert len(nothing) == 11 and all(math.isnan(score.score) for score in nothing)
     rng = np.random.default_rng(0)
     yes, no = rng.integers(0, 4, 30) * 1.0, rng.integers(0, 4, 20) * 1.0
     assert auroc(yes, no) == pytest.approx(roc_auc_score([1] * 30 + [0] * 20, [*yes, *no]))
@@ -315,7 +320,7 @@ def test_effect_is_asked_about_tokens_that_the_explainer_did_not_see() -> None:
     found = asyncio.run(effect(known, *args, test_fraction=0.4, seed=0))
     assert [s.score for s in found] == [1.0] and found[0].n_malformed == 0
     asked = " ".join(q.messages[-1].content.split("\n\n", 1)[1] for q in judge.asked)  # type: ignore[union-attr]
-    for token in on_side(promoted, 0, 0.4, 0):
+    for token in (*on_side(promoted, 0, 0.4, 0), *on_side(others, 0, 0.4, 0)):
         assert f"'{token}'" not in asked
     assert all(f"'{token}'" in asked for token in on_side(promoted, SCORE, 0.4, 0))
     sides = {t.strip().casefold(): side for side in (0, 1) for t in on_side(promoted, side, 0.4, 0)}

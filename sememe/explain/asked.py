@@ -6,6 +6,7 @@ Knows examples, prompts and scorers; writes nothing.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -53,6 +54,8 @@ VARIANTS: dict[Scorer, tuple[str, ...]] = {
     "effect": ("promoted",),
 }  # fmt: skip
 """What each scorer's scores are called."""
+BY_DECILE: frozenset[Scorer] = frozenset({"detection", "fuzzing", "embedding"})
+"""Scorers that give scores by decile too."""
 
 
 class Facts(NamedTuple):
@@ -63,6 +66,8 @@ class Facts(NamedTuple):
     promoted: Mapping[int, Sequence[str]]
     """Output tokens that each makes likelier, the strongest first."""
     demoted: Mapping[int, Sequence[str]]
+    others: Sequence[str]
+    """Output tokens that any latent of the atlas makes likelier."""
     rules: Mapping[int, str]
     """Each latent's rule in words."""
     removals: Mapping[int, Mapping[tuple[int, int], Sequence[tuple[str, float]]]] = {}
@@ -82,9 +87,15 @@ class Found(NamedTuple):
     """Written for it, for the scorer `generation`."""
 
 
-def guessing(scorer: Scorer) -> list[Score]:
-    """The scores of an explanation that could not be read: those of a guess, counted as malformed."""
-    return [Score(scorer, variant, None, 0.0, 1, 1) for variant in VARIANTS[scorer]]
+def guessing(scorer: Scorer, evidence: Evidence) -> list[Score]:
+    """The scores of an explanation that could not be read: those of a guess, counted as malformed.
+
+    Where a scorer gives scores by decile, there is a guess for each decile that the evidence has.
+    """
+    deciles: list[int | None] = [None]
+    if scorer in BY_DECILE:
+        deciles += sorted({window.decile for window in evidence.active if window.decile is not None})
+    return [Score(scorer, variant, decile, 0.0, 1, 1) for variant in VARIANTS[scorer] for decile in deciles]
 
 
 def ask_about(
@@ -122,11 +133,8 @@ def _by_rule(latent: int, facts: Facts, config: ExplainConfig, encode: Encode | 
     scores: list[Score] = []
     if "embedding" in config.used_scorers:
         assert encode is not None
-        scores = (
-            guessing("embedding")
-            if words is None
-            else embedding(words, _evidence(latent, facts, config.seed), encode)
-        )
+        evidence = _evidence(latent, facts, config.seed)
+        scores = guessing("embedding", evidence) if words is None else embedding(words, evidence, encode)
     return Found(latent, scores=tuple(scores))
 
 
@@ -159,7 +167,7 @@ async def _one(
             about_effect, found = await _effect(latent, facts, config, judge)
             scores += found
         elif words is None:
-            scores += guessing(scorer)
+            scores += guessing(scorer, evidence)
         elif scorer == "generation":
             texts = await write_texts(words, judge, n=N_TEXTS)
         elif scorer == "embedding":
@@ -179,15 +187,15 @@ async def _effect(
     split = (config.test_fraction, config.seed)
     shown = on_side(promoted, EXPLAIN, *split)
     if not shown or len(shown) == len(promoted):
-        return None, []
+        return None, [Score("effect", "promoted", None, math.nan, 0, 0)]
+    about = Evidence(latent, (), 0.0, config.seed)
     question = effect_question(shown, on_side(facts.demoted.get(latent, ()), EXPLAIN, *split))
     words = explanation_in((await judge.ask(question)).text)
     if words is None:
-        return None, guessing("effect")
-    others = [token for other in sorted(facts.promoted) if other != latent for token in facts.promoted[other]]
-    rng = Evidence(latent, (), 0.0, config.seed).rng("effect")
+        return None, guessing("effect", about)
+    rng = about.rng("effect")
     found = await effect(
-        words, promoted, others, judge, rng, test_fraction=config.test_fraction, seed=config.seed
+        words, promoted, facts.others, judge, rng, test_fraction=config.test_fraction, seed=config.seed
     )
     return words, found
 

@@ -126,6 +126,13 @@ class ExplainConfig(Config):
                     "none",
                     "Pass --dictionary, or drop the scorer.",
                 )
+            n_latents = len(self.latents) if self.latents else self.n_latents
+            if n_latents < 2:
+                raise ConfigError(
+                    "the scorer generation needs two latents or more: texts for one are held against those for another",
+                    n_latents,
+                    "Name more latents, raise n_latents, or drop the scorer.",
+                )
         else:
             self.check_inert("dictionary", without="generation is not among the scorers")
             for name, value in changed(self, "subject"):

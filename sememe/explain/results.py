@@ -183,14 +183,23 @@ def summarise(scores: Scores, n_bootstrap: int, seed: int) -> list[dict[str, Any
     return out
 
 
-def lifts(own: Scores, nulls: Mapping[str, Scores], n_bootstrap: int, seed: int) -> list[dict[str, Any]]:
+def lifts(
+    own: Scores,
+    nulls: Mapping[str, Scores],
+    n_bootstrap: int,
+    seed: int,
+    *,
+    without: frozenset[str] = frozenset(),
+) -> list[dict[str, Any]]:
     """For each scorer and variant, the mean score minus that of the null that does best, with an interval.
 
     Latents of the dictionary and of each null are drawn independently, and in every draw the best null is chosen
-    anew, so the interval counts that choice.
+    anew, so the interval counts that choice. Scorers in `without` have no lift: nulls were not treated alike.
     """
     out = []
-    for key in [key for key in own.names if key[2] is None and key[:2] not in CONTROLS]:
+    for key in sorted(
+        key for key in own.names if key[2] is None and key[:2] not in CONTROLS and key[0] not in without
+    ):
         mine = own.column(key).defined
         others = {name: null.column(key).defined for name, null in nulls.items() if key in null.names}
         others = {name: values for name, values in others.items() if values.size}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -77,11 +78,15 @@ def latents_table(
 
 
 def _holds(one: Found, config: ExplainConfig) -> bool:
-    """Whether a model's words may be the label: by the first scorer that reads them; without one, always."""
+    """Whether a model's words may be the label: by the first defined score of a scorer that reads them.
+
+    Without such a scorer, always; with undefined scores alone, never.
+    """
     reading: list[Score] = [
         s for s in one.scores if s.scorer not in ("intruder", "effect") and s.decile is None
     ]
-    return not reading or reading[0].score >= config.label_score
+    defined = [s.score for s in reading if not math.isnan(s.score)]
+    return not reading or (bool(defined) and defined[0] >= config.label_score)
 
 
 def _count_documents(examples: Examples, side: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ from sememe.judge import EndpointConfig, Judge, LocalConfig, Preview, open_judge
 
 __all__ = ["CLUSTERS", "SCORES", "Explanations", "explain", "preview"]
 
-VERSION = 2
+VERSION = 3
 SCORES = "scores.parquet"
 CLUSTERS = "clusters.parquet"
 PAGE = "explanations.md"
@@ -90,8 +91,9 @@ class Explanations:
 def explain(config: ExplainConfig, *, fresh: bool = False, judge: Judge | None = None) -> Explanations:
     """Explain the latents of an atlas, or open the explanations if they are there.
 
-    Nulls are explained first, each into a folder of its own beside config.out. Every answer of a language model is
-    kept when it comes, so a run that was interrupted goes on where it was.
+    Nulls are explained first, each into a folder of its own beside config.out. Explanations do not depend on them:
+    where finished ones stand beside other nulls than now, the new nulls are scored and the lifts made anew. Every
+    answer of a language model is kept when it comes, so a run that was interrupted goes on where it was.
 
     Args:
         config: Which atlas, who explains, and how words are scored.
@@ -105,20 +107,37 @@ def explain(config: ExplainConfig, *, fresh: bool = False, judge: Judge | None =
         MismatchError: the dictionary or model for the scorer `generation` is not the atlas's.
         TextError: the examples do not come from documents on both sides of the split.
     """
-    folder = artifact.load(config.atlas, "atlas")
-    nulls = _nulls(config)
-    parents = {"atlas": folder.fingerprint}
-    parents |= {name: artifact.load(path, "atlas").fingerprint for name, path in nulls.items()}
+    parents = {"atlas": artifact.load(config.atlas, "atlas").fingerprint}
     if config.effects is not None:
         parents["effects"] = artifact.load(config.effects, "effects").fingerprint
+    nulls = _nulls(config)
+    against = {name: artifact.load(path, "atlas").fingerprint for name, path in nulls.items()}
     identity = artifact.identity_of("explanations", VERSION, config, parents)
-    if not fresh and (found := artifact.find(config.out, "explanations", identity, config, parents)):
-        return Explanations(found)
-    if judge is None and isinstance(config.explainer, (EndpointConfig, LocalConfig)):
+    there = None if fresh else artifact.find(config.out, "explanations", identity, config, parents)
+    if there is not None and there.extra["nulls"] == against:
+        return Explanations(there)
+    wanted = {name: _for_null(config, name, path) for name, path in nulls.items()}
+    finished = there is not None and all((one.out / artifact.META).is_file() for one in wanted.values())
+    if judge is None and isinstance(config.explainer, (EndpointConfig, LocalConfig)) and not finished:
         judge = open_judge(config.explainer)
-    others = {
-        name: explain(_for_null(config, name, path), fresh=fresh, judge=judge) for name, path in nulls.items()
-    }
+    others = {name: explain(one, fresh=fresh, judge=judge) for name, one in wanted.items()}
+    if there is None:
+        _make(config, parents, against, others, judge, fresh=fresh)
+    else:
+        _hold_against(there, config, parents, against, others)
+    return Explanations(artifact.load(config.out, "explanations"))
+
+
+def _make(
+    config: ExplainConfig,
+    parents: Mapping[str, str],
+    against: Mapping[str, str],
+    others: Mapping[str, Explanations],
+    judge: Judge | None,
+    *,
+    fresh: bool,
+) -> None:
+    """Explain and score the latents of the atlas, and write the artifact."""
     atlas = open_atlas(config.atlas, effects=config.effects)
     try:
         chosen = _choose(atlas, config)
@@ -128,26 +147,63 @@ def explain(config: ExplainConfig, *, fresh: bool = False, judge: Judge | None =
             config.out, kind="explanations", version=VERSION, config=config, parents=parents, fresh=fresh
         ) as work:
             made = _explain(chosen, config, judge, encode, reader)
-            null_scores = {
-                name.removeprefix("null-"): Scores.of_table(pq.read_table(null.artifact.file(SCORES)))
-                for name, null in others.items()
-            }
+            shape = _shape(atlas, chosen.examples.d_sae)
             summary = made.summary | {
-                "lifts": lifts(made.scores, null_scores, config.n_bootstrap, config.seed),
-                "correlations": correlations(
-                    made.scores, _shape(atlas, chosen.examples.d_sae), config.n_bootstrap, config.seed
-                ),
+                "lifts": _lifts(made.scores, others, config),
+                "no_lift": _no_lift(config),
+                "correlations": correlations(made.scores, shape, config.n_bootstrap, config.seed),
             }
             clusters = clusters_table(atlas, made.table, judge, config)
             if clusters is not None:
                 pq.write_table(clusters, work.path / CLUSTERS)
             pq.write_table(made.table, work.path / EXPLANATIONS)
             pq.write_table(made.scores.table(), work.path / SCORES)
-            write_explanations(work.path, summary)
-            work.extra["summary"] = summary
+            _finish(work, summary, against)
     finally:
         atlas.close()
-    return Explanations(artifact.load(config.out, "explanations"))
+
+
+def _hold_against(
+    there: artifact.Artifact,
+    config: ExplainConfig,
+    parents: Mapping[str, str],
+    against: Mapping[str, str],
+    others: Mapping[str, Explanations],
+) -> None:
+    """Finished explanations beside other nulls: their tables stay as they are, the lifts are made anew."""
+    scores = Scores.of_table(pq.read_table(there.file(SCORES, verify=True)))
+    summary = there.extra["summary"] | {"lifts": _lifts(scores, others, config)}
+    with artifact.building(
+        config.out, kind="explanations", version=VERSION, config=config, parents=parents, fresh=True
+    ) as work:
+        for name in (EXPLANATIONS, SCORES, CLUSTERS):
+            if name in there.meta["files"]:
+                shutil.copyfile(there.file(name, verify=True), work.path / name)
+        _finish(work, summary, against)
+
+
+def _finish(work: artifact.Work, summary: dict[str, Any], against: Mapping[str, str]) -> None:
+    write_explanations(work.path, summary)
+    work.extra |= {"summary": summary, "nulls": dict(against)}
+
+
+def _lifts(scores: Scores, others: Mapping[str, Explanations], config: ExplainConfig) -> list[dict[str, Any]]:
+    null_scores = {
+        name.removeprefix("null-"): Scores.of_table(pq.read_table(null.artifact.file(SCORES)))
+        for name, null in others.items()
+    }
+    return lifts(scores, null_scores, config.n_bootstrap, config.seed, without=frozenset(_no_lift(config)))
+
+
+def _no_lift(config: ExplainConfig) -> dict[str, str]:
+    """Scorers for which nulls and dictionary are not treated alike, and why."""
+    out: dict[str, str] = {}
+    if config.effects is not None:
+        why = "the nulls' explainer is not told effects"
+        out |= dict.fromkeys([s for s in config.used_scorers if s not in ("intruder", "effect")], why)
+    if "generation" in config.used_scorers:
+        out["generation"] = "a null's texts are run through no dictionary"
+    return out
 
 
 def preview(config: ExplainConfig) -> Preview:
@@ -230,6 +286,12 @@ def _choose(atlas: Atlas, config: ExplainConfig) -> _Chosen:
     latents: list[int] = []
     if config.used_scorers or not isinstance(config.explainer, LexicalConfig):
         latents = _latents(examples, density, config)
+    if "generation" in config.used_scorers and len(latents) < 2:
+        raise ConfigError(
+            "the scorer generation needs two latents or more: texts for one are held against those for another",
+            f"{len(latents)}",
+            "Make the atlas over more text, or drop the scorer.",
+        )
     wanted = ", ".join(map(str, latents)) or "NULL"
     rows = atlas.query(
         f"SELECT latent, sign, text FROM logits JOIN tokens ON id = token WHERE latent IN ({wanted}) "
@@ -238,11 +300,20 @@ def _choose(atlas: Atlas, config: ExplainConfig) -> _Chosen:
     written: dict[int, dict[int, list[str]]] = {1: {}, -1: {}}
     for row in rows:
         written[row["sign"]].setdefault(row["latent"], []).append(row["text"])
+    others = [
+        row["text"]
+        for row in atlas.query(
+            "SELECT DISTINCT token, text FROM logits JOIN tokens ON id = token WHERE sign = 1 ORDER BY token"
+        )
+    ]
     rules = {latent: words for latent in latents if (words := lexical.words[latent]) is not None}
     densities = {latent: float(density[latent]) for latent in latents}
     removals = _removals(atlas, wanted) if config.effects is not None else {}
     return _Chosen(
-        examples, lexical, latents, Facts(examples, densities, written[1], written[-1], rules, removals)
+        examples,
+        lexical,
+        latents,
+        Facts(examples, densities, written[1], written[-1], others, rules, removals),
     )
 
 
@@ -348,7 +419,7 @@ def _with_generation(found: Sequence[Found], reader: Reader, examples: Examples)
     parts = [acts[end - len(one.texts) : end] for one, end in zip(found, ends.tolist(), strict=True)]
     out = []
     for i, one in enumerate(found):
-        if one.explanation is None or len(found) < 2:
+        if one.explanation is None:
             out.append(one)
             continue
         low, high = examples.latent_ptr[one.latent], examples.latent_ptr[one.latent + 1]
@@ -363,7 +434,7 @@ def _add_lexical(scores: Scores, lexical: Lexical) -> None:
     for variant, measured in (("shuffled", lexical.shuffled), ("other", lexical.other)):
         _add_column(scores, lexical, variant, None, measured.gain, measured.n_on)
     for decile, measured in ((None, lexical.found), *enumerate(lexical.deciles)):
-        _add_column(scores, lexical, "auroc", decile, measured.gain, measured.n_on)
+        _add_column(scores, lexical, "score", decile, measured.gain, measured.n_on)
         _add_column(scores, lexical, "correlation", decile, measured.correlation, measured.n_on)
 
 

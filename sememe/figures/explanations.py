@@ -79,8 +79,9 @@ def lift_table(data: Data) -> Table:
             cells.append(number(null["mean"]) if null else "")
             notes.append(cell_note(_statistic(null)) if null else "")
         if nulls:
-            cells.append(number(lift["lift"]) if lift else "")
-            notes.append(f"{number(lift['low'])} to {number(lift['high'])}" if lift else "")
+            why = data["no_lift"].get(row["scorer"], "")
+            cells.append(number(lift["lift"]) if lift else "no null" if why else "")
+            notes.append(f"{number(lift['low'])} to {number(lift['high'])}" if lift else why)
         table.rows.append([*cells, f"{row['malformed_share']:.1%}"])
         table.notes.append([*notes, ""])
     return table

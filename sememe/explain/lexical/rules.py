@@ -81,7 +81,9 @@ def find_rules(examples: Examples, *, max_tokens: int, min_gain: float, seed: in
         n_train=n_train,
         found=_score(examples, places, rules, own),
         shuffled=_score(examples, places, shuffled_rules, own, seed + 1),
-        other=_score(examples, places, rules, _strangers(n_train > 0, seed)),
+        other=_score(
+            examples, places, rules, _strangers((n_train > 0) & [not rule.empty for rule in rows], seed)
+        ),
         deciles=tuple(_score(examples, places, rules, own, decile=d) for d in range(N_DECILES)),
     )
 
@@ -202,8 +204,11 @@ def _strangers(has_rule: np.ndarray, seed: int) -> np.ndarray:
     """For each latent another one, chosen at random among those with a rule; itself if there is no other."""
     out = np.arange(has_rule.shape[0])
     ids = np.flatnonzero(has_rule)
-    order = np.random.default_rng(seed).permutation(ids)
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(ids)
     out[order] = np.roll(order, 1)
+    if ids.size:
+        out[~has_rule] = rng.choice(ids, int((~has_rule).sum()))
     return out
 
 

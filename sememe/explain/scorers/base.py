@@ -6,6 +6,7 @@ what a guess would get on average, so it pulls a score towards 0 and never helps
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -77,17 +78,15 @@ class Asked(NamedTuple):
 def contrast(scorer: str, variant: str, asked: Sequence[Asked]) -> list[Score]:
     """Hit rate minus false-alarm rate (balanced accuracy, corrected for chance): whole, then by decile.
 
-    Each decile's hits are held against all false alarms. No rows where there is nothing to find or nothing to resist.
+    Each decile's hits are held against all false alarms. NaN where there is nothing to find or nothing to resist.
     """
     no = [a for a in asked if not a.positive]
     yes = [a for a in asked if a.positive]
-    if not yes or not no:
-        return []
-    alarms = float(np.mean([a.said for a in no]))
+    alarms = float(np.mean([a.said for a in no])) if no else math.nan
     out = []
     for decile in (None, *sorted({a.decile for a in yes if a.decile is not None})):
         found = yes if decile is None else [a for a in yes if a.decile == decile]
-        score = float(np.mean([a.said for a in found])) - alarms
+        score = float(np.mean([a.said for a in found])) - alarms if found else math.nan
         n_bad = sum(a.malformed for a in found) + sum(a.malformed for a in no)
         out.append(Score(scorer, variant, decile, score, len(found) + len(no), n_bad))
     return out

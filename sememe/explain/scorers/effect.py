@@ -47,7 +47,8 @@ async def effect(
     Args:
         explanation: Words about the effect.
         promoted: The latent's promoted tokens, both sides; only those of the scoring side are asked about.
-        others: Tokens promoted by other latents, to choose from.
+        others: Tokens promoted by other latents, to choose from; only those of the scoring side are asked about, so
+            nothing that an explainer was shown, promoted or demoted.
         judge: Who is asked.
         rng: Of the choice and the order.
         test_fraction: As in the split of the documents.
@@ -56,7 +57,8 @@ async def effect(
     """
     yes = on_side(promoted, SCORE, test_fraction, seed)
     own = {token.strip().casefold() for token in promoted}
-    pool = [t for t in dict.fromkeys(others) if t.strip().casefold() not in own]
+    candidates = on_side(list(dict.fromkeys(others)), SCORE, test_fraction, seed)
+    pool = [t for t in candidates if t.strip().casefold() not in own]
     no = [pool[i] for i in rng.permutation(len(pool))[: len(yes)]]
     chosen = [*((token, True) for token in yes), *((token, False) for token in no)]
     chosen = [chosen[i] for i in rng.permutation(len(chosen))]

@@ -5,6 +5,7 @@ Knows windows and a function from texts to vectors. Source: delphi's embedding s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -19,20 +20,21 @@ Encode = Callable[[Sequence[str]], Float[np.ndarray, "n d"]]
 
 
 def embedding(explanation: str, evidence: Evidence, encode: Encode) -> list[Score]:
-    """2 AUROC - 1 of the cosine between explanation and window, whole and by decile (each against all silent ones)."""
+    """2 AUROC - 1 of the cosine between explanation and window, whole and by decile (each against all silent ones).
+
+    NaN where the latent has no window of one kind.
+    """
     rng = evidence.rng("embedding")
     yes = [cropped(window, rng) for window in evidence.active]
     no = [cropped(window, rng) for window in evidence.silent]
-    if not yes or not no:
-        return []
     vectors = encode([explanation, *(window.text for window in (*yes, *no))])
     cosines = vectors[1:] @ vectors[0]
     hits, alarms = cosines[: len(yes)], cosines[len(yes) :]
     deciles = np.array([-1 if window.decile is None else window.decile for window in yes])
-    out = [Score("embedding", "cosine", None, 2 * auroc(hits, alarms) - 1, cosines.size, 0)]
-    for decile in sorted(set(deciles.tolist()) - {-1}):
-        chosen = hits[deciles == decile]
-        score = 2 * auroc(chosen, alarms) - 1
+    out = []
+    for decile in (None, *sorted(set(deciles.tolist()) - {-1})):
+        chosen = hits if decile is None else hits[deciles == decile]
+        score = 2 * auroc(chosen, alarms) - 1 if chosen.size and alarms.size else math.nan
         out.append(Score("embedding", "cosine", decile, score, chosen.size + alarms.size, 0))
     return out
 

@@ -7,6 +7,7 @@ intruder's marks are those of one of the others, moved.
 from __future__ import annotations
 
 import asyncio
+import math
 
 from sememe.explain.prompts import highlighted, number_in
 from sememe.explain.scorers.base import Evidence, Score
@@ -28,7 +29,7 @@ SYSTEM = (
 async def intruder(evidence: Evidence, judge: Judge) -> list[Score]:
     """(share right - 1 / n) / (1 - 1 / n), n being the texts in a question; one question per silent window.
 
-    No rows where there are fewer than two active windows or no silent one that fits.
+    NaN where there are fewer than two active windows or no silent one that fits.
     """
     rng = evidence.rng("intruder")
     windows = marked(evidence, rng)
@@ -36,7 +37,7 @@ async def intruder(evidence: Evidence, judge: Judge) -> list[Score]:
     strangers = [item for item in windows if item[0].kind == "random"]
     n_members = min(N_TEXTS - 1, len(members))
     if n_members < 2 or not strangers:
-        return []
+        return [Score("intruder", "marked", None, math.nan, 0, 0)]
     questions, truths = [], []
     for stranger in strangers:
         texts = [members[i] for i in rng.choice(len(members), n_members, replace=False)]
