@@ -93,7 +93,7 @@ def test_bare_names_are_left(release: Publication) -> None:
     assert (
         meta["config"]["text"]["corpus"] == ["corpus.jsonl"] and meta["config"]["model"]["model"] == "model"
     )
-    assert meta["config"]["out"] == "atlas" and meta["config"]["dictionary"] == "dictionary"
+    assert meta["config"]["out"] == "atlas" and meta["config"]["dictionaries"] == ["dictionary"]
     report = open_report(release.folder / "report").data
     assert report["dictionary"]["path"] == "dictionary" and report["dictionary"]["model"] == "model"
     own = artifact.load(release.folder, "release").meta["config"]
