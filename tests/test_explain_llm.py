@@ -392,9 +392,13 @@ def test_a_dry_run_asks_nothing_and_foretells_the_calls(
     )
     cost = preview(options)
     assert server.n_requests == 0 and not (tmp_path / "out").exists()
+    exact = preview(
+        options.replace(scorers=tuple(s for s in options.used_scorers if s != "simulation"))
+    ).n_calls
     assert cost.n_calls > 100 and cost.n_from_cache < 20 and cost.price is not None and cost.price > 0
     explain(options)
-    assert server.n_requests == pytest.approx(cost.n_calls, abs=3)
+    # At most: a server whose tokenizer splits digits would be asked once more for every slot of a simulation.
+    assert exact < server.n_requests <= cost.n_calls
     assert preview(options).n_calls == 0, "all is known now"
     flags = [
         "--explainer",
