@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, NamedTuple
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sememe.dictionaries.base import Site
+from sememe.errors import MismatchError
+
 if TYPE_CHECKING:
     from sememe.lm import LanguageModel
 
-__all__ = ["BaseRun", "Splicer"]
+__all__ = ["BaseRun", "Splicer", "check_places"]
 
 
 class BaseRun(NamedTuple):
@@ -100,3 +103,25 @@ class Splicer:
             residual = run.activations[self.residual_read]
         with self.lm.edit(edits):
             return self.lm.hidden_from(self.start, residual, run.ids, run.mask)
+
+
+def check_places(sites: Sequence[Site], lm: LanguageModel) -> None:
+    """That sites belong to this model and have its hookpoints' widths.
+
+    Raises:
+        MismatchError: one does not.
+    """
+    for site in sites:
+        if site.model_fingerprint != lm.fingerprint:
+            raise MismatchError(
+                f"the dictionary must belong to the model {lm.name} (fingerprint {lm.fingerprint[:16]})",
+                f"one of {site.model} ({site.model_fingerprint[:16]})",
+                f"Pass --model {site.model}, or a dictionary of {lm.name}.",
+            )
+        width = lm.width(site.hookpoint)
+        if site.stop - site.start != width:
+            raise MismatchError(
+                f"the dictionary must take all {width} features of {site.hookpoint} of {lm.name}",
+                site.stop - site.start,
+                "Use it with the model and hookpoint it was trained on.",
+            )

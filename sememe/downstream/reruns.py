@@ -23,7 +23,7 @@ from sememe.encoded import Encoded
 from sememe.errors import ActivationError, MismatchError
 from sememe.lm import LanguageModel
 from sememe.lm.past import Past
-from sememe.splice import BaseRun, Splicer
+from sememe.splice import BaseRun, Splicer, check_places
 
 __all__ = ["Reruns", "Unedited", "check_dictionary"]
 
@@ -62,20 +62,7 @@ def check_dictionary(dictionary: Dictionary, lm: LanguageModel) -> None:
             f"a dictionary of {len(models)}: {', '.join(models.values())}",
             "Use a dictionary of one model.",
         )
-    for site in sites:
-        if site.model_fingerprint != lm.fingerprint:
-            raise MismatchError(
-                f"the dictionary must belong to the model {lm.name} (fingerprint {lm.fingerprint[:16]})",
-                f"one of {site.model} ({site.model_fingerprint[:16]})",
-                f"Pass --model {site.model}, or a dictionary of {lm.name}.",
-            )
-        width = lm.width(site.hookpoint)
-        if site.stop - site.start != width:
-            raise MismatchError(
-                f"the dictionary must take all {width} features of {site.hookpoint} of {lm.name}",
-                site.stop - site.start,
-                "Use it with the model and hookpoint it was trained on.",
-            )
+    check_places(sites, lm)
 
 
 class Reruns:

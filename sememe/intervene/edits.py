@@ -24,6 +24,7 @@ from sememe.encoded import Encoded
 from sememe.errors import ActivationError, ConfigError, HookpointError, MismatchError, ShapeError
 from sememe.intervene.config import LatentEdit
 from sememe.lm import LanguageModel
+from sememe.splice import check_places
 
 __all__ = ["Intervention", "acts_of"]
 
@@ -205,17 +206,4 @@ def check(dictionary: Dictionary, lm: LanguageModel) -> None:
         MismatchError: it does not.
     """
     assert dictionary.sites is not None
-    for site in (*dictionary.sites.inputs, *dictionary.sites.outputs):
-        if site.model_fingerprint != lm.fingerprint:
-            raise MismatchError(
-                f"the dictionary must belong to the model {lm.name} (fingerprint {lm.fingerprint[:16]})",
-                f"one of {site.model} ({site.model_fingerprint[:16]})",
-                f"Pass --model {site.model}, or a dictionary of {lm.name}.",
-            )
-        width = lm.width(site.hookpoint)
-        if site.stop - site.start != width:
-            raise MismatchError(
-                f"the dictionary must take all {width} features of {site.hookpoint} of {lm.name}",
-                site.stop - site.start,
-                "Use it with the model and hookpoint it was trained on.",
-            )
+    check_places((*dictionary.sites.inputs, *dictionary.sites.outputs), lm)
