@@ -205,7 +205,14 @@ def test_noise_alone_makes_latents_silent_that_are_not_worth_it():
 # -- steering and warm-up --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("config", "coefficient"), [*((c, 3e-3) for c in STEERED), (ReLUConfig, 0.6)])
+@pytest.mark.parametrize(
+    ("config", "coefficient"),
+    [
+        # One architecture from either side in every run; the others share its controller, and are slow.
+        *(pytest.param(c, 3e-3, marks=[pytest.mark.slow] * (c is not ReLUConfig)) for c in STEERED),
+        (ReLUConfig, 0.6),
+    ],
+)
 def test_the_weight_is_steered_until_l0_is_the_set_point(config, coefficient):
     """From too small and from too large a weight."""
     generator = torch.Generator().manual_seed(0)
