@@ -529,5 +529,9 @@ def signum_step(
         from sememe.kernels import cpu
 
         cpu.signum_step(param, grad, base, average, weight, *options)
+    elif path_for(param) == "gpu":
+        from sememe.kernels import gpu
+
+        gpu.signum_step(param, grad, base, average, weight, *options)
     else:
         reference.signum_step(param, grad, base, average, weight, *options)
