@@ -262,6 +262,7 @@ def building(
     fresh: bool = False,
     leave_out: tuple[str, ...] = (),
     worth_keeping: tuple[str, ...] = (),
+    goes_on_from: tuple[str, ...] = (),
 ) -> Iterator[Work]:
     """Build an artifact: yields the folder to write into, and puts it in place on a clean exit.
 
@@ -276,6 +277,8 @@ def building(
         fresh: Replace whatever artifact stands at the path and forget partial work.
         leave_out: Names or globs inside the work folder (progress files) that do not belong to the finished artifact.
         worth_keeping: Those of files that are kept when a run fails, though no run can go on from them alone.
+        goes_on_from: Those of files that a run goes on from. If given, partial work of another config that holds
+            none of them (a run killed before its first checkpoint) is in nobody's way.
 
     Raises:
         LockError: another process is building the same artifact.
@@ -294,7 +297,7 @@ def building(
                 shutil.rmtree(_partial(path), ignore_errors=True)
             else:
                 find(path, kind, identity, config, parents)
-            work = _open_work(path, identity, _about(config, parents), resumable)
+            work = _open_work(path, identity, _about(config, parents), resumable, goes_on_from)
             try:
                 yield work
             except BaseException:
@@ -421,10 +424,15 @@ def _named(lines: list[str]) -> str:
     return "; ".join(lines[:4]) + (f"; and {len(lines) - 4} more" if len(lines) > 4 else "")
 
 
-def _open_work(path: Path, identity: str, about: dict[str, Any], resumable: bool) -> Work:
+def _open_work(
+    path: Path, identity: str, about: dict[str, Any], resumable: bool, goes_on_from: tuple[str, ...]
+) -> Work:
     partial = _partial(path)
     marker = partial / IDENTITY
     found = _marked(marker)
+    other = found is not None and found["identity"] != identity
+    if other and goes_on_from and not any(any(partial.glob(pattern)) for pattern in goes_on_from):
+        found = None  # nothing is lost
     if resumable and found is not None and found["identity"] != identity:
         raise MismatchError(
             f"the unfinished work at {partial} must have been started with this config, these parents and this "

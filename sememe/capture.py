@@ -20,6 +20,7 @@ from sememe.text import Split, TextConfig, TokenBlock, TokenPolicy, token_blocks
 
 if TYPE_CHECKING:
     from sememe.lm import LanguageModel
+    from sememe.splice import SeveralModels
 
 __all__ = ["PositionChoice", "Rows", "captured_rows", "first_norms", "sites_along"]
 
@@ -68,7 +69,7 @@ class PositionChoice(NamedTuple):
 
 
 def captured_rows(
-    lm: LanguageModel,
+    lm: LanguageModel | SeveralModels,
     blocks: Iterable[TokenBlock],
     hookpoints: Sequence[str],
     batch_rows: int,
@@ -80,7 +81,7 @@ def captured_rows(
     """Run the model over the blocks and yield, per forward, the rows that are kept, in bfloat16.
 
     Args:
-        lm: The language model.
+        lm: The language model, or several that read the same tokens.
         blocks: Token rows.
         hookpoints: Where to read.
         batch_rows: Contexts per forward.
@@ -107,7 +108,7 @@ def captured_rows(
 
 @torch.inference_mode()
 def _forward(
-    lm: LanguageModel,
+    lm: LanguageModel | SeveralModels,
     block: TokenBlock,
     part: slice,
     keep: Bool[np.ndarray, "rows context"],

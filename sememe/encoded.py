@@ -113,6 +113,10 @@ class Encoded:
         rows = torch.arange(self.n_rows, device=self.row_ptr.device)
         return torch.repeat_interleave(rows, self.row_counts(), output_size=self.acts.shape[0])
 
+    def stored(self) -> Bool[Tensor, " nnz"]:
+        """Where entries are, and not what fills a buffer up. Never waits for the device."""
+        return torch.arange(self.acts.shape[0], device=self.row_ptr.device) < self.row_ptr[-1]
+
     def compact(self) -> Encoded:
         """Without what fills a buffer up; waits for the device to learn how much that is.
 
@@ -189,7 +193,7 @@ class Encoded:
 
     def _moved_up(self, entries: Bool[Tensor, " nnz"]) -> Encoded:
         """Only some entries of a buffer, in their order; never waits for the device."""
-        entries = entries & (torch.arange(entries.shape[0], device=entries.device) < self.row_ptr[-1])
+        entries = entries & self.stored()
         order = torch.sort((~entries).to(torch.int8), stable=True).indices
         kept = entries[order]
         counted = torch.cat([_zeros(1, self.row_ptr), entries.cumsum(0)])

@@ -34,10 +34,13 @@ from sememe.measure.checks import (
     check_store,
     check_text,
     describe,
+    models_of,
+    open_models,
     policy_of,
     sites_of,
     splicer_for,
 )
+from sememe.splice import SeveralModels
 from sememe.store import Store, open_store
 from sememe.text import TokenPolicy
 
@@ -98,7 +101,8 @@ def evaluate(config: EvaluateConfig, *, lm: LanguageModel | None = None, fresh: 
 
     Args:
         config: Which dictionary, on what, against what.
-        lm: The model, if it is loaded already; else it is loaded from config.model.
+        lm: The model, if it is loaded already; else it is loaded from config.model. Those of a dictionary of several
+            models are loaded by the names that it knows them by.
         fresh: Replace whatever stands at config.out.
 
     Raises:
@@ -110,22 +114,28 @@ def evaluate(config: EvaluateConfig, *, lm: LanguageModel | None = None, fresh: 
     """
     saved = artifact.load(config.dictionary, "dictionary")
     dictionary = dictionaries.load(config.dictionary)
-    sites = sites_of(dictionary, config.dictionary)
+    sites = sites_of(dictionary, config.dictionary, several=True)
+    several = len(models_of(sites)) > 1
     check_nulls(config.nulls, sites)
     check_parts(config.top_latents, dictionary.d_sae)
+    if several and config.store is not None:
+        raise ConfigError(
+            "store must be left out for a dictionary of several models, which was trained on several stores",
+            config.store,
+            "Drop it: activations of the training documents are then computed anew.",
+        )
     store = None if config.store is None else open_store(config.store)
     policy = policy_of(config.policy, saved, store)
     if store is not None:
         check_store(store, saved, sites)
     notices = check_text(saved, store, config.text)
-    model_fingerprint = lm.fingerprint if lm else language_models.fingerprint_of(config.model)
-    check_model(sites, model_fingerprint)
+    if several:
+        parents = {f"model.{number}": fingerprint for number, fingerprint in enumerate(models_of(sites))}
+    else:
+        parents = {"model": lm.fingerprint if lm else language_models.fingerprint_of(config.model)}
+        check_model(sites, parents["model"])
     text.fetch(config.text)
-    parents = {
-        "dictionary": saved.fingerprint,
-        "model": model_fingerprint,
-        "text": text.fingerprint(config.text),
-    }
+    parents |= {"dictionary": saved.fingerprint, "text": text.fingerprint(config.text)}
     if store is not None:
         parents["store"] = store.fingerprint
     other = None
@@ -136,15 +146,17 @@ def evaluate(config: EvaluateConfig, *, lm: LanguageModel | None = None, fresh: 
     identity = artifact.identity_of("report", VERSION, config, parents)
     if not fresh and artifact.find(config.out, "report", identity):
         return figures.open_report(config.out)
-    lm = lm if lm is not None else language_models.load(config.model)
-    splicer = splicer_for(lm, sites)
-    check_documents(config, lm, policy)
+    running = open_models(config.model, sites) if several else lm or language_models.load(config.model)
+    splicer = splicer_for(running, sites)
+    check_documents(config, running, policy)
     with artifact.building(
         config.out, kind="report", version=VERSION, config=config, parents=parents, fresh=fresh
     ) as work:
         since = time.monotonic()
-        measured = Measured(config, lm, splicer, sites, policy)
-        arms, null_configs = make_arms(config, lm, dictionary.to(lm.device), sites, policy, store, other)
+        measured = Measured(config, running, splicer, sites, policy)
+        arms, null_configs = make_arms(
+            config, running, dictionary.to(running.device), sites, policy, store, other
+        )
         stopped = run(config, {"dictionary": (measured, arms)}, since)
         data = measured.report(arms) | {
             "dictionary": describe(saved, dictionary, sites),
@@ -172,7 +184,7 @@ def evaluate(config: EvaluateConfig, *, lm: LanguageModel | None = None, fresh: 
 
 def make_arms(
     config: EvaluateConfig,
-    lm: LanguageModel,
+    lm: LanguageModel | SeveralModels,
     dictionary: Dictionary,
     sites: Sites,
     policy: TokenPolicy,

@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from sememe.errors import MismatchError
 if TYPE_CHECKING:
     from sememe.lm import LanguageModel
 
-__all__ = ["BaseRun", "Splicer", "check_places"]
+__all__ = ["BaseRun", "SeveralModels", "SeveralSplicers", "Splicer", "check_places"]
 
 
 class BaseRun(NamedTuple):
@@ -125,3 +126,113 @@ def check_places(sites: Sequence[Site], lm: LanguageModel) -> None:
                 site.stop - site.start,
                 "Use it with the model and hookpoint it was trained on.",
             )
+
+
+class SeveralModels:
+    """Language models that read the same tokens, as one that is captured: hookpoints are named `resid_post.8@0` (of the
+    first), `resid_post.8@1`, and so on, as in a joined store.
+
+    Args:
+        models: On one device.
+
+    Raises:
+        MismatchError: their tokenizers differ.
+    """
+
+    def __init__(self, models: Sequence[LanguageModel]) -> None:
+        self.models = tuple(models)
+        first = self.models[0]
+        self.tokenizer, self.device = first.tokenizer, first.device
+        self.name = " + ".join(lm.name for lm in self.models)
+        for lm in self.models[1:]:
+            if lm.tokenizer.get_vocab() != first.tokenizer.get_vocab():
+                raise MismatchError(
+                    f"models that are run together must share a tokenizer with {first.name}",
+                    f"another vocabulary in {lm.name}",
+                    "Evaluate a dictionary whose models read the same tokens.",
+                )
+
+    def capture(
+        self,
+        ids: Int[Tensor, "batch seq"],
+        hookpoints: Sequence[str],
+        mask: Bool[Tensor, "batch seq"] | None = None,
+    ) -> dict[str, Float[Tensor, "batch seq d"]]:
+        """Activations at hookpoints of any of the models."""
+        found: dict[str, Tensor] = {}
+        for number, lm in enumerate(self.models):
+            own = _own(hookpoints, number)
+            if own:
+                captured = lm.capture(ids, own, mask)
+                found |= {_numbered(name, number): captured[name] for name in own}
+        return {name: found[name] for name in hookpoints}
+
+    def width(self, hookpoint: str) -> int:
+        """Of one of them."""
+        name, _, number = hookpoint.rpartition("@")
+        return self.models[int(number)].width(name)
+
+
+class SeveralSplicers:
+    """A splicer for each model: all are replaced at once, each in its own forward.
+
+    `hidden` holds what the unembeddings see, model after model along the feature axis, as `widths` cuts it.
+
+    Args:
+        several: The models.
+        reads: Hookpoints whose activations are wanted, numbered.
+        writes: Hookpoints whose activations will be replaced, numbered.
+    """
+
+    def __init__(self, several: SeveralModels, reads: Sequence[str], writes: Sequence[str]) -> None:
+        self.splicers: dict[int, Splicer] = {}
+        self.only_read: dict[int, tuple[str, ...]] = {}
+        for number, lm in enumerate(several.models):
+            own_reads, own_writes = _own(reads, number), _own(writes, number)
+            if own_writes:
+                self.splicers[number] = Splicer(lm, own_reads or own_writes, own_writes)
+            else:
+                self.only_read[number] = own_reads
+        self.several = several
+        self.widths: dict[int, int] = {}
+        """By the number of each model that is written to; known after the first forward."""
+
+    def base(self, ids: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"] | None = None) -> BaseRun:
+        """The unedited forwards."""
+        found: dict[str, Tensor] = {}
+        hidden = []
+        for number, splicer in self.splicers.items():
+            run = splicer.base(ids, mask)
+            found |= {_numbered(name, number): value for name, value in run.activations.items()}
+            self.widths[number] = run.hidden.shape[-1]
+            hidden.append(run.hidden)
+        for number, names in self.only_read.items():
+            captured = self.several.models[number].capture(ids, names, mask)
+            found |= {_numbered(name, number): captured[name] for name in names}
+        return BaseRun(ids, mask, torch.cat(hidden, dim=-1), found)
+
+    def spliced(
+        self, run: BaseRun, replacements: Mapping[str, Float[Tensor, "batch seq d"]]
+    ) -> Float[Tensor, "batch seq d_models"]:
+        """What the unembeddings see when activations are replaced."""
+        parts = run.hidden.split(list(self.widths.values()), dim=-1)
+        hidden = []
+        for (number, splicer), part in zip(self.splicers.items(), parts, strict=True):
+            activations = {name: run.activations[_numbered(name, number)] for name in splicer.records}
+            new = {
+                name: replacements[_numbered(name, number)]
+                for name in splicer.writes
+                if _numbered(name, number) in replacements
+            }
+            hidden.append(splicer.spliced(BaseRun(run.ids, run.mask, part, activations), new))
+        return torch.cat(hidden, dim=-1)
+
+
+def _numbered(name: str, number: int) -> str:
+    return f"{name}@{number}"
+
+
+def _own(names: Sequence[str], number: int) -> tuple[str, ...]:
+    """Those that belong to a model, as it calls them."""
+    end = f"@{number}"
+    return tuple(name.removesuffix(end) for name in names if name.endswith(end))

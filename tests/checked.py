@@ -25,6 +25,7 @@ UNCHECKED = {
     "sememe.kernels.cpu.steps",
     "sememe.kernels.gpu.optimiser",
     "sememe.kernels.gpu.selection",
+    "sememe.kernels.gpu.signum",
     "sememe.kernels.gpu.sparse",
     "sememe.kernels.pursuit",
     "sememe.metrics.loops",

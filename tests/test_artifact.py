@@ -164,6 +164,34 @@ def test_work_that_failed_before_anything_was_recorded_is_forgotten(tmp_path, le
         failing(4, "")
 
 
+def test_killed_work_without_anything_to_go_on_from_is_in_no_other_configs_way(tmp_path):
+    def begin(size: int, *names: str) -> None:
+        with artifact.building(
+            tmp_path / "a",
+            kind="thing",
+            version=1,
+            config=Plain(size=size),
+            parents={},
+            resumable=True,
+            leave_out=("log", "save-*"),
+            worth_keeping=("log",),
+            goes_on_from=("save-*",),
+        ) as work:
+            assert sorted(p.name for p in work.path.iterdir() if p.name in ("log", "save-1")) == []
+            for name in names:
+                (work.path / name).write_text("1")
+            raise RuntimeError  # a log is worth keeping, so the folder stays, as after kill -9
+
+    with pytest.raises(RuntimeError):
+        begin(3, "log")
+    assert (tmp_path / ".a.partial" / "log").exists()
+    with pytest.raises(RuntimeError):
+        begin(4, "log", "save-1")
+    with pytest.raises(MismatchError, match=r"the unfinished work at .*\(size 4 there, 3 now\)"):
+        begin(3)
+    assert (tmp_path / ".a.partial" / "save-1").exists()
+
+
 def test_kill_9_leaves_no_final_folder(tmp_path):
     code = f"""
 import time, sys

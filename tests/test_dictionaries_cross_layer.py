@@ -198,17 +198,74 @@ def test_a_planted_causal_structure_is_recovered(tmp_path, options):
     assert fvu < 0.15
 
 
+def test_with_jumprelu_latents_that_no_row_reaches_are_pointed_at_errors_they_can_mend(tmp_path, monkeypatch):
+    """Half of each layer's thresholds start out of reach: without resampling these latents stay dead for good."""
+    x, target, _, writes = planted(6000)
+    plain = CrossLayer.initialise
+
+    def out_of_reach(self, *arguments):
+        plain(self, *arguments)
+        with torch.no_grad():
+            self.relative_threshold[::2] = 100.0
+
+    monkeypatch.setattr(CrossLayer, "initialise", out_of_reach)
+    dead, cosines = {}, {}
+    for remedy in ("none", "loss"):
+        options = {"resample_at": (0.1, 0.3), "resample_after_tokens": 2000} if remedy == "loss" else {}
+        config = TrainConfig.build(
+            {
+                "out": tmp_path / remedy,
+                "architecture": {
+                    "kind": "cross_layer",
+                    "d_sae": 60,
+                    "selection": "jumprelu",
+                    "target_l0": 3.0,
+                    "resample": remedy,
+                    **options,
+                },
+                "n_tokens": 400 * 128,
+                "batch_size": 128,
+                "lr": 3e-3,
+                "threads": 1,
+            }
+        )
+        made = train(config, source=TensorSource(x, target=target, sites=sites(12, 12)))
+        dead[remedy] = float((made.encode(x).to_dense().detach() == 0).all(0).float().mean())
+        found = made.decoder_directions().detach()
+        cosines[remedy] = float((writes @ found.T / found.norm(dim=1).clamp_min(1e-12)).amax(1).mean())
+    assert dead["none"] >= 0.5 and dead["loss"] < 0.2
+    assert cosines["loss"] > cosines["none"] + 0.03
+
+
+def test_a_reset_latent_reads_its_own_layers_part_of_the_input_and_writes_what_it_may():
+    dictionary = made("jumprelu").train()
+    ids = torch.tensor([3, 14, 27])  # one of each layer
+    generator = torch.Generator().manual_seed(3)
+    out, into = torch.randn(3, L * D_OUT, generator=generator), torch.randn(3, L * D_IN, generator=generator)
+    dictionary.reset_latents(ids, out, into)
+    reads, writes = dictionary.encoder_directions()[ids], dictionary.decoder_directions()[ids]
+    for i in range(3):
+        own = slice(i * D_IN, (i + 1) * D_IN)
+        assert float(torch.cosine_similarity(reads[i, own], into[i, own], dim=0)) > 0.9999
+        assert float(torch.cosine_similarity(writes[i, i * D_OUT :], out[i, i * D_OUT :], dim=0)) > 0.9999
+        assert not bool(writes[i, : i * D_OUT].any())
+    assert [group.outputs.start for group in dictionary.latent_groups()] == [0, D_OUT, 2 * D_OUT]
+
+
 def test_errors():
     for options, message in [
         (
             {"selection": "jumprelu", "k": 5},
             r"k must be left out when selection is jumprelu.*got 5. Drop it.",
         ),
+        ({"resample_at": (0.5,)}, "resample_at must be left out when resample is none"),
         ({"bandwidth": 0.1}, "bandwidth must be left out when selection is topk"),
         ({"auxk_coefficient": 0.0, "auxk": 5}, "auxk must be left out when auxk_coefficient is 0"),
     ]:
         with pytest.raises(ConfigError, match=message):
             CrossLayerConfig.build(options)
+    assert CrossLayerConfig.build({"selection": "jumprelu"}).resample == "loss"
+    assert CrossLayerConfig.build({}).resample == "none"
     with pytest.raises(ConfigError, match=r"k must be in \[1, 10\], the latents to choose from, got 11"):
         dictionaries.build(CONFIGS["layer"].replace(k=11), L * D_IN, L * D_OUT)
     with pytest.raises(

@@ -26,7 +26,7 @@ from sememe.dictionaries.matryoshka import MatryoshkaConfig
 from sememe.dictionaries.topk import TopKConfig
 from sememe.encoded import Encoded
 from sememe.kernels import gpu, reference
-from sememe.kernels.gpu import optimiser, selection, sparse, varying
+from sememe.kernels.gpu import optimiser, selection, signum, sparse, varying
 from sememe.optimiser import Adam
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -274,6 +274,38 @@ def test_adam(rows, columns, n_steps, unit_norm, seed):
             assert torch.equal(now, free if mask is None else torch.where(mask[:, None], old, free))
 
 
+@settings(max_examples=N_EXAMPLES, deadline=None)
+@given(st.integers(1, 7), st.integers(1, 40), st.integers(1, 3), st.booleans(), st.booleans(), st.integers(0, 1000))
+def test_signum(rows, columns, n_steps, unit_norm, freeze, seed):
+    """Gradients of 0 move nothing; frozen rows keep every bit; the rest is the reference's."""
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(rows, columns, generator=generator)
+    start = (start / start.norm(dim=1, keepdim=True)).to(DEVICE)
+    grads = [torch.randint(-2, 3, (rows, columns), generator=generator).float().to(DEVICE) for _ in range(n_steps)]
+    weight = torch.rand(rows, generator=generator).to(DEVICE)
+    frozen = torch.arange(rows, device=DEVICE) % 2 == 0 if freeze else None
+    results = []
+    for step_of in (reference.signum_step, gpu.signum_step):
+        state = [start.clone() for _ in range(3)]
+        for grad in grads:
+            # a radial part that is 0 but for rounding would have a sign: of unit rows only what is clear of it
+            step_of(state[0], grad + 0.01 if unit_norm else grad, *state[1:], weight, 0.01, 0.95, unit_norm, frozen)
+        results.append(state)
+    for name, slow, fast in zip(("param", "base", "average"), *results, strict=True):
+        torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        if frozen is not None:
+            assert torch.equal(fast[frozen], start[frozen])
+    if not unit_norm:
+        resting = grads[0] == 0
+        one = [start.clone() for _ in range(3)]
+        gpu.signum_step(one[0], grads[0], *one[1:], weight, 0.01, 0.95, False, None)
+        assert torch.equal(one[1][resting], start[resting])
+    bad = [torch.ones(1, 2, device=DEVICE) for _ in range(4)]
+    bad[1][0, 1] = torch.nan
+    gpu.signum_step(*bad, torch.ones(1, device=DEVICE), 0.01, 0.95, False, None)
+    assert bad[0].isnan().tolist() == [[False, True]], "a NaN is not lost"
+
+
 def test_every_kernel_compiles_for_a_gpu_even_where_there_is_none(tmp_path):
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
@@ -283,7 +315,7 @@ def test_every_kernel_compiles_for_a_gpu_even_where_there_is_none(tmp_path):
     done = subprocess.run(program, env=environment, capture_output=True, text=True)
     names = [
         name
-        for module in (optimiser, selection, sparse)
+        for module in (optimiser, selection, signum, sparse)
         for name, value in vars(module).items()
         if isinstance(value, KernelInterface) and value.fn.__module__ == module.__name__
     ]

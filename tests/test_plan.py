@@ -8,7 +8,8 @@ from small_world import write_corpus, write_model, write_recipe
 
 from sememe.cli import _run
 from sememe.errors import ResourceError
-from sememe.plan import Machine, check, plan, refuse
+from sememe.plan import Machine, check, costs, plan, refuse
+from sememe.plan.machine import Speed
 from sememe.recipe import read_recipe, stages
 from sememe.run import run
 
@@ -170,3 +171,41 @@ def test_a_comparison_of_directions_needs_no_model(place, tmp_path):
     # imports alone, not those of a language model
     assert 0 < bare.seconds(ours) < 5 < whole.seconds(theirs)
     assert ours.needs is not None and ours.needs.memory > 0 and ours.needs.gpu == 0
+
+
+def products(kind: str, l0: int, start: float | None = None, settles: float = 0.0) -> float:
+    """A planned step over an encoder product, at the shapes and on the machine of docs/benchmarks.md."""
+    speed = Speed(encoder=370e9, model=381e9, dense=168e9, bandwidth=31e9)
+    size = costs.Dictionary(kind, 512, 512, 8192, 8192 * 1025 + 512, l0, start, settles)
+    step = costs.train_seconds([size], speed, 4096, 1) - costs.START
+    return step / (4096 * size.product / speed.encoder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "l0", "measured"), [("jumprelu", 30, 1.55), ("relu", 91, 1.96), ("relu", 320, 3.1)]
+)
+def test_a_penalised_step_is_planned_as_what_its_sparse_path_was_measured_at(kind, l0, measured):
+    assert products(kind, l0) == pytest.approx(measured, rel=0.25)
+
+
+def test_a_run_that_starts_dense_is_planned_dense_until_few_are_active():
+    dense, sparse = products("relu", 4096), products("relu", 64)
+    assert dense == pytest.approx(30.9, rel=0.1), "measured with half of the latents active"
+    settling = products("relu", 64, start=4096.0, settles=0.3)
+    share = 0.3 * 0.55  # l0 falls by 2^6 by equal factors; the first 3.32 of these 6 doublings are above 5%
+    assert settling == pytest.approx(share * dense + (1 - share) * sparse, rel=0.1)
+    assert products("relu", 64, start=205.0, settles=0.3) < 1.2 * sparse, "biases that start sparse"
+    assert products("lista", 64) > 15, "no sparse path: eight float32 products"
+
+
+def test_what_a_plan_takes_as_the_start_is_what_the_options_say():
+    def start(kind: str, **options) -> float:
+        from sememe import dictionaries
+
+        config = dictionaries.TRAINABLE[kind].config_class(d_sae=2048, **options)
+        return dictionaries.build(config, 8, 8).start_l0()
+
+    assert start("relu") == 0.025 * 2048
+    assert start("relu", start_density=0.0) == 1024
+    assert start("jumprelu", target_l0=10.0) == 40
+    assert start("gated", start_density=0.1) == pytest.approx(204.8)

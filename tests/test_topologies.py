@@ -7,15 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from evaluate_world import World, config_for, make_world
-from small_world import load_model, write_corpus, write_model
+from small_world import load_model, text_of, write_corpus, write_model
 from test_harvest import config_for as harvest_config
 
 from sememe import artifact, dictionaries
 from sememe.cli import _run
 from sememe.dictionaries import Site, Sites
-from sememe.evaluate import evaluate
+from sememe.errors import ConfigError, MismatchError
+from sememe.evaluate import EvaluateConfig, evaluate
 from sememe.harvest import harvest
 from sememe.intervene import Intervention, LatentEdit
+from sememe.measure.checks import sites_of
 from sememe.source import TensorSource
 from sememe.tracking import read_log
 from sememe.train import TrainConfig, train
@@ -168,7 +170,7 @@ def test_a_crosscoder_tells_shared_features_from_those_of_one_model(tmp_path, ar
     assert last["fvu.resid_post.1@0"] < 0.2 and last["fvu.resid_post.1@1"] < 0.2
 
 
-def test_a_crosscoder_of_two_models_from_two_stores(tmp_path, capsys):
+def test_a_crosscoder_of_two_models_from_two_stores(tmp_path):
     write_corpus(tmp_path / "corpus.jsonl")
     for number in range(2):
         write_model(tmp_path / f"model{number}", seed=number)
@@ -186,13 +188,51 @@ def test_a_crosscoder_of_two_models_from_two_stores(tmp_path, capsys):
     assert [site.hookpoint for site in made.sites.inputs] == ["resid_post.0"] * 2
     assert len({site.model_fingerprint for site in made.sites.inputs}) == 2
     assert set(artifact.load(tmp_path / "d").meta["parents"]) == {"store.0", "store.1"}
-    again = [
-        "evaluate",
-        str(tmp_path / "d"),
-        "--model",
-        str(tmp_path / "model0"),
-        "--out",
-        str(tmp_path / "r"),
+
+    def evaluation(name: str, **changes) -> EvaluateConfig:
+        return EvaluateConfig.build(
+            {
+                "dictionary": tmp_path / name,
+                "model": {"model": str(tmp_path / "model0"), "dtype": "float32"},
+                "text": text_of(tmp_path / "corpus.jsonl"),
+                "out": tmp_path / f"{name}_report",
+                "nulls": ("identity", "untrained"),
+                "n_tokens": 512,
+                "n_fit_rows": 512,
+                "n_bootstrap": 0,
+                **changes,
+            }
+        )
+
+    report = evaluate(evaluation("d"))
+    data = json.loads((report.artifact.path / "report.json").read_text())
+    assert list(data["by_site"]) == ["resid_post.0@0", "resid_post.0@1"]
+    assert [data["by_model"][number]["model"] for number in "01"] == [
+        str(tmp_path / f"model{number}") for number in range(2)
     ]
-    assert _run(again) == 1
-    assert "a dictionary must read and write one model to be evaluated" in capsys.readouterr().err
+    # each model's own predictions, base and with its hookpoint at 0, are what a dictionary of it alone is told
+    for number in "01":
+        lm = load_model(tmp_path / f"model{number}")
+        alone = ["--store", str(tmp_path / f"store{number}"), "--inputs", "resid_post.0"]
+        command(tmp_path / f"alone{number}", *alone)
+        one = evaluate(evaluation(f"alone{number}"), lm=lm)
+        single = json.loads((one.artifact.path / "report.json").read_text())
+        of_model = data["by_model"][number]
+        for ours, theirs in (
+            (of_model["base"]["ce"], single["metrics"]["ce_base"]),
+            (of_model["ablations"]["zero"]["ce"], single["metrics"]["ce_zero"]),
+        ):
+            assert ours["value"] == pytest.approx(theirs["value"], rel=0.02)
+        assert of_model["nulls"]["identity"]["kl"]["value"] < of_model["ablations"]["zero"]["kl"]["value"]
+        assert of_model["metrics"]["kl"]["value"] > 0
+    models = [data["by_model"][number] for number in "01"]
+    assert models[0]["base"]["ce"]["value"] != models[1]["base"]["ce"]["value"]
+    mean = sum(one["metrics"]["kl"]["value"] for one in models) / 2
+    assert data["metrics"]["kl"]["value"] == pytest.approx(mean), "the headline is their mean"
+    with pytest.raises(ConfigError, match="store must be left out for a dictionary of several models"):
+        evaluate(evaluation("d", store=tmp_path / "store0"))
+    with pytest.raises(MismatchError, match=r"must be one of those the dictionary was trained on \(.*model0, "):
+        write_model(tmp_path / "model2", seed=2)
+        evaluate(evaluation("d", model={"model": str(tmp_path / "model2")}, out=tmp_path / "other"))
+    with pytest.raises(MismatchError, match="a dictionary must read and write one model here"):
+        sites_of(made, tmp_path / "d")

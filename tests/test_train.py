@@ -234,6 +234,28 @@ def test_ctrl_c_writes_a_checkpoint_and_loses_nothing(tmp_path):
     assert saved is not None and saved["run"]["step"] >= 5
 
 
+def test_a_run_killed_before_its_first_checkpoint_is_in_no_other_configs_way(tmp_path):
+    """It leaves a folder with a log and nothing to go on from."""
+    code = RESUME.format(tests=str(Path(__file__).parent)).replace(
+        "checkpoint_every_seconds=0", "checkpoint_every_seconds=999, log_every=1"
+    )
+    command = [sys.executable, "-c", code, "topk", str(tmp_path / "d"), "stored"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line == "step 5\n":
+            break
+    process.kill()
+    process.communicate()
+    left = tmp_path / ".d.partial"
+    assert (left / "metrics.jsonl").stat().st_size > 0 and load_checkpoint(left) is None
+    _, x = planted()
+    other = config("topk", tmp_path / "d", lr=1e-3, n_tokens=512)
+    train(other, source=TensorSource(x))
+    assert [line["step"] for line in read_log(tmp_path / "d" / "metrics.jsonl")] == [2]
+    assert not left.exists()
+
+
 def test_a_checkpoint_of_other_threads_or_config_is_refused(tmp_path):
     _, x = planted()
     made = config("topk", tmp_path / "d")

@@ -9,18 +9,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sememe.kernels.gpu import optimiser, selection, sparse
+from sememe.kernels.gpu import optimiser, selection, signum, sparse
 
 ARGUMENTS = {
     "*fp32": """acts weights bias out rows totals offset row_margin column_margin scores param grad exp_avg exp_avg_sq
-        grad_scale""",
+        grad_scale step_sizes base average average_weights""",
     "*i32": "indices keys latents used bounds dropped",
     "*i64": "starts stops ptr entries entry_rows",
     "*i16": "tile",
     "*bf16": "shadow",
     "*u8": "frozen",
-    "i32": "width n_tile first_latent n_keep limit k n",
-    "fp32": "step_size beta1 beta2 root_correction eps",
+    "i32": "width n_tile first_latent n_keep limit k n rows_each d_sae",
+    "fp32": "step_size beta1 beta2 root_correction eps lr momentum",
 }
 TYPES = {name: kind for kind, names in ARGUMENTS.items() for name in names.split()}
 BLOCKS = {"BLOCK": [sparse.BLOCK], "ENTRIES": [sparse.ENTRIES]}
@@ -35,8 +35,10 @@ KERNELS = [
         8,
     ),
     (selection._keep, {"SLOTS": [1, 128], "SIGNED": BOTH}, 4),
-    (optimiser._adam_flat, {"BLOCK": [optimiser.FLAT], "FROZEN": BOTH, "SHADOW": BOTH}, 4),
-    (optimiser._adam_rows, {"BLOCK": [1, 4096], "FROZEN": BOTH, "SHADOW": BOTH}, 8),
+    (optimiser._adam_flat, {"BLOCK": [optimiser.FLAT], "FROZEN": BOTH, "SHADOW": BOTH, "SEVERAL": BOTH}, 4),
+    (optimiser._adam_rows, {"BLOCK": [1, 4096], "FROZEN": BOTH, "SHADOW": BOTH, "SEVERAL": BOTH}, 8),
+    (signum._signum_flat, {"BLOCK": [optimiser.FLAT], "FROZEN": BOTH}, 4),
+    (signum._signum_rows, {"BLOCK": [1, 4096], "FROZEN": BOTH}, 8),
 ]
 
 for kernel, choices, warps in KERNELS:

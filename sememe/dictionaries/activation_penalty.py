@@ -12,7 +12,6 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from sememe import kernels
 from sememe.dictionaries.base import Sites
 from sememe.dictionaries.random_state import RandomState
 from sememe.dictionaries.sparse_start import SparseStart, SparseStartConfig
@@ -77,16 +76,16 @@ class ActivationPenalty(SparseStart, abc.ABC):
     def _encode_noisy(self, x: Float[Tensor, "batch d_in"], factor: float | Float[Tensor, ""]) -> Encoded:
         """As `encode`, with noise of `noise * factor` on pre-activations; some entries may be 0."""
         if not self.config.noise:
-            return self.encode(x)
-        self.check_input(x)
+            return self._encode_above(x, None)
         size = self.b_enc.detach().new_ones(()) * self.config.noise * factor
         lowest = (-NOISE_CUT * size).expand(self.d_sae)
-        near = kernels.encode_threshold(x, self.W_enc, self.b_enc, self.b_pre, lowest)
+        near = self._encode_above(x, lowest)
         generator = self._random.generator(near.acts.device)
         drawn = torch.randn(
             near.acts.shape, generator=generator, device=near.acts.device, dtype=near.acts.dtype
         )
-        return near.with_acts(torch.relu(near.acts + size * drawn.clamp(-NOISE_CUT, NOISE_CUT)))
+        acts = torch.relu(near.acts + size * drawn.clamp(-NOISE_CUT, NOISE_CUT))
+        return near.with_acts(acts if near.overflow is None else torch.where(near.stored(), acts, 0.0))
 
     def _penalty(
         self, acts: Float[Tensor, " nnz"], encoded: Encoded

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from sememe import kernels
 from sememe.dictionaries.linear import Linear
 
-__all__ = ["auxk_loss", "ghost_loss"]
+__all__ = ["auxk_loss", "auxk_loss_of", "ghost_loss"]
 
 LARGE = 2**20
 """Pre-activations of dead latents from which on products are taken in bfloat16, where that is native."""
@@ -47,10 +47,32 @@ def auxk_loss(
     Source: Gao et al. 2024, arXiv:2406.04093, appendix A.2. Differs: divided by the residual's mean square, so
     that its weight does not depend on the scale; where there is much to multiply, products are in bfloat16.
     """
-    residual = residual.detach()
-    k = min(k or max(dictionary.d_in // 2, 1), dead.numel())
     reads, W_dec = dictionary.pre_acts_of(dead), dictionary.W_dec.index_select(0, dead)
-    fast = kernels.native_bfloat16(x) and x.shape[0] * dead.numel() >= LARGE
+    return auxk_loss_of(reads, W_dec, x, residual, k or max(dictionary.d_in // 2, 1), signed=signed)
+
+
+def auxk_loss_of(
+    reads: Callable[[Tensor], Tensor],
+    W_dec: Float[Tensor, "n_dead d_out"],
+    x: Float[Tensor, "batch d_in"],
+    residual: Float[Tensor, "batch d_out"],
+    k: int,
+    *,
+    signed: bool = False,
+) -> Float[Tensor, ""]:
+    """As `auxk_loss`, given the dead latents themselves.
+
+    Args:
+        reads: Gives their pre-activations, as a new tensor.
+        W_dec: Their decoder rows.
+        x: Inputs.
+        residual: What the live latents left over; detached here.
+        k: Dead latents used per row, at most.
+        signed: Strongest by absolute value.
+    """
+    residual, n_dead = residual.detach(), W_dec.shape[0]
+    k = min(k, n_dead)
+    fast = kernels.native_bfloat16(x) and x.shape[0] * n_dead >= LARGE
 
     def squared_error(x: Tensor, residual: Tensor) -> Tensor:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=fast):
@@ -59,7 +81,7 @@ def auxk_loss(
         error: Tensor = (residual - recon).square().sum()
         return error
 
-    error = _over_rows(squared_error, x, residual, dead.numel()) / residual.numel()
+    error = _over_rows(squared_error, x, residual, n_dead) / residual.numel()
     return error / residual.square().mean().clamp_min(1e-12)
 
 

@@ -34,6 +34,7 @@ __all__ = [
     "Batch",
     "Constraints",
     "Dictionary",
+    "LatentGroup",
     "Loss",
     "Resampling",
     "Site",
@@ -157,6 +158,13 @@ class Resampling(NamedTuple):
     """The second dictionary of mcs."""
     below: float = 0.0
     """The smallest of its cosines that spares a latent."""
+
+
+class LatentGroup(NamedTuple):
+    """Latents that write to the same features of the output."""
+
+    latents: slice
+    outputs: slice
 
 
 class Dictionary(nn.Module, abc.ABC):
@@ -423,6 +431,10 @@ class Trainable(Dictionary):
     def resampling(self) -> Resampling | None:
         """Whether and when the trainer points latents anew."""
         return None
+
+    def latent_groups(self) -> tuple[LatentGroup, ...]:
+        """Which latents can write where: here all of them everywhere. A latent is pointed at errors that it can mend."""
+        return (LatentGroup(slice(0, self.d_sae), slice(0, self.d_out)),)
 
     def training_buffers(self) -> dict[str, Tensor]:
         """State that a checkpoint needs and a finished dictionary does not."""

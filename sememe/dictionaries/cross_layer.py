@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from sememe import kernels
-from sememe.dictionaries.base import ArchitectureConfig, Constraints, Loss, Sites, Trainable
+from sememe.dictionaries.base import Constraints, LatentGroup, Loss, Resampling, Sites, Trainable
 from sememe.dictionaries.dead import DeadLatents
 from sememe.dictionaries.initial import geometric_median, unit_rows
 from sememe.dictionaries.jumprelu import Jump
+from sememe.dictionaries.resampling import ResamplingConfig
 from sememe.encoded import Encoded
 from sememe.errors import ConfigError
 
@@ -25,7 +26,7 @@ N_THRESHOLD_ROWS = 1024
 """Rows of the sample that set the first thresholds: it holds their pre-activations densely."""
 
 
-class CrossLayerConfig(ArchitectureConfig):
+class CrossLayerConfig(ResamplingConfig):
     """Options of a cross-layer transcoder; d_sae counts the latents of all layers together."""
 
     kind: Literal["cross_layer"] = "cross_layer"
@@ -52,6 +53,16 @@ class CrossLayerConfig(ArchitectureConfig):
     """Width of the window about a threshold in which it gets gradients, in units of a layer's mean norm."""
     sparsity_warmup: float = Field(default=0.05, ge=0, le=1)
     """Share of the run over which the weight of jumprelu's penalty rises from 0."""
+    resample: Literal["none", "loss", "worst", "random", "mcs"] = "none"
+    """Which latents are pointed anew, and where to: none, loss, worst, random or mcs; if not given, loss with
+    jumprelu, whose dead latents have no other remedy, and none with topk, which has AuxK."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _remedy(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("selection") == "jumprelu":
+            return {"resample": "loss", **data}
+        return data
 
     @model_validator(mode="after")
     def _no_inert_option(self) -> Self:
@@ -348,8 +359,8 @@ class CrossLayer(Trainable):
         directions: Float[Tensor, "n d_out"],
         inputs: Float[Tensor, "n d_in"] | None = None,
     ) -> None:
-        """Unit decoder rows along what a latent may write of the directions; the encoder reads its own layer's part,
-        whatever the inputs: a latent reads one layer of them only."""
+        """Unit decoder rows along what a latent may write of the directions; the encoder reads its own layer's part of
+        the inputs, or of what is written if there are none."""
         generator = torch.Generator().manual_seed(0)
         for number, layer in enumerate(self.layers):
             mine = (ids >= layer.latents.start) & (ids < layer.latents.stop)
@@ -360,11 +371,26 @@ class CrossLayer(Trainable):
             rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
             self.decoders[number][of] = rows
             length = self.encoders[number].norm(dim=1).median()
-            self.encoders[number][of] = length * self._read_as_written(number, rows, generator)
+            if inputs is None:
+                reads = self._read_as_written(number, rows, generator)
+            else:
+                own = inputs[mine][:, layer.inputs]
+                reads = own / own.norm(dim=1, keepdim=True).clamp_min(1e-12)
+            self.encoders[number][of] = length * reads
         self.b_enc[ids] = 0.0
         if self.config.selection == "jumprelu":
             self.relative_threshold[ids] = self.relative_threshold.median()
         self.tokens_since_fired[ids] = 0
+
+    def resampling(self) -> Resampling | None:
+        """As the config says."""
+        return self.config.resampling()
+
+    def latent_groups(self) -> tuple[LatentGroup, ...]:
+        """Latents of each layer, which write to that layer's output and all later ones."""
+        return tuple(
+            LatentGroup(layer.latents, slice(layer.first_output, self.d_out)) for layer in self.layers
+        )
 
     def latents_of(self, name: str) -> slice | None:
         """A layer's encoder and decoder belong to its own latents."""

@@ -26,28 +26,34 @@ class DeadLatents:
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return type(self)()  # a copy's number is not on its way
 
-    def send(self, silent: Int[Tensor, " d_sae"], after: int) -> None:
+    def send(self, silent: Int[Tensor, "*n d_sae"], after: int | Int[Tensor, "n 1"]) -> None:
         """Let the number of dead latents set off; nothing to do on a CPU.
 
         Args:
-            silent: Rows since each latent fired.
-            after: A latent that has been silent for more is dead.
+            silent: Rows since each latent fired; with a leading axis, those of several dictionaries.
+            after: A latent that has been silent for more is dead; one number for each dictionary, or for all.
         """
         if silent.device.type != "cuda":
             return
-        number = torch.empty((), dtype=torch.int64, pin_memory=True)
-        number.copy_((silent > after).sum(), non_blocking=True)
+        numbers = torch.empty(silent.shape[:-1], dtype=torch.int64, pin_memory=True)
+        numbers.copy_((silent > after).sum(-1), non_blocking=True)
         arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
         arrived.record(torch.cuda.current_stream(silent.device))
-        self._sent = (number, arrived, silent._version)
+        self._sent = (numbers, arrived, silent._version)
 
     def ids(self, silent: Int[Tensor, " d_sae"], after: int) -> Int[Tensor, " n_dead"]:
         """Ids of the dead latents, rising; arguments as in `send`."""
+        return self.ids_of_each(silent[None], after)[0]
+
+    def ids_of_each(
+        self, silent: Int[Tensor, "n d_sae"], after: int | Int[Tensor, "n 1"]
+    ) -> list[Int[Tensor, " n_dead"]]:
+        """Ids of each dictionary's dead latents, rising; arguments as in `send`."""
         sent, self._sent = self._sent, None
+        dead = silent > after
         if sent is None or sent[2] != silent._version:
-            return torch.nonzero(silent > after).view(-1)
-        number, arrived, _ = sent
+            return [torch.nonzero(row).view(-1) for row in dead]
+        numbers, arrived, _ = sent
         arrived.synchronize()
-        return torch.sort((silent > after).to(torch.int8), descending=True, stable=True).indices[
-            : int(number)
-        ]
+        order = torch.sort(dead.to(torch.int8), dim=1, descending=True, stable=True).indices
+        return [row[:number] for row, number in zip(order, numbers.view(-1).tolist(), strict=True)]

@@ -82,8 +82,8 @@ class JumpReLU(Penalised):
         """What a pre-activation has to exceed."""
         return self.relative_threshold * self.threshold_unit
 
-    def _start_l0(self) -> float:
-        """What l0 starts at: as asked for, or a small multiple of where it is to end; never above half of all."""
+    def start_l0(self) -> float:
+        """Active latents per row at the start: as asked for, or a small multiple of where it is to end; never above half of all."""
         goal, start = self.config.target_l0, self.config.start_l0
         if start is None:
             start = 0.05 * self.d_sae if goal is None else 4 * goal
@@ -103,7 +103,7 @@ class JumpReLU(Penalised):
             centred = x - self.b_pre
             self.threshold_unit.copy_(centred.norm(dim=1).mean().clamp_min(1e-12))
             pre_acts = centred[:N_THRESHOLD_ROWS] @ self.W_enc + self.b_enc
-            n_above = max(1, round(self._start_l0() / self.d_sae * pre_acts.shape[0]))
+            n_above = max(1, round(self.start_l0() / self.d_sae * pre_acts.shape[0]))
             lowest = pre_acts.topk(n_above, dim=0).values[-1]
             self.relative_threshold.copy_((lowest / self.threshold_unit).clamp_min(0) * self.penalised)
 
@@ -115,11 +115,12 @@ class JumpReLU(Penalised):
         Only pre-activations above the window's lower end are computed with: nothing else has a gradient.
         """
         config = self.config
-        self.check_input(x)
         threshold, width = self.threshold, config.bandwidth * self.threshold_unit
         lower = (threshold.detach() - width / 2).clamp_min(0)
-        near = kernels.encode_threshold(x, self.W_enc, self.b_enc, self.b_pre, lower)
+        near = self._encode_above(x, lower)
         per_entry = threshold.index_select(0, near.indices)
+        if near.overflow is not None:  # what fills a buffer up is near no threshold
+            per_entry = torch.where(near.stored(), per_entry, torch.inf)
         acts, open_ = Jump.apply(near.acts, per_entry, width)  # type: ignore[no-untyped-call]
         encoded = near.with_acts(acts)
         mse, _, error = self._reconstruct(encoded, x, target)
@@ -128,7 +129,7 @@ class JumpReLU(Penalised):
         if goal is None:
             penalty = l0
         else:
-            penalty = (l0 / moved(self._start_l0(), goal, progress / config.l0_anneal) - 1).square()
+            penalty = (l0 / moved(self.start_l0(), goal, progress / config.l0_anneal) - 1).square()
         if coefficient is None:
             coefficient = 1e-3 if goal is None else 1.0
         total = mse + coefficient * self._warmed(progress) * penalty

@@ -71,7 +71,7 @@ class PAnneal(SparseStart):
         As p changes, `penalty_scale` is multiplied by the old penalty over the new one, on the same activations.
         """
         config = self.config
-        encoded = self.encode(x)
+        encoded = self._encode_above(x, None)
         mse, _, error = self._reconstruct(encoded, x, target)
         done = (progress - config.anneal_from) / (config.anneal_until - config.anneal_from)
         p = torch.full_like(self.p, 1 - (1 - config.p_end) * min(1.0, max(0.0, done)))

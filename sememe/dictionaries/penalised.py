@@ -16,6 +16,7 @@ from sememe.dictionaries.base import Constraints, Sites
 from sememe.dictionaries.dead import DeadLatents
 from sememe.dictionaries.initial import bricken_norm
 from sememe.dictionaries.linear import Linear, LinearConfig
+from sememe.dictionaries.room import Room
 from sememe.encoded import Encoded
 from sememe.errors import ConfigError
 
@@ -60,6 +61,8 @@ class Penalised(Linear, abc.ABC):
 
     config: PenalisedConfig
     penalised: Tensor
+    entries: Int[Tensor, ""]
+    """What the last training step's buffer had to hold, where kernels write into one; -1 before the first."""
 
     def __init__(
         self, config: PenalisedConfig, d_in: int, d_out: int, d_sae: int, sites: Sites | None = None
@@ -69,7 +72,34 @@ class Penalised(Linear, abc.ABC):
         if config.constant_latent:
             penalised[0] = 0.0
         self.register_buffer("penalised", penalised, persistent=False)
-        self.dead = DeadLatents()
+        self.register_buffer("entries", torch.full((), -1, dtype=torch.int64), persistent=False)
+        self.dead, self.room = DeadLatents(), Room()
+
+    def start_l0(self) -> float:
+        """Active latents per row at the start, about: half of them, where biases are 0."""
+        return 0.5 * self.d_sae
+
+    def training_buffers(self) -> dict[str, Tensor]:
+        """Where kernels write into a buffer, what it had to hold, too: how long the next one is follows from it."""
+        of_buffer = {"entries": self.entries} if kernels.path_for(self.W_dec) == "gpu" else {}
+        return super().training_buffers() | of_buffer
+
+    def _encode_above(
+        self, x: Float[Tensor, "batch d_in"], threshold: Float[Tensor, " d_sae"] | None
+    ) -> Encoded:
+        """Every pre-activation above its latent's threshold (0 if None), in a training step.
+
+        On a GPU in a buffer as long as the step before needed, and a quarter more, so that nothing waits for the
+        device and nothing holds batch x d_sae; the first step, and those whose l0 is above 5% of d_sae or too much
+        for the kernels, are dense, and wait.
+        """
+        self.check_input(x)
+        buffered = self.training and kernels.path_for(x) == "gpu"
+        capacity = self.room.capacity(self.entries, x.shape[0], self.d_sae) if buffered else None
+        encoded = kernels.encode_threshold(x, self.W_enc, self.b_enc, self.b_pre, threshold, capacity)
+        if buffered:
+            self.room.note(self.entries, encoded)
+        return encoded
 
     def after_step(self, encoded: Encoded) -> None:
         """The bookkeeping, and the number of dead latents on its way for the next step's ghost gradients."""

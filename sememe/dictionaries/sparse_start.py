@@ -60,6 +60,10 @@ class SparseStart(Steered, abc.ABC):
         if self._start_density() > 0:
             self.b_enc[ids] = usual
 
+    def start_l0(self) -> float:
+        """The density that biases start at; half of the latents where they start at 0."""
+        return (self._start_density() or 0.5) * self.d_sae
+
     def _start_density(self) -> float:
         given = self.config.start_density
         if given is not None:

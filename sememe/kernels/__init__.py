@@ -20,6 +20,7 @@ from torch import Tensor
 from sememe.encoded import Encoded
 from sememe.errors import ConfigError
 from sememe.kernels import reference
+from sememe.kernels.several import each, each_topk
 
 __all__ = [
     "BatchTopK",
@@ -58,8 +59,8 @@ _forced: list[Literal["reference"]] = []
 class TopK(NamedTuple):
     """k entries per row, unordered. Rows with fewer positive pre-activations hold entries of activation 0."""
 
-    acts: Float[Tensor, "batch k"]
-    indices: Int[Tensor, "batch k"]
+    acts: Float[Tensor, "*n batch k"]
+    indices: Int[Tensor, "*n batch k"]
 
 
 class BatchTopK(NamedTuple):
@@ -169,26 +170,37 @@ def _has_triton() -> bool:
 
 
 def encode_topk(
-    x: Float[Tensor, "batch d_in"],
-    W_enc: Float[Tensor, "d_in d_sae"],
-    b_enc: Float[Tensor, " d_sae"],
-    b_pre: Float[Tensor, " d_in"],
+    x: Float[Tensor, "*n batch d_in"],
+    W_enc: Float[Tensor, "*n d_in d_sae"],
+    b_enc: Float[Tensor, "*n d_sae"],
+    b_pre: Float[Tensor, "*n d_in"],
     k: int,
+    own_k: Int[Tensor, "*n"] | None = None,
 ) -> TopK:
     """The k largest of `relu((x - b_pre) @ W_enc + b_enc)` per row; ties go to the lower index.
 
     Differentiable in x, W_enc and b_enc (b_pre is a constant). The fast path selects candidates in bfloat16
     where the CPU multiplies it natively and scores them again in float32.
+
+    Args:
+        x: Inputs; with a leading axis, those of several dictionaries of one shape, as are all that follow.
+        W_enc: Encoder weights.
+        b_enc: Their biases.
+        b_pre: Subtracted from the inputs; a constant.
+        k: Latents per row.
+        own_k: What each of several dictionaries keeps, at most k; entries beyond have activation 0.
     """
     path = path_for(x)
-    if path == "cpu":
+    if path == "gpu":
+        from sememe.kernels import gpu
+
+        acts, indices = gpu.encode_topk(x, W_enc, b_enc, b_pre, k, own_k)
+    elif x.dim() == 3:
+        acts, indices = each_topk(encode_topk, k, own_k, x, W_enc, b_enc, b_pre)
+    elif path == "cpu":
         from sememe.kernels import cpu
 
         acts, indices = cpu.encode_topk(x, W_enc, b_enc, b_pre, k)
-    elif path == "gpu":
-        from sememe.kernels import gpu
-
-        acts, indices = gpu.encode_topk(x, W_enc, b_enc, b_pre, k)
     else:
         acts, indices = reference.encode_topk(x, W_enc, b_enc, b_pre, k)
     return TopK(acts, indices)
@@ -327,21 +339,26 @@ def matching_pursuit(x: Float[Tensor, "batch d_in"], W: Float[Tensor, "d_sae d_i
 
 
 def decode(
-    acts: Float[Tensor, "batch k"],
-    indices: Int[Tensor, "batch k"],
-    W_dec: Float[Tensor, "d_sae d_out"],
-    b_dec: Float[Tensor, " d_out"],
-) -> Float[Tensor, "batch d_out"]:
-    """`sum_i acts[:, i] * W_dec[indices[:, i]] + b_dec`, differentiable in acts, W_dec and b_dec."""
-    path = path_for(acts)
-    if path == "cpu":
-        from sememe.kernels import cpu
+    acts: Float[Tensor, "*n batch k"],
+    indices: Int[Tensor, "*n batch k"],
+    W_dec: Float[Tensor, "*n d_sae d_out"],
+    b_dec: Float[Tensor, "*n d_out"],
+) -> Float[Tensor, "*n batch d_out"]:
+    """`sum_i acts[:, i] * W_dec[indices[:, i]] + b_dec`, differentiable in acts, W_dec and b_dec.
 
-        return cpu.decode(Encoded.from_topk(acts, indices, W_dec.shape[0]), W_dec, b_dec)
+    With a leading axis, of several dictionaries of one shape.
+    """
+    path = path_for(acts)
     if path == "gpu":
         from sememe.kernels import gpu
 
         return gpu.decode(acts, indices, W_dec, b_dec)
+    if acts.dim() == 3:
+        return each(decode, acts, indices, W_dec, b_dec)
+    if path == "cpu":
+        from sememe.kernels import cpu
+
+        return cpu.decode(Encoded.from_topk(acts, indices, W_dec.shape[0]), W_dec, b_dec)
     return reference.decode(acts, indices, W_dec, b_dec)
 
 
@@ -423,28 +440,28 @@ def _is_dense(encoded: Encoded) -> bool:
 
 
 def adam_step(
-    param: Float[Tensor, "rows columns"],
-    grad: Float[Tensor, "rows columns"],
-    exp_avg: Float[Tensor, "rows columns"],
-    exp_avg_sq: Float[Tensor, "rows columns"],
+    param: Float[Tensor, "*n rows columns"],
+    grad: Float[Tensor, "*n rows columns"],
+    exp_avg: Float[Tensor, "*n rows columns"],
+    exp_avg_sq: Float[Tensor, "*n rows columns"],
     *,
     step: int,
-    lr: float,
+    lr: float | Float[Tensor, "*n"],
     betas: tuple[float, float],
     eps: float,
-    grad_scale: float | Float[Tensor, ""],
+    grad_scale: float | Float[Tensor, "*n"],
     unit_norm: bool,
-    frozen: Bool[Tensor, " rows"] | None = None,
+    frozen: Bool[Tensor, "*n rows"] | None = None,
 ) -> None:
     """One Adam step in place, in one pass over the memory.
 
     Args:
-        param: Updated.
+        param: Updated; with a leading axis, those of several dictionaries, as are all that follow.
         grad: Its gradient, as autograd gave it.
         exp_avg: First moments; updated.
         exp_avg_sq: Second moments; updated.
         step: How many steps this makes, counted from 1.
-        lr: Learning rate.
+        lr: Learning rate; a tensor in float64, one for each, where there are several dictionaries.
         betas: Decay rates of the moments.
         eps: Added to the root of the second moment.
         grad_scale: What the gradient is multiplied by first; a tensor is not waited for.
@@ -454,17 +471,27 @@ def adam_step(
 
     Source: Kingma & Ba 2015, arXiv:1412.6980, algorithm 1; projection: Bricken et al. 2023, appendix.
     """
-    options = (step, lr, betas, eps, grad_scale, unit_norm, frozen)
-    if path_for(param) == "cpu":
-        from sememe.kernels import cpu
-
-        cpu.adam_step(param, grad, exp_avg, exp_avg_sq, *options)
-    elif path_for(param) == "gpu":
+    options = (betas, eps, grad_scale, unit_norm, frozen)
+    path = path_for(param)
+    if path == "gpu":
         from sememe.kernels import gpu
 
-        gpu.adam_step(param, grad, exp_avg, exp_avg_sq, *options)
+        gpu.adam_step(param, grad, exp_avg, exp_avg_sq, step, lr, *options)
+    elif isinstance(lr, Tensor):
+        for i, own_lr in enumerate(lr.tolist()):
+            of_one = (param[i], grad[i], exp_avg[i], exp_avg_sq[i])
+            scale = grad_scale[i] if isinstance(grad_scale, Tensor) else grad_scale
+            own_frozen = None if frozen is None else frozen[i]
+            adam_step(
+                *of_one, step=step, lr=own_lr, betas=betas, eps=eps, grad_scale=scale,
+                unit_norm=unit_norm, frozen=own_frozen,
+            )  # fmt: skip
+    elif path == "cpu":
+        from sememe.kernels import cpu
+
+        cpu.adam_step(param, grad, exp_avg, exp_avg_sq, step, lr, *options)
     else:
-        reference.adam_step(param, grad, exp_avg, exp_avg_sq, *options)
+        reference.adam_step(param, grad, exp_avg, exp_avg_sq, step, lr, *options)
 
 
 def signum_step(
@@ -502,5 +529,9 @@ def signum_step(
         from sememe.kernels import cpu
 
         cpu.signum_step(param, grad, base, average, weight, *options)
+    elif path_for(param) == "gpu":
+        from sememe.kernels import gpu
+
+        gpu.signum_step(param, grad, base, average, weight, *options)
     else:
         reference.signum_step(param, grad, base, average, weight, *options)

@@ -25,6 +25,7 @@ from sememe.errors import TextError
 from sememe.lm import LanguageModel
 from sememe.measure.config import ROWS_NULLS, MeasureConfig
 from sememe.progress import track
+from sememe.splice import SeveralModels
 from sememe.store import Store
 from sememe.text import TokenPolicy
 
@@ -50,7 +51,7 @@ class Arms(NamedTuple):
 
 
 def _fit_rows(
-    config: MeasureConfig, lm: LanguageModel, sites: Sites, policy: TokenPolicy, store: Store | None
+    config: MeasureConfig, lm: LanguageModel | SeveralModels, sites: Sites, policy: TokenPolicy, store: Store | None
 ) -> Iterator[dict[str, Tensor]]:
     """Kept training rows per hookpoint: from the store, or from the model on the training documents."""
     names = sites.hookpoints
@@ -99,7 +100,7 @@ class Material(NamedTuple):
 
 
 def fit(
-    config: MeasureConfig, lm: LanguageModel, sites: Sites, policy: TokenPolicy, store: Store | None
+    config: MeasureConfig, lm: LanguageModel | SeveralModels, sites: Sites, policy: TokenPolicy, store: Store | None
 ) -> Material:
     """Read training rows.
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from sememe import artifact
+from sememe import lm as language_models
 from sememe.dictionaries.base import Dictionary, Site, Sites
 from sememe.errors import ConfigError, MismatchError, ShapeError, nearest
-from sememe.lm import LanguageModel
+from sememe.lm import LanguageModel, ModelConfig
 from sememe.measure.config import AUTOENCODER_NULLS, NULLS
-from sememe.splice import Splicer
+from sememe.splice import SeveralModels, SeveralSplicers, Splicer
 from sememe.store import Store
 from sememe.text import TextConfig, TokenPolicy
 
@@ -22,13 +23,25 @@ __all__ = [
     "check_store",
     "check_text",
     "describe",
+    "models_of",
+    "open_models",
     "policy_of",
     "sites_of",
     "splicer_for",
 ]
 
 
-def sites_of(dictionary: Dictionary, path: Path) -> Sites:
+def sites_of(dictionary: Dictionary, path: Path, *, several: bool = False) -> Sites:
+    """Where a dictionary reads and writes.
+
+    Args:
+        dictionary: Which.
+        path: Its folder, for errors.
+        several: Places of several models will do; their hookpoints are then numbered by model, as in a joined store.
+
+    Raises:
+        MismatchError: it does not know, or these are places of several models.
+    """
     if dictionary.sites is None:
         raise MismatchError(
             f"the dictionary {path} must know its model and hookpoint",
@@ -37,12 +50,61 @@ def sites_of(dictionary: Dictionary, path: Path) -> Sites:
         )
     sites = (*dictionary.sites.inputs, *dictionary.sites.outputs)
     if len({site.model_fingerprint for site in sites}) > 1:
+        if several:
+            return _numbered(dictionary.sites)
         raise MismatchError(
-            "a dictionary must read and write one model to be evaluated",
+            "a dictionary must read and write one model here",
             ", ".join(sorted({site.model for site in sites})),
-            "Evaluate a dictionary of a single model.",
+            "Name a dictionary of a single model; one of several can be measured by sememe evaluate.",
         )
     return dictionary.sites
+
+
+def models_of(sites: Sites) -> dict[str, str]:
+    """The models of a dictionary, names by fingerprint, in the order in which it reads and writes them."""
+    return {site.model_fingerprint: site.model for site in (*sites.inputs, *sites.outputs)}
+
+
+def _numbered(sites: Sites) -> Sites:
+    order = list(models_of(sites))
+
+    def of(side: tuple[Site, ...]) -> tuple[Site, ...]:
+        return tuple(
+            site.replace(hookpoint=f"{site.hookpoint}@{order.index(site.model_fingerprint)}") for site in side
+        )
+
+    return Sites(inputs=of(sites.inputs), outputs=of(sites.outputs))
+
+
+def open_models(config: ModelConfig, sites: Sites) -> SeveralModels:
+    """The models of a dictionary of several, by the names it knows them by.
+
+    Args:
+        config: How to run them; its own model must be one of them.
+        sites: Of the dictionary.
+
+    Raises:
+        MismatchError: it is none of them, one is not what it was, or their tokenizers differ.
+    """
+    wanted = models_of(sites)
+    given = language_models.fingerprint_of(config)
+    if given not in wanted:
+        raise MismatchError(
+            f"the model must be one of those the dictionary was trained on ({', '.join(wanted.values())})",
+            f"{config.model} (fingerprint {given[:16]})",
+            f"Pass --model {next(iter(wanted.values()))}.",
+        )
+    opened = []
+    for fingerprint, name in wanted.items():
+        lm = language_models.load(config if fingerprint == given else config.replace(model=name))
+        if lm.fingerprint != fingerprint:
+            raise MismatchError(
+                f"{name} must be the model the dictionary was trained on (fingerprint {fingerprint[:16]})",
+                f"fingerprint {lm.fingerprint[:16]}",
+                "Put that model back in its place, or train again.",
+            )
+        opened.append(lm)
+    return SeveralModels(opened)
 
 
 def check_parts(top_latents: tuple[int, ...], d_sae: int) -> None:
@@ -214,7 +276,15 @@ def policy_of(asked: TokenPolicy | None, saved: artifact.Artifact, store: Store 
     return given[0][1] if given else TokenPolicy()
 
 
-def splicer_for(lm: LanguageModel, sites: Sites) -> Splicer:
+@overload
+def splicer_for(lm: LanguageModel, sites: Sites) -> Splicer: ...
+
+
+@overload
+def splicer_for(lm: SeveralModels, sites: Sites) -> SeveralSplicers: ...
+
+
+def splicer_for(lm: LanguageModel | SeveralModels, sites: Sites) -> Splicer | SeveralSplicers:
     for site in (*sites.inputs, *sites.outputs):
         width = lm.width(site.hookpoint)
         if width != site.stop - site.start:
@@ -223,7 +293,10 @@ def splicer_for(lm: LanguageModel, sites: Sites) -> Splicer:
                 f"{width} in {lm.name}",
                 "Evaluate on the model that the dictionary was trained on.",
             )
-    return Splicer(lm, [s.hookpoint for s in sites.inputs], [s.hookpoint for s in sites.outputs])
+    reads, writes = ([site.hookpoint for site in side] for side in (sites.inputs, sites.outputs))
+    return (
+        SeveralSplicers(lm, reads, writes) if isinstance(lm, SeveralModels) else Splicer(lm, reads, writes)
+    )
 
 
 TRAINING_OPTIONS = (

@@ -23,7 +23,7 @@ from sememe.measure.arms import Arms, join
 from sememe.measure.config import MeasureConfig
 from sememe.measure.units import Units
 from sememe.progress import track
-from sememe.splice import BaseRun, Splicer
+from sememe.splice import BaseRun, SeveralModels, SeveralSplicers, Splicer
 from sememe.text import TokenBlock, TokenPolicy
 
 __all__ = ["Measured", "check_documents", "rows_at", "run"]
@@ -54,7 +54,7 @@ LEAST_DOCUMENTS = 2
 """Held-out documents without which nothing can be drawn again."""
 
 
-def check_documents(config: MeasureConfig, lm: LanguageModel, policy: TokenPolicy) -> None:
+def check_documents(config: MeasureConfig, lm: LanguageModel | SeveralModels, policy: TokenPolicy) -> None:
     """Whether there are enough held-out documents for intervals; reads no further than the second.
 
     Raises:
@@ -128,10 +128,19 @@ class Measured:
     """The sums of one set of sites, and the pass that fills them."""
 
     def __init__(
-        self, config: MeasureConfig, lm: LanguageModel, splicer: Splicer, sites: Sites, policy: TokenPolicy
+        self,
+        config: MeasureConfig,
+        lm: LanguageModel | SeveralModels,
+        splicer: Splicer | SeveralSplicers,
+        sites: Sites,
+        policy: TokenPolicy,
     ) -> None:
         self.config, self.lm, self.splicer, self.sites, self.policy = config, lm, splicer, sites, policy
         self.loss = metrics.LanguageModelLoss()
+        self.loss_by_model: dict[int, metrics.LanguageModelLoss] = {}
+        """Where several models are written to, that of each; `loss` is of their mean then."""
+        if isinstance(splicer, SeveralSplicers):
+            self.loss_by_model = {number: metrics.LanguageModelLoss() for number in splicer.splicers}
         self.kept: dict[str, metrics.Reconstruction] = {}
         self.all_rows: dict[str, metrics.Reconstruction] = {}
         self.sparsity: dict[str, metrics.Sparsity] = {}
@@ -256,16 +265,41 @@ class Measured:
         """Cross-entropy and KL of every arm, a few predictions at a time: logits are never held whole."""
         for start in range(0, predicting.shape[0], LOGIT_ROWS):
             part = slice(start, start + LOGIT_ROWS)
-            base = metrics.base_terms(self._logits(hidden["base"][part]), targets[part])
-            ce, kl = {"base": base.ce}, {}
-            for name, states in hidden.items():
-                if name != "base":
-                    terms = metrics.prediction_terms(base, self._logits(states[part]), targets[part])
-                    ce[name], kl[name] = terms.ce, terms.kl
+            found = [
+                self._terms(lm, {name: states[part, own] for name, states in hidden.items()}, targets[part])
+                for lm, own in self._heads()
+            ]
+            for sums, (ce, kl) in zip(self.loss_by_model.values(), found, strict=False):
+                sums.update(units[part], ce, kl)
+            ce, kl = ({name: _mean([one[i][name] for one in found]) for name in found[0][i]} for i in (0, 1))
             self.loss.update(units[part], ce, kl)
 
-    def _logits(self, states: Float[Tensor, "n d_model"]) -> Float[Tensor, "n vocab"]:
-        return self.lm.logits(states).to(self.lm.device)
+    def _heads(self) -> list[tuple[LanguageModel, slice]]:
+        """Each model that is written to, and the part of the hidden states that is its own."""
+        if isinstance(self.lm, SeveralModels):
+            assert isinstance(self.splicer, SeveralSplicers)
+            heads, start = [], 0
+            for number, width in self.splicer.widths.items():
+                heads.append((self.lm.models[number], slice(start, start + width)))
+                start += width
+            return heads
+        return [(self.lm, slice(None))]
+
+    def _terms(
+        self, lm: LanguageModel, hidden: dict[str, Float[Tensor, "n d_model"]], targets: Int[Tensor, " n"]
+    ) -> tuple[dict[str, Float[Tensor, " n"]], dict[str, Float[Tensor, " n"]]]:
+        """Cross-entropy of every arm, and KL of all but the unedited one, of one model's predictions."""
+
+        def logits(states: Float[Tensor, "n d_model"]) -> Float[Tensor, "n vocab"]:
+            return lm.logits(states).to(lm.device)
+
+        base = metrics.base_terms(logits(hidden["base"]), targets)
+        ce, kl = {"base": base.ce}, {}
+        for name, states in hidden.items():
+            if name != "base":
+                terms = metrics.prediction_terms(base, logits(states), targets)
+                ce[name], kl[name] = terms.ce, terms.kl
+        return ce, kl
 
     def enough_documents(self) -> bool:
         """Whether what was read gives intervals, if such are asked for; a budget spent on fitting waits for it."""
@@ -330,6 +364,7 @@ class Measured:
             "density": {name: self.density(name) for name in arms.dictionaries if name not in parts},
             **self._by_tags(nulls),
             **self._by_site(),
+            **self._by_model(arms),
             "bootstrap": self.describe_bootstrap(),
         }
 
@@ -378,6 +413,30 @@ class Measured:
             statistics = sums.compute(**self._options(None))
             found[site.hookpoint] = {key: statistic.to_json() for key, statistic in statistics.items()}
         return {"by_site": found}
+
+    def _by_model(self, arms: Arms) -> dict[str, Any]:
+        """Of each model that is written to, what all replacements at once do to its own predictions."""
+        if not self.loss_by_model:
+            return {}
+        assert isinstance(self.lm, SeveralModels)
+        options = self._options(None)
+
+        def of(sums: metrics.LanguageModelLoss, name: str) -> dict[str, Any]:
+            return {key: one.to_json() for key, one in sums.compute(name, **options).items()}
+
+        return {
+            "by_model": {
+                str(number): {
+                    "model": self.lm.models[number].name,
+                    "model_fingerprint": self.lm.models[number].fingerprint,
+                    "base": of(sums, "base"),
+                    "metrics": of(sums, "dictionary"),
+                    "nulls": {name: of(sums, name) for name in arms.controls},
+                    "ablations": {name: of(sums, name) for name in ("zero", "mean")},
+                }
+                for number, sums in self.loss_by_model.items()
+            }
+        }
 
     def _quality(self, name: str) -> dict[str, Any]:
         return {key: s.to_json() for key, s in self.loss.compute(name, **self._options(None)).items()}
@@ -450,6 +509,10 @@ class Measured:
             n_documents = sum(bool(units[unit]) for unit in self.units.of.values())
             out[value] = {"n_documents": n_documents, "arms": arms}
         return out
+
+
+def _mean(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.stack(parts).mean(0)
 
 
 def rows_at(hidden: Float[Tensor, "batch seq d"], index: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:

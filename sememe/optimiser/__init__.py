@@ -17,11 +17,13 @@ from sememe.optimiser.adam import Adam, AdamConfig
 from sememe.optimiser.base import BaseConfig, Optimiser
 from sememe.optimiser.muon import Muon, MuonConfig
 from sememe.optimiser.signum import Signum, SignumConfig
+from sememe.optimiser.stacked import AdamStack
 
 __all__ = [
     "OPTIMISERS",
     "Adam",
     "AdamConfig",
+    "AdamStack",
     "Muon",
     "MuonConfig",
     "Optimiser",

@@ -61,7 +61,7 @@ class Optimiser(abc.ABC):
         self.latents = {name: dictionary.latents_of(name) for name in self.parameters}
         device = next(iter(self.parameters.values())).device
         self.frozen = torch.zeros(self.d_sae, dtype=torch.bool, device=device)
-        self._any_frozen = False
+        self.any_frozen = False  # known here, so that nothing has to ask the device
         self.slots = {}
         for name, param in self.parameters.items():
             param.data = kernels.in_large_pages(param.data)
@@ -110,7 +110,7 @@ class Optimiser(abc.ABC):
             if param.grad is None:
                 continue
             of = self.latents[name]
-            frozen = self.frozen[of] if self._any_frozen and of is not None else None
+            frozen = self.frozen[of] if self.any_frozen and of is not None else None
             rows = self._rows(name, param)
             self._update(name, rows, self._rows(name, param.grad), lr, scale, frozen)
             if name in self.non_negative:
@@ -150,7 +150,7 @@ class Optimiser(abc.ABC):
     def freeze(self, latents: Bool[Tensor, " d_sae"]) -> None:
         """These latents, and those frozen before, keep every bit of their parameters from now on."""
         self.frozen |= latents
-        self._any_frozen = True
+        self.any_frozen = True
 
     def frac_frozen(self) -> float:
         """Share of the latents that are frozen."""
@@ -165,7 +165,7 @@ class Optimiser(abc.ABC):
         """Slots, frozen latents and step count."""
         state: dict[str, Any] = {
             "step_count": self.step_count,
-            "any_frozen": self._any_frozen,
+            "any_frozen": self.any_frozen,
             "frozen": self.frozen,
         }
         for name, slots in self.slots.items():
@@ -174,7 +174,7 @@ class Optimiser(abc.ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
-        self.step_count, self._any_frozen = state["step_count"], state["any_frozen"]
+        self.step_count, self.any_frozen = state["step_count"], state["any_frozen"]
         self.frozen.copy_(state["frozen"])
         for name, slots in self.slots.items():
             for slot, tensor in slots.items():

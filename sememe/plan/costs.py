@@ -44,10 +44,20 @@ LOGIT_BYTES = 48
 """Element-wise bytes per prediction and vocabulary entry: softmax, cross-entropy, KL."""
 FAST = frozenset({"topk", "multi_topk", "abs_topk", "batch_topk", "matryoshka"})
 """Architectures whose selection runs in the encoder's dtype and whose gradients are sparse."""
+SPARSE = frozenset({"relu", "gated", "tied", "p_anneal", "jumprelu"})
+"""Architectures that are as fast once few latents are active, and dense until then."""
+DENSE_SHARE = 0.05
+"""Share of active latents above which they are dense."""
 FAST_PRODUCTS = 1.2
-"""Encoder products per step of a fast architecture."""
+"""Encoder products per step of a fast architecture, and of a sparse one."""
 DENSE_PRODUCTS = 8.0
 """Float32 products per step of the others."""
+SETTLING_PRODUCTS = 14.0
+"""Float32 products per step of a sparse architecture while it is dense: measured with half of the latents active."""
+SPARSE_ENTRY_BYTES = 7.5
+"""As ENTRY_BYTES, of the entries above a threshold, which are many: the slope between l0 30, 91 and 320 (benchmarks.md)."""
+N_MOMENTS = 50
+"""Moments of a run at which its l0 is asked for."""
 ENTRY_BYTES = 24
 """Bytes per active latent and feature in a training step: decoding and both sparse gradients."""
 PARAMETER_BYTES = 145
@@ -94,6 +104,22 @@ class Dictionary(NamedTuple):
     n_parameters: int
     l0: int
     """Active latents per row: k where there is one."""
+    start_l0: float | None = None
+    """Active latents per row at the start, where that is another number."""
+    settles: float = 0.0
+    """Share of the run over which l0 moves from there, by equal factors."""
+
+    def l0s(self) -> list[float]:
+        """l0 at equally spaced moments of the run."""
+        if self.start_l0 is None or self.settles == 0:
+            return [float(self.l0)]
+        factor = self.l0 / self.start_l0
+        moments = [(i + 0.5) / N_MOMENTS for i in range(N_MOMENTS)]
+        return [self.start_l0 * factor ** min(1.0, moment / self.settles) for moment in moments]
+
+    def dense(self, l0: float) -> bool:
+        """Whether a step with so many active latents takes dense products."""
+        return self.kind not in FAST and (self.kind not in SPARSE or l0 > DENSE_SHARE * self.d_sae)
 
     @property
     def product(self) -> float:
@@ -106,8 +132,11 @@ class Dictionary(NamedTuple):
         return 4.0 * self.n_parameters
 
     def scaled(self, d_sae: int) -> Dictionary:
-        """The same with another number of latents; parameters in proportion."""
-        return self._replace(d_sae=d_sae, n_parameters=round(self.n_parameters * d_sae / self.d_sae))
+        """The same with another number of latents; parameters and the l0 of the start in proportion."""
+        factor = d_sae / self.d_sae
+        start = None if self.start_l0 is None else self.start_l0 * factor
+        n_parameters = round(self.n_parameters * factor)
+        return self._replace(d_sae=d_sae, n_parameters=n_parameters, start_l0=start)
 
 
 def _forward_seconds(lm: Outline, speed: Speed, first: int, last: int, context_length: int) -> float:
@@ -162,7 +191,9 @@ def train_bytes(sizes: Sequence[Dictionary], batch_size: int, buffer: float) -> 
     weights = sum(size.n_bytes for size in sizes)
     rows = 4.0 * batch_size * 4 * max(size.d_in + size.d_out for size in sizes)
     # One after the other, so that the largest batch x d_sae counts once.
-    selection = max(batch_size * size.d_sae * (4.0 if size.kind in FAST else 24.0) for size in sizes)
+    selection = max(
+        batch_size * size.d_sae * (24.0 if any(map(size.dense, size.l0s())) else 4.0) for size in sizes
+    )
     # Weights, gradients, two moments; on the disk the dictionary and two checkpoints of weights and moments.
     return Bytes(BASE + 4 * weights + rows + selection + buffer, 7 * weights)
 
@@ -177,11 +208,22 @@ def train_seconds(sizes: Sequence[Dictionary], speed: Speed, batch_size: int, n_
     """Every step: products, sparse entries, parameters."""
     step = 0.0
     for size in sizes:
-        products = FAST_PRODUCTS / speed.encoder if size.kind in FAST else DENSE_PRODUCTS / speed.dense
-        entries = ENTRY_BYTES * size.l0 * (size.d_in + size.d_out) / 2
-        step += batch_size * (products * size.product + entries / speed.bandwidth)
+        l0s = size.l0s()
+        step += sum(batch_size * _row_seconds(size, speed, l0) for l0 in l0s) / len(l0s)
         step += PARAMETER_BYTES * size.n_parameters / speed.bandwidth
     return START + n_steps * step
+
+
+def _row_seconds(size: Dictionary, speed: Speed, l0: float) -> float:
+    """Products and entries of a training row at some l0."""
+    if size.dense(l0):
+        products = (SETTLING_PRODUCTS if size.kind in SPARSE else DENSE_PRODUCTS) / speed.dense
+        per_entry = 0.0 if size.kind in SPARSE else ENTRY_BYTES  # the former take all of them at once
+    else:
+        products = FAST_PRODUCTS / speed.encoder
+        per_entry = SPARSE_ENTRY_BYTES if size.kind in SPARSE else ENTRY_BYTES
+    entries = per_entry * l0 * (size.d_in + size.d_out) / 2
+    return products * size.product + entries / speed.bandwidth
 
 
 def watch_seconds(sizes: Sequence[Dictionary], speed: Speed, n_rows: int) -> float:

@@ -14,6 +14,7 @@ import torch
 
 from sememe import artifact, dictionaries, lm
 from sememe.compare import CompareConfig
+from sememe.dictionaries.penalised import Penalised
 from sememe.errors import HookpointError, nearest
 from sememe.evaluate import EvaluateConfig
 from sememe.fit import STREAMED, STREAMED_ROWS, FitConfig
@@ -32,6 +33,8 @@ __all__ = ["Estimate", "Estimates", "Knob", "Shapes", "estimates"]
 
 GROUP_BYTES = 2**30
 """What `StoreSource` holds in memory of a store."""
+SETTLES = 0.3
+"""Share of a run over which a penalty's l0 is taken to settle: that of JumpReLU's annealing; nothing says it of others."""
 TYPICAL_L0 = 64
 """Active latents per row where the architecture fixes no number."""
 
@@ -202,7 +205,11 @@ class _Planner:
         given = (getattr(architecture, name, None) for name in ("k", "target_l0"))
         l0 = next((int(value) for value in given if value), TYPICAL_L0)
         n_parameters = sum(parameter.numel() for parameter in built.parameters())
-        return Dictionary(architecture.kind, d_in, d_out, built.d_sae, n_parameters, min(l0, built.d_sae))
+        size = Dictionary(architecture.kind, d_in, d_out, built.d_sae, n_parameters, min(l0, built.d_sae))
+        if not isinstance(built, Penalised):
+            return size
+        share = getattr(architecture, "l0_anneal", SETTLES)
+        return size._replace(start_l0=built.start_l0(), settles=share)
 
     # -- stages ------------------------------------------------------------------------------------
 

@@ -1,5 +1,8 @@
 """Members that take each batch together, in this process. Knows no source, no log and no file.
 
+On a GPU those of one shape take their steps as one (`stacked`); on a CPU, where a step is no cheaper for that, one
+after the other.
+
 `workers.Workers` does the same with other processes; `run.Run` cannot tell them apart.
 """
 
@@ -19,9 +22,10 @@ from sememe.source import Batch
 from sememe.train.dead import rows_wanted
 from sememe.train.member import Member, Spec
 from sememe.train.objective import Objective
+from sememe.train.stacked import MemberStack, stacks_of
 from sememe.train.watch import measure, reconstruct
 
-__all__ = ["Crew", "Team", "device_of"]
+__all__ = ["Crew", "Team", "device_of", "stacks_on"]
 
 
 @runtime_checkable
@@ -80,6 +84,11 @@ class Team(Protocol):
     ) -> None: ...
 
 
+def stacks_on(device: torch.device) -> bool:
+    """Whether members of one shape step as one on a device: where kernels take several dictionaries at once."""
+    return kernels.path_for(torch.empty(0, dtype=torch.float32, device=device)) == "gpu"
+
+
 def device_of(name: str) -> torch.device:
     """A device by its name.
 
@@ -98,7 +107,7 @@ def device_of(name: str) -> torch.device:
 
 
 class Crew:
-    """Members on one device, one after the other.
+    """Members on one device.
 
     Args:
         specs: What to make.
@@ -112,6 +121,8 @@ class Crew:
     ) -> None:
         self.device = device
         self.members = {spec.name: Member(spec, n_steps, device, objective) for spec in specs}
+        self.stacks: list[MemberStack] = []
+        """Members that step as one; filled when they have a state."""
         probe = torch.empty(0, dtype=torch.float32, device=device)
         self.kinds: tuple[str, ...] = (kernels.kind_for(probe),)
 
@@ -119,6 +130,11 @@ class Crew:
         """Start from rows of the stream."""
         for member in self.members.values():
             member.initialise(sample)
+        self._stack()
+
+    def _stack(self) -> None:
+        """Let those of one shape step as one, where that is faster."""
+        self.stacks = stacks_of(list(self.members.values())) if stacks_on(self.device) else []
 
     def rows_wanted(self, step: int) -> int:
         """The most that any member wants."""
@@ -131,11 +147,14 @@ class Crew:
         batch = batch.to(self.device)
         ahead = None if ahead is None else ahead.to(self.device)
         values = {}
-        for name, member in self.members.items():
-            stepped = member.train_step(batch, ahead)
+        stacked = {name for stack in self.stacks for name in stack.names}
+        for stack in self.stacks:
+            values |= stack.train_step(batch, ahead, logging)
+        for name in [name for name in self.members if name not in stacked]:
+            stepped = self.members[name].train_step(batch, ahead)
             if logging:
-                values[name] = member.metrics(stepped)
-        return values if logging else None
+                values[name] = self.members[name].metrics(stepped)
+        return {name: values[name] for name in self.members} if logging else None
 
     def finished(self) -> bool:
         """Whether all members are."""
@@ -154,6 +173,7 @@ class Crew:
         """Go on from there."""
         for name, member in self.members.items():
             member.load_state_dict(state[name])
+        self._stack()
 
     def look(self, rows: Batch) -> dict[str, dict[str, Any]]:
         """Each in turn."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sememe import artifact, dictionaries, metrics
@@ -97,24 +97,33 @@ def resample(member: Member, rows: Batch | None) -> None:
         member: Between two steps.
         rows: Raw rows among which directions are looked for; not read by random.
     """
-    dictionary, optimiser = member.dictionary, member.optimiser
+    dictionary = member.dictionary
     resampling = dictionary.resampling()
     assert resampling is not None
-    ids = torch.nonzero(_chosen(member, resampling) & ~optimiser.frozen).view(-1)
+    ids = torch.nonzero(_chosen(member, resampling) & ~member.optimiser.frozen).view(-1)
     if ids.numel() == 0:
         return
-    if resampling.scheme == "random":
+    for group in dictionary.latent_groups():
+        own = ids[(ids >= group.latents.start) & (ids < group.latents.stop)]
+        if own.numel():
+            _point(member, rows, own, group.outputs, resampling.scheme)
+    member.resampled_at = member.step
+
+
+def _point(member: Member, rows: Batch | None, ids: Int[Tensor, " n"], outputs: slice, scheme: str) -> None:
+    """Point latents that write to some outputs anew; as many as there are rows for."""
+    dictionary = member.dictionary
+    if scheme == "random":
         device = ids.device
         out = unit_rows(ids.numel(), dictionary.d_out, member.generator).to(device)
         into = unit_rows(ids.numel(), dictionary.d_in, member.generator).to(device)
         directions = _Directions(out, into if _transcodes(member) else None)
     else:
         assert rows is not None
-        directions = _badly_reconstructed(member, rows, ids.numel(), resampling.scheme == "worst")
+        directions = _badly_reconstructed(member, rows, ids.numel(), outputs, scheme == "worst")
     ids = ids[: directions.out.shape[0]]
     dictionary.reset_latents(ids, *directions)
-    optimiser.forget(ids)
-    member.resampled_at = member.step
+    member.optimiser.forget(ids)
 
 
 def _chosen(member: Member, resampling: Resampling) -> Bool[Tensor, " d_sae"]:
@@ -139,13 +148,16 @@ def _transcodes(member: Member) -> bool:
     )
 
 
-def _badly_reconstructed(member: Member, rows: Batch, n: int, worst: bool) -> _Directions:
+def _badly_reconstructed(
+    member: Member, rows: Batch, n: int, outputs: slice, worst: bool
+) -> _Directions:
     """Up to n of the rows: those with the largest error, or drawn in proportion to its square.
 
     Args:
         member: Whose errors.
         rows: Raw rows; computed with a batch at a time.
         n: How many.
+        outputs: Features whose errors count.
         worst: The largest errors, instead of a draw.
     """
     dictionary, size = member.dictionary, member.config.batch_size
@@ -154,7 +166,7 @@ def _badly_reconstructed(member: Member, rows: Batch, n: int, worst: bool) -> _D
         x, target = rows.x[start : start + size], rows.target[start : start + size]
         part = member.scaled(Batch(x, x if rows.target is rows.x else target))
         recon = dictionary.decode(dictionary.encode(part.x), part.x)
-        errors.append((part.target - recon).square().sum(1))
+        errors.append((part.target - recon)[:, outputs].square().sum(1))
     error = torch.cat(errors).cpu()  # drawn on the CPU, where the member's generator is
     n = min(n, error.shape[0])
     error = error.nan_to_num(

@@ -115,12 +115,7 @@ class Member:
             batch: Rows of the stream, in raw units and on the device.
             ahead: The rows that come next, likewise; not looked at but where `rows_wanted` says so.
         """
-        n_ahead = rows_wanted(self.config, self.plan, self.step)
-        if n_ahead:
-            assert ahead is not None
-            revive(self, self.own(_first(ahead, n_ahead)))
-        else:
-            revive(self, None)
+        self.before_step(ahead)
         own = self.own(batch)
         x, target = self.scaled(own)
         self.dictionary.train()
@@ -129,16 +124,33 @@ class Member:
         if revival is not None:
             loss = loss._replace(total=loss.total + revival, terms=loss.terms | {"ghost": revival.detach()})
         loss.total.backward()  # type: ignore[no-untyped-call]
-        since = None if self.resampled_at is None else self.step - self.resampled_at
-        lr = self.plan.rate(self.step, self.config, since)
+        lr = self.rate()
         self.optimiser.step(lr)
         self.dictionary.after_step(loss.encoded)
         bad = ~torch.isfinite(loss.total.detach()) & (self.first_bad < 0)
         self.first_bad.masked_fill_(bad, self.step)
+        self.after_step()
+        return Stepped(loss, target, lr)
+
+    def before_step(self, ahead: Batch | None) -> None:
+        """What the plan wants done first: latents pointed anew; the argument as for `train_step`."""
+        n_ahead = rows_wanted(self.config, self.plan, self.step)
+        if n_ahead:
+            assert ahead is not None
+            revive(self, self.own(_first(ahead, n_ahead)))
+        else:
+            revive(self, None)
+
+    def rate(self) -> float:
+        """The learning rate of the step that comes next."""
+        since = None if self.resampled_at is None else self.step - self.resampled_at
+        return self.plan.rate(self.step, self.config, since)
+
+    def after_step(self) -> None:
+        """What follows an update: the count, and freezing if it is time."""
         self.step += 1
         if compares(self.config, self.plan.n_steps, self.step):
             freeze(self)
-        return Stepped(loss, target, lr)
 
     def metrics(self, stepped: Stepped) -> dict[str, float]:
         """A step's numbers for the log, read from the device."""

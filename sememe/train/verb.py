@@ -327,6 +327,7 @@ def _building(
         fresh=fresh,
         leave_out=("checkpoint.tmp", "checkpoint-*.safetensors", LOGS),
         worth_keeping=(LOG, f"{FOLDER}/*/*"),
+        goes_on_from=("checkpoint-*.safetensors", f"{FOLDER}/*/*", f"{LOGS}/*/{FOLDER}/*/*"),
     ) as work:
         yield work
 

@@ -2,7 +2,7 @@
 
 Each function has the contract of its namesake in `reference.py`. `sparse` holds sums over entries and the
 transposed index; `selection` encodes and keeps k latents per row without ever holding batch x d_sae, `varying`
-keeps a number per batch or all above a threshold; `optimiser` is Adam in one pass. The same source runs on a CPU
+keeps a number per batch or all above a threshold; `optimiser` is Adam in one pass, `signum` sign descent. The same source runs on a CPU
 under Triton's interpreter (TRITON_INTERPRET=1), which is how it is tested where there is no such device.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from sememe.kernels.gpu.optimiser import adam_step
 from sememe.kernels.gpu.selection import encode_abs_topk, encode_topk
+from sememe.kernels.gpu.signum import signum_step
 from sememe.kernels.gpu.sparse import decode, decode_encoded
 from sememe.kernels.gpu.varying import encode_batch_topk, encode_threshold
 
@@ -21,4 +22,5 @@ __all__ = [
     "encode_batch_topk",
     "encode_threshold",
     "encode_topk",
+    "signum_step",
 ]

@@ -17,16 +17,22 @@ FLAT = 1024
 
 @triton.jit
 def _adam_flat(
-    param, grad, exp_avg, exp_avg_sq, grad_scale, frozen, shadow, n, width,
+    param, grad, exp_avg, exp_avg_sq, grad_scale, frozen, shadow, step_sizes, n, width, rows_each,
     step_size, beta1, beta2, root_correction, eps,
-    BLOCK: tl.constexpr, FROZEN: tl.constexpr, SHADOW: tl.constexpr,
+    BLOCK: tl.constexpr, FROZEN: tl.constexpr, SHADOW: tl.constexpr, SEVERAL: tl.constexpr,
 ):  # fmt: skip
     """One step for a block of elements."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < n
     if FROZEN:
         inside = inside & (tl.load(frozen + place // width, mask=inside, other=1).to(tl.int32) == 0)
-    g = tl.load(grad + place, mask=inside, other=0.0) * tl.load(grad_scale)
+    if SEVERAL:
+        dictionary = place // width // rows_each
+        step_size = tl.load(step_sizes + dictionary, mask=inside, other=0.0)
+        scale = tl.load(grad_scale + dictionary, mask=inside, other=0.0)
+    else:
+        scale = tl.load(grad_scale)
+    g = tl.load(grad + place, mask=inside, other=0.0) * scale
     m = beta1 * tl.load(exp_avg + place, mask=inside, other=0.0) + (1.0 - beta1) * g
     v = beta2 * tl.load(exp_avg_sq + place, mask=inside, other=0.0) + (1.0 - beta2) * g * g
     p = tl.load(param + place, mask=inside, other=0.0) - step_size * m / (tl.sqrt(v) * root_correction + eps)
@@ -39,9 +45,9 @@ def _adam_flat(
 
 @triton.jit
 def _adam_rows(
-    param, grad, exp_avg, exp_avg_sq, grad_scale, frozen, shadow, n, width,
+    param, grad, exp_avg, exp_avg_sq, grad_scale, frozen, shadow, step_sizes, n, width, rows_each,
     step_size, beta1, beta2, root_correction, eps,
-    BLOCK: tl.constexpr, FROZEN: tl.constexpr, SHADOW: tl.constexpr,
+    BLOCK: tl.constexpr, FROZEN: tl.constexpr, SHADOW: tl.constexpr, SEVERAL: tl.constexpr,
 ):  # fmt: skip
     """One step for a row that keeps norm 1: it stays in registers from the projection to the division."""
     column = tl.arange(0, BLOCK)
@@ -52,7 +58,12 @@ def _adam_rows(
         inside = inside & (tl.load(frozen + row + 0 * column, mask=inside, other=1).to(tl.int32) == 0)
     place = row * width + column
     p = tl.load(param + place, mask=inside, other=0.0)
-    g = tl.load(grad + place, mask=inside, other=0.0) * tl.load(grad_scale)
+    if SEVERAL:
+        step_size = tl.load(step_sizes + row // rows_each)
+        scale = tl.load(grad_scale + row // rows_each)
+    else:
+        scale = tl.load(grad_scale)
+    g = tl.load(grad + place, mask=inside, other=0.0) * scale
     g -= tl.sum(g * p) * p
     m = beta1 * tl.load(exp_avg + place, mask=inside, other=0.0) + (1.0 - beta1) * g
     v = beta2 * tl.load(exp_avg_sq + place, mask=inside, other=0.0) + (1.0 - beta2) * g * g
@@ -72,7 +83,7 @@ def adam_step(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     step: int,
-    lr: float,
+    lr: float | Tensor,
     betas: tuple[float, float],
     eps: float,
     grad_scale: float | Tensor,
@@ -88,7 +99,7 @@ def adam_step(
         exp_avg: First moments.
         exp_avg_sq: Second moments.
         step: Number of this step.
-        lr: Learning rate.
+        lr: Learning rate, or those of several dictionaries.
         betas: Decay rates of the moments.
         eps: Added to the root of the second moment.
         grad_scale: What the gradient is multiplied by; a tensor is read on the device.
@@ -96,15 +107,22 @@ def adam_step(
         frozen: Rows that stay as they are.
         shadow: Gets the new parameter in bfloat16, for the next encoder product (see `encode_topk`).
     """
-    rows, width = param.shape
-    scale = grad_scale if isinstance(grad_scale, Tensor) else torch.full((), grad_scale, device=param.device)
+    rows_each, width = param.shape[-2:]
+    rows = param.numel() // max(1, width)
+    several, n, device = param.dim() == 3, param.shape[:-2].numel(), param.device
+    scale = grad_scale if isinstance(grad_scale, Tensor) else torch.full((n,), grad_scale, device=device)
+    correction = 1 - betas[0] ** step
+    # divided in float64, so that each of several has the bits of the one number
+    step_sizes = (lr.double() / correction).float() if isinstance(lr, Tensor) else None
+    assert several == (step_sizes is not None), "several dictionaries have a learning rate each"
     block = triton.next_power_of_2(width) if unit_norm else FLAT
     kernel = _adam_rows if unit_norm else _adam_flat
     kernel[(rows if unit_norm else triton.cdiv(param.numel(), FLAT),)](
         param.detach(), grad.detach().contiguous(), exp_avg, exp_avg_sq, scale,
-        param if frozen is None else frozen.to(torch.uint8), param if shadow is None else shadow, param.numel(), width,
-        float(lr / (1 - betas[0] ** step)), float(betas[0]), float(betas[1]),
+        param if frozen is None else frozen.to(torch.uint8), param if shadow is None else shadow,
+        scale if step_sizes is None else step_sizes, param.numel(), width, rows_each,
+        0.0 if isinstance(lr, Tensor) else float(lr / correction), float(betas[0]), float(betas[1]),
         float(1 / (1 - betas[1] ** step) ** 0.5), float(eps),
-        BLOCK=block, FROZEN=frozen is not None, SHADOW=shadow is not None,
+        BLOCK=block, FROZEN=frozen is not None, SHADOW=shadow is not None, SEVERAL=several,
         num_warps=8 if block >= 4096 else 4, **OPTIONS,
     )  # fmt: skip

@@ -58,32 +58,45 @@ class Chosen(NamedTuple):
 
 
 class Encoder(NamedTuple):
-    """What a choice reads: inputs without their centre, weights latent by latent, biases; all contiguous."""
+    """What a choice reads: inputs without their centre, weights latent by latent, biases; all contiguous.
 
-    centred: Float[Tensor, "batch d_in"]
-    W: Float[Tensor, "d_sae d_in"]
-    b: Float[Tensor, " d_sae"]
+    Several dictionaries stand one after the other, in rows, latents and biases alike: each row belongs to one, reads
+    its latents only, and names them counted through all.
+    """
+
+    centred: Float[Tensor, "rows d_in"]
+    W: Float[Tensor, "latents d_in"]
+    b: Float[Tensor, " latents"]
+    n: int = 1
+    """Dictionaries."""
+
+    @property
+    def d_sae(self) -> int:
+        """Latents of each."""
+        return self.W.shape[0] // self.n
 
 
 @triton.jit
 def _merge(
     tile, n_tile, first_latent, offset, row_margin, column_margin,
-    keys, latents, used, bounds, dropped, n_keep, limit,
+    keys, latents, used, bounds, dropped, n_keep, limit, rows_each, d_sae,
     TILE: tl.constexpr, SLOTS: tl.constexpr, SIGNED: tl.constexpr, MARGIN: tl.constexpr,
 ):  # fmt: skip
     """Add to a row's candidates what its tile holds above the row's bound; the n_keep largest stay beyond the limit.
 
     Candidates stand by rising latent, so that what ties with the bound later on has a higher latent, and loses.
+    Each run of rows_each rows has d_sae latents of its own.
     """
     row = tl.program_id(0).to(tl.int64)
+    first = (row // rows_each).to(tl.int32) * d_sae + first_latent
     column = tl.arange(0, TILE)
     inside = column < n_tile
     # a bfloat16 is the upper half of a float32
     bits = tl.load(tile + row * n_tile + column, mask=inside, other=0).to(tl.int32)
     value = (bits << 16).to(tl.float32, bitcast=True)
-    value += tl.load(offset + first_latent + column, mask=inside, other=0.0)
+    value += tl.load(offset + first + column, mask=inside, other=0.0)
     if MARGIN:
-        margin = tl.load(column_margin + first_latent + column, mask=inside, other=0.0)
+        margin = tl.load(column_margin + first + column, mask=inside, other=0.0)
         value += tl.load(row_margin + row) * margin
     if SIGNED:
         value = tl.abs(value)
@@ -99,7 +112,7 @@ def _merge(
     if n_used + n_new <= limit:
         place = n_used + tl.cumsum(fresh.to(tl.int32), 0) - 1
         tl.store(keys + row * SLOTS + place, key, mask=fresh)
-        tl.store(latents + row * SLOTS + place, first_latent + column, mask=fresh)
+        tl.store(latents + row * SLOTS + place, first + column, mask=fresh)
         tl.store(used + row, n_used + n_new)
     else:
         slot = tl.arange(0, SLOTS)
@@ -126,7 +139,7 @@ def _merge(
         tl.store(keys + row * SLOTS + old_place, old, mask=old_kept)
         tl.store(latents + row * SLOTS + old_place, old_latent, mask=old_kept)
         tl.store(keys + row * SLOTS + place, key, mask=kept)
-        tl.store(latents + row * SLOTS + place, first_latent + column, mask=kept)
+        tl.store(latents + row * SLOTS + place, first + column, mask=kept)
         tl.store(used + row, n_keep)
         tl.store(bounds + row, low)
         tl.store(dropped + row, 1)
@@ -181,31 +194,42 @@ def candidates_of(
         shadow: W in bfloat16, if it is at hand; else each tile of W is rounded when its turn comes.
     """
     x16 = encoder.centred.bfloat16()
-    batch, device = x16.shape[0], x16.device
-    d_sae, d_in = encoder.W.shape
-    width = min(TILE, triton.next_power_of_2(d_sae))
+    batch, device, n_dictionaries = x16.shape[0], x16.device, encoder.n
+    d_sae, d_in = encoder.d_sae, encoder.W.shape[1]
+    of_each = x16.view(n_dictionaries, -1, d_in), encoder.W.view(n_dictionaries, d_sae, d_in)
+    width = min(_tile(n_dictionaries), triton.next_power_of_2(d_sae))
     slots = triton.next_power_of_2(2 * n_keep)  # room to collect in, so that most tiles only add
     product = torch.empty(batch * width, dtype=torch.bfloat16, device=device)
-    rounded = None if shadow is not None else torch.empty(width, d_in, dtype=torch.bfloat16, device=device)
+    n_rounded = 0 if shadow is not None else n_dictionaries * width * d_in
+    rounded = torch.empty(n_rounded, dtype=torch.bfloat16, device=device)
     keys, latents = (torch.zeros(batch, slots, dtype=torch.int32, device=device) for _ in range(2))
     used, bounds, dropped = (torch.zeros(batch, dtype=torch.int32, device=device) for _ in range(3))
     row_margin, column_margin = margins if margins is not None else (offset, offset)
     for first in range(0, d_sae, width):
         n = min(width, d_sae - first)
-        if shadow is not None:
-            weights = shadow[first : first + n]
-        else:
-            assert rounded is not None
-            weights = rounded[:n].copy_(encoder.W[first : first + n])
         tile = product[: batch * n].view(batch, n)
-        torch.mm(x16, weights.T, out=tile)
+        if shadow is not None:
+            weights = shadow.view(n_dictionaries, d_sae, d_in)[:, first : first + n]
+        else:
+            weights = rounded[: n_dictionaries * n * d_in].view(n_dictionaries, n, d_in)
+            weights.copy_(of_each[1][:, first : first + n])
+        if n_dictionaries == 1:
+            torch.mm(x16, weights[0].T, out=tile)
+        else:
+            torch.bmm(of_each[0], weights.transpose(1, 2), out=tile.view(n_dictionaries, -1, n))
         _merge[(batch,)](
             tile.view(torch.int16), n, first, offset, row_margin, column_margin,
             keys, latents, used, bounds, dropped, n_keep, n_keep if first + n == d_sae else slots,
+            max(1, batch // n_dictionaries), d_sae,
             TILE=width, SLOTS=slots, SIGNED=signed, MARGIN=margins is not None,
             num_warps=8 if width >= 2048 else 4, **OPTIONS,
         )  # fmt: skip
     return Candidates(keys, latents, used, dropped)
+
+
+def _tile(n_dictionaries: int) -> int:
+    """Latents per product: fewer of each where there are many dictionaries, but enough for a product to be worth it."""
+    return max(min(TILE, 1024), TILE >> (n_dictionaries - 1).bit_length())
 
 
 def scores_of(encoder: Encoder, candidates: Candidates) -> Float[Tensor, "batch width"]:
@@ -233,10 +257,16 @@ class _Encode(torch.autograd.Function):
         choose: Callable[[Encoder], Chosen],
         rectified: bool,
     ) -> tuple[Tensor, ...]:
-        # W_enc.T is contiguous when it is stored latent by latent, as ours is
-        encoder = Encoder((x - b_pre).contiguous(), W_enc.T.contiguous(), b_enc.contiguous())
+        # W_enc.mT is contiguous when it is stored latent by latent, as ours is
+        d_in = x.shape[-1]
+        encoder = Encoder(
+            (x - b_pre.unsqueeze(-2)).reshape(-1, d_in),
+            W_enc.mT.reshape(-1, d_in),
+            b_enc.reshape(-1),
+            b_enc.shape[:-1].numel(),
+        )
         chosen = choose(encoder)
-        ctx.rectified = rectified
+        ctx.rectified, ctx.shapes = rectified, (x.shape, W_enc.mT.shape, b_enc.shape)
         ctx.save_for_backward(encoder.centred, encoder.W, chosen.acts, chosen.indices, chosen.row_ptr)
         ctx.mark_non_differentiable(*chosen[1:])
         return tuple(chosen)
@@ -245,16 +275,17 @@ class _Encode(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         centred, W, acts, indices, row_ptr = ctx.saved_tensors
         places = torch.arange(acts.shape[0], device=acts.device)
+        x_shape, W_shape, b_shape = ctx.shapes
         open_ = acts > 0 if ctx.rectified else places < row_ptr[-1]
         grad = torch.where(open_, grads[0], 0.0)
         grad_x = grad_W = grad_b = None
         if ctx.needs_input_grad[0]:
-            grad_x = gather(grad, indices, row_ptr, W, W.new_zeros(W.shape[1]))
+            grad_x = gather(grad, indices, row_ptr, W, W.new_zeros(W.shape[1])).view(x_shape)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             index = transposed_index(indices, grad, W.shape[0])
             rows = torch.searchsorted(row_ptr[1:], places, right=True)
             grad_W_t, grad_b = scatter(grad, index, rows, centred)
-            grad_W = grad_W_t.T
+            grad_W, grad_b = grad_W_t.view(W_shape).mT, grad_b.view(b_shape)
         return grad_x, grad_W, grad_b, None, None, None
 
 
@@ -274,8 +305,10 @@ def encode_by(
 # -- a number per row ------------------------------------------------------------------------------
 
 
-def _per_row(encoder: Encoder, k: int, signed: bool, shadow: Tensor | None) -> Chosen:
-    n_keep = min(k + max(SPARE, k // 4), encoder.W.shape[0])
+def _per_row(
+    encoder: Encoder, k: int, signed: bool, shadow: Tensor | None, own_k: Tensor | None = None
+) -> Chosen:
+    n_keep = min(k + max(SPARE, k // 4), encoder.d_sae)
     candidates = candidates_of(encoder, n_keep, encoder.b, signed=signed, shadow=shadow)
     scores = scores_of(encoder, candidates)
     batch, slots = scores.shape
@@ -286,18 +319,23 @@ def _per_row(encoder: Encoder, k: int, signed: bool, shadow: Tensor | None) -> C
         scores, candidates.latents, candidates.used, acts, indices, slots, k,
         SLOTS=triton.next_power_of_2(n_keep), SIGNED=signed, **OPTIONS,
     )  # fmt: skip
+    if own_k is not None:  # the largest come first
+        slot = torch.arange(k, device=device)
+        few = (slot < own_k[:, None]).repeat_interleave(batch // encoder.n, 0, output_size=batch)
+        acts = torch.where(few.view(-1), acts, 0.0)
     row_ptr = torch.arange(0, batch * k + 1, k, device=device)
     return Chosen(acts, indices, row_ptr, torch.zeros((), dtype=torch.bool, device=device))
 
 
 def encode_topk(
-    x: Float[Tensor, "batch d_in"],
-    W_enc: Float[Tensor, "d_in d_sae"],
-    b_enc: Float[Tensor, " d_sae"],
-    b_pre: Float[Tensor, " d_in"],
+    x: Float[Tensor, "*n batch d_in"],
+    W_enc: Float[Tensor, "*n d_in d_sae"],
+    b_enc: Float[Tensor, "*n d_sae"],
+    b_pre: Float[Tensor, "*n d_in"],
     k: int,
+    own_k: Int[Tensor, "*n"] | None = None,
     shadow: Tensor | None = None,
-) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
+) -> tuple[Float[Tensor, "*n batch k"], Int[Tensor, "*n batch k"]]:
     """See `kernels.encode_topk`.
 
     Args:
@@ -306,10 +344,14 @@ def encode_topk(
         b_enc: Their biases.
         b_pre: Subtracted from the inputs; a constant.
         k: Latents per row.
+        own_k: How many of them each of several dictionaries keeps.
         shadow: W_enc.T in bfloat16 as the optimiser left it (see `adam_step`), which saves rounding it again.
     """
-    chosen = encode_by(x, W_enc, b_enc, b_pre, lambda e: _per_row(e, k, False, shadow), True)
-    return chosen.acts.view(-1, k), chosen.indices.view(-1, k)
+    chosen = encode_by(x, W_enc, b_enc, b_pre, lambda e: _per_row(e, k, False, shadow, own_k), True)
+    acts, indices = chosen.acts.view(*x.shape[:-1], k), chosen.indices.view(*x.shape[:-1], k)
+    if x.dim() == 3:  # named as each dictionary does
+        indices = indices.remainder(W_enc.shape[-1])
+    return acts, indices
 
 
 def encode_abs_topk(

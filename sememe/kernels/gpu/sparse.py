@@ -47,14 +47,17 @@ class Transposed(NamedTuple):
 
 @triton.jit
 def _gather(
-    acts, indices, starts, stops, weights, bias, out, width,
+    acts, indices, starts, stops, weights, bias, out, width, rows_each,
     BLOCK: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """out[row] = bias + sum over the row's entries of acts * weights[indices], one block of features."""
+    """out[row] = bias + sum over the row's entries of acts * weights[indices], one block of features.
+
+    Each run of rows_each rows has a bias of its own.
+    """
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
-    total = tl.load(bias + columns, mask=inside, other=0.0)
+    total = tl.load(bias + (row // rows_each) * width + columns, mask=inside, other=0.0)
     first = tl.load(starts + row)
     last = tl.load(stops + row)
     for start in range(first, last, ENTRIES):
@@ -141,13 +144,17 @@ def gather(
     indices: Int[Tensor, " nnz"],
     row_ptr: Int[Tensor, " batch_plus_1"],
     weights: Float[Tensor, "d_sae width"],
-    bias: Float[Tensor, " width"],
+    bias: Float[Tensor, "*n width"],
 ) -> Float[Tensor, "batch width"]:
-    """The weighted sum of weights' rows, plus the bias. Entries of activation 0 read nothing."""
+    """The weighted sum of weights' rows, plus the bias. Entries of activation 0 read nothing.
+
+    With several biases, the rows are as many equal runs, one for each.
+    """
     n_rows, width = row_ptr.shape[0] - 1, weights.shape[1]
     out = torch.empty(n_rows, width, device=acts.device)
     _gather[(n_rows, _blocks(width))](
         acts, indices, row_ptr[:-1], row_ptr[1:], weights, bias.contiguous(), out, width,
+        max(1, n_rows * width // max(1, bias.numel())),
         BLOCK=BLOCK, ENTRIES=ENTRIES, **OPTIONS,
     )  # fmt: skip
     return out
@@ -203,6 +210,7 @@ class _Decode(torch.autograd.Function):
     ) -> Tensor:
         acts, indices, W = acts.contiguous(), indices.to(torch.int32).contiguous(), W.contiguous()
         ctx.save_for_backward(acts, indices, row_ptr, entry_rows, W)
+        ctx.n = b.shape[:-1]
         return gather(acts, indices, row_ptr, W, b)
 
     @staticmethod
@@ -215,7 +223,7 @@ class _Decode(torch.autograd.Function):
         if ctx.needs_input_grad[4]:
             grad_W, _ = scatter(acts, transposed_index(indices, acts, W.shape[0]), entry_rows, grad)
         if ctx.needs_input_grad[5]:
-            grad_b = grad.sum(0)
+            grad_b = grad.view(*ctx.n, -1, grad.shape[1]).sum(-2)
         return grad_acts, None, None, None, grad_W, grad_b
 
 
@@ -230,10 +238,18 @@ def decode_encoded(
 
 
 def decode(
-    acts: Float[Tensor, "batch k"],
-    indices: Int[Tensor, "batch k"],
-    W_dec: Float[Tensor, "d_sae d_out"],
-    b_dec: Float[Tensor, " d_out"],
-) -> Float[Tensor, "batch d_out"]:
-    """See `kernels.decode`."""
-    return decode_encoded(Encoded.from_topk(acts, indices, W_dec.shape[0]), W_dec, b_dec)
+    acts: Float[Tensor, "*n batch k"],
+    indices: Int[Tensor, "*n batch k"],
+    W_dec: Float[Tensor, "*n d_sae d_out"],
+    b_dec: Float[Tensor, "*n d_out"],
+) -> Float[Tensor, "*n batch d_out"]:
+    """See `kernels.decode`. Several dictionaries are one, whose rows are active in their own part of it only."""
+    if acts.dim() == 2:
+        return decode_encoded(Encoded.from_topk(acts, indices, W_dec.shape[0]), W_dec, b_dec)
+    n, batch, k = acts.shape
+    d_sae = W_dec.shape[1]
+    firsts = torch.arange(n, dtype=torch.int32, device=acts.device)[:, None, None] * d_sae
+    flat = Encoded.from_topk(acts.reshape(-1, k), (indices + firsts).view(-1, k), n * d_sae)
+    apply = cast(Any, _Decode.apply)
+    recon = apply(flat.acts, flat.indices, flat.row_ptr, flat.row_ids(), W_dec.flatten(0, 1), b_dec)
+    return cast(Tensor, recon).view(n, batch, -1)

@@ -1,0 +1,236 @@
+"""Members of one shape that step as one: what each would become alone, in a sweep, with every option, and on resuming.
+
+On a machine without a GPU the device's kernels run in Triton's interpreter, as in test_kernels_gpu.py.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_train import planted
+from test_train_sweep import same, sweep_config, without_seconds
+
+pytest.importorskip("triton")
+
+from sememe import dictionaries, kernels
+from sememe.dictionaries.topk import TopKConfig
+from sememe.kernels import gpu, reference
+from sememe.kernels.gpu import selection, sparse
+from sememe.source import TensorSource
+from sememe.train import crew, train, train_sweep, variants
+from sememe.train.stacked import MemberStack
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_blocks():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection, "TILE", 16)
+        patch.setattr(sparse, "BLOCK", 32)
+        patch.setattr(sparse, "ENTRIES", 4)
+        yield
+
+
+@pytest.fixture
+def path(request, monkeypatch) -> str:
+    """All kernels by one path, and members of one shape as one whatever the device is."""
+    monkeypatch.setattr(kernels, "path_for", lambda _: request.param)
+    monkeypatch.setattr(crew, "stacks_on", lambda _: True)
+    return request.param
+
+
+def stacks_made(monkeypatch) -> list[tuple[str, ...]]:
+    """The names of each stack's members, from now on."""
+    made: list[tuple[str, ...]] = []
+    plain = MemberStack.__init__
+
+    def noted(self, members):
+        plain(self, members)
+        made.append(self.names)
+
+    monkeypatch.setattr(MemberStack, "__init__", noted)
+    return made
+
+
+ENSEMBLE = {
+    "kind": "topk",
+    "dead_after_tokens": 7,
+    "resample": "loss",
+    "resample_at": (0.5,),
+    "resample_after_tokens": 11,
+    "rewarmup_steps": 2,
+}
+"""Silent latents from the third step on, so that AuxK and resampling have something to do."""
+
+
+def swept(out: Path, path: str, **changes):
+    """Four dictionaries of two k by the reference; in the interpreter, which is slow, two small ones."""
+    small = path == "gpu"
+    sweep = ("lr=3e-3,1e-2",) if small else ("k=2,3", "seed=0,1")
+    size = {"d_sae": 10, "k": 2} if small else {"d_sae": 40}
+    lr = {} if small else {"lr": 3e-3}
+    architecture = {k: v for k, v in ENSEMBLE.items() if not small or "resam" not in k and "rew" not in k}
+    options = {"architecture": architecture | size, "batch_size": 4, "n_tokens": 16, "log_every": 4}
+    return sweep_config(out, *sweep, **(options | lr | changes))
+
+
+@pytest.mark.parametrize(
+    ("path", "clip"), [("reference", None), ("reference", 0.05), ("gpu", 0.05)], indirect=["path"]
+)
+def test_a_sweep_that_steps_as_one_gives_what_each_gives_alone(clip, path, tmp_path, monkeypatch):
+    """Two k, two seeds or two learning rates, with AuxK, and by the reference with resampling too."""
+    _, x = planted(200, 6)
+    made = stacks_made(monkeypatch)
+    config = swept(tmp_path / "s", path, optimiser={"kind": "adam", "clip": clip})
+    sweep = train_sweep(config, source=TensorSource(x))
+    assert made == [sweep.names]
+    terms = []
+    for member in variants(config):
+        alone = train(member.config.replace(out=tmp_path / member.name), source=TensorSource(x))
+        together = sweep.load(member.name)
+        for (name, one), other in zip(
+            alone.state_dict().items(), together.state_dict().values(), strict=True
+        ):
+            torch.testing.assert_close(
+                other, one, atol=2e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+            )
+        logs = [without_seconds(place / member.name) for place in (tmp_path / "s", tmp_path)]
+        for one, other in zip(*logs, strict=True):
+            assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
+        terms.append("auxk" in logs[0][-1])
+    assert any(terms), "AuxK had something to do"
+    assert len(made) == 1, "a dictionary alone is no stack"
+
+
+def test_going_on_from_a_checkpoint_gives_the_same_bits(tmp_path, monkeypatch):
+    path = "reference"
+    monkeypatch.setattr(kernels, "path_for", lambda _: path)
+    monkeypatch.setattr(crew, "stacks_on", lambda _: True)
+    _, x = planted(200, 6)
+    train_sweep(swept(tmp_path / "whole", path), source=TensorSource(x))
+    plain, n = MemberStack.train_step, 0
+
+    def stops(self, batch, ahead, logging):
+        nonlocal n
+        n += 1
+        if n == 4:  # after the resampling and the first dead latents
+            raise KeyboardInterrupt
+        return plain(self, batch, ahead, logging)
+
+    monkeypatch.setattr(MemberStack, "train_step", stops)
+    every_step = {"checkpoint_every_seconds": 0.0}
+    with pytest.raises(KeyboardInterrupt):
+        train_sweep(swept(tmp_path / "resumed", path, **every_step), source=TensorSource(x))
+    sweep = train_sweep(swept(tmp_path / "resumed", path, **every_step), source=TensorSource(x))
+    assert n == 4 + 1, "three of four steps were not taken again"
+    for name in sweep.names:
+        assert same(tmp_path / "whole" / name, tmp_path / "resumed" / name), name
+
+
+def test_only_those_of_one_shape_step_as_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(crew, "stacks_on", lambda _: True)
+    _, x = planted(400, 10)
+    made = stacks_made(monkeypatch)
+    base = {"architecture": {"kind": "topk", "k": 2}, "batch_size": 12, "n_tokens": 24, "lr": 1e-3}
+    train_sweep(sweep_config(tmp_path / "a", "d_sae=16,24", "seed=0,1", **base), source=TensorSource(x))
+    assert made == [("d_sae16-seed0", "d_sae16-seed1"), ("d_sae24-seed0", "d_sae24-seed1")]
+    made.clear()
+    train_sweep(sweep_config(tmp_path / "b", "seed=0", **base), source=TensorSource(x))
+    optimiser = {"optimiser": {"kind": "muon"}}
+    train_sweep(sweep_config(tmp_path / "c", "seed=0,1", **(base | optimiser)), source=TensorSource(x))
+    assert made == []
+
+
+def test_on_a_cpu_each_steps_by_itself_and_where_the_gpus_kernels_serve_they_step_as_one(monkeypatch):
+    cpu = torch.device("cpu")
+    assert not crew.stacks_on(cpu)
+    monkeypatch.setattr(kernels, "path_for", lambda x: "gpu" if x.device == cpu else "reference")
+    assert crew.stacks_on(cpu)
+
+
+def several(n: int, batch: int, d_in: int, d_sae: int, seed: int) -> dict[str, torch.Tensor]:
+    """Small integers: ties are common and every sum is exact."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randint(-2, 3, shape, generator=generator).float().to(DEVICE)
+
+    return {
+        "x": draw(n, batch, d_in).requires_grad_(),
+        "W_enc": draw(n, d_sae, d_in).mT.requires_grad_(),
+        "b_enc": draw(n, d_sae).requires_grad_(),
+        "b_pre": draw(n, d_in),
+        "W_dec": draw(n, d_sae, d_in).requires_grad_(),
+        "b_dec": draw(n, d_in).requires_grad_(),
+    }
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    st.integers(1, 3), st.integers(1, 3), st.integers(1, 20), st.integers(1, 20), st.integers(0, 999), st.data()
+)
+def test_kernels_with_a_leading_dictionary_axis(n, batch, d_in, d_sae, seed, data):
+    """Values and gradients per parameter, odd shapes, ties, one dictionary; each with a k of its own."""
+    p = several(n, batch, d_in, d_sae, seed)
+    ks = data.draw(st.lists(st.integers(1, d_sae), min_size=n, max_size=n))
+    own_k = torch.tensor(ks, device=DEVICE)
+    inputs = [p[name] for name in ("x", "W_enc", "b_enc", "b_pre")]
+    acts, indices = gpu.encode_topk(*inputs, max(ks), own_k)
+    assert acts.shape == indices.shape == (n, batch, max(ks))
+    recon = gpu.decode(acts, indices, p["W_dec"], p["b_dec"])
+    wanted = []
+    for i, k in enumerate(ks):
+        found = reference.encode_topk(*(tensor[i] for tensor in inputs), k)
+        assert torch.equal(acts[i].detach().sort().values[:, -k:], found[0].detach().sort().values)
+        assert bool((acts[i] > 0).sum(1).le(k).all())
+        wanted.append(reference.decode(*found, p["W_dec"][i], p["b_dec"][i]))
+    torch.testing.assert_close(recon, torch.stack(wanted))
+    names = [name for name in p if name != "b_pre"]
+    grads = [
+        torch.autograd.grad((out - 1).square().sum(), [p[name] for name in names])
+        for out in (recon, torch.stack(wanted))
+    ]
+    for name, got, slow in zip(names, *grads, strict=True):
+        torch.testing.assert_close(got, slow, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 6), st.integers(1, 40), st.booleans(), st.booleans())
+def test_adam_with_a_leading_dictionary_axis_has_the_bits_of_each_alone(n, rows, columns, unit_norm, freeze):
+    generator = torch.Generator().manual_seed(rows)
+    start = torch.randn(n, rows, columns, generator=generator)
+    start = (start / start.norm(dim=2, keepdim=True)).to(DEVICE)
+    state = [start.clone(), torch.zeros_like(start), torch.zeros_like(start)]
+    alone = [[tensor[i].clone() for tensor in state] for i in range(n)]
+    rates = [1e-2 / (3 + i) for i in range(n)]
+    scale = torch.linspace(0.5, 1.0, n, device=DEVICE)
+    frozen = torch.rand(n, rows, generator=generator).to(DEVICE) < 0.5 if freeze else None
+    options = {"betas": (0.9, 0.99), "eps": 1e-8, "unit_norm": unit_norm}
+    for step in (1, 2):
+        grad = torch.randn(n, rows, columns, generator=generator).to(DEVICE)
+        lr = torch.tensor(rates, dtype=torch.float64, device=DEVICE)
+        gpu.adam_step(state[0], grad, *state[1:], step, lr, grad_scale=scale, frozen=frozen, **options)
+        for i in range(n):
+            own = None if frozen is None else frozen[i]
+            gpu.adam_step(
+                alone[i][0], grad[i], *alone[i][1:], step, rates[i], grad_scale=scale[i], frozen=own, **options
+            )
+    for i in range(n):
+        assert all(torch.equal(now[i], one) for now, one in zip(state, alone[i], strict=True))
+
+
+def test_a_stack_is_its_dictionaries():
+    """What is done to one of them is done to the stack, and the other way round."""
+    from sememe.dictionaries.stacked import Stack
+
+    whole = [dictionaries.build(TopKConfig(k=2, d_sae=6), 4, 4) for _ in range(2)]
+    stack = Stack(whole)
+    with torch.no_grad():
+        whole[1].W_enc[:, 3] = 7.0
+        whole[0].tokens_since_fired[2] = 5
+    assert stack.parameters["W_enc"][1, :, 3].tolist() == [7.0] * 4
+    assert stack.parameters["W_enc"][1].T.is_contiguous() and whole[1].W_enc.T.is_contiguous()
+    assert int(stack.tokens_since_fired[0, 2]) == 5 and int(stack.tokens_since_fired.sum()) == 5
