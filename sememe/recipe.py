@@ -9,7 +9,8 @@ table holds its verb's options; where it reads and writes follows from the name:
 Several dictionaries are `[train.NAME]` tables with an architecture each, or come from a `[train.sweep]`; their
 results lie one folder deeper: `dictionary/NAME`, `report/NAME`. `[fit.NAME]` tables, with a baseline each, add
 baselines and sparse coders in `baseline/NAME`. A `[twin]` table with `of = "NAME"` harvests and trains that dictionary
-once more on the model with its weights shuffled, in `twin/store` and `twin/NAME`: a null beside all numbers. With a `[compare]` table all of them are compared at the end, and
+once more on the model with its weights shuffled, in `twin/store` and `twin/NAME`: a null beside
+all numbers. With a `[compare]` table all of them are compared at the end, and
 `[evaluate]`, `[interpret]` and `[export]` happen only where their tables are there.
 """
 

@@ -46,8 +46,8 @@ class MeasureConfig(Config):
     """Controls measured alongside, at the same l0: pca, untrained, random_directions, identity,
     neurons, ica, rica, nmf."""
     twins: tuple[Path, ...] = ()
-    """Dictionaries trained on the model with its weights shuffled, or folders that hold such: measured on that model, as
-    nulls."""
+    """Dictionaries trained on the model with its weights shuffled, or folders that hold such: each is measured on that
+    model, as a null."""
     batch_rows: int = Field(default=16, ge=1)
     """Contexts per forward."""
     budget: str | None = None
