@@ -25,7 +25,19 @@ from sememe.dictionaries.part import Part
 from sememe.errors import ConfigError
 from sememe.figures import Report
 from sememe.lm import LanguageModel
-from sememe.measure import NULLS, Arms, MeasureConfig, Measured, check_documents, fit, make_null, run
+from sememe.measure import (
+    NULLS,
+    Arms,
+    MeasureConfig,
+    Measured,
+    check_documents,
+    check_twins,
+    fit,
+    make_null,
+    open_twins,
+    run,
+    twin_groups,
+)
 from sememe.measure.checks import (
     check_model,
     check_nulls,
@@ -129,6 +141,8 @@ def evaluate(config: EvaluateConfig, *, lm: LanguageModel | None = None, fresh: 
     if store is not None:
         check_store(store, saved, sites)
     notices = check_text(saved, store, config.text)
+    twins = open_twins(config)
+    notices += check_twins(config, twins, policy)
     if several:
         parents = {f"model.{number}": fingerprint for number, fingerprint in enumerate(models_of(sites))}
     else:
@@ -138,6 +152,7 @@ def evaluate(config: EvaluateConfig, *, lm: LanguageModel | None = None, fresh: 
     parents |= {"dictionary": saved.fingerprint, "text": text.fingerprint(config.text)}
     if store is not None:
         parents["store"] = store.fingerprint
+    parents |= {name: twin.saved.fingerprint for name, twin in twins.items()}
     other = None
     if config.matched_in is not None:
         parents["matched_in"] = artifact.load(config.matched_in, "dictionary").fingerprint
@@ -157,8 +172,14 @@ def evaluate(config: EvaluateConfig, *, lm: LanguageModel | None = None, fresh: 
         arms, null_configs = make_arms(
             config, running, dictionary.to(running.device), sites, policy, store, other
         )
-        stopped = run(config, {"dictionary": (measured, arms)}, since)
-        data = measured.report(arms) | {
+        beside = twin_groups(config, twins, policy)
+        stopped = run(config, {"dictionary": (measured, arms), **beside}, since)
+        null_configs |= {
+            name: describe(twin.saved, twin.dictionary, twin.sites)["config"]
+            | {"d_sae": twin.dictionary.d_sae}
+            for name, twin in twins.items()
+        }
+        data = measured.report(arms, {name: one for name, (one, _) in beside.items()}) | {
             "dictionary": describe(saved, dictionary, sites),
             "null_configs": null_configs,
             "text": measured.describe_text(parents["text"]),
@@ -174,7 +195,9 @@ def evaluate(config: EvaluateConfig, *, lm: LanguageModel | None = None, fresh: 
             "attributions": [a._asdict() for a in text.attributions(config.text)],
         }
         artifact.write_json(work.path / figures.REPORT, data)
-        figures.write_draws(work.path, {name: measured.drawn(name) for name in arms.dictionaries})
+        drawn = {name: measured.drawn(name) for name in arms.dictionaries}
+        drawn |= {name: one.drawn(name) for name, (one, _) in beside.items()}
+        figures.write_draws(work.path, drawn)
         figures.write_pages(work.path, {saved.path.name: data})
         work.extra = {
             name: data["metrics"][name]["value"] for name in figures.HEADLINE if name in data["metrics"]

@@ -8,7 +8,9 @@ table holds its verb's options; where it reads and writes follows from the name:
 
 Several dictionaries are `[train.NAME]` tables with an architecture each, or come from a `[train.sweep]`; their
 results lie one folder deeper: `dictionary/NAME`, `report/NAME`. `[fit.NAME]` tables, with a baseline each, add
-baselines and sparse coders in `baseline/NAME`. With a `[compare]` table all of them are compared at the end, and
+baselines and sparse coders in `baseline/NAME`. A `[twin]` table with `of = "NAME"` harvests and trains that dictionary
+once more on the model with its weights shuffled, in `twin/store` and `twin/NAME`: a null beside
+all numbers. With a `[compare]` table all of them are compared at the end, and
 `[evaluate]`, `[interpret]` and `[export]` happen only where their tables are there.
 """
 
@@ -26,6 +28,7 @@ __all__ = ["Recipe", "Stage", "place_of", "read_recipe", "stages"]
 SHARED = ("model", "text", "policy")
 STAGES = ("harvest", "train", "fit", "evaluate", "interpret", "explain", "export", "compare")
 FIT_LIKE_THIS = 'Write [fit.pca] with baseline = {kind = "pca"}.'
+TWIN = "twin"
 OPTIONAL = ("explain", "compare")
 """Stages that happen only where their tables are there."""
 
@@ -48,6 +51,7 @@ class Recipe(NamedTuple):
     explain: dict[str, Any] | None
     export: dict[str, Any] | None
     compare: dict[str, Any] | None
+    twin: dict[str, Any] | None = None
 
 
 class Stage(NamedTuple):
@@ -75,7 +79,7 @@ def read_recipe(path: str | Path) -> Recipe:
         ConfigError: the file is missing, not TOML, or holds a table that no stage knows.
     """
     data = read_toml(path)
-    known = ("name", *SHARED, *STAGES)
+    known = ("name", *SHARED, *STAGES, TWIN)
     for key in data:
         if key not in known:
             raise ConfigError(f"a table of the recipe {path} must be known", repr(key), nearest(key, known))
@@ -84,7 +88,7 @@ def read_recipe(path: str | Path) -> Recipe:
         raise ConfigError(
             "a recipe's name must be letters, digits, '.', '-' and '_'", repr(name), "Change name."
         )
-    for key in (*SHARED, *STAGES):
+    for key in (*SHARED, *STAGES, TWIN):
         if not isinstance(data.get(key, {}), dict):
             raise ConfigError(
                 f"{key} must be a table of the recipe {path}", repr(data[key]), f"Write [{key}]."
@@ -97,6 +101,10 @@ def read_recipe(path: str | Path) -> Recipe:
         )
     dictionaries = _named(data["train"], "architecture")
     baselines = _baselines_of(data["fit"]) if "fit" in data else {}
+    if TWIN in dictionaries or TWIN in baselines:
+        raise ConfigError(
+            "a dictionary must not be named twin", f"[train.{TWIN}] or [fit.{TWIN}]", "Name it otherwise."
+        )
     for baseline in baselines:
         if baseline in dictionaries:
             raise ConfigError(
@@ -112,6 +120,7 @@ def read_recipe(path: str | Path) -> Recipe:
         dictionaries,
         baselines,
         *(data.get(stage, None if stage in optional else {}) for stage in STAGES[3:]),
+        _twin_of(data, dictionaries),
     )
 
 
@@ -130,6 +139,31 @@ def _baselines_of(table: dict[str, Any]) -> dict[str, dict[str, Any]]:
     if "" in found:
         raise ConfigError("[fit] must hold named baselines", _keys(table), FIT_LIKE_THIS)
     return found
+
+
+def _twin_of(data: dict[str, Any], dictionaries: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """[twin], checked: which dictionary it is of, and what is shuffled."""
+    if TWIN not in data:
+        return None
+    table = {"of": next(iter(dictionaries)), "randomise": "layers", **data[TWIN]}
+    for key in table:
+        if key not in ("of", "randomise"):
+            raise ConfigError(
+                "an option of [twin] must be known", repr(key), nearest(key, ("of", "randomise"))
+            )
+    if table["of"] not in dictionaries or "sweep" in dictionaries[table["of"]]:
+        raise ConfigError(
+            "[twin] must be of a single dictionary that the recipe trains",
+            repr(table["of"]),
+            "Set of to the NAME of a [train.NAME] without a sweep.",
+        )
+    if "compare" not in data and "evaluate" not in data:
+        raise ConfigError(
+            "[twin] must be left out where nothing is measured: it has no effect then",
+            ", ".join(data),
+            "Add [compare] or [evaluate].",
+        )
+    return table
 
 
 def _keys(table: dict[str, Any]) -> str:
@@ -157,6 +191,10 @@ def stages(recipe: Recipe, base: Path) -> list[Stage]:
     harvest = HarvestConfig.build({**shared, "policy": recipe.policy, **recipe.harvest, "out": store}, where)
     found = [Stage("harvest", "", store, harvest)]
     trained: list[str] = []
+    beside: dict[str, Any] = {}
+    if recipe.twin is not None:
+        beside = {"twins": (base / TWIN / (recipe.twin["of"] or "dictionary"),)}
+        found += _twin(recipe, base / TWIN, harvest, where)
     for name, table in recipe.dictionaries.items():
         out = base / "dictionary" / name
         train = TrainConfig.build({**table, "store": store, "out": out}, where)
@@ -169,13 +207,13 @@ def stages(recipe: Recipe, base: Path) -> list[Stage]:
             }
             label = "" if place == Path() else str(place)
             trained.append(label)
-            found += _after_training(recipe, label, store, paths, where)
+            found += _after_training(recipe, label, store, paths, beside, where)
     found += _baselines(recipe, base, store, trained, where)
     if recipe.compare is not None:
         from sememe.compare import CompareConfig
 
         out = base / "comparison"
-        training = [stage for stage in found if isinstance(stage.config, TrainConfig)]
+        training = [stage for stage in found if isinstance(stage.config, TrainConfig) and stage.name != TWIN]
         n_trained = sum(
             len(swept_names(stage.config)) for stage in training if isinstance(stage.config, TrainConfig)
         )
@@ -185,8 +223,10 @@ def stages(recipe: Recipe, base: Path) -> list[Stage]:
                 n_trained + len(recipe.baselines),
                 "Add [train.NAME] or [fit.NAME] tables or a sweep, or drop [compare].",
             )
-        compared = tuple(stage.path for stage in found if stage.verb in ("train", "fit"))
-        about = {"dictionaries": compared, "store": store, "out": out}
+        compared = tuple(
+            stage.path for stage in found if stage.verb in ("train", "fit") and stage.name != TWIN
+        )
+        about = {"dictionaries": compared, "store": store, "out": out, **beside}
         compare = CompareConfig.build({**shared, **recipe.compare, **about}, where)
         found.append(Stage("compare", "", out, compare))
     if harvest.split != "train" and any(stage.verb in ("evaluate", "compare") for stage in found):
@@ -196,6 +236,22 @@ def stages(recipe: Recipe, base: Path) -> list[Stage]:
             "Leave split out of [harvest].",
         )
     return found
+
+
+def _twin(recipe: Recipe, base: Path, harvest: Config, where: str) -> list[Stage]:
+    """A store of the shuffled model, and a dictionary trained on it as one of the recipe's is."""
+    from sememe.harvest import HarvestConfig
+    from sememe.train import TrainConfig
+
+    assert recipe.twin is not None
+    model = {**recipe.model, "randomise": recipe.twin["randomise"]}
+    resolved = {**harvest.resolved(), "model": model, "out": base / "store"}
+    out = base / (recipe.twin["of"] or "dictionary")
+    train = {**recipe.dictionaries[recipe.twin["of"]], "store": base / "store", "out": out}
+    return [
+        Stage("harvest", TWIN, base / "store", HarvestConfig.build(resolved, where)),
+        Stage("train", TWIN, out, TrainConfig.build(train, where)),
+    ]
 
 
 def _baselines(recipe: Recipe, base: Path, store: Path, trained: list[str], where: str) -> list[Stage]:
@@ -221,14 +277,14 @@ def _baselines(recipe: Recipe, base: Path, store: Path, trained: list[str], wher
 
 
 def _after_training(
-    recipe: Recipe, name: str, store: Path, paths: dict[str, Path], where: str
+    recipe: Recipe, name: str, store: Path, paths: dict[str, Path], beside: dict[str, Any], where: str
 ) -> list[Stage]:
     shared = {"model": recipe.model, "text": recipe.text}
     found: list[Stage] = []
     if recipe.evaluate is not None:
         from sememe.evaluate import EvaluateConfig
 
-        about = {"dictionary": paths["dictionary"], "store": store, "out": paths["report"]}
+        about = {"dictionary": paths["dictionary"], "store": store, "out": paths["report"], **beside}
         evaluate = EvaluateConfig.build({**shared, **recipe.evaluate, **about}, where)
         found.append(Stage("evaluate", name, paths["report"], evaluate))
     if recipe.interpret is None:

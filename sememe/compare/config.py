@@ -40,4 +40,6 @@ class CompareConfig(MeasureConfig):
                 self.together,
                 "Drop one of the two.",
             )
+        if self.directions_only:
+            self.check_inert("twins", without="no language model runs (directions_only)")
         return self

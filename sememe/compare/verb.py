@@ -18,7 +18,20 @@ from sememe.errors import MismatchError
 from sememe.figures.schema import FORMAT, Comparison
 from sememe.frontier import Place, Point
 from sememe.lm import LanguageModel
-from sememe.measure import Arms, Measured, Together, check_documents, check_together, fit, make_null, run
+from sememe.measure import (
+    Arms,
+    Measured,
+    Together,
+    Twin,
+    check_documents,
+    check_together,
+    check_twins,
+    fit,
+    make_null,
+    open_twins,
+    run,
+    twin_groups,
+)
 from sememe.measure.checks import (
     check_nulls,
     check_store,
@@ -65,9 +78,12 @@ def compare(
     # under the names that the page tells them apart by
     parents = {f"dictionary: {name}": one.saved.fingerprint for name, one in opened.items()}
     store = None if config.store is None or config.directions_only else open_store(config.store)
-    policy, notices = None, list[str]()
+    policy, notices, twins = None, list[str](), dict[str, Twin]()
     if not config.directions_only:
         policy, notices = _check(config, opened, store)
+        twins = open_twins(config)
+        notices += check_twins(config, twins, policy)
+        parents |= {name: twin.saved.fingerprint for name, twin in twins.items()}
         text.fetch(config.text)
         parents |= {"model": _model_of(config, opened, lm), "text": text.fingerprint(config.text)}
         if store is not None:
@@ -86,7 +102,7 @@ def compare(
             data |= _undescribed(opened)
         else:
             lm = lm if lm is not None else language_models.load(config.model)
-            data |= _measured(config, lm, opened, policy, store)
+            data |= _measured(config, lm, opened, policy, store, twins)
         data["notices"] = notices + data.get("notices", []) + _cautions(data)
         data["attributions"] = [] if policy is None else [a._asdict() for a in text.attributions(config.text)]
         Comparison.build(data, COMPARISON)  # what is written is what is published
@@ -186,6 +202,7 @@ def _measured(
     opened: dict[str, Opened],
     policy: TokenPolicy,
     store: Store | None,
+    twins: dict[str, Twin],
 ) -> dict[str, Any]:
     """Every dictionary and its nulls on the same documents."""
     check_documents(config, lm, policy)
@@ -208,6 +225,7 @@ def _measured(
         own = {name: one.dictionary for name, one in opened.items()}
         together = Together(config, lm, own, means, policy)
         groups["all together"] = (together, Arms({}, next(iter(means.values())), (), ()))
+    groups |= twin_groups(config, twins, policy)
     stopped = run(config, groups, since)
     descriptions = {
         name: describe(one.saved, one.dictionary, _sites(one)) | {"name": name}
@@ -219,6 +237,9 @@ def _measured(
         where = f" {about['place']}" if len(by_sites) > 1 else ""
         places[name] = Place(f"null: {about['null']}{width}{where}", f"k={about['k']}")
         descriptions[name] = about
+    for name, twin in twins.items():
+        descriptions[name] = describe(twin.saved, twin.dictionary, twin.sites) | {"name": name}
+        places[name] = Place(f"null: {name}", "")
     rows, points = [], {}
     cheats: list[str] = []
     for measured, arms in groups.values():

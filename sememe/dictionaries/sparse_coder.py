@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple, Self, final
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -23,6 +24,12 @@ __all__ = ["KSVDConfig", "SparseCoder", "SparseCoderConfig", "ksvd", "sparse_cod
 
 N_AT_ONCE = 2**22
 """Numbers of a block of rows' codes that are held densely."""
+N_IN_CACHE = 2**19
+"""The same where they are gone through many times and little is multiplied: 2 MB."""
+MAX_GRAM = 4096
+"""Directions up to which their products with each other are kept (64 MB): OMP reads them instead of multiplying."""
+N_STEP_ROWS = 512
+"""Rows of a step of the gradient update."""
 N_PROJECTED_STEPS = 60
 """Of accelerated projected gradient on a support of OMP, where coefficients may not be negative."""
 
@@ -78,6 +85,7 @@ class SparseCoder(Fitted):
     ) -> None:
         super().__init__(config, d_in, d_out, d_sae, sites)
         self.signed = not config.non_negative
+        self._products: tuple[Tensor, int, Tensor] | None = None
 
     @classmethod
     def rebuild(cls, config: dict[str, Any], d_in: int, d_out: int, d_sae: int, sites: Sites | None) -> Self:
@@ -89,9 +97,11 @@ class SparseCoder(Fitted):
         """Codes by search; nothing flows back through it."""
         self.check_input(x)
         parts = []
-        for rows in torch.split(
-            x - self.b_dec, max(1, N_AT_ONCE // max(self.d_sae, self.config.k * self.d_in))
-        ):
+        gram = self._gram() if self.config.encoder == "omp" and self.d_sae <= MAX_GRAM else None
+        n_rows = N_AT_ONCE // max(self.d_sae, self.config.k * self.d_in)
+        if gram is not None:
+            n_rows = N_IN_CACHE // self.d_sae
+        for rows in torch.split(x - self.b_dec, max(1, n_rows)):
             broken = ~torch.isfinite(rows).all(
                 1, keepdim=True
             )  # no search ends well there; silence would hide it
@@ -102,11 +112,25 @@ class SparseCoder(Fitted):
                 parts.append(Encoded.from_dense(torch.where(broken, torch.nan, codes)))
             else:
                 acts, indices = pursue(
-                    rows, self.W_dec, self.config.k, self.config.encoder == "omp", self.config.non_negative
+                    rows,
+                    self.W_dec,
+                    self.config.k,
+                    self.config.encoder == "omp",
+                    self.config.non_negative,
+                    gram,
                 )
                 acts = torch.where(broken, torch.nan, acts)
                 parts.append(Encoded.from_topk(acts, indices.to(torch.int32), self.d_sae))
         return Encoded.cat(parts) if len(parts) != 1 else parts[0]
+
+    def _gram(self) -> Float[Tensor, "d_sae d_sae"]:
+        """Products of all directions with each other; made anew when the directions have changed."""
+        W = self.W_dec
+        version = -1 if W.is_inference() else W._version
+        kept = self._products
+        if kept is None or kept[0] is not W or kept[1] != version:
+            self._products = kept = (W, version, W @ W.T)
+        return kept[2]
 
 
 def sparse_coder_over(dictionary: Dictionary, config: SparseCoderConfig) -> SparseCoder:
@@ -134,10 +158,14 @@ def pursue(
     k: int,
     refit: bool,
     non_negative: bool,
+    gram: Float[Tensor, "d_sae d_sae"] | None = None,
 ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
     """k times: the direction that correlates most with what is left; then all coefficients again, or a step.
 
     Rows that are reconstructed before k keep coefficients of 0.
+
+    Source of the fast way with `gram`: Rubinstein, Zibulevsky & Elad 2008 (batch OMP). Differs: the fit is solved anew
+    each time, without a Cholesky factor that grows.
 
     Args:
         x: Rows, already centred.
@@ -145,34 +173,50 @@ def pursue(
         k: How many.
         refit: Least squares on the directions taken (OMP); else one gradient step (gradient pursuit).
         non_negative: Coefficients >= 0: only positive correlations count, and the fit is projected.
+        gram: `W @ W.T`, if known: correlations with what is left are then sums of its rows, a fraction of the products.
+            With refit only.
     """
+    assert gram is None or refit
     batch = x.shape[0]
     indices = torch.zeros(batch, k, dtype=torch.int64, device=x.device)
     acts = torch.zeros(batch, k, device=x.device)
     residual, along = x.clone(), x @ W.T
-    taken = torch.zeros(batch, W.shape[0], dtype=torch.bool, device=x.device)
-    rows = torch.arange(batch, device=x.device)
-    least = 1e-6 * x.norm(dim=1)
+    among = torch.zeros(batch, k, k, device=x.device)  # products of the directions taken, where gram is known
+    least = (1e-6 if gram is None else 1e-5) * x.norm(dim=1)  # sums of products round more than residuals
     for step in range(k):
-        correlation = residual @ W.T
-        size = correlation if non_negative else correlation.abs()
-        best = size.masked_fill(taken, -torch.inf).max(dim=1)
+        if gram is None:
+            correlation = residual @ W.T
+        elif step == 0:
+            correlation = along
+        else:
+            so_far = indices[:, :step].contiguous(), acts[:, :step].contiguous()
+            explained = F.embedding_bag(so_far[0], gram, per_sample_weights=so_far[1], mode="sum")
+            correlation = torch.sub(along, explained, out=explained)
+        size = correlation.clone() if non_negative else correlation.abs()
+        best = size.scatter_(1, indices[:, :step], -torch.inf).max(dim=1)
         going = (best.values > least) & (best.values > 0)
         indices[:, step] = best.indices
-        taken[rows, best.indices] = True
-        chosen = W[indices[:, : step + 1]]  # (batch, step + 1, d)
+        here = indices[:, : step + 1]
         if refit:
-            gram = chosen @ chosen.transpose(1, 2)
-            wanted = along.gather(1, indices[:, : step + 1])
-            fitted = _least_squares(gram, wanted, non_negative)
+            wanted = along.gather(1, here)
+            if gram is None:
+                chosen = W[here]  # (batch, step + 1, d)
+                products = chosen @ chosen.transpose(1, 2)
+            else:
+                new = gram[best.indices[:, None], here]
+                among[:, step, : step + 1] = among[:, : step + 1, step] = new
+                products = among[:, : step + 1, : step + 1]
+            fitted = _least_squares(products, wanted, non_negative)
         else:
+            chosen = W[here]
             gradient = (chosen @ residual[:, :, None])[..., 0]
             moved = (gradient[:, None, :] @ chosen)[:, 0]
             length = (residual * moved).sum(1) / moved.square().sum(1).clamp_min(1e-30)
             fitted = acts[:, : step + 1] + length[:, None] * gradient
             fitted = fitted.clamp_min(0) if non_negative else fitted
         acts[:, : step + 1] = torch.where(going[:, None], fitted, acts[:, : step + 1])
-        residual = x - (acts[:, None, : step + 1] @ chosen)[:, 0]
+        if gram is None:
+            residual = x - (acts[:, None, : step + 1] @ chosen)[:, 0]
     return acts, indices
 
 
@@ -222,8 +266,8 @@ class KSVDConfig(CoderOptions):
     """Name of the way to learn. What comes out is a sparse_coder."""
 
     update: Literal["ksvd", "mod", "gradient"] = "ksvd"
-    """ksvd: one direction after the other, with its coefficients. mod: all at once, by least squares. gradient: one
-    step down the squared error."""
+    """ksvd: one direction after the other, with its coefficients. mod: all at once, by least squares. gradient: a
+    step down the squared error for every 512 rows."""
     n_iterations: int = Field(default=30, ge=1)
     """Rounds."""
     seed: int = Field(default=0, ge=0)
@@ -275,15 +319,17 @@ def ksvd(x: Float[Tensor, "rows d"], config: KSVDConfig, sites: Sites | None = N
     errors = []
     with track(config.update, config.n_iterations, "rounds") as progress:
         for _ in range(config.n_iterations):
+            if config.update == "gradient":
+                codes, residual = _steps(made, x)
+                errors.append(float(residual.square().mean()))
+                _replace_unused(made.W_dec, codes, residual)
+                progress.note = f"mse {errors[-1]:.4g}"
+                progress.advance()
+                continue
             codes = made.encode(x).to_dense()
             residual = centred - codes @ made.W_dec
             errors.append(float(residual.square().mean()))
-            if config.update == "gradient":
-                # no step is longer than the inverse of the largest curvature
-                curvature = torch.linalg.matrix_norm(codes.T @ codes, ord=1).clamp_min(1e-12)
-                made.W_dec = _unit(made.W_dec + codes.T @ residual / curvature)
-                _replace_unused(made.W_dec, codes, residual)
-            elif config.update == "mod":
+            if config.update == "mod":
                 gram = codes.T @ codes + 1e-6 * torch.eye(d_sae, device=x.device)
                 made.W_dec = _unit(torch.linalg.solve(gram, codes.T @ centred))
                 _replace_unused(made.W_dec, codes, residual)
@@ -292,6 +338,20 @@ def ksvd(x: Float[Tensor, "rows d"], config: KSVDConfig, sites: Sites | None = N
             progress.note = f"mse {errors[-1]:.4g}"
             progress.advance()
     return Learned(made.eval(), errors)
+
+
+def _steps(made: SparseCoder, x: Float[Tensor, "rows d"]) -> tuple[Tensor, Tensor]:
+    """A round of gradient steps, a batch of rows each; the codes and what they left when they were found."""
+    found, left = [], []
+    for rows in torch.split(x, N_STEP_ROWS):
+        codes = made.encode(rows).to_dense()
+        residual = rows - made.b_dec - codes @ made.W_dec
+        # no step is longer than the inverse of the largest curvature
+        curvature = torch.linalg.matrix_norm(codes.T @ codes, ord=1).clamp_min(1e-12)
+        made.W_dec = _unit(made.W_dec + codes.T @ residual / curvature)
+        found.append(codes)
+        left.append(residual)
+    return torch.cat(found), torch.cat(left)
 
 
 def _unit(rows: Tensor) -> Tensor:

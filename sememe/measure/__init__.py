@@ -10,6 +10,7 @@ from sememe.measure.arms import Arms, Material, fit, make_null
 from sememe.measure.config import NULLS, MeasureConfig
 from sememe.measure.measured import Measured, check_documents, run
 from sememe.measure.together import Together, check_together
+from sememe.measure.twins import Twin, check_twins, open_twins, twin_groups
 
 __all__ = [
     "NULLS",
@@ -18,9 +19,13 @@ __all__ = [
     "MeasureConfig",
     "Measured",
     "Together",
+    "Twin",
     "check_documents",
     "check_together",
+    "check_twins",
     "fit",
     "make_null",
+    "open_twins",
     "run",
+    "twin_groups",
 ]

@@ -25,7 +25,7 @@ UNITS = {"s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600}
 class MeasureConfig(Config):
     """On what, against what, and for how long."""
 
-    not_identity: ClassVar[frozenset[str]] = frozenset({"out", "store", "batch_rows"})
+    not_identity: ClassVar[frozenset[str]] = frozenset({"out", "store", "batch_rows", "twins"})
 
     out: Path
     """The folder to make."""
@@ -45,6 +45,9 @@ class MeasureConfig(Config):
     nulls: tuple[str, ...] = ("pca", "untrained")
     """Controls measured alongside, at the same l0: pca, untrained, random_directions, identity,
     neurons, ica, rica, nmf."""
+    twins: tuple[Path, ...] = ()
+    """Dictionaries trained on the model with its weights shuffled, or folders that hold such: each is measured on that
+    model, as a null."""
     batch_rows: int = Field(default=16, ge=1)
     """Contexts per forward."""
     budget: str | None = None

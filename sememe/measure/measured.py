@@ -144,7 +144,7 @@ class Measured:
         self.kept: dict[str, metrics.Reconstruction] = {}
         self.all_rows: dict[str, metrics.Reconstruction] = {}
         self.sparsity: dict[str, metrics.Sparsity] = {}
-        self.by_site = [metrics.Reconstruction() for _ in sites.outputs] if len(sites.outputs) > 1 else []
+        self.by_site: dict[str, list[metrics.Reconstruction]] = {}
         self.units = Units(config.text.tag_fields)
         self.n_tokens = self.n_rows = self.n_outliers = self.n_predictions = 0
 
@@ -153,6 +153,8 @@ class Measured:
         for name, dictionary in arms.dictionaries.items():
             self.kept[name], self.all_rows[name] = metrics.Reconstruction(), metrics.Reconstruction()
             self.sparsity[name] = metrics.Sparsity(dictionary.d_sae)
+            if len(self.sites.outputs) > 1 and name not in arms.parts:
+                self.by_site[name] = [metrics.Reconstruction() for _ in self.sites.outputs]
 
     def parts(self) -> Iterator[tuple[TokenBlock, slice]]:
         """The held-out text, one forward's rows after the other."""
@@ -184,10 +186,9 @@ class Measured:
             self.sparsity[name].update(encoded, keep, units)
             self.kept[name].update(batch.target, recon, keep, units)
             self.all_rows[name].update(batch.target, recon, None, units)
-            if name == "dictionary":
-                for site, sums in zip(self.sites.outputs, self.by_site, strict=False):
-                    part = slice(site.start, site.stop)
-                    sums.update(batch.target[:, part], recon[:, part], keep, units)
+            for site, sums in zip(self.sites.outputs, self.by_site.get(name, ()), strict=False):
+                columns = slice(site.start, site.stop)
+                sums.update(batch.target[:, columns], recon[:, columns], keep, units)
             whole = recon.new_zeros(shape).view(-1, shape[-1]).index_copy_(0, flat_valid, recon).view(shape)
             hidden[name] = self._spliced(batch, whole, predicting)
         hidden["zero"] = self._spliced(batch, batch.target.new_zeros(1), predicting)
@@ -343,9 +344,16 @@ class Measured:
 
     # -- the report --------------------------------------------------------------------------------
 
-    def report(self, arms: Arms) -> dict[str, Any]:
-        """report.json, but for what describes the inputs."""
+    def report(self, arms: Arms, beside: Mapping[str, Measured] | None = None) -> dict[str, Any]:
+        """report.json, but for what describes the inputs.
+
+        Args:
+            arms: What was measured here.
+            beside: Nulls that were measured elsewhere, on the same documents.
+        """
+        beside = beside or {}
         found = {name: self.statistics(name) for name in arms.dictionaries}
+        found |= {name: one.statistics(name) for name, one in beside.items()}
         ablations = {name: self._quality(name) for name in ("zero", "mean")}
         main = found["dictionary"]
         main |= {f"{name}_base": statistic for name, statistic in self._quality("base").items()}
@@ -361,9 +369,9 @@ class Measured:
             "parts": parts,
             "nulls": nulls,
             "ablations": ablations,
-            "density": {name: self.density(name) for name in arms.dictionaries if name not in parts},
-            **self._by_tags(nulls),
-            **self._by_site(),
+            "density": {name: beside.get(name, self).density(name) for name in found if name not in parts},
+            **self._by_tags(nulls, beside),
+            **self._by_site(("dictionary", *nulls), beside),
             **self._by_model(arms),
             "bootstrap": self.describe_bootstrap(),
         }
@@ -404,14 +412,20 @@ class Measured:
         statistics |= self.loss.compute(name, **options)
         return {key: statistic.to_json() for key, statistic in statistics.items()}
 
-    def _by_site(self) -> dict[str, Any]:
-        """The dictionary's reconstruction of each output, where there are several."""
+    def _by_site(self, names: Iterable[str], beside: Mapping[str, Measured]) -> dict[str, Any]:
+        """The dictionary's and its nulls' reconstruction of each output, where there are several."""
         if not self.by_site:
             return {}
-        found = {}
-        for site, sums in zip(self.sites.outputs, self.by_site, strict=True):
-            statistics = sums.compute(**self._options(None))
-            found[site.hookpoint] = {key: statistic.to_json() for key, statistic in statistics.items()}
+        found: dict[str, Any] = {}
+        for name in names:
+            measured = beside.get(name, self)
+            for site, sums in zip(measured.sites.outputs, measured.by_site[name], strict=True):
+                statistics = sums.compute(**self._options(None))
+                numbers = {key: statistic.to_json() for key, statistic in statistics.items()}
+                if name == "dictionary":
+                    found[site.hookpoint] = numbers | {"nulls": {}}
+                elif site.hookpoint in found:
+                    found[site.hookpoint]["nulls"][name] = numbers
         return {"by_site": found}
 
     def _by_model(self, arms: Arms) -> dict[str, Any]:
@@ -458,7 +472,7 @@ class Measured:
             "l0_histogram": [[n, count] for n, count in rows.items()],
         }
 
-    def _by_tags(self, nulls: Iterable[str]) -> dict[str, Any]:
+    def _by_tags(self, nulls: Iterable[str], beside: Mapping[str, Measured]) -> dict[str, Any]:
         """The dictionary's numbers and its nulls' per language, source, and value of each tag."""
 
         def reported(groups: dict[str, Any]) -> dict[str, Any]:
@@ -473,7 +487,15 @@ class Measured:
                 for value, group in groups.items()
             }
 
-        found = self.grouped(["dictionary", *nulls])
+        found = self.grouped(["dictionary", *(name for name in nulls if name not in beside)])
+        for name, one in beside.items():
+            theirs = one.grouped([name])
+            for ours, other in (
+                *((found[axis], theirs[axis]) for axis in ("by_language", "by_source")),
+                *((found["by_tag"][field], theirs["by_tag"][field]) for field in found["by_tag"]),
+            ):
+                for value, group in other.items():
+                    ours[value]["arms"] |= group["arms"]
         by_tag = {field: reported(groups) for field, groups in found["by_tag"].items()}
         return {**{key: reported(found[key]) for key in ("by_language", "by_source")}, "by_tag": by_tag}
 
