@@ -1,10 +1,10 @@
 """A recipe as it is written: its tables, and the stages they stand for. Runs nothing.
 
 A recipe is a TOML file with a `name`, the shared tables `[model]`, `[text]` and `[policy]`, and one table per
-stage: `[harvest]`, `[train]`, `[fit]`, `[evaluate]`, `[interpret]`, `[explain]`, `[export]`, `[compare]`. A stage's
-table holds its verb's options; where it reads and writes follows from the name:
+stage: `[harvest]`, `[train]`, `[fit]`, `[evaluate]`, `[interpret]`, `[effects]`, `[explain]`, `[export]`,
+`[compare]`. A stage's table holds its verb's options; where it reads and writes follows from the name:
 
-    artifacts/NAME/{store, dictionary, baseline, report, atlas, explanations, site, comparison}
+    artifacts/NAME/{store, dictionary, baseline, report, atlas, effects, explanations, site, comparison}
 
 Several dictionaries are `[train.NAME]` tables with an architecture each, or come from a `[train.sweep]`; their
 results lie one folder deeper: `dictionary/NAME`, `report/NAME`. `[fit.NAME]` tables, with a baseline each, add
@@ -12,6 +12,9 @@ baselines and sparse coders in `baseline/NAME`. A `[twin]` table with `of = "NAM
 once more on the model with its weights shuffled, in `twin/store` and `twin/NAME`: a null beside
 all numbers. With a `[compare]` table all of them are compared at the end, and
 `[evaluate]`, `[interpret]` and `[export]` happen only where their tables are there.
+
+`[evaluate]` and `[interpret]` may name which of the `dictionaries` they are about (effects, explanations and pages
+are of those interpreted), and `[interpret]` dictionaries of the recipe `against` which to look for near latents.
 """
 
 from __future__ import annotations
@@ -26,10 +29,10 @@ from sememe.errors import ConfigError, nearest
 __all__ = ["Recipe", "Stage", "place_of", "read_recipe", "stages"]
 
 SHARED = ("model", "text", "policy")
-STAGES = ("harvest", "train", "fit", "evaluate", "interpret", "explain", "export", "compare")
+STAGES = ("harvest", "train", "fit", "evaluate", "interpret", "effects", "explain", "export", "compare")
 FIT_LIKE_THIS = 'Write [fit.pca] with baseline = {kind = "pca"}.'
 TWIN = "twin"
-OPTIONAL = ("explain", "compare")
+OPTIONAL = ("effects", "explain", "compare")
 """Stages that happen only where their tables are there."""
 
 
@@ -48,6 +51,7 @@ class Recipe(NamedTuple):
     baselines: dict[str, dict[str, Any]]
     evaluate: dict[str, Any] | None
     interpret: dict[str, Any] | None
+    effects: dict[str, Any] | None
     explain: dict[str, Any] | None
     export: dict[str, Any] | None
     compare: dict[str, Any] | None
@@ -58,7 +62,7 @@ class Stage(NamedTuple):
     """One verb of a recipe, with all its options."""
 
     verb: str
-    """harvest, train, fit, evaluate, interpret, explain, export or compare."""
+    """harvest, train, fit, evaluate, interpret, effects, explain, export or compare."""
     name: str
     """The dictionary it is about; "" for the only one, and for harvest."""
     path: Path
@@ -190,7 +194,7 @@ def stages(recipe: Recipe, base: Path) -> list[Stage]:
     shared = {"model": recipe.model, "text": recipe.text}
     harvest = HarvestConfig.build({**shared, "policy": recipe.policy, **recipe.harvest, "out": store}, where)
     found = [Stage("harvest", "", store, harvest)]
-    trained: list[str] = []
+    trained: dict[str, Path] = {}
     beside: dict[str, Any] = {}
     if recipe.twin is not None:
         beside = {"twins": (base / TWIN / (recipe.twin["of"] or "dictionary"),)}
@@ -201,14 +205,11 @@ def stages(recipe: Recipe, base: Path) -> list[Stage]:
         found.append(Stage("train", name, out, train))
         for member in swept_names(train):
             place = Path(name) / member
-            paths = {
-                kind: base / kind / place
-                for kind in ("dictionary", "report", "atlas", "explanations", "site")
-            }
-            label = "" if place == Path() else str(place)
-            trained.append(label)
-            found += _after_training(recipe, label, store, paths, beside, where)
-    found += _baselines(recipe, base, store, trained, where)
+            trained["" if place == Path() else str(place)] = place
+    # All dictionaries before the first atlas, which may look into them.
+    for label, place in trained.items():
+        found += _after_training(recipe, label, base, place, list(trained), beside, where)
+    found += _baselines(recipe, base, store, list(trained), where)
     if recipe.compare is not None:
         from sememe.compare import CompareConfig
 
@@ -277,26 +278,47 @@ def _baselines(recipe: Recipe, base: Path, store: Path, trained: list[str], wher
 
 
 def _after_training(
-    recipe: Recipe, name: str, store: Path, paths: dict[str, Path], beside: dict[str, Any], where: str
+    recipe: Recipe,
+    name: str,
+    base: Path,
+    place: Path,
+    trained: list[str],
+    beside: dict[str, Any],
+    where: str,
 ) -> list[Stage]:
+    """What happens to one dictionary, each result at `place` in the folder of its kind."""
+    kinds = ("dictionary", "report", "atlas", "effects", "explanations", "site")
+    paths = {kind: base / kind / place for kind in kinds}
+    store = base / "store"
     shared = {"model": recipe.model, "text": recipe.text}
     found: list[Stage] = []
-    if recipe.evaluate is not None:
+    reported, evaluate_table = _about(recipe, "evaluate", name, trained)
+    if reported:
         from sememe.evaluate import EvaluateConfig
 
         about = {"dictionary": paths["dictionary"], "store": store, "out": paths["report"], **beside}
-        evaluate = EvaluateConfig.build({**shared, **recipe.evaluate, **about}, where)
+        evaluate = EvaluateConfig.build({**shared, **evaluate_table, **about}, where)
         found.append(Stage("evaluate", name, paths["report"], evaluate))
-    if recipe.interpret is None:
+    interpreted, interpret_table = _about(recipe, "interpret", name, trained)
+    if not interpreted:
         return found
     from sememe.interpret import InterpretConfig
 
     # Over the store's own text, whose activations need no second forward, unless the recipe asks for another.
-    elsewhere = {"n_tokens", "split", "text"} & set(recipe.interpret)
+    elsewhere = {"n_tokens", "split", "text"} & set(interpret_table)
     origin = shared if elsewhere else {"model": recipe.model, "store": store}
-    made = {"dictionaries": (paths["dictionary"],), "out": paths["atlas"]}
-    interpret = InterpretConfig.build({**origin, **recipe.interpret, **made}, where)
+    made: dict[str, Any] = {"dictionaries": (paths["dictionary"],), "out": paths["atlas"]}
+    if "against" in interpret_table:
+        others = _trained(recipe, "against", interpret_table["against"], trained)
+        made["against"] = tuple(base / "dictionary" / other for other in others if other != name)
+    interpret = InterpretConfig.build({**origin, **interpret_table, **made}, where)
     found.append(Stage("interpret", name, paths["atlas"], interpret))
+    if recipe.effects is not None:
+        from sememe.effects import EffectsConfig
+
+        read = {"atlas": paths["atlas"], "dictionary": paths["dictionary"], "out": paths["effects"]}
+        effects = EffectsConfig.build({"model": recipe.model, **recipe.effects, **read}, where)
+        found.append(Stage("effects", name, paths["effects"], effects))
     if recipe.explain is not None:
         from sememe.explain import ExplainConfig
 
@@ -307,10 +329,37 @@ def _after_training(
         from sememe.browse import ExportConfig
 
         beside = {
-            "report": paths["report"] if recipe.evaluate is not None else None,
+            "report": paths["report"] if reported else None,
             "explanations": paths["explanations"] if recipe.explain is not None else None,
         }
         about = {"atlas": paths["atlas"], "out": paths["site"]}
         export = ExportConfig.build({**recipe.export, **beside, **about}, where)
         found.append(Stage("export", name, paths["site"], export))
+    return found
+
+
+def _about(recipe: Recipe, stage: str, name: str, trained: list[str]) -> tuple[bool, dict[str, Any]]:
+    """Whether a stage is about a dictionary, and its table without the key that says so."""
+    table = getattr(recipe, stage)
+    if table is None:
+        return False, {}
+    rest = {key: value for key, value in table.items() if key != "dictionaries"}
+    if "dictionaries" not in table:
+        return True, rest
+    return name in _trained(recipe, f"dictionaries of [{stage}]", table["dictionaries"], trained), rest
+
+
+def _trained(recipe: Recipe, key: str, value: Any, trained: list[str]) -> list[str]:
+    """The recipe's dictionaries that an option names: "small", "small/k16" of a sweep, or all of that as "small"."""
+    named = [value] if isinstance(value, str) else list(value)
+    found = []
+    for wanted in named:
+        here = [name for name in trained if name == wanted or name.startswith(f"{wanted}/")]
+        if not here:
+            raise ConfigError(
+                f"{key} must name dictionaries that the recipe {recipe.name} trains",
+                repr(wanted),
+                nearest(str(wanted), trained),
+            )
+        found += here
     return found

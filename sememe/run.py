@@ -82,6 +82,7 @@ def _do(stage: Stage, fresh: bool) -> None:
     """Run one stage's verb."""
     from sememe.browse import export
     from sememe.compare import compare
+    from sememe.effects import effects
     from sememe.evaluate import evaluate
     from sememe.explain import explain
     from sememe.fit import fit
@@ -95,6 +96,7 @@ def _do(stage: Stage, fresh: bool) -> None:
         "fit": fit,
         "evaluate": evaluate,
         "interpret": interpret,
+        "effects": effects,
         "explain": explain,
         "export": export,
         "compare": compare,

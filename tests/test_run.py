@@ -1,12 +1,16 @@
 """Recipes: end to end on a small world, skipped the second time, and told what is wrong before anything runs."""
 
 import json
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from small_world import write_corpus, write_model, write_recipe
 
+from sememe import artifact
+from sememe.atlas import open_atlas
 from sememe.errors import ArtifactError, ConfigError, MismatchError
+from sememe.explain.results import SHAPE
 from sememe.recipe import place_of, read_recipe, stages
 from sememe.run import print_report, run
 
@@ -142,6 +146,78 @@ def test_baselines_and_coders_are_fitted_and_compared(place, tmp_path):
     file.write_text(recipe[: recipe.index("[fit.coder]")] + "[fit]\n")
     with pytest.raises(ConfigError, match=r"\[fit\] must hold named baselines, got an empty table\. Write"):
         run(file, out=tmp_path / "out")
+
+
+TWINS = """
+[train.main]
+keep_checkpoints = true
+[train.main.architecture]
+kind = "topk"
+d_sae = 40
+k = 4
+[train.twin]
+seed = 1
+[train.twin.architecture]
+kind = "topk"
+d_sae = 40
+k = 4
+[evaluate]
+dictionaries = ["main"]
+n_tokens = 600
+n_bootstrap = 50
+[interpret]
+dictionaries = ["main"]
+against = ["twin"]
+map = false
+"""
+
+
+def twins(place: Path) -> str:
+    recipe = (place / "small.toml").read_text()
+    return recipe[: recipe.index("[train.architecture]")].replace("epochs = 3", "epochs = 1") + TWINS
+
+
+def test_an_atlas_is_made_against_a_twin_and_what_follows_is_of_it_alone(place, tmp_path):
+    file = tmp_path / "twins.toml"
+    file.write_text(twins(place) + "[effects]\nn_latents = 3\nn_top = 2\nn_removals = 0\n[explain]\n")
+    out = tmp_path / "out"
+    found = [stage for stage in stages(read_recipe(file), out) if stage.verb not in ("evaluate", "export")]
+    assert [stage.label for stage in found] == [
+        *("harvest", "train main", "train twin", "interpret main", "effects main", "explain main"),
+    ]
+    run(file, out=out)
+    with closing(open_atlas(out / "atlas" / "main", effects=out / "effects" / "main")) as atlas:
+        sql = "SELECT count(mcs) AS near, count(self_similarity) AS settled, count(*) AS n FROM latents"
+        assert set(atlas.query(sql)[0].values()) == {40}
+        assert {row["dictionary"] for row in atlas.query("SELECT dictionary FROM neighbours")} == {
+            None,
+            "twin",
+        }
+        assert atlas.query("SELECT count(DISTINCT latent) AS n FROM effects")[0]["n"] == 3
+    summary = artifact.load(out / "explanations" / "main", "explanations").extra["summary"]
+    found = {row["property"] for row in summary["correlations"] if row["rho"] is not None}
+    assert found == set(SHAPE)
+    assert all(result.reused for result in run(file, out=out))
+
+
+@pytest.mark.parametrize("key", ["against", "dictionaries"])
+def test_a_dictionary_that_the_recipe_does_not_train_cannot_be_named(place, tmp_path, key):
+    file = tmp_path / "twins.toml"
+    table, old = ("[interpret]", "twin") if key == "against" else ("[evaluate]", "main")
+    start, end = twins(place).split(table)
+    file.write_text(start + table + end.replace(f'{key} = ["{old}"]', f'{key} = ["twins"]'))
+    with pytest.raises(
+        ConfigError, match=rf"{key}.* must name dictionaries .* trains, got 'twins'\. Did you"
+    ):
+        stages(read_recipe(file), tmp_path / "out")
+
+
+def test_the_recipe_of_the_explained_demo_has_all_that_its_correlations_need(tmp_path):
+    found = {stage.label: stage for stage in stages(read_recipe("runs/explained.toml"), tmp_path)}
+    assert found["train main"].config.keep_checkpoints
+    interpret = found["interpret main"].config
+    assert interpret.against == (tmp_path / "dictionary" / "twin",)
+    assert "interpret twin" not in found and "evaluate twin" not in found
 
 
 def test_a_coder_may_go_over_a_member_of_a_sweep_and_not_over_all_of_it(place, tmp_path):
