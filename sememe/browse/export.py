@@ -28,7 +28,7 @@ from sememe.progress import track
 
 __all__ = ["VERSION", "ExportConfig", "export"]
 
-VERSION = 1
+VERSION = 2
 QUERY_LATENTS = 1024  # latents per query: enough to keep DuckDB busy, few enough to fit in memory
 
 
@@ -83,7 +83,7 @@ def _write(data: Data, folder: Path, config: ExportConfig) -> None:
         target = folder / "static" / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(content)
-    for sub in ("latents", "contexts"):
+    for sub in ("latents", "contexts", "texts"):
         (folder / "data" / sub).mkdir(parents=True, exist_ok=True)
     shards = {
         "latents_per_shard": config.latents_per_shard,
@@ -99,6 +99,8 @@ def _write(data: Data, folder: Path, config: ExportConfig) -> None:
             ("index", 0, data.index()),
             ("tokens", 0, data.tokens()),
             ("search", 0, data.search()),
+            ("details", 0, data.details()),
+            *((f"texts/{i:05}", 0, text) for i, text in enumerate(data.texts)),
         )
         for name, n_rows, payload in itertools.chain(
             whole, _latent_shards(data, config), _context_shards(data, config)

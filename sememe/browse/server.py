@@ -124,6 +124,8 @@ def application(data: Data) -> ASGIApp:
         Route("/api/index", api.whole("index")),
         Route("/api/tokens", api.whole("tokens")),
         Route("/api/search", api.whole("search")),
+        Route("/api/details", api.whole("details")),
+        Route("/api/texts/{text}", api.text),
         Route("/api/latents/{latent}", api.latent),
         Route("/api/latents/{latent}/examples", api.examples),
         Route("/api/contexts", api.contexts),
@@ -182,6 +184,13 @@ class _Api:
         found = await run_in_threadpool(read, latent) if latent >= 0 else None
         if found is None:
             raise HTTPException(404, f"The atlas has no latent {text[:20]!r}.")
+        return _json(_dump(found))
+
+    async def text(self, request: Request) -> Response:
+        text = request.path_params["text"]
+        found = self.data.text(int(text)) if text.isascii() and text.isdigit() and len(text) < 10 else None
+        if found is None:
+            raise HTTPException(404, f"There is no chosen text {text[:20]!r}.")
         return _json(_dump(found))
 
     async def contexts(self, request: Request) -> Response:
