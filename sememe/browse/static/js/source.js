@@ -62,6 +62,8 @@
     index() { return this.whole.once("index", () => loadScript("index")); }
     tokens() { return this.whole.once("tokens", () => loadScript("tokens")); }
     search() { return this.whole.once("search", () => loadScript("search")); }
+    details() { return this.whole.once("details", () => loadScript("details")); }
+    text(place) { return this.shard("texts", place); }
     shard(folder, number) {
       const name = folder + "/" + String(number).padStart(5, "0");
       return this.shards.once(name, () => loadScript(name));
@@ -105,6 +107,8 @@
     index() { return this.whole.once("index", () => request("index")); }
     tokens() { return this.whole.once("tokens", () => request("tokens")); }
     search() { return this.whole.once("search", () => request("search")); }
+    details() { return this.whole.once("details", () => request("details")); }
+    text(place) { return this.whole.once("text " + place, () => request("texts/" + place)); }
     latent(id) { return this.latents.once(id, () => request("latents/" + id)); }
     async contexts(ids) {
       const missing = ids.filter((id) => !this.known.get(id));
