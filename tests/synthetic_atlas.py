@@ -167,11 +167,13 @@ def build_explanations(
     return artifact.load(path, "explanations")
 
 
-def build_report(path: Path, dictionary: str = DICTIONARY) -> artifact.Artifact:
+def build_report(
+    path: Path, dictionary: str = DICTIONARY, fvu: float = 0.12, l0: float = 31.9
+) -> artifact.Artifact:
     """A report in the shape that `evaluate` writes."""
 
     def figures(fvu: float, ce: float) -> dict[str, dict[str, float | None]]:
-        values = {"fvu": fvu, "l0": 31.9, "frac_alive": 0.96, "ce_recovered_zero": ce, "kl": 1 - ce}
+        values = {"fvu": fvu, "l0": l0, "frac_alive": 0.96, "ce_recovered_zero": ce, "kl": 1 - ce}
         intervals = {"fvu": {"low": fvu * 0.9, "high": fvu * 1.1}}
         return {
             name: {"value": value, **intervals.get(name, {"low": None, "high": None})}
@@ -182,7 +184,7 @@ def build_report(path: Path, dictionary: str = DICTIONARY) -> artifact.Artifact:
     with artifact.building(path, kind="report", version=1, config=SyntheticConfig(), parents=parents) as work:
         report = {
             "format_version": 1,
-            "metrics": figures(0.12, 0.98),
+            "metrics": figures(fvu, 0.98),
             "nulls": {"pca": figures(0.3, 0.8), "untrained": figures(0.7, 0.4)},
         }
         artifact.write_json(work.path / "report.json", report)
