@@ -19,7 +19,7 @@
         const top = own ? element.scrollTop : -element.getBoundingClientRect().top;
         const seen = own ? element.clientHeight : window.innerHeight;
         const first = Math.max(0, Math.floor(top / height) - 8);
-        const last = Math.min(n, Math.ceil((top + seen) / height) + 8);
+        const last = Math.min(n, Math.max(8, Math.ceil((top + seen) / height) + 8)); // the first few even below the fold
         setRange((old) => (old[0] === first && old[1] === last ? old : [first, Math.max(last, first)]));
       };
       measure();
