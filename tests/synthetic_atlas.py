@@ -150,6 +150,12 @@ def build_explanations(
         )
         clusters = pa.table({"cluster": pa.array([0], pa.int32()), "explanation": ["<u>water</u> words"]})
         pq.write_table(clusters, work.path / "clusters.parquet")
+        vectors = np.eye(4, dtype=np.float32)[np.arange(n) % 4]
+        embeddings = {
+            "latent": pa.array(labels.keys(), pa.int32()),
+            "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), 4),
+        }
+        pq.write_table(pa.table(embeddings), work.path / "embeddings.parquet")
         whole = {"mean": 0.5, "low": 0.4, "high": 0.6, "n_latents": n}
         work.extra["summary"] = {
             "scorers": [

@@ -125,6 +125,7 @@ def application(data: Data) -> ASGIApp:
         Route("/api/tokens", api.whole("tokens")),
         Route("/api/search", api.whole("search")),
         Route("/api/details", api.whole("details")),
+        Route("/api/embeddings", api.whole("embeddings")),
         Route("/api/texts/{text}", api.text),
         Route("/api/latents/{latent}", api.latent),
         Route("/api/latents/{latent}/examples", api.examples),

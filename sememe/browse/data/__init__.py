@@ -17,6 +17,7 @@ Tokens travel as ids. Their strings are sent once, with the exact bytes of those
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -123,6 +124,7 @@ class Data:
             "frontier": self._frontier,
             "scores": self.explained.lifts,
             "clusters": self._clusters(),
+            "embedded": 0 if self.explained.embeddings is None else len(self.explained.embeddings[0]),
             "placed": int(self._rows("SELECT count(x) FROM latents")[0][0]),
             "position_edges": meta.get("position_edges", []),
             "coactive_tokens": meta.get("coactive_tokens"),
@@ -227,6 +229,19 @@ class Data:
         if any(score is not None for score in scores):
             out["score"] = scores
         return out
+
+    def embeddings(self) -> Json:
+        """Where labels lie among meanings: `latent`, and in base64 the `vectors`, `width` signed bytes for each.
+
+        Of unit vectors, times 127. Only a served page can use them: a question has to be embedded, too.
+        """
+        latents, vectors = self.explained.embeddings or ([], np.zeros((0, 0), np.float32))
+        packed = np.clip(np.round(vectors * 127), -127, 127).astype(np.int8).tobytes()
+        return {
+            "latent": latents,
+            "width": vectors.shape[1],
+            "vectors": base64.b64encode(packed).decode("ascii"),
+        }
 
     def text(self, place: int) -> Json | None:
         """A chosen text: its tokens, and at each the latents that fire there; None if there is no such text."""

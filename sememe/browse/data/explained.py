@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from sememe import artifact
 from sememe.atlas import EXPLANATIONS
@@ -21,6 +23,7 @@ __all__ = ["Explained"]
 Json = dict[str, Any]
 SCORES = "scores.parquet"
 CLUSTERS = "clusters.parquet"
+EMBEDDINGS = "embeddings.parquet"
 WORDS = ("label_from", "explanation", "effect", "category", "rule_words")
 FIGURES = ("score", "auroc", "correlation", "auroc_shuffled", "auroc_other")
 CONTROLS = {("lexical", "shuffled"), ("lexical", "other")}
@@ -36,6 +39,7 @@ class Explained:
         scores: Of each latent: a row per scorer and variant, with the score of each tenth where there is one.
         lifts: Of each scorer and variant: the dictionary's mean, each null's, and the lift over the best.
         clusters: What each cluster is about, where somebody has said so.
+        embeddings: Where labels lie among meanings: latents, and a unit vector of each.
     """
 
     def __init__(
@@ -45,10 +49,11 @@ class Explained:
         scores: Mapping[int, list[Json]] | None = None,
         lifts: list[Json] | None = None,
         clusters: Mapping[int, str] | None = None,
+        embeddings: tuple[list[int], NDArray[np.float32]] | None = None,
     ) -> None:
         self.labels = {int(latent): str(text) for latent, text in (labels or {}).items()}
         self._words, self._scores = words or {}, scores or {}
-        self.lifts, self.clusters = lifts or [], clusters or {}
+        self.lifts, self.clusters, self.embeddings = lifts or [], clusters or {}, embeddings
 
     def of(self, latent: int) -> Json | None:
         """What is said of a latent beside its label; None where nothing is."""
@@ -83,6 +88,7 @@ class Explained:
             there = folder.meta["files"]
             scores = _scores(pq.read_table(folder.file(SCORES))) if SCORES in there else {}
             clusters = _clusters(pq.read_table(folder.file(CLUSTERS))) if CLUSTERS in there else {}
+            embeddings = _vectors(pq.read_table(folder.file(EMBEDDINGS))) if EMBEDDINGS in there else None
         except (pa.ArrowException, KeyError, OSError) as error:
             raise CorruptError(
                 f"the explanations {folder.path} must be readable",
@@ -100,7 +106,7 @@ class Explained:
                     name: number(value, 3) if isinstance(value, float) else value
                     for name, value in row.items()
                 }
-        return cls(labels, words, scores, _lifts(folder.extra.get("summary") or {}), clusters)
+        return cls(labels, words, scores, _lifts(folder.extra.get("summary") or {}), clusters, embeddings)
 
 
 def _scores(table: pa.Table) -> dict[int, list[Json]]:
@@ -128,6 +134,12 @@ def _scores(table: pa.Table) -> dict[int, list[Json]]:
 def _clusters(table: pa.Table) -> dict[int, str]:
     pairs = zip(table.column("cluster").to_pylist(), table.column("explanation").to_pylist(), strict=True)
     return {cluster: text for cluster, text in pairs if text}
+
+
+def _vectors(table: pa.Table) -> tuple[list[int], NDArray[np.float32]]:
+    latents = table.column("latent").to_pylist()
+    flat = table.column("vector").combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return latents, np.asarray(flat, dtype=np.float32).reshape(len(latents), -1)
 
 
 def _lifts(summary: Mapping[str, Any]) -> list[Json]:

@@ -92,7 +92,7 @@
     const filtered = ["q", "in", "status", "lang", "min", "max", "cluster", "script", "f", "lasso"].some((key) => params[key] !== route.DEFAULTS[key]);
     return html`<div class="toolbar">
       <${SearchBox} model=${model} params=${params} change=${change} />
-      ${select("in", "in", [["any", "anything"], ["label", "labels"], ["top", "top tokens"], ["peak", "examples' peaks"], ["promoted", "promoted tokens"]])}
+      ${select("in", "in", [["any", "anything"], ["label", "labels"], ["top", "top tokens"], ["peak", "examples' peaks"], ["promoted", "promoted tokens"], ...(meaningful(overview) || params.in === "meaning" ? [["meaning", "meanings of labels"]] : [])])}
       ${select("status", "show", [["alive", "alive"], ["dead", "dead"], ["rare", "rare"], ["neuron", "neuron-aligned"], ["all", "all"]])}
       ${overview.languages.length > 0 && select("lang", "language", [["", "any"], ...overview.languages.map(({ language, n }) => [language, `${language} (${n.toLocaleString("en")})`])])}
       <div class="field" role="group" aria-label="Density in percent"><span>density %</span>${bound("min", "Lowest density in percent")}<span>to</span>${bound("max", "Highest density in percent")}</div>
@@ -100,6 +100,37 @@
         ${filtered && html` <button type="button" class="link" onClick=${() => change(CLEARED)}>Clear</button>`}</div>
       <${MoreFilters} model=${model} overview=${overview} params=${params} change=${change} />
     </div>`;
+  }
+
+  // Labels can be searched by meaning where they have been embedded, and a model answers that embeds the question.
+  const meaningful = (overview) => overview.embedded > 0 && !!(S.session && S.session.live);
+  const NEAREST = 200; // labels shown, the nearest in meaning
+
+  // Asks for the question's vector when it has not changed for a moment, and compares it with every label's.
+  function useMeaning(model, overview, params) {
+    const wanted = params.in === "meaning" && params.q.trim() !== "" && model ? params.q : "";
+    useEffect(() => {
+      if (!wanted || (model.meaning && model.meaning.text === wanted)) return undefined;
+      let stale = false;
+      const settle = (meaning) => { if (!stale) { model.setMeaning({ text: wanted, ...meaning }); S.redraw(); } };
+      if (!meaningful(overview)) { settle({ error: "Meanings can be searched where labels were embedded (sememe explain --scorers embedding) and a model is served." }); return undefined; }
+      const timer = setTimeout(() => {
+        Promise.all([S.source.embeddings(), S.send("POST", "live/embed", { text: wanted })]).then(([known, { vector }]) => {
+          if (vector.length !== known.width) throw new Error("The labels were embedded by another encoder. Run sememe explain again.");
+          const packed = atob(known.vectors), cosines = new Float32Array(model.n);
+          const found = known.latent.map((latent, i) => {
+            let sum = 0;
+            for (let j = 0; j < known.width; j++) sum += ((packed.charCodeAt(i * known.width + j) << 24) >> 24) * vector[j];
+            return [sum / 127, model.rowOf.get(latent)];
+          }).filter(([, row]) => row !== undefined).sort((a, b) => b[0] - a[0]).slice(0, NEAREST);
+          for (const [cosine, row] of found) cosines[row] = Math.max(cosine, 1e-6);
+          settle({ cosines });
+        }).catch((error) => settle({ error: error.message }));
+      }, 250);
+      return () => { stale = true; clearTimeout(timer); };
+    }, [wanted, model]);
+    if (!wanted) return null;
+    return model.meaning && model.meaning.text === wanted ? model.meaning : { text: wanted, waiting: true };
   }
 
   const CLEARED = { q: "", in: "any", status: "alive", lang: "", min: "", max: "", cluster: "", script: "", f: "", lasso: "" };
@@ -151,6 +182,7 @@
   function List({ model, overview, params }) {
     const wide = S.useMedia("(min-width: 760px)");
     const change = (changes) => route.replace(route.format("list", null, { ...params, ...changes }));
+    const meaning = useMeaning(model, overview, params);
     const found = model ? model.query(params) : null;
     const rows = found ? found.rows : [];
     const order = model ? model.sortOf(params) : { by: "density", dir: "desc" };
@@ -199,7 +231,9 @@
         </div></div>
       <//>
       ${!model && html`<p class="empty" role="status">Reading the latents…</p>`}
-      ${model && !rows.length && html`<p class="empty">No latent matches. ${params.status !== "all" ? "Dead latents are shown under “all”. " : ""}<button type="button" class="link" onClick=${() => change({ ...route.DEFAULTS, status: "all" })}>Show all latents</button></p>`}
+      ${meaning && meaning.error && html`<p class="problem" role="alert">${meaning.error}</p>`}
+      ${meaning && meaning.waiting && html`<p class="empty" role="status">Looking for labels of like meaning…</p>`}
+      ${model && !rows.length && !(meaning && (meaning.error || meaning.waiting)) && html`<p class="empty">No latent matches. ${params.status !== "all" ? "Dead latents are shown under “all”. " : ""}<button type="button" class="link" onClick=${() => change({ ...route.DEFAULTS, status: "all" })}>Show all latents</button></p>`}
     </section>`;
   }
 

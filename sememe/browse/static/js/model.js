@@ -75,6 +75,7 @@
       this.n = index.id.length;
       this.rowOf = new Map(index.id.map((id, row) => [id, row]));
       this.l0 = index.density.reduce((sum, density) => sum + density, 0) || 1;
+      this.meaning = null; // what a question's meaning is near to
       this.details = null; // the other figures, filled when they have arrived
       this.scripts = null;
       this.lowerExplanations = null;
@@ -148,6 +149,12 @@
       return [...counts].sort((a, b) => b[1] - a[1] || (a[0] < b[0] ? -1 : 1));
     }
 
+    // Per row: the cosine of its label's meaning with a question's; {text, cosines} or {text, error}.
+    setMeaning(meaning) {
+      this.meaning = meaning;
+      this.last = null;
+    }
+
     // Tokens that match a text: exact but for case and blanks, or containing it.
     matchTokens(needle) {
       if (!this.lowerTokens) this.lowerTokens = this.tokens.texts.map((text) => text.length > 200 ? text.slice(0, 200).toLowerCase() : text.toLowerCase());
@@ -164,6 +171,10 @@
 
     // Per row: how well it matches (0: not), and where. A number names a latent first of all.
     match(needle, where) {
+      if (where === "meaning") {
+        const score = this.meaning && this.meaning.text === needle && this.meaning.cosines ? this.meaning.cosines : new Float32Array(this.n);
+        return { score, places: new Uint8Array(this.n) };
+      }
       const score = new Uint8Array(this.n), places = new Uint8Array(this.n);
       const mask = where === "any" ? 15 : PLACES[where] || 15;
       const hit = (row, place, points) => {
@@ -201,7 +212,7 @@
     // The rows that a list with these parameters shows, in its order.
     query(params) {
       const { q, in: where, status, lang, min, max, sort, dir, cluster, script, f, lasso } = params;
-      const key = JSON.stringify([q, where, status, lang, min, max, sort, dir, cluster, script, f, lasso, !!this.search, !!this.details]);
+      const key = JSON.stringify([q, where, status, lang, min, max, sort, dir, cluster, script, f, lasso, !!this.search, !!this.details, where === "meaning" && this.meaning ? this.meaning.text : ""]);
       if (this.last && this.last.key === key) return this.last;
       const { density, n_active, language, languages } = this.index;
       const found = params.q ? this.match(params.q, params.in) : null;
@@ -216,7 +227,7 @@
       const aligned = details && details.top_neuron_share;
       const rows = [];
       for (let row = 0; row < this.n; row++) {
-        if (found && !found.score[row]) continue;
+        if (found && !(found.score[row] > 0)) continue;
         if (status !== "dead" && status !== "all" && !n_active[row]) continue;
         if (status === "dead" && n_active[row]) continue;
         if (status === "rare" && !(density[row] < RARE)) continue;

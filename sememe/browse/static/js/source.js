@@ -108,6 +108,7 @@
     tokens() { return this.whole.once("tokens", () => request("tokens")); }
     search() { return this.whole.once("search", () => request("search")); }
     details() { return this.whole.once("details", () => request("details")); }
+    embeddings() { return this.whole.once("embeddings", () => request("embeddings")); }
     text(place) { return this.whole.once("text " + place, () => request("texts/" + place)); }
     latent(id) { return this.latents.once(id, () => request("latents/" + id)); }
     async contexts(ids) {
