@@ -25,10 +25,12 @@ REPORT = "report.json"
 class Inputs(Config):
     """Where the page's data lies."""
 
-    not_identity: ClassVar[frozenset[str]] = frozenset({"atlas", "explanations", "report"})
+    not_identity: ClassVar[frozenset[str]] = frozenset({"atlas", "against", "explanations", "report"})
 
     atlas: Path = Path("artifacts/atlas")
     """The atlas to show."""
+    against: tuple[Path, ...] = ()
+    """Other atlases, to change to and to compare with."""
     explanations: Path | None = None
     """The folder of its explanations: latents are called by them. None: by the tokens they peak on."""
     report: Path | None = None
