@@ -217,13 +217,13 @@ class Compared:
             return self._pairs
 
     def _kept(self) -> Json:
-        found = dict(
-            (int(latent), (int(other), float(cosine)))
+        found = {
+            int(latent): (int(other), float(cosine))
             for latent, other, cosine in self.mine.data._rows(
                 "SELECT latent, other, cosine FROM neighbours WHERE dictionary = ? AND kind = 'decoder' AND rank = 0",
                 self._kept_name,
             )
-        )
+        }
         ids = self.mine.data.ids
         best = [found.get(latent) for latent in ids]
         return self._columns(

@@ -65,7 +65,7 @@ class Live(Protocol):
     """Somebody who answers what needs a model."""
 
     def status(self) -> Json:
-        """`state`: off, loading, ready, busy or failed; `reason` where it failed; `about` the model; `job`, `waiting`."""
+        """`state`: off, loading, ready, busy, failed; `reason` if it failed; `about` the model; `job`; `waiting`."""
         ...
 
     def ask(self, verb: str, arguments: Json, job: str = "") -> Json:
@@ -278,6 +278,7 @@ class Child:
                 with self._lock:
                     if process is self._process:
                         self._heard(message)
+        process.stdout.close()
         code = process.wait()
         with self._lock:
             if process is not self._process:

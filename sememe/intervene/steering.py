@@ -37,7 +37,7 @@ def go_on(
     edits: Sequence[LatentEdit] = (),
     temperature: float = 0.0,
     seed: int = 0,
-    until: Callable[[Int[Tensor, "1 seq_so_far"]], Bool[Tensor, "1"]] | None = None,
+    until: Callable[[Int[Tensor, "1 seq_so_far"]], Bool[Tensor, 1]] | None = None,
 ) -> Continuation:
     """Go on from a prompt, with some latents turned up or down at every position.
 

@@ -10,8 +10,8 @@ import json
 import queue
 import threading
 import traceback
-from collections.abc import Callable
-from typing import Any, BinaryIO, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol, runtime_checkable
 
 from sememe.errors import SememeError
 
@@ -23,7 +23,7 @@ Json = dict[str, Any]
 Progress = Callable[[int, int], None]
 
 
-class Cancelled(Exception):  # noqa: N818 - a message between functions, no error
+class Cancelled(Exception):
     """The job is not wanted any more."""
 
 
@@ -40,21 +40,20 @@ class Answers(Protocol):
         ...
 
 
-def serve(session: Answers, questions: BinaryIO, answers: BinaryIO) -> None:
+def serve(session: Answers, questions: Iterable[bytes], write: Callable[[bytes], object]) -> None:
     """Answer until the questions end.
 
     Args:
         session: Who answers.
         questions: Lines, as `sememe.browse.live` writes them.
-        answers: Where the lines go that it reads.
+        write: Takes the lines that it reads, one at a time.
     """
     lock = threading.Lock()
 
     def say(message: Json) -> None:
         line = json.dumps(message, allow_nan=False).encode() + b"\n"
         with lock:
-            answers.write(line)
-            answers.flush()
+            write(line)
 
     waiting: queue.SimpleQueue[Json | None] = queue.SimpleQueue()
     cancelled: set[int] = set()

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import Field
 
 from sememe import artifact, dictionaries
 from sememe import lm as language_models
-from sememe.atlas import open_atlas
 from sememe.config import Config
 from sememe.dictionaries.base import Dictionary
 from sememe.errors import ConfigError, SememeError
 from sememe.intervene import Continuation, LatentEdit, go_on, prompt_ids
 from sememe.live.config import LiveConfig
-from sememe.live.lines import Cancelled, Json, Progress
+from sememe.live.lines import Json, Progress
 from sememe.lm import LanguageModel, ModelConfig
 from sememe.prompt import Known, PromptConfig, prompt
 from sememe.text import TokenPolicy
