@@ -9,6 +9,7 @@
     live      what the page asks of a model, and the child process that answers
     notes     what people say of latents, in a file beside the atlas
     compared  two atlases side by side
+    together  several atlases on one page
     export    that JSON as scripts beside the page, so that it opens from disk
     static    the page: classic scripts, two vendored libraries, no build step
 

@@ -13,7 +13,7 @@ import threading
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -29,26 +29,14 @@ from sememe.browse.data import Data
 from sememe.browse.guard import Door, Guard, body_of, dump, json_response
 from sememe.browse.live import VERBS, Live, LiveError, Refusal
 from sememe.browse.notes import NotesFile
+from sememe.browse.together import Served, session
 from sememe.errors import ConfigError, SememeError
 
-__all__ = ["MAX_CONTEXTS", "Served", "application"]
+__all__ = ["MAX_CONTEXTS", "application"]
 
 MAX_CONTEXTS = 256
 Json = dict[str, Any]
 Answer = Callable[[Request], Awaitable[Response]]
-
-
-class Served(NamedTuple):
-    """One atlas that is served."""
-
-    data: Data | SememeError
-    """What it holds, or why it cannot be shown: then that is what every question about it gets."""
-    notes: NotesFile | None = None
-    """What people say of its latents; None: nothing, and nothing is kept."""
-    dictionary: Path | None = None
-    """The folder of its dictionary, if that is known."""
-    name: str = ""
-    """What it is called where there are several."""
 
 
 def application(
@@ -122,15 +110,7 @@ class _Api:
         return json_response(dump(openapi.document()))
 
     async def session(self, request: Request) -> Response:
-        return json_response(
-            dump(
-                {
-                    "atlases": [_called(one) for one in self.served],
-                    "write": any(one.notes is not None and one.notes.write for one in self.served),
-                    "live": self.live is not None,
-                }
-            )
-        )
+        return json_response(dump(session(self.served, live=self.live is not None)))
 
     # ---- the atlas -------------------------------------------------------------------------------------------------
 
@@ -267,23 +247,6 @@ class _Api:
 
 
 NO_MODEL = "a model must answer this, got none. Serve the atlas with `sememe browse ATLAS --live`."
-
-
-def _called(one: Served) -> Json:
-    """What the page needs to know of an atlas to offer it."""
-    if isinstance(one.data, SememeError):
-        return {"name": one.name, "error": str(one.data), "write": False}
-    atlas = one.data.atlas
-    about = atlas.meta.get("dictionary", {})
-    return {
-        "name": one.name or about.get("name") or "",
-        "fingerprint": atlas.artifact.fingerprint,
-        "dictionary": str(atlas.artifact.meta["parents"].get("dictionary") or ""),
-        "model": about.get("model"),
-        "hookpoint": about.get("hookpoint"),
-        "kind": about.get("kind"),
-        "write": one.notes is not None and one.notes.write,
-    }
 
 
 def _whole_number(text: str) -> int | None:

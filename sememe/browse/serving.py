@@ -23,7 +23,8 @@ from sememe.browse.guard import Door, door_of
 from sememe.browse.inputs import Inputs, opened
 from sememe.browse.live import Live
 from sememe.browse.notes import NotesFile
-from sememe.browse.server import Served, application
+from sememe.browse.server import application
+from sememe.browse.together import Served, name_of
 from sememe.errors import ArtifactError, MismatchError, SememeError, ServerError
 
 __all__ = ["BrowseConfig", "browse", "served"]
@@ -113,18 +114,12 @@ def served(config: BrowseConfig) -> Iterator[list[Served]]:
             except ArtifactError as error:
                 if not _claims_to_be_an_atlas(path):
                     raise
-                found.append(Served(error, name=path.name))
+                found.append(Served(error, name=name_of(path)))
                 continue
             named = config.dictionary if number == 0 else None
             notes = NotesFile(data.atlas, write=config.write)
-            found.append(Served(data, notes, dictionary_folder(data.atlas, named), name=_name(path)))
+            found.append(Served(data, notes, dictionary_folder(data.atlas, named), name=name_of(path)))
         yield found
-
-
-def _name(path: Path) -> str:
-    """What an atlas is called among several: `artifacts/demo/atlas` is "demo/atlas"."""
-    parts = path.resolve().parts[-2:]
-    return "/".join(parts)
 
 
 def _claims_to_be_an_atlas(path: Path) -> bool:

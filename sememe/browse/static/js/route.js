@@ -10,6 +10,7 @@
     for (const [key, value] of new URLSearchParams(query || "")) if (key in DEFAULTS) params[key] = value;
     const latent = /^\/latent\/(\d{1,9})$/.exec(path);
     if (latent) return { page: "latent", latent: Number(latent[1]), params };
+    if (S.pages && S.pages[path.slice(1)]) return { page: path.slice(1), latent: null, params, query: Object.fromEntries(new URLSearchParams(query || "")) };
     return { page: path === "/about" ? "about" : "list", latent: null, params };
   }
 
