@@ -28,11 +28,13 @@ class Inputs(Config):
     """Where the page's data lies."""
 
     not_identity: ClassVar[frozenset[str]] = frozenset(
-        {"atlas", "explanations", "report", "effects", "prompts"}
+        {"atlas", "against", "explanations", "report", "effects", "prompts"}
     )
 
     atlas: Path = Path("artifacts/atlas")
     """The atlas to show."""
+    against: tuple[Path, ...] = ()
+    """Other atlases, to change to and to compare with."""
     explanations: Path | None = None
     """The folder of its explanations: latents are called by them. None: by the tokens they peak on."""
     report: Path | None = None

@@ -46,7 +46,7 @@
     const { dictionary } = overview || { dictionary: {} };
     return html`<header class="top"><a class="brand" href="#/"><svg viewBox="0 0 32 32" width="22" height="22" aria-hidden="true"><g><rect x="4" y="12" width="4" height="8" rx="2" opacity=".45" /><rect x="11" y="8" width="4" height="16" rx="2" opacity=".7" /><rect x="18" y="3" width="4" height="26" rx="2" /><rect x="25" y="10" width="4" height="12" rx="2" opacity=".7" /></g></svg>Sememe</a>
       <p class="what">${[dictionary.model, dictionary.hookpoint, dictionary.name].filter(Boolean).map((part, i) => html`<span key=${i}>${part}</span>`)}</p>
-      <a class="about-link" href="#/about">About</a></header>`;
+      <${S.Tools} /><a class="about-link" href="#/about">About</a></header>`;
   }
 
   function Footer({ overview }) {
@@ -82,6 +82,8 @@
     }, []);
     useEffect(() => { if (model && address.params.q) S.needSearch(model); }, [model, address.params.q]);
     useEffect(() => { if (model && model.needsDetails(address.params)) S.needDetails(model); }, [model, address]);
+    useEffect(() => { S.loadSession(); }, []);
+    useEffect(() => { if (model) S.notes.attach(model); }, [model]);
     useEffect(() => {
       const keys = (event) => {
         if (event.key !== "/" || event.ctrlKey || event.metaKey || /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName)) return;
@@ -95,15 +97,16 @@
     useEffect(() => {
       const name = overview && (overview.dictionary.name || overview.dictionary.hookpoint);
       const label = model && address.page === "latent" && model.rowOf.has(address.latent) ? " " + model.label(model.rowOf.get(address.latent)).slice(0, 60) : "";
-      document.title = [address.page === "latent" ? `Latent ${address.latent}${label}` : address.page === "about" ? "About" : address.page === "text" ? "Text" : "", name, "Sememe"].filter(Boolean).join(" – ");
+      document.title = [address.page === "latent" ? `Latent ${address.latent}${label}` : address.page === "about" ? "About" : address.page === "text" ? "Text" : S.pages[address.page] ? S.pages[address.page].title : "", name, "Sememe"].filter(Boolean).join(" – ");
     }, [address, overview, model]);
     if (error) return html`<${Header} /><main class="failed"><h1>This atlas cannot be shown</h1><p class="problem" role="alert">${error.message}</p></main>`;
-    if (!overview) return html`<${Header} /><main aria-busy="true"></main>`;
+    if (!overview || !S.session) return html`<${Header} /><main aria-busy="true"></main>`;
     let body;
-    if (address.page === "about") body = html`<${About} overview=${overview} />`;
+    if (S.pages[address.page]) body = model ? html`<${S.pages[address.page].Page} model=${model} overview=${overview} query=${address.query} />` : html`<p class="empty" role="status">Reading the latents…</p>`;
+    else if (address.page === "about") body = html`<${About} overview=${overview} />`;
     else if (address.page === "text") body = model ? html`<${S.exampleTexts.ChosenText} model=${model} overview=${overview} place=${address.text} params=${address.params} />` : html`<p class="empty" role="status">Reading the latents…</p>`;
     else if (address.page === "latent") body = model ? html`<${S.latentViews.Latent} model=${model} overview=${overview} id=${address.latent} params=${address.params} />` : html`<p class="empty" role="status">Reading the latents…</p>`;
-    else body = html`<h1 class="sr">Latents of ${overview.dictionary.name || "this dictionary"}</h1><${S.landing.Overview} overview=${overview} model=${model} params=${address.params} /><${S.listViews.List} model=${model} overview=${overview} params=${address.params} />`;
+    else body = html`<h1 class="sr">Latents of ${overview.dictionary.name || "this dictionary"}</h1><${S.landing.Overview} overview=${overview} model=${model} params=${address.params} /><${S.TryBox} /><${S.listViews.List} model=${model} overview=${overview} params=${address.params} />`;
     return html`<${Header} overview=${overview} /><main class=${"page-" + address.page}>${body}</main><${Footer} overview=${overview} />`;
   }
 

@@ -198,6 +198,7 @@
             <span class="steps">${step(before, "←", "Previous latent", "left arrow")}${step(after, "→", "Next latent", "right arrow")}</span></div>
           <h1><span class="number">Latent ${id}</span> ${row !== undefined && html`<span class="names"><${Label} model=${model} row=${row} /></span>`}</h1>
         </header>
+        ${row !== undefined && html`<${S.Notes} key=${"notes" + id} latent=${id} />`}
         ${row === undefined && html`<p class="problem" role="alert">This dictionary has no latent ${id}. Its latents are numbered ${model.index.id[0]} to ${model.index.id[model.n - 1]}.</p>`}
         ${error && html`<p class="problem" role="alert">${error.message}</p>`}
         ${found && row !== undefined && html`

@@ -86,7 +86,8 @@
       this.labelKeys = null;
     }
 
-    explanation(row) { return this.index.explanation[row]; }
+    // By hand before any other: S.notes fills byHand, by row.
+    explanation(row) { return (this.byHand && this.byHand.get(row)) || this.index.explanation[row]; }
 
     // The label's tokens without those that differ in case and blanks only.
     labelTokens(row) {

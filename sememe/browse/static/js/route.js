@@ -13,6 +13,7 @@
     if (latent) return { page: "latent", latent: Number(latent[1]), params };
     const text = /^\/text\/(\d{1,4})$/.exec(path);
     if (text) return { page: "text", latent: null, text: Number(text[1]), params };
+    if (S.pages && S.pages[path.slice(1)]) return { page: path.slice(1), latent: null, params, query: Object.fromEntries(new URLSearchParams(query || "")) };
     return { page: path === "/about" ? "about" : "list", latent: null, params };
   }
 
