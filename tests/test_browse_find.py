@@ -268,6 +268,33 @@ def test_search_finds_words_of_an_explanation_in_any_order(page, address):
     assert ids(page) == [5]
 
 
+def test_labels_are_searched_by_meaning_where_a_model_answers(open_at, inputs):
+    """The question's vector is the second label's: it comes first, and the other has nothing of it."""
+    browser, addresses = open_at
+    with watched(browser, addresses["served"]) as page:
+        asked = []
+
+        def answer(route):
+            asked.append(route.request.post_data_json)
+            route.fulfill(json={"vector": [0, 1, 0, 0], "encoder": "fake", "fingerprint": "0"})
+
+        def lively(route):
+            route.fulfill(json=route.fetch().json() | {"live": True})
+
+        page.route("**/api/session", lively)
+        page.route("**/api/live/embed", answer)
+        go(page, addresses["served"])
+        page.locator('select[name="in"]').select_option("meaning")
+        page.locator("#search").type("letters with <b>tricks</b>")
+        page.wait_for_function("() => document.querySelector('.toolbar .found b').textContent === '1'")
+        assert ids(page) == [30] and asked[-1] == {"text": "letters with <b>tricks</b>"}
+        assert len(asked) < 5  # not at every letter
+        assert "in=meaning" in page.url
+    with watched(browser, addresses["static"]) as page:
+        go(page, addresses["static"], "#/?q=water&in=meaning")
+        assert "sememe explain --scorers embedding" in page.locator(".list .problem").inner_text()
+
+
 def test_nonsense_in_the_address_is_harmless(page, address):
     go(
         page,

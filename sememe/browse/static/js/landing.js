@@ -47,7 +47,7 @@
     if (!scores.length) return null;
     const nulls = [...new Set(scores.flatMap((row) => Object.keys(row.nulls)))];
     const interval = (entry) => (entry.low === null || entry.high === null ? null : `95% interval ${number(entry.low)} to ${number(entry.high)}`);
-    return html`<div class="report scores"><h2>Explanations <span class="muted">mean scores${nulls.length ? ", beside nulls" : ""}; 0 is guessing</span></h2>
+    return html`<div class="scored scores"><h2>Explanations <span class="muted">mean scores${nulls.length ? ", beside nulls" : ""}; 0 is guessing</span></h2>
       <div class="scroll" tabindex="0" role="region" aria-label="Scores of explanations"><table><thead><tr><th scope="col">scorer</th><th scope="col">dictionary</th>${nulls.map((name) => html`<th key=${name} scope="col">${nullName(name)}</th>`)}${nulls.length > 0 && html`<th scope="col">lift</th>`}</tr></thead>
       <tbody>${scores.map((row) => html`<tr key=${row.scorer + "/" + row.variant}><th scope="row">${row.scorer === "lexical" ? "rules" : row.scorer} <span class="muted">${row.variant}</span></th>
         <td><span title=${interval(row)}>${number(row.mean)}</span></td>${nulls.map((name) => html`<td key=${name}>${number(row.nulls[name])}</td>`)}

@@ -13,6 +13,7 @@
   const STEPS = 24; // colours of a scale
   const CELLS = 64; // of the grid in which the nearest latent is looked for
   const REACH = 12; // pixels around the pointer
+  const MANY = 20000; // latents from which they are drawn as squares of pixels
   const MAX_CORNERS = 40;
   const N_NAMES = 14;
   // Eight hues that stay apart for colour-blind readers (Okabe and Ito), by lightness too; clusters take turns.
@@ -23,10 +24,13 @@
     return dark ? `oklch(${0.4 + 0.48 * t} ${0.07 + 0.06 * t} ${40 + 45 * t})` : `oklch(${0.84 - 0.46 * t} ${0.08 + 0.05 * t} ${85 - 50 * t})`;
   });
 
-  // What a colouring says of a row: a step of the scale, or null where there is nothing to say.
+  // What a colouring says of each row: a step of the scale, or -1 where there is nothing to say.
   function colouring(model, by) {
-    const { index, details } = model;
-    if (by === "cluster") return { name: "cluster", kind: "groups", at: (row) => (details.cluster[row] === null ? null : details.cluster[row] % 8) };
+    const { index, details } = model, steps = new Int8Array(model.n).fill(-1);
+    if (by === "cluster") {
+      details.cluster.forEach((cluster, row) => { if (cluster !== null) steps[row] = cluster % 8; });
+      return { kind: "groups", steps };
+    }
     const values = by === "score" ? details.score : index.density;
     const shown = by === "score" ? (value) => value : (value) => (value > 0 ? Math.log10(value) : null);
     let low = Infinity, high = -Infinity;
@@ -35,13 +39,32 @@
       if (at !== null) { if (at < low) low = at; if (at > high) high = at; }
     }
     const write = by === "score" ? (at) => number(at, 2) : (at) => percent(10 ** at, 2);
-    return {
-      name: by, kind: "scale", ends: low <= high ? [write(low), write(high)] : ["", ""],
-      at: (row) => {
-        const at = values[row] === null ? null : shown(values[row]);
-        return at === null ? null : Math.min(STEPS - 1, Math.floor(((at - low) / (high - low || 1)) * STEPS));
-      },
-    };
+    values.forEach((value, row) => {
+      const at = value === null ? null : shown(value);
+      if (at !== null) steps[row] = Math.min(STEPS - 1, Math.floor(((at - low) / (high - low || 1)) * STEPS));
+    });
+    return { kind: "scale", steps, ends: low <= high ? [write(low), write(high)] : ["", ""] };
+  }
+
+  // Small squares by the ten thousand, as pixels: much quicker than one drawing call for each.
+  const scratch = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+  function pixelOf(colour) {
+    scratch.clearRect(0, 0, 1, 1);
+    scratch.fillStyle = colour;
+    scratch.fillRect(0, 0, 1, 1);
+    return new Uint32Array(scratch.getImageData(0, 0, 1, 1).data.buffer)[0];
+  }
+  function drawSquares(context, groups, colours, sides, ratio) {
+    const { width, height } = context.canvas, image = context.createImageData(width, height), pixels = new Uint32Array(image.data.buffer);
+    groups.forEach((points, group) => {
+      const colour = pixelOf(colours[group]), side = Math.max(1, Math.round(sides[group] * ratio));
+      for (let i = 0; i < points.length; i += 2) {
+        const left = Math.max(0, Math.round(points[i] * ratio - side / 2)), top = Math.max(0, Math.round(points[i + 1] * ratio - side / 2));
+        const right = Math.min(width, left + side), bottom = Math.min(height, top + side);
+        for (let y = top; y < bottom; y++) for (let x = left; x < right; x++) pixels[y * width + x] = colour;
+      }
+    });
+    context.putImageData(image, 0, 0);
   }
 
   function parseView(text) {
@@ -110,15 +133,13 @@
         if (x[row] === null) continue;
         const px = (x[row] - view.x) * k + width / 2, py = (y[row] - view.y) * k + height / 2;
         if (px < -8 || py < -8 || px > width + 8 || py > height + 8) continue;
-        const step = paint.at(row);
-        groups[!shown[row] ? 0 : step === null ? 1 : step + 2].push(px, py);
+        groups[!shown[row] ? 0 : paint.steps[row] + 2].push(px, py);
       }
-      groups.forEach((points, group) => {
-        if (!points.length) return;
-        context.fillStyle = group === 0 ? token("--line") : group === 1 ? token("--faint") : colours[group - 2];
-        const side = group === 0 ? Math.max(1.2, size * 0.7) : size;
-        if (model.n > 20000 || side < 3) for (let i = 0; i < points.length; i += 2) context.fillRect(points[i] - side / 2, points[i + 1] - side / 2, side, side);
-        else for (let i = 0; i < points.length; i += 2) { context.beginPath(); context.arc(points[i], points[i + 1], side / 2, 0, 7); context.fill(); }
+      const inks = [token("--line"), token("--faint"), ...colours], sides = groups.map((_, group) => (group === 0 ? Math.max(1.2, size * 0.7) : size));
+      if (model.n > MANY) drawSquares(context, groups, inks, sides, ratio);
+      else groups.forEach((points, group) => {
+        context.fillStyle = inks[group];
+        for (let i = 0; i < points.length; i += 2) { context.beginPath(); context.arc(points[i], points[i + 1], sides[group] / 2, 0, 7); context.fill(); }
       });
       // Names that do not overlap, the largest clusters first.
       context.font = "600 11px " + (token("--sans") || "sans-serif");

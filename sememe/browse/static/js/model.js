@@ -78,6 +78,7 @@
       this.meaning = null; // what a question's meaning is near to
       this.details = null; // the other figures, filled when they have arrived
       this.scripts = null;
+      this.byToken = null;
       this.lowerExplanations = null;
       this.search = null; // token -> rows, filled when it has arrived
       this.last = null;
@@ -106,6 +107,7 @@
     setSearch(payload) {
       const table = ({ token, latents }) => new Map(token.map((id, i) => [id, latents[i]]));
       this.search = { promoted: table(payload.promoted), peaks: table(payload.peaks) };
+      this.rowsOfTokens(); // somebody is about to search
       this.last = null;
     }
 
@@ -170,6 +172,20 @@
       return { exact, partial };
     }
 
+    // Token -> rows that have it as their top token, or in their label.
+    rowsOfTokens() {
+      if (!this.byToken) {
+        const tops = new Map(), labels = new Map();
+        const put = (map, id, row) => { const rows = map.get(id); if (rows) rows.push(row); else map.set(id, [row]); };
+        for (let row = 0; row < this.n; row++) {
+          if (this.index.top_token[row] !== null) put(tops, this.index.top_token[row], row);
+          for (const id of this.index.label_tokens[row]) put(labels, id, row);
+        }
+        this.byToken = { tops, labels };
+      }
+      return this.byToken;
+    }
+
     // Per row: how well it matches (0: not), and where. A number names a latent first of all.
     match(needle, where) {
       if (where === "meaning") {
@@ -188,8 +204,11 @@
       for (const [ids, whole] of [[partial, 0], [exact, 1]]) {
         const wanted = new Set(ids);
         if (!wanted.size) continue;
-        for (let row = 0; row < this.n; row++) if (wanted.has(this.index.top_token[row])) hit(row, IS_TOP, 7 + 2 * whole);
-        for (let row = 0; row < this.n; row++) if (this.index.label_tokens[row].some((id) => wanted.has(id))) hit(row, IN_LABEL, 6 + 2 * whole);
+        const { tops, labels } = this.rowsOfTokens();
+        for (const id of wanted) {
+          for (const row of tops.get(id) || []) hit(row, IS_TOP, 7 + 2 * whole);
+          for (const row of labels.get(id) || []) hit(row, IN_LABEL, 6 + 2 * whole);
+        }
         if (this.search)
           for (const id of wanted) {
             for (const latent of this.search.peaks.get(id) || []) hit(this.rowOf.get(latent), IS_PEAK, 3 + 2 * whole);
