@@ -41,6 +41,7 @@ __all__ = [
     "labels",
     "lists",
     "open_atlas",
+    "read_notes",
     "set_meta",
 ]
 
@@ -170,6 +171,7 @@ class Atlas:
         folder: The artifact.
         explanations: Folder of explanations of this atlas; they are joined as the view `explanations`.
         effects: Folder of effects of its latents; they are joined as the views `effects` and `removals`.
+        notes: File of what people said of its latents; joined as the view `notes`.
     """
 
     def __init__(
@@ -177,6 +179,7 @@ class Atlas:
         folder: artifact.Artifact,
         explanations: str | Path | None = None,
         effects: str | Path | None = None,
+        notes: str | Path | None = None,
     ) -> None:
         self.artifact = folder
         path = folder.file(DATABASE)
@@ -197,6 +200,7 @@ class Atlas:
         if effects is not None:
             child = _child_of(folder, effects, "effects", "effects")
             files |= {"effects": child.file(EFFECTS), "removals": child.file(REMOVALS)}
+        self._notes = None if notes is None else _notes_table(read_notes(notes, self))
         catalogue = str(self.connection.execute("SELECT current_database()").fetchall()[0][0])
         self._views = [_view(name, f"SELECT * FROM {_rows(file)}") for name, file in files.items()]
         self._views.append(_view("latents", _explained(catalogue, files.get("explanations"))))
@@ -209,6 +213,8 @@ class Atlas:
         cursor = self.connection.cursor()
         for view in self._views:
             cursor.execute(view)
+        if self._notes is not None:
+            cursor.register("notes", self._notes)
         return cursor
 
     def query(self, sql: str, *parameters: Any) -> list[dict[str, Any]]:
@@ -303,16 +309,19 @@ def lists(offsets: np.ndarray, values: np.ndarray) -> pa.Array:
 
 
 def open_atlas(
-    path: str | Path, explanations: str | Path | None = None, effects: str | Path | None = None
+    path: str | Path,
+    explanations: str | Path | None = None,
+    effects: str | Path | None = None,
+    notes: str | Path | None = None,
 ) -> Atlas:
-    """Open a finished atlas, with its explanations and effects if their folders are named.
+    """Open a finished atlas, with its explanations, effects and notes if they are named.
 
     Raises:
         ArtifactError: the folder is not an atlas, or of a schema this version does not read.
-        CorruptError: the database is damaged.
-        MismatchError: the explanations or effects are of another atlas.
+        CorruptError: the database, or the notes, are damaged.
+        MismatchError: the explanations, effects or notes are of another atlas.
     """
-    atlas = Atlas(artifact.load(path, "atlas"), explanations, effects)
+    atlas = Atlas(artifact.load(path, "atlas"), explanations, effects, notes)
     found = atlas.meta.get("schema_version")
     if found != SCHEMA_VERSION:
         atlas.close()
@@ -354,6 +363,59 @@ def labels(explanations: str | Path) -> dict[int, str]:
         return {int(latent): str(label) for latent, label in connection.execute(sql, [str(file)]).fetchall()}
     finally:
         connection.close()
+
+
+def read_notes(path: str | Path, atlas: Atlas) -> dict[str, Any]:
+    """What people said of an atlas's latents, from the file that `browse --write` keeps beside it.
+
+    Raises:
+        ArtifactError: there is no such file.
+        CorruptError: it is not a file of notes.
+        MismatchError: it is of another dictionary.
+    """
+    path = Path(path)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        known = {str(found[of]) for of in ("atlas", "dictionary")}
+        assert found["kind"] == "notes" and found["format_version"] == 1
+        assert all(latent.isdigit() for latent in found["latents"]), "latents by number"
+    except FileNotFoundError:
+        raise ArtifactError(
+            f"{path} must be a file of notes", "nothing there", "Make some with `sememe browse --write`."
+        ) from None
+    except (ValueError, KeyError, TypeError, AssertionError, AttributeError) as error:
+        raise CorruptError(
+            f"{path} must be a file of notes",
+            f"{type(error).__name__}: {error}",
+            "Mend it, or move it away.",
+        ) from None
+    mine = {atlas.artifact.fingerprint, str(atlas.artifact.meta["parents"].get("dictionary"))}
+    if not mine & known:
+        raise MismatchError(
+            f"the notes {path} must be of the dictionary of the atlas {atlas.artifact.path}",
+            f"notes of the dictionary {str(found['dictionary'])[:16] or 'unknown'}",
+            "Move the file away: it belongs to an atlas that stood here before.",
+        )
+    return dict(found)
+
+
+def _notes_table(found: Mapping[str, Any]) -> pa.Table:
+    """Notes as rows: latent, star, tags, note, explanation, changed."""
+    rows = [(int(latent), note) for latent, note in sorted(found["latents"].items(), key=lambda i: int(i[0]))]
+    text = {
+        name: pa.array([str(note.get(name, "")) for _, note in rows], pa.string())
+        for name in ("note", "explanation", "changed")
+    }
+    return pa.table(
+        {
+            "latent": pa.array([latent for latent, _ in rows], pa.int32()),
+            "star": pa.array([bool(note.get("star")) for _, note in rows], pa.bool_()),
+            "tags": pa.array(
+                [[str(tag) for tag in note.get("tags", [])] for _, note in rows], pa.list_(pa.string())
+            ),
+            **text,
+        }
+    )
 
 
 def _view(name: str, select: str) -> str:

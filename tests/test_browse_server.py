@@ -222,7 +222,7 @@ def test_a_port_asked_for_must_be_free(atlas_path):
 
 
 def test_without_a_port_the_next_free_one_is_taken(monkeypatch):
-    from sememe.browse import server
+    from sememe.browse import serving as server
 
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

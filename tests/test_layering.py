@@ -29,7 +29,7 @@ LAYERS = [
         "harvest", "train", "fit", "evaluate", "compare", "concepts", "geometry", "interpret", "explain",
         "effects", "prompt", "intervene", "lens", "pretrain", "convert", "publish", "report",
     ],
-    ["browse"],
+    ["browse", "live"],
     ["recipe"],
     ["plan"],
     ["run", "grid"],

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import collections
+import contextlib
 import gzip
 import itertools
 import json
@@ -22,13 +23,15 @@ import pydantic
 
 from sememe import artifact
 from sememe.browse import page
+from sememe.browse.compared import Compared, Side, dictionary_folder
 from sememe.browse.data import Data
 from sememe.browse.inputs import Inputs, opened
+from sememe.browse.together import Served, name_of, session
 from sememe.progress import track
 
 __all__ = ["VERSION", "ExportConfig", "export"]
 
-VERSION = 1
+VERSION = 2
 QUERY_LATENTS = 1024  # latents per query: enough to keep DuckDB busy, few enough to fit in memory
 
 
@@ -62,7 +65,10 @@ def export(config: ExportConfig, *, fresh: bool = False) -> artifact.Artifact:
         MismatchError: config.out is a site made from something else; or explanations or report are of another atlas.
     """
     out = config.out
-    with opened(config) as (data, parents):
+    with contextlib.ExitStack() as stack:
+        data, parents = stack.enter_context(opened(config))
+        others = [stack.enter_context(opened(Inputs(atlas=path))) for path in config.against]
+        parents |= {f"against {i}": other.parents["atlas"] for i, other in enumerate(others)}
         if not fresh and out.is_dir() and not any(out.iterdir()):
             out.rmdir()  # an empty folder was made for us
         identity = artifact.identity_of("site", VERSION, config, parents)
@@ -73,18 +79,38 @@ def export(config: ExportConfig, *, fresh: bool = False) -> artifact.Artifact:
             out, kind="site", version=VERSION, config=config, parents=parents, fresh=fresh
         ) as work:
             work.extra = {"page": page.fingerprint()}
+            _write_page(work.path)
             _write(data, work.path, config)
+            for number, other in enumerate(others, 1):
+                _write(other.data, work.path, config, f"atlas-{number}/")
+            _write_together(work.path, [data, *(other.data for other in others)], config)
     return artifact.load(out, "site")
 
 
-def _write(data: Data, folder: Path, config: ExportConfig) -> None:
+def _write_page(folder: Path) -> None:
     (folder / "index.html").write_text(page.index_html("static"), encoding="utf-8")
     for name, content in page.static_files().items():
         target = folder / "static" / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(content)
-    for sub in ("latents", "contexts"):
-        (folder / "data" / sub).mkdir(parents=True, exist_ok=True)
+
+
+def _write_together(folder: Path, atlases: list[Data], config: ExportConfig) -> None:
+    """What the page knows of all its atlases: their names, and how they compare."""
+    shown = [
+        Served(data, dictionary=dictionary_folder(data.atlas), name=name_of(path))
+        for data, path in zip(atlases, (config.atlas, *config.against), strict=True)
+    ]
+    _write_shard(folder, "session", session(shown))
+    for mine, other in itertools.permutations(range(len(shown)), 2):
+        sides = [Side(atlases[i], shown[i].dictionary) for i in (mine, other)]
+        _write_shard(folder, f"compare-{mine}-{other}", Compared(*sides).pairs())
+
+
+def _write(data: Data, folder: Path, config: ExportConfig, at: str = "") -> None:
+    """One atlas's shards; `at` is the folder of its own that an atlas beside the first has."""
+    for sub in ("latents", "contexts", "texts"):
+        (folder / "data" / at / sub).mkdir(parents=True, exist_ok=True)
     shards = {
         "latents_per_shard": config.latents_per_shard,
         "contexts_per_shard": config.contexts_per_shard,
@@ -99,11 +125,13 @@ def _write(data: Data, folder: Path, config: ExportConfig) -> None:
             ("index", 0, data.index()),
             ("tokens", 0, data.tokens()),
             ("search", 0, data.search()),
+            ("details", 0, data.details()),
+            *((f"texts/{i:05}", 0, text) for i, text in enumerate(data.texts)),
         )
         for name, n_rows, payload in itertools.chain(
             whole, _latent_shards(data, config), _context_shards(data, config)
         ):
-            waiting.append(pool.submit(_write_shard, folder, name, payload))
+            waiting.append(pool.submit(_write_shard, folder, at + name, payload))
             if len(waiting) > 16:  # bounded memory
                 waiting.popleft().result()
             if n_rows:

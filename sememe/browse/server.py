@@ -1,148 +1,103 @@
-"""The page and its JSON over HTTP, on this machine only, read-only.
+"""The page and its JSON over HTTP.
 
-Knows `Data`, the page's files and HTTP. Files are answered from a dictionary read at the start, so that no request
-ever becomes a path. Requests must name this machine as their host: a page elsewhere cannot reach this server by
-pointing its own name at 127.0.0.1. Never loads torch.
+Knows `Data`, notes, `Live`, the page's files and HTTP. On this machine only and read-only unless asked for more; who
+may ask is `guard.py`'s matter, what can be asked stands in `openapi.py`. Files are answered from a dictionary read at
+the start, so that no request ever becomes a path. What needs a model goes to a child process: torch is never loaded.
 """
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
 import gzip
-import json
-import socket
 import threading
-import webbrowser
-from collections.abc import Callable, Mapping
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import pydantic
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
-from sememe.browse import page
+from sememe.browse import openapi, page
+from sememe.browse.compared import Compared, Side
 from sememe.browse.data import Data
-from sememe.browse.inputs import Inputs, opened
-from sememe.errors import SememeError, ServerError
+from sememe.browse.guard import Door, Guard, body_of, dump, json_response
+from sememe.browse.live import VERBS, Live, LiveError, Refusal
+from sememe.browse.notes import NotesFile
+from sememe.browse.together import Served, session
+from sememe.errors import ConfigError, SememeError
 
-__all__ = ["BrowseConfig", "application", "browse"]
+__all__ = ["MAX_CONTEXTS", "application"]
 
-HOST = "127.0.0.1"
-DEFAULT_PORT, PORTS_TRIED = 8000, 100
 MAX_CONTEXTS = 256
-MAX_QUERY_BYTES = 8192
-
-SECURITY_HEADERS = {
-    "content-security-policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    ),
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    "cross-origin-opener-policy": "same-origin",
-    "cross-origin-resource-policy": "same-origin",
-    "cache-control": "no-cache",
-}
+Json = dict[str, Any]
+Answer = Callable[[Request], Awaitable[Response]]
 
 
-class BrowseConfig(Inputs):
-    """What is shown, and on which port."""
-
-    port: int | None = pydantic.Field(default=None, ge=1, le=65535)
-    """The port on 127.0.0.1; without one, 8000 or the next that is free."""
-    open: bool = False
-    """Open the page in the default web browser."""
-
-
-def browse(config: BrowseConfig) -> None:
-    """Serve an atlas as a web page until interrupted.
+def application(
+    data: Data | SememeError | Sequence[Served], *, live: Live | None = None, door: Door | None = None
+) -> ASGIApp:
+    """The server as an ASGI application, for tests and for other servers.
 
     Args:
-        config: What is shown, and where.
-    Raises:
-        ArtifactError: the folder is not an atlas.
-        CorruptError: the atlas is damaged.
-        MismatchError: explanations or report are of another atlas.
-        ServerError: the port is taken, or none is free.
+        data: The atlas, or several.
+        live: Who answers what needs a model.
+        door: What a request must show; a server of this machine alone if not given.
     """
-    import uvicorn
-
-    with opened(config) as (data, _), _listen(config.port) as listening:
-        app = application(data)
-        url = f"http://{HOST}:{listening.getsockname()[1]}/"
-        print(f"Serving {config.atlas} at {url} (Ctrl+C stops it)", flush=True)
-        if config.open:
-            threading.Timer(0.5, webbrowser.open, [url]).start()
-        server = uvicorn.Server(
-            uvicorn.Config(
-                app, log_level="warning", access_log=False, server_header=False, lifespan="off", ws="none"
-            )
-        )
-        with contextlib.suppress(KeyboardInterrupt):
-            server.run(sockets=[listening])
-
-
-def _listen(port: int | None) -> socket.socket:
-    """A listening socket: the port asked for, or the first free one from 8000."""
-    candidates = [port] if port is not None else list(range(DEFAULT_PORT, DEFAULT_PORT + PORTS_TRIED))
-    for candidate in candidates:
-        listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        try:
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listening.bind((HOST, candidate))
-            listening.listen(128)
-            return listening
-        except OSError as error:
-            listening.close()
-            reason = error.strerror or str(error)
-    if port is not None:
-        raise ServerError(
-            f"port {port} of {HOST} must be free",
-            reason,
-            "Stop what uses it, name another --port, or leave --port out.",
-        )
-    raise ServerError(
-        f"a port between {candidates[0]} and {candidates[-1]} of {HOST} must be free",
-        reason,
-        "Name another with --port.",
-    )
-
-
-def application(data: Data) -> ASGIApp:
-    """The server as an ASGI application, for tests and for other servers."""
-    api = _Api(data)
+    served = list(data) if isinstance(data, Sequence) else [Served(data)]
+    api = _Api(served, live)
     routes = [
         Route("/", api.page),
         Route("/static/{name:path}", api.static),
+        Route("/api/openapi.json", api.openapi),
+        Route("/api/session", api.session),
         Route("/api/overview", api.whole("overview")),
         Route("/api/index", api.whole("index")),
         Route("/api/tokens", api.whole("tokens")),
         Route("/api/search", api.whole("search")),
+        Route("/api/details", api.whole("details")),
+        Route("/api/embeddings", api.whole("embeddings")),
+        Route("/api/texts/{text}", api.text),
         Route("/api/latents/{latent}", api.latent),
         Route("/api/latents/{latent}/examples", api.examples),
         Route("/api/contexts", api.contexts),
+        Route("/api/compare", api.compare),
+        Route("/api/compare/{latent}", api.compare),
+        Route("/api/notes", api.notes, methods=["GET"]),
+        Route("/api/notes", api.import_notes, methods=["POST"]),
+        Route("/api/notes/{latent}", api.put_note, methods=["PUT"]),
+        Route("/api/ratings", api.put_rating, methods=["PUT"]),
+        Route("/api/live", api.live_status),
+        Route("/api/live/cancel", api.cancel, methods=["POST"]),
+        *(Route(f"/api/live/{verb}", api.ask(verb), methods=["POST"]) for verb in VERBS),
     ]
-    app = Starlette(
-        routes=routes, exception_handlers={HTTPException: _refused, SememeError: _failed, Exception: _failed}
-    )
-    return _Guard(app)
+    handlers = {
+        HTTPException: _refused,
+        LiveError: _unanswered,
+        ConfigError: _misunderstood,
+        SememeError: _failed,
+        Exception: _failed,
+    }
+    return Guard(Starlette(routes=routes, exception_handlers=handlers), door or Door())
 
 
 class _Api:
-    """Answers requests from the atlas. The four answers that describe the whole are made once."""
+    """Answers requests. The answers that describe a whole atlas are made once."""
 
-    def __init__(self, data: Data) -> None:
-        self.data = data
+    def __init__(self, served: list[Served], live: Live | None) -> None:
+        self.served, self.live = served, live
         self.html = page.index_html("served").encode()
         self.files = page.static_files()
-        self._whole: dict[str, tuple[bytes, bytes]] = {}
+        self._whole: dict[tuple[int, str], tuple[bytes, bytes]] = {}
+        self._compared: dict[tuple[int, int], Compared] = {}
         self._lock = threading.Lock()
+
+    # ---- the page --------------------------------------------------------------------------------------------------
 
     async def page(self, request: Request) -> Response:
         return Response(self.html, headers={"content-type": page.CONTENT_TYPES[".html"]})
@@ -154,59 +109,178 @@ class _Api:
             raise HTTPException(404, "No such file.")
         return Response(content, headers={"content-type": page.CONTENT_TYPES[Path(name).suffix]})
 
-    def whole(self, name: str) -> Callable[[Request], Any]:
+    async def openapi(self, request: Request) -> Response:
+        return json_response(dump(openapi.document()))
+
+    async def session(self, request: Request) -> Response:
+        return json_response(dump(session(self.served, live=self.live is not None)))
+
+    # ---- the atlas -------------------------------------------------------------------------------------------------
+
+    def _number(self, request: Request, name: str = "atlas", default: int = 0) -> int:
+        """Which atlas a request is about."""
+        number = _whole_number(request.query_params.get(name, str(default)))
+        if number is None or number >= len(self.served):
+            raise HTTPException(
+                404, f"There is no atlas {request.query_params.get(name, str(default))[:20]!r}."
+            )
+        return number
+
+    def _data(self, number: int) -> Data:
+        found = self.served[number].data
+        if isinstance(found, SememeError):
+            raise found
+        return found
+
+    def whole(self, name: str) -> Answer:
         async def answer(request: Request) -> Response:
-            plain, packed = await run_in_threadpool(self._made, name)
+            plain, packed = await run_in_threadpool(self._made, self._number(request), name)
             if "gzip" in request.headers.get("accept-encoding", ""):
-                return _json(packed, {"content-encoding": "gzip", "vary": "accept-encoding"})
-            return _json(plain, {"vary": "accept-encoding"})
+                return json_response(packed, {"content-encoding": "gzip", "vary": "accept-encoding"})
+            return json_response(plain, {"vary": "accept-encoding"})
 
         return answer
 
-    def _made(self, name: str) -> tuple[bytes, bytes]:
+    def _made(self, number: int, name: str) -> tuple[bytes, bytes]:
         with self._lock:
-            if name not in self._whole:
-                plain = _dump(getattr(self.data, name)())
-                self._whole[name] = plain, gzip.compress(plain, compresslevel=4)
-            return self._whole[name]
+            if (number, name) not in self._whole:
+                plain = dump(getattr(self._data(number), name)())
+                self._whole[number, name] = plain, gzip.compress(plain, compresslevel=4)
+            return self._whole[number, name]
 
     async def latent(self, request: Request) -> Response:
-        return await self._one(request, self.data.latent)
+        return await self._one(request, self._data(self._number(request)).latent)
 
     async def examples(self, request: Request) -> Response:
-        return await self._one(request, self.data.examples)
+        return await self._one(request, self._data(self._number(request)).examples)
 
     async def _one(self, request: Request, read: Callable[[int], Any]) -> Response:
-        text = request.path_params["latent"]
-        latent = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else -1
-        found = await run_in_threadpool(read, latent) if latent >= 0 else None
+        latent = _whole_number(request.path_params["latent"])
+        found = await run_in_threadpool(read, latent) if latent is not None else None
         if found is None:
-            raise HTTPException(404, f"The atlas has no latent {text[:20]!r}.")
-        return _json(_dump(found))
+            raise _no_latent(request)
+        return json_response(dump(found))
+
+    async def text(self, request: Request) -> Response:
+        place = _whole_number(request.path_params["text"])
+        found = self._data(self._number(request)).text(place) if place is not None else None
+        if found is None:
+            raise HTTPException(404, f"There is no chosen text {request.path_params['text'][:20]!r}.")
+        return json_response(dump(found))
 
     async def contexts(self, request: Request) -> Response:
-        parts = request.query_params.get("ids", "").split(",")
-        if not all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts):
+        data = self._data(self._number(request))
+        ids = [_whole_number(part) for part in request.query_params.get("ids", "").split(",")]
+        known = [one for one in ids if one is not None]
+        if len(known) != len(ids):
             raise HTTPException(400, "ids must be whole numbers with commas between them.")
-        if len(parts) > MAX_CONTEXTS:
+        if len(ids) > MAX_CONTEXTS:
             raise HTTPException(400, f"At most {MAX_CONTEXTS} contexts can be asked for at once.")
-        return _json(_dump(await run_in_threadpool(self.data.contexts, [int(part) for part in parts])))
+        return json_response(dump(await run_in_threadpool(data.contexts, known)))
+
+    async def compare(self, request: Request) -> Response:
+        mine, other = self._number(request), self._number(request, "with", 1)
+        if mine == other:
+            raise HTTPException(400, "An atlas is compared with another one: change `with`.")
+        compared = await run_in_threadpool(self._pair, mine, other)
+        if "latent" not in request.path_params:
+            return json_response(dump(await run_in_threadpool(compared.pairs)))
+        return await self._one(request, compared.of)
+
+    def _pair(self, mine: int, other: int) -> Compared:
+        with self._lock:
+            if (mine, other) not in self._compared:
+                sides = [Side(self._data(i), self.served[i].dictionary) for i in (mine, other)]
+                self._compared[mine, other] = Compared(*sides)
+            return self._compared[mine, other]
+
+    # ---- notes -----------------------------------------------------------------------------------------------------
+
+    async def notes(self, request: Request) -> Response:
+        notes = self.served[self._number(request)].notes
+        found = notes.as_json() if notes is not None else {"kind": "notes", "latents": {}, "ratings": []}
+        return json_response(dump({**found, "write": notes is not None and notes.write}))
+
+    async def import_notes(self, request: Request) -> Response:
+        notes = self._writable(request)
+        return json_response(dump(await run_in_threadpool(notes.merge, await body_of(request))))
+
+    async def put_note(self, request: Request) -> Response:
+        notes, latent = self._writable(request), _whole_number(request.path_params["latent"])
+        if latent is None or latent not in await run_in_threadpool(self._ids, self._number(request)):
+            raise _no_latent(request)
+        return json_response(dump(await run_in_threadpool(notes.put, latent, await body_of(request))))
+
+    async def put_rating(self, request: Request) -> Response:
+        notes = self._writable(request)
+        return json_response(dump(await run_in_threadpool(notes.rate, await body_of(request))))
+
+    def _ids(self, number: int) -> list[int]:
+        return self._data(number).ids
+
+    def _writable(self, request: Request) -> NotesFile:
+        notes = self.served[self._number(request)].notes
+        if notes is None or not notes.write:
+            raise HTTPException(403, "The atlas can only be read: serve it with --write to keep notes.")
+        return notes
+
+    # ---- the model -------------------------------------------------------------------------------------------------
+
+    async def live_status(self, request: Request) -> Response:
+        return json_response(
+            dump({"state": "off", "reason": NO_MODEL} if self.live is None else self.live.status())
+        )
+
+    def ask(self, verb: str) -> Answer:
+        async def answer(request: Request) -> Response:
+            arguments = await body_of(request)
+            if self.live is None:
+                raise HTTPException(503, NO_MODEL)
+            job = arguments.pop("job", "") or uuid.uuid4().hex
+            if not isinstance(job, str) or len(job) > 100:
+                raise HTTPException(400, "A job's name must be a text of at most 100 letters.")
+            asking = asyncio.ensure_future(run_in_threadpool(self.live.ask, verb, arguments, job))
+            while not asking.done():
+                await asyncio.wait({asking}, timeout=0.25)
+                if not asking.done() and await request.is_disconnected():
+                    self.live.cancel(job)  # nobody waits for the answer any more
+            return json_response(dump(await asking))
+
+        return answer
+
+    async def cancel(self, request: Request) -> Response:
+        arguments = await body_of(request)
+        job = arguments.get("job")
+        if not isinstance(job, str) or not job:
+            raise HTTPException(400, "job must be the name of a job.")
+        return json_response(dump({"cancelled": self.live is not None and self.live.cancel(job)}))
 
 
-def _dump(value: Any) -> bytes:
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.encode("utf-8", "surrogatepass")
+NO_MODEL = "a model must answer this, got none. Serve the atlas with `sememe browse ATLAS --live`."
 
 
-def _json(content: bytes, headers: Mapping[str, str] | None = None, status: int = 200) -> Response:
-    return Response(
-        content, status, headers={"content-type": "application/json; charset=utf-8", **(headers or {})}
-    )
+def _whole_number(text: str) -> int | None:
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else None
+
+
+def _no_latent(request: Request) -> HTTPException:
+    return HTTPException(404, f"The atlas has no latent {request.path_params['latent'][:20]!r}.")
 
 
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return _json(_dump({"error": error.detail}), status=error.status_code)
+    reason = "The atlas can only be read." if error.status_code == 405 else error.detail
+    return json_response(dump({"error": reason}), error.headers, status=error.status_code)
+
+
+async def _unanswered(request: Request, error: Exception) -> Response:
+    assert isinstance(error, LiveError)
+    refusal: Refusal = error.refusal
+    return json_response(dump({"error": str(error)}), status=refusal.status)
+
+
+async def _misunderstood(request: Request, error: Exception) -> Response:
+    return json_response(dump({"error": str(error)}), status=400)
 
 
 async def _failed(request: Request, error: Exception) -> Response:
@@ -215,46 +289,4 @@ async def _failed(request: Request, error: Exception) -> Response:
         if isinstance(error, SememeError)
         else f"{type(error).__name__}; see the server's terminal."
     )
-    return _json(_dump({"error": message}), status=500)
-
-
-class _Guard:
-    """Refuses what is not a small GET for this machine, and sets the security headers of every answer."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)  # start and stop; there are no web sockets
-            return
-
-        async def guarded(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = [(name.encode(), value.encode()) for name, value in SECURITY_HEADERS.items()]
-                message = {**message, "headers": [*message.get("headers", []), *headers]}
-            await send(message)
-
-        refusal = _refusal(scope)
-        if refusal is not None:
-            status, reason = refusal
-            await _json(_dump({"error": reason}), status=status)(scope, receive, guarded)
-        else:
-            await self.app(scope, receive, guarded)
-
-
-def _refusal(scope: Scope) -> tuple[int, str] | None:
-    hosts = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
-    if len(hosts) != 1 or _name(hosts[0]) not in ("127.0.0.1", "localhost", "[::1]"):
-        return 403, "The Host header must name this machine."
-    if scope["method"] not in ("GET", "HEAD"):
-        return 405, "The atlas can only be read."
-    if len(scope.get("query_string", b"")) > MAX_QUERY_BYTES:
-        return 414, "The address is too long."
-    return None
-
-
-def _name(host: str) -> str:
-    """A Host header without its port."""
-    name, colon, port = host.rpartition(":")
-    return name.lower() if colon and port.isdigit() else host.lower()
+    return json_response(dump({"error": message}), status=500)

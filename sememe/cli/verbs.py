@@ -207,16 +207,26 @@ def _browse() -> Any:
     from sememe.browse import BrowseConfig, ExportConfig, browse, export
     from sememe.browse.inputs import Inputs
 
-    def verb(config: BrowseConfig, export_to: Path | None = None, fresh: bool = False) -> None:
+    def verb(
+        config: BrowseConfig,
+        export_to: Path | None = None,
+        fresh: bool = False,
+        live: bool = False,
+        model: str | None = None,
+    ) -> None:
+        if model is not None and not live:
+            raise ConfigError("--model must go with --live", model, "Drop it, or pass --live.")
         if export_to is None:
             if fresh:
                 raise ConfigError("--fresh must go with --export", "none", "Drop it, or pass --export.")
-            browse(config)
+            browse(config, live=_live(config, model) if live else None)
             return
-        for flag, value in (("--port", config.port), ("--open", config.open or None)):
+        for name, value in [("live", live or None), *_only_served(config)]:
             if value is not None:
                 raise ConfigError(
-                    f"{flag} must be left out with --export, which serves nothing", value, "Drop one of them."
+                    f"--{name} must be left out with --export, which serves nothing",
+                    value,
+                    "Drop one of them.",
                 )
         shown = {name: getattr(config, name) for name in Inputs.model_fields}
         export(ExportConfig.build({**shown, "out": export_to}), fresh=fresh)
@@ -225,7 +235,7 @@ def _browse() -> Any:
     return command(
         BrowseConfig,
         verb,
-        positional=("atlas",),
+        positional=("atlas", "against"),
         extra={
             "export_to": (
                 Annotated[Path | None, Parameter(name="--export")],
@@ -233,9 +243,42 @@ def _browse() -> Any:
                 "Write a static site into this folder instead of serving; it opens from disk.",
             ),
             "fresh": (bool, False, "With --export: replace whatever stands there."),
+            "live": (bool, False, "Load the model in a process of its own, to try texts and to steer."),
+            "model": (str | None, None, "With --live: the model, if it is not where it was for the atlas."),
         },
         doc="Look at an atlas in the web browser, or export it as a site.",
     )
+
+
+def _only_served(config: Any) -> list[tuple[str, Any]]:
+    """Options of a page that is served and that a site has no use for, where they were given."""
+    names = ("host", "port", "open", "write", "dictionary")
+    defaults = type(config).model_fields
+    return [(n, v) for n in names if (v := getattr(config, n)) != defaults[n].default]
+
+
+def _live(config: Any, model: str | None) -> Any:
+    """The child process that holds the model: the browser's server never loads torch."""
+    import contextlib
+    import json
+    import sys
+
+    from sememe.atlas import open_atlas
+    from sememe.browse import Child
+    from sememe.browse.compared import dictionary_folder
+
+    with contextlib.closing(open_atlas(config.atlas)) as atlas:
+        dictionary = dictionary_folder(atlas, config.dictionary)
+    if dictionary is None:
+        raise ConfigError(
+            "--live must know the folder of the atlas's dictionary",
+            "none where it was when the atlas was made",
+            "Name it with --dictionary.",
+        )
+    about = {"atlas": str(config.atlas), "dictionary": str(dictionary), "model": model}
+    child = Child([sys.executable, "-m", "sememe.live", json.dumps(about)])
+    child.start()
+    return child
 
 
 def _simple(module: str, name: str, doc: str, positional: tuple[str, ...] = ()) -> Any:

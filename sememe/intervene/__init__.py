@@ -22,13 +22,21 @@ from sememe.intervene.ablation import ablate, find
 from sememe.intervene.config import InterveneConfig, LatentEdit
 from sememe.intervene.edits import Intervention, check
 from sememe.intervene.pages import page
-from sememe.intervene.steering import steer
+from sememe.intervene.steering import Continuation, go_on, prompt_ids, steer
 from sememe.lm import LanguageModel
 from sememe.progress import track
 from sememe.splice import Splicer
 from sememe.text import TokenPolicy, attributions, fetch, fingerprint
 
-__all__ = ["InterveneConfig", "Intervention", "LatentEdit", "intervene"]
+__all__ = [
+    "Continuation",
+    "InterveneConfig",
+    "Intervention",
+    "LatentEdit",
+    "go_on",
+    "intervene",
+    "prompt_ids",
+]
 
 VERSION = 1
 EFFECTS, PAGE = "effects.json", "effects.md"

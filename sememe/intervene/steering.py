@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from sememe.dictionaries.base import Dictionary
@@ -14,7 +16,68 @@ from sememe.intervene.config import InterveneConfig, LatentEdit
 from sememe.intervene.edits import Intervention
 from sememe.lm import LanguageModel
 
-__all__ = ["steer"]
+__all__ = ["Continuation", "go_on", "prompt_ids", "steer"]
+
+
+class Continuation(NamedTuple):
+    """What a model wrote after a prompt."""
+
+    ids: Int[Tensor, " n_new"]
+    text: str
+    perplexity: float
+    """exp of the mean loss per new token under the model as it is."""
+
+
+def go_on(
+    lm: LanguageModel,
+    ids: Int[Tensor, "1 seq"],
+    n_new: int,
+    *,
+    dictionary: Dictionary | None = None,
+    edits: Sequence[LatentEdit] = (),
+    temperature: float = 0.0,
+    seed: int = 0,
+    until: Callable[[Int[Tensor, "1 seq_so_far"]], Bool[Tensor, 1]] | None = None,
+) -> Continuation:
+    """Go on from a prompt, with some latents turned up or down at every position.
+
+    Args:
+        lm: The model.
+        ids: The prompt.
+        n_new: Tokens to write; it does not stop at an end token.
+        dictionary: Whose latents.
+        edits: In the order in which they are made; none writes what the model would.
+        temperature: 0 takes the likeliest token; above 0 samples.
+        seed: Of the sampling.
+        until: Whether to stop, asked after each token.
+    Raises:
+        ConfigError: a latent does not exist.
+        ModelError: prompt and continuation do not fit the model's context.
+        ActivationError: the edits drive the model to NaN or infinity.
+    """
+    options: dict[str, Any] = {
+        "temperature": temperature,
+        "seed": seed,
+        "stop_at_eos": False,
+        "until": until,
+    }
+    if not edits:
+        rows = lm.generate(ids, n_new, **options)
+    else:
+        assert dictionary is not None
+        with Intervention(dictionary, edits).on(lm):
+            rows = lm.generate(ids, n_new, **options)
+            with torch.inference_mode():
+                finite = torch.isfinite(lm.hidden(rows)).all()
+        if not bool(finite):
+            raise ActivationError(
+                "steering must leave the model's output finite",
+                f"NaN or infinity after adding {', '.join(f'{edit.value or 0:.3g}' for edit in edits)}",
+                "Lower --strengths.",
+            )
+    n_prompt = ids.shape[1]
+    new = rows[0, n_prompt:]
+    return Continuation(new.cpu(), str(lm.tokenizer.decode(new)), _perplexity(lm, rows, n_prompt))
 
 
 def steer(
@@ -37,49 +100,43 @@ def steer(
     """
     out = []
     for prompt in config.prompts:
-        ids = _ids(lm, prompt, bos)
+        ids = prompt_ids(lm, prompt, bos)
         texts = []
         for strength in (0.0, *config.strengths):
             edit = LatentEdit(latents=(latent,), how="add", value=strength * max_act)
-            rows = _generate(config, lm, ids, Intervention(dictionary, [edit]) if strength else None)
+            made = go_on(
+                lm,
+                ids,
+                config.new_tokens,
+                dictionary=dictionary,
+                edits=(edit,) if strength else (),
+                temperature=config.temperature,
+                seed=config.seed,
+            )
             texts.append(
                 {
                     "strength": strength,
                     "added": strength * max_act,
-                    "text": lm.tokenizer.decode(rows[0, ids.shape[1] :]),
-                    "perplexity": _perplexity(lm, rows, ids.shape[1]),
+                    "text": made.text,
+                    "perplexity": made.perplexity,
                 }
             )
         out.append({"prompt": prompt, "continuations": texts})
     return out
 
 
-def _ids(lm: LanguageModel, prompt: str, bos: bool) -> Tensor:
+def prompt_ids(lm: LanguageModel, prompt: str, bos: bool) -> Int[Tensor, "1 seq"]:
+    """A prompt's tokens, after the model's first token if `bos`.
+
+    Raises:
+        ConfigError: it has none.
+    """
     ids = lm.tokenizer(prompt, add_special_tokens=False).input_ids
     if not ids:
         raise ConfigError("a prompt must have at least one token", repr(prompt), "Change --prompts.")
     if bos and lm.tokenizer.bos_token_id is not None:
         ids = [lm.tokenizer.bos_token_id, *ids]
     return torch.tensor([ids])
-
-
-def _generate(
-    config: InterveneConfig, lm: LanguageModel, ids: Tensor, intervention: Intervention | None
-) -> Tensor:
-    options: dict[str, Any] = {"temperature": config.temperature, "seed": config.seed, "stop_at_eos": False}
-    if intervention is None:
-        return lm.generate(ids, config.new_tokens, **options)
-    with intervention.on(lm):
-        rows = lm.generate(ids, config.new_tokens, **options)
-        with torch.inference_mode():
-            finite = torch.isfinite(lm.hidden(rows)).all()
-    if not bool(finite):
-        raise ActivationError(
-            "steering must leave the model's output finite",
-            f"NaN or infinity after adding {intervention.edits[0].value:.3g}",
-            "Lower --strengths.",
-        )
-    return rows
 
 
 @torch.inference_mode()

@@ -9,6 +9,7 @@ a dictionary and its model, and an atlas if one is given; the forwards are `down
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +30,7 @@ from sememe.prompt.view import LatentRow, OutputToken, PromptView, TokenRow, pri
 from sememe.text import TokenPolicy
 
 __all__ = [
+    "Known",
     "LatentRow",
     "OutputToken",
     "PromptConfig",
@@ -40,7 +42,11 @@ __all__ = [
 
 
 def prompt(
-    config: PromptConfig, *, lm: LanguageModel | None = None, dictionary: Dictionary | None = None
+    config: PromptConfig,
+    *,
+    lm: LanguageModel | None = None,
+    dictionary: Dictionary | None = None,
+    known: Known | None = None,
 ) -> PromptView:
     """What a dictionary's latents do on one text.
 
@@ -48,6 +54,7 @@ def prompt(
         config: The text, and how much is shown.
         lm: The model, if it is loaded already; else it is loaded from config.model.
         dictionary: The one at config.dictionary, if it is loaded already.
+        known: What config.atlas and config.explanations say, if they are read already.
     Raises:
         ArtifactError: there is no dictionary, atlas or explanations where they should be.
         ConfigError: a latent does not exist, or the text has no token that is looked at.
@@ -60,7 +67,7 @@ def prompt(
     for latent in config.latents:
         if not 0 <= latent < dictionary.d_sae:
             raise ConfigError(f"a latent must be in [0, {dictionary.d_sae - 1}]", latent, "Change --latents.")
-    known = _Known.read(config, saved)
+    known = known if known is not None else Known.of(config.atlas, config.explanations, saved)
     lm = lm if lm is not None else language_models.load(config.model)
     reruns = Reruns(lm, dictionary)
     policy = TokenPolicy.build(saved.extra["policy"]) if saved.extra.get("policy") else TokenPolicy()
@@ -207,7 +214,7 @@ def _tokens(
 
 
 def _rows(
-    lm: LanguageModel, firing: _Firing, known: _Known, changes: Changes | None, tokens: tuple[TokenRow, ...]
+    lm: LanguageModel, firing: _Firing, known: Known, changes: Changes | None, tokens: tuple[TokenRow, ...]
 ) -> tuple[LatentRow, ...]:
     rows = []
     for i, (position, latent, act) in enumerate(
@@ -246,7 +253,7 @@ def _named(lm: LanguageModel, tokens: Tensor, changes: Tensor, sign: int) -> tup
     )
 
 
-class _Known(NamedTuple):
+class Known(NamedTuple):
     """What an atlas and explanations say of the latents; empty without them."""
 
     latents: dict[int, tuple[float, float, np.ndarray]]
@@ -255,25 +262,31 @@ class _Known(NamedTuple):
     labels: dict[int, str]
 
     @classmethod
-    def read(cls, config: PromptConfig, saved: artifact.Artifact) -> _Known:
-        if config.atlas is None:
+    def of(cls, path: Path | None, explanations: Path | None, dictionary: artifact.Artifact) -> Known:
+        """Read what is known of a dictionary's latents; nothing without an atlas.
+
+        Raises:
+            ArtifactError: there is no atlas, or there are no explanations, where they should be.
+            MismatchError: the atlas is of another dictionary.
+        """
+        if path is None:
             return cls({}, np.zeros(0), {})
-        atlas = open_atlas(config.atlas, explanations=config.explanations)
+        atlas = open_atlas(path, explanations=explanations)
         try:
             wanted = dictionary_of(atlas)
-            if wanted != saved.fingerprint:
+            if wanted != dictionary.fingerprint:
                 raise MismatchError(
-                    f"the atlas {config.atlas} must be of the dictionary {saved.path} "
-                    f"(fingerprint {saved.fingerprint[:16]})",
+                    f"the atlas {path} must be of the dictionary {dictionary.path} "
+                    f"(fingerprint {dictionary.fingerprint[:16]})",
                     f"an atlas of {wanted[:16]}",
                     "Name the atlas of this dictionary, or make one with `sememe interpret`.",
                 )
-            return cls._of(atlas, config.explanations is not None)
+            return cls._of(atlas, explanations is not None)
         finally:
             atlas.close()
 
     @classmethod
-    def _of(cls, atlas: Atlas, explained: bool) -> _Known:
+    def _of(cls, atlas: Atlas, explained: bool) -> Known:
         rows = atlas.query("SELECT id, density, max_act, histogram FROM latents")
         about = {
             row["id"]: (row["density"], row["max_act"], np.cumsum([0, *row["histogram"]])) for row in rows
@@ -283,6 +296,10 @@ class _Known(NamedTuple):
             found = atlas.query("SELECT latent, label FROM explanations WHERE label IS NOT NULL")
             labels = {row["latent"]: row["label"] for row in found}
         return cls(about, np.array([0.0, *atlas.meta["histogram_edges"]]), labels)
+
+    def largest(self, latent: int) -> float | None:
+        """A latent's largest activation on the atlas's text; None of one that the atlas does not know."""
+        return float(self.latents[latent][1]) if latent in self.latents else None
 
     def about(self, latent: int, act: float) -> dict[str, float | str | None]:
         """Of one latent and one of its activations: density, share of the largest, quantile, label."""

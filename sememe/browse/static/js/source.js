@@ -53,18 +53,26 @@
     });
   }
 
+  // Of several atlases, the first has the plain names; the others have a folder each.
+  const named = (number, name) => (number ? "atlas-" + number + "/" + name : name);
+
   class StaticSource {
-    constructor() {
+    constructor(number = 0) {
+      this.number = number;
       this.shards = new Recent(160);
       this.whole = new Recent(8);
     }
-    overview() { return this.whole.once("overview", () => loadScript("overview")); }
-    index() { return this.whole.once("index", () => loadScript("index")); }
-    tokens() { return this.whole.once("tokens", () => loadScript("tokens")); }
-    search() { return this.whole.once("search", () => loadScript("search")); }
+    overview() { return this.whole.once("overview", () => loadScript(named(this.number, "overview"))); }
+    index() { return this.whole.once("index", () => loadScript(named(this.number, "index"))); }
+    tokens() { return this.whole.once("tokens", () => loadScript(named(this.number, "tokens"))); }
+    search() { return this.whole.once("search", () => loadScript(named(this.number, "search"))); }
+    session() { return this.whole.once("session", () => loadScript("session")); }
+    compare(other) { return this.whole.once("compare" + other, () => loadScript(`compare-${this.number}-${other}`)); }
+    details() { return this.whole.once("details", () => loadScript(named(this.number, "details"))); }
+    text(place) { return this.shard("texts", place); }
     shard(folder, number) {
       const name = folder + "/" + String(number).padStart(5, "0");
-      return this.shards.once(name, () => loadScript(name));
+      return this.shards.once(name, () => loadScript(named(this.number, name)));
     }
     async latent(id, row) {
       const { shards } = await this.overview();
@@ -85,9 +93,10 @@
   }
 
   // ---- served
-  async function request(path) {
+  async function request(path, number, options) {
     let response;
-    try { response = await fetch("api/" + path); } catch (error) {
+    if (number) path += (path.includes("?") ? "&" : "?") + "atlas=" + number;
+    try { response = await fetch("api/" + path, options); } catch (error) {
       throw new Error("The server does not answer. Start `sememe browse` again, then reload this page.");
     }
     const payload = await response.json();
@@ -96,21 +105,27 @@
   }
 
   class ServedSource {
-    constructor() {
+    constructor(number = 0) {
+      this.number = number;
       this.whole = new Recent(8);
       this.latents = new Recent(300);
       this.known = new Recent(4000);
     }
-    overview() { return this.whole.once("overview", () => request("overview")); }
-    index() { return this.whole.once("index", () => request("index")); }
-    tokens() { return this.whole.once("tokens", () => request("tokens")); }
-    search() { return this.whole.once("search", () => request("search")); }
-    latent(id) { return this.latents.once(id, () => request("latents/" + id)); }
+    overview() { return this.whole.once("overview", () => request("overview", this.number)); }
+    index() { return this.whole.once("index", () => request("index", this.number)); }
+    tokens() { return this.whole.once("tokens", () => request("tokens", this.number)); }
+    search() { return this.whole.once("search", () => request("search", this.number)); }
+    session() { return this.whole.once("session", () => request("session")); }
+    compare(other) { return this.whole.once("compare" + other, () => request("compare?with=" + other, this.number)); }
+    latent(id) { return this.latents.once(id, () => request("latents/" + id, this.number)); }
+    details() { return this.whole.once("details", () => request("details", this.number)); }
+    embeddings() { return this.whole.once("embeddings", () => request("embeddings", this.number)); }
+    text(place) { return this.whole.once("text " + place, () => request("texts/" + place, this.number)); }
     async contexts(ids) {
       const missing = ids.filter((id) => !this.known.get(id));
       for (let start = 0; start < missing.length; start += 200) {
         const batch = missing.slice(start, start + 200);
-        const promise = request("contexts?ids=" + batch.join(","));
+        const promise = request("contexts?ids=" + batch.join(","), this.number);
         for (const id of batch) this.known.once(id, () => promise);
       }
       return gather(await Promise.all(ids.map((id) => this.known.get(id))), ids);
@@ -126,5 +141,15 @@
     return { contexts, documents };
   }
 
-  S.source = document.documentElement.dataset.mode === "static" ? new StaticSource() : new ServedSource();
+  S.isStatic = document.documentElement.dataset.mode === "static";
+  const sources = new Map();
+  S.sourceOf = (number) => {
+    if (!sources.has(number)) sources.set(number, S.isStatic ? new StaticSource(number) : new ServedSource(number));
+    return sources.get(number);
+  };
+  // Asks the server for something that a static site cannot do: PUT a note, POST a question to the model.
+  S.send = (method, path, body, number) => request(path, number, { method, headers: { "content-type": "application/json" }, body: JSON.stringify(body) });
+  S.ask = request;
+  S.atlas = Number(new URLSearchParams(location.search).get("atlas")) || 0; // which one the address asks for
+  S.source = S.sourceOf(S.atlas);
 })((window.Sememe = window.Sememe || {}));

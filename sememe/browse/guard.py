@@ -1,0 +1,234 @@
+"""Who may ask the browser's server what: its names, its token, and what a request that changes something must show.
+
+Knows HTTP and nothing of atlases. A page elsewhere must not reach this server: it cannot by pointing its own name at
+this machine (the Host header must be one of ours), nor by sending a form or a request across origins (requests that
+are not GET or HEAD must come from this page, as JSON), nor from another machine without the token.
+"""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import json
+import secrets
+import socket
+from collections.abc import Mapping
+from http.cookies import CookieError, SimpleCookie
+from typing import Any, NamedTuple
+from urllib.parse import parse_qsl, urlencode
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+__all__ = [
+    "LOCAL",
+    "MAX_BODY_BYTES",
+    "MAX_QUERY_BYTES",
+    "READING",
+    "SECURITY_HEADERS",
+    "Door",
+    "Guard",
+    "body_of",
+    "door_of",
+    "dump",
+    "json_response",
+]
+
+LOCAL = ("127.0.0.1", "localhost", "[::1]")
+MAX_QUERY_BYTES = 8192
+MAX_BODY_BYTES = 4 << 20
+READING = ("GET", "HEAD")
+COOKIE = "sememe_token"
+
+SECURITY_HEADERS = {
+    "content-security-policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "cache-control": "no-cache",
+}
+
+
+class Door(NamedTuple):
+    """What a request must show to be let in."""
+
+    names: frozenset[str] = frozenset(LOCAL)
+    """Host names that are this server's, in lower case, without ports."""
+    addresses: bool = False
+    """Whether any numerical address will do as well: where it listens on all of them."""
+    token: str | None = None
+    """What else must be shown: in the address once, by a cookie from then on, or as a bearer's token."""
+
+
+def door_of(host: str) -> Door:
+    """The door of a server that listens on `host`: without a token on this machine alone, with a new one elsewhere."""
+    bare = host.strip("[]").lower()
+    if bare == "localhost" or _is(bare, "is_loopback"):
+        return Door(frozenset({*LOCAL, _written(bare)}))
+    token = secrets.token_urlsafe(24)
+    if not _is(bare, "is_unspecified"):
+        return Door(frozenset({_written(bare)}), token=token)
+    names = {*LOCAL, socket.gethostname().lower(), socket.getfqdn().lower()}
+    return Door(frozenset(names), addresses=True, token=token)
+
+
+def _is(host: str, what: str) -> bool:
+    try:
+        return bool(getattr(ipaddress.ip_address(host), what))
+    except ValueError:
+        return False
+
+
+def _written(bare: str) -> str:
+    """A host as it stands in a Host header."""
+    return f"[{bare}]" if ":" in bare else bare
+
+
+class Guard:
+    """An application behind a door; sets the security headers of every answer.
+
+    Args:
+        app: What stands behind it.
+        door: What a request must show.
+    """
+
+    def __init__(self, app: ASGIApp, door: Door) -> None:
+        self.app, self.door = app, door
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)  # start and stop; there are no web sockets
+            return
+
+        async def guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = [(name.encode(), value.encode()) for name, value in SECURITY_HEADERS.items()]
+                message = {**message, "headers": [*message.get("headers", []), *headers]}
+            await send(message)
+
+        answer = self._instead(scope)
+        await (answer if answer is not None else self.app)(scope, receive, guarded)
+
+    def _instead(self, scope: Scope) -> Response | None:
+        """The answer to a request that does not come in."""
+        refusal = _refusal(scope, self.door)
+        if refusal is None:
+            return _entered(scope, self.door) if self.door.token is not None else None
+        status, reason = refusal
+        return json_response(dump({"error": reason}), status=status)
+
+
+def _values(scope: Scope, name: bytes) -> list[str]:
+    return [value.decode("latin-1") for key, value in scope["headers"] if key == name]
+
+
+def _refusal(scope: Scope, door: Door) -> tuple[int, str] | None:
+    hosts = _values(scope, b"host")
+    if len(hosts) != 1 or not _ours(_name(hosts[0]), door):
+        return 403, "The Host header must name this machine."
+    if len(scope.get("query_string", b"")) > MAX_QUERY_BYTES:
+        return 414, "The address is too long."
+    if scope["method"] in READING:
+        return None
+    site, origin = _values(scope, b"sec-fetch-site"), _values(scope, b"origin")
+    ours = f"{scope.get('scheme', 'http')}://{hosts[0].lower()}"
+    if any(value not in ("same-origin", "none") for value in site) or any(
+        value.lower() != ours for value in origin
+    ):
+        return 403, "A request that changes something must come from this server's own page."
+    return None
+
+
+def _ours(name: str, door: Door) -> bool:
+    if name in door.names:
+        return True
+    return door.addresses and (_is(name, "version") or _is(name.strip("[]"), "version"))
+
+
+def _name(host: str) -> str:
+    """A Host header without its port."""
+    name, colon, port = host.rpartition(":")
+    return name.lower() if colon and port.isdigit() else host.lower()
+
+
+def _entered(scope: Scope, door: Door) -> Response | None:
+    """None where the request shows the token; else a step towards it, or why not."""
+    assert door.token is not None
+    shown = [value.removeprefix("Bearer ") for value in _values(scope, b"authorization")]
+    for line in _values(scope, b"cookie"):
+        try:
+            jar = SimpleCookie(line)
+        except CookieError:
+            continue
+        shown += [morsel.value for name, morsel in jar.items() if name == COOKIE]
+    if any(_same(value, door.token) for value in shown):
+        return None
+    query = parse_qsl(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True)
+    given = [value for name, value in query if name == "token"]
+    if scope["method"] in READING and len(given) == 1 and _same(given[0], door.token):
+        left = urlencode([(name, value) for name, value in query if name != "token"])
+        headers = {
+            # The address without the token is what stays in the browser's history.
+            "location": "." + (f"?{left}" if left else "") if scope["path"] == "/" else "/",
+            "set-cookie": f"{COOKIE}={door.token}; HttpOnly; SameSite=Strict; Path=/",
+        }
+        return Response(status_code=303, headers=headers)
+    reason = (
+        "a request to this server must carry its token, got none that fits. "
+        "Open the whole address that `sememe browse` printed."
+    )
+    return json_response(dump({"error": reason}), {"www-authenticate": "Bearer"}, 401)
+
+
+def _same(given: str, token: str) -> bool:
+    return hmac.compare_digest(given.encode("utf-8", "surrogatepass"), token.encode())
+
+
+# ---- bodies
+
+
+def dump(value: Any) -> bytes:
+    """A value as JSON."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.encode("utf-8", "surrogatepass")
+
+
+def json_response(content: bytes, headers: Mapping[str, str] | None = None, status: int = 200) -> Response:
+    """JSON that is written already, as an answer."""
+    return Response(
+        content, status, headers={"content-type": "application/json; charset=utf-8", **(headers or {})}
+    )
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+async def body_of(request: Request) -> dict[str, Any]:
+    """The JSON object that a request carries.
+
+    Raises:
+        HTTPException: 415 for another content type, 413 for a large body, 400 for anything but an object.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise HTTPException(415, "A request that changes something must be application/json.")
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > MAX_BODY_BYTES:
+            raise HTTPException(413, f"A request's body must be at most {MAX_BODY_BYTES >> 20} MB.")
+        parts.append(part)
+    try:
+        found = json.loads(b"".join(parts), parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        raise HTTPException(400, "A request's body must be JSON.") from None
+    if not isinstance(found, dict):
+        raise HTTPException(400, "A request's body must be a JSON object.")
+    return found

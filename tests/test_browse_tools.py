@@ -1,0 +1,470 @@
+"""The pages Notes, Rate, Compare and Try in a real browser, served and from disk, as a person would use them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+from live_world import child_of, make_live_world
+from synthetic_atlas import SyntheticConfig, build
+from test_browse_page import browser  # noqa: F401 - a fixture
+
+from sememe.browse import ExportConfig, export
+from sememe.browse.guard import Door
+from sememe.browse.notes import notes_path
+from sememe.browse.server import application
+from sememe.browse.serving import BrowseConfig, served
+
+pytestmark = pytest.mark.browser
+
+CONFIG = SyntheticConfig()
+HOSTILE = "<img src=x onerror=alert(1)> \u202eevil\u200b ${1+1} </script>"
+
+
+@contextlib.contextmanager
+def serving(config: BrowseConfig, live=None):
+    """The address of a server."""
+    import uvicorn
+
+    with served(config) as atlases, socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        app = application(atlases, live=live, door=Door())
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", ws="none"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
+        finally:
+            server.should_exit = True
+            thread.join(timeout=20)
+            assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def atlases(tmp_path_factory):
+    root = tmp_path_factory.mktemp("two")
+    build(root / "one" / "atlas", CONFIG)
+    build(root / "two" / "atlas", SyntheticConfig(seed=5, n_latents=120))
+    return root / "one" / "atlas", root / "two" / "atlas"
+
+
+@pytest.fixture(scope="module")
+def written(atlases):
+    """Served with --write."""
+    with serving(BrowseConfig(atlas=atlases[0], against=atlases[1:], write=True)) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def static(atlases, tmp_path_factory):
+    out = tmp_path_factory.mktemp("a folder") / "site #1"
+    site = export(ExportConfig(atlas=atlases[0], against=atlases[1:], out=out))
+    return (site.path / "index.html").as_uri()
+
+
+@pytest.fixture(params=["written", "static"])
+def address(request):
+    return request.getfixturevalue(request.param)
+
+
+@contextlib.contextmanager
+def a_page(browser, address, **options):  # noqa: F811
+    """An empty page that fails the test on any complaint of the browser, or any request to elsewhere."""
+    context = browser.new_context(
+        **{"viewport": {"width": 1280, "height": 900}, "accept_downloads": True, **options}
+    )
+    page = context.new_page()
+    complaints: list[str] = []
+    page.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
+    page.on("pageerror", lambda error: complaints.append(f"error: {error}"))
+    page.on("dialog", lambda dialog: (complaints.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+    origin = address.split("#")[0].rsplit("/", 1)[0]
+    page.on(
+        "request",
+        lambda r: None if r.url.startswith((origin, "blob:")) else complaints.append(f"request: {r.url}"),
+    )
+    page.set_default_timeout(30_000)
+    try:
+        yield page
+    finally:
+        context.close()
+    assert complaints == []
+
+
+@pytest.fixture
+def page(browser, address):  # noqa: F811
+    with a_page(browser, address) as page:
+        yield page
+
+
+def settle(page) -> None:
+    page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+
+def wait_for_file(path: Path, condition) -> dict:
+    import time
+
+    deadline = time.monotonic() + 20
+    while True:
+        found = json.loads(path.read_text()) if path.exists() else {}
+        if found and condition(found):
+            return found
+        assert time.monotonic() < deadline, found
+        time.sleep(0.05)
+
+
+# ---- notes
+
+
+def test_a_latent_is_starred_tagged_noted_and_renamed_and_it_lasts(page, address, atlases):
+    page.goto(address + "#/latent/7")
+    star = page.get_by_role("button", name="Star", exact=True)
+    star.click()
+    assert page.locator(".notes .star").inner_text() == "★ Starred"
+    page.get_by_label("Add a tag", exact=True).fill(HOSTILE[:28])
+    page.keyboard.press("Enter")
+    page.get_by_label("Add a tag", exact=True).fill("rivers")
+    page.keyboard.press("Enter")
+    page.get_by_role("button", name="Write a note").click()
+    page.get_by_label("What it stands for, in your words").fill("names of rivers " + HOSTILE)
+    page.get_by_label("Note", exact=True).fill(HOSTILE + "\nsecond line")
+    page.get_by_label("Note", exact=True).blur()
+    page.wait_for_function("document.querySelector('h1').innerText.includes('names of rivers')")
+    heading = page.locator("h1").inner_text()
+    assert "\\u202E" in heading and "<img" in heading, "hostile text is shown, not run"
+    assert page.locator("h1 img").count() == 0
+    place = page.locator(".notes .kept").inner_text()
+    if address.startswith("http"):
+        assert place == "kept beside the atlas"
+        found = wait_for_file(notes_path(atlases[0]), lambda d: d["latents"].get("7", {}).get("note"))["latents"]["7"]
+        assert found["star"] is True and found["tags"][1] == "rivers"
+        assert found["note"] == HOSTILE + "\nsecond line"
+    else:
+        assert place == "kept in this browser"
+    page.reload()
+    page.wait_for_selector(".notes .star.on")
+    assert page.locator(".notes .tag").count() == 2
+    page.goto(address + "#/")
+    page.wait_for_selector(".rows .row")
+    page.get_by_role("searchbox", name="Search latents").fill("names of riv")
+    page.wait_for_function("document.querySelector('.found b').innerText === '1'")
+    page.goto(address + "#/notes")
+    page.wait_for_selector(".noted li")
+    assert page.locator(".noted li").count() == 1 and "second line" in page.locator(".note-text").inner_text()
+    page.get_by_label("show", exact=True).select_option("tag:rivers")
+    assert page.locator(".noted li").count() == 1
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Export as JSON").click()
+    kept = json.loads(Path(download.value.path()).read_text())
+    assert kept["kind"] == "notes" and kept["latents"]["7"]["tags"][1] == "rivers"
+    # take all of it away, and bring it back from the file
+    page.goto(address + "#/latent/7")
+    page.locator(".notes .star").click()
+    for _ in range(2):
+        page.locator(".tag button").first.click()
+    if not page.get_by_label("Note", exact=True).is_visible():
+        page.get_by_role("button", name="Show the note").click()
+    page.get_by_label("Note", exact=True).fill("")
+    page.get_by_label("What it stands for, in your words").fill("")
+    page.get_by_label("What it stands for, in your words").blur()
+    page.wait_for_function("!document.querySelector('h1').innerText.includes('names of rivers')")
+    page.goto(address + "#/notes")
+    page.wait_for_selector(".empty")
+    page.locator("input[type=file]").set_input_files(
+        {"name": "notes.json", "mimeType": "application/json", "buffer": json.dumps(kept).encode()}
+    )
+    page.wait_for_selector(".noted li")
+    assert "Imported" in page.locator(".files [role=status]").inner_text()
+    page.locator("input[type=file]").set_input_files(
+        {"name": "x.json", "mimeType": "application/json", "buffer": b"not json"}
+    )
+    page.wait_for_selector(".files .problem")
+    assert "must be JSON" in page.locator(".files .problem").inner_text()
+
+
+def test_s_stars_a_latent_but_not_while_one_types(page, address):
+    page.goto(address + "#/latent/9")
+    page.wait_for_selector(".notes .star")
+    page.keyboard.press("s")
+    page.wait_for_selector(".notes .star.on")
+    page.get_by_label("Add a tag", exact=True).press("s")
+    assert page.locator(".notes .star.on").count() == 1
+    page.locator("h1").click()
+    page.keyboard.press("s")
+    page.wait_for_selector(".notes .star:not(.on)")
+
+
+def test_a_server_that_only_reads_keeps_notes_in_the_browser(browser, atlases, tmp_path):  # noqa: F811
+    build(tmp_path / "atlas", SyntheticConfig(n_latents=12, n_contexts=20))
+    with serving(BrowseConfig(atlas=tmp_path / "atlas")) as address, a_page(browser, address) as page:
+        page.goto(address + "#/latent/3")
+        page.get_by_role("button", name="Star", exact=True).click()
+        assert page.locator(".notes .kept").inner_text() == "kept in this browser"
+        page.reload()
+        page.wait_for_selector(".notes .star.on")
+        assert not notes_path(tmp_path / "atlas").exists()
+
+
+# ---- rating
+
+
+def test_rating_by_keys_with_undo_tallies_and_the_same_queue_again(page, address):
+    page.goto(address + "#/rate?n=4&seed=3")
+    for i, key in enumerate("131"):
+        page.wait_for_function(f"document.querySelector('.rate-place b').innerText === '{i + 1}'")
+        page.wait_for_selector(".rate-examples .excerpt .tok.on")
+        assert "Latent" not in page.locator(".tool section").first.inner_text(), "the latent's number is not told"
+        page.keyboard.press(key)
+    page.wait_for_function("document.querySelector('.rate-place b').innerText === '4'")
+    assert [cell.split()[0] for cell in page.locator(".tallies tbody tr").first.locator("td").all_inner_texts()] == ["3", "2", "0", "1"]
+    assert "67% (21% to 94%)" in page.locator(".tallies tbody tr").first.inner_text()
+    page.keyboard.press("z")
+    page.wait_for_function("document.querySelector('.rate-place b').innerText === '3'")
+    page.reload()
+    page.wait_for_function("document.querySelector('.rate-place b')?.innerText === '3'")
+    page.keyboard.press("u")
+    page.get_by_role("button", name="polysemantic").click()
+    page.wait_for_selector(".rated li")
+    assert page.locator(".rated li").count() == 4 and "All 4 are rated" in page.locator(".rate-place").inner_text()
+    first = page.locator(".rated").inner_text()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Export as JSON").click()
+    ratings = json.loads(Path(download.value.path()).read_text())["ratings"]
+    verdicts = [one["verdict"] for one in ratings if one["session"] == "seed 3, 4 by density"]
+    assert sorted(verdicts) == ["monosemantic", "polysemantic", "polysemantic", "unclear"]
+    page.get_by_label("seed").fill("4")
+    page.get_by_label("seed").blur()
+    page.wait_for_function("document.querySelector('.rate-place b')?.innerText === '1'")
+    page.get_by_label("seed").fill("3")
+    page.get_by_label("seed").blur()
+    page.wait_for_selector(".rated li")
+    assert page.locator(".rated").inner_text() == first
+
+
+def test_two_dictionaries_are_mixed_and_the_source_is_told_at_the_end(page, address):
+    page.goto(address + "#/rate?n=6&seed=1")
+    page.get_by_label("strata by").select_option(label="mixed with two/atlas, source hidden")
+    for i in range(6):
+        page.wait_for_function(f"document.querySelector('.rate-place b')?.innerText === '{i + 1}'")
+        page.wait_for_selector(".rate-examples .excerpt")
+        shown = page.locator(".tool > section").all_inner_texts()
+        assert not any("two/atlas" in text or "one/atlas" in text for text in shown)
+        page.keyboard.press("2")
+    page.wait_for_selector(".rated li")
+    rows = page.locator(".tallies tbody tr th").all_inner_texts()
+    assert rows == ["all", "one/atlas", "two/atlas"]
+    assert [page.locator(".tallies tbody tr").nth(i).locator("td").first.inner_text() for i in (1, 2)] == ["3", "3"]
+
+
+def test_wilson_intervals_and_queues(page, address):
+    page.goto(address + "#/rate")
+    page.wait_for_selector(".rate-place")
+    low, high = page.evaluate("Sememe.wilson(8, 10)")
+    assert (round(low, 4), round(high, 4)) == (0.4902, 0.9433)  # Wilson 1927, by hand
+    assert page.evaluate("Sememe.wilson(0, 0)") == [0, 1]
+    pools = "[{stratum: 'a', items: [1,2,3,4,5,6,7,8].map((id) => ({id}))}, {stratum: 'b', items: [{id: 9}, {id: 10}]}]"
+    drawn = page.evaluate(f"Sememe.rateQueue({{seed: 2, n: 6, pools: {pools}}})")
+    assert sorted(one["stratum"] for one in drawn) == ["a"] * 4 + ["b"] * 2
+    assert len({one["id"] for one in drawn}) == 6
+    assert page.evaluate(f"Sememe.rateQueue({{seed: 2, n: 6, pools: {pools}}})") == drawn
+    assert page.evaluate(f"Sememe.rateQueue({{seed: 3, n: 6, pools: {pools}}})") != drawn
+
+
+# ---- comparing
+
+
+def test_matched_latents_stand_side_by_side(page, address):
+    page.goto(address + "#/compare")
+    page.wait_for_selector(".pairs .pair")
+    assert "cosine of the tokens they fire on" in page.locator(".lead").inner_text()
+    like = [float(text.split()[0]) for text in page.locator(".pairs .like").all_inner_texts()]
+    assert like == sorted(like, reverse=True) and like[0] > 0.9
+    first = page.locator(".pair").first
+    first.focus()
+    page.keyboard.press("Enter")
+    page.wait_for_function("document.querySelectorAll('.card[aria-busy=false] .excerpt').length > 2")
+    assert page.locator(".card").count() == 2
+    numbers = page.locator(".pairs .open .c-id").all_inner_texts()
+    assert [title.split()[1] for title in page.locator(".card h3 a").all_inner_texts()] == numbers
+    assert f"latent={numbers[0]}" in page.url, "what is open is in the address"
+    page.get_by_label("sort").select_option("unlike")
+    settle(page)
+    like = [float(text.split()[0]) for text in page.locator(".pairs .like").all_inner_texts()]
+    assert like == sorted(like)
+    n_all = int(page.locator(".found b").inner_text())
+    page.get_by_label("show", exact=True).select_option("mutual")
+    settle(page)
+    assert 0 < int(page.locator(".found b").inner_text()) < n_all
+    page.get_by_role("searchbox").fill("river")
+    settle(page)
+    assert int(page.locator(".found b").inner_text()) < n_all
+
+
+def test_one_changes_between_atlases_and_each_is_itself(page, address):
+    page.goto(address + "#/")
+    page.wait_for_selector(".rows .row")
+    assert page.locator(".facts dd").first.inner_text().startswith("300")
+    page.get_by_label("Atlas", exact=True).select_option("1")
+    page.wait_for_function("document.querySelector('.facts dd')?.innerText.startsWith('120')")
+    page.wait_for_selector(".rows .row")
+    assert "?atlas=1" in page.url
+    page.locator(".rows .row a").first.click()
+    page.wait_for_selector(".example")
+
+
+# ---- trying
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_live_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def live(world):
+    child = child_of(world)
+    child.start()
+    with serving(BrowseConfig(atlas=world.root / "atlas"), live=child) as address:
+        yield address
+    child.close()
+
+
+@pytest.fixture
+def tried(browser, live):  # noqa: F811
+    with a_page(browser, live) as page:
+        yield page
+
+
+def test_which_latents_fire_on_a_text(tried, live):
+    page = tried
+    page.goto(live + "#/")
+    page.get_by_label("Which latents fire on this text?").fill("the river runs past <b>the old</b> town ü\u202e")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".fires li")
+    assert "Ready" in page.locator(".live-state").inner_text()
+    text = page.locator(".try-text").first.inner_text()
+    assert "<b>" in text.replace(" ", "") and "\\u202E" in text.replace("\n", "")
+    tokens = page.locator(".try-text button.tok")
+    assert "not looked at" in tokens.first.get_attribute("aria-label")
+    tokens.nth(3).focus()
+    page.wait_for_selector(".fired-columns section:first-child .fires li")
+    inside = page.locator(".fired-columns section").first
+    assert inside.locator(".fires li").count() == 4, "the dictionary's k"
+    assert "over" in inside.inner_text() and "fire" in inside.inner_text()
+    tokens.nth(4).hover()
+    page.get_by_role("button", name="Shade by latent").first.click()
+    assert "Shaded by latent" in page.locator(".fired > p").inner_text()
+    page.get_by_label("what each does to the loss").check()
+    page.get_by_role("button", name="Show latents").click()
+    page.wait_for_function("document.querySelector('.fired .helps, .fired .figures .muted[title*=loss]') || document.querySelectorAll('.try-text button').length > 0 && (document.querySelectorAll('.try-text button')[3].focus(), false)")
+    assert "loss=1" in page.url
+    link = page.locator(".fires li a").first
+    number = link.inner_text()
+    link.click()
+    page.wait_for_function(f"document.querySelector('h1').innerText.startsWith('Latent {number}')")
+
+
+def test_steered_text_beside_the_unsteered(tried, live):
+    page = tried
+    page.goto(live + "#/try?text=the+river")
+    page.wait_for_selector(".fires li")
+    page.get_by_role("button", name="Steer with latent").first.click()
+    assert page.get_by_placeholder("The model goes on from here").input_value() == "the river"
+    slider = page.locator(".steering input[type=range]")
+    slider.focus()
+    for _ in range(8):
+        page.keyboard.press("ArrowRight")
+    assert page.locator(".steering output").inner_text() == "+4×"
+    page.get_by_label("tokens", exact=True).fill("8")
+    page.get_by_label("temperature").fill("0.5")
+    page.get_by_label("seed").fill("7")
+    page.get_by_role("button", name="Generate").click()
+    page.wait_for_selector(".written .try-text")
+    texts = page.locator(".written .try-text").all_inner_texts()
+    assert len(texts) == 2 and texts[0] != texts[1]
+    assert "+4×" in page.locator(".written h3").nth(1).inner_text()
+    assert "steer=" in page.url and "seed=7" in page.url and "n=8" in page.url
+    page.reload()
+    page.wait_for_selector(".steering output")
+    assert page.locator(".steering output").inner_text() == "+4×", "every state is in the address"
+    page.get_by_role("button", name="Generate").click()
+    page.wait_for_selector(".written .try-text")
+    assert page.locator(".written .try-text").all_inner_texts() == texts
+    page.get_by_label("add latent").fill("999999")
+    assert page.get_by_role("button", name="Add", exact=True).is_disabled()
+    page.get_by_label("tokens", exact=True).fill("900")
+    page.get_by_role("button", name="Generate").click()
+    page.wait_for_selector(".progress ~ .problem, .problem")
+    assert "must fit the context" in page.locator(".problem").inner_text()
+
+
+class _Slow:
+    """A model that takes its time, and can be stopped."""
+
+    def __init__(self):
+        self.stop = threading.Event()
+        self.job = None
+
+    def status(self):
+        busy = self.job and {"name": self.job, "verb": "generate", "done": 3, "of": 40}
+        about = {"model": "m", "device": "cpu", "hookpoints": ["h"], "context_length": 9}
+        return {"state": "busy" if busy else "ready", "about": about, "job": busy, "waiting": 0}
+
+    def ask(self, verb, arguments, job=""):
+        from sememe.browse.live import LiveError, Refusal
+
+        self.job = job
+        assert self.stop.wait(30)
+        self.job = None
+        raise LiveError(Refusal(409, "a job must run to its end to have an answer", "cancelled", "Ask again."))
+
+    def cancel(self, job):
+        self.stop.set()
+        return job == self.job
+
+    def close(self):
+        self.stop.set()
+
+
+def test_progress_is_shown_and_a_job_is_cancelled(browser, atlases):  # noqa: F811
+    with serving(BrowseConfig(atlas=atlases[0]), live=_Slow()) as address:
+        context = browser.new_context()
+        page = context.new_page()
+        page.goto(address + "#/try")
+        page.get_by_placeholder("The model goes on from here").fill("once")
+        page.get_by_role("button", name="Generate").click()
+        page.wait_for_function("document.querySelector('.progress')?.innerText.includes('3 of 40 tokens')")
+        assert page.locator("progress").get_attribute("max") == "40"
+        page.get_by_role("button", name="Cancel").click()
+        page.wait_for_selector("#steer [role=alert]")
+        assert page.locator("#steer [role=alert]").inner_text() == "Cancelled."
+        context.close()
+
+
+# ---- all of them
+
+
+PAGES = ["#/notes", "#/rate?n=3", "#/compare", "#/latent/7"]
+
+
+@pytest.mark.parametrize("width", [360])
+def test_a_phone_s_width_is_enough(browser, address, width):  # noqa: F811
+    with a_page(browser, address, viewport={"width": width, "height": 700}) as page:
+        for hash in PAGES:
+            page.goto("about:blank")
+            page.goto(address + hash)
+            page.wait_for_selector("h1")
+            page.wait_for_timeout(300)
+            assert page.evaluate("document.documentElement.scrollWidth") <= width, hash
+
+
+def test_without_a_model_the_page_says_how_to_have_one(page, address):
+    page.goto(address + "#/try")
+    page.wait_for_selector(".tool")
+    assert "sememe browse ATLAS --live" in page.locator(".tool").inner_text()
+    assert page.get_by_role("link", name="Try").count() == 0
