@@ -87,9 +87,7 @@ def test_training_through_buffers_is_training_through_the_reference(kind, gpu, m
         trained.append((torch.stack(losses), dictionary))
     assert given[:4] == [None] * 4 and all(given[4:]), "three of the reference, then one dense step"
     torch.testing.assert_close(trained[1][0], trained[0][0])
-    for (name, slow), fast in zip(
-        trained[0][1].named_parameters(), trained[1][1].parameters(), strict=True
-    ):
+    for (name, slow), fast in zip(trained[0][1].named_parameters(), trained[1][1].parameters(), strict=True):
         torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
     assert torch.equal(trained[0][1].tokens_since_fired, trained[1][1].tokens_since_fired)
     assert "entries" not in trained[0][1].state_dict(), "no part of a finished dictionary"

@@ -72,7 +72,7 @@ def swept(out: Path, path: str, **changes):
     sweep = ("lr=3e-3,1e-2",) if small else ("k=2,3", "seed=0,1")
     size = {"d_sae": 10, "k": 2} if small else {"d_sae": 40}
     lr = {} if small else {"lr": 3e-3}
-    architecture = {k: v for k, v in ENSEMBLE.items() if not small or "resam" not in k and "rew" not in k}
+    architecture = {k: v for k, v in ENSEMBLE.items() if not small or ("resam" not in k and "rew" not in k)}
     options = {"architecture": architecture | size, "batch_size": 4, "n_tokens": 16, "log_every": 4}
     return sweep_config(out, *sweep, **(options | lr | changes))
 
@@ -94,9 +94,7 @@ def test_a_sweep_that_steps_as_one_gives_what_each_gives_alone(clip, path, tmp_p
         for (name, one), other in zip(
             alone.state_dict().items(), together.state_dict().values(), strict=True
         ):
-            torch.testing.assert_close(
-                other, one, atol=2e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
-            )
+            torch.testing.assert_close(other, one, atol=2e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
         logs = [without_seconds(place / member.name) for place in (tmp_path / "s", tmp_path)]
         for one, other in zip(*logs, strict=True):
             assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
@@ -170,7 +168,12 @@ def several(n: int, batch: int, d_in: int, d_sae: int, seed: int) -> dict[str, t
 
 @settings(max_examples=8, deadline=None)
 @given(
-    st.integers(1, 3), st.integers(1, 3), st.integers(1, 20), st.integers(1, 20), st.integers(0, 999), st.data()
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(1, 20),
+    st.integers(1, 20),
+    st.integers(0, 999),
+    st.data(),
 )
 def test_kernels_with_a_leading_dictionary_axis(n, batch, d_in, d_sae, seed, data):
     """Values and gradients per parameter, odd shapes, ties, one dictionary; each with a k of its own."""
@@ -216,7 +219,14 @@ def test_adam_with_a_leading_dictionary_axis_has_the_bits_of_each_alone(n, rows,
         for i in range(n):
             own = None if frozen is None else frozen[i]
             gpu.adam_step(
-                alone[i][0], grad[i], *alone[i][1:], step, rates[i], grad_scale=scale[i], frozen=own, **options
+                alone[i][0],
+                grad[i],
+                *alone[i][1:],
+                step,
+                rates[i],
+                grad_scale=scale[i],
+                frozen=own,
+                **options,
             )
     for i in range(n):
         assert all(torch.equal(now[i], one) for now, one in zip(state, alone[i], strict=True))

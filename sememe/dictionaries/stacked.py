@@ -49,7 +49,7 @@ def stackable(dictionary: Trainable) -> bool:
     )
 
 
-def side_by_side(tensors: Sequence[Tensor]) -> Float[Tensor, "n *shape"]:
+def side_by_side(tensors: Sequence[Tensor]) -> Tensor:
     """A new tensor with a leading axis, each part laid out in memory as the tensor it is made of."""
     if tensors[0].dim() == 2 and not tensors[0].is_contiguous():
         return torch.stack([tensor.detach().T for tensor in tensors]).mT
@@ -86,9 +86,7 @@ class Stack:
         self.dead_after = torch.tensor(after, device=device)[:, None]
         self.dead = DeadLatents()
 
-    def loss(
-        self, x: Float[Tensor, "n batch d_in"], target: Float[Tensor, "n batch d_out"]
-    ) -> StackLoss:
+    def loss(self, x: Float[Tensor, "n batch d_in"], target: Float[Tensor, "n batch d_out"]) -> StackLoss:
         """Each dictionary's own loss (see `TopK.loss`) on its own rows, in its training units."""
         W_enc, b_enc = self.parameters["W_enc"], self.parameters["b_enc"]
         acts, indices = kernels.encode_topk(x, W_enc, b_enc, self.b_pre, self.k, self.own_k)

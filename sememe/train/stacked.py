@@ -77,9 +77,7 @@ class MemberStack:
         for member, part in zip(members, self.first_bad, strict=True):
             member.first_bad = part
 
-    def train_step(
-        self, batch: Batch, ahead: Batch | None, logging: bool
-    ) -> dict[str, dict[str, float]]:
+    def train_step(self, batch: Batch, ahead: Batch | None, logging: bool) -> dict[str, dict[str, float]]:
         """One update of each; their numbers by name, if asked.
 
         Args:
