@@ -57,13 +57,13 @@ def stacks_made(monkeypatch) -> list[tuple[str, ...]]:
 
 ENSEMBLE = {
     "kind": "topk",
-    "dead_after_tokens": 7,
+    "dead_after_tokens": 3,
     "resample": "loss",
     "resample_at": (0.5,),
     "resample_after_tokens": 11,
     "rewarmup_steps": 2,
 }
-"""Silent latents from the third step on, so that AuxK and resampling have something to do."""
+"""Silent latents from the second step on, so that AuxK and resampling have something to do."""
 
 
 def swept(out: Path, path: str, **changes):
@@ -72,8 +72,9 @@ def swept(out: Path, path: str, **changes):
     sweep = ("lr=3e-3,1e-2",) if small else ("k=2,3", "seed=0,1")
     size = {"d_sae": 10, "k": 2} if small else {"d_sae": 40}
     lr = {} if small else {"lr": 3e-3}
-    architecture = {k: v for k, v in ENSEMBLE.items() if not small or ("resam" not in k and "rew" not in k)}
+    architecture = {k: v for k, v in ENSEMBLE.items() if not small or k in ("kind", "dead_after_tokens")}
     options = {"architecture": architecture | size, "batch_size": 4, "n_tokens": 16, "log_every": 4}
+    options |= {"n_tokens": 12, "log_every": 3, "watch_rows": 0} if small else {}
     return sweep_config(out, *sweep, **(options | lr | changes))
 
 

@@ -83,7 +83,7 @@ class JumpReLU(Penalised):
         return self.relative_threshold * self.threshold_unit
 
     def start_l0(self) -> float:
-        """Active latents per row at the start: as asked for, or a small multiple of where it is to end; at most half."""
+        """Active latents per row at the start: as asked for, or some times as many as at the end; at most half."""
         goal, start = self.config.target_l0, self.config.start_l0
         if start is None:
             start = 0.05 * self.d_sae if goal is None else 4 * goal
