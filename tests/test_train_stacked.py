@@ -85,7 +85,7 @@ def swept(out: Path, path: str, kind: str = "topk", **changes):
         ("reference", None, "topk"),
         ("reference", 0.05, "topk"),
         ("reference", None, "batch_topk"),
-        ("gpu", 0.05, "topk"),
+        pytest.param("gpu", 0.05, "topk", marks=pytest.mark.slow),
     ],
     indirect=["path"],
 )

@@ -137,7 +137,7 @@ class Stack:
             return {}
         places = torch.cat([ids + i * self.d_sae for i, ids in enumerate(dead)])
         parts = [
-            rows.index_select(0, places).split(counts)
+            torch.split(rows.index_select(0, places), counts)
             for rows in (
                 self.parameters["W_enc"].mT.flatten(0, 1),
                 self.parameters["b_enc"].flatten(),

@@ -10,6 +10,7 @@ against it, values and gradients. Which one runs is decided here, per call, by w
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
@@ -303,7 +304,8 @@ def encode_batch_topk(
 
         return BatchTopK(*gpu.encode_batch_topk(x, W_enc, b_enc, b_pre, n_kept))
     if x.dim() == 3:
-        return BatchTopK(*each_batch_topk(lambda *of: encode_batch_topk(*of, n_kept), x, W_enc, b_enc, b_pre))
+        of_one = functools.partial(encode_batch_topk, n_kept=n_kept)
+        return BatchTopK(*each_batch_topk(of_one, x, W_enc, b_enc, b_pre))
     if path == "cpu":
         from sememe.kernels import cpu
 
