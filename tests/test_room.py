@@ -8,6 +8,7 @@ pytest.importorskip("triton")
 
 from sememe import dictionaries, kernels
 from sememe.dictionaries import TRAINABLE
+from sememe.dictionaries.gated import GatedConfig
 from sememe.dictionaries.jumprelu import JumpReLUConfig
 from sememe.dictionaries.p_anneal import PAnnealConfig
 from sememe.dictionaries.relu import ReLUConfig
@@ -21,6 +22,7 @@ D_IN, D_SAE, BATCH = 5, 40, 3
 CONFIGS = {
     "relu": ReLUConfig(d_sae=D_SAE, start_density=0.1, l1_coefficient=0.01),
     "p_anneal": PAnnealConfig(d_sae=D_SAE, start_density=0.1, l1_coefficient=0.01),
+    "gated": GatedConfig(d_sae=D_SAE, start_density=0.1, l1_coefficient=0.01),
     "jumprelu": JumpReLUConfig(d_sae=D_SAE, target_l0=2.0, start_l0=2.0, bandwidth=0.3),
 }
 
