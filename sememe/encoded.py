@@ -117,6 +117,10 @@ class Encoded:
         """Where entries are, and not what fills a buffer up. Never waits for the device."""
         return torch.arange(self.acts.shape[0], device=self.row_ptr.device) < self.row_ptr[-1]
 
+    def only_stored(self, values: Float[Tensor, " nnz"], fill: float = 0.0) -> Float[Tensor, " nnz"]:
+        """A value for each place; `fill` for what fills a buffer up, which names latent 0 and is no entry of it."""
+        return values if self.overflow is None else torch.where(self.stored(), values, fill)
+
     def compact(self) -> Encoded:
         """Without what fills a buffer up; waits for the device to learn how much that is.
 

@@ -215,7 +215,7 @@ class SeveralSplicers:
         self, run: BaseRun, replacements: Mapping[str, Float[Tensor, "batch seq d"]]
     ) -> Float[Tensor, "batch seq d_models"]:
         """What the unembeddings see when activations are replaced."""
-        parts = run.hidden.split(list(self.widths.values()), dim=-1)
+        parts = torch.split(run.hidden, list(self.widths.values()), dim=-1)
         hidden = []
         for (number, splicer), part in zip(self.splicers.items(), parts, strict=True):
             activations = {name: run.activations[_numbered(name, number)] for name in splicer.records}

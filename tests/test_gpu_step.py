@@ -6,18 +6,26 @@ import pytest
 import torch
 
 from sememe import dictionaries, kernels
+from sememe.dictionaries import Architecture
+from sememe.dictionaries.batch_topk import BatchTopKConfig
 from sememe.dictionaries.dead import DeadLatents
+from sememe.dictionaries.jumprelu import JumpReLUConfig
+from sememe.dictionaries.relu import ReLUConfig
 from sememe.dictionaries.topk import TopKConfig
 from sememe.encoded import Encoded
 from sememe.kernels.reference import fit
 from sememe.optimiser import Adam
+from sememe.source import Batch
+from sememe.train import TrainConfig
+from sememe.train.crew import Crew
+from sememe.train.member import Spec
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-def steps(n: int, dead_after_tokens: int) -> list[torch.Tensor]:
+def steps(n: int, config: Architecture) -> list[torch.Tensor]:
     """Parameters after n steps; all but the first two under torch's check that nothing waits for the device."""
-    config = TopKConfig(k=8, d_sae=512, dead_after_tokens=dead_after_tokens)
+    dead_after_tokens = getattr(config, "dead_after_tokens", None)
     dictionary = dictionaries.build(config, 64, 64).cuda()
     assert kernels.path_for(dictionary.W_dec) == "gpu"
     data = torch.randn(4096, 64, generator=torch.Generator().manual_seed(0)).cuda()
@@ -29,7 +37,9 @@ def steps(n: int, dead_after_tokens: int) -> list[torch.Tensor]:
                 torch.cuda.set_sync_debug_mode("error")
             x = data[256 * step : 256 * (step + 1)] * dictionary.scale_in
             loss = dictionary.loss(x, x, step / n)
-            assert step < 2 or ("auxk" in loss.terms) == (dead_after_tokens < 256)
+            assert (
+                step < 2 or dead_after_tokens is None or ("auxk" in loss.terms) == (dead_after_tokens < 256)
+            )
             loss.total.backward()
             optimiser.step(1e-3)
             dictionary.after_step(loss.encoded)
@@ -40,10 +50,52 @@ def steps(n: int, dead_after_tokens: int) -> list[torch.Tensor]:
 
 @pytest.mark.gpu
 @needs_cuda
-@pytest.mark.parametrize("dead_after_tokens", [1, 10_000_000])
-def test_a_topk_step_never_waits_for_the_device_and_gives_the_same_bits_twice(dead_after_tokens):
-    runs = [steps(6, dead_after_tokens) for _ in range(2)]
+@pytest.mark.parametrize(
+    "config",
+    [
+        TopKConfig(k=8, d_sae=512, dead_after_tokens=1),
+        TopKConfig(k=8, d_sae=512),
+        BatchTopKConfig(k=8, d_sae=512),
+        JumpReLUConfig(target_l0=8.0, start_l0=16.0, d_sae=512),
+        ReLUConfig(start_density=0.02, d_sae=512),
+    ],
+    ids=["topk, all dead", "topk", "batch_topk", "jumprelu", "relu"],
+)
+def test_a_step_never_waits_for_the_device_and_gives_the_same_bits_twice(config):
+    runs = [steps(6, config) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_a_step_of_several_never_waits_either():
+    """Two shapes, so two stacks; AuxK in all."""
+    specs = [
+        Spec(
+            f"{d_sae}-{k}",
+            TrainConfig(architecture=TopKConfig(k=k, d_sae=d_sae, dead_after_tokens=1), seed=k, warmup=0.0),
+            64,
+            64,
+            None,
+            None,
+        )
+        for d_sae in (256, 512)
+        for k in (4, 8)
+    ]
+    team = Crew(specs, 1000, torch.device("cuda"))
+    data = torch.randn(4096, 64, generator=torch.Generator().manual_seed(0))
+    team.initialise(Batch(data, data))
+    assert [len(stack.names) for stack in team.stacks] == [2, 2]
+    rows = data.cuda()
+    try:
+        for step in range(6):
+            if step == 2:
+                torch.cuda.set_sync_debug_mode("error")
+            x = rows[256 * step : 256 * (step + 1)]
+            team.train_step(Batch(x, x), None, False)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    team.check()
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])])

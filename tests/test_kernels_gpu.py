@@ -275,13 +275,22 @@ def test_adam(rows, columns, n_steps, unit_norm, seed):
 
 
 @settings(max_examples=N_EXAMPLES, deadline=None)
-@given(st.integers(1, 7), st.integers(1, 40), st.integers(1, 3), st.booleans(), st.booleans(), st.integers(0, 1000))
+@given(
+    st.integers(1, 7),
+    st.integers(1, 40),
+    st.integers(1, 3),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 1000),
+)
 def test_signum(rows, columns, n_steps, unit_norm, freeze, seed):
     """Gradients of 0 move nothing; frozen rows keep every bit; the rest is the reference's."""
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(rows, columns, generator=generator)
     start = (start / start.norm(dim=1, keepdim=True)).to(DEVICE)
-    grads = [torch.randint(-2, 3, (rows, columns), generator=generator).float().to(DEVICE) for _ in range(n_steps)]
+    grads = [
+        torch.randint(-2, 3, (rows, columns), generator=generator).float().to(DEVICE) for _ in range(n_steps)
+    ]
     weight = torch.rand(rows, generator=generator).to(DEVICE)
     frozen = torch.arange(rows, device=DEVICE) % 2 == 0 if freeze else None
     results = []
@@ -289,7 +298,16 @@ def test_signum(rows, columns, n_steps, unit_norm, freeze, seed):
         state = [start.clone() for _ in range(3)]
         for grad in grads:
             # a radial part that is 0 but for rounding would have a sign: of unit rows only what is clear of it
-            step_of(state[0], grad + 0.01 if unit_norm else grad, *state[1:], weight, 0.01, 0.95, unit_norm, frozen)
+            step_of(
+                state[0],
+                grad + 0.01 if unit_norm else grad,
+                *state[1:],
+                weight,
+                0.01,
+                0.95,
+                unit_norm,
+                frozen,
+            )
         results.append(state)
     for name, slow, fast in zip(("param", "base", "average"), *results, strict=True):
         torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")

@@ -8,6 +8,7 @@ pytest.importorskip("triton")
 
 from sememe import dictionaries, kernels
 from sememe.dictionaries import TRAINABLE
+from sememe.dictionaries.gated import GatedConfig
 from sememe.dictionaries.jumprelu import JumpReLUConfig
 from sememe.dictionaries.p_anneal import PAnnealConfig
 from sememe.dictionaries.relu import ReLUConfig
@@ -21,6 +22,7 @@ D_IN, D_SAE, BATCH = 5, 40, 3
 CONFIGS = {
     "relu": ReLUConfig(d_sae=D_SAE, start_density=0.1, l1_coefficient=0.01),
     "p_anneal": PAnnealConfig(d_sae=D_SAE, start_density=0.1, l1_coefficient=0.01),
+    "gated": GatedConfig(d_sae=D_SAE, start_density=0.1, l1_coefficient=0.01),
     "jumprelu": JumpReLUConfig(d_sae=D_SAE, target_l0=2.0, start_l0=2.0, bandwidth=0.3),
 }
 
@@ -87,9 +89,7 @@ def test_training_through_buffers_is_training_through_the_reference(kind, gpu, m
         trained.append((torch.stack(losses), dictionary))
     assert given[:4] == [None] * 4 and all(given[4:]), "three of the reference, then one dense step"
     torch.testing.assert_close(trained[1][0], trained[0][0])
-    for (name, slow), fast in zip(
-        trained[0][1].named_parameters(), trained[1][1].parameters(), strict=True
-    ):
+    for (name, slow), fast in zip(trained[0][1].named_parameters(), trained[1][1].parameters(), strict=True):
         torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
     assert torch.equal(trained[0][1].tokens_since_fired, trained[1][1].tokens_since_fired)
     assert "entries" not in trained[0][1].state_dict(), "no part of a finished dictionary"

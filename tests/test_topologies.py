@@ -231,7 +231,9 @@ def test_a_crosscoder_of_two_models_from_two_stores(tmp_path):
     assert data["metrics"]["kl"]["value"] == pytest.approx(mean), "the headline is their mean"
     with pytest.raises(ConfigError, match="store must be left out for a dictionary of several models"):
         evaluate(evaluation("d", store=tmp_path / "store0"))
-    with pytest.raises(MismatchError, match=r"must be one of those the dictionary was trained on \(.*model0, "):
+    with pytest.raises(
+        MismatchError, match=r"must be one of those the dictionary was trained on \(.*model0, "
+    ):
         write_model(tmp_path / "model2", seed=2)
         evaluate(evaluation("d", model={"model": str(tmp_path / "model2")}, out=tmp_path / "other"))
     with pytest.raises(MismatchError, match="a dictionary must read and write one model here"):

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 from sememe import dictionaries, kernels
 from sememe.dictionaries.topk import TopKConfig
 from sememe.kernels import gpu, reference
-from sememe.kernels.gpu import selection, sparse
+from sememe.kernels.gpu import selection, sparse, varying
 from sememe.source import TensorSource
 from sememe.train import crew, train, train_sweep, variants
 from sememe.train.stacked import MemberStack
@@ -57,36 +57,46 @@ def stacks_made(monkeypatch) -> list[tuple[str, ...]]:
 
 ENSEMBLE = {
     "kind": "topk",
-    "dead_after_tokens": 7,
+    "dead_after_tokens": 3,
     "resample": "loss",
     "resample_at": (0.5,),
     "resample_after_tokens": 11,
     "rewarmup_steps": 2,
 }
-"""Silent latents from the third step on, so that AuxK and resampling have something to do."""
+"""Silent latents from the second step on, so that AuxK and resampling have something to do."""
 
 
-def swept(out: Path, path: str, **changes):
+def swept(out: Path, path: str, kind: str = "topk", **changes):
     """Four dictionaries of two k by the reference; in the interpreter, which is slow, two small ones."""
     small = path == "gpu"
     sweep = ("lr=3e-3,1e-2",) if small else ("k=2,3", "seed=0,1")
     size = {"d_sae": 10, "k": 2} if small else {"d_sae": 40}
+    size |= {"kind": kind}
     lr = {} if small else {"lr": 3e-3}
-    architecture = {k: v for k, v in ENSEMBLE.items() if not small or "resam" not in k and "rew" not in k}
+    architecture = {k: v for k, v in ENSEMBLE.items() if not small or k in ("kind", "dead_after_tokens")}
     options = {"architecture": architecture | size, "batch_size": 4, "n_tokens": 16, "log_every": 4}
-    return sweep_config(out, *sweep, **(options | lr | changes))
+    options |= {"n_tokens": 12, "log_every": 3, "watch_rows": 0} if small else {}
+    return sweep_config(out, *sweep, kind=kind, **(options | lr | changes))
 
 
 @pytest.mark.parametrize(
-    ("path", "clip"), [("reference", None), ("reference", 0.05), ("gpu", 0.05)], indirect=["path"]
+    ("path", "clip", "kind"),
+    [
+        ("reference", None, "topk"),
+        ("reference", 0.05, "topk"),
+        ("reference", None, "batch_topk"),
+        pytest.param("gpu", 0.05, "topk", marks=pytest.mark.slow),
+    ],
+    indirect=["path"],
 )
-def test_a_sweep_that_steps_as_one_gives_what_each_gives_alone(clip, path, tmp_path, monkeypatch):
+def test_a_sweep_that_steps_as_one_gives_what_each_gives_alone(path, clip, kind, tmp_path, monkeypatch):
     """Two k, two seeds or two learning rates, with AuxK, and by the reference with resampling too."""
     _, x = planted(200, 6)
     made = stacks_made(monkeypatch)
-    config = swept(tmp_path / "s", path, optimiser={"kind": "adam", "clip": clip})
+    config = swept(tmp_path / "s", path, kind, optimiser={"kind": "adam", "clip": clip})
     sweep = train_sweep(config, source=TensorSource(x))
-    assert made == [sweep.names]
+    assert made == ([sweep.names] if kind == "topk" else [sweep.names[:2], sweep.names[2:]])
+    n_stacks = len(made)
     terms = []
     for member in variants(config):
         alone = train(member.config.replace(out=tmp_path / member.name), source=TensorSource(x))
@@ -94,15 +104,13 @@ def test_a_sweep_that_steps_as_one_gives_what_each_gives_alone(clip, path, tmp_p
         for (name, one), other in zip(
             alone.state_dict().items(), together.state_dict().values(), strict=True
         ):
-            torch.testing.assert_close(
-                other, one, atol=2e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
-            )
+            torch.testing.assert_close(other, one, atol=2e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
         logs = [without_seconds(place / member.name) for place in (tmp_path / "s", tmp_path)]
         for one, other in zip(*logs, strict=True):
             assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
         terms.append("auxk" in logs[0][-1])
     assert any(terms), "AuxK had something to do"
-    assert len(made) == 1, "a dictionary alone is no stack"
+    assert len(made) == n_stacks, "a dictionary alone is no stack"
 
 
 def test_going_on_from_a_checkpoint_gives_the_same_bits(tmp_path, monkeypatch):
@@ -170,7 +178,12 @@ def several(n: int, batch: int, d_in: int, d_sae: int, seed: int) -> dict[str, t
 
 @settings(max_examples=8, deadline=None)
 @given(
-    st.integers(1, 3), st.integers(1, 3), st.integers(1, 20), st.integers(1, 20), st.integers(0, 999), st.data()
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(1, 20),
+    st.integers(1, 20),
+    st.integers(0, 999),
+    st.data(),
 )
 def test_kernels_with_a_leading_dictionary_axis(n, batch, d_in, d_sae, seed, data):
     """Values and gradients per parameter, odd shapes, ties, one dictionary; each with a k of its own."""
@@ -197,6 +210,38 @@ def test_kernels_with_a_leading_dictionary_axis(n, batch, d_in, d_sae, seed, dat
         torch.testing.assert_close(got, slow, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@settings(max_examples=5, deadline=None)
+@given(
+    st.integers(1, 3), st.integers(1, 3), st.integers(1, 15), st.booleans(), st.integers(0, 999), st.data()
+)
+def test_batch_selection_with_a_leading_dictionary_axis(n, batch, d_sae, silent, seed, data):
+    """What each keeps of its own rows, with gradients; where fewer are positive, what fills up belongs to its own."""
+    p = several(n, batch, 4, d_sae, seed)
+    with torch.no_grad():
+        p["b_enc"].sub_(12.0 if silent else 0.0)
+    n_kept = data.draw(st.integers(1, batch * d_sae))
+    inputs = [p[name] for name in ("x", "W_enc", "b_enc", "b_pre")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(varying, "ROW_SHARE", d_sae)
+        encoded, smallest = gpu.encode_batch_topk(*inputs, n_kept)
+    recon = gpu.decode_encoded(encoded, p["W_dec"], p["b_dec"])
+    wanted = []
+    for i in range(n):
+        found, least = reference.encode_batch_topk(*(tensor[i] for tensor in inputs), n_kept)
+        own = kernels.apart(encoded, n, i)
+        assert torch.equal(own.to_dense(), found.to_dense()) and float(smallest[i]) == float(least)
+        assert int(own.row_ptr[-1]) == n_kept and int(own.indices.min()) >= 0
+        wanted.append(reference.decode_dense(found, p["W_dec"][i], p["b_dec"][i]))
+    torch.testing.assert_close(recon, torch.cat(wanted))
+    names = [name for name in p if name != "b_pre"]
+    grads = [
+        torch.autograd.grad((out - 1).square().sum(), [p[name] for name in names])
+        for out in (recon, torch.cat(wanted))
+    ]
+    for name, got, slow in zip(names, *grads, strict=True):
+        torch.testing.assert_close(got, slow, msg=lambda m, n=name: f"{n}: {m}")
+
+
 @settings(max_examples=8, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 6), st.integers(1, 40), st.booleans(), st.booleans())
 def test_adam_with_a_leading_dictionary_axis_has_the_bits_of_each_alone(n, rows, columns, unit_norm, freeze):
@@ -216,7 +261,14 @@ def test_adam_with_a_leading_dictionary_axis_has_the_bits_of_each_alone(n, rows,
         for i in range(n):
             own = None if frozen is None else frozen[i]
             gpu.adam_step(
-                alone[i][0], grad[i], *alone[i][1:], step, rates[i], grad_scale=scale[i], frozen=own, **options
+                alone[i][0],
+                grad[i],
+                *alone[i][1:],
+                step,
+                rates[i],
+                grad_scale=scale[i],
+                frozen=own,
+                **options,
             )
     for i in range(n):
         assert all(torch.equal(now[i], one) for now, one in zip(state, alone[i], strict=True))

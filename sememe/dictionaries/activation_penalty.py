@@ -85,7 +85,7 @@ class ActivationPenalty(SparseStart, abc.ABC):
             near.acts.shape, generator=generator, device=near.acts.device, dtype=near.acts.dtype
         )
         acts = torch.relu(near.acts + size * drawn.clamp(-NOISE_CUT, NOISE_CUT))
-        return near.with_acts(acts if near.overflow is None else torch.where(near.stored(), acts, 0.0))
+        return near.with_acts(near.only_stored(acts))
 
     def _penalty(
         self, acts: Float[Tensor, " nnz"], encoded: Encoded

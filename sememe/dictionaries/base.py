@@ -433,7 +433,7 @@ class Trainable(Dictionary):
         return None
 
     def latent_groups(self) -> tuple[LatentGroup, ...]:
-        """Which latents can write where: here all of them everywhere. A latent is pointed at errors that it can mend."""
+        """Which latents can write where, for they are pointed at errors they can mend: here all of them everywhere."""
         return (LatentGroup(slice(0, self.d_sae), slice(0, self.d_out)),)
 
     def training_buffers(self) -> dict[str, Tensor]:

@@ -60,21 +60,18 @@ class Gated(SparseStart):
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Encoded:
         """Latents with an open gate; those of magnitude 0 are held as entries of activation 0."""
         self.check_input(x)
-        return self._magnitudes(self._gates(x))
-
-    def _gates(self, x: Float[Tensor, "batch d_in"]) -> Encoded:
-        return kernels.encode_threshold(x, self.W_enc, self.b_enc, self.b_pre, None)
+        return self._magnitudes(kernels.encode_threshold(x, self.W_enc, self.b_enc, self.b_pre, None))
 
     def _magnitudes(self, gates: Encoded) -> Encoded:
         b_enc, r_mag, b_mag = (p.index_select(0, gates.indices) for p in (self.b_enc, self.r_mag, self.b_mag))
-        return gates.with_acts(torch.relu((gates.acts - b_enc) * r_mag.exp() + b_mag))
+        acts = torch.relu((gates.acts - b_enc) * r_mag.exp() + b_mag)
+        return gates.with_acts(gates.only_stored(acts))
 
     def loss(
         self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], progress: float
     ) -> Loss:
         """`mse + l1_coefficient * mean_rows sum_i relu(gate_i) + mse of relu(gate) through the frozen decoder`."""
-        self.check_input(x)
-        gates = self._gates(x)
+        gates = self._encode_above(x, None)
         encoded = self._magnitudes(gates)
         error = self.decode(encoded, x) - target
         mse = error.square().mean()

@@ -83,7 +83,7 @@ class JumpReLU(Penalised):
         return self.relative_threshold * self.threshold_unit
 
     def start_l0(self) -> float:
-        """Active latents per row at the start: as asked for, or a small multiple of where it is to end; never above half of all."""
+        """Active latents per row at the start: as asked for, or some times as many as at the end; at most half."""
         goal, start = self.config.target_l0, self.config.start_l0
         if start is None:
             start = 0.05 * self.d_sae if goal is None else 4 * goal
@@ -118,9 +118,7 @@ class JumpReLU(Penalised):
         threshold, width = self.threshold, config.bandwidth * self.threshold_unit
         lower = (threshold.detach() - width / 2).clamp_min(0)
         near = self._encode_above(x, lower)
-        per_entry = threshold.index_select(0, near.indices)
-        if near.overflow is not None:  # what fills a buffer up is near no threshold
-            per_entry = torch.where(near.stored(), per_entry, torch.inf)
+        per_entry = near.only_stored(threshold.index_select(0, near.indices), torch.inf)
         acts, open_ = Jump.apply(near.acts, per_entry, width)  # type: ignore[no-untyped-call]
         encoded = near.with_acts(acts)
         mse, _, error = self._reconstruct(encoded, x, target)

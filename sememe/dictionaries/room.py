@@ -45,7 +45,7 @@ class Room:
         if n < 0:
             return None
         wanted = max(int(SPARE * n), n_rows)
-        step = max(1, 2 ** (wanted.bit_length() - 3))  # few lengths, so that memory is used again
+        step = 1 << max(0, wanted.bit_length() - 3)  # few lengths, so that memory is used again
         capacity = -(-wanted // step) * step
         longest = min(d_sae, ROW_SHARE * -(-capacity // n_rows))
         if capacity > kernels.DENSE_SHARE * n_rows * d_sae or longest > LONGEST_ROW:

@@ -1,4 +1,4 @@
-"""Several TopK dictionaries of one shape as one, for a GPU: every parameter with a leading axis, one step for all.
+"""TopK or BatchTopK dictionaries of one shape as one, for a GPU: parameters with a leading axis, one step for all.
 
 Knows kernels and dictionaries; knows no optimiser and no data. The dictionaries stay what they are: their parameters
 and counters become parts of the stack's, so that whatever is done to one of them is done here.
@@ -6,16 +6,17 @@ and counters become parts of the stack's, so that whatever is done to one of the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from sememe import kernels
 from sememe.dictionaries.auxiliary import auxk_loss_of
 from sememe.dictionaries.base import Loss, Trainable
+from sememe.dictionaries.batch_topk import BatchTopK
 from sememe.dictionaries.dead import DeadLatents
 from sememe.dictionaries.topk import TopK
 from sememe.encoded import Encoded
@@ -34,22 +35,25 @@ class StackLoss(NamedTuple):
     mses: Float[Tensor, " n"]
     auxk: dict[int, Float[Tensor, ""]]
     """By place, of those that have dead latents."""
-    acts: Float[Tensor, "n batch k"]
-    indices: Int[Tensor, "n batch k"]
+    encoded: Encoded
+    """Of all, see `kernels.together`."""
     error: Float[Tensor, "n batch d_out"]
 
 
-def stackable(dictionary: Trainable) -> bool:
-    """Whether a dictionary can be part of a stack: TopK, without a skip connection or weights in its choice."""
-    return (
-        isinstance(dictionary, TopK)
-        and not dictionary.config.skip
-        and dictionary.config.site_norms == "l2"
-        and dictionary.decoder_bias
-    )
+def stackable(dictionary: Trainable) -> Hashable | None:
+    """What dictionaries that can be one stack have in common; None for one that can be part of none.
+
+    TopK and BatchTopK (of one k), without a skip connection or weights in their choice.
+    """
+    if not isinstance(dictionary, (TopK, BatchTopK)) or dictionary.config.skip:
+        return None
+    if dictionary.config.site_norms != "l2":
+        return None
+    kept = dictionary.config.k if isinstance(dictionary, BatchTopK) else None
+    return dictionary.kind, kept, dictionary.d_in, dictionary.d_out, dictionary.d_sae
 
 
-def side_by_side(tensors: Sequence[Tensor]) -> Float[Tensor, "n *shape"]:
+def side_by_side(tensors: Sequence[Tensor]) -> Tensor:
     """A new tensor with a leading axis, each part laid out in memory as the tensor it is made of."""
     if tensors[0].dim() == 2 and not tensors[0].is_contiguous():
         return torch.stack([tensor.detach().T for tensor in tensors]).mT
@@ -57,13 +61,13 @@ def side_by_side(tensors: Sequence[Tensor]) -> Float[Tensor, "n *shape"]:
 
 
 class Stack:
-    """TopK dictionaries of one shape on one device; k and the options of AuxK may differ.
+    """Dictionaries of one shape on one device; the options of AuxK may differ, and k of TopK.
 
     Args:
-        dictionaries: Which; their parameters and counters are parts of this stack's from now on.
+        dictionaries: Alike as `stackable` says; their parameters and counters are parts of this stack's from now on.
     """
 
-    def __init__(self, dictionaries: Sequence[TopK]) -> None:
+    def __init__(self, dictionaries: Sequence[TopK | BatchTopK]) -> None:
         self.configs = [dictionary.config for dictionary in dictionaries]
         first = dictionaries[0]
         self.d_in, self.d_sae, device = first.d_in, first.d_sae, first.W_dec.device
@@ -76,6 +80,17 @@ class Stack:
         self.tokens_since_fired = torch.stack([one.tokens_since_fired for one in dictionaries])
         for dictionary, part in zip(dictionaries, self.tokens_since_fired, strict=True):
             dictionary.tokens_since_fired = part
+        self.overflow_steps = torch.stack([one.overflow_steps for one in dictionaries])
+        for dictionary, part in zip(dictionaries, self.overflow_steps, strict=True):
+            dictionary.overflow_steps = part
+        self.thresholds: Tensor | None = None
+        batched = [one for one in dictionaries if isinstance(one, BatchTopK)]
+        if batched:
+            self.thresholds = torch.stack([one.threshold for one in batched])
+            for one, part in zip(batched, self.thresholds, strict=True):
+                one.threshold = part
+            follows = [1 - one.config.threshold_decay for one in batched]
+            self.follows = torch.tensor(follows, device=device)
         self.b_pre = torch.stack([one.b_pre for one in dictionaries])
         self.scale_in = torch.stack([one.scale_in.expand(one.d_in) for one in dictionaries])[:, None]
         self.scale_out = torch.stack([one.scale_out.expand(one.d_out) for one in dictionaries])[:, None]
@@ -86,13 +101,20 @@ class Stack:
         self.dead_after = torch.tensor(after, device=device)[:, None]
         self.dead = DeadLatents()
 
-    def loss(
-        self, x: Float[Tensor, "n batch d_in"], target: Float[Tensor, "n batch d_out"]
-    ) -> StackLoss:
-        """Each dictionary's own loss (see `TopK.loss`) on its own rows, in its training units."""
+    def _encode(self, x: Float[Tensor, "n batch d_in"]) -> Encoded:
+        """What training keeps of each dictionary's rows."""
         W_enc, b_enc = self.parameters["W_enc"], self.parameters["b_enc"]
+        if self.thresholds is not None:
+            n_kept = self.k * x.shape[1]
+            return kernels.encode_batch_topk(x, W_enc, b_enc, self.b_pre, n_kept).encoded
         acts, indices = kernels.encode_topk(x, W_enc, b_enc, self.b_pre, self.k, self.own_k)
-        error = kernels.decode(acts, indices, self.parameters["W_dec"], self.parameters["b_dec"]) - target
+        return kernels.together(acts, indices, self.d_sae)
+
+    def loss(self, x: Float[Tensor, "n batch d_in"], target: Float[Tensor, "n batch d_out"]) -> StackLoss:
+        """Each dictionary's own loss (see `Selection.loss`) on its own rows, in its training units."""
+        encoded = self._encode(x)
+        recon = kernels.decode_encoded(encoded, self.parameters["W_dec"], self.parameters["b_dec"])
+        error = recon.view(target.shape) - target
         mses = error.square().mean((1, 2))
         auxk = self._auxk(x, -error.detach())
         extra = [
@@ -101,7 +123,7 @@ class Stack:
         ]
         totals = mses + torch.stack(extra) if auxk else mses
         parts = {i: value.detach() for i, value in auxk.items()}
-        return StackLoss(totals, mses.detach(), parts, acts.detach(), indices, error.detach())
+        return StackLoss(totals, mses.detach(), parts, encoded.detach(), error.detach())
 
     def _auxk(
         self, x: Float[Tensor, "n batch d_in"], residual: Float[Tensor, "n batch d_out"]
@@ -115,7 +137,7 @@ class Stack:
             return {}
         places = torch.cat([ids + i * self.d_sae for i, ids in enumerate(dead)])
         parts = [
-            rows.index_select(0, places).split(counts)
+            torch.split(rows.index_select(0, places), counts)
             for rows in (
                 self.parameters["W_enc"].mT.flatten(0, 1),
                 self.parameters["b_enc"].flatten(),
@@ -138,19 +160,29 @@ class Stack:
 
     @torch.no_grad()
     def after_step(self, loss: StackLoss) -> None:
-        """As `Trainable.after_step`, for all at once."""
-        n, batch, _ = loss.acts.shape
-        fired = torch.zeros(n * self.d_sae, dtype=torch.int32, device=loss.acts.device)
-        firsts = torch.arange(n, device=fired.device)[:, None, None] * self.d_sae
-        fired.index_add_(0, (loss.indices + firsts).view(-1), (loss.acts != 0).to(torch.int32).view(-1))
-        self.tokens_since_fired += batch
+        """As the dictionaries' own, for all at once."""
+        encoded, n = loss.encoded, len(self.configs)
+        fired = torch.zeros(n * self.d_sae, dtype=torch.int32, device=encoded.acts.device)
+        fired.index_add_(0, encoded.indices.long(), (encoded.acts != 0).to(torch.int32))
+        self.tokens_since_fired += encoded.n_rows // n
         self.tokens_since_fired.masked_fill_(fired.view(n, -1) > 0, 0)
+        if encoded.overflow is not None:
+            self.overflow_steps += encoded.overflow
+        if self.thresholds is not None:
+            self.thresholds.lerp_(encoded.acts.view(n, -1).amin(1), self.follows)
         if any(config.auxk_coefficient for config in self.configs):
             self.dead.send(self.tokens_since_fired, self.dead_after)
 
     def loss_of(self, loss: StackLoss, i: int) -> Loss:
         """What the i-th would have given alone, without gradient."""
         terms = {"mse": loss.mses[i]} | ({"auxk": loss.auxk[i]} if i in loss.auxk else {})
-        k = self.configs[i].k
-        encoded = Encoded.from_topk(loss.acts[i, :, :k], loss.indices[i, :, :k], self.d_sae)
-        return Loss(loss.totals[i].detach(), terms, encoded, loss.error[i])
+        return Loss(loss.totals[i].detach(), terms, self._apart(loss.encoded, i), loss.error[i])
+
+    def _apart(self, encoded: Encoded, i: int) -> Encoded:
+        """The i-th one's own entries: of TopK as many as it keeps."""
+        own = kernels.apart(encoded, len(self.configs), i)
+        if encoded.k is None:
+            own.overflow = encoded.overflow
+            return own
+        view, k = own.topk_view(), self.configs[i].k
+        return Encoded.from_topk(view.acts[:, :k], view.indices[:, :k], self.d_sae)

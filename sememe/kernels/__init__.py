@@ -10,6 +10,7 @@ against it, values and gradients. Which one runs is decided here, per call, by w
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from sememe.encoded import Encoded
 from sememe.errors import ConfigError
 from sememe.kernels import reference
-from sememe.kernels.several import each, each_topk
+from sememe.kernels.several import apart, each, each_batch_topk, each_encoded, each_topk, together
 
 __all__ = [
     "BatchTopK",
@@ -28,6 +29,7 @@ __all__ = [
     "Reconstruction",
     "TopK",
     "adam_step",
+    "apart",
     "decode",
     "decode_encoded",
     "decode_prefixes",
@@ -45,6 +47,7 @@ __all__ = [
     "reconstruct",
     "signum_step",
     "threads",
+    "together",
     "use",
 ]
 
@@ -67,7 +70,7 @@ class BatchTopK(NamedTuple):
     """What a batch keeps, and the smallest activation among it (0 if fewer were positive than could be kept)."""
 
     encoded: Encoded
-    threshold: Float[Tensor, ""]
+    threshold: Float[Tensor, "*n"]
 
 
 class Reconstruction(NamedTuple):
@@ -279,10 +282,10 @@ def encode_threshold(
 
 
 def encode_batch_topk(
-    x: Float[Tensor, "batch d_in"],
-    W_enc: Float[Tensor, "d_in d_sae"],
-    b_enc: Float[Tensor, " d_sae"],
-    b_pre: Float[Tensor, " d_in"],
+    x: Float[Tensor, "*n batch d_in"],
+    W_enc: Float[Tensor, "*n d_in d_sae"],
+    b_enc: Float[Tensor, "*n d_sae"],
+    b_pre: Float[Tensor, "*n d_in"],
     n_kept: int,
 ) -> BatchTopK:
     """The n_kept largest of `relu((x - b_pre) @ W_enc + b_enc)` of the whole batch.
@@ -290,17 +293,23 @@ def encode_batch_topk(
     Always n_kept entries (so that nothing waits to learn how many): where fewer are positive, the rest have
     activation 0. Ties go to the lower row, then to the lower latent. Differentiable in x, W_enc and b_enc.
 
-    On a GPU the positive ones come first and the rest belongs to no row. There the result has an `overflow`: it is
-    set if a row was kept from having more than 16 times the average.
-    """
-    if path_for(x) == "cpu":
-        from sememe.kernels import cpu
+    With a leading axis, n_kept of each of several dictionaries of one shape, in one `Encoded` (see `together`).
 
-        return BatchTopK(*cpu.encode_batch_topk(x, W_enc, b_enc, b_pre, n_kept))
-    if path_for(x) == "gpu":
+    On a GPU the positive ones come first and the rest belongs to no row (of several dictionaries, to the last row of
+    each). There the result has an `overflow`: it is set if a row was kept from having more than 16 times the average.
+    """
+    path = path_for(x)
+    if path == "gpu":
         from sememe.kernels import gpu
 
         return BatchTopK(*gpu.encode_batch_topk(x, W_enc, b_enc, b_pre, n_kept))
+    if x.dim() == 3:
+        of_one = functools.partial(encode_batch_topk, n_kept=n_kept)
+        return BatchTopK(*each_batch_topk(of_one, x, W_enc, b_enc, b_pre))
+    if path == "cpu":
+        from sememe.kernels import cpu
+
+        return BatchTopK(*cpu.encode_batch_topk(x, W_enc, b_enc, b_pre, n_kept))
     return BatchTopK(*reference.encode_batch_topk(x, W_enc, b_enc, b_pre, n_kept))
 
 
@@ -363,10 +372,15 @@ def decode(
 
 
 def decode_encoded(
-    encoded: Encoded, W_dec: Float[Tensor, "d_sae d_out"], b_dec: Float[Tensor, " d_out"]
-) -> Float[Tensor, "batch d_out"]:
-    """As `decode`, for rows of any length; dense once more than 5% of the latents are active."""
-    if _is_dense(encoded):
+    encoded: Encoded, W_dec: Float[Tensor, "*n d_sae d_out"], b_dec: Float[Tensor, "*n d_out"]
+) -> Float[Tensor, "rows d_out"]:
+    """As `decode`, for rows of any length; dense once more than 5% of the latents are active.
+
+    Parameters with a leading axis are those of several dictionaries, whose rows are one after the other.
+    """
+    if W_dec.dim() == 3 and path_for(encoded.acts) != "gpu":
+        return each_encoded(decode_encoded, encoded, W_dec, b_dec)
+    if W_dec.dim() == 2 and _is_dense(encoded):
         return reference.decode_dense(encoded, W_dec, b_dec)
     if path_for(encoded.acts) == "cpu":
         from sememe.kernels import cpu

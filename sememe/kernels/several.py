@@ -1,6 +1,7 @@
-"""Kernels over a leading dictionary axis, one dictionary after the other: for paths that have no batched kernel.
+"""Several dictionaries of one shape: what they encode as one, and kernels for one dictionary after the other.
 
-Knows how results are laid side by side; what is computed, it is handed. The GPU does all at once instead.
+As one `Encoded` they have their rows one after the other, and latents counted through all. Knows how results are laid
+side by side; what is computed, it is handed. The GPU does all at once instead.
 """
 
 from __future__ import annotations
@@ -8,10 +9,29 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["each", "each_topk"]
+from sememe.encoded import Encoded
+
+__all__ = ["apart", "each", "each_batch_topk", "each_encoded", "each_topk", "together"]
+
+
+def together(acts: Float[Tensor, "n batch k"], indices: Int[Tensor, "n batch k"], d_sae: int) -> Encoded:
+    """What dictionaries of d_sae latents encode with k entries per row, as one."""
+    n, _, k = acts.shape
+    firsts = torch.arange(n, dtype=indices.dtype, device=acts.device)[:, None, None] * d_sae
+    return Encoded.from_topk(acts.reshape(-1, k), (indices + firsts).view(-1, k), n * d_sae)
+
+
+def apart(encoded: Encoded, n: int, number: int) -> Encoded:
+    """What one of n dictionaries encodes, as it names its latents; all have equally many rows and entries."""
+    d_sae, n_rows, size = encoded.d_sae // n, encoded.n_rows // n, encoded.acts.shape[0] // n
+    part = slice(number * size, (number + 1) * size)
+    row_ptr = encoded.row_ptr[number * n_rows : (number + 1) * n_rows + 1] - number * size
+    indices = encoded.indices[part] - number * d_sae
+    return Encoded(encoded.acts[part], indices, row_ptr, d_sae, encoded.k)
 
 
 def each(function: Callable[..., Tensor], *stacked: Tensor) -> Tensor:
@@ -36,3 +56,29 @@ def each_topk(
         torch.stack([pad(part[place], (0, k - part[place].shape[1])) for part in parts]) for place in (0, 1)
     )
     return acts, indices
+
+
+def each_batch_topk(
+    encode: Callable[..., tuple[Encoded, Tensor]], *stacked: Tensor
+) -> tuple[Encoded, Tensor]:
+    """What every dictionary keeps of a batch, as one, and each one's smallest; equally many entries of each."""
+    parts = [encode(*of) for of in zip(*stacked, strict=True)]
+    encoded = [part[0] for part in parts]
+    size, d_sae = encoded[0].acts.shape[0], encoded[0].d_sae
+    row_ptr = [part.row_ptr[:-1] + number * size for number, part in enumerate(encoded)]
+    end = encoded[0].row_ptr.new_full((1,), len(parts) * size)
+    whole = Encoded(
+        torch.cat([part.acts for part in encoded]),
+        torch.cat([part.indices + number * d_sae for number, part in enumerate(encoded)]),
+        torch.cat([*row_ptr, end]),
+        len(parts) * d_sae,
+    )
+    return whole, torch.stack([part[1] for part in parts])
+
+
+def each_encoded(
+    decode: Callable[..., Tensor], encoded: Encoded, W_dec: Float[Tensor, "n d_sae d_out"], b_dec: Tensor
+) -> Float[Tensor, "rows d_out"]:
+    """What every dictionary reconstructs from its part, one after the other."""
+    n = W_dec.shape[0]
+    return torch.cat([decode(apart(encoded, n, i), W_dec[i], b_dec[i]) for i in range(n)])

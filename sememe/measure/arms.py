@@ -51,7 +51,11 @@ class Arms(NamedTuple):
 
 
 def _fit_rows(
-    config: MeasureConfig, lm: LanguageModel | SeveralModels, sites: Sites, policy: TokenPolicy, store: Store | None
+    config: MeasureConfig,
+    lm: LanguageModel | SeveralModels,
+    sites: Sites,
+    policy: TokenPolicy,
+    store: Store | None,
 ) -> Iterator[dict[str, Tensor]]:
     """Kept training rows per hookpoint: from the store, or from the model on the training documents."""
     names = sites.hookpoints
@@ -100,7 +104,11 @@ class Material(NamedTuple):
 
 
 def fit(
-    config: MeasureConfig, lm: LanguageModel | SeveralModels, sites: Sites, policy: TokenPolicy, store: Store | None
+    config: MeasureConfig,
+    lm: LanguageModel | SeveralModels,
+    sites: Sites,
+    policy: TokenPolicy,
+    store: Store | None,
 ) -> Material:
     """Read training rows.
 

@@ -294,9 +294,7 @@ def splicer_for(lm: LanguageModel | SeveralModels, sites: Sites) -> Splicer | Se
                 "Evaluate on the model that the dictionary was trained on.",
             )
     reads, writes = ([site.hookpoint for site in side] for side in (sites.inputs, sites.outputs))
-    return (
-        SeveralSplicers(lm, reads, writes) if isinstance(lm, SeveralModels) else Splicer(lm, reads, writes)
-    )
+    return SeveralSplicers(lm, reads, writes) if isinstance(lm, SeveralModels) else Splicer(lm, reads, writes)
 
 
 TRAINING_OPTIONS = (

@@ -75,7 +75,7 @@ class Together(Measured):
         means: Mapping[str, Float[Tensor, " d"]],
         policy: TokenPolicy,
     ) -> None:
-        self.members, self.means = dict(dictionaries), dict(means)
+        self.model, self.members, self.means = lm, dict(dictionaries), dict(means)
         own = [one.sites for one in dictionaries.values() if one.sites is not None]
         sites = Sites(inputs=_side_by_side(own, "inputs"), outputs=_side_by_side(own, "outputs"))
         splicer = Splicer(lm, [s.hookpoint for s in sites.inputs], [s.hookpoint for s in sites.outputs])
@@ -96,8 +96,8 @@ class Together(Measured):
             ),
             "mean": self._constants(self.means, keep),
         }.items():
-            with self.lm.edit(edits):
-                hidden[name] = rows_at(self.lm.hidden(batch.run.ids, batch.run.mask), predicting)
+            with self.model.edit(edits):
+                hidden[name] = rows_at(self.model.hidden(batch.run.ids, batch.run.mask), predicting)
         self._compare(hidden, predicting, targets, batch.units[predicting])
         self.n_rows += int(batch.keep.sum())
         self.n_predictions += predicting.shape[0]

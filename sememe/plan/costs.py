@@ -55,7 +55,7 @@ DENSE_PRODUCTS = 8.0
 SETTLING_PRODUCTS = 14.0
 """Float32 products per step of a sparse architecture while it is dense: measured with half of the latents active."""
 SPARSE_ENTRY_BYTES = 7.5
-"""As ENTRY_BYTES, of the entries above a threshold, which are many: the slope between l0 30, 91 and 320 (benchmarks.md)."""
+"""As ENTRY_BYTES, of entries above a threshold: the slope between l0 30, 91 and 320 (docs/benchmarks.md)."""
 N_MOMENTS = 50
 """Moments of a run at which its l0 is asked for."""
 ENTRY_BYTES = 24

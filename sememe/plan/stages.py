@@ -34,7 +34,7 @@ __all__ = ["Estimate", "Estimates", "Knob", "Shapes", "estimates"]
 GROUP_BYTES = 2**30
 """What `StoreSource` holds in memory of a store."""
 SETTLES = 0.3
-"""Share of a run over which a penalty's l0 is taken to settle: that of JumpReLU's annealing; nothing says it of others."""
+"""Share of a run over which a penalty's l0 is taken to settle, where nothing says it: that of JumpReLU's annealing."""
 TYPICAL_L0 = 64
 """Active latents per row where the architecture fixes no number."""
 

@@ -146,7 +146,7 @@ class Crew:
         """One step of each."""
         batch = batch.to(self.device)
         ahead = None if ahead is None else ahead.to(self.device)
-        values = {}
+        values: dict[str, dict[str, float]] = {}
         stacked = {name for stack in self.stacks for name in stack.names}
         for stack in self.stacks:
             values |= stack.train_step(batch, ahead, logging)

@@ -148,9 +148,7 @@ def _transcodes(member: Member) -> bool:
     )
 
 
-def _badly_reconstructed(
-    member: Member, rows: Batch, n: int, outputs: slice, worst: bool
-) -> _Directions:
+def _badly_reconstructed(member: Member, rows: Batch, n: int, outputs: slice, worst: bool) -> _Directions:
     """Up to n of the rows: those with the largest error, or drawn in proportion to its square.
 
     Args:

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sememe.dictionaries.batch_topk import BatchTopK
 from sememe.dictionaries.stacked import Stack, stackable
 from sememe.dictionaries.topk import TopK
 from sememe.optimiser import Adam, AdamStack
@@ -40,14 +41,12 @@ def stacks_of(members: list[Member]) -> list[MemberStack]:
 
 def _shape(member: Member) -> Hashable | None:
     """What members have in common that step as one; None for one that cannot."""
-    dictionary, config = member.dictionary, member.config
-    if member.objective is not own_loss or not stackable(dictionary):
-        return None
-    if type(member.optimiser) is not Adam:
+    shape = stackable(member.dictionary)
+    if shape is None or member.objective is not own_loss or type(member.optimiser) is not Adam:
         return None
     columns = member.columns
     own_rows = None if columns is None else columns.inputs == columns.outputs
-    return dictionary.d_in, dictionary.d_out, dictionary.d_sae, own_rows, repr(config.optimiser.resolved())
+    return shape, own_rows, repr(member.config.optimiser.resolved())
 
 
 class _Rows(NamedTuple):
@@ -68,7 +67,7 @@ class MemberStack:
         self.members = members
         self.names = tuple(member.name for member in members)
         whole = [member.dictionary for member in members]
-        self.stack = Stack([one for one in whole if isinstance(one, TopK)])
+        self.stack = Stack([one for one in whole if isinstance(one, (TopK, BatchTopK))])
         optimisers = [member.optimiser for member in members]
         self.optimiser = AdamStack(
             [one for one in optimisers if isinstance(one, Adam)], self.stack.parameters
@@ -77,9 +76,7 @@ class MemberStack:
         for member, part in zip(members, self.first_bad, strict=True):
             member.first_bad = part
 
-    def train_step(
-        self, batch: Batch, ahead: Batch | None, logging: bool
-    ) -> dict[str, dict[str, float]]:
+    def train_step(self, batch: Batch, ahead: Batch | None, logging: bool) -> dict[str, dict[str, float]]:
         """One update of each; their numbers by name, if asked.
 
         Args:

@@ -37,7 +37,7 @@ class Swept(NamedTuple):
     options: dict[str, Any]
     """The swept options and its values for them."""
     config: TrainConfig
-    """What it would be trained with alone, to the same bits where the stream is the same."""
+    """What it would be trained with alone, on a CPU to the same bits where the stream is the same."""
 
 
 class Sweep:

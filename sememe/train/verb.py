@@ -123,7 +123,7 @@ def train_sweep(
 ) -> Sweep:
     """Train the dictionaries of a sweep side by side on one stream, or open them if they are there.
 
-    Each becomes what `train` would make of its own config from the same stream, to the same bits.
+    Each becomes what `train` would make of its own config from the same stream, on a CPU to the same bits.
 
     Args:
         config: With a sweep; the rest as for `train`.

@@ -2,7 +2,7 @@
 
 Knows how batches and states travel, and what to do when a process dies; knows nothing of how a dictionary learns.
 Batches lie in a ring of shared slots that every process maps: while one is trained on, the next is read. Orders and
-answers go through pipes, in order. The members' bits do not depend on how they are spread.
+answers go through pipes, in order. On CPUs the members' bits do not depend on how they are spread.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Each function has the contract of its namesake in `reference.py`. `sparse` holds sums over entries and the
 transposed index; `selection` encodes and keeps k latents per row without ever holding batch x d_sae, `varying`
-keeps a number per batch or all above a threshold; `optimiser` is Adam in one pass, `signum` sign descent. The same source runs on a CPU
+keeps a number per batch or all above a threshold; `optimiser` is Adam in one pass, `signum` sign descent. Encoding to
+k per row or batch, decoding and Adam take several dictionaries of one shape at once. The same source runs on a CPU
 under Triton's interpreter (TRITON_INTERPRET=1), which is how it is tested where there is no such device.
 """
 

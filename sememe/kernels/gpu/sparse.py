@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sememe.encoded import Encoded
+from sememe.kernels.several import together
 
 __all__ = [
     "OPTIONS",
@@ -228,13 +229,13 @@ class _Decode(torch.autograd.Function):
 
 
 def decode_encoded(
-    encoded: Encoded, W_dec: Float[Tensor, "d_sae d_out"], b_dec: Float[Tensor, " d_out"]
-) -> Float[Tensor, "batch d_out"]:
-    """See `kernels.decode_encoded`; rows of any length, read where they lie."""
+    encoded: Encoded, W_dec: Float[Tensor, "*n d_sae d_out"], b_dec: Float[Tensor, "*n d_out"]
+) -> Float[Tensor, "rows d_out"]:
+    """See `kernels.decode_encoded`; rows of any length, read where they lie. Several dictionaries are one, whose rows
+    are active in their own part of it only."""
     apply = cast(Any, _Decode.apply)
-    return cast(
-        Tensor, apply(encoded.acts, encoded.indices, encoded.row_ptr, encoded.row_ids(), W_dec, b_dec)
-    )
+    W = W_dec.reshape(-1, W_dec.shape[-1])
+    return cast(Tensor, apply(encoded.acts, encoded.indices, encoded.row_ptr, encoded.row_ids(), W, b_dec))
 
 
 def decode(
@@ -243,13 +244,8 @@ def decode(
     W_dec: Float[Tensor, "*n d_sae d_out"],
     b_dec: Float[Tensor, "*n d_out"],
 ) -> Float[Tensor, "*n batch d_out"]:
-    """See `kernels.decode`. Several dictionaries are one, whose rows are active in their own part of it only."""
+    """See `kernels.decode`."""
     if acts.dim() == 2:
         return decode_encoded(Encoded.from_topk(acts, indices, W_dec.shape[0]), W_dec, b_dec)
-    n, batch, k = acts.shape
-    d_sae = W_dec.shape[1]
-    firsts = torch.arange(n, dtype=torch.int32, device=acts.device)[:, None, None] * d_sae
-    flat = Encoded.from_topk(acts.reshape(-1, k), (indices + firsts).view(-1, k), n * d_sae)
-    apply = cast(Any, _Decode.apply)
-    recon = apply(flat.acts, flat.indices, flat.row_ptr, flat.row_ids(), W_dec.flatten(0, 1), b_dec)
-    return cast(Tensor, recon).view(n, batch, -1)
+    recon = decode_encoded(together(acts, indices, W_dec.shape[1]), W_dec, b_dec)
+    return recon.view(*acts.shape[:2], -1)

@@ -42,23 +42,24 @@ def encode_threshold(
 
 
 def encode_batch_topk(
-    x: Float[Tensor, "batch d_in"],
-    W_enc: Float[Tensor, "d_in d_sae"],
-    b_enc: Float[Tensor, " d_sae"],
-    b_pre: Float[Tensor, " d_in"],
+    x: Float[Tensor, "*n batch d_in"],
+    W_enc: Float[Tensor, "*n d_in d_sae"],
+    b_enc: Float[Tensor, "*n d_sae"],
+    b_pre: Float[Tensor, "*n d_in"],
     n_kept: int,
-) -> tuple[Encoded, Float[Tensor, ""]]:
+) -> tuple[Encoded, Float[Tensor, "*n"]]:
     """See `kernels.encode_batch_topk`. Exact unless it overflows: if a row has candidates above the smallest kept
     beyond 16 times the average per row."""
     chosen = encode_by(x, W_enc, b_enc, b_pre, lambda encoder: _of_batch(encoder, n_kept), True)
-    encoded = Encoded(chosen.acts, chosen.indices, chosen.row_ptr, W_enc.shape[1], None, chosen.overflow)
-    return encoded, encoded.acts.detach().min()
+    d_sae = b_enc.numel()  # of all
+    encoded = Encoded(chosen.acts, chosen.indices, chosen.row_ptr, d_sae, None, chosen.overflow)
+    return encoded, encoded.acts.detach().view(*x.shape[:-2], -1).amin(-1)
 
 
 def _per_row(encoder: Encoder, n: int) -> int:
-    """How many candidates a row may hold if n are kept in all."""
-    batch, d_sae = encoder.centred.shape[0], encoder.W.shape[0]
-    return min(d_sae, ROW_SHARE * -(-n // batch))
+    """How many candidates a row may hold if n are kept in all, of each dictionary."""
+    batch = encoder.centred.shape[0] // encoder.n
+    return min(encoder.d_sae, ROW_SHARE * -(-n // batch))
 
 
 def _above(encoder: Encoder, threshold: Float[Tensor, " d_sae"] | None, capacity: int) -> Chosen:
@@ -82,48 +83,64 @@ def _above(encoder: Encoder, threshold: Float[Tensor, " d_sae"] | None, capacity
 
 
 def _of_batch(encoder: Encoder, n_kept: int) -> Chosen:
-    batch = encoder.centred.shape[0]
+    """Of each dictionary, over its own rows; all tensors here have a dictionary axis first."""
+    n, device = encoder.n, encoder.W.device
+    batch = encoder.centred.shape[0] // n
     n_keep = n_kept + max(SPARE, n_kept // 8)
     candidates = candidates_of(encoder, _per_row(encoder, n_kept), encoder.b)
-    slots = torch.arange(candidates.keys.shape[1], device=candidates.keys.device)
+    slots = torch.arange(candidates.keys.shape[1], device=device)
     keys = torch.where(slots < candidates.used[:, None], candidates.keys, 0)
+    smallest = torch.where(keys > 0, keys, 2**KEY_BITS).amin(1).view(n, -1)
+    keys = keys.view(n, -1)
     bound = _bound(keys, n_keep)
     # rows one after the other, latents rising in each: the order in which ties are decided
-    over, ties = (keys > bound).view(-1), (keys == bound).view(-1)
-    kept = over | (ties & (ties.cumsum(0) <= n_keep - over.sum()))
-    counted, latents = _squeezed(kept, min(n_keep, kept.shape[0]), candidates.latents.view(-1))
-    stops = counted.view(batch, -1)[:, -1]
-    starts = torch.cat([stops.new_zeros(1), stops[:-1]])
-    scores = dots(encoder.centred, latents, starts, stops, encoder.W, encoder.b)
-    places = torch.arange(scores.shape[0], device=scores.device)
-    size = torch.where(places < stops[-1], scores, 0.0)
-    first = torch.sort(size, descending=True, stable=True).indices[:n_kept]
-    chosen = torch.zeros_like(places, dtype=torch.bool).index_fill_(0, first, True) & (size > 0)
+    over, ties = keys > bound, keys == bound
+    kept = over | (ties & (ties.cumsum(1) <= n_keep - over.sum(1, keepdim=True)))
+    n_scored = min(n_keep, kept.shape[1])
+    counted, latents = _squeezed(kept, n_scored, candidates.latents.view(n, -1))
+    stops = counted.view(n, batch, -1)[:, :, -1]
+    starts = torch.cat([stops.new_zeros(n, 1), stops[:, :-1]], dim=1)
+    begin = torch.arange(n, device=device)[:, None]
+    first, last = ((ends + begin * n_scored).view(-1) for ends in (starts, stops))
+    scores = dots(encoder.centred, latents.reshape(-1), first, last, encoder.W, encoder.b).view(n, -1)
+    places = torch.arange(n_scored, device=device)
+    size = torch.where(places < stops[:, -1:], scores, 0.0)
+    largest = torch.sort(size, dim=1, descending=True, stable=True).indices[:, :n_kept]
+    chosen = torch.zeros_like(size, dtype=torch.bool).scatter_(1, largest, True) & (size > 0)
     reached, acts, indices = _squeezed(chosen, n_kept, scores, latents)
-    row_ptr = torch.cat([reached.new_zeros(1), reached])[torch.cat([starts, stops[-1:]])]
-    smallest = torch.where(keys > 0, keys, 2**KEY_BITS).amin(1)
-    full = (candidates.dropped > 0) & (smallest >= bound)
-    return Chosen(acts, indices, row_ptr, full.any())
+    rows = torch.cat([starts, stops[:, -1:]], dim=1)
+    row_ptr = torch.cat([reached.new_zeros(n, 1), reached], dim=1).gather(1, rows)
+    full = (candidates.dropped.view(n, -1) > 0) & (smallest >= bound)
+    if n > 1:  # what fills a dictionary's buffer up goes to its last row, and names a latent of its own
+        indices = torch.maximum(indices, (begin * encoder.d_sae).to(indices.dtype))
+        last_end = row_ptr.new_full((1,), n * n_kept)
+        flat_ptr = torch.cat([(row_ptr[:, :-1] + begin * n_kept).view(-1), last_end])
+    else:
+        flat_ptr = row_ptr.view(-1)
+    return Chosen(acts.reshape(-1), indices.reshape(-1), flat_ptr, full.any())
 
 
-def _bound(keys: Int[Tensor, "batch slots"], n: int) -> Int[Tensor, ""]:
-    """The largest key that at least n of them reach, by bisection; 1 if fewer are positive."""
-    low = torch.ones((), dtype=torch.int32, device=keys.device)
+def _bound(keys: Int[Tensor, "n places"], n: int) -> Int[Tensor, "n 1"]:
+    """The largest key that at least n of a dictionary's reach, by bisection; 1 if fewer are positive."""
+    low = torch.ones(keys.shape[0], 1, dtype=torch.int32, device=keys.device)
     high = low + 2**KEY_BITS
     for _ in range(KEY_BITS + 1):
         middle = (low + high + 1) // 2
-        reached = (keys >= middle).sum() >= n
+        reached = (keys >= middle).sum(1, keepdim=True) >= n
         low, high = torch.where(reached, middle, low), torch.where(reached, high, middle - 1)
     return low
 
 
-def _squeezed(kept: Bool[Tensor, " places"], n: int, *values: Tensor) -> tuple[Tensor, ...]:
-    """How many places are kept up to and including each, and the values there, side by side in buffers of length n.
+def _squeezed(kept: Bool[Tensor, "*n places"], size: int, *values: Tensor) -> tuple[Tensor, ...]:
+    """How many places are kept up to and including each, and the values there, side by side in buffers of a size.
 
     Values that do not fit are left out; buffers end in zeros where there are fewer.
     """
-    counted = kept.cumsum(0)
+    counted = kept.cumsum(-1)
     # what is not kept goes to one place past the end, which is cut off: no two kept ones share a place
-    where = torch.where(kept & (counted <= n), counted - 1, n)
-    buffers = (value.new_zeros(n + 1).scatter_(0, where, value)[:n] for value in values)
+    where = torch.where(kept & (counted <= size), counted - 1, size)
+    buffers = (
+        value.new_zeros(*value.shape[:-1], size + 1).scatter_(-1, where, value)[..., :size]
+        for value in values
+    )
     return counted, *buffers
