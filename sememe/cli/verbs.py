@@ -16,19 +16,7 @@ __all__: list[str] = []
 FRESH: dict[str, tuple[Any, Any, str]] = {"fresh": (bool, False, "Replace whatever stands at --out.")}
 
 
-_MANY = Annotated[tuple[float, ...], Parameter(consume_multiple=True)]
-GRID: dict[str, tuple[Any, Any, str]] = {
-    "draw_grid": (
-        Annotated[bool, Parameter(name="--grid")],
-        False,
-        "Train one for every penalty and size, and draw what each finds.",
-    ),
-    "penalties": (_MANY, (), "With --grid: weights of the mean activation over latents."),
-    "ratios": (_MANY, (), "With --grid: latents per planted feature."),
-}
-
-
-def _say(what: str, path: Path) -> None:
+def say(what: str, path: Path) -> None:
     print(f"{what}: {path}")
 
 
@@ -44,7 +32,7 @@ def _harvest() -> Any:
 
     def verb(config: HarvestConfig, fresh: bool = False) -> None:
         store = harvest(config, fresh=fresh)
-        _say(f"store of {store.info.n_rows:,} rows", config.out)
+        say(f"store of {store.info.n_rows:,} rows", config.out)
 
     return command(
         HarvestConfig, verb, extra=FRESH, doc="Run a language model over a text and store its activations."
@@ -65,12 +53,12 @@ def _train() -> App:
         if config.sweep:
             sweep = train_sweep(config, fresh=fresh)
             for name in sweep.names:
-                _say(f"{kind} dictionary", sweep.path(name))
+                say(f"{kind} dictionary", sweep.path(name))
         else:
             train(config, fresh=fresh)
-            _say(f"{kind} dictionary", config.out)
+            say(f"{kind} dictionary", config.out)
 
-    for kind, architecture in _architectures(TRAINABLE):
+    for kind, architecture in architectures(TRAINABLE):
         doc = f"Train a {kind} dictionary."
         app.command(
             command(
@@ -97,7 +85,7 @@ def _fit() -> App:
 
     def verb(config: FitConfig, fresh: bool = False) -> None:
         fit(config, fresh=fresh)
-        _say(f"{config.baseline.kind} dictionary", config.out)
+        say(f"{config.baseline.kind} dictionary", config.out)
 
     for kind, options in KINDS.items():
         app.command(
@@ -115,78 +103,9 @@ def _fit() -> App:
 
 
 def _toy() -> App:
-    from sememe.config import sha256_of
-    from sememe.dictionaries import TRAINABLE, Dictionary
-    from sememe.grid import GridConfig, grid
-    from sememe.toy import PlantedSource, ToyConfig, absorption, recovery
-    from sememe.train import TrainConfig, train, train_sweep
+    from sememe.cli.toys import toy
 
-    app = App(
-        name="toy", help="Train on planted features and see how many are found: `sememe toy topk --k 5`."
-    )
-    app.result_action = "return_value"
-
-    def verb(
-        config: TrainConfig,
-        fresh: bool = False,
-        draw_grid: bool = False,
-        penalties: tuple[float, ...] = (),
-        ratios: tuple[float, ...] = (),
-        **options: Any,
-    ) -> None:
-        planted = ToyConfig.build({name.removeprefix("planted_"): value for name, value in options.items()})
-        axes = {name: given for name, given in (("penalties", penalties), ("ratios", ratios)) if given}
-        if draw_grid:
-            made = grid(GridConfig(out=config.out, planted=planted, train=config, **axes), fresh=fresh)
-            _say("plots", made.path / "grid.svg")
-            return
-        for name, given in axes.items():
-            raise ConfigError(
-                f"--{name} must go with --grid", " ".join(map(str, given)), "Drop it, or pass --grid."
-            )
-        source = PlantedSource(planted)
-        parents = {"planted": sha256_of(planted.resolved())}
-        about = {"planted": planted.resolved()}
-        if config.sweep:
-            sweep = train_sweep(config, source=source, parents=parents, extra=about, fresh=fresh)
-            for name in sweep.names:
-                show(source, sweep.load(name))
-                _say(f"{config.architecture.kind} dictionary", sweep.path(name))
-        else:
-            show(source, train(config, source=source, parents=parents, extra=about, fresh=fresh))
-            _say(f"{config.architecture.kind} dictionary", config.out)
-
-    def show(source: PlantedSource, dictionary: Dictionary) -> None:
-        found = recovery(source.planted, dictionary)
-        print(f"recall (mmcs planted -> learned)     {found.recall:.4f}")
-        print(f"  of as many random directions       {found.random:.4f}")
-        print(f"precision (mmcs learned -> planted)  {found.precision:.4f}")
-        print(f"planted features found (> 0.9)       {found.found:.1%}")
-        if source.planted.config.n_children:
-            families = absorption(source.planted, dictionary)
-            print(f"parents silent beside a child        {families.silent_with_child:.1%}")
-            print(f"parents silent when alone            {families.silent_alone:.1%}")
-            print(f"parents split into their children    {families.split:.1%}")
-
-    planted_options = {
-        f"planted_{name}": (field.annotation, field.default, field.description or "")
-        for name, field in ToyConfig.model_fields.items()
-    }
-    for kind, architecture in _architectures(TRAINABLE):
-        app.command(
-            command(
-                TrainConfig,
-                verb,
-                choices={"architecture": architecture},
-                fixed={"architecture.kind": kind},
-                extra=FRESH
-                | planted_options
-                | (GRID if "l1_coefficient" in architecture.model_fields else {}),
-                doc=f"Train a {kind} dictionary on planted features.",
-            ),
-            name=kind,
-        )
-    return app
+    return toy()
 
 
 def _pretrain() -> App:
@@ -202,7 +121,7 @@ def _pretrain() -> App:
         results = pretrain(config, fresh=fresh).extra["results"]
         for name in ("validation_loss", "bigram_loss", "unigram_loss"):
             print(f"{name.replace('_', ' '):<16} {results[name]:.4f} nats per token")
-        _say(f"model of {results['n_parameters']:,} parameters", config.out)
+        say(f"model of {results['n_parameters']:,} parameters", config.out)
 
     for kind, shape in (("gpt2", GPT2Shape), ("llama", LlamaShape)):
         app.command(
@@ -219,7 +138,7 @@ def _pretrain() -> App:
     return app
 
 
-def _architectures(registry: dict[str, Any]) -> list[tuple[str, Any]]:
+def architectures(registry: dict[str, Any]) -> list[tuple[str, Any]]:
     """Each kind of dictionary with its config's class."""
     import sys
 
@@ -258,7 +177,7 @@ def _about_dictionaries(config: Any, verb: Callable[..., Any], name: str, doc: s
         import sememe.run
 
         getattr(sememe.run, f"print_{name}")(made.path)
-        _say(name, made.path / f"{name}.html")
+        say(name, made.path / f"{name}.html")
 
     return command(config, ask, positional=("dictionaries",), extra=FRESH, doc=doc)
 
@@ -282,7 +201,7 @@ def _report() -> Any:
 
     def verb(config: ReportConfig, fresh: bool = False) -> None:
         report(config, fresh=fresh)
-        _say("page", config.out)
+        say("page", config.out)
 
     return command(
         ReportConfig,
@@ -300,7 +219,7 @@ def _lens() -> Any:
     def verb(config: LensConfig, fresh: bool = False) -> None:
         lens(config, fresh=fresh)
         print_lens(config.out)
-        _say("lens", config.out)
+        say("lens", config.out)
 
     return command(
         LensConfig,
@@ -316,7 +235,7 @@ def _interpret() -> Any:
     def verb(config: InterpretConfig, fresh: bool = False) -> None:
         for atlas in interpret_all(config, fresh=fresh).values():
             atlas.close()
-            _say("atlas", atlas.artifact.path)
+            say("atlas", atlas.artifact.path)
 
     return command(
         InterpretConfig,
@@ -342,7 +261,7 @@ def _explain() -> Any:
             return
         found = explain(config, fresh=fresh)
         print(found.page())
-        _say("explanations", config.out)
+        say("explanations", config.out)
 
     return command(
         ExplainConfig,
@@ -368,7 +287,7 @@ def _effects() -> Any:
         for name, value in found.summary.items():
             if value is not None:
                 print(f"{name.replace('_', ' '):<20} {value:>10{',' if isinstance(value, int) else '.4f'}}")
-        _say("effects", config.out)
+        say("effects", config.out)
 
     return command(
         EffectsConfig,
@@ -386,7 +305,7 @@ def _prompt() -> Any:
         print_prompt(prompt(config))
         for name, path in (("rows", config.out), ("page", config.page)):
             if path is not None:
-                _say(name, path)
+                say(name, path)
 
     return command(
         PromptConfig,
@@ -413,7 +332,7 @@ def _browse() -> Any:
                 )
         shown = {name: getattr(config, name) for name in Inputs.model_fields}
         export(ExportConfig.build({**shown, "out": export_to}), fresh=fresh)
-        _say("site", export_to / "index.html")
+        say("site", export_to / "index.html")
 
     return command(
         BrowseConfig,
@@ -440,7 +359,7 @@ def _simple(module: str, name: str, doc: str, positional: tuple[str, ...] = ()) 
 
     def verb(config: Any, fresh: bool = False) -> None:
         function(config, fresh=fresh)
-        _say(name, config.out)
+        say(name, config.out)
 
     return command(config, verb, positional=positional, extra=FRESH, doc=doc)
 
