@@ -11,7 +11,7 @@ from sememe.dictionaries.p_anneal import PAnnealConfig
 from sememe.dictionaries.relu import ReLUConfig
 from sememe.dictionaries.topk import TopKConfig
 from sememe.errors import ConfigError
-from sememe.grid import GRID, GridConfig, _cells, _sizes, grid
+from sememe.grid import GRID, N_ROWS, N_SAMPLE_ROWS, GridConfig, _cells, _sizes, grid
 from sememe.metrics import mmcs
 from sememe.toy import PlantedSource, ToyConfig, recovery
 from sememe.train import TrainConfig
