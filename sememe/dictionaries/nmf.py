@@ -28,10 +28,8 @@ BLOCK_ROWS = 4096
 BATCH_ROWS = 1024
 FORGET = 0.7
 """What a pass over all rows leaves of what was counted before it; scikit-learn's own."""
-STREAMED_UPDATES = 5
-"""Updates of a batch's coefficients when it streams by: unlike in memory, they are not kept until the next pass."""
-LEAST_GAIN = 1e-3
-"""Share of the squared error that a pass has to take away for another to follow."""
+LEAST_CHANGE = 1e-3
+"""How far a pass has to move the parts, against their length, for another to follow."""
 
 
 class NMFConfig(ArchitectureConfig):
@@ -122,8 +120,8 @@ class NMF(Fitted):
     ) -> Self:
         """Factorise rows of which only a batch is held at a time.
 
-        Differs from `fit`: a batch's coefficients are found anew in each pass, a few updates each, and it ends when a
-        pass takes less than a thousandth off the squared error.
+        Differs from `fit`: a batch's coefficients are not kept but found anew in each pass, and it ends when a pass
+        moves the parts by less than a thousandth of their length.
 
         Args:
             passes: One pass over the rows in batches of so many; the same rows on every call.
@@ -151,25 +149,22 @@ class NMF(Fitted):
             d_sae,
             batch_size=BATCH_ROWS,
             forget_factor=FORGET ** (min(BATCH_ROWS, n_rows) / n_rows),
-            fresh_restarts_max_iter=STREAMED_UPDATES,
             random_state=config.seed,
             init="random",
         )
-        before = float("inf")
+        before = np.zeros((d_sae, d_in))
         made.converged.fill_(False)
         with track("nmf", config.max_iterations, "passes") as progress:
             for _ in range(config.max_iterations):
-                error = 0.0
                 for rows in passes(BATCH_ROWS):
-                    x = (rows.float().cpu() - low).clamp_min(0).numpy()
-                    search.partial_fit(x)
-                    error += float(search.reconstruction_err_) ** 2
-                progress.note = f"error {error:.4g}"
+                    search.partial_fit((rows.float().cpu() - low).clamp_min(0).numpy())
+                moved = np.linalg.norm(search.components_ - before) / np.linalg.norm(search.components_)
+                progress.note = f"moved {moved:.4g}"
                 progress.advance()
-                if before - error < LEAST_GAIN * before < float("inf"):
+                if moved < LEAST_CHANGE:
                     made.converged.fill_(True)
                     break
-                before = error
+                before = search.components_.copy()
         return made._of(search.components_, low)
 
     def _of(self, components: Float[np.ndarray, "d_sae d"], low: Float[Tensor, " d"]) -> Self:

@@ -341,9 +341,9 @@ def coincide(rows: Float[Tensor, "n d"], *, n_bootstrap: int = 1000, seed: int =
         return Statistic(value, cause="an interval needs at least 2 latents")
     weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_bootstrap)
     shares = []
-    for part in torch.split(torch.from_numpy(weights / n).to(unit), 64):  # draws x n cosines are held
-        inside = unit_rows(part @ unit) @ unit.T > COINCIDE
-        shares.append((inside.double() * part.double()).sum(1))
+    for part in torch.split(torch.from_numpy(weights).to(unit.device), 64):  # draws x n cosines are held
+        inside = unit_rows((part / n).to(unit) @ unit) @ unit.T > COINCIDE
+        shares.append((inside * part).sum(1).double() / n)
     low, high = (float(q) for q in np.quantile(torch.cat(shares).cpu().numpy(), [0.025, 0.975]))
     return undrawn_share(Statistic(value, low, high), n)
 
