@@ -79,7 +79,8 @@ class EvaluateConfig(MeasureConfig):
     matched_above: float = Field(default=0.9, gt=0, le=1)
     """Cosine from which a direction counts as there."""
     within: float | None = Field(default=None, gt=0)
-    """Find how few latents keep the perplexity within this share of the unedited model's, an arm per power of 2."""
+    """Find how few latents keep the perplexity within this share of the unedited model's: two arms per power of 2, the
+    latents that write most and as many drawn at random."""
 
     @model_validator(mode="after")
     def _matched_above_has_an_effect(self) -> Self:
@@ -229,16 +230,22 @@ def make_arms(
         parts |= {"matched": Part(dictionary, matched), "unmatched": Part(dictionary, ~matched)}
     if config.within is not None:
         order = _energy(dictionary, fitted.x).argsort(descending=True, stable=True)
+        numbers = torch.Generator().manual_seed(config.seed)
+        drawn = torch.randperm(dictionary.d_sae, generator=numbers).to(order.device)
         for n in _powers(dictionary.d_sae):
             kept = torch.zeros_like(order, dtype=torch.bool)
             kept[order[:n]] = True
             parts[f"{STRONGEST}{n}"] = Part(dictionary, kept)
+            by_chance = torch.zeros_like(kept)
+            by_chance[drawn[:n]] = True
+            parts[f"{DRAWN}{n}"] = Part(dictionary, by_chance)
     made = {"dictionary": dictionary, **parts, **nulls}
     return Arms(made, fitted.mean, tuple(parts), tuple(nulls)), configs
 
 
 STRONGEST = "strongest_"
-"""Arms of the latents that write most; how many."""
+DRAWN = "drawn_"
+"""Arms of the latents that write most, and of as many drawn at random; how many."""
 
 
 def _powers(d_sae: int) -> list[int]:
@@ -256,12 +263,32 @@ def _energy(dictionary: Dictionary, x: Float[Tensor, "rows d_in"]) -> Float[Tens
 
 
 def _smallest_within(config: EvaluateConfig, measured: Measured, arms: Arms) -> dict[str, Any]:
-    """How few of the latents that write most keep the perplexity within a share of the unedited model's."""
+    """How few of the latents that write most keep the perplexity within a share of the unedited model's.
+
+    Beside it, as a null of that choice: how few drawn at random do.
+    """
     if config.within is None:
         return {}
     base = measured.loss.compute("base")["perplexity"].value
-    sizes = {int(name.removeprefix(STRONGEST)): name for name in arms.parts if name.startswith(STRONGEST)}
-    sizes[next(iter(arms.dictionaries.values())).d_sae] = "dictionary"
+    all_of_them = {next(iter(arms.dictionaries.values())).d_sae: "dictionary"}
+
+    def fewest(prefix: str) -> dict[str, Any]:
+        sizes = {int(name.removeprefix(prefix)): name for name in arms.parts if name.startswith(prefix)}
+        return _fewest(config, measured, base, sizes | all_of_them)
+
+    return {
+        "smallest_within": {
+            "share": config.within,
+            **fewest(STRONGEST),
+            "perplexity_base": base if math.isfinite(base) else None,
+            "random": fewest(DRAWN),
+        }
+    }
+
+
+def _fewest(config: EvaluateConfig, measured: Measured, base: float, sizes: dict[int, str]) -> dict[str, Any]:
+    """The smallest of some sets of latents that keeps the perplexity, with its interval over documents."""
+    assert config.within is not None
     found = {n: measured.loss.compute(name)["perplexity"].value for n, name in sorted(sizes.items())}
     enough = [n for n, perplexity in found.items() if perplexity <= (1 + config.within) * base]
     known = all(math.isfinite(perplexity) for perplexity in (base, *found.values()))
@@ -270,15 +297,11 @@ def _smallest_within(config: EvaluateConfig, measured: Measured, arms: Arms) -> 
     smallest = min(enough) if enough else None
     low, high = _drawn_within(config, measured, sizes) if enough else (None, None)
     return {
-        "smallest_within": {
-            "share": config.within,
-            "n_latents": smallest,
-            "low": low,
-            "high": high,
-            "perplexity": None if smallest is None else found[smallest],
-            "perplexity_base": base if math.isfinite(base) else None,
-            **({} if enough else {"cause": cause}),
-        }
+        "n_latents": smallest,
+        "low": low,
+        "high": high,
+        "perplexity": None if smallest is None else found[smallest],
+        **({} if enough else {"cause": cause}),
     }
 
 

@@ -6,7 +6,7 @@ dictionaries; runs no model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, ClassVar, Self
 
@@ -36,8 +36,8 @@ __all__ = ["KINDS", "STREAMED", "STREAMED_ROWS", "FitConfig", "fit"]
 VERSION = 2
 N_PROBE_ROWS = 16
 STREAMED_ROWS = 8192
-STREAMED = ("identity", "pca", "random_directions")
-"""Kinds for which a sum over rows is enough."""
+STREAMED = ("identity", "nmf", "pca", "random_directions", "rica")
+"""Kinds that hold a batch of rows at a time: a sum over rows is enough, or they go through them again and again."""
 
 KINDS: dict[str, type[Config]] = {
     "ica": ICAConfig,
@@ -82,7 +82,7 @@ class FitConfig(Config):
     over: Path | None = None
     """Of sparse_coder: the dictionary over whose directions codes are searched for."""
     n_rows: int = Field(default=16_384, ge=16)
-    """Rows, drawn from the store. pca, identity and random_directions stream them; others hold them all."""
+    """Rows, drawn from the store. pca, nmf, rica, identity and random_directions stream them; others hold them all."""
 
     @model_validator(mode="after")
     def _over_what(self) -> Self:
@@ -152,13 +152,13 @@ def _fitted(config: FitConfig, source: StoreSource, n_rows: int) -> Dictionary:
         if isinstance(baseline, IdentityConfig):
             return Identity.from_mean(mean.float(), baseline, sites)
         return RandomDirections.from_mean(mean.float(), baseline, sites)
+    if isinstance(baseline, RICAConfig):
+        return RICA.fit_stream(_passes(source, n_rows), baseline, sites)
+    if isinstance(baseline, NMFConfig):
+        return NMF.fit_stream(_passes(source, n_rows), n_rows, baseline, sites)
     x = source.next_batch(n_rows).x.float()
     if isinstance(baseline, ICAConfig):
         return ICA.fit(x, baseline, sites)
-    if isinstance(baseline, RICAConfig):
-        return RICA.fit(x, baseline, sites)
-    if isinstance(baseline, NMFConfig):
-        return NMF.fit(x, baseline, sites)
     if isinstance(baseline, NeuronsConfig):
         return Neurons.fit(x, baseline, sites)
     if isinstance(baseline, KSVDConfig):
@@ -188,6 +188,18 @@ def _stream(source: StoreSource, n_rows: int) -> Iterator[Float[Tensor, "rows d"
             rows = source.next_batch(min(STREAMED_ROWS, n_rows - start)).x.float()
             progress.advance(rows.shape[0])
             yield rows
+
+
+def _passes(source: StoreSource, n_rows: int) -> Callable[[int], Iterator[Float[Tensor, "rows d"]]]:
+    """The first so many rows in batches, the same ones whenever it is called."""
+    start = source.state_dict()
+
+    def one(size: int) -> Iterator[Float[Tensor, "rows d"]]:
+        source.load_state_dict(start)
+        for first in range(0, n_rows, size):
+            yield source.next_batch(min(size, n_rows - first)).x.float()
+
+    return one
 
 
 def _places(sites: Sites) -> str:

@@ -143,6 +143,7 @@ def _plain(value: Any) -> Any:
 def _titles(groups: Sequence[Mapping[str, Any]]) -> list[str]:
     """Each group by its kind and what sets it apart from the others of that kind."""
     titles: list[str] = []
+    groups = [_flat(one) for one in groups]
     for one in groups:
         alike = [other for other in groups if other["kind"] == one["kind"]]
         names = sorted({key for other in alike for key in other})
@@ -155,6 +156,18 @@ def _titles(groups: Sequence[Mapping[str, Any]]) -> list[str]:
         again = sum(title == other or other.startswith(f"{title} (") for other in titles)
         titles.append(f"{title} ({again + 1})" if again else title)  # what a few words do not tell apart
     return titles
+
+
+def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
+    """With the options of what was fitted (a baseline, an optimiser) beside the others, unless they are there already."""
+    found: dict[str, Any] = {}
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            inner = {key: item for key, item in value.items() if key != "kind" and key not in options}
+            found |= {name: value.get("kind", "another"), **inner}
+        else:
+            found[name] = value
+    return found
 
 
 def _of(options: Mapping[str, Any], name: str) -> str:

@@ -7,9 +7,10 @@
 
 Every cell is a training run of its own on the same rows, an artifact of its own, and found or resumed by itself.
 
-Source: the four plots of Cunningham, Riggs, Ewart & Huben's replication of Sharkey et al. 2022, whose grid is the
-default. Penalties are counted as there: the weight of the mean over latents, in raw units (`l1_coefficient` multiplies
-the sum, in training units). Differs: fvu instead of the reconstruction loss.
+Source: the four plots of Cunningham, Riggs, Ewart & Huben's replication of Sharkey et al. 2022, whose whole grid is
+`published`; the default is a part of it that takes minutes instead of hours. Penalties are counted as there: the weight
+of the mean over latents, in raw units (`l1_coefficient` multiplies the sum, in training units). Differs: fvu instead of
+the reconstruction loss.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from sememe import artifact, dictionaries, figures, metrics
 from sememe.config import Config, sha256_of
@@ -34,8 +35,11 @@ __all__ = ["GRID", "GridConfig", "grid"]
 
 VERSION = 2
 GRID = "grid.json"
-N_TOKENS = 4_000_000
-"""Rows of each training, where none are asked for."""
+PENALTIES, RATIOS, N_TOKENS = (0.1, 10**-0.5, 1.0, 10**0.5), (0.5, 1.0, 2.0), 500_000
+"""A part of the published grid, and rows of each training, where none are asked for."""
+PUBLISHED_PENALTIES = tuple(10 ** (exponent / 4) for exponent in range(-8, 9))
+PUBLISHED_RATIOS = tuple(2.0**exponent for exponent in range(-2, 6))
+PUBLISHED_N_TOKENS = 4_000_000
 N_SAMPLE_ROWS = 8192
 """Rows from which the data's spread is taken, as the trainer does."""
 N_ROWS = 16_384
@@ -53,13 +57,28 @@ class GridConfig(Config):
     planted: ToyConfig = ToyConfig()
     """What is to be found."""
     train: TrainConfig
-    """How; 4,000,000 rows each if it does not say."""
-    penalties: tuple[float, ...] = Field(
-        default=tuple(10 ** (exponent / 4) for exponent in range(-8, 9)), min_length=1
-    )
+    """How; 500,000 rows each if it does not say, 4,000,000 with published."""
+    published: bool = False
+    """The replication's whole grid: 17 penalties, 8 sizes."""
+    penalties: tuple[float, ...] = Field(default=PENALTIES, min_length=1)
     """Weights of the mean activation over latents, against the error averaged over dimensions, both in raw units."""
-    ratios: tuple[float, ...] = Field(default=tuple(2.0**exponent for exponent in range(-2, 6)), min_length=1)
+    ratios: tuple[float, ...] = Field(default=RATIOS, min_length=1)
     """Latents per planted feature."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _published_axes(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not data.get("published"):
+            return data
+        axes = {"penalties": PUBLISHED_PENALTIES, "ratios": PUBLISHED_RATIOS}
+        for name, values in axes.items():
+            if tuple(data.get(name, values)) != values:
+                raise ConfigError(
+                    f"{name} must be left out when the published grid is asked for",
+                    " ".join(map(str, data[name])),
+                    f"Drop --{name}, or --published.",
+                )
+        return data | axes
 
     @field_validator("penalties")
     @classmethod
@@ -130,7 +149,8 @@ def grid(config: GridConfig, *, fresh: bool = False) -> artifact.Artifact:
 
 def _cells(config: GridConfig, sizes: list[int]) -> list[_Cell]:
     """The smallest dictionaries first, which are the quickest."""
-    length = {} if config.train.n_tokens or config.train.epochs else {"n_tokens": N_TOKENS}
+    rows = PUBLISHED_N_TOKENS if config.published else N_TOKENS
+    length = {} if config.train.n_tokens or config.train.epochs else {"n_tokens": rows}
     spread = _spread(config)
     cells = []
     for d_sae in sorted(sizes):

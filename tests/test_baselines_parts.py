@@ -1,5 +1,7 @@
 """NMF, reconstruction ICA and thresholded neurons: what they find of data with a known answer, contracts, errors."""
 
+from collections.abc import Callable, Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -68,6 +70,49 @@ def test_nmf_finds_parts_that_only_add() -> None:
     assert float(metrics.mcs(parts, made.W_dec).mean()) > 0.97
     assert fvu(made, x) < 0.02 and float(made.W_dec.min()) >= 0
     assert float(made.encode(x).acts.min()) >= 0
+
+
+def in_batches(x: torch.Tensor, seen: list[int]) -> Callable[[int], Iterator[torch.Tensor]]:
+    """Passes over rows, and how many rows were held at a time."""
+
+    def one(size: int) -> Iterator[torch.Tensor]:
+        for part in torch.split(x, size):
+            seen.append(len(part))
+            yield part
+
+    return one
+
+
+def test_nmf_of_streamed_rows_finds_what_it_finds_in_memory() -> None:
+    generator = torch.Generator().manual_seed(0)
+    parts = (torch.rand(6, 24, generator=generator) < 0.25).float() + 0.01
+    acts = torch.rand(3000, 6, generator=generator) * (torch.rand(3000, 6, generator=generator) < 0.4)
+    x, seen = acts @ parts - 3.0, list[int]()
+    config = NMFConfig(d_sae=6, max_iterations=200)
+    held, made = NMF.fit(x, config), NMF.fit_stream(in_batches(x, seen), len(x), config)
+    assert max(seen) == 1024 and bool(made.converged)
+    assert torch.equal(made.b_dec, held.b_dec)
+    assert float(metrics.mcs(parts, made.W_dec).mean()) > 0.97 and fvu(made, x) < max(
+        0.02, 1.2 * fvu(held, x)
+    )
+    with pytest.raises(ShapeError, match="nmf with 700 components takes as many rows, got 600"):
+        NMF.fit_stream(in_batches(rows(), seen), 600, NMFConfig(d_sae=700))
+    assert not NMF.fit_stream(in_batches(x, seen), len(x), NMFConfig(d_sae=6, max_iterations=1)).converged
+
+
+def test_rica_of_streamed_rows_finds_what_it_finds_in_memory() -> None:
+    truth, x = sparse_rows(8)
+    seen: list[int] = []
+    config = RICAConfig(d_sae=8, batch_size=512)
+    held, made = RICA.fit(x + 3, config), RICA.fit_stream(in_batches(x + 3, seen), config)
+    assert max(seen) == 512 and len(seen) == 12 + 2000, "a pass for the mean, and a batch for each step"
+    torch.testing.assert_close(made.b_dec, held.b_dec, rtol=1e-4, atol=1e-5)
+    for one in (held, made):
+        assert float(metrics.mmacs(truth, one.W_dec)) > 0.99 and fvu(one, x + 3) < 0.01
+    assert float(metrics.mmacs(held.W_dec, made.W_dec)) > 0.99
+    x[7, 2] = torch.inf
+    with pytest.raises(ActivationError, match="activations must be finite"):
+        RICA.fit_stream(in_batches(x, seen), config)
 
 
 def test_nmf_coefficients_are_those_of_scipys_nnls() -> None:

@@ -13,6 +13,7 @@ from test_report import Page
 
 from sememe import artifact, dictionaries
 from sememe.concepts import ConceptsConfig, concepts
+from sememe.concepts.labelled import read_labelled
 from sememe.concepts.rows import pooled_rows
 from sememe.dictionaries.topk import TopKConfig
 from sememe.errors import ConfigError, MismatchError, TextError
@@ -243,6 +244,20 @@ def test_bad_lines_are_named(world: World, tmp_path: Path, line: str, message: s
     assert not (tmp_path / "c").exists()
 
 
+def test_a_corpus_is_labelled_by_what_is_known_of_its_documents(world: World, tmp_path: Path) -> None:
+    options = {"label_field": "language", "max_per_class": 500}
+    asked = config_for(world, tmp_path / "c", corpus=(str(world.corpus),), **options)
+    found = read_labelled(asked)
+    same = read_labelled(config_for(world, tmp_path / "c", labelled=(world.corpus,), **options))
+    assert sorted(zip(found.texts, found.labels, strict=True)) == sorted(
+        zip(same.texts, same.labels, strict=True)
+    )
+    assert found.classes == ("english", "german")
+    data = read(concepts(asked.replace(max_per_class=30), lm=world.lm))
+    assert data["labels"] == [f"{world.corpus}: language"]
+    assert data["mean_balanced_accuracy"]["activations"]["dense"]["value"] > 0.8
+
+
 def test_labels_that_cannot_be_asked_about(world: World, tmp_path: Path) -> None:
     one = write(tmp_path / "one.jsonl", label="same")
     with pytest.raises(TextError, match=r"at least two classes of 20 texts or more, got same 160"):
@@ -257,8 +272,17 @@ def test_labels_that_cannot_be_asked_about(world: World, tmp_path: Path) -> None
     fine = write(tmp_path / "fine.jsonl")
     with pytest.raises(ConfigError, match=r"ks must be at most d_sae=48, got 49"):
         concepts(config_for(world, tmp_path / "c", labelled=(fine,), ks=(49,)), lm=world.lm)
-    with pytest.raises(ConfigError, match=r"labels must come from files or be first letters, got neither"):
+    with pytest.raises(ConfigError, match=r"from files, from corpora, or be first letters, got none of them"):
         config_for(world, tmp_path / "c")
+    with pytest.raises(ConfigError, match=r"or be first letters, got corpus and first_letter"):
+        config_for(world, tmp_path / "c", first_letter=True, corpus=("default",))
+    with pytest.raises(ConfigError, match=r"text_field must be left out when texts are a corpus's documents"):
+        config_for(world, tmp_path / "c", corpus=("default",), text_field="x")
+    with pytest.raises(
+        TextError,
+        match=r"documents of .*corpus.jsonl must have topic, got none, but language, source. Set --label-",
+    ):
+        read_labelled(config_for(world, tmp_path / "c", corpus=(str(world.corpus),), label_field="topic"))
     with pytest.raises(ConfigError, match=r"label_field must be left out with first_letter"):
         config_for(world, tmp_path / "c", first_letter=True, label_field="x")
     short = tmp_path / "short.jsonl"

@@ -251,6 +251,8 @@ def test_several_outputs_are_spliced_at_once(tmp_path: Path, corpus: Path, lm: L
         HOOKPOINT: 0,
         "resid_post.2": 0,
     }
+    beside = [values["nulls"]["pca"]["fvu"] for values in by_site.values()]
+    assert all(0 <= one["low"] <= one["value"] <= one["high"] < 0.2 for one in beside)
     last = zeros(lm, tmp_path / "d2", autoencoder(lm, "resid_post.2"))
     only_last = evaluate(config_for(last, corpus, tmp_path / "r2", nulls=()), lm=lm)
     assert "by_site" not in only_last.data
@@ -464,9 +466,11 @@ def test_the_smallest_set_of_latents_within_a_share_of_the_perplexity(
     path = world.place / "topk"
     found = evaluate(config_for(path, corpus, tmp_path / "r", store=store, within=1e9, nulls=()), lm=lm).data
     parts = found["parts"]
-    assert list(parts) == [f"strongest_{n}" for n in (2, 4, 8, 16)]
-    l0 = [part["l0"]["value"] for part in parts.values()]
-    assert l0 == sorted(l0)
+    assert sorted(parts) == sorted(f"{how}_{n}" for n in (2, 4, 8, 16) for how in ("strongest", "drawn"))
+    for how in ("strongest", "drawn"):
+        l0 = [parts[f"{how}_{n}"]["l0"]["value"] for n in (2, 4, 8, 16)]
+        assert l0 == sorted(l0)
+    assert parts["strongest_4"]["fvu"]["value"] < parts["drawn_4"]["fvu"]["value"], "they write more"
     assert found["smallest_within"]["n_latents"] == 2  # anything is within so much
     base = found["smallest_within"]["perplexity_base"]
     assert base == found["metrics"]["perplexity_base"]["value"]
@@ -475,6 +479,11 @@ def test_the_smallest_set_of_latents_within_a_share_of_the_perplexity(
     for share in (0.001, 0.02, 0.3):
         config = config_for(path, corpus, tmp_path / f"r{share}", store=store, within=share, nulls=())
         own = evaluate(config, lm=lm).data["smallest_within"]
+        by_chance = {n: parts[f"drawn_{n}"]["perplexity"]["value"] for n in (2, 4, 8, 16)} | {
+            32: perplexity[32]
+        }
+        drawn_enough = [n for n, value in by_chance.items() if value <= (1 + share) * base]
+        assert own["random"]["n_latents"] == (min(drawn_enough) if drawn_enough else None)
         enough = [n for n, value in perplexity.items() if value <= (1 + share) * base]
         assert own["n_latents"] == (min(enough) if enough else None)
         assert ("cause" in own) == (not enough)

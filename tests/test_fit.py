@@ -10,10 +10,13 @@ from evaluate_world import World, autoencoder, identity, make_world, save, text_
 
 from sememe import artifact, dictionaries
 from sememe.compare import CompareConfig, compare
+from sememe.dictionaries.nmf import NMF, NMFConfig
+from sememe.dictionaries.rica import RICA, RICAConfig
 from sememe.dictionaries.sparse_coder import SparseCoderConfig, sparse_coder_over
 from sememe.dictionaries.topk import TopKConfig
 from sememe.errors import ConfigError, HookpointError, MismatchError
 from sememe.fit import KINDS, FitConfig, fit
+from sememe.source import StoreSource
 from sememe.store import open_store
 
 OPTIONS = {
@@ -145,3 +148,21 @@ def test_streamed_rows_give_what_held_ones_give(world, fitted, tmp_path, monkeyp
     x = store.read(0, ("resid_post.1",)).activations["resid_post.1"].float()
     torch.testing.assert_close(streamed(x), held(x), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(streamed.b_dec, held.b_dec, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["nmf", "rica"])
+def test_passes_over_the_store_are_passes_over_the_same_rows(world, fitted, kind):
+    store = open_store(world.store)
+    x = StoreSource(store, ("resid_post.1",)).next_batch(1000).x.float()
+
+    def passes(size):
+        return iter(torch.split(x, size))
+
+    made = (
+        NMF.fit_stream(passes, 1000, NMFConfig.build(OPTIONS["nmf"]))
+        if kind == "nmf"
+        else RICA.fit_stream(passes, RICAConfig.build(OPTIONS["rica"]))
+    )
+    stored = dictionaries.load(fitted / kind)
+    torch.testing.assert_close(stored.b_dec, made.b_dec)
+    torch.testing.assert_close(stored.W_dec, made.W_dec)

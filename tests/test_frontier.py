@@ -53,6 +53,15 @@ def test_what_sets_groups_apart_is_in_their_titles():
     assert [place.group for place in found.values()] == ["topk resid_post.8", "topk resid_post.2"]
 
 
+def test_ways_to_fit_are_told_apart_by_their_own_options():
+    ways = {
+        name: about(kind="sparse_coder", training={"baseline": {"kind": "ksvd", "update": name, "k": k}})
+        for name, k in (("mod", 4), ("gradient", 8))
+    }
+    titles = [place.group for place in grouped(ways).values()]
+    assert titles == ["sparse_coder update=mod", "sparse_coder update=gradient"]
+
+
 def test_interpolation_is_that_of_a_slow_version():
     rng = np.random.default_rng(0)
     n_settings, n_draws = 4, 30

@@ -11,7 +11,7 @@ from sememe.dictionaries.p_anneal import PAnnealConfig
 from sememe.dictionaries.relu import ReLUConfig
 from sememe.dictionaries.topk import TopKConfig
 from sememe.errors import ConfigError
-from sememe.grid import GRID, N_ROWS, N_SAMPLE_ROWS, GridConfig, grid
+from sememe.grid import GRID, N_ROWS, N_SAMPLE_ROWS, GridConfig, _cells, _sizes, grid
 from sememe.metrics import mmcs
 from sememe.toy import PlantedSource, ToyConfig, recovery
 from sememe.train import TrainConfig
@@ -73,12 +73,22 @@ def test_every_cell_is_what_its_dictionary_does(tmp_path, capsys):
     assert capsys.readouterr().err == "", "and nothing was trained again"
 
 
-def test_the_default_is_the_published_grid():
-    options = GridConfig(train=TrainConfig(architecture=ReLUConfig()))
+def test_the_published_grid_is_an_option_and_the_default_a_part_of_it():
+    trained = TrainConfig(architecture=ReLUConfig())
+    few = GridConfig(train=trained)
+    assert few.penalties == pytest.approx((0.1, 10**-0.5, 1, 10**0.5)) and few.ratios == (0.5, 1, 2)
+    options = GridConfig(train=trained, published=True)
+    assert options.replace(out=few.out) == options
+    with pytest.raises(
+        ConfigError, match=r"ratios must be left out when the published grid is asked for, got 1.0. "
+    ):
+        GridConfig(train=trained, published=True, ratios=(1.0,))
     assert len(options.penalties) == 17 and len(options.ratios) == 8
     assert options.penalties[0] == pytest.approx(0.01) and options.penalties[-1] == pytest.approx(100)
     assert options.penalties[9] / options.penalties[8] == pytest.approx(10**0.25)
     assert options.ratios == (0.25, 0.5, 1, 2, 4, 8, 16, 32)
+    for one, n_tokens in ((few, 500_000), (options, 4_000_000)):
+        assert {cell.config.n_tokens for cell in _cells(one, _sizes(one))} == {n_tokens}
 
 
 @pytest.mark.parametrize("scale", [True, False])
@@ -143,6 +153,8 @@ def test_the_command_draws_a_grid(tmp_path, capsys):
     assert artifact.load(tmp_path / "g" / "plots", "grid").meta["kind"] == "grid"
     assert _run([*command, "--ratios", "1", "2"]) == 2
     assert "--ratios must go with --grid, got 1.0 2.0. Drop it, or pass --grid." in capsys.readouterr().err
+    assert _run([*command, "--published"]) == 2
+    assert "--published must go with --grid" in capsys.readouterr().err
 
 
 def test_families_are_reported(tmp_path, capsys):

@@ -32,7 +32,7 @@ LAYERS = [
     ["browse", "live"],
     ["recipe"],
     ["plan"],
-    ["run", "grid"],
+    ["run", "grid", "experiments"],
     ["cli"],
     ["__main__"],
 ]  # fmt: skip

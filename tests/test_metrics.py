@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 
 from sememe import metrics
 from sememe.encoded import Encoded
@@ -546,3 +547,34 @@ def test_nan_activations_are_not_active_latents() -> None:
     found = sparsity.compute()
     for name in ("l0", "l1", "frac_alive", "frac_alive_8192"):
         assert math.isnan(found[name].value) and "NaN or infinite" in found[name].cause
+
+
+@settings(max_examples=30, deadline=None)
+@given(n=st.integers(2, 3000), hit=st.booleans())
+def test_a_share_that_is_nothing_or_everything_has_wilsons_interval(n, hit):
+    found = metrics.over_latents(torch.full((n,), hit))
+    wilson = binomtest(n if hit else 0, n).proportion_ci(0.95, method="wilson")
+    assert found.value == float(hit)
+    assert found.low == pytest.approx(wilson.low, abs=1e-12)
+    assert found.high == pytest.approx(wilson.high, abs=1e-12)
+    # numbers that all agree are no share of anything: their mean is certain as far as draws can tell
+    same = metrics.over_latents(torch.full((n,), float(hit)))
+    assert same.low == same.high == float(hit)
+
+
+def test_wilsons_interval_is_taken_of_shares_of_latents_texts_and_directions():
+    sparsity = metrics.Sparsity(40)
+    everywhere = Encoded.from_dense(torch.ones(60, 40))
+    sparsity.update(everywhere, None, torch.arange(60) % 6)
+    alive = sparsity.compute(n_bootstrap=50)["frac_alive"]
+    assert alive.value == alive.high == 1 and alive.low == pytest.approx(40 / (40 + 1.959964**2), abs=1e-6)
+    rare = sparsity.density_shares(n_bootstrap=50)["below_1e-3"]
+    assert rare.value == rare.low == 0 and rare.high == pytest.approx(1 - alive.low)
+    together = metrics.coincide(torch.ones(10, 4), n_bootstrap=50)
+    assert together.high == 1 and together.low == pytest.approx(10 / (10 + 1.959964**2), abs=1e-6)
+    labels = torch.arange(60) < 20
+    x = labels.float()[:, None] + 0.01 * torch.randn(60, 1, generator=torch.Generator().manual_seed(0))
+    scores = metrics.probe_scores(metrics.dense_probe(x, labels), labels, n_bootstrap=50)
+    for name, n in (("accuracy", 60), ("balanced_accuracy", 20), ("auroc", 20)):
+        assert scores[name].high == 1
+        assert scores[name].low == pytest.approx(n / (n + 1.959964**2), abs=1e-6), name

@@ -253,3 +253,31 @@ def test_every_support_is_tried_by_no_pursuit_but_omp_is_near_the_best():
     error = (x - (acts[..., None] * W[indices]).sum(1)).square().sum(1).double().numpy()
     assert (error >= best - 1e-4).all()
     assert error.sum() < 1.25 * best.sum()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 5), st.integers(6, 12), st.integers(13, 40), st.integers(0, 99), st.booleans())
+def test_omp_from_the_directions_products_is_omp(k, d, n, seed, non_negative):
+    x, W = rows(6, d, seed), unit(rows(n, d, seed + 1))
+    slow, fast = (pursue(x, W, k, True, non_negative, gram) for gram in (None, W @ W.T))
+    codes = [torch.zeros(6, n).scatter_add(1, indices, acts) for acts, indices in (slow, fast)]
+    left = [(x - code @ W).square().sum(1) for code in codes]
+    torch.testing.assert_close(
+        *left, atol=2e-4 * float(x.square().sum(1).max()), rtol=1e-2 if non_negative else 1e-3
+    )
+    same = (codes[0] != 0).eq(codes[1] != 0).all(1)
+    assert float(same.float().mean()) > 0.5, "the same directions, but where two are nearly as good"
+    torch.testing.assert_close(codes[0][same], codes[1][same], atol=5e-2 if non_negative else 5e-3, rtol=1e-2)
+
+
+def test_products_of_directions_follow_the_directions():
+    made = SparseCoder(SparseCoderConfig(k=2, d_sae=20), 8, 8, 20)
+    x = rows(30, 8, 4)
+    for seed in (0, 1):
+        made.W_dec = unit(rows(20, 8, seed))
+        fresh = SparseCoder(SparseCoderConfig(k=2, d_sae=20), 8, 8, 20)
+        fresh.W_dec = made.W_dec.clone()
+        torch.testing.assert_close(made.encode(x).to_dense(), fresh.encode(x).to_dense())
+    made.W_dec[3] = unit(rows(1, 8, 9))[0]  # in place, as K-SVD does it
+    fresh.W_dec = made.W_dec.clone()
+    torch.testing.assert_close(made.encode(x).to_dense(), fresh.encode(x).to_dense())

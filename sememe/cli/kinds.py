@@ -1,30 +1,17 @@
-"""The commands whose first word is a kind, with the options of that kind alone: train, fit, toy, pretrain."""
+"""The commands whose first word is a kind, with the options of that kind alone: train, fit, pretrain; toy is in toys.py."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from cyclopts import App, Parameter
+from cyclopts import App
 
 from sememe.cli.flags import command
-from sememe.errors import ConfigError
 
 __all__: list[str] = []
 
 FRESH: dict[str, tuple[Any, Any, str]] = {"fresh": (bool, False, "Replace whatever stands at --out.")}
-
-
-_MANY = Annotated[tuple[float, ...], Parameter(consume_multiple=True)]
-GRID: dict[str, tuple[Any, Any, str]] = {
-    "draw_grid": (
-        Annotated[bool, Parameter(name="--grid")],
-        False,
-        "Train one for every penalty and size, and draw what each finds.",
-    ),
-    "penalties": (_MANY, (), "With --grid: weights of the mean activation over latents."),
-    "ratios": (_MANY, (), "With --grid: latents per planted feature."),
-}
 
 
 def say(what: str, path: Path) -> None:
@@ -52,7 +39,7 @@ def train_app() -> App:
             train(config, fresh=fresh)
             say(f"{kind} dictionary", config.out)
 
-    for kind, architecture in _architectures(TRAINABLE):
+    for kind, architecture in architectures(TRAINABLE):
         doc = f"Train a {kind} dictionary."
         app.command(
             command(
@@ -97,82 +84,6 @@ def fit_app() -> App:
     return app
 
 
-def toy_app() -> App:
-    """An application with a command for every architecture, on planted features."""
-    from sememe.config import sha256_of
-    from sememe.dictionaries import TRAINABLE, Dictionary
-    from sememe.grid import GridConfig, grid
-    from sememe.toy import PlantedSource, ToyConfig, absorption, recovery
-    from sememe.train import TrainConfig, train, train_sweep
-
-    app = App(
-        name="toy", help="Train on planted features and see how many are found: `sememe toy topk --k 5`."
-    )
-    app.result_action = "return_value"
-
-    def verb(
-        config: TrainConfig,
-        fresh: bool = False,
-        draw_grid: bool = False,
-        penalties: tuple[float, ...] = (),
-        ratios: tuple[float, ...] = (),
-        **options: Any,
-    ) -> None:
-        planted = ToyConfig.build({name.removeprefix("planted_"): value for name, value in options.items()})
-        axes = {name: given for name, given in (("penalties", penalties), ("ratios", ratios)) if given}
-        if draw_grid:
-            made = grid(GridConfig(out=config.out, planted=planted, train=config, **axes), fresh=fresh)
-            say("plots", made.path / "grid.svg")
-            return
-        for name, given in axes.items():
-            raise ConfigError(
-                f"--{name} must go with --grid", " ".join(map(str, given)), "Drop it, or pass --grid."
-            )
-        source = PlantedSource(planted)
-        parents = {"planted": sha256_of(planted.resolved())}
-        about = {"planted": planted.resolved()}
-        if config.sweep:
-            sweep = train_sweep(config, source=source, parents=parents, extra=about, fresh=fresh)
-            for name in sweep.names:
-                show(source, sweep.load(name))
-                say(f"{config.architecture.kind} dictionary", sweep.path(name))
-        else:
-            show(source, train(config, source=source, parents=parents, extra=about, fresh=fresh))
-            say(f"{config.architecture.kind} dictionary", config.out)
-
-    def show(source: PlantedSource, dictionary: Dictionary) -> None:
-        found = recovery(source.planted, dictionary)
-        print(f"recall (mmcs planted -> learned)     {found.recall:.4f}")
-        print(f"  of as many random directions       {found.random:.4f}")
-        print(f"precision (mmcs learned -> planted)  {found.precision:.4f}")
-        print(f"planted features found (> 0.9)       {found.found:.1%}")
-        if source.planted.config.n_children:
-            families = absorption(source.planted, dictionary)
-            print(f"parents silent beside a child        {families.silent_with_child:.1%}")
-            print(f"parents silent when alone            {families.silent_alone:.1%}")
-            print(f"parents split into their children    {families.split:.1%}")
-
-    planted_options = {
-        f"planted_{name}": (field.annotation, field.default, field.description or "")
-        for name, field in ToyConfig.model_fields.items()
-    }
-    for kind, architecture in _architectures(TRAINABLE):
-        app.command(
-            command(
-                TrainConfig,
-                verb,
-                choices={"architecture": architecture},
-                fixed={"architecture.kind": kind},
-                extra=FRESH
-                | planted_options
-                | (GRID if "l1_coefficient" in architecture.model_fields else {}),
-                doc=f"Train a {kind} dictionary on planted features.",
-            ),
-            name=kind,
-        )
-    return app
-
-
 def pretrain_app() -> App:
     """An application with a command for each kind of blocks."""
     from sememe.lm.build import GPT2Shape, LlamaShape
@@ -204,7 +115,7 @@ def pretrain_app() -> App:
     return app
 
 
-def _architectures(registry: dict[str, Any]) -> list[tuple[str, Any]]:
+def architectures(registry: dict[str, Any]) -> list[tuple[str, Any]]:
     """Each kind of dictionary with its config's class."""
     import sys
 

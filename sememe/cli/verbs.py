@@ -1,6 +1,6 @@
 """What each command does when it is called: imports its verb, makes its flags, prints its result.
 
-Those whose first word is a kind (`sememe train topk`) are in `kinds.py`.
+Those whose first word is a kind (`sememe train topk`) are in `kinds.py`, experiments on toys in `toys.py`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from cyclopts import Parameter
 
 from sememe.cli import kinds
 from sememe.cli.flags import command
-from sememe.cli.kinds import FRESH
-from sememe.cli.kinds import say as _say
+from sememe.cli.kinds import FRESH, say
 from sememe.errors import ConfigError, nearest
 
 __all__: list[str] = []
@@ -32,11 +31,17 @@ def _harvest() -> Any:
 
     def verb(config: HarvestConfig, fresh: bool = False) -> None:
         store = harvest(config, fresh=fresh)
-        _say(f"store of {store.info.n_rows:,} rows", config.out)
+        say(f"store of {store.info.n_rows:,} rows", config.out)
 
     return command(
         HarvestConfig, verb, extra=FRESH, doc="Run a language model over a text and store its activations."
     )
+
+
+def _toy() -> Any:
+    from sememe.cli.toys import toy_app
+
+    return toy_app()
 
 
 def _evaluate() -> Any:
@@ -65,7 +70,7 @@ def _about_dictionaries(config: Any, verb: Callable[..., Any], name: str, doc: s
         import sememe.run
 
         getattr(sememe.run, f"print_{name}")(made.path)
-        _say(name, made.path / f"{name}.html")
+        say(name, made.path / f"{name}.html")
 
     return command(config, ask, positional=("dictionaries",), extra=FRESH, doc=doc)
 
@@ -89,7 +94,7 @@ def _report() -> Any:
 
     def verb(config: ReportConfig, fresh: bool = False) -> None:
         report(config, fresh=fresh)
-        _say("page", config.out)
+        say("page", config.out)
 
     return command(
         ReportConfig,
@@ -107,7 +112,7 @@ def _lens() -> Any:
     def verb(config: LensConfig, fresh: bool = False) -> None:
         lens(config, fresh=fresh)
         print_lens(config.out)
-        _say("lens", config.out)
+        say("lens", config.out)
 
     return command(
         LensConfig,
@@ -123,7 +128,7 @@ def _interpret() -> Any:
     def verb(config: InterpretConfig, fresh: bool = False) -> None:
         for atlas in interpret_all(config, fresh=fresh).values():
             atlas.close()
-            _say("atlas", atlas.artifact.path)
+            say("atlas", atlas.artifact.path)
 
     return command(
         InterpretConfig,
@@ -149,7 +154,7 @@ def _explain() -> Any:
             return
         found = explain(config, fresh=fresh)
         print(found.page())
-        _say("explanations", config.out)
+        say("explanations", config.out)
 
     return command(
         ExplainConfig,
@@ -175,7 +180,7 @@ def _effects() -> Any:
         for name, value in found.summary.items():
             if value is not None:
                 print(f"{name.replace('_', ' '):<20} {value:>10{',' if isinstance(value, int) else '.4f'}}")
-        _say("effects", config.out)
+        say("effects", config.out)
 
     return command(
         EffectsConfig,
@@ -193,7 +198,7 @@ def _prompt() -> Any:
         print_prompt(prompt(config))
         for name, path in (("rows", config.out), ("page", config.page)):
             if path is not None:
-                _say(name, path)
+                say(name, path)
 
     return command(
         PromptConfig,
@@ -230,7 +235,7 @@ def _browse() -> Any:
                 )
         shown = {name: getattr(config, name) for name in Inputs.model_fields}
         export(ExportConfig.build({**shown, "out": export_to}), fresh=fresh)
-        _say("site", export_to / "index.html")
+        say("site", export_to / "index.html")
 
     return command(
         BrowseConfig,
@@ -290,7 +295,7 @@ def _simple(module: str, name: str, doc: str, positional: tuple[str, ...] = ()) 
 
     def verb(config: Any, fresh: bool = False) -> None:
         function(config, fresh=fresh)
-        _say(name, config.out)
+        say(name, config.out)
 
     return command(config, verb, positional=positional, extra=FRESH, doc=doc)
 
@@ -388,7 +393,7 @@ _MAKERS: dict[str, Callable[[], Any]] = {
         "Ask what latents know of labels: probes, ablations, absorption.",
         ("dictionary",),
     ),
-    "toy": kinds.toy_app,
+    "toy": _toy,
     "pretrain": kinds.pretrain_app,
     "convert": lambda: _simple(
         "convert", "convert", "Read and write other tools' dictionaries.", ("source",)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float64, Int32
+from jaxtyping import Float64, Int32, Shaped
 from scipy.stats import binom
 from torch import Tensor
 
@@ -61,12 +61,12 @@ def all_pairs(config: CompareConfig, loaded: dict[str, Dictionary]) -> dict[str,
     return {"names": names, **cells, **random, "differences": differences}
 
 
-def _mean(config: CompareConfig, cosines: Float64[Tensor, " latents"]) -> Entry:
+def _mean(config: CompareConfig, cosines: Shaped[Tensor, " latents"]) -> Entry:
     return metrics.over_latents(cosines, n_bootstrap=config.n_bootstrap, seed=config.seed).to_json()
 
 
 def _share(config: CompareConfig, cosines: Float64[Tensor, " latents"]) -> Entry:
-    return _mean(config, (cosines > FOUND_COSINE).double())
+    return _mean(config, cosines > FOUND_COSINE)
 
 
 def _differences(

@@ -18,12 +18,17 @@ __all__ = ["ConceptsConfig"]
 class ConceptsConfig(Config):
     """Which dictionary, which labels, and what is asked of them."""
 
-    not_identity: ClassVar[frozenset[str]] = frozenset({"out", "dictionary", "labelled", "batch_rows"})
+    not_identity: ClassVar[frozenset[str]] = frozenset(
+        {"out", "dictionary", "labelled", "corpus", "batch_rows"}
+    )
 
     dictionary: Path
     """The dictionary to ask."""
     labelled: tuple[Path, ...] = ()
     """JSONL files, an object with a text and a label on each line."""
+    corpus: tuple[str, ...] = ()
+    """Instead: documents of these corpora, labelled by what is known of them (--label-field language, source, or a tag
+    such as topic); those of which it is not known are left out."""
     first_letter: bool = False
     """Instead: words of the model's own vocabulary, labelled by their first letter."""
     out: Path = Path("artifacts/concepts")
@@ -59,12 +64,15 @@ class ConceptsConfig(Config):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if self.first_letter == bool(self.labelled):
+        given = [name for name in ("labelled", "corpus", "first_letter") if getattr(self, name)]
+        if len(given) != 1:
             raise ConfigError(
-                "labels must come from files or be first letters",
-                "both" if self.first_letter else "neither",
-                "Name a JSONL file (--labelled), or pass --first-letter.",
+                "labels must come from files, from corpora, or be first letters",
+                " and ".join(given) or "none of them",
+                "Name a JSONL file (--labelled) or a corpus (--corpus), or pass --first-letter.",
             )
+        if self.corpus:
+            self.check_inert("text_field", without="texts are a corpus's documents")
         fields = ("text_field", "label_field", "spurious_field")
         for name in fields if self.first_letter else ():
             if getattr(self, name) != type(self).model_fields[name].default:

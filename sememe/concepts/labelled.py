@@ -1,15 +1,17 @@
-"""Texts and their labels: from JSONL files, or words by their first letter. Knows no model."""
+"""Texts and their labels: from JSONL files, a corpus, or words by their first letter. Knows no model."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from sememe import text
 from sememe.concepts.config import ConceptsConfig
 from sememe.errors import TextError
 
@@ -34,20 +36,19 @@ class Labelled(NamedTuple):
 
 
 def read_labelled(config: ConceptsConfig) -> Labelled:
-    """Read the files.
+    """Read the files, or the corpora's documents.
 
     Raises:
-        TextError: a file is missing or no JSONL; a text or a label is missing, empty or NaN; there are fewer than two
-            classes; a class is too small; the second label, or the first beside it, has not two classes.
+        TextError: a file is missing or no JSONL; a corpus is unknown, cannot be had, or knows no such label; a text or
+            a label is missing, empty or NaN; there are fewer than two classes; a class is too small; the second label,
+            or the first beside it, has not two classes.
     """
     texts, labels, spurious = [], [], []
-    for path in config.labelled:
-        for number, line in _lines(path):
-            where = f"line {number} of {path}"
-            texts.append(_text(line, config.text_field, where))
-            labels.append(_label(line, config.label_field, where))
-            if config.spurious_field is not None:
-                spurious.append(_label(line, config.spurious_field, where))
+    for where, line in _documents(config) if config.corpus else _all_lines(config):
+        texts.append(_text(line, config.text_field, where))
+        labels.append(_label(line, config.label_field, where))
+        if config.spurious_field is not None:
+            spurious.append(_label(line, config.spurious_field, where))
     if config.spurious_field is None:
         return _chosen(config, texts, labels, None)
     for name, found in ((config.label_field, set(labels)), (config.spurious_field, set(spurious))):
@@ -66,6 +67,34 @@ def read_labelled(config: ConceptsConfig) -> Labelled:
             "Give more labelled texts, or leave spurious_field out.",
         )
     return _chosen(config, texts, labels, spurious)
+
+
+def _all_lines(config: ConceptsConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every line of every file, and where it stands."""
+    for path in config.labelled:
+        for number, line in _lines(path):
+            yield f"line {number} of {path}", line
+
+
+def _documents(config: ConceptsConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The documents whose labels are known, held out or not: nothing was ever trained on a label."""
+    about = text.TextConfig(corpus=config.corpus)
+    text.fetch(about)
+    wanted = [name for name in (config.label_field, config.spurious_field) if name is not None]
+    known: set[str] = set()
+    n_found = 0
+    for document in text.documents(about, "all"):
+        line = {"language": document.language, "source": document.source, **document.tags}
+        known |= {name for name, value in line.items() if value is not None}
+        if all(line.get(name) is not None for name in wanted):
+            n_found += 1
+            yield f"document {document.id} of {document.source}", {**line, "text": document.text}
+    if not n_found:
+        raise TextError(
+            f"documents of {', '.join(config.corpus)} must have {' and '.join(wanted)}",
+            f"none, but {', '.join(sorted(known))}",
+            "Set --label-field to one of these.",
+        )
 
 
 def first_letters(config: ConceptsConfig, tokenizer: Any) -> Labelled:

@@ -95,7 +95,7 @@ def concepts(
             "format_version": 2,
             "dictionary": describe(saved, dictionary, sites),
             "pooling": pooling,
-            "labels": "first letters" if config.first_letter else [path.name for path in config.labelled],
+            "labels": "first letters" if config.first_letter else _where_from(config),
             "n_texts": len(labelled.texts),
             "n_cut": own.n_cut,
             "left_out": labelled.left_out,
@@ -105,6 +105,13 @@ def concepts(
         figures.write_concepts(work.path, data)
         work.extra = {"n_classes": len(labelled.classes), "n_texts": len(labelled.texts)}
     return artifact.load(config.out, "concepts")
+
+
+def _where_from(config: ConceptsConfig) -> list[str]:
+    """The names of files, or of corpora with what their documents are labelled by."""
+    return [path.name for path in config.labelled] or [
+        f"{name}: {config.label_field}" for name in config.corpus
+    ]
 
 
 def _untrained(dictionary: Dictionary, sites: Sites, own: Pooled, seed: int) -> Dictionary:

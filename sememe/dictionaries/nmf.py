@@ -1,13 +1,15 @@
 """Non-negative matrix factorisation as a dictionary: parts that only add, about the smallest entry of each dimension.
 
-Fitted by scikit-learn in batches, never trained. Knows no model.
+Fitted by scikit-learn in batches, on rows in memory or as they stream by; never trained. Knows no model.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, Self, final
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from pydantic import Field
@@ -18,10 +20,16 @@ from sememe.dictionaries.fitted import Fitted, check_rows
 from sememe.dictionaries.sparse_coder import fista
 from sememe.encoded import Encoded
 from sememe.errors import ShapeError
+from sememe.progress import track
 
 __all__ = ["NMF", "NMFConfig"]
 
 BLOCK_ROWS = 4096
+BATCH_ROWS = 1024
+FORGET = 0.7
+"""What a pass over all rows leaves of what was counted before it; scikit-learn's own."""
+LEAST_CHANGE = 1e-3
+"""How far a pass has to move the parts, against their length, for another to follow."""
 
 
 class NMFConfig(ArchitectureConfig):
@@ -90,16 +98,81 @@ class NMF(Fitted):
         rows = x.float().cpu()
         low = rows.amin(0)
         search = MiniBatchNMF(
-            d_sae, batch_size=1024, max_iter=config.max_iterations, random_state=config.seed, init="random"
+            d_sae,
+            batch_size=BATCH_ROWS,
+            max_iter=config.max_iterations,
+            random_state=config.seed,
+            init="random",
         )
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             search.fit((rows - low).clamp_min(0).numpy())
         made.converged.fill_(not any(issubclass(warning.category, ConvergenceWarning) for warning in warned))
-        components = torch.from_numpy(search.components_).float()
-        made.W_dec.copy_(components / components.norm(dim=1, keepdim=True).clamp_min(1e-12))
-        made.b_dec.copy_(low)
-        return made.eval().to(x.device)
+        return made._of(search.components_, low).to(x.device)
+
+    @classmethod
+    def fit_stream(
+        cls,
+        passes: Callable[[int], Iterator[Float[Tensor, "rows d"]]],
+        n_rows: int,
+        config: NMFConfig,
+        sites: Sites | None = None,
+    ) -> Self:
+        """Factorise rows of which only a batch is held at a time.
+
+        Differs from `fit`: a batch's coefficients are not kept but found anew in each pass, and it ends when a pass
+        moves the parts by less than a thousandth of their length.
+
+        Args:
+            passes: One pass over the rows in batches of so many; the same rows on every call.
+            n_rows: How many those are.
+            config: How.
+            sites: What the rows are.
+
+        Raises:
+            ShapeError: fewer rows than components.
+            ActivationError: a row is NaN or infinite.
+        """
+        from sklearn.decomposition import MiniBatchNMF
+
+        low: Tensor | None = None
+        for rows in passes(BATCH_ROWS):
+            check_rows(rows)
+            least = rows.float().cpu().amin(0)
+            low = least if low is None else torch.minimum(low, least)
+        d_in = 0 if low is None else low.shape[0]
+        d_sae = config.width(d_in)
+        if low is None or n_rows < d_sae:
+            raise ShapeError(f"nmf with {d_sae} components takes as many rows", n_rows, "Give it more.")
+        made = cls(config, d_in, d_in, d_sae, sites)
+        search = MiniBatchNMF(
+            d_sae,
+            batch_size=BATCH_ROWS,
+            forget_factor=FORGET ** (min(BATCH_ROWS, n_rows) / n_rows),
+            random_state=config.seed,
+            init="random",
+        )
+        before = np.zeros((d_sae, d_in))
+        made.converged.fill_(False)
+        with track("nmf", config.max_iterations, "passes") as progress:
+            for _ in range(config.max_iterations):
+                for rows in passes(BATCH_ROWS):
+                    search.partial_fit((rows.float().cpu() - low).clamp_min(0).numpy())
+                moved = np.linalg.norm(search.components_ - before) / np.linalg.norm(search.components_)
+                progress.note = f"moved {moved:.4g}"
+                progress.advance()
+                if moved < LEAST_CHANGE:
+                    made.converged.fill_(True)
+                    break
+                before = search.components_.copy()
+        return made._of(search.components_, low)
+
+    def _of(self, components: Float[np.ndarray, "d_sae d"], low: Float[Tensor, " d"]) -> Self:
+        """With these parts, each of norm 1."""
+        parts = torch.from_numpy(components).float()
+        self.W_dec.copy_(parts / parts.norm(dim=1, keepdim=True).clamp_min(1e-12))
+        self.b_dec.copy_(low)
+        return self.eval()
 
     @torch.no_grad()
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Encoded:

@@ -1,10 +1,11 @@
 """Reconstruction ICA: directions along which rows are sparse, as many as wanted, with a soft reconstruction.
 
-Fitted by gradient descent on rows in memory, never trained as a `Trainable`. Knows no model.
+Fitted by gradient descent on rows in memory or as they stream by, never trained as a `Trainable`. Knows no model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, Self, final
 
 import torch
@@ -68,21 +69,71 @@ class RICA(Fitted):
             ActivationError: a row is NaN or infinite.
         """
         check_rows(x)
-        d_sae = config.width(x.shape[1])
-        made = cls(config, x.shape[1], x.shape[1], d_sae, sites).to(x.device)
-        made.b_dec.copy_(x.float().mean(0))
-        rows = x.float() - made.b_dec
-        rows = rows / rows.square().mean().sqrt().clamp_min(1e-12)
+        x = x.float()
+        mean = x.mean(0)
+        scale = float((x - mean).square().mean().sqrt())
         generator = torch.Generator().manual_seed(config.seed)
-        start = torch.randn(d_sae, x.shape[1], generator=generator).to(x.device)
+        torch.randn(config.width(x.shape[1]), x.shape[1], generator=generator)  # the start's numbers
+
+        def picked() -> Iterator[Tensor]:
+            while True:
+                yield x[torch.randint(x.shape[0], (config.batch_size,), generator=generator).to(x.device)]
+
+        return cls._searched(picked(), mean, scale, config, sites)
+
+    @classmethod
+    def fit_stream(
+        cls,
+        passes: Callable[[int], Iterator[Float[Tensor, "rows d"]]],
+        config: RICAConfig,
+        sites: Sites | None = None,
+    ) -> Self:
+        """Find directions for rows of which only a batch is held at a time: passes over them, until n_steps are done.
+
+        Args:
+            passes: One pass over the rows in batches of so many; the same rows on every call.
+            config: How.
+            sites: What the rows are.
+
+        Raises:
+            ActivationError: a row is NaN or infinite.
+        """
+        n, total, squares = 0, torch.zeros(()), torch.zeros(())
+        for rows in passes(config.batch_size):
+            check_rows(rows)
+            x = rows.double()
+            n, total, squares = n + x.shape[0], total + x.sum(0), squares + x.square().sum(0)
+        mean = total / n
+        scale = float((squares / n - mean.square()).mean().clamp_min(0).sqrt())
+
+        def again() -> Iterator[Tensor]:
+            while True:
+                yield from passes(config.batch_size)
+
+        return cls._searched(again(), mean.float(), scale, config, sites)
+
+    @classmethod
+    def _searched(
+        cls,
+        batches: Iterator[Float[Tensor, "rows d"]],
+        mean: Float[Tensor, " d"],
+        scale: float,
+        config: RICAConfig,
+        sites: Sites | None,
+    ) -> Self:
+        d, device = mean.shape[0], mean.device
+        d_sae = config.width(d)
+        made = cls(config, d, d, d_sae, sites).to(device)
+        made.b_dec.copy_(mean)
+        generator = torch.Generator().manual_seed(config.seed)
+        start = torch.randn(d_sae, d, generator=generator).to(device)
         with torch.enable_grad():
-            size = (x.shape[1] / d_sae) ** 0.5  # at which directions that lie evenly give a row back
+            size = (d / d_sae) ** 0.5  # at which directions that lie evenly give a row back
             W = (start / start.norm(dim=1, keepdim=True) * min(1.0, size)).requires_grad_()
             search = torch.optim.Adam([W], lr=config.lr)
             with track("rica", config.n_steps, "steps") as progress:
                 for step in range(config.n_steps):
-                    picked = torch.randint(rows.shape[0], (config.batch_size,), generator=generator)
-                    batch = rows[picked.to(x.device)]
+                    batch = (next(batches).float() - mean) / max(scale, 1e-12)
                     acts = batch @ W.T
                     error = (batch - acts @ W).square().mean()
                     # log cosh without overflow

@@ -22,6 +22,7 @@ from sememe.figures.geometry import write_geometry
 from sememe.figures.grid import grid_plots
 from sememe.figures.pages import write_pages
 from sememe.figures.tables import BETTER, GROUPED, headline_table, markdown_table
+from sememe.figures.toys import layers_plot, superposition_plot
 
 __all__ = [
     "BETTER",
@@ -31,6 +32,7 @@ __all__ = [
     "Report",
     "grid_plots",
     "headline_table",
+    "layers_plot",
     "lift_table",
     "markdown_table",
     "open_report",
@@ -38,6 +40,7 @@ __all__ = [
     "read_draws",
     "read_watched",
     "stopped",
+    "superposition_plot",
     "write_comparison",
     "write_concepts",
     "write_draws",

@@ -83,7 +83,7 @@ def _pair(
 def _share(own: Bool[Tensor, " n"], random: Bool[Tensor, " n"], options: dict[str, Any]) -> dict[str, Any]:
     """A share of the latents with its interval, and that of random directions."""
     return {
-        **metrics.over_latents(own.double(), **options).to_json(),
+        **metrics.over_latents(own, **options).to_json(),
         "random": float(random.double().mean()),
     }
 

@@ -55,7 +55,7 @@ def history(folder: Path, config: GeometryConfig) -> dict[str, Any] | None:
 
     def beside(own: Tensor, null: Tensor) -> dict[str, Any]:
         chance = float(null.double().mean())
-        return {**metrics.over_latents(own.double().cpu(), **options).to_json(), "random": chance}
+        return {**metrics.over_latents(own.cpu(), **options).to_json(), "random": chance}
 
     by_step = list(zip(similarity, random.similarity, strict=True))
     return {

@@ -143,9 +143,9 @@ def summarised(latents: Latents, config: GeometryConfig) -> dict[str, Any]:
         }
     if "class" in latents.columns:
         for number, name in enumerate(CLASSES):
-            own, random = ((side["class"] == number).double() for side in (latents.columns, latents.random))
+            own, random = (side["class"] == number for side in (latents.columns, latents.random))
             statistic = metrics.over_latents(own, n_bootstrap=config.n_bootstrap, seed=config.seed)
-            found[f"share_{name}"] = {**statistic.to_json(), "random": float(random.mean())}
+            found[f"share_{name}"] = {**statistic.to_json(), "random": float(random.double().mean())}
     return found
 
 

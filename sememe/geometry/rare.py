@@ -60,8 +60,8 @@ def rare(
     found: dict[str, Any] = {
         "below": config.rare_below,
         "n": int(below.sum()),
-        "share": _beside(metrics.over_latents(below.double(), **options), random < config.rare_below),
-        "silent": _beside(metrics.over_latents(silent.double(), **options), random == 0),
+        "share": _beside(metrics.over_latents(below, **options), random < config.rare_below),
+        "silent": _beside(metrics.over_latents(silent, **options), random == 0),
         "n_coincide": int(cluster.latents.numel()),
     }
     rows, others = read[below], torch.nonzero(~below).view(-1)

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 
 from sememe.errors import ConfigError
 from sememe.metrics.probing import LEAST_PER_CLASS, LinearProbe, linear_probe
-from sememe.metrics.sums import Array, Formula, Statistic, Totals, bootstrap
+from sememe.metrics.sums import Array, Formula, Statistic, Totals, bootstrap, undrawn_share
 
 __all__ = [
     "Absorption",
@@ -64,10 +64,13 @@ def over_halvings(parts: Sequence[Tested], *, n_bootstrap: int = 1000, seed: int
     sums["n"] = sums["n"].sum(1)
     causes = dict.fromkeys(first.formulas, first.cause)
     found = bootstrap(sums, first.formulas, n=n_bootstrap, seed=seed, causes=causes)
-    return {
-        name: one._replace(cause=one.cause.replace("documents", "texts").replace("rows", "texts"))
-        for name, one in found.items()
-    }
+    shown = {}
+    for name, one in found.items():
+        shown[name] = one._replace(cause=one.cause.replace("documents", "texts").replace("rows", "texts"))
+        if name in OF:
+            counted = sums[OF[name]].reshape(len(sums["n"]), -1) > 0
+            shown[name] = undrawn_share(shown[name], int(counted.any(1).sum()))
+    return shown
 
 
 def _accuracy(right: Array, side: Array) -> Array:
@@ -111,6 +114,14 @@ ABSORPTION: dict[str, Formula] = {
     "fraction": lambda t: (t["fraction"] / t["recognised"]).mean(-1),
     "f1": lambda t: (2 * t["both"] / np.maximum(t["said"] + t["labelled"], 1)).mean(-1),
 }
+
+
+OF = {
+    "full": "recognised",
+    "fraction": "recognised",
+    **dict.fromkeys(("f1", "biased", "clean", "ablated"), "n"),
+}
+"""Scores that are shares, and of what."""
 
 
 class TargetedPerturbation(NamedTuple):

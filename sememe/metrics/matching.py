@@ -18,7 +18,7 @@ from torch import Tensor
 from sememe.errors import ShapeError
 from sememe.metrics.assignment import assign
 from sememe.metrics.directions import check_finite, mcs, nearest_directions, unit_rows
-from sememe.metrics.sums import Statistic
+from sememe.metrics.sums import Statistic, undrawn_share
 
 __all__ = [
     "Cheats",
@@ -341,11 +341,11 @@ def coincide(rows: Float[Tensor, "n d"], *, n_bootstrap: int = 1000, seed: int =
         return Statistic(value, cause="an interval needs at least 2 latents")
     weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_bootstrap)
     shares = []
-    for part in torch.split(torch.from_numpy(weights / n).to(unit), 64):  # draws x n cosines are held
-        inside = unit_rows(part @ unit) @ unit.T > COINCIDE
-        shares.append((inside.double() * part.double()).sum(1))
+    for part in torch.split(torch.from_numpy(weights).to(unit.device), 64):  # draws x n cosines are held
+        inside = unit_rows((part / n).to(unit) @ unit) @ unit.T > COINCIDE
+        shares.append((inside * part).sum(1).double() / n)
     low, high = (float(q) for q in np.quantile(torch.cat(shares).cpu().numpy(), [0.025, 0.975]))
-    return Statistic(value, low, high)
+    return undrawn_share(Statistic(value, low, high), n)
 
 
 def larger_dictionary_test(

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from sememe.errors import ActivationError, ConfigError
-from sememe.metrics.sums import Statistic
+from sememe.metrics.sums import Statistic, undrawn_share
 
 __all__ = [
     "LinearProbe",
@@ -148,7 +148,8 @@ def probe_scores(
             found[name] = Statistic(value)
         elif np.isfinite(draws).all():
             low, high = (float(q) for q in np.quantile(draws, [0.025, 0.975]))
-            found[name] = Statistic(value, low, high)
+            n = len(y) if name == "accuracy" else min(int(y.sum()), int((~y).sum()))
+            found[name] = undrawn_share(Statistic(value, low, high), n)
         else:
             found[name] = Statistic(
                 value, cause="some draws of texts hold none with, or none without, the label"

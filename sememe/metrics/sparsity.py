@@ -13,7 +13,17 @@ from torch import Tensor
 
 from sememe.encoded import Encoded
 from sememe.errors import ShapeError
-from sememe.metrics.sums import Array, Formula, Statistic, Sums, bootstrap, drawn, select, units_of
+from sememe.metrics.sums import (
+    Array,
+    Formula,
+    Statistic,
+    Sums,
+    bootstrap,
+    drawn,
+    select,
+    undrawn_share,
+    units_of,
+)
 
 __all__ = ["DensityHistogram", "Sparsity", "density_histogram"]
 
@@ -227,7 +237,8 @@ class Sparsity:
         found = []
         for value, own in zip(values, drawn.unbind(1), strict=True):
             low, high = (value + end - float(own.mean()) for end in _ends(own))
-            found.append(Statistic(value, max(0.0, low), min(1.0, high)))
+            one = Statistic(value, max(0.0, low), min(1.0, high))
+            found.append(undrawn_share(one, density.shape[0]))
         return found
 
     def drawn(self, *, n: int, seed: int, n_units: int) -> dict[str, Array]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from sememe.errors import ShapeError
@@ -25,6 +25,7 @@ __all__ = [
     "over_latents",
     "over_pairs",
     "select",
+    "undrawn_share",
     "units_of",
 ]
 
@@ -167,8 +168,31 @@ MAX_GROUPS = 1024
 """Latents, or groups of them, that a bootstrap over latents draws."""
 
 
+NORMAL_975 = 1.959963984540054
+"""Standard deviations of a normal that hold 97.5% below them."""
+
+
+def undrawn_share(found: Statistic, n: int) -> Statistic:
+    """A share that is 0 or 1 with Wilson's interval where draws gave none but itself.
+
+    Where nothing, or everything, is counted, every draw of it is the same, and a bootstrap's interval has no length
+    however few there are. Of n trials without a hit, Wilson's ends at 3.84 / (n + 3.84), about the rule of three.
+
+    Args:
+        found: A share with its interval.
+        n: How many it is a share of.
+
+    Source: Wilson 1927, "Probable Inference, the Law of Succession, and Statistical Inference".
+    """
+    if not (found.value == found.low == found.high and found.value in (0.0, 1.0)) or n < 1:
+        return found
+    least = NORMAL_975**2 / (n + NORMAL_975**2)
+    low, high = (0.0, least) if found.value == 0 else (1 - least, 1.0)
+    return found._replace(low=low, high=high)
+
+
 def over_latents(
-    values: Float[Tensor, " n"],
+    values: Shaped[Tensor, " n"],
     *,
     n_bootstrap: int = 1000,
     seed: int = 0,
@@ -177,7 +201,8 @@ def over_latents(
     """The mean over latents with an interval from drawing latents; of many, groups of every 1,024th.
 
     Args:
-        values: A number for each latent. NaN makes the mean NaN.
+        values: A number for each latent, or whether it counts: a share, with Wilson's interval where it is 0 or 1. NaN
+            makes the mean NaN.
         n_bootstrap: Draws; 0 gives no interval.
         seed: Of the draws.
         cause: Why there may be NaN.
@@ -192,7 +217,8 @@ def over_latents(
         seed=seed,
         causes={"mean": cause},
     )["mean"]
-    return found._replace(cause=found.cause.replace("2 documents", "2 latents"))
+    found = found._replace(cause=found.cause.replace("2 documents", "2 latents"))
+    return undrawn_share(found, values.shape[0]) if values.dtype == torch.bool else found
 
 
 def over_pairs(

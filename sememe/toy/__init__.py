@@ -11,7 +11,7 @@ Knows nothing about language models, stores or trainers.
 """
 
 from sememe.toy.config import ToyConfig
-from sememe.toy.fitted import Fitted, FittedSource, differences
+from sememe.toy.fitted import Fitted, FittedSource, differences, statistics
 from sememe.toy.layered import Layered, LayeredConfig, layered
 from sememe.toy.planted import Planted, PlantedSource, planted
 from sememe.toy.recovery import Absorption, Recovery, absorption, recovery
@@ -40,5 +40,6 @@ __all__ = [
     "layered",
     "planted",
     "recovery",
+    "statistics",
     "superpose",
 ]

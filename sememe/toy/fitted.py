@@ -19,7 +19,7 @@ from sememe.encoded import Encoded
 from sememe.errors import ConfigError, ShapeError
 from sememe.toy.stream import PlantedBatch, Stream
 
-__all__ = ["Fitted", "FittedSource", "differences"]
+__all__ = ["Fitted", "FittedSource", "differences", "statistics"]
 
 N_AT_ONCE = 1024
 LEAST_ROWS = 1000
@@ -105,11 +105,13 @@ def differences(
     real: Float[Tensor, "rows d"], made: Float[Tensor, "rows d"], dictionary: Dictionary
 ) -> list[tuple[str, float, float]]:
     """What is told about rows: (name, of the real ones, of the made ones)."""
-    ours, theirs = (_statistics(rows.float(), dictionary) for rows in (real, made))
+    ours, theirs = (statistics(rows.float(), dictionary) for rows in (real, made))
     return [(name, value, theirs[name]) for name, value in ours.items()]
 
 
-def _statistics(x: Float[Tensor, "rows d"], dictionary: Dictionary) -> dict[str, float]:
+@torch.no_grad()
+def statistics(x: Float[Tensor, "rows d"], dictionary: Dictionary) -> dict[str, float]:
+    """What is told about rows, by name: norms, spectrum, tails, and what the dictionary does with them."""
     norms = x.norm(dim=1)
     centred = (x - x.mean(0)).double()
     variances = torch.linalg.eigvalsh(centred.T @ centred / x.shape[0]).flip(0).clamp_min(0)
