@@ -31,6 +31,8 @@ __all__ = [
     "EFFECTS",
     "EFFECTS_SCHEMA",
     "EXPLANATIONS",
+    "NULL_DICTIONARY",
+    "RANDOMISED",
     "REMOVALS",
     "SCHEMA",
     "SCHEMA_VERSION",
@@ -48,6 +50,10 @@ __all__ = [
 DATABASE = "atlas.duckdb"
 EXPLANATIONS = "explanations.parquet"
 EFFECTS, REMOVALS = "effects.parquet", "removals.parquet"
+NULL_DICTIONARY = "dictionary"
+"""The folder in a null's atlas that holds the null: a dictionary like any other."""
+RANDOMISED = "randomised"
+"""The null that is the dictionary itself, on the model with its layers' weights shuffled by the atlas's seed."""
 SCHEMA_VERSION = 2
 
 SCHEMA = """

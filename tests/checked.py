@@ -20,6 +20,7 @@ UNCHECKED = {
     "sememe.collect.loops",
     "sememe.collect.pair_loops",
     "sememe.explain.lexical.loops",
+    "sememe.interpret.layout",
     "sememe.kernels.cpu.loops",
     "sememe.kernels.cpu.sparse_loops",
     "sememe.kernels.cpu.steps",

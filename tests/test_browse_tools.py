@@ -141,7 +141,9 @@ def test_a_latent_is_starred_tagged_noted_and_renamed_and_it_lasts(page, address
     place = page.locator(".notes .kept").inner_text()
     if address.startswith("http"):
         assert place == "kept beside the atlas"
-        found = wait_for_file(notes_path(atlases[0]), lambda d: d["latents"].get("7", {}).get("note"))["latents"]["7"]
+        found = wait_for_file(notes_path(atlases[0]), lambda d: d["latents"].get("7", {}).get("note"))[
+            "latents"
+        ]["7"]
         assert found["star"] is True and found["tags"][1] == "rivers"
         assert found["note"] == HOSTILE + "\nsecond line"
     else:
@@ -218,10 +220,14 @@ def test_rating_by_keys_with_undo_tallies_and_the_same_queue_again(page, address
     for i, key in enumerate("131"):
         page.wait_for_function(f"document.querySelector('.rate-place b').innerText === '{i + 1}'")
         page.wait_for_selector(".rate-examples .excerpt .tok.on")
-        assert "Latent" not in page.locator(".tool section").first.inner_text(), "the latent's number is not told"
+        assert "Latent" not in page.locator(".tool section").first.inner_text(), (
+            "the latent's number is not told"
+        )
         page.keyboard.press(key)
     page.wait_for_function("document.querySelector('.rate-place b').innerText === '4'")
-    assert [cell.split()[0] for cell in page.locator(".tallies tbody tr").first.locator("td").all_inner_texts()] == ["3", "2", "0", "1"]
+    assert [
+        cell.split()[0] for cell in page.locator(".tallies tbody tr").first.locator("td").all_inner_texts()
+    ] == ["3", "2", "0", "1"]
     assert "67% (21% to 94%)" in page.locator(".tallies tbody tr").first.inner_text()
     page.keyboard.press("z")
     page.wait_for_function("document.querySelector('.rate-place b').innerText === '3'")
@@ -230,7 +236,10 @@ def test_rating_by_keys_with_undo_tallies_and_the_same_queue_again(page, address
     page.keyboard.press("u")
     page.get_by_role("button", name="polysemantic").click()
     page.wait_for_selector(".rated li")
-    assert page.locator(".rated li").count() == 4 and "All 4 are rated" in page.locator(".rate-place").inner_text()
+    assert (
+        page.locator(".rated li").count() == 4
+        and "All 4 are rated" in page.locator(".rate-place").inner_text()
+    )
     first = page.locator(".rated").inner_text()
     with page.expect_download() as download:
         page.get_by_role("button", name="Export as JSON").click()
@@ -258,7 +267,10 @@ def test_two_dictionaries_are_mixed_and_the_source_is_told_at_the_end(page, addr
     page.wait_for_selector(".rated li")
     rows = page.locator(".tallies tbody tr th").all_inner_texts()
     assert rows == ["all", "one/atlas", "two/atlas"]
-    assert [page.locator(".tallies tbody tr").nth(i).locator("td").first.inner_text() for i in (1, 2)] == ["3", "3"]
+    assert [page.locator(".tallies tbody tr").nth(i).locator("td").first.inner_text() for i in (1, 2)] == [
+        "3",
+        "3",
+    ]
 
 
 def test_wilson_intervals_and_queues(page, address):
@@ -343,7 +355,9 @@ def tried(browser, live):  # noqa: F811
 def test_which_latents_fire_on_a_text(tried, live):
     page = tried
     page.goto(live + "#/")
-    page.get_by_label("Which latents fire on this text?").fill("the river runs past <b>the old</b> town ü\u202e")
+    page.get_by_label("Which latents fire on this text?").fill(
+        "the river runs past <b>the old</b> town ü\u202e"
+    )
     page.keyboard.press("Enter")
     page.wait_for_selector(".fires li")
     assert "Ready" in page.locator(".live-state").inner_text()
@@ -361,7 +375,9 @@ def test_which_latents_fire_on_a_text(tried, live):
     assert "Shaded by latent" in page.locator(".fired > p").inner_text()
     page.get_by_label("what each does to the loss").check()
     page.get_by_role("button", name="Show latents").click()
-    page.wait_for_function("document.querySelector('.fired .helps, .fired .figures .muted[title*=loss]') || document.querySelectorAll('.try-text button').length > 0 && (document.querySelectorAll('.try-text button')[3].focus(), false)")
+    page.wait_for_function(
+        "document.querySelector('.fired .helps, .fired .figures .muted[title*=loss]') || document.querySelectorAll('.try-text button').length > 0 && (document.querySelectorAll('.try-text button')[3].focus(), false)"
+    )
     assert "loss=1" in page.url
     link = page.locator(".fires li a").first
     number = link.inner_text()
@@ -421,7 +437,9 @@ class _Slow:
         self.job = job
         assert self.stop.wait(30)
         self.job = None
-        raise LiveError(Refusal(409, "a job must run to its end to have an answer", "cancelled", "Ask again."))
+        raise LiveError(
+            Refusal(409, "a job must run to its end to have an answer", "cancelled", "Ask again.")
+        )
 
     def cancel(self, job):
         self.stop.set()

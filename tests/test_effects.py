@@ -24,7 +24,9 @@ from sememe.effects import Effects, EffectsConfig, effects
 from sememe.errors import ActivationError, ArtifactError, ConfigError, MismatchError
 from sememe.interpret import interpret
 
-OPTIONS: dict[str, Any] = {"every": True, "n_top": 4, "deciles": True, "n_removals": 2, "n_after": 3}
+OPTIONS: dict[str, Any] = {
+    **{"every": True, "n_top": 4, "deciles": True, "n_removals": 2, "n_after": 3, "batch_rows": 8}
+}
 
 
 @pytest.fixture(scope="module")

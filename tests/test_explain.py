@@ -18,6 +18,7 @@ from sememe.atlas import open_atlas
 from sememe.errors import ArtifactError, MismatchError, TextError
 from sememe.explain import ExplainConfig, Explanations, explain, side_of
 from sememe.explain.lexical.classes import CLASSES, classes_of
+from sememe.explain.lexical.loops import CURRENT, N_CLASSES
 from sememe.explain.lexical.rules import _strangers
 from sememe.explain.lexical.words import Rule, as_json, in_words
 from sememe.interpret import interpret
@@ -207,10 +208,20 @@ def test_on_a_real_model(tmp_path: Path) -> None:
 # -- kinds of tokens, rules in words -------------------------------------------------------------------
 
 
+DATES = "a word of dates (a month, weekday, century or era)"
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (" 1984", {"a number"}),
+        (" 1984", {"a number", "a year"}),
+        (" 2984", {"a number"}),
+        (
+            " March",
+            {"the start of a word", "a capitalised word", "ASCII letters", DATES},
+        ),
+        (" may", {"the start of a word", "lower-case letters", "ASCII letters"}),
+        (" BC", {"the start of a word", "capitals only", "ASCII letters", DATES}),
         ("3.14", {"a number"}),
         (" Fluss", {"the start of a word", "a capitalised word", "ASCII letters"}),
         ("über", {"a later part of a word", "lower-case letters", "ASCII letters", "Latin letters beyond ASCII"}),
@@ -230,6 +241,12 @@ def test_on_a_real_model(tmp_path: Path) -> None:
 def test_classes_of_tokens(text: str, expected: set[str]) -> None:
     bits = classes_of(text.encode())
     assert {name for i, name in enumerate(CLASSES) if bits >> i & 1} == expected
+
+
+def test_rules_know_every_class() -> None:
+    assert len(CLASSES) == N_CLASSES and CLASSES[-1] == "the start of the document"
+    of_dates = Rule(CURRENT, (), CLASSES.index(DATES), ())
+    assert "dates" in in_words(of_dates, {}) and "month" in in_words(of_dates, {})
 
 
 def test_code_and_broken_characters() -> None:

@@ -13,7 +13,10 @@ from sememe.plan.machine import Speed
 from sememe.recipe import read_recipe, stages
 from sememe.run import run
 
-VERBS = ["harvest", "train", "evaluate", "interpret", "explain", "export"]
+VERBS = ["harvest", "train", "evaluate", "interpret", "effects", "explain", "export"]
+
+
+LAST = "[interpret]\nmap = false\n[effects]\nn_latents = 4\nn_top = 2\nn_removals = 0\n[explain]\n"
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +24,7 @@ def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("plan")
     write_corpus(place / "corpus.jsonl", n_documents=300)
     write_model(place / "model")
-    write_recipe(place, "[interpret]\n[explain]\n")
+    write_recipe(place, LAST)
     return place
 
 
@@ -57,7 +60,7 @@ def test_sizes_on_disk_are_those_that_a_run_makes(place, tmp_path):
     assert not any(estimate.done for estimate in fresh.estimates)
     # A dictionary with other options on the store that is there: its rows are known without the model.
     recipe = changed(place, tmp_path, 'model"', 'nowhere"')
-    for folder in ("dictionary", "report", "atlas", "explanations", "site"):
+    for folder in ("dictionary", "report", "atlas", "effects", "explanations", "site"):
         (out / folder / "meta.json").unlink()
     stored = {e.stage.verb: e for e in plan(recipe, out=out).estimates}
     assert stored["harvest"].done and stored["train"].needs.memory > 0
@@ -81,6 +84,24 @@ def test_more_of_anything_takes_more(place, tmp_path):
     assert long["harvest"][1].disk == pytest.approx(1000 * base["harvest"][1].disk, rel=0.01)
     assert long["harvest"][0] > 5 * base["harvest"][0] - 40
     assert big["train"][1].memory > base["train"][1].memory
+
+
+def test_effects_and_explanations_are_planned_with_what_they_hang_on(place, tmp_path):
+    def found(old: str, new: str, verb: str):
+        made = plan(changed(place, tmp_path, old, new), out=tmp_path / "out")
+        estimate = next(e for e in made.estimates if e.stage.verb == verb)
+        return estimate, None if estimate.seconds_at is None else estimate.seconds_at(made.speed)
+
+    before, few = found("n_latents = 4", "n_latents = 4", "effects")
+    more, many = found("n_latents = 4", "every = true", "effects")
+    assert many > few and more.needs.disk > before.needs.disk
+    _, removed = found("n_removals = 0", "n_removals = 2", "effects")
+    assert removed > few
+    alone, one = found("[explain]", "[explain]", "explain")
+    beside, three = found("map = false", 'map = false\nnulls = ["pca", "randomised"]', "explain")
+    assert three - one == pytest.approx(2 * 48 / 60) and beside.needs.disk == 3 * alone.needs.disk
+    asked, none = found("[explain]", '[explain]\nexplainer = {kind = "endpoint", model = "m"}', "explain")
+    assert none is None and "takes to answer is not known" in asked.note and asked.needs is not None
 
 
 def test_a_store_that_cannot_fit_is_refused_before_anything_starts(place, tmp_path):

@@ -1,4 +1,4 @@
-"""The commands whose first word is a kind, with the options of that kind alone: train, fit, pretrain; toy is in toys.py."""
+"""The commands whose first word is a kind, with that kind's options alone: train, fit, pretrain; toy is in toys.py."""
 
 from __future__ import annotations
 

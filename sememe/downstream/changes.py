@@ -21,7 +21,7 @@ from torch import Tensor
 from sememe.errors import ActivationError
 from sememe.lm import LanguageModel
 
-__all__ = ["Changes", "Predictions"]
+__all__ = ["Changes", "Predictions", "Unembedding"]
 
 ROWS = 128
 """Rows of logits made at once: 128 x 50,000 floats are 25 MB."""
@@ -62,6 +62,25 @@ class _Found(NamedTuple):
     by: Float[Tensor, "2 n shown"]
 
 
+class Unembedding(NamedTuple):
+    """What is to be known of a model's unembedding, looked at once."""
+
+    constant: Tensor | None
+    """Its bias, if it has one."""
+    linear: bool
+    """Whether twice the input gives twice the logits."""
+
+    @classmethod
+    def of(cls, lm: LanguageModel, seen: Float[Tensor, "n d_hidden"]) -> Unembedding:
+        """Tried on a few rows of what it sees."""
+        bias = lm.logits(torch.zeros_like(seen[:1])).float()
+        constant = bias if bool(bias.any()) else None
+        whole, half = (
+            lm.logits(x).float() - (0.0 if constant is None else constant) for x in (seen, seen / 2)
+        )
+        return cls(constant, bool((whole - 2 * half).norm() <= 0.02 * whole.norm()))
+
+
 class Predictions:
     """What an unedited run predicts at some places.
 
@@ -70,6 +89,7 @@ class Predictions:
         ids: The contexts' tokens.
         hidden: What its unembedding saw.
         wanted: The positions at which predictions will be compared.
+        unembedding: The model's, if it was looked at before.
     """
 
     def __init__(
@@ -78,25 +98,22 @@ class Predictions:
         ids: Int[Tensor, "batch seq"],
         hidden: Float[Tensor, "batch seq d_hidden"],
         wanted: Bool[Tensor, "batch seq"],
+        unembedding: Unembedding | None = None,
     ) -> None:
         self.lm, self.ids, self.hidden = lm, ids, hidden
         rows, positions = torch.nonzero(wanted, as_tuple=True)
         self.number = torch.full(wanted.shape, -1, dtype=torch.long)
         self.number[rows, positions] = torch.arange(len(rows))
         seen = hidden[rows.to(hidden.device), positions.to(hidden.device)]
-        constant = lm.logits(torch.zeros_like(seen[:1])).float()  # an unembedding may have a bias
-        self.constant = constant if bool(constant.any()) else None
         parts, norms = [], []
         for part in torch.split(seen, ROWS):
             parts.append(lm.logits(part))
             norms += [few.float().logsumexp(-1) for few in torch.split(parts[-1], CACHED_ROWS)]
         self.logits, self.norms = torch.cat(parts), torch.cat(norms)
-        self.linear = self._is_linear(seen[:8], 0.0 if self.constant is None else self.constant)
-
-    def _is_linear(self, seen: Float[Tensor, "n d_hidden"], constant: Tensor | float) -> bool:
-        """Whether twice the input gives twice the logits."""
-        whole, half = (self.lm.logits(x).float() - constant for x in (seen, seen / 2))
-        return bool((whole - 2 * half).norm() <= 0.02 * whole.norm())
+        self.unembedding = unembedding if unembedding is not None else Unembedding.of(lm, seen[:8])
+        self.constant, self.linear = self.unembedding
+        self.likeliest: dict[int, Tensor] = {}
+        """By place: the likeliest tokens there, which many ablations ask for."""
 
     def losses(self) -> Float[Tensor, "batch seq"]:
         """Of each true next token, unedited, in nats; 0 where it was not asked for, and at the last position."""
@@ -214,20 +231,32 @@ class Predictions:
         loss = -log_p.gather(1, target[here])[:, 0].cpu()
         found.loss[mine] = torch.where(has[first], loss, 0.0)
         found.kl[mine] = (shift - (log_p.exp() * u).sum(1)).clamp(min=0).cpu()
-        for end, (ids, values) in enumerate(_extremes(log_p, u, shift, n_shown, n_likeliest)):
+        n_likeliest = max(min(n_likeliest, u.shape[1]), n_shown)
+        before = self._likeliest(number[here], log_p, n_likeliest)
+        for end, (ids, values) in enumerate(_extremes(before, log_p, u, shift, n_shown)):
             found.tokens[end, mine], found.by[end, mine] = ids.cpu(), values.cpu()
+
+    def _likeliest(
+        self, number: Int[Tensor, " n"], log_p: Float[Tensor, "n vocab"], n_likeliest: int
+    ) -> Int[Tensor, "n likeliest"]:
+        """Of the unedited predictions; looked for once at each place."""
+        numbers = number.tolist()
+        first = {one: i for i, one in reversed(list(enumerate(numbers))) if one not in self.likeliest}
+        if first:
+            found = log_p[list(first.values())].topk(n_likeliest, dim=1).indices
+            self.likeliest |= dict(zip(first, found, strict=True))
+        return torch.stack([self.likeliest[one] for one in numbers])
 
 
 def _extremes(
+    before: Int[Tensor, "n likeliest"],
     log_p: Float[Tensor, "n vocab"],
     u: Float[Tensor, "n vocab"],
     shift: Float[Tensor, " n"],
     n_shown: int,
-    n_likeliest: int,
 ) -> list[tuple[Int[Tensor, "n shown"], Float[Tensor, "n shown"]]]:
     """Of the likeliest tokens before and after, those that rise most and those that fall most."""
-    n_likeliest = max(min(n_likeliest, u.shape[1]), n_shown)
-    likely = torch.cat([x.topk(n_likeliest, dim=1).indices for x in (log_p, log_p + u)], dim=1)
+    likely = torch.cat([before, (log_p + u).topk(before.shape[1], dim=1).indices], dim=1)
     likely = likely.sort(dim=1).values
     again = torch.zeros_like(likely, dtype=torch.bool)
     again[:, 1:] = likely[:, 1:] == likely[:, :-1]

@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sememe.dictionaries.base import Dictionary
+from sememe.downstream.changes import Unembedding
 from sememe.encoded import Encoded
 from sememe.errors import ActivationError, MismatchError
 from sememe.lm import LanguageModel
@@ -85,6 +86,8 @@ class Reruns:
         self.splicer = Splicer(lm, reads, writes)
         self.directions = dictionary.decoder_directions().detach().float()
         self.goes_on = keep_keys and lm.goes_on()
+        self.unembedding: Unembedding | None = None
+        """The model's, once somebody looked at it."""
         # The lowest layer that runs in an ablated forward; skipping is tried out here, on its own.
         self.first_layer = self.splicer.start + 1 if lm.skips(self.splicer.start) else 0
 

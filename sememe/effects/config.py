@@ -47,7 +47,7 @@ class EffectsConfig(Config):
     """Only the so many likeliest tokens before the ablation and after it are named."""
     n_removals: int = Field(default=2, ge=0)
     """Of each latent's strongest examples, so many are read again without each token of the window before the peak."""
-    batch_rows: int = Field(default=8, ge=1)
+    batch_rows: int = Field(default=16, ge=1)
     """Contexts that go through the model at once."""
     snapshot_seconds: float = Field(default=60.0, ge=0)
     """How often what was found is saved, so that a killed run loses no more than that."""

@@ -61,10 +61,10 @@ def measure(
         i, t = torch.nonzero(scored | _first(scored), as_tuple=True)
         positions = torch.from_numpy(examples.position.astype(np.int64))
         wanted[rows[i], positions[i] + t] = True
-        predictions = Predictions(reruns.lm, ids, run.base.hidden, wanted)
+        predictions = Predictions(reruns.lm, ids, run.base.hidden, wanted, reruns.unembedding)
+        reruns.unembedding = predictions.unembedding
         ablations = _Ablations(reruns, run, predictions, config, examples, rows, positions, scored)
-        changes = ablations.changes()
-        control = ablations.control()
+        changes, control = ablations.changes()
         removals = _removals(reruns, run, config, examples, rows, positions, contexts)
     effects = {
         **{
@@ -106,27 +106,26 @@ class _Ablations(NamedTuple):
     positions: Tensor
     scored: Tensor
 
-    def changes(self) -> Changes:
-        """Of all of them."""
+    def changes(self) -> tuple[Changes, dict[str, np.ndarray]]:
+        """Of all of them; and of one, once more with nearly nothing taken out: the control."""
         acts = torch.from_numpy(self.examples.act.astype(np.float32))
+        n = len(acts)
+        which = torch.cat([torch.arange(n), torch.tensor([n // 2])])
+        acts = torch.cat([acts, CONTROL * acts[n // 2, None]])
         step = self.reruns.rows_at_once(self.config.n_after + 1)
         parts = [
-            self._of(torch.arange(start, min(start + step, len(acts))), acts)
-            for start in range(0, len(acts), step)
+            self._of(which[start : start + step], acts[start : start + step])
+            for start in range(0, n + 1, step)
         ]
-        return Changes(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
-
-    def control(self) -> dict[str, np.ndarray]:
-        """One of them with nearly nothing taken out."""
-        acts = CONTROL * torch.from_numpy(self.examples.act.astype(np.float32))
-        found = self._of(torch.tensor([len(acts) // 2]), acts)
+        both = Changes(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
         names = ("loss_change", "loss_change_after", "scored", "n_after")
-        return {name: getattr(found, name).numpy() for name in names}
+        control = {name: getattr(both, name)[n:].numpy() for name in names}
+        return Changes(*(column[:n] for column in both)), control
 
     def _of(self, which: Tensor, acts: Tensor) -> Changes:
         rows, positions = self.rows[which], self.positions[which]
         latents = torch.from_numpy(self.examples.latent[which.numpy()].astype(np.int64))
-        hidden = self.reruns.ablated(self.run, rows, positions, latents, acts[which], self.config.n_after)
+        hidden = self.reruns.ablated(self.run, rows, positions, latents, acts, self.config.n_after)
         return self.predictions.changes(
             hidden,
             rows,

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sememe import artifact
-from sememe.atlas import EXPLANATIONS, Atlas, labels, open_atlas
+from sememe.atlas import EXPLANATIONS, NULL_DICTIONARY, Atlas, labels, open_atlas
 from sememe.errors import ConfigError, TextError
 from sememe.explain.asked import Facts, Found, ask_about
 from sememe.explain.config import ExplainConfig, LexicalConfig
@@ -28,7 +28,7 @@ from sememe.judge import EndpointConfig, Judge, LocalConfig, Preview, open_judge
 
 __all__ = ["CLUSTERS", "SCORES", "Explanations", "explain", "preview"]
 
-VERSION = 3
+VERSION = 4
 SCORES = "scores.parquet"
 CLUSTERS = "clusters.parquet"
 EMBEDDINGS = "embeddings.parquet"
@@ -205,7 +205,9 @@ def _no_lift(config: ExplainConfig) -> dict[str, str]:
         why = "the nulls' explainer is not told effects"
         out |= dict.fromkeys([s for s in config.used_scorers if s not in ("intruder", "effect")], why)
     if "generation" in config.used_scorers:
-        out["generation"] = "a null's texts are run through no dictionary"
+        without = [name for name, path in _nulls(config).items() if _null_dictionary(path) is None]
+        if without:
+            out["generation"] = f"no dictionary in {' and '.join(without)}, of an earlier version"
     return out
 
 
@@ -250,8 +252,9 @@ def _nulls(config: ExplainConfig) -> dict[str, Path]:
 
 
 def _for_null(config: ExplainConfig, name: str, path: Path) -> ExplainConfig:
-    """The same for an atlas of a null. Its dictionary is another, so no texts are written for its latents."""
-    scorers = tuple(s for s in config.used_scorers if s != "generation")
+    """The same for an atlas of a null. Texts are written for its latents where its dictionary was kept."""
+    dictionary = _null_dictionary(path) if "generation" in config.used_scorers else None
+    scorers = tuple(s for s in config.used_scorers if s != "generation" or dictionary is not None)
     lexical_only = isinstance(config.explainer, LexicalConfig) and not scorers
     n_latents = len(config.latents) if config.latents and not lexical_only else config.n_latents
     fields = ExplainConfig.model_fields
@@ -263,9 +266,15 @@ def _for_null(config: ExplainConfig, name: str, path: Path) -> ExplainConfig:
         latents=(),
         n_latents=fields["n_latents"].default if lexical_only else n_latents,
         effects=None,
-        dictionary=None,
-        subject=fields["subject"].default,
+        dictionary=dictionary,
+        subject=config.subject if dictionary is not None else fields["subject"].default,
     )
+
+
+def _null_dictionary(atlas: Path) -> Path | None:
+    """Where a null's atlas keeps its dictionary; None in atlases of earlier versions."""
+    folder = atlas / NULL_DICTIONARY
+    return folder if (folder / artifact.META).is_file() else None
 
 
 # -- an atlas ----------------------------------------------------------------------------------------------

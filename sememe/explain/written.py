@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from sememe import artifact, dictionaries
 from sememe import lm as language_models
-from sememe.atlas import Atlas
+from sememe.atlas import RANDOMISED, Atlas
 from sememe.capture import captured_rows
 from sememe.dictionaries import Dictionary
 from sememe.errors import MismatchError
@@ -32,8 +32,8 @@ class Reader:
 
     Args:
         atlas: Whose dictionary it must be.
-        folder: The dictionary's.
-        model: The model that it reads.
+        folder: The dictionary's; a null's lies inside its atlas, and is not checked again.
+        model: The model that it reads; its weights are shuffled as the atlas's were where that is the null.
     Raises:
         MismatchError: dictionary or model is not the atlas's.
     """
@@ -41,19 +41,24 @@ class Reader:
     def __init__(self, atlas: Atlas, folder: Path, model: ModelConfig) -> None:
         saved = artifact.load(folder, "dictionary")
         wanted = str(atlas.meta["dictionary"]["fingerprint"])
-        if saved.fingerprint != wanted:
+        null = atlas.meta["dictionary"].get("null")
+        if null is None and saved.fingerprint != wanted:
             raise MismatchError(
                 f"the dictionary must be the atlas's (fingerprint {wanted[:16]})",
                 f"{folder} ({saved.fingerprint[:16]})",
                 "Pass the dictionary that the atlas was made from.",
             )
         self.policy = TokenPolicy.build(saved.extra["policy"]) if saved.extra.get("policy") else TokenPolicy()
+        shuffled = null == RANDOMISED
+        if shuffled:
+            seed = atlas.artifact.meta["config"]["seed"]
+            model = model.replace(randomise="layers", randomise_seed=seed)
         self.lm: LanguageModel = language_models.load(model)
         dictionary: Dictionary = dictionaries.load(folder)
         assert dictionary.sites is not None
         self.sites = dictionary.sites.inputs
         for site in self.sites:
-            if site.model_fingerprint != self.lm.fingerprint:
+            if site.model_fingerprint != self.lm.fingerprint and not shuffled:
                 raise MismatchError(
                     f"the dictionary must belong to the model {self.lm.name}",
                     f"one that reads {site.model}",

@@ -12,6 +12,7 @@ goes on from its last snapshot with the same result.
     controls.py   the nulls
     relations.py  latents beside latents, neurons, other dictionaries
     clusters.py   the map and its groups
+    layout.py     the map's places
     database.py   what was found, as an atlas
 """
 
@@ -23,9 +24,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from sememe import artifact, dictionaries, tuned
 from sememe import lm as language_models
-from sememe.atlas import DATABASE, Atlas, open_atlas
+from sememe.atlas import DATABASE, NULL_DICTIONARY, Atlas, open_atlas
 from sememe.config import sha256_of
 from sememe.dictionaries import Dictionary, Site
 from sememe.dictionaries.folders import paths_in
@@ -42,7 +45,7 @@ from sememe.tuned import Lens, open_lens
 
 __all__ = ["RANDOMISED", "InterpretConfig", "interpret", "interpret_all", "parents_of"]
 
-VERSION = 2
+VERSION = 3
 NULL_FOLDER = "null-{}"
 
 
@@ -295,6 +298,8 @@ class _World(NamedTuple):
                     continue
                 others = {name: d for name, d in self.against.items() if one.folder != self.places[name]}
                 write_database(work.path / DATABASE, run, own, one.about, others, one.folder, self.lens)
+                if "null" in one.about:
+                    _keep(one, work.path / NULL_DICTIONARY, run.policy)
                 work.extra = {
                     "policy": run.policy.resolved(),
                     "n_tokens": own.collector.n_tokens,
@@ -309,6 +314,16 @@ class _World(NamedTuple):
                     if "null" in wanted[0].about
                     else "Train it longer, or check that it belongs to this model and hookpoint.",
                 )
+
+
+def _keep(one: _Wanted, folder: Path, policy: TokenPolicy) -> None:
+    """A null's dictionary, which stands nowhere else: texts that were written for its latents are run through it."""
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(16, one.dictionary.d_in, generator=generator)
+    dictionary = one.dictionary.cpu()
+    dictionary.save(
+        folder, probe, parents=one.parents, extra={"policy": policy.resolved()}, fresh=folder.is_dir()
+    )
 
 
 def _identity(one: _Wanted) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
+from sememe.interpret.layout import layout
 from sememe.interpret.relations import Neighbours
 
 __all__ = ["Cluster", "Map", "make_map", "named"]
@@ -41,7 +41,7 @@ def make_map(directions: np.ndarray, nearest: Neighbours, alive: np.ndarray, see
     """Lay the living latents' directions out in two dimensions (UMAP over cosines), and find the crowds (HDBSCAN).
 
     Sources: McInnes et al. 2018, arXiv:1802.03426; Campello et al. 2013. The nearest directions are those
-    already found, exactly; UMAP's own search is not run.
+    already found, exactly; see `layout.py`.
 
     Args:
         directions: (d_sae, d).
@@ -57,20 +57,9 @@ def make_map(directions: np.ndarray, nearest: Neighbours, alive: np.ndarray, see
     from sklearn.cluster import HDBSCAN
 
     indices, distances = _among_alive(nearest, ids, d_sae)
-    with warnings.catch_warnings():
-        # That tensorflow is missing, that new points cannot be placed, and that a seed means one thread.
-        warnings.simplefilter("ignore")
-        import umap  # takes seconds, so only where it is needed
-
-        layout = umap.UMAP(
-            n_neighbors=indices.shape[1],
-            metric="cosine",
-            random_state=seed,
-            n_jobs=1,
-            precomputed_knn=(indices, distances),
-        ).fit_transform(directions[ids])
-    places[ids] = layout
-    cluster[ids] = _by_size(HDBSCAN(min_cluster_size=MIN_CLUSTER, copy=True).fit_predict(layout))
+    found = layout(directions[ids], indices, distances, seed)
+    places[ids] = found
+    cluster[ids] = _by_size(HDBSCAN(min_cluster_size=MIN_CLUSTER, copy=True).fit_predict(found))
     return Map(places, cluster)
 
 

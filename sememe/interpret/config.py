@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from sememe.atlas import RANDOMISED
 from sememe.config import Config
 from sememe.errors import ConfigError, nearest
 from sememe.lm import ModelConfig
@@ -16,7 +17,6 @@ from sememe.text import TextConfig
 
 __all__ = ["RANDOMISED", "InterpretConfig"]
 
-RANDOMISED = "randomised"
 KNOWN = (*NULLS, RANDOMISED)
 
 

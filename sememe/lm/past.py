@@ -66,12 +66,13 @@ class Past:
             first_layer: The lowest layer that will run; those below are not copied.
         """
         n_padded = int(lengths.max()) if len(lengths) else 0
+        at = _places(rows, lengths, n_padded, n_new)
         layers = []
         for number, tensors in enumerate(self.keys_and_values()):
             if number < first_layer:
                 layers.append(_Layer(None, None, n_padded))
                 continue
-            keys, values = (_lefts(x, rows, lengths, n_padded, n_new) for x in tensors)
+            keys, values = (_lefts(x, at) for x in tensors)
             layers.append(_Layer(keys, values, n_padded))
         cache = DynamicCache()
         cache.layers = layers
@@ -99,17 +100,26 @@ class _Layer(DynamicLayer):  # type: ignore[misc]
         return self.n_padded
 
 
+def _places(
+    rows: Int[Tensor, " rows"], lengths: Int[Tensor, " rows"], n_padded: int, n_new: int
+) -> tuple[Int[Tensor, "rows 1"], Int[Tensor, "rows padded_plus_new"]]:
+    """Which row, and which of its tokens, belongs at each place of a batch whose rows end together.
+
+    The places in front, and those for new tokens, name a row's first token: what is masked has a weight of 0, which
+    leaves nothing of a number, but all of a NaN that unwritten memory may hold.
+    """
+    column = torch.arange(n_padded + n_new) - (n_padded - lengths)[:, None]
+    column[:, n_padded:] = 0
+    return rows[:, None], column.clamp(min=0)
+
+
 def _lefts(
     x: Float[Tensor, "batch heads seq d"],
-    rows: Int[Tensor, " rows"],
-    lengths: Int[Tensor, " rows"],
-    n_padded: int,
-    n_new: int,
+    at: tuple[Int[Tensor, "rows 1"], Int[Tensor, "rows padded_plus_new"]],
 ) -> Float[Tensor, "rows heads padded_plus_new d"]:
-    """The first tokens of some rows, moved to the right of n_padded places, with zeros in front."""
-    _, n_heads, _, d = x.shape
-    out = x.new_empty(len(rows), n_heads, n_padded + n_new, d)
-    for i, (row, length) in enumerate(zip(rows.tolist(), lengths.tolist(), strict=True)):
-        out[i, :, : n_padded - length] = 0  # a weight of 0 leaves nothing of a number, but all of a NaN
-        out[i, :, n_padded - length : n_padded] = x[row, :, :length]
-    return out
+    """The first tokens of some rows at their places, all by one copy."""
+    _, n_heads, n_seq, d = x.shape
+    row, column = at
+    flat = (row[:, :, None] * n_heads + torch.arange(n_heads)[None, :, None]) * n_seq + column[:, None, :]
+    found = x.reshape(-1, d).index_select(0, flat.flatten().to(x.device))
+    return found.view(*flat.shape, d)

@@ -6,6 +6,7 @@ text, start-up) is bytes or seconds per unit, fitted once to measurements on the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,8 +16,11 @@ from sememe.plan.machine import Speed
 __all__ = [
     "Bytes",
     "Dictionary",
+    "EffectsWork",
     "directions_bytes",
     "directions_seconds",
+    "effects_bytes",
+    "effects_seconds",
     "evaluate_bytes",
     "evaluate_seconds",
     "explain_bytes",
@@ -78,8 +82,8 @@ COMPARISON_BYTES = 2e6
 """On disk: the page of a comparison."""
 ATLAS_BYTES = 6500
 """On disk, per latent."""
-MAP_START, MAP_SECONDS = 12.0, 1.5e-3
-"""Of the map's library to load and compile, and of each latent on it."""
+MAP_START, MAP_SECONDS = 2.0, 1e-3
+"""Of the map's loop to compile, and of each latent on it."""
 PAIR_COUNTS = 2**26
 """Pairs of latents counted at once."""
 SITE_BYTES = 4000
@@ -344,14 +348,63 @@ def directions_seconds(sizes: Sequence[Dictionary], speed: Speed) -> float:
     return START + products / speed.dense
 
 
-def explain_bytes(d_sae: int) -> Bytes:
-    """Memory for an atlas's examples, and the table."""
-    return Bytes(BASE + 60_000.0 * d_sae, 400.0 * d_sae)
+class EffectsWork(NamedTuple):
+    """What `effects` has to do."""
+
+    n_latents: int
+    n_examples: int
+    """Ablated of each latent."""
+    n_new: int
+    """Tokens that run again for each: the position and those after it."""
+    n_removals: int
+    """Examples that are read again without each token before their peak."""
+    before: int
+    """Tokens of a window before its peak."""
+    n_contexts: int
+    """That the atlas's text has."""
 
 
-def explain_seconds(d_sae: int) -> float:
-    """Finding and scoring rules, nulls included."""
-    return START + d_sae * EXPLAIN_PER_LATENT
+def effects_bytes(
+    lm: Outline, dictionary: Dictionary, batch_rows: int, context_length: int, n_ablations: int
+) -> Bytes:
+    """Args: n_ablations: rows of the table."""
+    host, gpu = _model_bytes(lm, batch_rows * context_length)
+    keys = 4.0 * batch_rows * context_length * lm.d_model * lm.n_layers
+    logits = LOGIT_BYTES / 8 * batch_rows * context_length * lm.vocab_size
+    held = dictionary.n_bytes + keys + logits + 400.0 * n_ablations
+    if lm.device != "cpu":
+        return Bytes(BASE + host, 200.0 * n_ablations, gpu + held)
+    return Bytes(BASE + host + held, 200.0 * n_ablations)
+
+
+def effects_seconds(
+    lm: Outline, speed: Speed, work: EffectsWork, n_above: int, n_read: int, context_length: int
+) -> float:
+    """Args: n_above: layers that run again after an ablation; n_read: layers up to the dictionary's input."""
+    n_ablations = work.n_latents * work.n_examples
+    # Each context is read once, as far as its examples need; few latents share few contexts.
+    n_contexts = work.n_contexts * (1 - math.exp(-n_ablations / max(work.n_contexts, 1)))
+    whole = _forward_seconds(lm, speed, 0, lm.n_layers, context_length)
+    again = _forward_seconds(lm, speed, lm.n_layers - n_above, lm.n_layers, context_length)
+    again += 2 * _head_seconds(lm, speed)  # the predictions before as well as after
+    removal = _forward_seconds(lm, speed, 0, n_read, context_length)
+    n_removed = work.n_removals * work.before * (work.before + 1) / 2
+    return (
+        MODEL_START
+        + n_contexts * 0.7 * context_length * whole
+        + n_ablations * work.n_new * again
+        + n_removed * removal
+    )
+
+
+def explain_bytes(d_sae: int, n_nulls: int = 0) -> Bytes:
+    """Memory for an atlas's examples, and the tables, one for the dictionary and each null."""
+    return Bytes(BASE + 60_000.0 * d_sae, 400.0 * d_sae * (1 + n_nulls))
+
+
+def explain_seconds(d_sae: int, n_nulls: int = 0) -> float:
+    """Finding and scoring rules, shuffled ones included, for the dictionary and each null."""
+    return START + (1 + n_nulls) * d_sae * EXPLAIN_PER_LATENT
 
 
 def export_bytes(d_sae: int) -> Bytes:

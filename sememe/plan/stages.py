@@ -15,8 +15,10 @@ import torch
 from sememe import artifact, dictionaries, lm
 from sememe.compare import CompareConfig
 from sememe.dictionaries.penalised import Penalised
+from sememe.effects import EffectsConfig
 from sememe.errors import HookpointError, nearest
 from sememe.evaluate import EvaluateConfig
+from sememe.explain import ExplainConfig
 from sememe.fit import STREAMED, STREAMED_ROWS, FitConfig
 from sememe.harvest import HarvestConfig
 from sememe.interpret import RANDOMISED, InterpretConfig
@@ -35,6 +37,7 @@ GROUP_BYTES = 2**30
 """What `StoreSource` holds in memory of a store."""
 SETTLES = 0.3
 """Share of a run over which a penalty's l0 is taken to settle, where nothing says it: that of JumpReLU's annealing."""
+NEEDS_MODEL = frozenset({"harvest", "evaluate", "interpret", "effects", "compare"})
 TYPICAL_L0 = 64
 """Active latents per row where the architecture fixes no number."""
 
@@ -120,7 +123,7 @@ class _Planner:
         config, model, rows = stage.config, self.model, self.rows
         if rows is not None and isinstance(config, CompareConfig) and config.directions_only:
             return self._directions(stage, rows)
-        if rows is None or (model is None and stage.verb in ("harvest", "evaluate", "interpret", "compare")):
+        if rows is None or (model is None and stage.verb in NEEDS_MODEL):
             name = self.harvest.model.model
             return Estimate(stage, False, None, None, note=f"the config of {name} is not at hand")
         if isinstance(config, TrainConfig):
@@ -135,10 +138,13 @@ class _Planner:
             return self._compare(stage, config, model, rows)
         if model is not None and isinstance(config, InterpretConfig):
             return self._interpret(stage, config, model, rows)
-        explains = stage.verb == "explain"
+        if model is not None and isinstance(config, EffectsConfig):
+            return self._effects(stage, config, model, rows)
         d_sae = self._dictionary(self._train_config(stage.name), rows).d_sae
-        bytes_at = costs.explain_bytes if explains else costs.export_bytes
-        seconds = costs.explain_seconds(d_sae) if explains else costs.export_seconds(d_sae)
+        if isinstance(config, ExplainConfig):
+            return self._explain(stage, config, d_sae)
+        seconds = costs.export_seconds(d_sae)
+        bytes_at = costs.export_bytes
         return Estimate(stage, False, bytes_at(d_sae), lambda _: seconds, (Knob("d_sae", d_sae, bytes_at),))
 
     def shapes(self) -> Shapes:
@@ -382,6 +388,55 @@ class _Planner:
             Knob("d_sae", d_sae, lambda n: needs(n_tokens, n, reservoir)),
         )
         return Estimate(stage, False, needs(n_tokens, d_sae, reservoir), seconds, knobs[0 if stored else 1 :])
+
+    def _effects(self, stage: Stage, config: EffectsConfig, model: Outline, rows: _Rows) -> Estimate:
+        train = self._train_config(stage.name)
+        dictionary = self._dictionary(train, rows)
+        inputs, outputs = self._names(train, rows)
+        length, d_sae = rows.policy.context_length, dictionary.d_sae
+        n_latents = len(config.latents) or (d_sae if config.every else min(config.n_latents, d_sae))
+        interpret = self._interpreted(stage.name)
+        n_contexts = (rows.n_tokens if interpret.store is not None else interpret.n_tokens) // length
+        work = costs.EffectsWork(
+            n_latents,
+            config.n_top,
+            config.n_after + 1,
+            n_latents * config.n_removals,
+            interpret.before,
+            n_contexts,
+        )
+
+        def needs(batch_rows: int) -> Bytes:
+            return costs.effects_bytes(model, dictionary, batch_rows, length, n_latents * config.n_top)
+
+        def seconds(speed: Speed) -> float:
+            layers = model.n_layers_above(outputs), model.n_layers_read(inputs)
+            return costs.effects_seconds(model, speed, work, *layers, length)
+
+        knobs = (Knob("batch_rows", config.batch_rows, needs),)
+        return Estimate(stage, False, needs(config.batch_rows), seconds, knobs)
+
+    def _explain(self, stage: Stage, config: ExplainConfig, d_sae: int) -> Estimate:
+        """The atlas and its nulls, one after the other."""
+        n_nulls = len(self._interpreted(stage.name).nulls) if config.nulls is None else len(config.nulls)
+
+        def needs(wanted: int) -> Bytes:
+            return costs.explain_bytes(wanted, n_nulls)
+
+        knobs = (Knob("d_sae", d_sae, needs),)
+        if config.explainer.kind != "lexical":
+            note = "how long a language model takes to answer is not known"
+            return Estimate(stage, False, needs(d_sae), None, knobs, note)
+        seconds = costs.explain_seconds(d_sae, n_nulls)
+        return Estimate(stage, False, needs(d_sae), lambda _: seconds, knobs)
+
+    def _interpreted(self, name: str) -> InterpretConfig:
+        """What the atlas of a dictionary is made with."""
+        return next(
+            other.config
+            for other in self.stages
+            if isinstance(other.config, InterpretConfig) and other.name == name
+        )
 
 
 def _members(config: TrainConfig) -> list[TrainConfig]:

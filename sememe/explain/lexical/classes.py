@@ -36,6 +36,8 @@ CLASSES = (
     "letters of another script",
     "bytes of a broken character",
     "code",
+    "a year",
+    "a word of dates (a month, weekday, century or era)",
     "a mathematical or currency sign",
     "a special token",
     "the start of the document",
@@ -60,6 +62,25 @@ _SPECIAL = re.compile(r"<\|[^|<>]+\|>|</?s>|<(?:bos|eos|pad|unk)>")
 _CODE = re.compile(
     r"[A-Za-z]_|_[A-Za-z]|[a-z][A-Z]|[{}=<>]{2}|\(\)|->|=>|::|//|\);|[A-Za-z]\(|\[\]|^\s*[{};=\\#@$]\s*$"
 )
+_YEAR = re.compile(r"(?:1[0-9]|20)\d\d")
+_MONTHS = (
+    "January February March April May June July August September October November December "
+    "Januar Februar März Mai Juni Juli Oktober Dezember "
+    "janvier février mars avril mai juin juillet août septembre octobre novembre décembre "
+    "enero febrero marzo abril mayo junio julio agosto septiembre octubre noviembre diciembre "
+    "gennaio febbraio aprile maggio giugno luglio settembre ottobre dicembre "
+    "января февраля марта апреля мая июня июля августа сентября октября ноября декабря "
+    "Jan Feb Apr Jun Jul Aug Sept Sep Oct Nov Dec"
+)
+_DAYS = (
+    "Monday Tuesday Wednesday Thursday Friday Saturday Sunday Montag Dienstag Mittwoch Donnerstag Freitag Samstag "
+    "Sonntag lundi mardi mercredi jeudi vendredi samedi dimanche lunes martes miércoles jueves viernes sábado domingo"
+)
+_ERAS = (
+    "century centuries Century decade decades millennium BC BCE CE AD Jahrhundert Jahrhunderts siècle siglo secolo "
+    "века 年 月 日 世紀 世纪"
+)
+_DATES = frozenset(f"{_MONTHS} {_DAYS} {_ERAS}".split())
 _QUOTES = set("\"'`“”„‟‘’‚‛«»‹›「」『』")
 
 
@@ -87,6 +108,10 @@ def classes_of(raw: bytes) -> int:
         found |= _of_letters(text, body, letters)
     if body and all(c.isnumeric() or c in ".,:/-" for c in body) and any(c.isnumeric() for c in body):
         found.add("a number")
+        if _YEAR.fullmatch(body):
+            found.add("a year")
+    if body in _DATES:
+        found.add("a word of dates (a month, weekday, century or era)")
     if body and not any(c.isalnum() or c == "�" for c in body):
         found |= _of_signs(body)
     if _CODE.search(text):

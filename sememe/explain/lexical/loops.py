@@ -16,7 +16,7 @@ from numba import njit, prange
 
 __all__ = ["CURRENT", "N_CLASSES", "PAIR", "PREVIOUS", "fit", "score"]
 
-N_CLASSES = 31
+N_CLASSES = 33
 CURRENT, PREVIOUS, PAIR = 1, 2, 3
 """What the listed items of a rule are: current tokens, previous tokens, or pairs (previous << 32 | current)."""
 SIDES = 2
