@@ -181,7 +181,7 @@ def test_the_map_by_keyboard(page, address):
 def test_the_map_is_coloured_by_score_and_cluster(page, address):
     go(page, address)
     ready(page)
-    read = "(c) => Array.from(c.getContext('2d').getImageData(0, 0, c.width, c.height).data).join()"
+    read = "(c) => c.toDataURL()"
     seen = {page.locator(".map canvas").evaluate(read)}
     for name in ("score", "cluster"):
         page.locator('select[name="color"]').select_option(name)
