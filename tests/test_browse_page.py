@@ -359,7 +359,7 @@ def test_text_is_data(page, address):
         page.wait_for_selector(".latent:not(.stale) .facts")
         assert (
             page.evaluate(
-                "document.querySelectorAll('article script, article img, article b, article td').length"
+                "document.querySelectorAll('article script, article img, article b, article td td').length"
             )
             == 0
         )
