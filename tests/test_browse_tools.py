@@ -6,6 +6,7 @@ import contextlib
 import json
 import socket
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -102,13 +103,28 @@ def page(browser, address):  # noqa: F811
         yield page
 
 
+def wait_until(page, condition: str) -> None:
+    """Asked again and again; the page's policy forbids Playwright's own way, which is eval in the page."""
+    deadline = time.monotonic() + 30
+    while not _holds(page, condition):
+        assert time.monotonic() < deadline, condition
+        page.wait_for_timeout(30)
+
+
+def _holds(page, condition: str) -> bool:
+    try:
+        return bool(page.evaluate(condition))
+    except Exception as error:
+        if "context was destroyed" in str(error):
+            return False  # it is on its way to another address
+        raise
+
+
 def settle(page) -> None:
     page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
 
 def wait_for_file(path: Path, condition) -> dict:
-    import time
-
     deadline = time.monotonic() + 20
     while True:
         found = json.loads(path.read_text()) if path.exists() else {}
@@ -134,14 +150,16 @@ def test_a_latent_is_starred_tagged_noted_and_renamed_and_it_lasts(page, address
     page.get_by_label("What it stands for, in your words").fill("names of rivers " + HOSTILE)
     page.get_by_label("Note", exact=True).fill(HOSTILE + "\nsecond line")
     page.get_by_label("Note", exact=True).blur()
-    page.wait_for_function("document.querySelector('h1').innerText.includes('names of rivers')")
+    wait_until(page, "document.querySelector('h1').innerText.includes('names of rivers')")
     heading = page.locator("h1").inner_text()
     assert "\\u202E" in heading and "<img" in heading, "hostile text is shown, not run"
     assert page.locator("h1 img").count() == 0
     place = page.locator(".notes .kept").inner_text()
     if address.startswith("http"):
         assert place == "kept beside the atlas"
-        found = wait_for_file(notes_path(atlases[0]), lambda d: d["latents"].get("7", {}).get("note"))["latents"]["7"]
+        found = wait_for_file(notes_path(atlases[0]), lambda d: d["latents"].get("7", {}).get("note"))[
+            "latents"
+        ]["7"]
         assert found["star"] is True and found["tags"][1] == "rivers"
         assert found["note"] == HOSTILE + "\nsecond line"
     else:
@@ -152,11 +170,11 @@ def test_a_latent_is_starred_tagged_noted_and_renamed_and_it_lasts(page, address
     page.goto(address + "#/")
     page.wait_for_selector(".rows .row")
     page.get_by_role("searchbox", name="Search latents").fill("names of riv")
-    page.wait_for_function("document.querySelector('.found b').innerText === '1'")
+    wait_until(page, "document.querySelector('.found b').innerText === '1'")
     page.goto(address + "#/notes")
     page.wait_for_selector(".noted li")
     assert page.locator(".noted li").count() == 1 and "second line" in page.locator(".note-text").inner_text()
-    page.get_by_label("show", exact=True).select_option("tag:rivers")
+    page.locator("select[name=show]").select_option("tag:rivers")
     assert page.locator(".noted li").count() == 1
     with page.expect_download() as download:
         page.get_by_role("button", name="Export as JSON").click()
@@ -172,7 +190,7 @@ def test_a_latent_is_starred_tagged_noted_and_renamed_and_it_lasts(page, address
     page.get_by_label("Note", exact=True).fill("")
     page.get_by_label("What it stands for, in your words").fill("")
     page.get_by_label("What it stands for, in your words").blur()
-    page.wait_for_function("!document.querySelector('h1').innerText.includes('names of rivers')")
+    wait_until(page, "!document.querySelector('h1').innerText.includes('names of rivers')")
     page.goto(address + "#/notes")
     page.wait_for_selector(".empty")
     page.locator("input[type=file]").set_input_files(
@@ -216,21 +234,28 @@ def test_a_server_that_only_reads_keeps_notes_in_the_browser(browser, atlases, t
 def test_rating_by_keys_with_undo_tallies_and_the_same_queue_again(page, address):
     page.goto(address + "#/rate?n=4&seed=3")
     for i, key in enumerate("131"):
-        page.wait_for_function(f"document.querySelector('.rate-place b').innerText === '{i + 1}'")
+        wait_until(page, f"document.querySelector('.rate-place b').innerText === '{i + 1}'")
         page.wait_for_selector(".rate-examples .excerpt .tok.on")
-        assert "Latent" not in page.locator(".tool section").first.inner_text(), "the latent's number is not told"
+        assert "Latent" not in page.locator(".tool section").first.inner_text(), (
+            "the latent's number is not told"
+        )
         page.keyboard.press(key)
-    page.wait_for_function("document.querySelector('.rate-place b').innerText === '4'")
-    assert [cell.split()[0] for cell in page.locator(".tallies tbody tr").first.locator("td").all_inner_texts()] == ["3", "2", "0", "1"]
+    wait_until(page, "document.querySelector('.rate-place b').innerText === '4'")
+    assert [
+        cell.split()[0] for cell in page.locator(".tallies tbody tr").first.locator("td").all_inner_texts()
+    ] == ["3", "2", "0", "1"]
     assert "67% (21% to 94%)" in page.locator(".tallies tbody tr").first.inner_text()
     page.keyboard.press("z")
-    page.wait_for_function("document.querySelector('.rate-place b').innerText === '3'")
+    wait_until(page, "document.querySelector('.rate-place b').innerText === '3'")
     page.reload()
-    page.wait_for_function("document.querySelector('.rate-place b')?.innerText === '3'")
+    wait_until(page, "document.querySelector('.rate-place b')?.innerText === '3'")
     page.keyboard.press("u")
     page.get_by_role("button", name="polysemantic").click()
     page.wait_for_selector(".rated li")
-    assert page.locator(".rated li").count() == 4 and "All 4 are rated" in page.locator(".rate-place").inner_text()
+    assert (
+        page.locator(".rated li").count() == 4
+        and "All 4 are rated" in page.locator(".rate-place").inner_text()
+    )
     first = page.locator(".rated").inner_text()
     with page.expect_download() as download:
         page.get_by_role("button", name="Export as JSON").click()
@@ -239,7 +264,7 @@ def test_rating_by_keys_with_undo_tallies_and_the_same_queue_again(page, address
     assert sorted(verdicts) == ["monosemantic", "polysemantic", "polysemantic", "unclear"]
     page.get_by_label("seed").fill("4")
     page.get_by_label("seed").blur()
-    page.wait_for_function("document.querySelector('.rate-place b')?.innerText === '1'")
+    wait_until(page, "document.querySelector('.rate-place b')?.innerText === '1'")
     page.get_by_label("seed").fill("3")
     page.get_by_label("seed").blur()
     page.wait_for_selector(".rated li")
@@ -248,9 +273,9 @@ def test_rating_by_keys_with_undo_tallies_and_the_same_queue_again(page, address
 
 def test_two_dictionaries_are_mixed_and_the_source_is_told_at_the_end(page, address):
     page.goto(address + "#/rate?n=6&seed=1")
-    page.get_by_label("strata by").select_option(label="mixed with two/atlas, source hidden")
+    page.locator("select[name=by]").select_option(label="mixed with two/atlas, source hidden")
     for i in range(6):
-        page.wait_for_function(f"document.querySelector('.rate-place b')?.innerText === '{i + 1}'")
+        wait_until(page, f"document.querySelector('.rate-place b')?.innerText === '{i + 1}'")
         page.wait_for_selector(".rate-examples .excerpt")
         shown = page.locator(".tool > section").all_inner_texts()
         assert not any("two/atlas" in text or "one/atlas" in text for text in shown)
@@ -258,7 +283,10 @@ def test_two_dictionaries_are_mixed_and_the_source_is_told_at_the_end(page, addr
     page.wait_for_selector(".rated li")
     rows = page.locator(".tallies tbody tr th").all_inner_texts()
     assert rows == ["all", "one/atlas", "two/atlas"]
-    assert [page.locator(".tallies tbody tr").nth(i).locator("td").first.inner_text() for i in (1, 2)] == ["3", "3"]
+    assert [page.locator(".tallies tbody tr").nth(i).locator("td").first.inner_text() for i in (1, 2)] == [
+        "3",
+        "3",
+    ]
 
 
 def test_wilson_intervals_and_queues(page, address):
@@ -287,17 +315,17 @@ def test_matched_latents_stand_side_by_side(page, address):
     first = page.locator(".pair").first
     first.focus()
     page.keyboard.press("Enter")
-    page.wait_for_function("document.querySelectorAll('.card[aria-busy=false] .excerpt').length > 2")
+    wait_until(page, "document.querySelectorAll('.card[aria-busy=false] .excerpt').length > 2")
     assert page.locator(".card").count() == 2
     numbers = page.locator(".pairs .open .c-id").all_inner_texts()
     assert [title.split()[1] for title in page.locator(".card h3 a").all_inner_texts()] == numbers
     assert f"latent={numbers[0]}" in page.url, "what is open is in the address"
-    page.get_by_label("sort").select_option("unlike")
+    page.locator("select[name=sort]").select_option("unlike")
     settle(page)
     like = [float(text.split()[0]) for text in page.locator(".pairs .like").all_inner_texts()]
     assert like == sorted(like)
     n_all = int(page.locator(".found b").inner_text())
-    page.get_by_label("show", exact=True).select_option("mutual")
+    page.locator("select[name=only]").select_option("mutual")
     settle(page)
     assert 0 < int(page.locator(".found b").inner_text()) < n_all
     page.get_by_role("searchbox").fill("river")
@@ -309,8 +337,8 @@ def test_one_changes_between_atlases_and_each_is_itself(page, address):
     page.goto(address + "#/")
     page.wait_for_selector(".rows .row")
     assert page.locator(".facts dd").first.inner_text().startswith("300")
-    page.get_by_label("Atlas", exact=True).select_option("1")
-    page.wait_for_function("document.querySelector('.facts dd')?.innerText.startsWith('120')")
+    page.locator("select[name=atlas]").select_option("1")
+    wait_until(page, "document.querySelector('.facts dd')?.innerText.startsWith('120')")
     page.wait_for_selector(".rows .row")
     assert "?atlas=1" in page.url
     page.locator(".rows .row a").first.click()
@@ -343,7 +371,9 @@ def tried(browser, live):  # noqa: F811
 def test_which_latents_fire_on_a_text(tried, live):
     page = tried
     page.goto(live + "#/")
-    page.get_by_label("Which latents fire on this text?").fill("the river runs past <b>the old</b> town ü\u202e")
+    page.get_by_label("Which latents fire on this text?").fill(
+        "the river runs past <b>the old</b> town ü\u202e"
+    )
     page.keyboard.press("Enter")
     page.wait_for_selector(".fires li")
     assert "Ready" in page.locator(".live-state").inner_text()
@@ -361,12 +391,14 @@ def test_which_latents_fire_on_a_text(tried, live):
     assert "Shaded by latent" in page.locator(".fired > p").inner_text()
     page.get_by_label("what each does to the loss").check()
     page.get_by_role("button", name="Show latents").click()
-    page.wait_for_function("document.querySelector('.fired .helps, .fired .figures .muted[title*=loss]') || document.querySelectorAll('.try-text button').length > 0 && (document.querySelectorAll('.try-text button')[3].focus(), false)")
+    wait_until(page, "!document.querySelector('.progress')")
+    tokens.nth(3).focus()
+    page.wait_for_selector(".fired .figures [title*=loss]")
     assert "loss=1" in page.url
     link = page.locator(".fires li a").first
     number = link.inner_text()
     link.click()
-    page.wait_for_function(f"document.querySelector('h1').innerText.startsWith('Latent {number}')")
+    wait_until(page, f"document.querySelector('h1').innerText.startsWith('Latent {number}')")
 
 
 def test_steered_text_beside_the_unsteered(tried, live):
@@ -421,7 +453,9 @@ class _Slow:
         self.job = job
         assert self.stop.wait(30)
         self.job = None
-        raise LiveError(Refusal(409, "a job must run to its end to have an answer", "cancelled", "Ask again."))
+        raise LiveError(
+            Refusal(409, "a job must run to its end to have an answer", "cancelled", "Ask again.")
+        )
 
     def cancel(self, job):
         self.stop.set()
@@ -438,7 +472,7 @@ def test_progress_is_shown_and_a_job_is_cancelled(browser, atlases):  # noqa: F8
         page.goto(address + "#/try")
         page.get_by_placeholder("The model goes on from here").fill("once")
         page.get_by_role("button", name="Generate").click()
-        page.wait_for_function("document.querySelector('.progress')?.innerText.includes('3 of 40 tokens')")
+        wait_until(page, "document.querySelector('.progress')?.innerText.includes('3 of 40 tokens')")
         assert page.locator("progress").get_attribute("max") == "40"
         page.get_by_role("button", name="Cancel").click()
         page.wait_for_selector("#steer [role=alert]")
