@@ -254,7 +254,7 @@ def test_a_latent_s_page_shows_what_is_known(page, address):
     assert page.title().startswith("Latent 30")
     heading = page.locator("h1").inner_text()
     assert "Latent 30" in heading and r"\u202Etricks\u200B of letters" in heading
-    assert page.locator(".charts .chart .bar").count() == 20
+    assert page.locator(".charts section").first.locator(".bar").count() == 20
     assert page.locator(".logits").count() == 2 and page.locator(
         ".logits.negative .value"
     ).first.inner_text().startswith("−")

@@ -543,6 +543,11 @@ def test_the_sentence_encoder_scores_rules_without_asking_anybody(atlas: Planted
     encode = sentence_encoder()
     one = encode(["a cat", "the kitten sleeps", "the stock market fell"])
     np.testing.assert_allclose(np.linalg.norm(one, axis=1), 1, rtol=1e-5)
+    stored = pq.read_table(found.artifact.file("embeddings.parquet"))
+    named = found.labels()
+    assert stored["latent"].to_pylist() == sorted(named)
+    expected = encode([named[latent] for latent in sorted(named)])
+    np.testing.assert_allclose(np.array(stored["vector"].to_pylist()), expected, atol=1e-5)
     assert one[0] @ one[1] > 0.4 > 0.25 > one[0] @ one[2]
     np.testing.assert_allclose(encode(["a cat"])[0], one[0], atol=1e-5)
 

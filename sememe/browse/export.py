@@ -31,7 +31,7 @@ from sememe.progress import track
 
 __all__ = ["VERSION", "ExportConfig", "export"]
 
-VERSION = 1
+VERSION = 2
 QUERY_LATENTS = 1024  # latents per query: enough to keep DuckDB busy, few enough to fit in memory
 
 
@@ -109,7 +109,7 @@ def _write_together(folder: Path, atlases: list[Data], config: ExportConfig) -> 
 
 def _write(data: Data, folder: Path, config: ExportConfig, at: str = "") -> None:
     """One atlas's shards; `at` is the folder of its own that an atlas beside the first has."""
-    for sub in ("latents", "contexts"):
+    for sub in ("latents", "contexts", "texts"):
         (folder / "data" / at / sub).mkdir(parents=True, exist_ok=True)
     shards = {
         "latents_per_shard": config.latents_per_shard,
@@ -125,6 +125,8 @@ def _write(data: Data, folder: Path, config: ExportConfig, at: str = "") -> None
             ("index", 0, data.index()),
             ("tokens", 0, data.tokens()),
             ("search", 0, data.search()),
+            ("details", 0, data.details()),
+            *((f"texts/{i:05}", 0, text) for i, text in enumerate(data.texts)),
         )
         for name, n_rows, payload in itertools.chain(
             whole, _latent_shards(data, config), _context_shards(data, config)

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from sememe import artifact
-from sememe.atlas import Atlas, labels, open_atlas
-from sememe.browse.data import Data
+from sememe.atlas import EFFECTS, REMOVALS, Atlas, open_atlas
+from sememe.browse.data import Data, EffectFiles, Explained
+from sememe.browse.data.reports import frontier_point
+from sememe.browse.data.texts import fingerprints, read_texts, text_files
 from sememe.config import Config
-from sememe.errors import CorruptError, MismatchError
+from sememe.errors import ArtifactError, CorruptError, MismatchError
 
 __all__ = ["Inputs", "Opened", "opened"]
 
@@ -25,7 +27,9 @@ REPORT = "report.json"
 class Inputs(Config):
     """Where the page's data lies."""
 
-    not_identity: ClassVar[frozenset[str]] = frozenset({"atlas", "against", "explanations", "report"})
+    not_identity: ClassVar[frozenset[str]] = frozenset(
+        {"atlas", "against", "explanations", "report", "effects", "prompts"}
+    )
 
     atlas: Path = Path("artifacts/atlas")
     """The atlas to show."""
@@ -34,7 +38,12 @@ class Inputs(Config):
     explanations: Path | None = None
     """The folder of its explanations: latents are called by them. None: by the tokens they peak on."""
     report: Path | None = None
-    """The folder of its dictionary's report, for the landing page's table."""
+    """The folder of its dictionary's report, for the landing page's table; or a folder of reports (a sweep's), among
+    which its own is shown on the frontier of all."""
+    effects: Path | None = None
+    """The folder of its latents' effects: what taking them out does to the predictions, token by token."""
+    prompts: tuple[Path, ...] = ()
+    """Chosen texts: files that `sememe prompt --out FILE.json` wrote, or folders of them."""
 
 
 class Opened(NamedTuple):
@@ -54,27 +63,61 @@ def opened(inputs: Inputs) -> Iterator[Opened]:
         CorruptError: a file is damaged.
         MismatchError: explanations or report belong to something else.
     """
-    with contextlib.closing(open_atlas(inputs.atlas, inputs.explanations)) as atlas:
+    with contextlib.closing(open_atlas(inputs.atlas, inputs.explanations, inputs.effects)) as atlas:
         parents = {"atlas": atlas.artifact.fingerprint}
-        explanations, report = None, None
+        explained, effects, report, frontier = None, None, None, []
         if inputs.explanations is not None:
-            parents["explanations"] = artifact.load(inputs.explanations, "explanations").fingerprint
-            explanations = labels(inputs.explanations)
+            folder = artifact.load(inputs.explanations, "explanations")
+            parents["explanations"] = folder.fingerprint
+            explained = Explained.read(folder)
+        if inputs.effects is not None:
+            folder = artifact.load(inputs.effects, "effects")
+            parents["effects"] = folder.fingerprint
+            effects = EffectFiles(folder.file(EFFECTS), folder.file(REMOVALS))
         if inputs.report is not None:
-            folder = artifact.load(inputs.report, "report")
-            parents["report"] = folder.fingerprint
-            report = _report(folder, atlas)
-        yield Opened(Data(atlas, explanations, report), parents)
+            reports = _reports(inputs.report)
+            own = _own(reports, inputs.report, atlas)
+            report = _report(own)
+            parents |= {"report": own.fingerprint} | {
+                f"report.{i}": one.fingerprint for i, one in enumerate(reports) if len(reports) > 1
+            }
+            if len(reports) > 1:
+                frontier = [frontier_point(one.path.name, _report(one), one is own) for one in reports]
+        files = text_files(inputs.prompts)
+        parents |= fingerprints(files)
+        data = Data(atlas, explained, report, frontier=frontier, effects=effects)
+        data.texts = read_texts(files, data.ids)
+        yield Opened(data, parents)
 
 
-def _report(folder: artifact.Artifact, atlas: Atlas) -> dict[str, Any]:
-    expected, found = (a.meta["parents"].get("dictionary", "none") for a in (atlas.artifact, folder))
-    if expected != found:
+def _reports(path: Path) -> list[artifact.Artifact]:
+    """The report at a path, or all of those in a folder of them."""
+    if (path / artifact.META).is_file() or not path.is_dir():
+        return [artifact.load(path, "report")]
+    found = [artifact.load(one.parent, "report") for one in sorted(path.glob(f"*/{artifact.META}"))]
+    if not found:
+        raise ArtifactError(
+            "a report's folder must be a report, or hold reports",
+            f"{path}, which holds none",
+            "Name a folder that `sememe evaluate` made.",
+        )
+    return found
+
+
+def _own(reports: list[artifact.Artifact], path: Path, atlas: Atlas) -> artifact.Artifact:
+    """The one of the atlas's dictionary."""
+    expected = atlas.artifact.meta["parents"].get("dictionary", "none")
+    found = [one.meta["parents"].get("dictionary", "none") for one in reports]
+    if expected not in found:
         raise MismatchError(
-            f"the report {folder.path} must be of the atlas's dictionary (fingerprint {expected[:16]})",
-            f"a report of {found[:16]}",
+            f"the report {path} must be of the atlas's dictionary (fingerprint {expected[:16]})",
+            f"a report of {', '.join(one[:16] for one in found)}",
             "Name the report of the same dictionary, or run `sememe evaluate` on it.",
         )
+    return reports[found.index(expected)]
+
+
+def _report(folder: artifact.Artifact) -> dict[str, Any]:
     path = folder.file(REPORT, verify=True)
     try:
         report = json.loads(path.read_text(encoding="utf-8"))

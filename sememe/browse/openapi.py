@@ -21,6 +21,13 @@ ATLAS: Json = {
     "description": "Which of the atlases that are served, as /api/session counts them.",
     "schema": {"type": "integer", "minimum": 0, "default": 0},
 }
+CHOSEN_TEXT: Json = {
+    "name": "text",
+    "in": "path",
+    "required": True,
+    "description": "The text's place among those chosen.",
+    "schema": {"type": "integer", "minimum": 0},
+}
 LATENT: Json = {
     "name": "latent",
     "in": "path",
@@ -121,6 +128,15 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     Endpoint("GET", "/api/index", "Every latent, in columns.", OBJECT, (ATLAS,)),
     Endpoint("GET", "/api/tokens", "The strings of all tokens in the atlas.", OBJECT, (ATLAS,)),
     Endpoint("GET", "/api/search", "For each token, the latents it leads to.", OBJECT, (ATLAS,)),
+    Endpoint("GET", "/api/details", "The other figures of every latent, in columns.", OBJECT, (ATLAS,)),
+    Endpoint("GET", "/api/embeddings", "Where labels lie among meanings.", OBJECT, (ATLAS,)),
+    Endpoint(
+        "GET",
+        "/api/texts/{text}",
+        "A chosen text with the latents that fire on it.",
+        OBJECT,
+        (CHOSEN_TEXT, ATLAS),
+    ),
     Endpoint("GET", "/api/latents/{latent}", "One latent.", OBJECT, (LATENT, ATLAS)),
     Endpoint(
         "GET",

@@ -60,6 +60,9 @@ def application(
         Route("/api/index", api.whole("index")),
         Route("/api/tokens", api.whole("tokens")),
         Route("/api/search", api.whole("search")),
+        Route("/api/details", api.whole("details")),
+        Route("/api/embeddings", api.whole("embeddings")),
+        Route("/api/texts/{text}", api.text),
         Route("/api/latents/{latent}", api.latent),
         Route("/api/latents/{latent}/examples", api.examples),
         Route("/api/contexts", api.contexts),
@@ -156,6 +159,13 @@ class _Api:
         found = await run_in_threadpool(read, latent) if latent is not None else None
         if found is None:
             raise _no_latent(request)
+        return json_response(dump(found))
+
+    async def text(self, request: Request) -> Response:
+        place = _whole_number(request.path_params["text"])
+        found = self._data(self._number(request)).text(place) if place is not None else None
+        if found is None:
+            raise HTTPException(404, f"There is no chosen text {request.path_params['text'][:20]!r}.")
         return json_response(dump(found))
 
     async def contexts(self, request: Request) -> Response:

@@ -13,10 +13,10 @@ from sememe.explain.asked import Found, ask_clusters
 from sememe.explain.config import ExplainConfig, LexicalConfig
 from sememe.explain.examples import EXPLAIN, SCORE, Examples
 from sememe.explain.lexical import Lexical
-from sememe.explain.scorers import Score
+from sememe.explain.scorers import Encode, Score
 from sememe.judge import Judge
 
-__all__ = ["clusters_table", "latents_table", "tally"]
+__all__ = ["clusters_table", "embeddings_table", "latents_table", "tally"]
 
 MAX_MEMBERS = 10
 """Explanations of a cluster's latents that are shown to whoever names it."""
@@ -128,6 +128,23 @@ def clusters_table(
             "n_shown": pa.array(
                 [len(members.get(cluster, ())[:MAX_MEMBERS]) for cluster in about], pa.int32()
             ),
+        }
+    )
+
+
+def embeddings_table(table: pa.Table, encode: Encode) -> pa.Table:
+    """Where each label lies among meanings: a row per labelled latent, a unit vector of the sentence encoder's."""
+    labelled = [
+        (latent, label)
+        for latent, label in zip(table["latent"].to_pylist(), table["label"].to_pylist(), strict=True)
+        if label is not None
+    ]
+    vectors = encode([label for _, label in labelled]) if labelled else np.zeros((0, 1), np.float32)
+    width = vectors.shape[1]
+    return pa.table(
+        {
+            "latent": pa.array([latent for latent, _ in labelled], pa.int32()),
+            "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel(), pa.float32()), width),
         }
     )
 

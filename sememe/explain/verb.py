@@ -21,7 +21,7 @@ from sememe.explain.lexical import Lexical, find_rules
 from sememe.explain.rehearsal import Rehearsal
 from sememe.explain.results import SHAPE, Scores, correlations, lifts, mean_of, strata, summarise
 from sememe.explain.scorers import Encode, generation
-from sememe.explain.tables import clusters_table, latents_table, tally
+from sememe.explain.tables import clusters_table, embeddings_table, latents_table, tally
 from sememe.explain.written import Reader
 from sememe.figures import write_explanations
 from sememe.judge import EndpointConfig, Judge, LocalConfig, Preview, open_judge
@@ -31,6 +31,7 @@ __all__ = ["CLUSTERS", "SCORES", "Explanations", "explain", "preview"]
 VERSION = 3
 SCORES = "scores.parquet"
 CLUSTERS = "clusters.parquet"
+EMBEDDINGS = "embeddings.parquet"
 PAGE = "explanations.md"
 N_REMOVALS, LEAST_CHANGE = 3, 0.1
 """Context tokens told of an example, and the least change of its activation for a token to be told."""
@@ -158,6 +159,8 @@ def _make(
                 pq.write_table(clusters, work.path / CLUSTERS)
             pq.write_table(made.table, work.path / EXPLANATIONS)
             pq.write_table(made.scores.table(), work.path / SCORES)
+            if encode is not None:
+                pq.write_table(embeddings_table(made.table, encode), work.path / EMBEDDINGS)
             _finish(work, summary, against)
     finally:
         atlas.close()
@@ -176,7 +179,7 @@ def _hold_against(
     with artifact.building(
         config.out, kind="explanations", version=VERSION, config=config, parents=parents, fresh=True
     ) as work:
-        for name in (EXPLANATIONS, SCORES, CLUSTERS):
+        for name in (EXPLANATIONS, SCORES, CLUSTERS, EMBEDDINGS):
             if name in there.meta["files"]:
                 shutil.copyfile(there.file(name, verify=True), work.path / name)
         _finish(work, summary, against)

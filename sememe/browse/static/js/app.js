@@ -4,7 +4,7 @@
   const { h, render } = preact;
   const { useEffect, useState } = preactHooks;
   const html = htm.bind(h);
-  const { Histogram, number, percent, count, compact } = S.charts;
+  const { count } = S.charts;
   const { route } = S;
 
   S.useMedia = (query) => {
@@ -16,64 +16,6 @@
     }, [query]);
     return matches;
   };
-
-  // What each known figure of a report is called, and how it is written; others go by their own name.
-  const FIGURES = {
-    fvu: ["variance unexplained", percent], fvu_all_rows: ["the same, all positions", percent],
-    l0: ["active per token", number], frac_alive: ["alive", percent],
-    ce_recovered_zero: ["loss recovered", percent], ce_recovered_mean: ["the same, from the mean", percent],
-    ce_increase: ["loss increase (nats)", number], kl: ["KL divergence (nats)", number],
-  };
-  const NULLS = { pca: "PCA", untrained: "untrained", random_directions: "random directions", identity: "identity", ica: "ICA" };
-
-  function Report({ report }) {
-    const arms = [["dictionary", report.metrics], ...Object.entries(report.nulls).map(([name, figures]) => [NULLS[name] || name, figures])];
-    const names = Object.keys(FIGURES).filter((name) => name in report.metrics);
-    const cell = (name, entry) => {
-      if (!entry) return "–";
-      const write = FIGURES[name][1];
-      const interval = entry.low === null || entry.high === null ? null : `95% interval ${write(entry.low)} to ${write(entry.high)}`;
-      return html`<span title=${interval}>${write(entry.value)}</span>`;
-    };
-    return html`<div class="report"><h2>Report <span class="muted">on held-out text${arms.length > 1 ? ", beside nulls" : ""}</span></h2>
-      <div class="scroll"><table><thead><tr><td></td>${arms.map(([arm]) => html`<th key=${arm} scope="col">${arm}</th>`)}</tr></thead>
-      <tbody>${names.map((name) => html`<tr key=${name}><th scope="row" title=${name}>${FIGURES[name][0]}</th>${arms.map(([arm, figures]) => html`<td key=${arm}>${cell(name, figures[name])}</td>`)}</tr>`)}</tbody></table></div></div>`;
-  }
-
-  function Overview({ overview, params }) {
-    const { latents, text, density, report } = overview;
-    const vitals = [
-      ["latents", count(latents.n), `${count(latents.dead)} dead on this text`],
-      ["active per token", number(latents.l0), "on average"],
-    ];
-    if (text.n_tokens) vitals.push(["text", compact(text.n_tokens), "tokens" + (text.n_documents ? ` of ${compact(text.n_documents)} documents` : "")]);
-    for (const name of ["fvu", "ce_recovered_zero"])
-      if (report && report.metrics[name]) vitals.push([FIGURES[name][0], FIGURES[name][1](report.metrics[name].value), "on held-out text"]);
-    if (overview.explained) vitals.push(["explained", count(overview.explained), "latents"]);
-    const pick = (i, event) => {
-      const low = 10 ** density.log10_edges[i], high = 10 ** density.log10_edges[i + 1];
-      const round = (value) => String(Number(value.toPrecision(4)));
-      const extend = event.shiftKey && params.min !== "" && params.max !== "";
-      const min = extend ? Math.min(Number(params.min), low) : low, max = extend ? Math.max(Number(params.max), high) : high;
-      const same = params.min === round(min) && params.max === round(max);
-      route.replace(route.format("list", null, { ...params, min: same ? "" : round(min), max: same ? "" : round(max) }));
-    };
-    const low = params.min === "" ? -Infinity : Math.log10(Number(params.min) || 1e-99), high = params.max === "" ? Infinity : Math.log10(Number(params.max));
-    const edges = density.log10_edges;
-    const every = edges.length > 26 ? 2 : 1;
-    const ticks = edges.filter((edge) => Number.isInteger(edge) && (edge % every === 0));
-    const power = (value) => { const share = 10 ** value * 100; return share >= 1e-3 ? number(share, 1) + "%" : "10" + String(value).replace("-", "⁻").replace(/\d/g, (d) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[d]); };
-    const table = report && Object.keys(report.metrics).some((name) => name in FIGURES);
-    return html`<section class=${"overview" + (table ? " with-report" : "")} aria-label="Overview">
-      <dl class="facts">${vitals.map(([name, value, note]) => html`<div key=${name + note}><dt>${name}</dt><dd>${value}<small>${note}</small></dd></div>`)}</dl>
-      ${table && html`<${Report} report=${report} />`}
-      ${edges.length > 1 && html`<div class="density"><h2>Density of the latents <span class="muted">click a bar to filter</span></h2>
-        <${Histogram} counts=${density.counts} edges=${edges} xTicks=${ticks} height=${table ? 236 : 150} label="Histogram of the latents' densities"
-          xLabel="share of tokens on which a latent is active" yLabel="latents" formatX=${power} onPick=${pick}
-          picked=${params.min === "" && params.max === "" ? null : (i) => edges[i] >= low - 0.01 && edges[i + 1] <= high + 0.01}
-          describe=${(i) => `${count(density.counts[i])} latents active on ${percent(10 ** edges[i], 2)} to ${percent(10 ** edges[i + 1], 2)} of tokens`} /></div>`}
-    </section>`;
-  }
 
   function About({ overview }) {
     const { dictionary, text, attributions } = overview;
@@ -119,6 +61,13 @@
     S.source.search().then((payload) => { model.setSearch(payload); S.redraw(); }, () => { model.asked = false; });
   };
 
+  // The rest of the latents' figures, for the map and for what sorts or filters by them.
+  S.needDetails = (model) => {
+    if (!model || model.details || model.asking) return;
+    model.asking = true;
+    S.source.details().then((payload) => { model.setDetails(payload); S.redraw(); }, () => { model.asking = false; });
+  };
+
   function App() {
     const [address, setAddress] = useState(route.current());
     const [overview, setOverview] = useState(null);
@@ -132,6 +81,7 @@
       Promise.all([S.source.index(), S.source.tokens()]).then(([index, tokens]) => setModel(new S.Model(index, new S.text.Tokens(tokens))), setError);
     }, []);
     useEffect(() => { if (model && address.params.q) S.needSearch(model); }, [model, address.params.q]);
+    useEffect(() => { if (model && model.needsDetails(address.params)) S.needDetails(model); }, [model, address]);
     useEffect(() => { S.loadSession(); }, []);
     useEffect(() => { if (model) S.notes.attach(model); }, [model]);
     useEffect(() => {
@@ -147,15 +97,16 @@
     useEffect(() => {
       const name = overview && (overview.dictionary.name || overview.dictionary.hookpoint);
       const label = model && address.page === "latent" && model.rowOf.has(address.latent) ? " " + model.label(model.rowOf.get(address.latent)).slice(0, 60) : "";
-      document.title = [address.page === "latent" ? `Latent ${address.latent}${label}` : address.page === "about" ? "About" : S.pages[address.page] ? S.pages[address.page].title : "", name, "Sememe"].filter(Boolean).join(" – ");
+      document.title = [address.page === "latent" ? `Latent ${address.latent}${label}` : address.page === "about" ? "About" : address.page === "text" ? "Text" : S.pages[address.page] ? S.pages[address.page].title : "", name, "Sememe"].filter(Boolean).join(" – ");
     }, [address, overview, model]);
     if (error) return html`<${Header} /><main class="failed"><h1>This atlas cannot be shown</h1><p class="problem" role="alert">${error.message}</p></main>`;
     if (!overview || !S.session) return html`<${Header} /><main aria-busy="true"></main>`;
     let body;
     if (S.pages[address.page]) body = model ? html`<${S.pages[address.page].Page} model=${model} overview=${overview} query=${address.query} />` : html`<p class="empty" role="status">Reading the latents…</p>`;
     else if (address.page === "about") body = html`<${About} overview=${overview} />`;
+    else if (address.page === "text") body = model ? html`<${S.exampleTexts.ChosenText} model=${model} overview=${overview} place=${address.text} params=${address.params} />` : html`<p class="empty" role="status">Reading the latents…</p>`;
     else if (address.page === "latent") body = model ? html`<${S.latentViews.Latent} model=${model} overview=${overview} id=${address.latent} params=${address.params} />` : html`<p class="empty" role="status">Reading the latents…</p>`;
-    else body = html`<h1 class="sr">Latents of ${overview.dictionary.name || "this dictionary"}</h1><${Overview} overview=${overview} params=${address.params} /><${S.TryBox} /><${S.listViews.List} model=${model} overview=${overview} params=${address.params} />`;
+    else body = html`<h1 class="sr">Latents of ${overview.dictionary.name || "this dictionary"}</h1><${S.landing.Overview} overview=${overview} model=${model} params=${address.params} /><${S.TryBox} /><${S.listViews.List} model=${model} overview=${overview} params=${address.params} />`;
     return html`<${Header} overview=${overview} /><main class=${"page-" + address.page}>${body}</main><${Footer} overview=${overview} />`;
   }
 

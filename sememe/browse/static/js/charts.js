@@ -13,7 +13,7 @@
     const size = Math.abs(value);
     if (size >= 1e6) return trim((value / 1e6).toPrecision(digits)) + "M";
     if (size >= 10 ** digits) return Math.round(value).toLocaleString("en");
-    if (size < 1e-4) return value.toExponential(digits - 1).replace("e-", "e−");
+    if (size < 1e-4) return value.toExponential(digits - 1).replaceAll("-", "−");
     return trim(value.toPrecision(digits)).replace("-", "−");
   }
   const percent = (share, digits = 3) => {
@@ -52,8 +52,9 @@
   }
 
   // Bars between edges. `edges` has one entry more than `counts`; ticks are written by formatX.
+  // parts(i) splits a bar from its foot up, by share of its height: [{share, hue}], hue a class.
   // logY counts in powers of ten; shade(i) gives a bar's activation share; onPick(i, event) makes bars buttons.
-  function Histogram({ counts, edges, label, xLabel, yLabel, formatX, xTicks, logY, shade, onPick, picked, describe, height = 168 }) {
+  function Histogram({ counts, edges, label, xLabel, yLabel, formatX, xTicks, logY, shade, onPick, picked, describe, parts, height = 168 }) {
     const [ref, width] = useWidth();
     const margin = { left: 46, right: 10, top: 10, bottom: 38 };
     const inner = Math.max(width - margin.left - margin.right, 10), tall = height - margin.top - margin.bottom;
@@ -82,6 +83,7 @@
           const said = describe ? describe(i) : "";
           return html`<g key=${i} class=${"bar" + (picked && !picked(i) ? " dim" : "")} style=${shade ? { "--a": shade(i) } : null}>
             <rect ...${props} />
+            ${parts && value > 0 && parts(i).reduce((done, { share, hue }) => { const foot = done.length ? done[done.length - 1].y : props.y + props.height; const tallness = props.height * share; return [...done, { y: foot - tallness, height: tallness, hue }]; }, []).map(({ y: top, height: tallness, hue }, j) => html`<rect key=${j} class=${"part " + hue} x=${props.x} width=${props.width} y=${top} height=${tallness} />`)}
             <rect class="hit" x=${left} width=${Math.max(right - left, 1)} y=${margin.top} height=${tall}
               ...${onPick && value ? { tabindex: 0, role: "button", "aria-label": said, onClick: (e) => onPick(i, e),
                 onKeyDown: (e) => { if (e.key === "Enter" || e.key === " ") { e.preventDefault(); onPick(i, e); } } } : {}}>
@@ -99,5 +101,48 @@
     </div>`;
   }
 
-  S.charts = { Histogram, number, percent, count, compact, useWidth };
+  // Points in a plane, x on a log scale: {x, y, name, own}. Names go into titles, and beside the own point.
+  function Scatter({ points, label, xLabel, yLabel, formatX, formatY, height = 190 }) {
+    const [ref, width] = useWidth();
+    const margin = { left: 52, right: 14, top: 12, bottom: 38 };
+    const inner = Math.max(width - margin.left - margin.right, 10), tall = height - margin.top - margin.bottom;
+    const logs = points.map((point) => Math.log10(point.x)), ys = points.map((point) => point.y);
+    const left = Math.min(...logs) - 0.08, right = Math.max(...logs) + 0.08, high = Math.max(...ys) * 1.08 || 1;
+    const x = (value) => margin.left + ((Math.log10(value) - left) / (right - left)) * inner;
+    const y = (value) => margin.top + tall * (1 - value / high);
+    const ticks = [];
+    for (let power = Math.floor(left); power <= Math.ceil(right); power++) for (const m of [1, 2, 5]) { const tick = m * 10 ** power; if (Math.log10(tick) >= left && Math.log10(tick) <= right) ticks.push(tick); }
+    return html`<div class="chart" ref=${ref} style=${{ height: height + "px" }}>
+      ${width > 0 && html`<svg width=${width} height=${height} role="img" aria-label=${`${label}: ${points.map((p) => `${p.name} ${formatX(p.x)}, ${formatY(p.y)}`).join("; ")}`}>
+        ${niceTicks(0, high, 4).map((tick) => html`<g key=${"y" + tick}><line class="grid" x1=${margin.left} x2=${margin.left + inner} y1=${y(tick)} y2=${y(tick)} />
+          <text class="tick" x=${margin.left - 6} y=${y(tick) + 3.5} text-anchor="end">${formatY(tick)}</text></g>`)}
+        <line class="axis" x1=${margin.left} x2=${margin.left + inner} y1=${margin.top + tall} y2=${margin.top + tall} />
+        ${ticks.map((tick) => html`<text key=${tick} class="tick" x=${x(tick)} y=${margin.top + tall + 16} text-anchor="middle">${formatX(tick)}</text>`)}
+        <polyline class="frontier-line" points=${points.map((p) => `${x(p.x)},${y(p.y)}`).join(" ")} />
+        ${points.map((p, i) => html`<circle key=${i} class=${p.own ? "own" : "other"} cx=${x(p.x)} cy=${y(p.y)} r=${p.own ? 6 : 4.5}><title>${`${p.name}: ${formatX(p.x)} active, ${formatY(p.y)}`}</title></circle>`)}
+        <text class="name" x=${margin.left + inner / 2} y=${height - 4} text-anchor="middle">${xLabel}</text>
+        <text class="name" transform=${`translate(11 ${margin.top + tall / 2}) rotate(-90)`} text-anchor="middle">${yLabel}</text>
+      </svg>`}
+    </div>`;
+  }
+
+  // A number line: a band of one and two standard deviations around the mean, and marks where single values lie.
+  function Strip({ mean, std, marks, label, xLabel, height = 92 }) {
+    const [ref, width] = useWidth();
+    const values = [mean - 2 * std, mean + 2 * std, ...marks.map(({ value }) => value)];
+    const low = Math.min(...values), high = Math.max(...values), pad = (high - low) * 0.03 || 1;
+    const inner = Math.max(width - 20, 10), x = (value) => 10 + ((value - low + pad) / (high - low + 2 * pad)) * inner;
+    return html`<div class="chart strip" ref=${ref} style=${{ height: height + "px" }}>
+      ${width > 0 && html`<svg width=${width} height=${height} role="img" aria-label=${label}>
+        <rect class="band two" x=${x(mean - 2 * std)} width=${Math.max(x(mean + 2 * std) - x(mean - 2 * std), 1)} y="8" height="36" rx="2" />
+        <rect class="band" x=${x(mean - std)} width=${Math.max(x(mean + std) - x(mean - std), 1)} y="8" height="36" rx="2" />
+        ${marks.map(({ value, name }, i) => html`<line key=${i} class=${value < mean ? "mark-line low" : "mark-line"} x1=${x(value)} x2=${x(value)} y1="8" y2="44"><title>${name}: ${number(value)}</title></line>`)}
+        <line class="axis" x1="10" x2=${10 + inner} y1="48" y2="48" />
+        ${niceTicks(low, high, Math.max(2, Math.floor(inner / 80))).map((tick) => html`<text key=${tick} class="tick" x=${x(tick)} y="64" text-anchor="middle">${number(tick)}</text>`)}
+        <text class="name" x=${10 + inner / 2} y=${height - 6} text-anchor="middle">${xLabel}</text>
+      </svg>`}
+    </div>`;
+  }
+
+  S.charts = { Histogram, Scatter, Strip, number, percent, count, compact, useWidth };
 })((window.Sememe = window.Sememe || {}));

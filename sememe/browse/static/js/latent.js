@@ -2,9 +2,9 @@
 (function (S) {
   "use strict";
   const { h } = preact;
-  const { useEffect, useState } = preactHooks;
+  const { useEffect, useMemo, useState } = preactHooks;
   const html = htm.bind(h);
-  const { Histogram, number, percent, count } = S.charts;
+  const { Histogram, Strip, number, percent, count } = S.charts;
   const { Chip, Example, Label } = S.tokenViews;
   const { route } = S;
   const FIRST_SHOWN = 10;
@@ -16,7 +16,9 @@
   async function read(id, row) {
     const latent = await S.source.latent(id, row);
     const { contexts, documents } = await S.source.contexts([...new Set(latent.examples.context)]);
-    return { latent, contexts, documents, examples: rowsOf(latent.examples) };
+    const examples = rowsOf(latent.examples);
+    const changes = examples.map(({ effect }) => Math.abs((effect && effect.loss_change) || 0));
+    return { latent, contexts, documents, examples, largestLoss: Math.max(0, ...changes), removed: examples.some(({ removals }) => removals) };
   }
 
   function Logits({ model, title, note, logits, negative }) {
@@ -30,26 +32,79 @@
     </section>`;
   }
 
-  function ActivationHistogram({ latent, edges }) {
-    const roomy = S.useMedia("(min-width: 900px)");
+  const N_HUES = 5;
+
+  // Which tokens the recorded activations of each bar lie on, among the latent's heaviest; the rest is "other".
+  function tokensByBar(latent, examples, contexts, edges) {
+    const heavy = (latent.top_tokens.token || []).slice(0, N_HUES);
+    const counts = edges.map(() => new Array(N_HUES + 1).fill(0));
+    const seen = new Set();
+    for (const example of examples) {
+      const context = contexts.get(example.context);
+      if (!context) continue;
+      example.positions.forEach((position, i) => {
+        const place = example.context + ":" + position, share = Math.abs(example.acts[i]) / latent.max_act;
+        if (seen.has(place)) return;
+        seen.add(place);
+        const bar = edges.findIndex((edge) => share <= edge + 1e-9), hue = heavy.indexOf(context.tokens[position]);
+        if (bar >= 0) counts[bar][hue < 0 ? N_HUES : hue] += 1;
+      });
+    }
+    return { heavy, counts, n: seen.size };
+  }
+
+  function ActivationHistogram({ model, found, edges }) {
+    const { latent, examples, contexts } = found;
+    const stacked = useMemo(() => (latent.n_active && edges.length ? tokensByBar(latent, examples, contexts, edges) : null), [found]);
     if (!latent.n_active || !edges.length) return html`<p class="empty">It was never active on this text.</p>`;
     const bounds = [0, ...edges.map((edge) => edge * latent.max_act)];
     const nonzero = latent.histogram.filter((n) => n > 0);
     const logY = Math.max(...nonzero) > 30 * Math.min(...nonzero);
-    return html`<${Histogram} counts=${latent.histogram} edges=${bounds} label="Histogram of its activations" logY=${logY}
-      height=${roomy ? 300 : 168} xLabel="activation" yLabel=${logY ? "tokens (log scale)" : "tokens"} formatX=${(value) => number(value)} shade=${(i) => (0.1 + 0.9 * edges[i]).toFixed(3)}
-      describe=${(i) => `${count(latent.histogram[i])} tokens between ${number(bounds[i])} and ${number(bounds[i + 1])}`} />`;
+    const { heavy, counts, n } = stacked;
+    const split = (i) => { const total = counts[i].reduce((sum, value) => sum + value, 0); return total ? counts[i].map((value, hue) => ({ share: value / total, hue: hue < N_HUES ? "hue" + hue : "other" })).filter(({ share }) => share > 0) : []; };
+    return html`<${Histogram} counts=${latent.histogram} edges=${bounds} label="Histogram of its activations" logY=${logY} parts=${heavy.length ? split : null}
+      height=${220} xLabel="activation" yLabel=${logY ? "tokens (log scale)" : "tokens"} formatX=${(value) => number(value)} shade=${() => 0.25}
+      describe=${(i) => `${count(latent.histogram[i])} tokens between ${number(bounds[i])} and ${number(bounds[i + 1])}`} />
+      ${heavy.length > 0 && html`<p class="hues"><span class="muted">split by token, as in ${count(n)} recorded activations:</span> ${heavy.map((token, i) => html`<span key=${token} class="hue-name"><i class=${"hue" + i}></i><${Chip} tokens=${model.tokens} id=${token} /></span>`)} <span class="hue-name"><i class="other"></i>other</span></p>`}`;
+  }
+
+  // How the loss of the next token changes when the latent is taken out, over the examples where that was tried.
+  function LossHistogram({ examples }) {
+    const values = examples.map(({ effect }) => effect && effect.loss_change).filter((value) => value !== null && value !== undefined);
+    if (!values.length) return null;
+    const low = Math.min(0, ...values), high = Math.max(0, ...values), n = 14, size = (high - low) / n || 1;
+    const edges = Array.from({ length: n + 1 }, (_, i) => low + i * size), counts = new Array(n).fill(0);
+    for (const value of values) counts[Math.min(n - 1, Math.floor((value - low) / size))] += 1;
+    const mean = values.reduce((sum, value) => sum + value, 0) / values.length;
+    return html`<section><h2>Loss without it <span class="muted">on ${count(values.length)} examples; mean ${mean > 0 ? "+" : ""}${number(Math.abs(mean) < 1e-9 ? 0 : mean)} nats</span></h2>
+      <${Histogram} counts=${counts} edges=${edges} label="Histogram of the change of loss when the latent is taken out" height=${220} xLabel="change of the next token's loss (nats); above 0 it helped" yLabel="examples"
+        formatX=${(value) => number(value, 2)} shade=${() => 0.6} describe=${(i) => `${count(counts[i])} examples between ${number(edges[i])} and ${number(edges[i + 1])} nats`} /></section>`;
+  }
+
+  function DirectEffect({ model, latent }) {
+    const marks = [latent.promoted, latent.demoted].flatMap(({ tokens, values }) => tokens.map((token, i) => ({ value: values[i], name: model.tokens.flat(token) })));
+    if (!marks.length || latent.logit_std === null) return null;
+    return html`<section class="direct"><h2>Direct effect <span class="muted">on all output tokens: mean ± 1 and 2 standard deviations, and the tokens beside</span></h2>
+      <${Strip} mean=${latent.logit_mean || 0} std=${latent.logit_std} marks=${marks} label=${`Direct effect: mean ${number(latent.logit_mean)}, standard deviation ${number(latent.logit_std)}; strongest ${number(latent.promoted.values[0])}, weakest ${number(latent.demoted.values[0])}`} xLabel="logit" /></section>`;
+  }
+
+  function ByPosition({ latent, edges }) {
+    if (!latent.n_active || !latent.position_density || !edges.length) return null;
+    const density = latent.position_density, scale = Math.max(...density, 1e-12);
+    return html`<section class="by-position"><h2>By position <span class="muted">share of tokens on which it is active</span></h2>
+      <${Histogram} counts=${density.map((value) => (value / scale) * 100)} edges=${[0, ...edges]} label="Density by position in the row" height=${120} xLabel="position in the row" yLabel="% of most" formatX=${(value) => number(value)}
+        shade=${() => 0.6} describe=${(i) => `${percent(density[i])} of tokens up to position ${edges[i]}`} /></section>`;
   }
 
   function Examples({ title, note, id, examples, shared, limit, level = "h2" }) {
-    const { model, latent, contexts, documents, open, toggle } = shared;
+    const { model, latent, contexts, documents, open, toggle, edges, largestLoss, underlined } = shared;
     const [all, setAll] = useState(false);
     if (!examples.length) return null;
     const shown = all || !limit ? examples : examples.slice(0, limit);
     return html`<section class="examples" id=${id}>
       <${level}>${title} <span class="muted">${note}</span><//>
       <ol>${shown.map((example) => html`<${Example} key=${example.key} model=${model} latent=${latent} example=${example} context=${contexts.get(example.context)} documents=${documents}
-        open=${open.has(example.key)} onToggle=${() => toggle(example.key)} name=${`${title.toLowerCase()}, example ${example.rank + 1}`} />`)}</ol>
+        edges=${edges} largestLoss=${largestLoss} underlined=${underlined} open=${open.has(example.key)} onToggle=${() => toggle(example.key)} name=${`${title.toLowerCase()}, example ${example.rank + 1}`} />`)}</ol>
       ${shown.length < examples.length && html`<button type="button" class="link more" onClick=${() => setAll(true)}>Show ${examples.length - shown.length} more</button>`}
     </section>`;
   }
@@ -76,7 +131,8 @@
       ["top token", latent.top_token === null ? "–" : html`<${Chip} tokens=${model.tokens} id=${latent.top_token} />`, latent.top_token === null ? "" : `${percent(latent.top_token_share, 2)} of its activation`],
       ["peak tokens", latent.n_distinct_tokens === null ? "–" : count(latent.n_distinct_tokens), "distinct, in examples"],
       ["language", latent.language || "–", latent.language ? `${percent(latent.language_share, 2)} of examples` : ""],
-      ["decoder norm", number(latent.decoder_norm), ""],
+      ["decoder norm", number(latent.decoder_norm), latent.bias === null ? "" : `encoder bias ${number(latent.bias)}`],
+      ...S.relationViews.shape(latent),
     ];
     return html`<dl class="facts">${facts.map(([name, value, note]) => html`<div key=${name}><dt>${name}</dt><dd>${value}<small>${note}</small></dd></div>`)}</dl>`;
   }
@@ -130,7 +186,8 @@
       route.replace(route.format("latent", id, { ...params, open: [...open].join(",") }));
     };
     const rail = roomy && html`<${S.listViews.Rail} model=${model} params=${params} latent=${id} rows=${rows} place=${rows.indexOf(row)} />`;
-    const shared = found && { model, latent: found.latent, contexts: found.contexts, documents: found.documents, open, toggle };
+    const underlined = params.mark !== "plain";
+    const shared = found && { edges: overview.histogram_edges, largestLoss: found.largestLoss, underlined, model, latent: found.latent, contexts: found.contexts, documents: found.documents, open, toggle };
     const of = (kind) => found.examples.filter((example) => example.kind === kind);
     const step = (to, text, label, key) => to === null ? html`<span class="step off" aria-hidden="true">${text}</span>` : html`<a class="step" href=${address(to)} aria-label=${label} title=${`${label} (${key})`}>${text}</a>`;
     return html`<div class=${"latent-layout" + (roomy ? " with-rail" : "")}>
@@ -146,13 +203,23 @@
         ${error && html`<p class="problem" role="alert">${error.message}</p>`}
         ${found && row !== undefined && html`
           <${Stats} model=${model} latent=${found.latent} />
+          <${S.relationViews.Explanation} latent=${found.latent} overview=${overview} />
+          <div class=${"charts" + (found.largestLoss > 0 ? " two" : " one")}>
+            <section><h2>Activations <span class="muted">where it is active</span></h2><${ActivationHistogram} key=${found.latent.id} model=${model} found=${found} edges=${overview.histogram_edges} /></section>
+            ${found.largestLoss > 0 && html`<${LossHistogram} examples=${found.examples} />`}
+          </div>
           <div class="charts">
-            <section><h2>Activations <span class="muted">where it is active</span></h2><${ActivationHistogram} latent=${found.latent} edges=${overview.histogram_edges} /></section>
             <${Logits} model=${model} title="Promotes" note="next tokens it makes likelier" logits=${found.latent.promoted} />
             <${Logits} model=${model} title="Demotes" note="and less likely" logits=${found.latent.demoted} negative />
+            <div><${DirectEffect} model=${model} latent=${found.latent} /><${ByPosition} latent=${found.latent} edges=${overview.position_edges} /></div>
           </div>
-          <div class="legend" aria-hidden="true"><span>0</span><i></i><span>${number(found.latent.max_act)}</span></div>
+          ${Object.entries(found.latent.lenses).map(([lens, ends]) => html`<div class="charts" key=${lens}>
+            <${Logits} model=${model} title="Promotes" note=${`through the ${S.text.flat(lens)} lens`} logits=${ends.promoted} /><${Logits} model=${model} title="Demotes" note=${`through the ${S.text.flat(lens)} lens`} logits=${ends.demoted} negative /></div>`)}
+          <div class="legend"><span>0</span><i aria-hidden="true"></i><span>${number(found.latent.max_act)}</span>
+            ${(found.largestLoss > 0 || found.removed) && html`<label class="underline"><input type="checkbox" checked=${underlined} onChange=${(e) => route.replace(route.format("latent", id, { ...params, mark: e.target.checked ? "" : "plain" }))} /> underline effects</label>`}</div>
+          ${underlined && (found.largestLoss > 0 || found.removed) && html`<p class="keys-of">${found.largestLoss > 0 && html`<span><u class="helps">peak</u> its loss rises without the latent, <u class="hurts">peak</u> it falls</span>`}${found.removed && html`<span><u class="needed">before</u> the peak weakens without this token, <u class="against">before</u> it grows</span>`}</p>`}
           <${Examples} id="top" key=${"top" + found.latent.id} title="Top activations" note="one per document" examples=${of("top")} shared=${shared} limit=${FIRST_SHOWN} />
+          <${S.relationViews.Relations} model=${model} latent=${found.latent} overview=${overview} params=${params} />
           <${Deciles} key=${"deciles" + found.latent.id} examples=${of("decile")} shared=${shared} />
           <${Examples} id="random" key=${"random" + found.latent.id} title="Random text" note="it is silent here" examples=${of("random")} shared=${shared} />
           ${!found.examples.length && html`<p class="empty">There are no examples: it was never active on this text.</p>`}`}

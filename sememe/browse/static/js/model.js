@@ -4,7 +4,69 @@
 
   const IN_LABEL = 1, IS_TOP = 2, IS_PEAK = 4, IS_PROMOTED = 8;
   const PLACES = { label: IN_LABEL, top: IS_TOP, peak: IS_PEAK, promoted: IS_PROMOTED };
-  const DESCENDING_FIRST = new Set(["density", "max", "mean", "share"]);
+  const RARE = 1e-4; // a latent active on fewer tokens than this is rare, as in `sememe geometry`
+  const ALIGNED = 0.5; // a latent is aligned with a neuron if more than this share of its square lies on one
+
+  // Figures of a latent by which the list can be sorted and filtered: what they are called, what they mean, where
+  // they stand (the index, or the details that come later), and whether they are shares.
+  const FIELDS = {
+    density: { name: "density", title: "The share of tokens on which it is active", column: "density", share: true },
+    l0: { name: "share of L0", title: "Its share of all latents that are active on a token, on average", of: (model, row) => model.index.density[row] / model.l0, share: true },
+    max: { name: "largest activation", title: "Its largest activation", column: "max_act" },
+    mean: { name: "mean activation", title: "Its mean activation where it is active", column: "mean_act" },
+    share: { name: "top share", title: "The share of its activation on its commonest token", column: "top_token_share", share: true },
+    spoken: { name: "language share", title: "The share of its examples in its commonest language", column: "language_share", share: true },
+    distinct: { name: "peak tokens", title: "Distinct tokens among the peaks of its examples", column: "n_distinct_tokens" },
+    score: { name: "score", title: "How well its explanation holds: 0 for guessing, 1 for perfect", detail: "score" },
+    mcs: { name: "mcs", title: "Cosine to the nearest latent of the other dictionaries", detail: "mcs" },
+    max_cos: { name: "nearest cosine", title: "Cosine to the nearest other latent of this dictionary", detail: "max_cos" },
+    self: { name: "self-similarity", title: "Cosine to itself at the last but one kept checkpoint", detail: "self_similarity" },
+    reads: { name: "encoder cosine", title: "Cosine of its encoder and decoder directions", detail: "encoder_decoder_cosine" },
+    neurons: { name: "effective neurons", title: "Over how many neurons its direction is spread: 1 is one neuron", detail: "n_effective_neurons" },
+    neuron: { name: "top neuron's share", title: "The share of its direction's square on one neuron", detail: "top_neuron_share", share: true },
+    kurtosis: { name: "kurtosis", title: "Of its direction's entries: 3 is normal, more is fewer neurons", detail: "kurtosis" },
+    skew: { name: "skew", title: "Of its direction's entries", detail: "skew" },
+    outliers: { name: "outlier share", title: "The share of its square in the dictionary's outlier dimensions", detail: "outlier_share", share: true },
+    bias: { name: "bias", title: "Its encoder bias", detail: "bias" },
+    norm: { name: "decoder norm", title: "The norm of its decoder direction", detail: "decoder_norm" },
+    logits: { name: "logit spread", title: "Standard deviation of its direct effect over the vocabulary", detail: "logit_std" },
+    cluster: { name: "cluster", title: "Its group on the map", detail: "cluster" },
+  };
+  const DESCENDING_FIRST = new Set(Object.keys(FIELDS).filter((key) => key !== "cluster"));
+
+  // The writing system of a token's letters; what has none is digits, blanks or signs.
+  const SCRIPTS = ["Latin", "Cyrillic", "Greek", "Arabic", "Hebrew", "Han", "Hiragana", "Katakana", "Hangul", "Devanagari", "Bengali", "Tamil", "Telugu", "Thai", "Armenian", "Georgian", "Ethiopic", "Khmer", "Myanmar", "Tibetan"]
+    .map((name) => [name, new RegExp("\\p{Script=" + name + "}", "u")]);
+  function scriptOf(text) {
+    for (const [name, pattern] of SCRIPTS) if (pattern.test(text)) return name;
+    if (/\p{L}/u.test(text)) return "other letters";
+    if (/\p{N}/u.test(text)) return "digits";
+    if (/^\s*$/u.test(text)) return "blanks";
+    if (/\ufffd/.test(text)) return "bytes";
+    return "signs";
+  }
+
+  // "score:0.5:,mcs::0.3" -> [{field, low, high}]; what cannot be read is left out.
+  function parseRanges(text) {
+    return (text || "").split(",").map((part) => {
+      const [field, low, high] = part.split(":");
+      const bound = (value, none) => (value === undefined || value === "" || Number.isNaN(Number(value)) ? none : Number(value));
+      return { field, low: bound(low, -Infinity), high: bound(high, Infinity) };
+    }).filter(({ field, low, high }) => field in FIELDS && (low > -Infinity || high < Infinity));
+  }
+  const formatRanges = (ranges) => ranges.map(({ field, low, high }) => `${field}:${low === -Infinity ? "" : low}:${high === Infinity ? "" : high}`).join(",");
+
+  // "120_300,..." -> corners on the map.
+  const parseLasso = (text) => (text || "").split(",").map((corner) => corner.split("_").map(Number)).filter((corner) => corner.length === 2 && corner.every(Number.isFinite));
+  const formatLasso = (corners) => corners.map(([x, y]) => Math.round(x) + "_" + Math.round(y)).join(",");
+  function inside(corners, x, y) {
+    let within = false;
+    for (let i = 0, j = corners.length - 1; i < corners.length; j = i++) {
+      const [xi, yi] = corners[i], [xj, yj] = corners[j];
+      if (yi > y !== yj > y && x < ((xj - xi) * (y - yi)) / (yj - yi) + xi) within = !within;
+    }
+    return within;
+  }
 
   class Model {
     constructor(index, tokens) {
@@ -12,6 +74,12 @@
       this.tokens = tokens;
       this.n = index.id.length;
       this.rowOf = new Map(index.id.map((id, row) => [id, row]));
+      this.l0 = index.density.reduce((sum, density) => sum + density, 0) || 1;
+      this.meaning = null; // what a question's meaning is near to
+      this.details = null; // the other figures, filled when they have arrived
+      this.scripts = null;
+      this.byToken = null;
+      this.lowerExplanations = null;
       this.search = null; // token -> rows, filled when it has arrived
       this.last = null;
       this.explanations = Object.keys(index.explanation).map(Number);
@@ -39,6 +107,54 @@
     setSearch(payload) {
       const table = ({ token, latents }) => new Map(token.map((id, i) => [id, latents[i]]));
       this.search = { promoted: table(payload.promoted), peaks: table(payload.peaks) };
+      this.rowsOfTokens(); // somebody is about to search
+      this.last = null;
+    }
+
+    setDetails(payload) {
+      this.details = payload;
+      this.last = null;
+    }
+
+    // Whether a figure is there at all; those of the details are, once they have come.
+    has(field) {
+      const { detail } = FIELDS[field] || {};
+      return !!FIELDS[field] && (!detail || !!(this.details && this.details[detail]));
+    }
+
+    value(field, row) {
+      const { column, detail, of } = FIELDS[field];
+      const found = of ? of(this, row) : column ? this.index[column][row] : this.details && this.details[detail] ? this.details[detail][row] : null;
+      return found === undefined ? null : found;
+    }
+
+    needsDetails(params) {
+      const { by } = this.sortOf(params);
+      return !!(params.cluster || params.lasso || params.status === "neuron" || (FIELDS[by] && FIELDS[by].detail) || parseRanges(params.f).some(({ field }) => FIELDS[field].detail));
+    }
+
+    // The script of each latent's top token; "" for one without.
+    scriptRows() {
+      if (!this.scripts) {
+        const known = new Map();
+        this.scripts = this.index.top_token.map((id) => {
+          if (id === null) return "";
+          if (!known.has(id)) known.set(id, scriptOf(this.tokens.text(id).slice(0, 200)));
+          return known.get(id);
+        });
+      }
+      return this.scripts;
+    }
+
+    scriptCounts() {
+      const counts = new Map();
+      for (const script of this.scriptRows()) if (script) counts.set(script, (counts.get(script) || 0) + 1);
+      return [...counts].sort((a, b) => b[1] - a[1] || (a[0] < b[0] ? -1 : 1));
+    }
+
+    // Per row: the cosine of its label's meaning with a question's; {text, cosines} or {text, error}.
+    setMeaning(meaning) {
+      this.meaning = meaning;
       this.last = null;
     }
 
@@ -56,8 +172,26 @@
       return { exact, partial };
     }
 
+    // Token -> rows that have it as their top token, or in their label.
+    rowsOfTokens() {
+      if (!this.byToken) {
+        const tops = new Map(), labels = new Map();
+        const put = (map, id, row) => { const rows = map.get(id); if (rows) rows.push(row); else map.set(id, [row]); };
+        for (let row = 0; row < this.n; row++) {
+          if (this.index.top_token[row] !== null) put(tops, this.index.top_token[row], row);
+          for (const id of this.index.label_tokens[row]) put(labels, id, row);
+        }
+        this.byToken = { tops, labels };
+      }
+      return this.byToken;
+    }
+
     // Per row: how well it matches (0: not), and where. A number names a latent first of all.
     match(needle, where) {
+      if (where === "meaning") {
+        const score = this.meaning && this.meaning.text === needle && this.meaning.cosines ? this.meaning.cosines : new Float32Array(this.n);
+        return { score, places: new Uint8Array(this.n) };
+      }
       const score = new Uint8Array(this.n), places = new Uint8Array(this.n);
       const mask = where === "any" ? 15 : PLACES[where] || 15;
       const hit = (row, place, points) => {
@@ -70,8 +204,11 @@
       for (const [ids, whole] of [[partial, 0], [exact, 1]]) {
         const wanted = new Set(ids);
         if (!wanted.size) continue;
-        for (let row = 0; row < this.n; row++) if (wanted.has(this.index.top_token[row])) hit(row, IS_TOP, 7 + 2 * whole);
-        for (let row = 0; row < this.n; row++) if (this.index.label_tokens[row].some((id) => wanted.has(id))) hit(row, IN_LABEL, 6 + 2 * whole);
+        const { tops, labels } = this.rowsOfTokens();
+        for (const id of wanted) {
+          for (const row of tops.get(id) || []) hit(row, IS_TOP, 7 + 2 * whole);
+          for (const row of labels.get(id) || []) hit(row, IN_LABEL, 6 + 2 * whole);
+        }
         if (this.search)
           for (const id of wanted) {
             for (const latent of this.search.peaks.get(id) || []) hit(this.rowOf.get(latent), IS_PEAK, 3 + 2 * whole);
@@ -79,7 +216,14 @@
           }
       }
       const lower = needle.trim().toLowerCase();
-      if (lower) for (const row of this.explanations) if (this.explanation(row).toLowerCase().includes(lower)) hit(row, IN_LABEL, 10);
+      if (lower) {
+        if (!this.lowerExplanations) this.lowerExplanations = this.explanations.map((row) => this.explanation(row).toLowerCase());
+        const words = lower.split(/\s+/);
+        this.lowerExplanations.forEach((text, i) => {
+          if (text.includes(lower)) hit(this.explanations[i], IN_LABEL, 10);
+          else if (words.length > 1 && words.every((word) => text.includes(word))) hit(this.explanations[i], IN_LABEL, 9);
+        });
+      }
       const number = /^#?(\d+)$/.exec(needle.trim());
       if (number && where === "any" && this.rowOf.has(Number(number[1]))) score[this.rowOf.get(Number(number[1]))] = 20;
       return { score, places };
@@ -87,18 +231,31 @@
 
     // The rows that a list with these parameters shows, in its order.
     query(params) {
-      const key = JSON.stringify([params.q, params.in, params.status, params.lang, params.min, params.max, params.sort, params.dir, !!this.search]);
+      const { q, in: where, status, lang, min, max, sort, dir, cluster, script, f, lasso } = params;
+      const key = JSON.stringify([q, where, status, lang, min, max, sort, dir, cluster, script, f, lasso, !!this.search, !!this.details, where === "meaning" && this.meaning ? this.meaning.text : ""]);
       if (this.last && this.last.key === key) return this.last;
       const { density, n_active, language, languages } = this.index;
       const found = params.q ? this.match(params.q, params.in) : null;
       // A bar of the density histogram holds its lower edge and not its upper one, and so do these bounds.
       const low = params.min === "" ? -Infinity : Number(params.min), high = params.max === "" || Number(params.max) >= 1 ? Infinity : Number(params.max);
       const spoken = params.lang ? (languages.includes(params.lang) ? languages.indexOf(params.lang) : NaN) : null;
+      const scripts = script ? this.scriptRows() : null;
+      const ranges = parseRanges(f).filter(({ field }) => this.has(field));
+      const { details } = this;
+      const corners = details && details.x ? parseLasso(lasso) : [];
+      const group = cluster === "" || !details ? null : cluster === "none" ? null : Number(cluster);
+      const aligned = details && details.top_neuron_share;
       const rows = [];
       for (let row = 0; row < this.n; row++) {
-        if (found && !found.score[row]) continue;
-        if (params.status === "alive" && !n_active[row]) continue;
-        if (params.status === "dead" && n_active[row]) continue;
+        if (found && !(found.score[row] > 0)) continue;
+        if (status !== "dead" && status !== "all" && !n_active[row]) continue;
+        if (status === "dead" && n_active[row]) continue;
+        if (status === "rare" && !(density[row] < RARE)) continue;
+        if (status === "neuron" && !(aligned && aligned[row] > ALIGNED)) continue;
+        if (scripts && scripts[row] !== script) continue;
+        if (details && cluster !== "" && details.cluster[row] !== group) continue;
+        if (corners.length > 2 && (details.x[row] === null || !inside(corners, details.x[row], details.y[row]))) continue;
+        if (ranges.some(({ field, low: from, high: to }) => { const value = this.value(field, row); return value === null || !(value >= from && value <= to); })) continue;
         if (spoken !== null && language[row] !== spoken) continue;
         if (!(density[row] >= low && density[row] < high)) continue;
         rows.push(row);
@@ -109,7 +266,8 @@
     }
 
     sortOf(params) {
-      const by = params.sort || (params.q ? "match" : "density");
+      const wanted = params.sort === "match" || params.sort === "id" || params.sort === "label" || params.sort in FIELDS ? params.sort : "";
+      const by = wanted || (params.q ? "match" : "density");
       const dir = params.dir || (by === "match" || DESCENDING_FIRST.has(by) ? "desc" : "asc");
       return { by, dir };
     }
@@ -118,9 +276,13 @@
       const { by, dir } = this.sortOf(params);
       const { index } = this;
       const sign = dir === "desc" ? -1 : 1;
-      const numeric = { density: index.density, max: index.max_act, mean: index.mean_act, share: index.top_token_share, id: index.id }[by];
       if (by === "match" && found) rows.sort((a, b) => sign * (found.score[a] - found.score[b]) || index.density[b] - index.density[a] || a - b);
-      else if (numeric) rows.sort((a, b) => sign * ((numeric[a] ?? -1) - (numeric[b] ?? -1)) || a - b);
+      else if (by in FIELDS || by === "id") {
+        // Ascending keys; latents without the figure come last, whichever way.
+        const keys = new Float64Array(this.n);
+        for (const row of rows) { const value = by === "id" ? index.id[row] : this.value(by, row); keys[row] = value === null ? Infinity : sign * value; }
+        rows.sort((a, b) => keys[a] - keys[b] || a - b);
+      }
       else {
         if (!this.labelKeys) this.labelKeys = Array.from({ length: this.n }, (_, row) => this.label(row).toLowerCase());
         const keys = this.labelKeys;
@@ -135,4 +297,5 @@
   }
 
   S.Model = Model;
+  S.fields = { FIELDS, RARE, ALIGNED, parseRanges, formatRanges, parseLasso, formatLasso, inside };
 })((window.Sememe = window.Sememe || {}));

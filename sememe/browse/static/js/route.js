@@ -2,7 +2,8 @@
 (function (S) {
   "use strict";
 
-  const DEFAULTS = { q: "", in: "any", status: "alive", lang: "", min: "", max: "", sort: "", dir: "", open: "", rank: "" };
+  const DEFAULTS = { q: "", in: "any", status: "alive", lang: "", min: "", max: "", sort: "", dir: "", open: "", rank: "",
+    cluster: "", script: "", f: "", lasso: "", color: "", view: "", at: "", mark: "" };
 
   function parse(hash) {
     const [path, query] = hash.replace(/^#/, "").split("?");
@@ -10,6 +11,8 @@
     for (const [key, value] of new URLSearchParams(query || "")) if (key in DEFAULTS) params[key] = value;
     const latent = /^\/latent\/(\d{1,9})$/.exec(path);
     if (latent) return { page: "latent", latent: Number(latent[1]), params };
+    const text = /^\/text\/(\d{1,4})$/.exec(path);
+    if (text) return { page: "text", latent: null, text: Number(text[1]), params };
     if (S.pages && S.pages[path.slice(1)]) return { page: path.slice(1), latent: null, params, query: Object.fromEntries(new URLSearchParams(query || "")) };
     return { page: path === "/about" ? "about" : "list", latent: null, params };
   }
@@ -20,7 +23,7 @@
       const value = params[key] === undefined ? DEFAULTS[key] : String(params[key]);
       if (value !== DEFAULTS[key]) query.set(key, value);
     }
-    const path = page === "latent" ? "/latent/" + latent : page === "about" ? "/about" : "/";
+    const path = page === "latent" || page === "text" ? `/${page}/${latent}` : page === "about" ? "/about" : "/";
     const text = query.toString();
     return "#" + path + (text ? "?" + text : "");
   }
@@ -38,6 +41,6 @@
     go: (hash) => { location.hash = hash; },
     replace: (hash) => { history.replaceState(null, "", hash); tell(); },
     // The list's own parameters: what stays when one moves between latents.
-    listParams: (params) => ({ ...params, open: "", rank: "" }),
+    listParams: (params) => ({ ...params, open: "", rank: "", at: "" }),
   };
 })((window.Sememe = window.Sememe || {}));

@@ -68,6 +68,8 @@
     search() { return this.whole.once("search", () => loadScript(named(this.number, "search"))); }
     session() { return this.whole.once("session", () => loadScript("session")); }
     compare(other) { return this.whole.once("compare" + other, () => loadScript(`compare-${this.number}-${other}`)); }
+    details() { return this.whole.once("details", () => loadScript(named(this.number, "details"))); }
+    text(place) { return this.shard("texts", place); }
     shard(folder, number) {
       const name = folder + "/" + String(number).padStart(5, "0");
       return this.shards.once(name, () => loadScript(named(this.number, name)));
@@ -116,6 +118,9 @@
     session() { return this.whole.once("session", () => request("session")); }
     compare(other) { return this.whole.once("compare" + other, () => request("compare?with=" + other, this.number)); }
     latent(id) { return this.latents.once(id, () => request("latents/" + id, this.number)); }
+    details() { return this.whole.once("details", () => request("details", this.number)); }
+    embeddings() { return this.whole.once("embeddings", () => request("embeddings", this.number)); }
+    text(place) { return this.whole.once("text " + place, () => request("texts/" + place, this.number)); }
     async contexts(ids) {
       const missing = ids.filter((id) => !this.known.get(id));
       for (let start = 0; start < missing.length; start += 200) {

@@ -124,10 +124,17 @@
       this.place = new Map(payload.id.map((id, i) => [id, i]));
       this.bytes = new Map(Object.entries(payload.bytes).map(([id, hex]) => [Number(id), hexBytes(hex)]));
       this.cache = new Map();
+      this.learned = new Map();
     }
     text(id) {
       const place = this.place.get(id);
-      return place === undefined ? "<token " + id + ">" : this.texts[place];
+      if (place !== undefined) return this.texts[place];
+      const text = this.learned.get(id);
+      return text === undefined ? "<token " + id + ">" : text;
+    }
+    // Tokens that occur nowhere in the atlas, by what somebody else calls them.
+    learn(ids, texts) {
+      ids.forEach((id, i) => { if (!this.place.has(id)) this.learned.set(id, texts[i]); });
     }
     // One token by itself: half letters are escapes, every space is a dot.
     alone(id) {

@@ -29,11 +29,38 @@
     return tokens.map((id, i) => html`<${Chip} key=${id} tokens=${model.tokens} id=${id} strong=${i === 0} />`);
   }
 
+  // A string that came with its own text, such as an output token of the model.
+  function TextChip({ text }) {
+    return html`<span class="chip" dir="auto"><${Runs} parts=${S.text.runs(text, "all")} /></span>`;
+  }
+
+  // Output tokens that become likelier (raised) and less likely (lowered): [[token, text, change]].
+  function Output({ raised, lowered }) {
+    const side = (rows, sign, title) => rows && rows.length > 0 && html`<span class="moved" title=${title}><span aria-hidden="true">${sign}</span><span class="sr">${title}: </span>${rows.slice(0, 4).map(([token, text, change], i) => html`<span key=${i} title=${`${change > 0 ? "+" : ""}${number(change)} nats`}><${TextChip} text=${text} /></span>`)}</span>`;
+    return html`<span class="output">${side(raised, "↑", "likelier without it")}${side(lowered, "↓", "less likely without it")}</span>`;
+  }
+
+  // The share of a latent's activations that are smaller, from its histogram; null where there is none.
+  function quantile(latent, edges, act) {
+    const total = latent.histogram.reduce((sum, n) => sum + n, 0);
+    if (!total || !latent.max_act) return null;
+    const share = Math.min(1, Math.abs(act) / latent.max_act);
+    let below = 0, low = 0;
+    for (let i = 0; i < edges.length; i++) {
+      if (share <= edges[i]) return (below + latent.histogram[i] * ((share - low) / (edges[i] - low || 1))) / total;
+      below += latent.histogram[i];
+      low = edges[i];
+    }
+    return 1;
+  }
+
+  const signed = (value) => (value > 0 ? "+" : "") + number(value);
+
   // How strongly a token is shaded, 0 to 1; the smallest activation can still be seen.
   const shadeOf = (act, largest) => (act === 0 || !largest ? 0 : 0.1 + 0.9 * Math.min(1, Math.abs(act) / largest));
 
   // One example: the window around its peak, or the whole row when open.
-  function Example({ model, latent, context, documents, example, open, onToggle, name }) {
+  function Example({ model, latent, context, documents, example, open, onToggle, name, edges, largestLoss, underlined }) {
     const [tip, setTip] = useState(null);
     const box = useRef(null);
     const pieces = useMemo(() => (context ? model.tokens.row(context.tokens) : []), [context]);
@@ -43,6 +70,8 @@
       return out;
     }, [context]);
     const acts = useMemo(() => new Map(example.positions.map((position, i) => [position, example.acts[i]])), [example]);
+    const without = useMemo(() => new Map(example.removals ? example.removals.removed.map((position, i) => [position, example.removals.act[i]]) : []), [example]);
+    const { effect } = example;
     useEffect(() => {
       if (!tip) return undefined;
       const close = (event) => { if (!box.current || !box.current.contains(event.target)) setTip(null); };
@@ -73,7 +102,18 @@
       else if (docs[i] !== example.document) classes.push("other");
       if (pieces[i].continues) classes.push("continues");
       if (i > from && docs[i] !== docs[i - 1]) spans.push(html`<span class="seam" key=${"s" + i} title="Another document begins">‖</span>`);
-      spans.push(html`<span key=${i} data-i=${i} class=${classes.join(" ")} style=${act ? { "--a": shadeOf(act, latent.max_act).toFixed(3) } : null}><${Runs} parts=${pieces[i].parts} breaks=${open} /></span>`);
+      const style = act ? { "--a": shadeOf(act, latent.max_act).toFixed(3) } : {};
+      // Underlined by effect: the peak by what the loss does without the latent, tokens before it by what the
+      // activation does without them.
+      if (underlined && i === example.position && effect && effect.loss_change !== null) {
+        classes.push(effect.loss_change >= 0 ? "helps" : "hurts");
+        style["--e"] = Math.min(1, Math.abs(effect.loss_change) / (largestLoss || 1)).toFixed(3);
+      }
+      if (underlined && without.has(i) && example.act) {
+        const drop = 1 - without.get(i) / example.act;
+        if (Math.abs(drop) >= 0.05) { classes.push(drop > 0 ? "needed" : "against"); style["--r"] = Math.min(1, Math.abs(drop)).toFixed(3); }
+      }
+      spans.push(html`<span key=${i} data-i=${i} class=${classes.join(" ")} style=${style}><${Runs} parts=${pieces[i].parts} breaks=${open} /></span>`);
     }
     const tipToken = tip && context.tokens[tip.position];
     const recorded = tip && tip.position >= example.start && tip.position < example.stop;
@@ -88,8 +128,13 @@
           <dl>
             <dt>activation</dt><dd>${recorded ? number(acts.get(tip.position) || 0, 4) : "not recorded"}</dd>
             ${recorded && latent.max_act > 0 && html`<dt>of its maximum</dt><dd>${percent((acts.get(tip.position) || 0) / latent.max_act)}</dd>`}
+            ${recorded && !!acts.get(tip.position) && html`<dt>quantile</dt><dd>${percent(quantile(latent, edges, acts.get(tip.position)))}</dd>`}
+            ${without.has(tip.position) && html`<dt>peak without it</dt><dd>${number(without.get(tip.position), 4)}${example.act ? ` (${signed((without.get(tip.position) / example.act - 1) * 100)}%)` : ""}</dd>`}
+            ${tip.position === example.position && effect && html`<dt>loss without the latent</dt><dd>${effect.loss_change === null ? "–" : signed(effect.loss_change) + " nats"}</dd>
+              ${effect.n_after > 0 && html`<dt>over the next ${effect.n_after}</dt><dd>${signed(effect.loss_change_after)}</dd>`}<dt>KL</dt><dd>${number(effect.kl)}</dd>`}
             <dt>position</dt><dd>${tip.position} of ${context.tokens.length}</dd>
           </dl>
+          ${tip.position === example.position && effect && html`<${Output} raised=${effect.raised} lowered=${effect.lowered} />`}
         </div>`}
       </div>
       <button class="expand" type="button" aria-expanded=${open} title=${open ? "Show less" : "Show the whole context"} onClick=${onToggle}>
@@ -100,5 +145,5 @@
     </li>`;
   }
 
-  S.tokenViews = { Chip, Example, Label, Runs };
+  S.tokenViews = { Chip, Example, Label, Output, Runs, TextChip };
 })((window.Sememe = window.Sememe || {}));

@@ -1,5 +1,12 @@
 """Atlas -> plain JSON, the same for the server and for the static export.
 
+    __init__    answers about the whole atlas: overview, list, search, contexts
+    latents     one latent: statistics, tokens, relations, effects, examples
+    explained   what explanations say, and how they compare with nulls
+    reports     the dictionary's report, and the frontier it stands on
+    texts       chosen texts with the latents that fire on them
+    values      numbers and strings as they are sent
+
 Knows the atlas's tables and what the page asks for; knows neither HTTP, nor files, nor torch. Every public method of
 `Data` returns plain lists, dictionaries, strings, numbers and None: what `json.dumps` takes without help. NaN and
 infinities become None. Columns beat rows: 100,000 latents are one dictionary of lists, not 100,000 dictionaries.
@@ -10,45 +17,41 @@ Tokens travel as ids. Their strings are sent once, with the exact bytes of those
 
 from __future__ import annotations
 
-import itertools
+import base64
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import duckdb
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from sememe import __version__
 from sememe.atlas import Atlas
+from sememe.browse.data.explained import Explained
+from sememe.browse.data.latents import EXAMPLE_COLUMNS, EffectFiles, Latents
+from sememe.browse.data.reports import report_figures
+from sememe.browse.data.values import display, number, rounded, significant
 from sememe.errors import CorruptError
 
-__all__ = ["API_VERSION", "LABEL_TOKENS", "PROMOTED_IN_SEARCH", "Data", "display"]
+__all__ = ["API_VERSION", "LABEL_TOKENS", "PROMOTED_IN_SEARCH", "Data", "EffectFiles", "Explained", "display"]
 
-API_VERSION = 1
+API_VERSION = 2
 LABEL_TOKENS = 3  # a latent without an explanation is called by this many of its peak tokens
 PROMOTED_IN_SEARCH = 10  # a search by token looks at this many of a latent's promoted tokens
 
 Json = dict[str, Any]
 
-EXAMPLE_COLUMNS = ("kind", "decile", "rank", "context", "position", "start", "stop", "document", "act")
+MAP_SIZE = 9999
+"""Places on the map are whole numbers from 0 to this: finer than any screen, and short."""
 
-LATENT_SQL = """
-    SELECT id, density, n_active, max_act, mean_act, decoder_norm, logit_mean, logit_std, top_token,
-           top_token_share, n_distinct_tokens, language, language_share, histogram
-    FROM latents WHERE id BETWEEN ? AND ? ORDER BY id"""
-
-LOGITS_SQL = """
-    SELECT latent, sign, token, value FROM logits
-    WHERE latent BETWEEN ? AND ? AND lens = 'logit' ORDER BY latent, sign DESC, rank"""
-
-EXAMPLES_SQL = """
-    SELECT latent, kind, decile, rank, context, position, start, stop, document, act, positions, acts
-    FROM examples WHERE latent BETWEEN ? AND ?
-    ORDER BY latent, CASE kind WHEN 'top' THEN 0 WHEN 'decile' THEN 1 ELSE 2 END, decile DESC, rank"""
+DETAILS = (
+    "mcs", "max_cos", "self_similarity", "encoder_decoder_cosine", "kurtosis", "skew", "n_effective_neurons",
+    "top_neuron_share", "outlier_share", "bias", "decoder_norm", "logit_std",
+)  # fmt: skip
+"""Figures of the latents that the list can sort and filter by, beside those of the index."""
 
 PEAKS_SQL = """
     SELECT e.latent AS latent, c.token_ids[e.position + 1] AS token, sum(e.act) AS mass
@@ -61,18 +64,29 @@ class Data:
 
     Args:
         atlas: Open for reading.
-        explanations: What each latent stands for, by latent, where somebody has said so: shown instead of tokens.
+        explained: What each latent stands for, where somebody has said so: shown instead of tokens.
         report: The dictionary's `metrics` and those of its `nulls`, each by name: {"value", "low", "high"}.
+        frontier: Where it stands among the dictionaries of its sweep: `frontier_point` of each.
+        effects: Files of what its latents do to the predictions.
     """
 
     def __init__(
         self,
         atlas: Atlas,
-        explanations: Mapping[int, str] | None = None,
+        explained: Explained | None = None,
         report: Mapping[str, Any] | None = None,
+        *,
+        frontier: Sequence[Json] = (),
+        effects: EffectFiles | None = None,
     ) -> None:
-        self.atlas, self._report = atlas, report
-        self.explanations = {int(latent): str(text) for latent, text in (explanations or {}).items()}
+        self.atlas, self._report, self._frontier = atlas, report, list(frontier)
+        self.explained = explained or Explained()
+        self.explanations = self.explained.labels
+        self._effects = effects
+        self.texts: list[
+            Json
+        ] = []  # chosen texts with the latents that fire on them, as `read_texts` gives them
+        self._latents = Latents(self._table, self.explained, effects)
 
     # ---- the whole ------------------------------------------------------------------------------------------------
 
@@ -100,25 +114,44 @@ class Data:
             "context_length": meta.get("context_length"),
             "window": meta.get("window"),
             "histogram_edges": meta.get("histogram_edges", []),
-            "report": _report(self._report or meta.get("report")),
+            "report": report_figures(self._report or meta.get("report")),
             "attributions": meta.get("attributions") or [],
-            "latents": {"n": n, "alive": alive, "dead": n - alive, "l0": _number(l0)},
+            "latents": {"n": n, "alive": alive, "dead": n - alive, "l0": number(l0)},
             "density": self._density_histogram(),
             "languages": [{"language": language, "n": count} for language, count in languages],
             "contexts": int(self._rows("SELECT count(*) FROM contexts")[0][0]),
             "explained": len(self.explanations),
+            "frontier": self._frontier,
+            "scores": self.explained.lifts,
+            "clusters": self._clusters(),
+            "embedded": 0 if self.explained.embeddings is None else len(self.explained.embeddings[0]),
+            "placed": int(self._rows("SELECT count(x) FROM latents")[0][0]),
+            "position_edges": meta.get("position_edges", []),
+            "coactive_tokens": meta.get("coactive_tokens"),
+            "effects": self._effects is not None,
+            "texts": [
+                {"prompt": text["prompt"], "n_tokens": len(text["tokens"]["token"])} for text in self.texts
+            ],
         }
+
+    def _clusters(self) -> list[Json]:
+        """Groups of latents on the map, the largest first; `explanation` where somebody has said what they share."""
+        rows = self._rows("SELECT id, label, n_latents FROM clusters ORDER BY id")
+        return [
+            {"id": id, "label": label, "n": n, "explanation": self.explained.clusters.get(id)}
+            for id, label, n in rows
+        ]
 
     def _density_histogram(self, bins_per_decade: int = 5) -> Json:
         """Alive latents by log10 of their density. `edges` has one entry more than `counts`."""
         # Rounded as in the index, so that a bar and the list filtered by it agree.
         found = self._table("SELECT density FROM latents WHERE density > 0")
-        logs = np.log10(np.array(_rounded(found.column("density")), dtype=np.float64))
+        logs = np.log10(np.array(rounded(found.column("density")), dtype=np.float64))
         if not len(logs):
             return {"log10_edges": [], "counts": []}
         low = math.floor(float(logs.min()) * bins_per_decade) / bins_per_decade
         edges = low + np.arange(max(1, math.ceil(-low * bins_per_decade - 1e-9)) + 1) / bins_per_decade
-        edges = np.array([math.log10(_number(10.0**edge) or 1.0) for edge in edges])
+        edges = np.array([math.log10(number(10.0**edge) or 1.0) for edge in edges])
         counts, _ = np.histogram(np.clip(logs, edges[0], edges[-1]), bins=edges)
         return {"log10_edges": [round(float(e), 6) for e in edges], "counts": counts.tolist()}
 
@@ -145,22 +178,74 @@ class Data:
         )
         return {
             "id": column["id"].to_pylist(),
-            "density": _rounded(column["density"]),
+            "density": rounded(column["density"]),
             "n_active": column["n_active"].to_pylist(),
-            "max_act": _rounded(column["max_act"]),
-            "mean_act": _rounded(column["mean_act"]),
+            "max_act": rounded(column["max_act"]),
+            "mean_act": rounded(column["mean_act"]),
             "top_token": column["top_token"].to_pylist(),
-            "top_token_share": _rounded(column["top_token_share"], 3),
+            "top_token_share": rounded(column["top_token_share"], 3),
             "n_distinct_tokens": column["n_distinct_tokens"].to_pylist(),
             "languages": languages,
             "language": [number.get(language, -1) for language in spoken],
-            "language_share": _rounded(column["language_share"], 3),
+            "language_share": rounded(column["language_share"], 3),
             "label_tokens": [self._label_tokens.get(latent, []) for latent in self.ids],
             "promoted": [promoted.get(latent, []) for latent in self.ids],
             "explanation": {
                 str(row_of[latent]): text for latent, text in self.explanations.items() if latent in row_of
             },
         }
+
+    def details(self) -> Json:
+        """The rest of every latent's figures, in columns like the index's: what is not needed for the first look.
+
+        `x` and `y` are the place on the map, whole numbers from 0 to 9,999 (None: not on it); `cluster` is None for
+        a latent in none. `score` is the explanation's. Columns without any value are left out.
+        """
+        table = self._table(
+            f"SELECT {', '.join(DETAILS)}, cluster, top_neuron, x, y FROM latents ORDER BY id"
+        )
+        out: Json = {
+            name: significant(table.column(name).to_numpy(zero_copy_only=False))
+            for name in DETAILS
+            if table.column(name).null_count < len(table)
+        }
+        out["cluster"] = [None if c is None or c < 0 else c for c in table.column("cluster").to_pylist()]
+        out["top_neuron"] = table.column("top_neuron").to_pylist()
+        x, y = (
+            np.asarray(table.column(name).to_numpy(zero_copy_only=False), dtype=np.float64) for name in "xy"
+        )
+        placed = np.isfinite(x) & np.isfinite(y)
+        if placed.any():
+            # One scale for both axes: distances on the map mean the same in every direction.
+            low = np.array([x[placed].min(), y[placed].min()])
+            size = max(float(np.ptp(x[placed])), float(np.ptp(y[placed])), 1e-9)
+            shift = (size - np.array([np.ptp(x[placed]), np.ptp(y[placed])])) / 2
+            for name, values, start, margin in zip("xy", (x, y), low, shift, strict=True):
+                whole = np.round((np.where(placed, values, start) - start + margin) / size * MAP_SIZE).astype(
+                    int
+                )
+                out[name] = [v if ok else None for v, ok in zip(whole.tolist(), placed.tolist(), strict=True)]
+        scores = [self.explained.score(latent) for latent in self.ids]
+        if any(score is not None for score in scores):
+            out["score"] = scores
+        return out
+
+    def embeddings(self) -> Json:
+        """Where labels lie among meanings: `latent`, and in base64 the `vectors`, `width` signed bytes for each.
+
+        Of unit vectors, times 127. Only a served page can use them: a question has to be embedded, too.
+        """
+        latents, vectors = self.explained.embeddings or ([], np.zeros((0, 0), np.float32))
+        packed = np.clip(np.round(vectors * 127), -127, 127).astype(np.int8).tobytes()
+        return {
+            "latent": latents,
+            "width": vectors.shape[1],
+            "vectors": base64.b64encode(packed).decode("ascii"),
+        }
+
+    def text(self, place: int) -> Json | None:
+        """A chosen text: its tokens, and at each the latents that fire there; None if there is no such text."""
+        return self.texts[place] if 0 <= place < len(self.texts) else None
 
     @cached_property
     def _label_tokens(self) -> dict[int, list[int]]:
@@ -221,37 +306,7 @@ class Data:
         Examples come as columns. Their tokens are in `contexts`; `positions` and `acts` are the latent's activations
         between `start` and `stop`, and nothing is said about its activations outside of them.
         """
-        stats = self._table(LATENT_SQL, first, last).to_pylist()
-        logits = self._grouped(LOGITS_SQL, first, last)
-        examples = self._grouped(EXAMPLES_SQL, first, last)
-        out = []
-        for row in stats:
-            latent = int(row["id"])
-            out.append(
-                {
-                    **{
-                        name: _number(value) if isinstance(value, float) else value
-                        for name, value in row.items()
-                    },
-                    "label_tokens": self._label_tokens.get(latent, []),
-                    "explanation": self.explanations.get(latent),
-                    "promoted": _logits(logits.get(latent), 1),
-                    "demoted": _logits(logits.get(latent), -1),
-                    "examples": _examples(examples.get(latent)),
-                }
-            )
-        return out
-
-    def _grouped(self, sql: str, first: int, last: int) -> dict[int, pa.Table]:
-        """A query's table, cut by its first column `latent`, by which it is sorted."""
-        table = self._table(sql, first, last)
-        latents = table.column("latent").to_numpy()
-        cuts = [0, *(np.flatnonzero(np.diff(latents)) + 1).tolist(), len(latents)]
-        return {
-            int(latents[start]): table.slice(start, stop - start)
-            for start, stop in itertools.pairwise(cuts)
-            if stop > start
-        }
+        return self._latents.between(first, last, self._label_tokens)
 
     def examples(self, latent: int) -> list[Json] | None:
         """One latent's examples for people and scripts: token strings, one activation per token, the document."""
@@ -334,16 +389,6 @@ class Data:
             raise _damaged(self.atlas, error) from None
 
 
-def display(text: str, raw: bytes) -> tuple[str, bool]:
-    """A token's string, and whether it is exact: its bytes where they are UTF-8, else the lossy text."""
-    if not raw:
-        return text, True
-    try:
-        return raw.decode("utf-8"), True
-    except UnicodeDecodeError:
-        return text, False
-
-
 def _damaged(atlas: Atlas, error: duckdb.Error) -> CorruptError:
     first = (str(error).splitlines() or [type(error).__name__])[0]
     return CorruptError(
@@ -351,51 +396,6 @@ def _damaged(atlas: Atlas, error: duckdb.Error) -> CorruptError:
         first,
         "Delete the folder and run `sememe interpret` again.",
     )
-
-
-def _number(value: float | None, digits: int = 4) -> float | None:
-    if value is None or not math.isfinite(value):
-        return None
-    return float(f"{value:.{digits}g}")
-
-
-def _rounded(column: pa.ChunkedArray, digits: int = 4) -> list[float | None]:
-    """A column of floats with so many significant digits; missing and non-finite values are None."""
-    values = np.asarray(column.to_numpy(zero_copy_only=False), dtype=np.float64)
-    return [_number(value, digits) for value in values.tolist()]
-
-
-def _report(report: Mapping[str, Any] | None) -> Json | None:
-    """Headline figures in one shape: {"metrics": {name: {"value", "low", "high"}}, "nulls": {null: {name: ...}}}.
-
-    A plain mapping of numbers, as an atlas may carry in its meta table, has no nulls and no intervals.
-    """
-    if not report:
-        return None
-    nested = isinstance(report.get("metrics"), Mapping)
-
-    def figures(source: Mapping[str, Any]) -> Json:
-        out = {}
-        for name, entry in source.items():
-            value, low, high = (
-                (entry.get("value"), entry.get("low"), entry.get("high"))
-                if isinstance(entry, Mapping)
-                else (entry, None, None)
-            )
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                out[str(name)] = {
-                    "value": _number(value, 5),
-                    "low": _number(low, 5),
-                    "high": _number(high, 5),
-                }
-        return out
-
-    return {
-        "metrics": figures(report["metrics"] if nested else report),
-        "nulls": {str(name): figures(null) for name, null in (report.get("nulls") or {}).items()}
-        if nested
-        else {},
-    }
 
 
 def _tags(text: str) -> Json:
@@ -414,48 +414,3 @@ def _run_lengths(values: list[int]) -> list[list[int]]:
         else:
             runs.append([value, 1])
     return runs
-
-
-def _logits(table: pa.Table | None, sign: int) -> Json:
-    if table is None:
-        return {"tokens": [], "values": []}
-    keep = table.column("sign").to_numpy() == sign
-    return {
-        "tokens": table.column("token").to_numpy()[keep].tolist(),
-        "values": [_number(v) for v in table.column("value").to_numpy()[keep].tolist()],
-    }
-
-
-def _examples(table: pa.Table | None) -> Json:
-    """A latent's examples as columns; activations keep four digits of the largest, so that they stay short."""
-    if table is None:
-        return {name: [] for name in (*EXAMPLE_COLUMNS, "positions", "acts")}
-    table = table.combine_chunks()
-    out: Json = {name: table.column(name).to_pylist() for name in EXAMPLE_COLUMNS}
-    flat = {}
-    for name in ("positions", "acts"):
-        lists = table.column(name).combine_chunks()
-        lists = lists.chunk(0) if isinstance(lists, pa.ChunkedArray) else lists
-        offsets = lists.offsets.to_numpy()
-        flat[name] = lists.values.to_numpy(zero_copy_only=False)[offsets[0] : offsets[-1]]
-        cuts = (offsets - offsets[0]).tolist()
-        if name == "acts":
-            decimals = _decimals(flat[name])
-            flat[name] = _fixed(flat[name], decimals)
-            out["act"] = _fixed(np.asarray(out["act"], dtype=np.float64), decimals).tolist()
-        values = flat[name].tolist()
-        out[name] = [values[start:stop] for start, stop in itertools.pairwise(cuts)]
-    return out
-
-
-def _decimals(acts: NDArray[Any]) -> int:
-    largest = float(np.abs(acts[np.isfinite(acts)]).max(initial=0.0))
-    return 3 - math.floor(math.log10(largest)) if largest > 0 else 0
-
-
-def _fixed(values: NDArray[Any], decimals: int) -> NDArray[Any]:
-    """Rounded to so many decimals (negative: tens). Dividing whole numbers gives the float nearest to the decimal."""
-    values = np.nan_to_num(np.asarray(values, dtype=np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-    if decimals > 0:
-        return np.round(values * 10.0**decimals) / 10.0**decimals
-    return np.round(values / 10.0**-decimals) * 10.0**-decimals

@@ -1,0 +1,219 @@
+"""How quickly the page is there, and how large and how fast an export is, at 100,000 latents.
+
+    python benchmarks/bench_browse.py [--latents 100000] [--rounds 5] [--out artifacts/bench/browse.json]
+
+The atlas is synthetic: 2,000 latents with as many examples, neighbours, pairs and tokens as `sememe interpret` keeps
+by default, over contexts of 256 tokens, repeated under new numbers. Repetition lies farther apart than a shard is
+long, so compression gains nothing by it. Times are of headless Chromium, medians of several rounds, each in a new
+browser context with an empty cache:
+
+    first_paint_ms_*   from the address to the first row of the list on the screen, served and from disk
+    latent_page_ms     from the address of a latent that was not read before to its examples; the slower of the two ways
+    search_ms          from a letter typed to the list that answers it, the longest of a word's letters, tables loaded
+    export_*           all of `sememe browse --export`; kilobytes (1000) of the latents' scripts over their number,
+                       contexts, which are stored once, not counted
+    layout_shift       cumulative layout shift of landing page and latent page, the larger
+
+Playwright and Chromium are needed; SEMEME_CHROMIUM names another one than the system's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+MUST = {
+    "first_paint_ms_served": "<= 1000",
+    "first_paint_ms_static": "<= 1000",
+    "latent_page_ms": "<= 200",
+    "search_ms": "<= 100",
+    "export_kb_per_latent": "<= 4",
+    "export_latents_per_s": ">= 2000",
+    "layout_shift": "<= 0.02",
+}
+UNIT = {"export_kb_per_latent": "kB", "export_latents_per_s": "1/s", "layout_shift": ""}
+BASE = 2000
+WORD = "river"
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+
+# In the page: milliseconds from navigation to the first frame in which `ready` holds.
+WATCH = """
+window.moved = 0;
+new PerformanceObserver((list) => list.getEntries().forEach((e) => { if (!e.hadRecentInput) window.moved += e.value; }))
+  .observe({ type: "layout-shift", buffered: true });
+window.reached = (ready) => new Promise((done) => {
+  const look = () => (ready() ? requestAnimationFrame(() => done(performance.now())) : requestAnimationFrame(look));
+  look();
+});
+"""
+FIRST_ROW = "() => reached(() => document.querySelector('.rows .row .c-id'))"
+JUMP = """(latent) => {
+  const start = performance.now();
+  location.hash = `#/latent/${latent}?sort=id`;
+  return reached(() => { const number = document.querySelector('.latent:not(.stale) .number');
+    return number && number.textContent === 'Latent ' + latent
+      && document.querySelector('.latent:not(.stale) .example'); })
+    .then((end) => end - start);
+}"""
+TYPE = """(text) => {
+  const box = document.getElementById('search'), start = performance.now();
+  box.value = text;
+  box.dispatchEvent(new Event('input', { bubbles: true }));
+  return new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() =>
+    done(performance.now() - start))));
+}"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--latents", type=int, default=100_000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("artifacts/bench/browse.json"))
+    options = parser.parse_args()
+    sys.path.insert(0, str(Path(__file__).parent))
+    from common import finish, row
+
+    with tempfile.TemporaryDirectory() as folder:
+        atlas = _atlas(Path(folder), options.latents)
+        figures, context = _export(atlas, Path(folder) / "site", options.latents)
+        figures |= _times(atlas, Path(folder) / "site" / "index.html", options.latents, options.rounds)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    context |= {"latents": options.latents, "rounds": options.rounds}
+    finish(
+        options.out.stem,
+        [row(name, figures[name], must, UNIT.get(name, "ms"), **context) for name, must in MUST.items()],
+    )
+
+
+def _atlas(folder: Path, n_latents: int) -> Path:
+    from synthetic_atlas import SyntheticConfig, build, scale
+
+    base = min(BASE, n_latents)
+    path = build(
+        folder / "atlas",
+        SyntheticConfig(
+            n_latents=base, n_contexts=4000, context_length=256, n_top=20, n_decile=3, n_random=10,
+            window=(40, 24), n_bins=40,
+        ),
+    ).path  # fmt: skip
+    scale(path, n_latents // base)
+    return path
+
+
+def _export(atlas: Path, out: Path, n_latents: int) -> tuple[dict[str, float], dict[str, Any]]:
+    from sememe.browse import ExportConfig, export
+
+    started = time.perf_counter()
+    export(ExportConfig(atlas=atlas, out=out))
+    seconds = time.perf_counter() - started
+    size = {
+        part: sum(f.stat().st_size for f in (out / "data" / part).rglob("*.js"))
+        for part in ("latents", "contexts")
+    }
+    whole = sum(f.stat().st_size for f in (out / "data").glob("*.js"))
+    figures = {
+        "export_kb_per_latent": size["latents"] / 1000 / n_latents,
+        "export_latents_per_s": n_latents / seconds,
+    }
+    return figures, {
+        "contexts_mb": round(size["contexts"] / 1e6, 1),
+        "whole_mb": round(whole / 1e6, 1),
+        "export_s": round(seconds, 1),
+    }
+
+
+@contextlib.contextmanager
+def _served(atlas: Path) -> Iterator[str]:
+    """`sememe browse` in a process of its own, as a user runs it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "sememe", "browse", str(atlas), "--port", str(port)],
+        stdout=subprocess.DEVNULL,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    try:
+        address = f"http://127.0.0.1:{port}/"
+        for _ in range(600):
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(address + "api/overview").read()
+                # The answers about the whole atlas are made at the first request and kept.
+                for name in ("index", "tokens", "search", "details"):
+                    urllib.request.urlopen(f"{address}api/{name}").read()
+                break
+            time.sleep(0.2)
+        yield address
+    finally:
+        server.terminate()
+        server.wait(timeout=20)
+
+
+def _times(atlas: Path, site: Path, n_latents: int, rounds: int) -> dict[str, float]:
+    from playwright.sync_api import sync_playwright
+
+    path = os.environ.get("SEMEME_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+    found: dict[str, list[float]] = {}
+    with sync_playwright() as playwright, _served(atlas) as served:
+        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        for _ in range(rounds):
+            for way, address in (("served", served), ("static", site.resolve().as_uri())):
+                for name, value in _round(browser, address, n_latents).items():
+                    found.setdefault(f"{name}_{way}", []).append(value)
+        browser.close()
+
+    def worse(name: str) -> float:
+        return max(median(found[f"{name}_{way}"]) for way in ("served", "static"))
+
+    return {
+        "first_paint_ms_served": median(found["first_paint_ms_served"]),
+        "first_paint_ms_static": median(found["first_paint_ms_static"]),
+        "latent_page_ms": worse("latent_page_ms"),
+        "search_ms": worse("search_ms"),
+        "layout_shift": worse("layout_shift"),
+    }
+
+
+def _round(browser: Any, address: str, n_latents: int) -> dict[str, float]:
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    page = context.new_page()
+    page.set_default_timeout(120_000)
+    page.add_init_script(WATCH)
+    page.goto(address + "#/", wait_until="commit")
+    out = {"first_paint_ms": page.evaluate(FIRST_ROW)}
+    page.wait_for_selector(".map-legend")
+    page.wait_for_timeout(500)
+    moved = page.evaluate("window.moved")
+    page.locator("#search").focus()
+    page.wait_for_timeout(1500)  # the table behind the search arrives
+    page.evaluate(TYPE, "zz")  # and is read once
+    page.evaluate(TYPE, "")
+    out["search_ms"] = max(page.evaluate(TYPE, WORD[:n]) for n in range(1, len(WORD) + 1))
+    page.evaluate(JUMP, 0)  # code that has not run yet
+    # Latents far apart, so that none of them has been read ahead or lies in a shard that has.
+    out["latent_page_ms"] = median(
+        page.evaluate(JUMP, int(n_latents * share) + 1) for share in (0.2, 0.4, 0.6, 0.8, 0.5)
+    )
+    out["layout_shift"] = max(moved, page.evaluate("window.moved"))
+    context.close()
+    return out
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""The page in a real browser, served and from disk: what its tests share. Knows how to open it, not what it shows."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sememe.browse import ExportConfig, export
+from sememe.browse.inputs import Inputs, opened
+from sememe.browse.server import application
+
+AXE = Path(__file__).parent / "axe" / "axe.min.js"
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+
+
+def chromium() -> str | None:
+    """The system's Chromium; SEMEME_CHROMIUM names another."""
+    named = os.environ.get("SEMEME_CHROMIUM")
+    return named or next((found for name in NAMES if (found := shutil.which(name))), None)
+
+
+@contextlib.contextmanager
+def a_browser() -> Iterator[Any]:
+    """A headless Chromium; the test is skipped, loudly, where there is none."""
+    path = chromium()
+    if path is None:
+        pytest.skip(
+            "******** no Chromium: the page is NOT tested. Install it, or set SEMEME_CHROMIUM. ********"
+        )
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@contextlib.contextmanager
+def served(inputs: Mapping[str, Any]) -> Iterator[str]:
+    """The address of a server of an atlas."""
+    import uvicorn
+
+    with opened(Inputs(**inputs)) as (data, _), socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        config = uvicorn.Config(application(data), log_level="error", lifespan="off", ws="none")
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
+        server.should_exit = True
+        thread.join(timeout=20)
+        assert not thread.is_alive()
+
+
+def exported(inputs: Mapping[str, Any], out: Path) -> str:
+    """The address of a site on disk."""
+    return (export(ExportConfig(**inputs, out=out)).path / "index.html").as_uri()
+
+
+@contextlib.contextmanager
+def watched(browser: Any, address: str, **options: Any) -> Iterator[Any]:
+    """An empty page that fails the test on any complaint of the browser, or any request to elsewhere."""
+    context = browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | options))
+    page = context.new_page()
+    complaints: list[str] = []
+    page.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
+    page.on("pageerror", lambda error: complaints.append(f"error: {error}"))
+    page.on("dialog", lambda dialog: (complaints.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+    origin = address.rsplit("/", 1)[0]
+    page.on("request", lambda r: None if r.url.startswith(origin) else complaints.append(f"request: {r.url}"))
+    page.set_default_timeout(30_000)
+    yield page
+    context.close()
+    assert complaints == [], complaints
+
+
+def go(page: Any, address: str, hash: str = "#/") -> None:
+    """Open a state of the page and wait until it shows something."""
+    page.goto(address + hash)
+    page.wait_for_selector(".rows .row, .example, .about, .problem, .chosen-text, .empty:not([role])")
+
+
+def settle(page: Any) -> None:
+    """Wait for the two frames in which the page draws what was asked for."""
+    page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+
+def ids(page: Any) -> list[int]:
+    """The latents of the list that are drawn."""
+    return [int(text) for text in page.locator(".rows .row .c-id").all_text_contents()]
+
+
+def violations(page: Any) -> list[str]:
+    """What axe-core has to say about the page as it stands: rule, element and why."""
+    if not page.evaluate("typeof window.axe === 'object'"):
+        page.evaluate(AXE.read_text(encoding="utf-8"))
+    found = page.evaluate(
+        "axe.run(document, { resultTypes: ['violations'], preload: false }).then((r) => r.violations)"
+    )
+    return [
+        f"{one['id']}: {node['html'][:160]} | {node['failureSummary'][:300]}"
+        for one in found
+        for node in one["nodes"][:4]
+    ]
