@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import threading
 import time
@@ -11,8 +12,8 @@ from pathlib import Path
 
 import pytest
 from live_world import child_of, make_live_world
+from page_in_browser import a_browser, violations, watched
 from synthetic_atlas import SyntheticConfig, build
-from test_browse_page import browser  # noqa: F401 - a fixture
 
 from sememe.browse import ExportConfig, export
 from sememe.browse.guard import Door
@@ -47,6 +48,12 @@ def serving(config: BrowseConfig, live=None):
 
 
 @pytest.fixture(scope="module")
+def browser():
+    with a_browser() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
 def atlases(tmp_path_factory):
     root = tmp_path_factory.mktemp("two")
     build(root / "one" / "atlas", CONFIG)
@@ -73,33 +80,9 @@ def address(request):
     return request.getfixturevalue(request.param)
 
 
-@contextlib.contextmanager
-def a_page(browser, address, **options):  # noqa: F811
-    """An empty page that fails the test on any complaint of the browser, or any request to elsewhere."""
-    context = browser.new_context(
-        **{"viewport": {"width": 1280, "height": 900}, "accept_downloads": True, **options}
-    )
-    page = context.new_page()
-    complaints: list[str] = []
-    page.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
-    page.on("pageerror", lambda error: complaints.append(f"error: {error}"))
-    page.on("dialog", lambda dialog: (complaints.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-    origin = address.split("#")[0].rsplit("/", 1)[0]
-    page.on(
-        "request",
-        lambda r: None if r.url.startswith((origin, "blob:")) else complaints.append(f"request: {r.url}"),
-    )
-    page.set_default_timeout(30_000)
-    try:
-        yield page
-    finally:
-        context.close()
-    assert complaints == []
-
-
 @pytest.fixture
-def page(browser, address):  # noqa: F811
-    with a_page(browser, address) as page:
+def page(browser, address):
+    with watched(browser, address, accept_downloads=True) as page:
         yield page
 
 
@@ -171,9 +154,18 @@ def test_a_latent_is_starred_tagged_noted_and_renamed_and_it_lasts(page, address
     page.wait_for_selector(".rows .row")
     page.get_by_role("searchbox", name="Search latents").fill("names of riv")
     wait_until(page, "document.querySelector('.found b').innerText === '1'")
+    page.get_by_role("button", name="Clear").click()
+    page.locator("select[name=note]").select_option("tag:rivers")
+    wait_until(
+        page, "location.hash.includes('note=tag') && Number(document.querySelector('.found b').innerText) < 3"
+    )
+    assert "7" in page.locator(".rows .c-id").all_inner_texts()
     page.goto(address + "#/notes")
     page.wait_for_selector(".noted li")
-    assert page.locator(".noted li").count() == 1 and "second line" in page.locator(".note-text").inner_text()
+    assert (
+        "7" in page.locator(".noted").inner_text()
+        and "second line" in page.locator(".note-text").inner_text()
+    )
     page.locator("select[name=show]").select_option("tag:rivers")
     assert page.locator(".noted li").count() == 1
     with page.expect_download() as download:
@@ -217,9 +209,9 @@ def test_s_stars_a_latent_but_not_while_one_types(page, address):
     page.wait_for_selector(".notes .star:not(.on)")
 
 
-def test_a_server_that_only_reads_keeps_notes_in_the_browser(browser, atlases, tmp_path):  # noqa: F811
+def test_a_server_that_only_reads_keeps_notes_in_the_browser(browser, atlases, tmp_path):
     build(tmp_path / "atlas", SyntheticConfig(n_latents=12, n_contexts=20))
-    with serving(BrowseConfig(atlas=tmp_path / "atlas")) as address, a_page(browser, address) as page:
+    with serving(BrowseConfig(atlas=tmp_path / "atlas")) as address, watched(browser, address) as page:
         page.goto(address + "#/latent/3")
         page.get_by_role("button", name="Star", exact=True).click()
         assert page.locator(".notes .kept").inner_text() == "kept in this browser"
@@ -363,8 +355,8 @@ def live(world):
 
 
 @pytest.fixture
-def tried(browser, live):  # noqa: F811
-    with a_page(browser, live) as page:
+def tried(browser, live):
+    with watched(browser, live) as page:
         yield page
 
 
@@ -465,7 +457,7 @@ class _Slow:
         self.stop.set()
 
 
-def test_progress_is_shown_and_a_job_is_cancelled(browser, atlases):  # noqa: F811
+def test_progress_is_shown_and_a_job_is_cancelled(browser, atlases):
     with serving(BrowseConfig(atlas=atlases[0]), live=_Slow()) as address:
         context = browser.new_context()
         page = context.new_page()
@@ -483,18 +475,62 @@ def test_progress_is_shown_and_a_job_is_cancelled(browser, atlases):  # noqa: F8
 # ---- all of them
 
 
-PAGES = ["#/notes", "#/rate?n=3", "#/compare", "#/latent/7"]
+PAGES = {
+    "#/notes": ".tool",
+    "#/rate?n=3": ".rate-examples .excerpt",
+    "#/compare?latent=1": ".card[aria-busy=false] .excerpt",
+    "#/latent/11": ".notes .star",
+}
 
 
-@pytest.mark.parametrize("width", [360])
-def test_a_phone_s_width_is_enough(browser, address, width):  # noqa: F811
-    with a_page(browser, address, viewport={"width": width, "height": 700}) as page:
-        for hash in PAGES:
-            page.goto("about:blank")
-            page.goto(address + hash)
-            page.wait_for_selector("h1")
-            page.wait_for_timeout(300)
-            assert page.evaluate("document.documentElement.scrollWidth") <= width, hash
+def picture(page, name: str) -> None:
+    """A picture for people, where SEMEME_PICTURES names a folder."""
+    if folder := os.environ.get("SEMEME_PICTURES"):
+        page.screenshot(path=f"{folder}/{name}.png", full_page=True)
+
+
+@pytest.fixture(scope="module")
+def noted(tmp_path_factory):
+    """A server of two small atlases with something written."""
+    import httpx
+
+    root = tmp_path_factory.mktemp("noted")
+    build(root / "one" / "atlas", SyntheticConfig(n_latents=60, n_contexts=60))
+    build(root / "two" / "atlas", SyntheticConfig(seed=5, n_latents=40, n_contexts=60))
+    note = {"star": True, "tags": ["rivers", "to check"], "note": "Seen. " + HOSTILE, "explanation": "rivers"}
+    config = BrowseConfig(atlas=root / "one" / "atlas", against=(root / "two" / "atlas",), write=True)
+    with serving(config) as address:
+        assert httpx.put(address + "api/notes/11", json=note).status_code == 200
+        yield address
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_and_a_phone_s_width_is_enough(browser, noted, scheme):
+    for width in (1280, 360):
+        with watched(browser, noted, viewport={"width": width, "height": 800}, color_scheme=scheme) as page:
+            for hash, shown in PAGES.items():
+                page.goto("about:blank")
+                page.goto(noted + hash)
+                page.wait_for_selector(shown)
+                settle(page)
+                assert violations(page) == [], hash
+                assert page.evaluate("document.documentElement.scrollWidth") <= width, hash
+                picture(page, f"{hash.strip('#/').split('?')[0].replace('/', '-')}-{width}-{scheme}")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_on_the_page_that_tries(browser, live, scheme):
+    for width in (1280, 360):
+        with watched(browser, live, viewport={"width": width, "height": 800}, color_scheme=scheme) as page:
+            page.goto(live + "#/try?text=the+river+runs&prompt=the+river&steer=3:2,5:-1.5&n=12")
+            page.wait_for_selector(".fires li")
+            page.get_by_role("button", name="Generate").click()
+            page.wait_for_selector(".written .try-text")
+            page.locator(".try-text button.tok").nth(1).focus()
+            settle(page)
+            assert violations(page) == []
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            picture(page, f"try-{width}-{scheme}")
 
 
 def test_without_a_model_the_page_says_how_to_have_one(page, address):
