@@ -414,6 +414,16 @@ def test_prompts_that_are_not_views_of_prompts_are_refused(inputs, tmp_path):
     assert len(read(inputs["prompts"][0] / "0.json")) == 1
 
 
+def test_a_missing_map_says_so_and_the_list_is_there(open_at, inputs, tmp_path):
+    address = exported(inputs, tmp_path / "site")
+    (tmp_path / "site" / "data" / "details.js").unlink()
+    page = open_at[0].new_page()
+    page.goto(address + "#/?sort=score")
+    assert "data/details.js could not be loaded" in page.locator(".map .problem").inner_text()
+    assert len(ids(page)) > 8
+    page.close()
+
+
 def test_a_site_of_other_texts_is_another_site(inputs, tmp_path):
     site = export(ExportConfig(**inputs, out=tmp_path / "site"))
     assert (site.path / "data" / "texts" / "00001.js").is_file()
