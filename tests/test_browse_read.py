@@ -91,7 +91,8 @@ def test_relations_lead_to_other_latents(page, address, data):
         for other, cosine in zip(near, found["neighbours"][0]["cosine"], strict=True)
     ]
     other = grid.locator(".related").nth(2).locator("tbody tr").first
-    assert other.locator("td").all_inner_texts()[1:] == ["20", "4.02", "0.6"]
+    chance = f"{found['coactive']['expected'][0]:.3g}"
+    assert other.locator("td").all_inner_texts()[1:] == ["20", chance, "0.6"]
     facts = page.locator(".latent .facts").inner_text()
     for text in ("effective neurons", "since a checkpoint", "0.97", "outlier share", "mcs", "encoder bias"):
         assert text in facts
