@@ -310,7 +310,7 @@ def test_matched_latents_stand_side_by_side(page, address):
     wait_until(page, "document.querySelectorAll('.card[aria-busy=false] .excerpt').length > 2")
     assert page.locator(".card").count() == 2
     numbers = page.locator(".pairs .open .c-id").all_inner_texts()
-    assert [title.split()[1] for title in page.locator(".card h3 a").all_inner_texts()] == numbers
+    assert [title.split()[1] for title in page.locator(".card h2 a").all_inner_texts()] == numbers
     assert f"latent={numbers[0]}" in page.url, "what is open is in the address"
     page.locator("select[name=sort]").select_option("unlike")
     settle(page)
