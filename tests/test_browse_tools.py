@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import threading
+import time
 from pathlib import Path
 
 import pytest
 from live_world import child_of, make_live_world
+from page_in_browser import a_browser, violations, watched
 from synthetic_atlas import SyntheticConfig, build
-from test_browse_page import browser  # noqa: F401 - a fixture
 
 from sememe.browse import ExportConfig, export
 from sememe.browse.guard import Door
@@ -46,6 +48,12 @@ def serving(config: BrowseConfig, live=None):
 
 
 @pytest.fixture(scope="module")
+def browser():
+    with a_browser() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
 def atlases(tmp_path_factory):
     root = tmp_path_factory.mktemp("two")
     build(root / "one" / "atlas", CONFIG)
@@ -72,34 +80,27 @@ def address(request):
     return request.getfixturevalue(request.param)
 
 
-@contextlib.contextmanager
-def a_page(browser, address, **options):  # noqa: F811
-    """An empty page that fails the test on any complaint of the browser, or any request to elsewhere."""
-    context = browser.new_context(
-        **{"viewport": {"width": 1280, "height": 900}, "accept_downloads": True, **options}
-    )
-    page = context.new_page()
-    complaints: list[str] = []
-    page.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
-    page.on("pageerror", lambda error: complaints.append(f"error: {error}"))
-    page.on("dialog", lambda dialog: (complaints.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-    origin = address.split("#")[0].rsplit("/", 1)[0]
-    page.on(
-        "request",
-        lambda r: None if r.url.startswith((origin, "blob:")) else complaints.append(f"request: {r.url}"),
-    )
-    page.set_default_timeout(30_000)
-    try:
-        yield page
-    finally:
-        context.close()
-    assert complaints == []
-
-
 @pytest.fixture
-def page(browser, address):  # noqa: F811
-    with a_page(browser, address) as page:
+def page(browser, address):
+    with watched(browser, address, accept_downloads=True) as page:
         yield page
+
+
+def wait_until(page, condition: str) -> None:
+    """Asked again and again; the page's policy forbids Playwright's own way, which is eval in the page."""
+    deadline = time.monotonic() + 30
+    while not _holds(page, condition):
+        assert time.monotonic() < deadline, condition
+        page.wait_for_timeout(30)
+
+
+def _holds(page, condition: str) -> bool:
+    try:
+        return bool(page.evaluate(condition))
+    except Exception as error:
+        if "context was destroyed" in str(error):
+            return False  # it is on its way to another address
+        raise
 
 
 def settle(page) -> None:
@@ -107,8 +108,6 @@ def settle(page) -> None:
 
 
 def wait_for_file(path: Path, condition) -> dict:
-    import time
-
     deadline = time.monotonic() + 20
     while True:
         found = json.loads(path.read_text()) if path.exists() else {}
@@ -134,7 +133,7 @@ def test_a_latent_is_starred_tagged_noted_and_renamed_and_it_lasts(page, address
     page.get_by_label("What it stands for, in your words").fill("names of rivers " + HOSTILE)
     page.get_by_label("Note", exact=True).fill(HOSTILE + "\nsecond line")
     page.get_by_label("Note", exact=True).blur()
-    page.wait_for_function("document.querySelector('h1').innerText.includes('names of rivers')")
+    wait_until(page, "document.querySelector('h1').innerText.includes('names of rivers')")
     heading = page.locator("h1").inner_text()
     assert "\\u202E" in heading and "<img" in heading, "hostile text is shown, not run"
     assert page.locator("h1 img").count() == 0
@@ -154,11 +153,20 @@ def test_a_latent_is_starred_tagged_noted_and_renamed_and_it_lasts(page, address
     page.goto(address + "#/")
     page.wait_for_selector(".rows .row")
     page.get_by_role("searchbox", name="Search latents").fill("names of riv")
-    page.wait_for_function("document.querySelector('.found b').innerText === '1'")
+    wait_until(page, "document.querySelector('.found b').innerText === '1'")
+    page.get_by_role("button", name="Clear").click()
+    page.locator("select[name=note]").select_option("tag:rivers")
+    wait_until(
+        page, "location.hash.includes('note=tag') && Number(document.querySelector('.found b').innerText) < 3"
+    )
+    assert "7" in page.locator(".rows .c-id").all_inner_texts()
     page.goto(address + "#/notes")
     page.wait_for_selector(".noted li")
-    assert page.locator(".noted li").count() == 1 and "second line" in page.locator(".note-text").inner_text()
-    page.get_by_label("show", exact=True).select_option("tag:rivers")
+    assert (
+        "7" in page.locator(".noted").inner_text()
+        and "second line" in page.locator(".note-text").inner_text()
+    )
+    page.locator("select[name=show]").select_option("tag:rivers")
     assert page.locator(".noted li").count() == 1
     with page.expect_download() as download:
         page.get_by_role("button", name="Export as JSON").click()
@@ -174,7 +182,7 @@ def test_a_latent_is_starred_tagged_noted_and_renamed_and_it_lasts(page, address
     page.get_by_label("Note", exact=True).fill("")
     page.get_by_label("What it stands for, in your words").fill("")
     page.get_by_label("What it stands for, in your words").blur()
-    page.wait_for_function("!document.querySelector('h1').innerText.includes('names of rivers')")
+    wait_until(page, "!document.querySelector('h1').innerText.includes('names of rivers')")
     page.goto(address + "#/notes")
     page.wait_for_selector(".empty")
     page.locator("input[type=file]").set_input_files(
@@ -201,9 +209,9 @@ def test_s_stars_a_latent_but_not_while_one_types(page, address):
     page.wait_for_selector(".notes .star:not(.on)")
 
 
-def test_a_server_that_only_reads_keeps_notes_in_the_browser(browser, atlases, tmp_path):  # noqa: F811
+def test_a_server_that_only_reads_keeps_notes_in_the_browser(browser, atlases, tmp_path):
     build(tmp_path / "atlas", SyntheticConfig(n_latents=12, n_contexts=20))
-    with serving(BrowseConfig(atlas=tmp_path / "atlas")) as address, a_page(browser, address) as page:
+    with serving(BrowseConfig(atlas=tmp_path / "atlas")) as address, watched(browser, address) as page:
         page.goto(address + "#/latent/3")
         page.get_by_role("button", name="Star", exact=True).click()
         assert page.locator(".notes .kept").inner_text() == "kept in this browser"
@@ -218,21 +226,21 @@ def test_a_server_that_only_reads_keeps_notes_in_the_browser(browser, atlases, t
 def test_rating_by_keys_with_undo_tallies_and_the_same_queue_again(page, address):
     page.goto(address + "#/rate?n=4&seed=3")
     for i, key in enumerate("131"):
-        page.wait_for_function(f"document.querySelector('.rate-place b').innerText === '{i + 1}'")
+        wait_until(page, f"document.querySelector('.rate-place b').innerText === '{i + 1}'")
         page.wait_for_selector(".rate-examples .excerpt .tok.on")
         assert "Latent" not in page.locator(".tool section").first.inner_text(), (
             "the latent's number is not told"
         )
         page.keyboard.press(key)
-    page.wait_for_function("document.querySelector('.rate-place b').innerText === '4'")
+    wait_until(page, "document.querySelector('.rate-place b').innerText === '4'")
     assert [
         cell.split()[0] for cell in page.locator(".tallies tbody tr").first.locator("td").all_inner_texts()
     ] == ["3", "2", "0", "1"]
     assert "67% (21% to 94%)" in page.locator(".tallies tbody tr").first.inner_text()
     page.keyboard.press("z")
-    page.wait_for_function("document.querySelector('.rate-place b').innerText === '3'")
+    wait_until(page, "document.querySelector('.rate-place b').innerText === '3'")
     page.reload()
-    page.wait_for_function("document.querySelector('.rate-place b')?.innerText === '3'")
+    wait_until(page, "document.querySelector('.rate-place b')?.innerText === '3'")
     page.keyboard.press("u")
     page.get_by_role("button", name="polysemantic").click()
     page.wait_for_selector(".rated li")
@@ -248,7 +256,7 @@ def test_rating_by_keys_with_undo_tallies_and_the_same_queue_again(page, address
     assert sorted(verdicts) == ["monosemantic", "polysemantic", "polysemantic", "unclear"]
     page.get_by_label("seed").fill("4")
     page.get_by_label("seed").blur()
-    page.wait_for_function("document.querySelector('.rate-place b')?.innerText === '1'")
+    wait_until(page, "document.querySelector('.rate-place b')?.innerText === '1'")
     page.get_by_label("seed").fill("3")
     page.get_by_label("seed").blur()
     page.wait_for_selector(".rated li")
@@ -257,9 +265,9 @@ def test_rating_by_keys_with_undo_tallies_and_the_same_queue_again(page, address
 
 def test_two_dictionaries_are_mixed_and_the_source_is_told_at_the_end(page, address):
     page.goto(address + "#/rate?n=6&seed=1")
-    page.get_by_label("strata by").select_option(label="mixed with two/atlas, source hidden")
+    page.locator("select[name=by]").select_option(label="mixed with two/atlas, source hidden")
     for i in range(6):
-        page.wait_for_function(f"document.querySelector('.rate-place b')?.innerText === '{i + 1}'")
+        wait_until(page, f"document.querySelector('.rate-place b')?.innerText === '{i + 1}'")
         page.wait_for_selector(".rate-examples .excerpt")
         shown = page.locator(".tool > section").all_inner_texts()
         assert not any("two/atlas" in text or "one/atlas" in text for text in shown)
@@ -299,17 +307,17 @@ def test_matched_latents_stand_side_by_side(page, address):
     first = page.locator(".pair").first
     first.focus()
     page.keyboard.press("Enter")
-    page.wait_for_function("document.querySelectorAll('.card[aria-busy=false] .excerpt').length > 2")
+    wait_until(page, "document.querySelectorAll('.card[aria-busy=false] .excerpt').length > 2")
     assert page.locator(".card").count() == 2
     numbers = page.locator(".pairs .open .c-id").all_inner_texts()
-    assert [title.split()[1] for title in page.locator(".card h3 a").all_inner_texts()] == numbers
+    assert [title.split()[1] for title in page.locator(".card h2 a").all_inner_texts()] == numbers
     assert f"latent={numbers[0]}" in page.url, "what is open is in the address"
-    page.get_by_label("sort").select_option("unlike")
+    page.locator("select[name=sort]").select_option("unlike")
     settle(page)
     like = [float(text.split()[0]) for text in page.locator(".pairs .like").all_inner_texts()]
     assert like == sorted(like)
     n_all = int(page.locator(".found b").inner_text())
-    page.get_by_label("show", exact=True).select_option("mutual")
+    page.locator("select[name=only]").select_option("mutual")
     settle(page)
     assert 0 < int(page.locator(".found b").inner_text()) < n_all
     page.get_by_role("searchbox").fill("river")
@@ -321,8 +329,8 @@ def test_one_changes_between_atlases_and_each_is_itself(page, address):
     page.goto(address + "#/")
     page.wait_for_selector(".rows .row")
     assert page.locator(".facts dd").first.inner_text().startswith("300")
-    page.get_by_label("Atlas", exact=True).select_option("1")
-    page.wait_for_function("document.querySelector('.facts dd')?.innerText.startsWith('120')")
+    page.locator("select[name=atlas]").select_option("1")
+    wait_until(page, "document.querySelector('.facts dd')?.innerText.startsWith('120')")
     page.wait_for_selector(".rows .row")
     assert "?atlas=1" in page.url
     page.locator(".rows .row a").first.click()
@@ -347,8 +355,8 @@ def live(world):
 
 
 @pytest.fixture
-def tried(browser, live):  # noqa: F811
-    with a_page(browser, live) as page:
+def tried(browser, live):
+    with watched(browser, live) as page:
         yield page
 
 
@@ -375,14 +383,14 @@ def test_which_latents_fire_on_a_text(tried, live):
     assert "Shaded by latent" in page.locator(".fired > p").inner_text()
     page.get_by_label("what each does to the loss").check()
     page.get_by_role("button", name="Show latents").click()
-    page.wait_for_function(
-        "document.querySelector('.fired .helps, .fired .figures .muted[title*=loss]') || document.querySelectorAll('.try-text button').length > 0 && (document.querySelectorAll('.try-text button')[3].focus(), false)"
-    )
+    wait_until(page, "!document.querySelector('.progress')")
+    tokens.nth(3).focus()
+    page.wait_for_selector(".fired .figures [title*=loss]")
     assert "loss=1" in page.url
     link = page.locator(".fires li a").first
     number = link.inner_text()
     link.click()
-    page.wait_for_function(f"document.querySelector('h1').innerText.startsWith('Latent {number}')")
+    wait_until(page, f"document.querySelector('h1').innerText.startsWith('Latent {number}')")
 
 
 def test_steered_text_beside_the_unsteered(tried, live):
@@ -449,14 +457,14 @@ class _Slow:
         self.stop.set()
 
 
-def test_progress_is_shown_and_a_job_is_cancelled(browser, atlases):  # noqa: F811
+def test_progress_is_shown_and_a_job_is_cancelled(browser, atlases):
     with serving(BrowseConfig(atlas=atlases[0]), live=_Slow()) as address:
         context = browser.new_context()
         page = context.new_page()
         page.goto(address + "#/try")
         page.get_by_placeholder("The model goes on from here").fill("once")
         page.get_by_role("button", name="Generate").click()
-        page.wait_for_function("document.querySelector('.progress')?.innerText.includes('3 of 40 tokens')")
+        wait_until(page, "document.querySelector('.progress')?.innerText.includes('3 of 40 tokens')")
         assert page.locator("progress").get_attribute("max") == "40"
         page.get_by_role("button", name="Cancel").click()
         page.wait_for_selector("#steer [role=alert]")
@@ -467,18 +475,62 @@ def test_progress_is_shown_and_a_job_is_cancelled(browser, atlases):  # noqa: F8
 # ---- all of them
 
 
-PAGES = ["#/notes", "#/rate?n=3", "#/compare", "#/latent/7"]
+PAGES = {
+    "#/notes": ".tool",
+    "#/rate?n=3": ".rate-examples .excerpt",
+    "#/compare?latent=1": ".card[aria-busy=false] .excerpt",
+    "#/latent/11": ".notes .star",
+}
 
 
-@pytest.mark.parametrize("width", [360])
-def test_a_phone_s_width_is_enough(browser, address, width):  # noqa: F811
-    with a_page(browser, address, viewport={"width": width, "height": 700}) as page:
-        for hash in PAGES:
-            page.goto("about:blank")
-            page.goto(address + hash)
-            page.wait_for_selector("h1")
-            page.wait_for_timeout(300)
-            assert page.evaluate("document.documentElement.scrollWidth") <= width, hash
+def picture(page, name: str) -> None:
+    """A picture for people, where SEMEME_PICTURES names a folder."""
+    if folder := os.environ.get("SEMEME_PICTURES"):
+        page.screenshot(path=f"{folder}/{name}.png", full_page=True)
+
+
+@pytest.fixture(scope="module")
+def noted(tmp_path_factory):
+    """A server of two small atlases with something written."""
+    import httpx
+
+    root = tmp_path_factory.mktemp("noted")
+    build(root / "one" / "atlas", SyntheticConfig(n_latents=60, n_contexts=60))
+    build(root / "two" / "atlas", SyntheticConfig(seed=5, n_latents=40, n_contexts=60))
+    note = {"star": True, "tags": ["rivers", "to check"], "note": "Seen. " + HOSTILE, "explanation": "rivers"}
+    config = BrowseConfig(atlas=root / "one" / "atlas", against=(root / "two" / "atlas",), write=True)
+    with serving(config) as address:
+        assert httpx.put(address + "api/notes/11", json=note).status_code == 200
+        yield address
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_and_a_phone_s_width_is_enough(browser, noted, scheme):
+    for width in (1280, 360):
+        with watched(browser, noted, viewport={"width": width, "height": 800}, color_scheme=scheme) as page:
+            for hash, shown in PAGES.items():
+                page.goto("about:blank")
+                page.goto(noted + hash)
+                page.wait_for_selector(shown)
+                settle(page)
+                assert violations(page) == [], hash
+                assert page.evaluate("document.documentElement.scrollWidth") <= width, hash
+                picture(page, f"{hash.strip('#/').split('?')[0].replace('/', '-')}-{width}-{scheme}")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_on_the_page_that_tries(browser, live, scheme):
+    for width in (1280, 360):
+        with watched(browser, live, viewport={"width": width, "height": 800}, color_scheme=scheme) as page:
+            page.goto(live + "#/try?text=the+river+runs&prompt=the+river&steer=3:2,5:-1.5&n=12")
+            page.wait_for_selector(".fires li")
+            page.get_by_role("button", name="Generate").click()
+            page.wait_for_selector(".written .try-text")
+            page.locator(".try-text button.tok").nth(1).focus()
+            settle(page)
+            assert violations(page) == []
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            picture(page, f"try-{width}-{scheme}")
 
 
 def test_without_a_model_the_page_says_how_to_have_one(page, address):

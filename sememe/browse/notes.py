@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -33,7 +33,9 @@ class Note(Config):
 
     star: bool = False
     """Worth coming back to."""
-    tags: tuple[str, ...] = Field(default=(), max_length=MAX_TAGS)
+    tags: tuple[Annotated[str, Field(min_length=1, max_length=MAX_TAG)], ...] = Field(
+        default=(), max_length=MAX_TAGS
+    )
     """Words to find it by."""
     note: str = Field(default="", max_length=MAX_TEXT)
     """Anything."""

@@ -18,7 +18,7 @@
     const about = found.latent && found.latent.id === latent ? found : null;
     const address = (source.number ? "?atlas=" + source.number : location.pathname) + S.route.format("latent", latent, {});
     return html`<section class="card" aria-label=${`Latent ${latent} of ${name}`} aria-busy=${!about}>
-      <h3><a href=${address}>Latent ${latent}</a> <span class="names"><${S.tokenViews.Label} model=${model} row=${row} /></span></h3>
+      <h2><a href=${address}>Latent ${latent}</a> <span class="names"><${S.tokenViews.Label} model=${model} row=${row} /></span></h2>
       <p class="muted">${S.honest(name)}; active on ${percent(model.index.density[row])} of tokens, at most ${number(model.index.max_act[row])}</p>
       ${found.error && html`<p class="problem" role="alert">${found.error.message}</p>`}
       ${about && html`<p class="names promotes">${about.latent.promoted.tokens.slice(0, 6).map((token) => html`<${S.tokenViews.Chip} key=${token} tokens=${model.tokens} id=${token} />`)}</p>

@@ -19,7 +19,7 @@
         const top = own ? element.scrollTop : -element.getBoundingClientRect().top;
         const seen = own ? element.clientHeight : window.innerHeight;
         const first = Math.max(0, Math.floor(top / height) - 8);
-        const last = Math.min(n, Math.max(8, Math.ceil((top + seen) / height) + 8)); // the first few even below the fold
+        const last = Math.min(n, Math.max(20, Math.ceil((top + seen) / height) + 8)); // the first few even below the fold
         setRange((old) => (old[0] === first && old[1] === last ? old : [first, Math.max(last, first)]));
       };
       measure();
@@ -89,11 +89,12 @@
     const bound = (name, label) => html`<input type="number" min="0" max="100" step="any" name=${name} aria-label=${label} placeholder=${name === "min" ? "0" : "100"}
       value=${params[name] === "" ? "" : Number((Number(params[name]) * 100).toPrecision(6))}
       onChange=${(e) => change({ [name]: e.target.value === "" || !(Number(e.target.value) >= 0) ? "" : String(Number((Number(e.target.value) / 100).toPrecision(8))) })} />`;
-    const filtered = ["q", "in", "status", "lang", "min", "max", "cluster", "script", "f", "lasso"].some((key) => params[key] !== route.DEFAULTS[key]);
+    const filtered = ["q", "in", "status", "lang", "min", "max", "cluster", "script", "f", "lasso", "note"].some((key) => params[key] !== route.DEFAULTS[key]);
     return html`<div class="toolbar">
       <${SearchBox} model=${model} params=${params} change=${change} />
       ${select("in", "in", [["any", "anything"], ["label", "labels"], ["top", "top tokens"], ["peak", "examples' peaks"], ["promoted", "promoted tokens"], ...(meaningful(overview) || params.in === "meaning" ? [["meaning", "meanings of labels"]] : [])])}
       ${select("status", "show", [["alive", "alive"], ["dead", "dead"], ["rare", "rare"], ["neuron", "neuron-aligned"], ["all", "all"]])}
+      ${S.notes && (S.notes.latents.size > 0 || params.note) && select("note", "notes", S.notes.options())}
       ${overview.languages.length > 0 && select("lang", "language", [["", "any"], ...overview.languages.map(({ language, n }) => [language, `${language} (${n.toLocaleString("en")})`])])}
       <div class="field" role="group" aria-label="Density in percent"><span>density %</span>${bound("min", "Lowest density in percent")}<span>to</span>${bound("max", "Highest density in percent")}</div>
       <div class="found" role="status" aria-live="polite">${found === null ? "" : html`<b>${count(found)}</b> ${found === 1 ? "latent" : "latents"}`}
@@ -123,7 +124,7 @@
             for (let j = 0; j < known.width; j++) sum += ((packed.charCodeAt(i * known.width + j) << 24) >> 24) * vector[j];
             return [sum / 127, model.rowOf.get(latent)];
           }).filter(([, row]) => row !== undefined).sort((a, b) => b[0] - a[0]).slice(0, NEAREST);
-          for (const [cosine, row] of found) cosines[row] = Math.max(cosine, 1e-6);
+          for (const [cosine, row] of found) cosines[row] = cosine;
           settle({ cosines });
         }).catch((error) => settle({ error: error.message }));
       }, 250);
@@ -133,7 +134,7 @@
     return model.meaning && model.meaning.text === wanted ? model.meaning : { text: wanted, waiting: true };
   }
 
-  const CLEARED = { q: "", in: "any", status: "alive", lang: "", min: "", max: "", cluster: "", script: "", f: "", lasso: "" };
+  const CLEARED = { q: "", in: "any", status: "alive", lang: "", min: "", max: "", cluster: "", script: "", f: "", lasso: "", note: "" };
   const written = (field, value) => (FIELDS[field].share ? percent(value) : number(value));
 
   // Filters by any figure, script and group; open while one of them is set or somebody opened it.

@@ -231,8 +231,8 @@
 
     // The rows that a list with these parameters shows, in its order.
     query(params) {
-      const { q, in: where, status, lang, min, max, sort, dir, cluster, script, f, lasso } = params;
-      const key = JSON.stringify([q, where, status, lang, min, max, sort, dir, cluster, script, f, lasso, !!this.search, !!this.details, where === "meaning" && this.meaning ? this.meaning.text : ""]);
+      const { q, in: where, status, lang, min, max, sort, dir, cluster, script, f, lasso, note } = params;
+      const key = JSON.stringify([q, where, status, lang, min, max, sort, dir, cluster, script, f, lasso, note, !!this.search, !!this.details, where === "meaning" && this.meaning ? this.meaning.text : ""]);
       if (this.last && this.last.key === key) return this.last;
       const { density, n_active, language, languages } = this.index;
       const found = params.q ? this.match(params.q, params.in) : null;
@@ -245,8 +245,10 @@
       const corners = details && details.x ? parseLasso(lasso) : [];
       const group = cluster === "" || !details ? null : cluster === "none" ? null : Number(cluster);
       const aligned = details && details.top_neuron_share;
+      const noted = S.notes ? S.notes.test(note) : null;
       const rows = [];
       for (let row = 0; row < this.n; row++) {
+        if (noted && !noted(this.index.id[row])) continue;
         if (found && !(found.score[row] > 0)) continue;
         if (status !== "dead" && status !== "all" && !n_active[row]) continue;
         if (status === "dead" && n_active[row]) continue;

@@ -73,6 +73,7 @@
         for (const [latent, { explanation }] of this.latents) if (explanation && model.rowOf.has(latent)) model.byHand.set(model.rowOf.get(latent), explanation);
         model.explanations = [...new Set([...Object.keys(model.index.explanation).map(Number), ...model.byHand.keys()])];
         model.labelKeys = null;
+        model.lowerExplanations = null;
         model.last = null;
       }
       tell();

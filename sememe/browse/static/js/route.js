@@ -2,7 +2,7 @@
 (function (S) {
   "use strict";
 
-  const DEFAULTS = { q: "", in: "any", status: "alive", lang: "", min: "", max: "", sort: "", dir: "", open: "", rank: "",
+  const DEFAULTS = { q: "", in: "any", status: "alive", lang: "", min: "", max: "", sort: "", dir: "", note: "", open: "", rank: "",
     cluster: "", script: "", f: "", lasso: "", color: "", view: "", at: "", mark: "" };
 
   function parse(hash) {

@@ -9,9 +9,10 @@
   const jobName = () => "page-" + Math.random().toString(36).slice(2) + Date.now().toString(36);
 
   // What the model's process is doing: asked often while something runs, now and then while it loads.
-  function useLive(busy) {
+  function useLive(busy, there) {
     const [status, setStatus] = useState(null);
     useEffect(() => {
+      if (!there) return undefined;
       let timer = null, stale = false;
       const look = async () => {
         let found;
@@ -23,7 +24,7 @@
       };
       look();
       return () => { stale = true; clearTimeout(timer); };
-    }, [busy]);
+    }, [busy, there]);
     return status;
   }
 
@@ -128,7 +129,7 @@
   function Page({ model, query }) {
     const session = S.session;
     const fired = useQuestion("prompt"), written = useQuestion("generate");
-    const status = useLive(fired.running || written.running);
+    const status = useLive(fired.running || written.running, Boolean(session && session.live));
     const [text, setText] = useState(query.text || "");
     const [perToken, setPerToken] = useState(Number(query.k) || 5);
     const [ablate, setAblate] = useState(query.loss === "1");

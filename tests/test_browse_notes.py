@@ -1,0 +1,181 @@
+"""What people say of latents: on disk, over HTTP, and as a view of the atlas; and two atlases compared."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+
+import pytest
+from served_atlases import SMALL, client_of, two_atlases
+from synthetic_atlas import build
+
+from sememe import artifact
+from sememe.atlas import open_atlas
+from sememe.browse import BrowseConfig
+from sememe.browse.compared import Compared, Side
+from sememe.browse.notes import notes_path
+from sememe.browse.serving import served
+from sememe.errors import ArtifactError, CorruptError, MismatchError
+
+
+@pytest.fixture(scope="module")
+def atlases(tmp_path_factory):
+    return two_atlases(tmp_path_factory.mktemp("notes"))
+
+
+@pytest.fixture(scope="module")
+def client(atlases):
+    with client_of(BrowseConfig(atlas=atlases[0], against=atlases[1:], write=True)) as client:
+        yield client
+
+
+# ---- notes on disk
+
+
+def test_notes_are_kept_beside_the_atlas_and_join_it_as_a_view(tmp_path):
+    made = build(tmp_path / "atlas", SMALL)
+    hostile = "<script>\u202e\x00\U0001f600"
+    with client_of(BrowseConfig(atlas=tmp_path / "atlas", write=True)) as client:
+        sent = {"star": True, "tags": ["a", "a b"], "note": hostile, "explanation": "rivers"}
+        assert client.put("/api/notes/3", json=sent).json().items() >= sent.items()
+        client.put("/api/notes/4", json={"star": True})
+        client.put("/api/notes/4", json={})  # says nothing: taken away
+        rating = {"session": "s", "source": "f", "latent": 5, "verdict": "unclear", "stratum": "x"}
+        client.put("/api/ratings", json=rating)
+        client.put("/api/ratings", json={**rating, "verdict": "monosemantic"})
+        client.put("/api/ratings", json={**rating, "latent": 6})
+        client.put("/api/ratings", json={**rating, "latent": 6, "verdict": None})
+        assert client.put("/api/ratings", json={**rating, "verdict": "good"}).status_code == 400
+    path = notes_path(tmp_path / "atlas")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert found["atlas"] == made.fingerprint and list(found["latents"]) == ["3"]
+    assert [(one["latent"], one["verdict"]) for one in found["ratings"]] == [(5, "monosemantic")]
+    assert artifact.load(tmp_path / "atlas", "atlas").fingerprint == made.fingerprint, (
+        "the atlas did not change"
+    )
+    with contextlib.closing(open_atlas(tmp_path / "atlas", notes=path)) as atlas:
+        rows = atlas.query(
+            "SELECT latent, star, tags, note, n.explanation FROM notes n JOIN latents ON id = latent"
+        )
+        assert rows == [
+            {"latent": 3, "star": True, "tags": ["a", "a b"], "note": hostile, "explanation": "rivers"}
+        ]
+    with client_of(BrowseConfig(atlas=tmp_path / "atlas")) as client:
+        assert client.get("/api/notes").json()["latents"]["3"]["note"] == hostile, "read back, read-only"
+
+
+def test_exported_notes_are_taken_over(client):
+    document = {"kind": "notes", "latents": {"7": {"star": True}, "8": {"tags": ["x"]}}, "ratings": []}
+    found = client.post("/api/notes", json=document).json()
+    assert found["latents"]["7"] == {"star": True} and found["latents"]["8"] == {"tags": ["x"]}
+    for bad, message in (
+        ({"kind": "atlas"}, "exported notes"),
+        ({"kind": "notes", "latents": {"x": {}}}, "must be a number"),
+        ({"kind": "notes", "latents": []}, "latents and ratings"),
+        ({"kind": "notes", "latents": {"1": 3}}, "must be an object"),
+        ({"kind": "notes", "latents": {}, "ratings": [{"latent": -1}]}, "must be"),
+    ):
+        answer = client.post("/api/notes", json=bad)
+        assert answer.status_code == 400 and message in answer.json()["error"]
+
+
+def test_notes_of_another_dictionary_or_damaged_ones_are_not_overwritten(tmp_path):
+    build(tmp_path / "atlas", SMALL)
+    path = notes_path(tmp_path / "atlas")
+    for content, error, message in (
+        ("{}", CorruptError, "must be a file of notes.*move it away"),
+        ("not json", CorruptError, "must be a file of notes"),
+        (
+            json.dumps(
+                {"kind": "notes", "format_version": 1, "atlas": "a", "dictionary": "b", "latents": {}}
+            ),
+            MismatchError,
+            r"must be of the dictionary of the atlas.*Move the file away",
+        ),
+    ):
+        path.write_text(content)
+        with pytest.raises(error, match=message), served(BrowseConfig(atlas=tmp_path / "atlas", write=True)):
+            pass
+        assert path.read_text() == content
+    with pytest.raises(ArtifactError, match="browse --write"):
+        open_atlas(tmp_path / "atlas", notes=tmp_path / "none.json")
+
+
+# ---- comparing
+
+
+def test_profiles_of_tokens_are_compared_as_by_hand(atlases):
+    import numpy as np
+
+    with served(BrowseConfig(atlas=atlases[0], against=atlases[1:])) as shown:
+        a, b = (one.data for one in shown)
+        found = Compared(Side(a, None), Side(b, None))
+        pairs = found.pairs()
+        assert pairs["method"] == "tokens" and len(pairs["latent"]) == 40
+
+        def profiles(data):
+            out = {}
+            for row in data.atlas.query(
+                "SELECT latent, t.bytes AS b, share FROM top_tokens JOIN tokens t ON t.id = token"
+            ):
+                out.setdefault(row["latent"], {})[bytes(row["b"])] = row["share"]
+            return out
+
+        mine, theirs = profiles(a), profiles(b)
+        likeness = np.zeros((40, 25))
+        for i, left in mine.items():
+            for j, right in theirs.items():
+                dot = sum(share * right.get(token, 0) for token, share in left.items())
+                sizes = [np.sqrt(sum(v * v for v in side.values())) for side in (left, right)]
+                likeness[i, j] = dot / (sizes[0] * sizes[1])
+        for i, (other, value, mutual) in enumerate(
+            zip(pairs["other"], pairs["similarity"], pairs["mutual"], strict=True)
+        ):
+            best = likeness[i].max()
+            if best <= 0:
+                assert (other, value, mutual) == (None, None, None)
+                continue
+            assert value == pytest.approx(best, abs=1e-3) and likeness[i, other] == pytest.approx(
+                best, abs=1e-5
+            )
+            assert mutual == (likeness[:, other].argmax() == i)
+        one = found.of(3)
+        assert one["similarity"] == sorted(one["similarity"], reverse=True)
+        assert one["other"][0] == pairs["other"][3] and found.of(40) is None
+
+
+def test_directions_are_compared_where_the_dictionaries_are_known(tmp_path):
+    import torch
+    from atlas_fixture import make_world, save_dictionary, sites
+
+    from sememe import dictionaries
+    from sememe.interpret import interpret
+
+    world = make_world(tmp_path)
+    save_dictionary(tmp_path / "other", sites(world.lm), d_sae=30, k=3)
+    interpret(world.config("atlas", against=(tmp_path / "other",)), lm=world.lm).close()
+    interpret(world.config("atlas2", dictionaries=(tmp_path / "other",)), lm=world.lm).close()
+    config = BrowseConfig(atlas=tmp_path / "atlas", against=(tmp_path / "atlas2",))
+    with served(config) as shown:
+        sides = [Side(one.data, one.dictionary) for one in shown]
+        assert [side.dictionary for side in sides] == [world.dictionary, tmp_path / "other"]
+        kept, back = Compared(*sides), Compared(*reversed(sides))
+        assert (kept.method, back.method) == ("neighbours", "directions")
+        directions = [
+            torch.nn.functional.normalize(dictionaries.load(path).decoder_directions(), dim=1)
+            for path in (world.dictionary, tmp_path / "other")
+        ]
+        cosines = (directions[0] @ directions[1].T).detach()
+        assert kept.pairs()["other"] == cosines.argmax(dim=1).tolist()
+        assert kept.pairs()["similarity"] == pytest.approx(cosines.max(dim=1).values.tolist(), abs=1e-3)
+        assert back.pairs()["other"] == cosines.argmax(dim=0).tolist()
+        best = cosines.max(dim=0).values
+        expected = [float(v) if v > 0 else None for v in best]
+        assert back.pairs()["similarity"] == pytest.approx(expected, abs=1e-3)
+        assert back.of(4)["other"][0] == back.pairs()["other"][4]
+        assert kept.of(4)["similarity"][0] == kept.pairs()["similarity"][4]
+    with (
+        pytest.raises(MismatchError, match=r"must be that of the atlas.*leave --dictionary out"),
+        served(config.replace(dictionary=tmp_path / "other")),
+    ):
+        pass
