@@ -462,7 +462,7 @@ def _latent(config, latent, flat, flat_documents, places, acts, n_tokens, rng) -
             float(rng.uniform(0.1, 1)),
             [0.0] * 16,
             [0.0] * 16,
-            *_shape(config, latent, rng, dead=True),
+            *_shape(config, latent, dead=True),
         )
     mass = np.bincount(flat[places], weights=acts)
     counts, _ = np.histogram(acts, bins=config.n_bins, range=(0, float(acts.max())))
@@ -486,12 +486,13 @@ def _latent(config, latent, flat, flat_documents, places, acts, n_tokens, rng) -
         float(rng.uniform(0.1, 1)),
         [len(places) / n_tokens] * 16,
         [float(acts.sum()) / n_tokens] * 16,
-        *_shape(config, latent, rng, dead=False),
+        *_shape(config, latent, dead=False),
     )
 
 
-def _shape(config, latent, rng, *, dead: bool) -> tuple:
+def _shape(config, latent, *, dead: bool) -> tuple:
     """Bias to outlier_share, then cluster (none of every fifth) and the place in one of six clouds."""
+    rng = np.random.default_rng((config.seed, latent))
     cloud = latent % 6
     place = (None, None) if dead else (cloud % 3 * 4 + rng.normal(), cloud // 3 * 5 + rng.normal())
     aligned = latent % 10 == 3

@@ -32,6 +32,7 @@ from sememe.cli import _run
 from sememe.errors import ArtifactError, CorruptError, MismatchError
 
 CONFIG = SyntheticConfig()
+PARENTS = {"atlas", "explanations", "report", "effects", "prompt.0", "prompt.1"}
 EXPLANATIONS = {5: "names of rivers </script><b>", 7: "זה עברית"}
 
 
@@ -242,7 +243,7 @@ def test_numbers_that_json_cannot_hold_become_none(tmp_path):
 
 
 def test_the_site_is_an_artifact_made_of_classic_scripts(site, atlas):
-    assert site.kind == "site" and set(site.meta["parents"]) == {"atlas", "explanations", "report"}
+    assert site.kind == "site" and set(site.meta["parents"]) == PARENTS
     assert site.meta["parents"]["atlas"] == atlas.artifact.fingerprint
     site.verify()
     page = (site.path / "index.html").read_text()

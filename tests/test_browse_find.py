@@ -181,7 +181,7 @@ def test_the_map_by_keyboard(page, address):
 def test_the_map_is_coloured_by_score_and_cluster(page, address):
     go(page, address)
     ready(page)
-    read = "(c) => Array.from(c.getContext('2d').getImageData(0, 0, c.width, c.height).data).join()"
+    read = "(c) => c.toDataURL()"
     seen = {page.locator(".map canvas").evaluate(read)}
     for name in ("score", "cluster"):
         page.locator('select[name="color"]').select_option(name)
@@ -412,6 +412,16 @@ def test_prompts_that_are_not_views_of_prompts_are_refused(inputs, tmp_path):
     ):
         pass
     assert len(read(inputs["prompts"][0] / "0.json")) == 1
+
+
+def test_a_missing_map_says_so_and_the_list_is_there(open_at, inputs, tmp_path):
+    address = exported(inputs, tmp_path / "site")
+    (tmp_path / "site" / "data" / "details.js").unlink()
+    page = open_at[0].new_page()
+    page.goto(address + "#/?sort=score")
+    assert "data/details.js could not be loaded" in page.locator(".map .problem").inner_text()
+    assert len(ids(page)) > 8
+    page.close()
 
 
 def test_a_site_of_other_texts_is_another_site(inputs, tmp_path):

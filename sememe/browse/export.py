@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import collections
 import contextlib
+import gc
 import gzip
 import itertools
 import json
@@ -107,6 +108,17 @@ def _write_together(folder: Path, atlases: list[Data], config: ExportConfig) -> 
         _write_shard(folder, f"compare-{mine}-{other}", Compared(*sides).pairs())
 
 
+@contextlib.contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
 def _write(data: Data, folder: Path, config: ExportConfig, at: str = "") -> None:
     """One atlas's shards; `at` is the folder of its own that an atlas beside the first has."""
     for sub in ("latents", "contexts", "texts"):
@@ -117,8 +129,13 @@ def _write(data: Data, folder: Path, config: ExportConfig, at: str = "") -> None
         "context_ids": _context_ids(data.context_ids),
     }
     n_latents, n_contexts = len(data.ids), len(data.context_ids)
-    # Compressing lets go of the interpreter lock, so that the next shard is read meanwhile.
-    with track("export", n_latents + n_contexts, "rows") as progress, ThreadPoolExecutor(2) as pool:
+    # Compressing lets go of the interpreter lock, so that the next shard is read meanwhile. Millions of small lists
+    # come and go; none of them holds itself, so looking for such would be time for nothing.
+    with (
+        _without_garbage_collection(),
+        track("export", n_latents + n_contexts, "rows") as progress,
+        ThreadPoolExecutor(2) as pool,
+    ):
         waiting: collections.deque[Future[None]] = collections.deque()
         whole = (
             ("overview", 0, data.overview() | {"shards": shards}),

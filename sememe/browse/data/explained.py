@@ -26,6 +26,8 @@ CLUSTERS = "clusters.parquet"
 EMBEDDINGS = "embeddings.parquet"
 WORDS = ("label_from", "explanation", "effect", "category", "rule_words")
 FIGURES = ("score", "auroc", "correlation", "auroc_shuffled", "auroc_other")
+READING = ("simulation", "detection", "fuzzing", "embedding", "generation")
+"""Scorers that read a model's words, the one that stands for them first."""
 CONTROLS = {("lexical", "shuffled"), ("lexical", "other")}
 """Scores of the rules that are nulls themselves."""
 
@@ -62,15 +64,14 @@ class Explained:
         return {**self._words.get(latent, {}), "scores": self._scores.get(latent, [])}
 
     def score(self, latent: int) -> float | None:
-        """One number for the list and the map: the first scorer's that read a model's words, else the rule's."""
-        scores = [
-            row
-            for row in self._scores.get(latent, [])
-            if row["scorer"] not in ("lexical", "effect", "intruder")
-        ]
-        if scores and scores[0]["score"] is not None:
-            return float(scores[0]["score"])
-        found = self._words.get(latent, {}).get("score")
+        """One number for the list and the map, of what it is called by: the rule's, or the first of a model's words."""
+        words = self._words.get(latent, {})
+        if words.get("label_from") != "rule":
+            scores = {row["scorer"]: row["score"] for row in reversed(self._scores.get(latent, []))}
+            for scorer in READING:
+                if scores.get(scorer) is not None:
+                    return float(scores[scorer])
+        found = words.get("score")
         return None if found is None else float(found)
 
     @classmethod

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from sememe.browse.data.explained import Explained
 from sememe.browse.data.values import decimals, fixed, number, significant
@@ -40,10 +41,11 @@ LOGITS_SQL = """
     SELECT latent, lens, sign, token, value FROM logits
     WHERE latent BETWEEN ? AND ? ORDER BY latent, lens, sign DESC, rank"""
 
+KINDS = ("top", "decile", "random")
 EXAMPLES_SQL = """
-    SELECT latent, kind, decile, rank, context, position, start, stop, document, act, positions, acts
-    FROM examples WHERE latent BETWEEN ? AND ?
-    ORDER BY latent, CASE kind WHEN 'top' THEN 0 WHEN 'decile' THEN 1 ELSE 2 END, decile DESC, rank"""
+    SELECT latent, CASE kind WHEN 'top' THEN 0 WHEN 'decile' THEN 1 ELSE 2 END AS kind,
+           coalesce(decile, -1) AS decile, rank, context, position, start, stop, document, act, positions, acts
+    FROM examples WHERE latent BETWEEN ? AND ? ORDER BY latent, 2, 3 DESC, rank"""
 
 NEIGHBOURS_SQL = f"""
     SELECT latent, kind, coalesce(dictionary, '') AS dictionary, other, cosine FROM neighbours
@@ -93,25 +95,29 @@ class Latents:
     def between(self, first: int, last: int, label_tokens: Mapping[int, list[int]]) -> list[Json]:
         """Everything about the latents whose ids are in [first, last], in order."""
         stats = _cut(self._read(LATENT_SQL, first, last), digits=4)
-        logits = _by_latent(self._read(LOGITS_SQL, first, last), digits=4)
-        neighbours = _by_latent(self._read(NEIGHBOURS_SQL, first, last))
+        lenses = _lenses(self._read(LOGITS_SQL, first, last))
+        neighbours = _neighbours(self._read(NEIGHBOURS_SQL, first, last))
         tables = {name: _by_latent(self._read(sql, first, last)) for name, sql in TABLES.items()}
-        examples = _slices(self._read(EXAMPLES_SQL, first, last))
+        examples = _examples(self._read(EXAMPLES_SQL, first, last))
         effects, removals = self._effects_between(first, last)
+        for latent in effects.keys() | removals.keys():
+            if latent in examples:
+                _beside(examples[latent], effects.get(latent), removals.get(latent))
+        names = list(stats)
         out = []
-        for i, latent in enumerate(stats["id"]):
-            lenses = _lenses(logits.get(latent))
+        for latent, *values in zip(stats["id"], *stats.values(), strict=True):
+            read = lenses.get(latent, {})
             out.append(
                 {
-                    **{name: values[i] for name, values in stats.items()},
+                    **dict(zip(names, values, strict=True)),
                     "label_tokens": label_tokens.get(latent, []),
                     "explanation": self._explained.labels.get(latent),
                     "explained": self._explained.of(latent),
-                    **lenses.pop("logit", {"promoted": _ends([], []), "demoted": _ends([], [])}),
-                    "lenses": lenses,
-                    "neighbours": _neighbours(neighbours.get(latent)),
+                    **read.pop("logit", {"promoted": _ends([], []), "demoted": _ends([], [])}),
+                    "lenses": read,
+                    "neighbours": neighbours.get(latent, []),
                     **{name: table.get(latent, {}) for name, table in tables.items()},
-                    "examples": _examples(examples.get(latent), effects.get(latent), removals.get(latent)),
+                    "examples": examples.get(latent) or _none(),
                 }
             )
         return out
@@ -133,8 +139,16 @@ def _cut(table: pa.Table, digits: int = 3) -> dict[str, list[Any]]:
         column = table.column(name)
         if pa.types.is_floating(column.type):
             out[name] = significant(column.to_numpy(zero_copy_only=False), digits)
-        elif pa.types.is_list(column.type) and pa.types.is_floating(column.type.value_type):
-            out[name] = [None if v is None else significant(np.array(v), 3) for v in column.to_pylist()]
+        elif pa.types.is_list(column.type) and not pa.types.is_nested(column.type.value_type):
+            starts, flat = _lists(column)
+            values = (
+                significant(flat, digits=3) if pa.types.is_floating(column.type.value_type) else flat.tolist()
+            )
+            missing = column.combine_chunks().is_null().to_pylist()
+            out[name] = [
+                None if gone else values[start:stop]
+                for gone, (start, stop) in zip(missing, itertools.pairwise(starts.tolist()), strict=True)
+            ]
         elif pa.types.is_integer(column.type) and not column.null_count:
             out[name] = column.to_numpy().tolist()
         else:
@@ -142,92 +156,138 @@ def _cut(table: pa.Table, digits: int = 3) -> dict[str, list[Any]]:
     return out
 
 
-def _cuts(latents: np.ndarray) -> list[int]:
-    return [0, *(np.flatnonzero(np.diff(latents)) + 1).tolist(), len(latents)]
+def _cuts(*columns: NDArray[Any]) -> list[int]:
+    """Where rows begin that differ from the row before in any of the columns, and the end."""
+    n = len(columns[0])
+    if n == 0:
+        return [0]
+    changes = np.zeros(n - 1, bool)
+    for column in columns:
+        changes |= column[1:] != column[:-1]
+    return [0, *(np.flatnonzero(changes) + 1).tolist(), n]
 
 
 def _by_latent(table: pa.Table, digits: int = 3) -> dict[int, dict[str, list[Any]]]:
-    """The rows of each latent, as columns of plain lists; the table is sorted by its first column, `latent`."""
+    """The rows of each latent, as columns of plain lists; the table is sorted by its column `latent`."""
     latents = table.column("latent").to_numpy()
     columns = _cut(table.drop_columns(["latent"]), digits)
     return {
         int(latents[start]): {name: values[start:stop] for name, values in columns.items()}
         for start, stop in itertools.pairwise(_cuts(latents))
-        if stop > start
     }
 
 
-def _slices(table: pa.Table) -> dict[int, pa.Table]:
-    """The rows of each latent as a table."""
-    latents = table.column("latent").to_numpy()
-    return {
-        int(latents[start]): table.slice(start, stop - start)
-        for start, stop in itertools.pairwise(_cuts(latents))
-        if stop > start
-    }
+def _codes(column: pa.ChunkedArray) -> NDArray[Any]:
+    """A number for each different string."""
+    codes: NDArray[Any] = column.combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False)
+    return codes
 
 
 def _ends(tokens: list[int], values: list[float | None]) -> Json:
     return {"tokens": tokens, "values": values}
 
 
-def _lenses(rows: dict[str, list[Any]] | None) -> dict[str, Json]:
-    """Promoted and demoted tokens by the lens they were read through."""
-    if rows is None:
+def _lenses(table: pa.Table) -> dict[int, dict[str, Json]]:
+    """Promoted and demoted tokens of each latent, by the lens they were read through."""
+    latents, signs = table.column("latent").to_numpy(), table.column("sign").to_numpy()
+    tokens = table.column("token").to_numpy().tolist()
+    values = significant(table.column("value").to_numpy(), 4)
+    cuts = _cuts(latents, _codes(table.column("lens")), signs)
+    names = table.column("lens").take(pa.array(cuts[:-1], pa.int64())).to_pylist()
+    out: dict[int, dict[str, Json]] = {}
+    for (start, stop), lens in zip(itertools.pairwise(cuts), names, strict=True):
+        of_latent = out.setdefault(int(latents[start]), {})
+        ends = of_latent.setdefault(lens, {"promoted": _ends([], []), "demoted": _ends([], [])})
+        ends["promoted" if signs[start] == 1 else "demoted"] = _ends(tokens[start:stop], values[start:stop])
+    return out
+
+
+def _neighbours(table: pa.Table) -> dict[int, list[Json]]:
+    """The nearest directions of each latent, a group for each kind and dictionary; the own dictionary is None."""
+    latents = table.column("latent").to_numpy()
+    others = table.column("other").to_numpy().tolist()
+    cosines = significant(table.column("cosine").to_numpy())
+    cuts = _cuts(latents, _codes(table.column("kind")), _codes(table.column("dictionary")))
+    starts = pa.array(cuts[:-1], pa.int64())
+    kinds, names = (table.column(name).take(starts).to_pylist() for name in ("kind", "dictionary"))
+    out: dict[int, list[Json]] = {}
+    for (start, stop), kind, name in zip(itertools.pairwise(cuts), kinds, names, strict=True):
+        group = {
+            "kind": kind, "dictionary": name or None,
+            "other": others[start:stop], "cosine": cosines[start:stop],
+        }  # fmt: skip
+        out.setdefault(int(latents[start]), []).append(group)
+    return out
+
+
+def _none() -> Json:
+    return {name: [] for name in (*EXAMPLE_COLUMNS, "positions", "acts")}
+
+
+def _examples(table: pa.Table) -> dict[int, Json]:
+    """Each latent's examples as columns; activations keep four digits of its largest, so that they stay short.
+
+    All latents at once: a loop over them would be most of an export's time.
+    """
+    latents = table.column("latent").to_numpy()
+    cuts = _cuts(latents)
+    if len(latents) == 0:
         return {}
-    out: dict[str, Json] = {}
-    for lens, sign, token, value in zip(
-        rows["lens"], rows["sign"], rows["token"], rows["value"], strict=True
-    ):
-        ends = out.setdefault(lens, {"promoted": _ends([], []), "demoted": _ends([], [])})
-        end = ends["promoted" if sign == 1 else "demoted"]
-        end["tokens"].append(token)
-        end["values"].append(value)
+    starts, acts = _lists(table.column("acts"))
+    _, positions = _lists(table.column("positions"))
+    # The largest of each latent says how many decimals its activations keep.
+    of_latent = np.repeat(np.arange(len(cuts) - 1), np.diff(cuts))
+    of_act = np.repeat(of_latent, np.diff(starts))
+    peak = np.asarray(table.column("act").to_numpy(), dtype=np.float64)
+    largest = _largest(np.where(np.isfinite(acts), np.abs(acts), 0.0), starts[cuts])
+    places = np.array([decimals(value) for value in largest.tolist()])
+    columns: dict[str, list[Any]] = {
+        name: table.column(name).to_numpy().tolist()
+        for name in ("rank", "context", "position", "start", "stop", "document")
+    }
+    columns["kind"] = np.array(KINDS, dtype=object)[table.column("kind").to_numpy()].tolist()
+    decile = table.column("decile").to_numpy().astype(object)
+    decile[decile < 0] = None
+    columns["decile"] = decile.tolist()
+    columns["act"] = fixed(peak, places[of_latent]).tolist()
+    pairs = list(itertools.pairwise(starts.tolist()))
+    for name, flat in (("positions", positions), ("acts", fixed(acts, places[of_act]))):
+        values = flat.tolist()
+        columns[name] = [values[start:stop] for start, stop in pairs]
+    names = (*EXAMPLE_COLUMNS, "positions", "acts")
+    return {
+        int(latents[start]): {name: columns[name][start:stop] for name in names}
+        for start, stop in itertools.pairwise(cuts)
+    }
+
+
+def _largest(values: NDArray[Any], starts: NDArray[Any]) -> NDArray[np.float64]:
+    """The largest of each run of values that are not negative; 0 for an empty one."""
+    out = np.zeros(len(starts) - 1)
+    filled = starts[1:] > starts[:-1]
+    if filled.any():
+        out[filled] = np.maximum.reduceat(values, starts[:-1][filled])
     return out
 
 
-def _neighbours(rows: dict[str, list[Any]] | None) -> list[Json]:
-    """The nearest directions, a group for each kind and dictionary; the own dictionary is None."""
-    out: list[Json] = []
-    if rows is None:
-        return out
-    for kind, dictionary, other, cosine in zip(
-        rows["kind"], rows["dictionary"], rows["other"], rows["cosine"], strict=True
-    ):
-        if not out or (out[-1]["kind"], out[-1]["dictionary"] or "") != (kind, dictionary):
-            out.append({"kind": kind, "dictionary": dictionary or None, "other": [], "cosine": []})
-        out[-1]["other"].append(other)
-        out[-1]["cosine"].append(cosine)
-    return out
+def _lists(column: pa.ChunkedArray) -> tuple[NDArray[Any], NDArray[Any]]:
+    """A column of lists as where each begins (and the end), and their values end to end."""
+    lists = column.combine_chunks()
+    offsets = lists.offsets.to_numpy()
+    values = lists.values.to_numpy(zero_copy_only=False)[offsets[0] : offsets[-1]]
+    return offsets - offsets[0], values
 
 
-def _examples(
-    table: pa.Table | None, effects: dict[str, list[Any]] | None, removals: dict[str, list[Any]] | None
-) -> Json:
-    """A latent's examples as columns; activations keep four digits of the largest, so that they stay short."""
-    if table is None:
-        return {name: [] for name in (*EXAMPLE_COLUMNS, "positions", "acts")}
-    table = table.combine_chunks()
-    out: Json = {name: table.column(name).to_pylist() for name in EXAMPLE_COLUMNS}
-    flat = {}
-    for name in ("positions", "acts"):
-        lists = table.column(name).combine_chunks()
-        lists = lists.chunk(0) if isinstance(lists, pa.ChunkedArray) else lists
-        offsets = lists.offsets.to_numpy()
-        flat[name] = lists.values.to_numpy(zero_copy_only=False)[offsets[0] : offsets[-1]]
-        cuts = (offsets - offsets[0]).tolist()
-        if name == "acts":
-            places = decimals(flat[name])
-            flat[name] = fixed(flat[name], places)
-            out["act"] = fixed(np.asarray(out["act"], dtype=np.float64), places).tolist()
-        values = flat[name].tolist()
-        out[name] = [values[start:stop] for start, stop in itertools.pairwise(cuts)]
-    keys = list(zip(out["kind"], [-1 if d is None else d for d in out["decile"]], out["rank"], strict=True))
+def _beside(
+    examples: Json, effects: dict[str, list[Any]] | None, removals: dict[str, list[Any]] | None
+) -> None:
+    """Put a latent's effects beside its examples."""
+    deciles = [-1 if decile is None else decile for decile in examples["decile"]]
+    keys = list(zip(examples["kind"], deciles, examples["rank"], strict=True))
     if effects is not None:
-        out["effect"] = _of_examples(keys, effects)
+        examples["effect"] = _of_examples(keys, effects)
     if removals is not None:
-        out["removals"] = _removals(keys, removals)
-    return out
+        examples["removals"] = _removals(keys, removals)
 
 
 def _of_examples(keys: list[tuple[str, int, int]], rows: dict[str, list[Any]]) -> list[Json | None]:

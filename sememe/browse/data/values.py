@@ -34,18 +34,20 @@ def rounded(column: pa.ChunkedArray, digits: int = 4) -> list[float | None]:
     return significant(column.to_numpy(zero_copy_only=False), digits)
 
 
-def decimals(acts: NDArray[Any]) -> int:
-    """Decimals that show four digits of the largest."""
-    largest = float(np.abs(acts[np.isfinite(acts)]).max(initial=0.0))
+def decimals(largest: float) -> int:
+    """Decimals that show four digits of it (negative: tens)."""
     return 3 - math.floor(math.log10(largest)) if largest > 0 else 0
 
 
-def fixed(values: NDArray[Any], decimals: int) -> NDArray[Any]:
-    """Rounded to so many decimals (negative: tens). Dividing whole numbers gives the float nearest to the decimal."""
+def fixed(values: NDArray[Any], decimals: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Each rounded to so many decimals (negative: tens); what is not finite becomes 0.
+
+    Dividing whole numbers by a power of ten gives the float nearest to the decimal.
+    """
     values = np.nan_to_num(np.asarray(values, dtype=np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-    if decimals > 0:
-        return np.round(values * 10.0**decimals) / 10.0**decimals
-    return np.round(values / 10.0**-decimals) * 10.0**-decimals
+    up, down = 10.0 ** np.maximum(decimals, 0), 10.0 ** np.maximum(-decimals, 0)
+    rounded_values: NDArray[np.float64] = np.round(values * up / down) / up * down
+    return rounded_values
 
 
 def significant(values: NDArray[Any], digits: int = 3) -> list[float | None]:

@@ -65,7 +65,7 @@
   S.needDetails = (model) => {
     if (!model || model.details || model.asking) return;
     model.asking = true;
-    S.source.details().then((payload) => { model.setDetails(payload); S.redraw(); }, () => { model.asking = false; });
+    S.source.details().then((payload) => { model.setDetails(payload); S.redraw(); }, (error) => { model.withoutDetails = error.message; S.redraw(); });
   };
 
   function App() {

@@ -19,7 +19,7 @@
         const top = own ? element.scrollTop : -element.getBoundingClientRect().top;
         const seen = own ? element.clientHeight : window.innerHeight;
         const first = Math.max(0, Math.floor(top / height) - 8);
-        const last = Math.min(n, Math.max(8, Math.ceil((top + seen) / height) + 8)); // the first few even below the fold
+        const last = Math.min(n, Math.max(20, Math.ceil((top + seen) / height) + 8)); // the first few even below the fold
         setRange((old) => (old[0] === first && old[1] === last ? old : [first, Math.max(last, first)]));
       };
       measure();
@@ -124,7 +124,7 @@
             for (let j = 0; j < known.width; j++) sum += ((packed.charCodeAt(i * known.width + j) << 24) >> 24) * vector[j];
             return [sum / 127, model.rowOf.get(latent)];
           }).filter(([, row]) => row !== undefined).sort((a, b) => b[0] - a[0]).slice(0, NEAREST);
-          for (const [cosine, row] of found) cosines[row] = Math.max(cosine, 1e-6);
+          for (const [cosine, row] of found) cosines[row] = cosine;
           settle({ cosines });
         }).catch((error) => settle({ error: error.message }));
       }, 250);

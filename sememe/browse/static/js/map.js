@@ -288,7 +288,7 @@
         ${hover && html`<div class="tip map-tip" role="tooltip" style=${{ left: tipLeft + "px", top: (hover.py > height - 90 ? hover.py - 78 : hover.py + 12) + "px" }}>
           <div><span class="c-id">${model.index.id[hover.row]}</span> <span class="names"><${Label} model=${model} row=${hover.row} /></span></div>
           <div class="muted">${value(hover.row)}${details.cluster[hover.row] === null ? "" : html` · <span>${clusterName(overview, details.cluster[hover.row])}</span>`}</div></div>`}
-        ${!ready && html`<p class="empty" role="status">Reading the map…</p>`}
+        ${!ready && (model && model.withoutDetails ? html`<p class="problem" role="alert">${model.withoutDetails}</p>` : html`<p class="empty" role="status">Reading the map…</p>`)}
       </div>
       <div class="map-foot">
         <span class="map-buttons"><button type="button" onClick=${zoomButton(1.6)} aria-label="Zoom in">+</button><button type="button" onClick=${zoomButton(1 / 1.6)} aria-label="Zoom out">−</button>
