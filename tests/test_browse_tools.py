@@ -133,7 +133,7 @@ def test_a_latent_is_starred_tagged_noted_and_renamed_and_it_lasts(page, address
     page.get_by_label("What it stands for, in your words").fill("names of rivers " + HOSTILE)
     page.get_by_label("Note", exact=True).fill(HOSTILE + "\nsecond line")
     page.get_by_label("Note", exact=True).blur()
-    wait_until(page, "document.querySelector('h1').innerText.includes('names of rivers')")
+    wait_until(page, "document.querySelector('h1')?.innerText.includes('names of rivers')")
     heading = page.locator("h1").inner_text()
     assert "\\u202E" in heading and "<img" in heading, "hostile text is shown, not run"
     assert page.locator("h1 img").count() == 0
@@ -153,11 +153,11 @@ def test_a_latent_is_starred_tagged_noted_and_renamed_and_it_lasts(page, address
     page.goto(address + "#/")
     page.wait_for_selector(".rows .row")
     page.get_by_role("searchbox", name="Search latents").fill("names of riv")
-    wait_until(page, "document.querySelector('.found b').innerText === '1'")
+    wait_until(page, "document.querySelector('.found b')?.innerText === '1'")
     page.get_by_role("button", name="Clear").click()
     page.locator("select[name=note]").select_option("tag:rivers")
     wait_until(
-        page, "location.hash.includes('note=tag') && Number(document.querySelector('.found b').innerText) < 3"
+        page, "location.hash.includes('note=tag') && Number(document.querySelector('.found b')?.innerText) < 3"
     )
     assert "7" in page.locator(".rows .c-id").all_inner_texts()
     page.goto(address + "#/notes")
@@ -182,7 +182,7 @@ def test_a_latent_is_starred_tagged_noted_and_renamed_and_it_lasts(page, address
     page.get_by_label("Note", exact=True).fill("")
     page.get_by_label("What it stands for, in your words").fill("")
     page.get_by_label("What it stands for, in your words").blur()
-    wait_until(page, "!document.querySelector('h1').innerText.includes('names of rivers')")
+    wait_until(page, "!document.querySelector('h1')?.innerText.includes('names of rivers')")
     page.goto(address + "#/notes")
     page.wait_for_selector(".empty")
     page.locator("input[type=file]").set_input_files(
@@ -226,22 +226,22 @@ def test_a_server_that_only_reads_keeps_notes_in_the_browser(browser, atlases, t
 def test_rating_by_keys_with_undo_tallies_and_the_same_queue_again(page, address):
     page.goto(address + "#/rate?n=4&seed=3")
     for i, key in enumerate("131"):
-        wait_until(page, f"document.querySelector('.rate-place b').innerText === '{i + 1}'")
+        wait_until(page, f"document.querySelector('.rate-place b')?.innerText === '{i + 1}'")
         page.wait_for_selector(".rate-examples .excerpt .tok.on")
         assert "Latent" not in page.locator(".tool section").first.inner_text(), (
             "the latent's number is not told"
         )
         page.keyboard.press(key)
-    wait_until(page, "document.querySelector('.rate-place b').innerText === '4'")
+    wait_until(page, "document.querySelector('.rate-place b')?.innerText === '4'")
     assert [
         cell.split()[0] for cell in page.locator(".tallies tbody tr").first.locator("td").all_inner_texts()
     ] == ["3", "2", "0", "1"]
     assert "67% (21% to 94%)" in page.locator(".tallies tbody tr").first.inner_text()
     page.keyboard.press("z")
-    wait_until(page, "document.querySelector('.rate-place b').innerText === '3'")
+    wait_until(page, "document.querySelector('.rate-place b')?.innerText === '3'")
     page.reload()
     wait_until(page, "document.querySelector('.rate-place b')?.innerText === '3'")
-    page.keyboard.press("u")
+    page.keyboard.press("u")  # two quick ones are two verdicts
     page.get_by_role("button", name="polysemantic").click()
     page.wait_for_selector(".rated li")
     assert (
@@ -390,7 +390,7 @@ def test_which_latents_fire_on_a_text(tried, live):
     link = page.locator(".fires li a").first
     number = link.inner_text()
     link.click()
-    wait_until(page, f"document.querySelector('h1').innerText.startsWith('Latent {number}')")
+    wait_until(page, f"document.querySelector('h1')?.innerText.startsWith('Latent {number}')")
 
 
 def test_steered_text_beside_the_unsteered(tried, live):
