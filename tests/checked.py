@@ -20,7 +20,6 @@ UNCHECKED = {
     "sememe.collect.loops",
     "sememe.collect.pair_loops",
     "sememe.explain.lexical.loops",
-    "sememe.interpret.layout",
     "sememe.kernels.cpu.loops",
     "sememe.kernels.cpu.sparse_loops",
     "sememe.kernels.cpu.steps",

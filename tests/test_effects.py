@@ -25,7 +25,12 @@ from sememe.errors import ActivationError, ArtifactError, ConfigError, MismatchE
 from sememe.interpret import interpret
 
 OPTIONS: dict[str, Any] = {
-    "every": True, "n_top": 4, "deciles": True, "n_removals": 2, "n_after": 3, "batch_rows": 8
+    "every": True,
+    "n_top": 4,
+    "deciles": True,
+    "n_removals": 2,
+    "n_after": 3,
+    "batch_rows": 8,
 }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from atlas_fixture import D_MODEL, POLICY, World, make_world, save_dictionary, sites
-from scipy.optimize import brentq
 from sklearn.manifold import trustworthiness
 from test_interpret import TABLES, Slow, contents
 
@@ -23,8 +21,7 @@ from sememe.atlas import Atlas, open_atlas
 from sememe.dictionaries.folders import checkpoints_in
 from sememe.errors import ActivationError, ConfigError, MismatchError
 from sememe.interpret import interpret, interpret_all
-from sememe.interpret.clusters import make_map, named
-from sememe.interpret.layout import graph_of, layout
+from sememe.interpret.clusters import layout, make_map, named
 from sememe.interpret.relations import Neighbours
 
 
@@ -361,18 +358,6 @@ def near_rows(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray
     return rows, indices, np.maximum(np.take_along_axis(apart, indices, axis=1), 0)
 
 
-def test_the_maps_graph_is_that_of_the_paper() -> None:
-    _, indices, distances = near_rows(40)
-    weight = np.zeros((40, 40))
-    for i in range(40):
-        nearest = distances[i][distances[i] > 0].min()
-        beyond = np.maximum(distances[i, 1:] - nearest, 0)
-        scale = brentq(lambda s, x=beyond: np.exp(-x / s).sum() - np.log2(8), 1e-6, 100)
-        weight[i, indices[i, 1:]] = np.exp(-beyond / scale)
-    truth = weight + weight.T - weight * weight.T
-    np.testing.assert_allclose(graph_of(indices, distances).toarray(), truth, atol=1e-6)
-
-
 def test_neighbours_stay_near_on_the_map() -> None:
     rows, indices, distances = near_rows(300)
     found = layout(rows, indices, distances, seed=3)
@@ -381,32 +366,6 @@ def test_neighbours_stay_near_on_the_map() -> None:
     drawn = np.random.default_rng(0).normal(size=found.shape)
     kept, by_chance = (trustworthiness(rows, x, n_neighbors=7, metric="cosine") for x in (found, drawn))
     assert kept > 0.93 and by_chance < 0.6
-    whole = np.concatenate([indices[:, :1], np.repeat(indices[:, 1:2], 7, axis=1)], axis=1)
-    assert graph_of(whole, distances).data.max() <= 1, "a neighbour named twice"
-
-
-@pytest.mark.slow  # importing and compiling umap-learn takes long
-def test_the_map_is_as_good_as_umap_learns() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import umap
-        from umap.umap_ import fuzzy_simplicial_set
-
-        rows, indices, distances = near_rows(300)
-        graph = fuzzy_simplicial_set(
-            rows, 8, np.random.RandomState(0), "cosine", {}, indices, distances.astype(np.float32)
-        )[0]
-        theirs = umap.UMAP(
-            n_neighbors=8,
-            metric="cosine",
-            random_state=0,
-            n_jobs=1,
-            precomputed_knn=(indices, distances.astype(np.float32)),
-        ).fit_transform(rows)
-    np.testing.assert_allclose(graph_of(indices, distances).toarray(), graph.toarray(), atol=1e-3)
-    ours = layout(rows, indices, distances, seed=0)
-    kept = [trustworthiness(rows, x, n_neighbors=7, metric="cosine") for x in (ours, theirs)]
-    assert kept[0] > kept[1] - 0.02
 
 
 def test_groups_are_named_by_what_most_of_their_latents_fire_on() -> None:

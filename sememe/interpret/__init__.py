@@ -12,7 +12,6 @@ goes on from its last snapshot with the same result.
     controls.py   the nulls
     relations.py  latents beside latents, neurons, other dictionaries
     clusters.py   the map and its groups
-    layout.py     the map's places
     database.py   what was found, as an atlas
 """
 

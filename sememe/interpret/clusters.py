@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
-from sememe.interpret.layout import layout
 from sememe.interpret.relations import Neighbours
 
 __all__ = ["Cluster", "Map", "make_map", "named"]
@@ -41,7 +41,7 @@ def make_map(directions: np.ndarray, nearest: Neighbours, alive: np.ndarray, see
     """Lay the living latents' directions out in two dimensions (UMAP over cosines), and find the crowds (HDBSCAN).
 
     Sources: McInnes et al. 2018, arXiv:1802.03426; Campello et al. 2013. The nearest directions are those
-    already found, exactly; see `layout.py`.
+    already found, exactly; UMAP's own search is not run.
 
     Args:
         directions: (d_sae, d).
@@ -61,6 +61,34 @@ def make_map(directions: np.ndarray, nearest: Neighbours, alive: np.ndarray, see
     places[ids] = found
     cluster[ids] = _by_size(HDBSCAN(min_cluster_size=MIN_CLUSTER, copy=True).fit_predict(found))
     return Map(places, cluster)
+
+
+def layout(points: np.ndarray, indices: np.ndarray, distances: np.ndarray, seed: int) -> np.ndarray:
+    """UMAP of points whose nearest are known, (n, 2) float32: the same seed gives the same bits.
+
+    It starts from the two leading principal components and not from the graph's spectrum, which takes minutes where
+    the graph is nearly uniform.
+
+    Args:
+        points: (n, d).
+        indices: (n, k): each point itself, then its nearest others.
+        distances: Of those, ascending.
+        seed: Of the layout.
+    """
+    with warnings.catch_warnings():
+        # That tensorflow is missing, that new points cannot be placed, and that a seed means one thread.
+        warnings.simplefilter("ignore")
+        import umap  # takes seconds, so only where it is needed
+
+        found: np.ndarray = umap.UMAP(
+            n_neighbors=indices.shape[1],
+            metric="cosine",
+            init="pca",
+            random_state=seed,
+            n_jobs=1,
+            precomputed_knn=(indices, distances),
+        ).fit_transform(points)
+    return found
 
 
 def _among_alive(nearest: Neighbours, ids: np.ndarray, d_sae: int) -> tuple[np.ndarray, np.ndarray]:
