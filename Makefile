@@ -4,7 +4,7 @@
 #   make test       every test but the slow ones
 #   make test-all   the slow ones too
 #   make check      format, lint, types, layering, docs
-#   make bench      every benchmark; make bench-NAME for one (harvest, train, selection, evaluate, atlas, toy)
+#   make bench      every benchmark; make bench-NAME for one (harvest, train, selection, evaluate, atlas, browse, toy)
 #   make bench-peers  the same rows through SAELens, sparsify and dictionary_learning: an environment for each
 #   make install    .venv with the `sememe` command
 
@@ -17,7 +17,7 @@ PIP    := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
 WORKERS := --numprocesses logical --maxprocesses 8 --dist worksteal
 
 .DELETE_ON_ERROR:
-.PHONY: install demo demo-run test test-all check format bench bench-peers clean
+.PHONY: install demo demo-run test test-all check format bench bench-browse bench-peers clean
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -66,6 +66,12 @@ bench-%: install
 	@mkdir -p artifacts/bench
 	@$(BIN)/python benchmarks/bench_$*.py
 
+# It opens the page in a browser, which the tests need, too.
+bench-browse: $(VENV)/.installed-test
+	@scripts/chromium.sh
+	@mkdir -p artifacts/bench
+	@$(BIN)/python benchmarks/bench_browse.py
+
 # Each package has an environment of its own, as their pins conflict. ARGS="--only sae_lens" runs a part.
 PEERS := sae_lens sparsify dictionary_learning
 PEER_sae_lens := sae-lens==6.54.12
@@ -84,7 +90,7 @@ PEER_dictionary_learning := dictionary-learning==0.1.0
 bench-peers: install $(PEERS:%=.venv-peers-%/.installed)
 	@$(BIN)/python benchmarks/bench_peers.py $(ARGS)
 
-bench: bench-harvest bench-train bench-selection bench-evaluate bench-atlas bench-toy
+bench: bench-harvest bench-train bench-selection bench-evaluate bench-atlas bench-browse bench-toy
 
 clean:
 	rm -rf artifacts .venv-peers-* build dist *.egg-info
