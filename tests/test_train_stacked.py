@@ -15,6 +15,7 @@ from test_train_sweep import same, sweep_config, without_seconds
 pytest.importorskip("triton")
 
 from sememe import dictionaries, kernels
+from sememe.dictionaries import Site, Sites
 from sememe.dictionaries.topk import TopKConfig
 from sememe.kernels import gpu, reference
 from sememe.kernels.gpu import selection, sparse, varying
@@ -136,6 +137,31 @@ def test_going_on_from_a_checkpoint_gives_the_same_bits(tmp_path, monkeypatch):
     assert n == 4 + 1, "three of four steps were not taken again"
     for name in sweep.names:
         assert same(tmp_path / "whole" / name, tmp_path / "resumed" / name), name
+
+
+@pytest.mark.parametrize("path", ["reference"], indirect=True)
+def test_hookpoints_of_one_width_step_as_one_too(path, tmp_path, monkeypatch):
+    """Each dictionary reads its own part of the stream, at its own scale."""
+    _, x = planted(200, 6)
+    x = torch.cat([x, 50 * x.flip(1).roll(3, 0)], dim=1)
+
+    def both(*names: str) -> Sites:
+        side = tuple(
+            Site(model="m", model_fingerprint="f", hookpoint=name, start=6 * i, stop=6 * (i + 1))
+            for i, name in enumerate(names)
+        )
+        return Sites(inputs=side, outputs=side)
+
+    made = stacks_made(monkeypatch)
+    options = {"architecture": {"kind": "topk", "k": 2, "d_sae": 40}, "batch_size": 8, "n_tokens": 64}
+    config = sweep_config(tmp_path / "s", "inputs=a,b", **options)
+    sweep = train_sweep(config, source=TensorSource(x, sites=both("a", "b")))
+    assert made == [("a", "b")]
+    for number, name in enumerate(sweep.names):
+        own = TensorSource(x[:, 6 * number : 6 * (number + 1)], sites=both(name))
+        alone = train(config.replace(sweep=(), out=tmp_path / name), source=own)
+        for key, value in alone.state_dict().items():
+            torch.testing.assert_close(sweep.load(name).state_dict()[key], value, atol=1e-4, rtol=1e-4)
 
 
 def test_only_those_of_one_shape_step_as_one(tmp_path, monkeypatch):
