@@ -159,7 +159,7 @@ def _titles(groups: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
-    """With the options of what was fitted (a baseline, an optimiser) beside the others, unless they are there already."""
+    """With the options of what was fitted (a baseline, an optimiser) beside the others, unless they are there."""
     found: dict[str, Any] = {}
     for name, value in options.items():
         if isinstance(value, Mapping):

@@ -103,9 +103,9 @@ def test_nmf_of_streamed_rows_finds_what_it_finds_in_memory() -> None:
 def test_rica_of_streamed_rows_finds_what_it_finds_in_memory() -> None:
     truth, x = sparse_rows(8)
     seen: list[int] = []
-    config = RICAConfig(d_sae=8, batch_size=512)
+    config = RICAConfig(d_sae=8, batch_size=256)
     held, made = RICA.fit(x + 3, config), RICA.fit_stream(in_batches(x + 3, seen), config)
-    assert max(seen) == 512 and len(seen) == 12 + 2000, "a pass for the mean, and a batch for each step"
+    assert max(seen) == 256 and len(seen) == 24 + 2000, "a pass for the mean, and a batch for each step"
     torch.testing.assert_close(made.b_dec, held.b_dec, rtol=1e-4, atol=1e-5)
     for one in (held, made):
         assert float(metrics.mmacs(truth, one.W_dec)) > 0.99 and fvu(one, x + 3) < 0.01

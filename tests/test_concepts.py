@@ -253,7 +253,9 @@ def test_a_corpus_is_labelled_by_what_is_known_of_its_documents(world: World, tm
         zip(same.texts, same.labels, strict=True)
     )
     assert found.classes == ("english", "german")
-    data = read(concepts(asked.replace(max_per_class=30), lm=world.lm))
+    data = read(
+        concepts(asked.replace(max_per_class=25, ks=(1,), n_ablated=(2,), n_bootstrap=20), lm=world.lm)
+    )
     assert data["labels"] == [f"{world.corpus}: language"]
     assert data["mean_balanced_accuracy"]["activations"]["dense"]["value"] > 0.8
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from evaluate_world import HOOKPOINT, POLICY, World, make_world
-from small_world import write_corpus, write_model, write_recipe
+from small_world import write_recipe
 
 from sememe.compare import CompareConfig, compare
 from sememe.dictionaries.topk import TopKConfig
@@ -12,8 +12,7 @@ from sememe.errors import ConfigError, MismatchError
 from sememe.evaluate import EvaluateConfig, evaluate
 from sememe.harvest import HarvestConfig, harvest
 from sememe.lm import ModelConfig
-from sememe.recipe import read_recipe
-from sememe.run import run
+from sememe.recipe import read_recipe, stages
 from sememe.text import TextConfig
 from sememe.train import TrainConfig, train
 
@@ -115,9 +114,7 @@ def test_what_is_no_twin_is_refused(world):
         CompareConfig.build({"dictionaries": ("a", "b"), "directions_only": True, "twins": ("c",)})
 
 
-def test_a_recipe_makes_the_twin(tmp_path, capsys):
-    write_corpus(tmp_path / "corpus.jsonl")
-    write_model(tmp_path / "model")
+def test_a_recipe_makes_the_twin(tmp_path):
     recipe = (
         write_recipe(tmp_path, "").read_text().replace("epochs = 3", "epochs = 1").replace("= 6000", "= 2000")
     )
@@ -137,7 +134,14 @@ def test_a_recipe_makes_the_twin(tmp_path, capsys):
         wrong.write_text(file.read_text().replace(old, new))
         with pytest.raises(ConfigError, match=message):
             read_recipe(wrong)
-    results = {result.stage: result.path for result in run(file, out=tmp_path / "out")}
-    assert results["train twin"] == tmp_path / "out" / "twin" / "dictionary"
-    report = json.loads((tmp_path / "out" / "report" / "report.json").read_text())
-    assert list(report["nulls"]) == ["randomised: dictionary"]
+    found = {stage.label: stage for stage in stages(read_recipe(file), tmp_path / "out")}
+    assert list(found)[:5] == ["harvest", "harvest twin", "train twin", "train", "evaluate"]
+    own, twin = found["harvest"].config.resolved(), found["harvest twin"].config.resolved()
+    assert twin.pop("out") == str(tmp_path / "out" / "twin" / "store")
+    assert twin["model"].pop("randomise") == "layers" and own["model"].pop("randomise") == "none"
+    assert twin == {name: value for name, value in own.items() if name != "out"}
+    trained, twins = found["train twin"], tmp_path / "out" / "twin" / "dictionary"
+    assert trained.path == trained.config.out == twins
+    assert trained.config.store == tmp_path / "out" / "twin" / "store"
+    assert trained.config.architecture == found["train"].config.architecture
+    assert found["evaluate"].config.twins == (twins,)
