@@ -157,7 +157,8 @@ def test_a_latent_is_starred_tagged_noted_and_renamed_and_it_lasts(page, address
     page.get_by_role("button", name="Clear").click()
     page.locator("select[name=note]").select_option("tag:rivers")
     wait_until(
-        page, "location.hash.includes('note=tag') && Number(document.querySelector('.found b')?.innerText) < 3"
+        page,
+        "location.hash.includes('note=tag') && Number(document.querySelector('.found b')?.innerText) < 3",
     )
     assert "7" in page.locator(".rows .c-id").all_inner_texts()
     page.goto(address + "#/notes")

@@ -29,7 +29,7 @@ from sememe.errors import ArtifactError, MismatchError
 __all__ = ["Compared", "Side", "dictionary_folder"]
 
 WEIGHTS, DECODER = "weights.safetensors", "W_dec"
-BLOCK = 1024
+BLOCK = 256
 """Latents compared at once: BLOCK x the other's latents x 4 bytes of memory."""
 N_LIKE = 8
 """Latents shown that are like one."""
@@ -127,7 +127,7 @@ class Compared:
 
     @cached_property
     def _directions(self) -> tuple[Floats, Floats] | None:
-        """Unit decoder directions of both, by latent; None where they cannot be compared."""
+        """Unit decoder directions of both, by row of the atlas; None where they cannot be compared."""
         if self.mine.dictionary is None or self.other.dictionary is None:
             return None
         mine, other = (
@@ -138,7 +138,7 @@ class Compared:
         a, b = _unit(mine), _unit(other)
         if a is None or b is None or a.shape[1] != b.shape[1]:
             return None
-        return a, b
+        return a[np.asarray(self.mine.data.ids)], b[np.asarray(self.other.data.ids)]
 
     @cached_property
     def _profiles(self) -> tuple[Any, Any]:
@@ -199,8 +199,7 @@ class Compared:
         if self.method == "directions":
             assert self._directions is not None
             a, b = self._directions
-            found = a[np.asarray(self.mine.data.ids)[rows]] @ b[np.asarray(self.other.data.ids)].T
-            return np.asarray(found, dtype=np.float32)
+            return np.asarray(a[rows] @ b.T, dtype=np.float32)
         mine, other = self._profiles
         return np.asarray((mine[rows] @ other.T).todense(), dtype=np.float32)
 
