@@ -146,14 +146,16 @@ class Compared:
         from scipy.sparse import csr_matrix
 
         number: dict[bytes, int] = {}
-        made = []
+        made: list[tuple[list[int], list[int], list[float], int]] = []
         for side in (self.mine, self.other):
             rows = side.data._rows(
                 "SELECT r.latent, t.bytes, t.text, r.share FROM top_tokens r JOIN tokens t ON t.id = r.token "
                 "ORDER BY r.latent, r.rank"
             )
             row_of = {latent: row for row, latent in enumerate(side.data.ids)}
-            at, column, value = [], [], []
+            at: list[int] = []
+            column: list[int] = []
+            value: list[float] = []
             for latent, raw, text, share in rows:
                 token = bytes(raw) or str(text).encode("utf-8", "surrogatepass")
                 at.append(row_of[latent])
@@ -161,8 +163,8 @@ class Compared:
                 value.append(share if share is not None and math.isfinite(share) else 0.0)
             made.append((at, column, value, len(row_of)))
         out = []
-        for at, column, value, n in made:
-            matrix = csr_matrix((value, (at, column)), shape=(n, len(number)), dtype=np.float32)
+        for rows_at, columns_at, values, n in made:
+            matrix = csr_matrix((values, (rows_at, columns_at)), shape=(n, len(number)), dtype=np.float32)
             norms = np.sqrt(np.asarray(matrix.multiply(matrix).sum(axis=1)).ravel())
             matrix.data /= np.maximum(np.repeat(norms, np.diff(matrix.indptr)), 1e-12)
             out.append(matrix)
@@ -295,7 +297,7 @@ def _tensor(path: Path, name: str) -> NDArray[Any] | None:
         start, stop = about["data_offsets"]
         file.seek(8 + size + start)
         raw = file.read(stop - start)
-    types = {"F32": np.float32, "F16": np.float16, "F64": np.float64}
+    types: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "F64": np.float64}
     if about["dtype"] == "BF16":
         return (
             (np.frombuffer(raw, np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(about["shape"])
