@@ -539,3 +539,17 @@ def test_without_a_model_the_page_says_how_to_have_one(page, address):
     page.wait_for_selector(".tool")
     assert "sememe browse ATLAS --live" in page.locator(".tool").inner_text()
     assert page.get_by_role("link", name="Try").count() == 0
+
+
+def test_a_damaged_atlas_s_page_says_what_to_do(browser, tmp_path):
+    build(tmp_path / "atlas", SyntheticConfig(n_latents=12, n_contexts=20))
+    database = tmp_path / "atlas" / "atlas.duckdb"
+    database.write_bytes(database.read_bytes()[:-100])
+    with serving(BrowseConfig(atlas=tmp_path / "atlas")) as address:
+        context = browser.new_context()
+        page = context.new_page()
+        page.goto(address)
+        page.wait_for_selector(".failed .problem")
+        assert page.locator("h1").inner_text() == "This atlas cannot be shown"
+        assert "truncated" in page.locator(".problem").inner_text()
+        context.close()
