@@ -120,7 +120,7 @@ def read_recipe(path: str | Path) -> Recipe:
         dictionaries,
         baselines,
         *(data.get(stage, None if stage in optional else {}) for stage in STAGES[3:]),
-        _twin_of(data, dictionaries),
+        twin=_twin_of(data, dictionaries),
     )
 
 
