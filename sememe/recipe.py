@@ -123,8 +123,8 @@ def read_recipe(path: str | Path) -> Recipe:
         data["harvest"],
         dictionaries,
         baselines,
-        *(data.get(stage, None if stage in optional else {}) for stage in STAGES[3:]),
-        _twin_of(data, dictionaries),
+        **{stage: data.get(stage, None if stage in optional else {}) for stage in STAGES[3:]},
+        twin=_twin_of(data, dictionaries),
     )
 
 
