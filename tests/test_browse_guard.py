@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -402,6 +403,49 @@ def test_the_server_with_a_model_s_process_never_loads_torch(tmp_path):
     finally:
         process.kill()
         process.wait()
+
+
+def test_ctrl_c_does_not_wait_for_the_model(atlases):
+    import httpx
+
+    slow = 'import sys, time; print(\'{"state": "ready"}\', flush=True); time.sleep(600)'
+    code = (
+        "import sys; from sememe.browse import BrowseConfig, Child, browse; "
+        "browse(BrowseConfig(atlas=sys.argv[1]), live=Child([sys.executable, '-c', sys.argv[2]]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(atlases[0]), slow], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    try:
+        found = re.search(r"http://127\.0\.0\.1:\d+/", process.stdout.readline())
+        assert found
+        asked = threading.Thread(
+            target=lambda: _quietly(
+                lambda: httpx.post(found[0] + "api/live/embed", json={"text": "x"}, timeout=60)
+            )
+        )
+        asked.start()
+        deadline = time.monotonic() + 30
+        while _quietly(lambda: httpx.get(found[0] + "api/live").json()["state"]) != "busy":
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(15) == 0
+        asked.join(15)
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def _quietly(call):
+    import httpx
+
+    try:
+        return call()
+    except httpx.HTTPError:
+        return None
 
 
 def test_a_host_that_is_not_ours_is_no_host(atlases):

@@ -97,6 +97,8 @@ def test_notes_of_another_dictionary_or_damaged_ones_are_not_overwritten(tmp_pat
         with pytest.raises(error, match=message), served(BrowseConfig(atlas=tmp_path / "atlas", write=True)):
             pass
         assert path.read_text() == content
+        with client_of(BrowseConfig(atlas=tmp_path / "atlas")) as reader:  # who only reads, reads
+            assert reader.get("/api/notes").json()["latents"] == {}
     with pytest.raises(ArtifactError, match="browse --write"):
         open_atlas(tmp_path / "atlas", notes=tmp_path / "none.json")
 

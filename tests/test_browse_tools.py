@@ -133,7 +133,7 @@ def test_a_latent_is_starred_tagged_noted_and_renamed_and_it_lasts(page, address
     page.get_by_label("What it stands for, in your words").fill("names of rivers " + HOSTILE)
     page.get_by_label("Note", exact=True).fill(HOSTILE + "\nsecond line")
     page.get_by_label("Note", exact=True).blur()
-    wait_until(page, "document.querySelector('h1').innerText.includes('names of rivers')")
+    wait_until(page, "document.querySelector('h1')?.innerText.includes('names of rivers')")
     heading = page.locator("h1").inner_text()
     assert "\\u202E" in heading and "<img" in heading, "hostile text is shown, not run"
     assert page.locator("h1 img").count() == 0
@@ -153,11 +153,12 @@ def test_a_latent_is_starred_tagged_noted_and_renamed_and_it_lasts(page, address
     page.goto(address + "#/")
     page.wait_for_selector(".rows .row")
     page.get_by_role("searchbox", name="Search latents").fill("names of riv")
-    wait_until(page, "document.querySelector('.found b').innerText === '1'")
+    wait_until(page, "document.querySelector('.found b')?.innerText === '1'")
     page.get_by_role("button", name="Clear").click()
     page.locator("select[name=note]").select_option("tag:rivers")
     wait_until(
-        page, "location.hash.includes('note=tag') && Number(document.querySelector('.found b').innerText) < 3"
+        page,
+        "location.hash.includes('note=tag') && Number(document.querySelector('.found b')?.innerText) < 3",
     )
     assert "7" in page.locator(".rows .c-id").all_inner_texts()
     page.goto(address + "#/notes")
@@ -182,7 +183,7 @@ def test_a_latent_is_starred_tagged_noted_and_renamed_and_it_lasts(page, address
     page.get_by_label("Note", exact=True).fill("")
     page.get_by_label("What it stands for, in your words").fill("")
     page.get_by_label("What it stands for, in your words").blur()
-    wait_until(page, "!document.querySelector('h1').innerText.includes('names of rivers')")
+    wait_until(page, "!document.querySelector('h1')?.innerText.includes('names of rivers')")
     page.goto(address + "#/notes")
     page.wait_for_selector(".empty")
     page.locator("input[type=file]").set_input_files(
@@ -226,22 +227,22 @@ def test_a_server_that_only_reads_keeps_notes_in_the_browser(browser, atlases, t
 def test_rating_by_keys_with_undo_tallies_and_the_same_queue_again(page, address):
     page.goto(address + "#/rate?n=4&seed=3")
     for i, key in enumerate("131"):
-        wait_until(page, f"document.querySelector('.rate-place b').innerText === '{i + 1}'")
+        wait_until(page, f"document.querySelector('.rate-place b')?.innerText === '{i + 1}'")
         page.wait_for_selector(".rate-examples .excerpt .tok.on")
         assert "Latent" not in page.locator(".tool section").first.inner_text(), (
             "the latent's number is not told"
         )
         page.keyboard.press(key)
-    wait_until(page, "document.querySelector('.rate-place b').innerText === '4'")
+    wait_until(page, "document.querySelector('.rate-place b')?.innerText === '4'")
     assert [
         cell.split()[0] for cell in page.locator(".tallies tbody tr").first.locator("td").all_inner_texts()
     ] == ["3", "2", "0", "1"]
     assert "67% (21% to 94%)" in page.locator(".tallies tbody tr").first.inner_text()
     page.keyboard.press("z")
-    wait_until(page, "document.querySelector('.rate-place b').innerText === '3'")
+    wait_until(page, "document.querySelector('.rate-place b')?.innerText === '3'")
     page.reload()
     wait_until(page, "document.querySelector('.rate-place b')?.innerText === '3'")
-    page.keyboard.press("u")
+    page.keyboard.press("u")  # two quick ones are two verdicts
     page.get_by_role("button", name="polysemantic").click()
     page.wait_for_selector(".rated li")
     assert (
@@ -390,7 +391,7 @@ def test_which_latents_fire_on_a_text(tried, live):
     link = page.locator(".fires li a").first
     number = link.inner_text()
     link.click()
-    wait_until(page, f"document.querySelector('h1').innerText.startsWith('Latent {number}')")
+    wait_until(page, f"document.querySelector('h1')?.innerText.startsWith('Latent {number}')")
 
 
 def test_steered_text_beside_the_unsteered(tried, live):
@@ -421,10 +422,16 @@ def test_steered_text_beside_the_unsteered(tried, live):
     assert page.locator(".written .try-text").all_inner_texts() == texts
     page.get_by_label("add latent").fill("999999")
     assert page.get_by_role("button", name="Add", exact=True).is_disabled()
-    page.get_by_label("tokens", exact=True).fill("900")
+
+
+def test_what_the_model_refuses_is_said(browser, live):
+    context = browser.new_context()  # not watched: a refusal is a line on the browser's console
+    page = context.new_page()
+    page.goto(live + "#/try?prompt=the+river&n=900")
     page.get_by_role("button", name="Generate").click()
-    page.wait_for_selector(".progress ~ .problem, .problem")
+    page.wait_for_selector(".problem")
     assert "must fit the context" in page.locator(".problem").inner_text()
+    context.close()
 
 
 class _Slow:
@@ -538,3 +545,17 @@ def test_without_a_model_the_page_says_how_to_have_one(page, address):
     page.wait_for_selector(".tool")
     assert "sememe browse ATLAS --live" in page.locator(".tool").inner_text()
     assert page.get_by_role("link", name="Try").count() == 0
+
+
+def test_a_damaged_atlas_s_page_says_what_to_do(browser, tmp_path):
+    build(tmp_path / "atlas", SyntheticConfig(n_latents=12, n_contexts=20))
+    database = tmp_path / "atlas" / "atlas.duckdb"
+    database.write_bytes(database.read_bytes()[:-100])
+    with serving(BrowseConfig(atlas=tmp_path / "atlas")) as address:
+        context = browser.new_context()
+        page = context.new_page()
+        page.goto(address)
+        page.wait_for_selector(".failed .problem")
+        assert page.locator("h1").inner_text() == "This atlas cannot be shown"
+        assert "truncated" in page.locator(".problem").inner_text()
+        context.close()

@@ -279,6 +279,15 @@ def test_a_child_that_ignores_cancelling_is_ended(monkeypatch: pytest.MonkeyPatc
     child.close()
 
 
+def test_closing_answers_those_who_wait() -> None:
+    child = Child(script("time.sleep(60)"))
+    thread, found = in_thread(lambda: child.ask("prompt", {}, "mine"))
+    wait_for(lambda: child.status()["job"])
+    child.close()
+    thread.join(5)
+    assert not thread.is_alive() and "it was closed" in str(found[0])
+
+
 def test_one_at_a_time_and_only_so_many_wait() -> None:
     child = Child(script("time.sleep(0.6); say({'id': q['id'], 'answer': q['arguments']})"), max_waiting=1)
     first = in_thread(lambda: child.ask("prompt", {"n": 1}, "one"))

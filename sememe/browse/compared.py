@@ -29,7 +29,7 @@ from sememe.errors import ArtifactError, MismatchError
 __all__ = ["Compared", "Side", "dictionary_folder"]
 
 WEIGHTS, DECODER = "weights.safetensors", "W_dec"
-BLOCK = 1024
+BLOCK = 256
 """Latents compared at once: BLOCK x the other's latents x 4 bytes of memory."""
 N_LIKE = 8
 """Latents shown that are like one."""
@@ -127,7 +127,7 @@ class Compared:
 
     @cached_property
     def _directions(self) -> tuple[Floats, Floats] | None:
-        """Unit decoder directions of both, by latent; None where they cannot be compared."""
+        """Unit decoder directions of both, by row of the atlas; None where they cannot be compared."""
         if self.mine.dictionary is None or self.other.dictionary is None:
             return None
         mine, other = (
@@ -138,7 +138,7 @@ class Compared:
         a, b = _unit(mine), _unit(other)
         if a is None or b is None or a.shape[1] != b.shape[1]:
             return None
-        return a, b
+        return a[np.asarray(self.mine.data.ids)], b[np.asarray(self.other.data.ids)]
 
     @cached_property
     def _profiles(self) -> tuple[Any, Any]:
@@ -146,14 +146,16 @@ class Compared:
         from scipy.sparse import csr_matrix
 
         number: dict[bytes, int] = {}
-        made = []
+        made: list[tuple[list[int], list[int], list[float], int]] = []
         for side in (self.mine, self.other):
             rows = side.data._rows(
                 "SELECT r.latent, t.bytes, t.text, r.share FROM top_tokens r JOIN tokens t ON t.id = r.token "
                 "ORDER BY r.latent, r.rank"
             )
             row_of = {latent: row for row, latent in enumerate(side.data.ids)}
-            at, column, value = [], [], []
+            at: list[int] = []
+            column: list[int] = []
+            value: list[float] = []
             for latent, raw, text, share in rows:
                 token = bytes(raw) or str(text).encode("utf-8", "surrogatepass")
                 at.append(row_of[latent])
@@ -161,8 +163,8 @@ class Compared:
                 value.append(share if share is not None and math.isfinite(share) else 0.0)
             made.append((at, column, value, len(row_of)))
         out = []
-        for at, column, value, n in made:
-            matrix = csr_matrix((value, (at, column)), shape=(n, len(number)), dtype=np.float32)
+        for rows_at, columns_at, values, n in made:
+            matrix = csr_matrix((values, (rows_at, columns_at)), shape=(n, len(number)), dtype=np.float32)
             norms = np.sqrt(np.asarray(matrix.multiply(matrix).sum(axis=1)).ravel())
             matrix.data /= np.maximum(np.repeat(norms, np.diff(matrix.indptr)), 1e-12)
             out.append(matrix)
@@ -199,8 +201,7 @@ class Compared:
         if self.method == "directions":
             assert self._directions is not None
             a, b = self._directions
-            found = a[np.asarray(self.mine.data.ids)[rows]] @ b[np.asarray(self.other.data.ids)].T
-            return np.asarray(found, dtype=np.float32)
+            return np.asarray(a[rows] @ b.T, dtype=np.float32)
         mine, other = self._profiles
         return np.asarray((mine[rows] @ other.T).todense(), dtype=np.float32)
 
@@ -296,7 +297,7 @@ def _tensor(path: Path, name: str) -> NDArray[Any] | None:
         start, stop = about["data_offsets"]
         file.seek(8 + size + start)
         raw = file.read(stop - start)
-    types = {"F32": np.float32, "F16": np.float16, "F64": np.float64}
+    types: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "F64": np.float64}
     if about["dtype"] == "BF16":
         return (
             (np.frombuffer(raw, np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(about["shape"])

@@ -317,6 +317,9 @@ class Child:
     def _end(self) -> None:
         """Let the child go: it leaves when its input ends, or is made to."""
         process, self._process = self._process, None
+        for job in self._jobs:
+            if job.running:
+                job.fail(_ended("it was closed"))
         if process is None:
             return
         self._state = {"state": "off"}

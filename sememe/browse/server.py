@@ -240,10 +240,14 @@ class _Api:
             if not isinstance(job, str) or len(job) > 100:
                 raise HTTPException(400, "A job's name must be a text of at most 100 letters.")
             asking = asyncio.ensure_future(run_in_threadpool(self.live.ask, verb, arguments, job))
-            while not asking.done():
-                await asyncio.wait({asking}, timeout=0.25)
-                if not asking.done() and await request.is_disconnected():
-                    self.live.cancel(job)  # nobody waits for the answer any more
+            try:
+                while not asking.done():
+                    await asyncio.wait({asking}, timeout=0.25)
+                    if not asking.done() and await request.is_disconnected():
+                        self.live.cancel(job)  # nobody waits for the answer any more
+            except asyncio.CancelledError:
+                self.live.cancel(job)  # the server stops
+                raise
             return json_response(dump(await asking))
 
         return answer

@@ -14,11 +14,14 @@ import threading
 import webbrowser
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pydantic
 
 from sememe import artifact
 from sememe.browse.compared import dictionary_folder
+from sememe.browse.data import Data
 from sememe.browse.guard import Door, door_of
 from sememe.browse.inputs import Inputs, opened
 from sememe.browse.live import Live
@@ -88,10 +91,23 @@ def browse(config: BrowseConfig, *, live: Live | None = None) -> None:
                 timeout_graceful_shutdown=2,
             )
         )
+        if live is not None:
+            _close_with(server, live)
         with contextlib.suppress(KeyboardInterrupt):
             server.run(sockets=[listening])
         if len(broken) == len(atlases):
             raise broken[0]
+
+
+def _close_with(server: Any, live: Live) -> None:
+    """Let the model go as soon as the server is told to stop, so that nobody waits for its answers."""
+    leave = server.handle_exit
+
+    def handle_exit(sig: int, frame: FrameType | None) -> None:
+        threading.Thread(target=live.close, daemon=True).start()
+        leave(sig, frame)
+
+    server.handle_exit = handle_exit
 
 
 @contextlib.contextmanager
@@ -117,9 +133,21 @@ def served(config: BrowseConfig) -> Iterator[list[Served]]:
                 found.append(Served(error, name=name_of(path)))
                 continue
             named = config.dictionary if number == 0 else None
-            notes = NotesFile(data.atlas, write=config.write)
-            found.append(Served(data, notes, dictionary_folder(data.atlas, named), name=name_of(path)))
+            found.append(
+                Served(data, _notes(data, config), dictionary_folder(data.atlas, named), name=name_of(path))
+            )
         yield found
+
+
+def _notes(data: Data, config: BrowseConfig) -> NotesFile | None:
+    """An atlas's notes. Who only reads is not kept from reading by a file that does not fit."""
+    try:
+        return NotesFile(data.atlas, write=config.write)
+    except ArtifactError as error:
+        if config.write:
+            raise
+        print(f"sememe: {error}", file=sys.stderr, flush=True)
+        return None
 
 
 def _claims_to_be_an_atlas(path: Path) -> bool:

@@ -177,13 +177,14 @@
     const add = (event) => {
       event.preventDefault();
       const value = tag.trim().slice(0, 60);
-      if (value && !tags.includes(value)) notes.set(latent, { tags: [...tags, value] });
+      const now = notes.get(latent).tags || [];
+      if (value && !now.includes(value)) notes.set(latent, { tags: [...now, value] });
       setTag("");
     };
     return html`<section class="notes" aria-label="Notes">
       <div class="notes-line">
         <button type="button" class=${"star" + (note.star ? " on" : "")} aria-pressed=${note.star === true} title="Star (s)" onClick=${() => notes.set(latent, { star: !note.star })}><span aria-hidden="true">${note.star ? "★" : "☆"}</span> ${note.star ? "Starred" : "Star"}</button>
-        ${tags.map((one) => html`<span key=${one} class="tag"><a href=${S.pageAddress("notes", { show: "tag:" + one })} dir="auto">${S.honest(one)}</a><button type="button" aria-label=${"Remove the tag " + S.honest(one)} onClick=${() => notes.set(latent, { tags: tags.filter((other) => other !== one) })}>×</button></span>`)}
+        ${tags.map((one) => html`<span key=${one} class="tag"><a href=${S.pageAddress("notes", { show: "tag:" + one })} dir="auto">${S.honest(one)}</a><button type="button" aria-label=${"Remove the tag " + S.honest(one)} onClick=${() => notes.set(latent, { tags: (notes.get(latent).tags || []).filter((other) => other !== one) })}>×</button></span>`)}
         <form class="add-tag" onSubmit=${add}><input type="text" name="tag" value=${tag} onInput=${(e) => setTag(e.target.value)} maxlength="60" placeholder="Add a tag" aria-label="Add a tag" autocomplete="off" list="known-tags" /><datalist id="known-tags">${notes.tags().filter((one) => !tags.includes(one)).map((one) => html`<option key=${one} value=${one}></option>`)}</datalist></form>
         <button type="button" class="link" aria-expanded=${shown} onClick=${() => setOpen(!shown)}>${shown ? "Hide the note" : note.note || note.explanation ? "Show the note" : "Write a note"}</button>
         <span class="kept muted" role="status">${notes.problem ? "" : isEmpty(note) ? "" : notes.place()}</span>

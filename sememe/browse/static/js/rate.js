@@ -90,10 +90,18 @@
     const key = (item) => item.source + " " + item.id;
     const place = queue ? queue.findIndex((item) => !done.has(key(item))) : -1;
     const item = queue && place >= 0 ? queue[place] : null;
-    const rate = (verdict) => { if (item) notes.rate({ session: name, source: item.source, latent: item.id, stratum: item.stratum, verdict }); };
+    // Asked at the moment of the key, not of the last drawing: two quick keys are two verdicts.
+    const placeNow = () => {
+      const rated = new Set(notes.ratings.filter((one) => one.session === name).map((one) => one.source + " " + one.latent));
+      return queue ? queue.findIndex((one) => !rated.has(key(one))) : -1;
+    };
+    const rate = (verdict) => {
+      const now = queue && queue[placeNow()];
+      if (now) notes.rate({ session: name, source: now.source, latent: now.id, stratum: now.stratum, verdict });
+    };
     const undo = () => {
       if (!queue) return;
-      const last = queue[(place < 0 ? queue.length : place) - 1];
+      const now = placeNow(), last = queue[(now < 0 ? queue.length : now) - 1];
       if (last) notes.rate({ session: name, source: last.source, latent: last.id, verdict: null });
     };
     useEffect(() => {
