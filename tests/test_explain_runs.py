@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -188,8 +189,10 @@ def test_a_run_that_was_stopped_goes_on_and_ends_the_same(
 
 
 def test_ctrl_c_loses_no_answer(atlas: Planted, tmp_path: Path) -> None:
+    calls = itertools.count(1)
+
     def interrupting(request: dict[str, Any]) -> str:
-        if len(server.seen) == 20:
+        if next(calls) == 20:  # two come at the same time: a length would be looked at too late
             os.kill(os.getpid(), signal.SIGINT)
         return rule_judge.chat(request)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -211,25 +212,26 @@ def test_a_pass_over_several_goes_on_and_never_with_another_s_counts(
         name: save_dictionary(world.root / f"{number}-{name}", sites(world.lm, place))
         for name, place in places.items()
     }
+    config = world.config(
+        f"stopped-{number}", dictionaries=(paths["one"], paths["two"]), n_tokens=2000,
+        snapshot_seconds=0 if number == "SIGKILL" else 60,
+    )  # fmt: skip
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    script = INTERRUPTED.format(
+        tests=str(Path(__file__).parent), config=str(tmp_path / "config.json"), number=number
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and list(config.out.glob(".*.partial/snapshot.npz")), done.stderr
     for second in ("two", "three"):
-        both = (paths["one"], paths["two"])
-        config = world.config(
-            f"stopped-{number}-{second}", dictionaries=both, n_tokens=2000,
-            snapshot_seconds=0 if number == "SIGKILL" else 60,
-        )  # fmt: skip
-        (tmp_path / "config.json").write_text(config.model_dump_json())
-        script = INTERRUPTED.format(
-            tests=str(Path(__file__).parent), config=str(tmp_path / "config.json"), number=number
-        )
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-        assert done.returncode != 0 and list(config.out.glob(".*.partial/snapshot.npz")), done.stderr
-        asked = config.replace(dictionaries=(paths["one"], paths[second]))
+        out = world.root / f"stopped-{number}-{second}"
+        shutil.copytree(config.out, out)
+        asked = config.replace(dictionaries=(paths["one"], paths[second]), out=out)
         for name, atlas in interpret_all(asked, lm=world.lm).items():
             atlas.close()
             path = paths[name.removeprefix(f"{number}-")]
-            alone = world.config(f"alone-{number}-{second}-{name}", dictionaries=path, n_tokens=2000)
+            alone = world.config(f"alone-{name}", dictionaries=path, n_tokens=2000)
             interpret(alone, lm=world.lm).close()
-            one, two = contents(config.out / name), contents(alone.out)
+            one, two = contents(out / name), contents(alone.out)
             for table in TABLES:
                 assert table == "meta" or one[table] == two[table], (second, name, table)
 

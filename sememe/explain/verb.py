@@ -175,7 +175,10 @@ def _hold_against(
 ) -> None:
     """Finished explanations beside other nulls: their tables stay as they are, the lifts are made anew."""
     scores = Scores.of_table(pq.read_table(there.file(SCORES, verify=True)))
-    summary = there.extra["summary"] | {"lifts": _lifts(scores, others, config)}
+    summary = there.extra["summary"] | {
+        "lifts": _lifts(scores, others, config),
+        "no_lift": _no_lift(config),
+    }
     with artifact.building(
         config.out, kind="explanations", version=VERSION, config=config, parents=parents, fresh=True
     ) as work:

@@ -82,8 +82,8 @@ COMPARISON_BYTES = 2e6
 """On disk: the page of a comparison."""
 ATLAS_BYTES = 6500
 """On disk, per latent."""
-MAP_START, MAP_SECONDS = 2.0, 1e-3
-"""Of the map's loop to compile, and of each latent on it."""
+MAP_START, MAP_SECONDS = 12.0, 1.5e-3
+"""Of the map's library to load and compile, and of each latent on it."""
 PAIR_COUNTS = 2**26
 """Pairs of latents counted at once."""
 SITE_BYTES = 4000
