@@ -15,7 +15,7 @@
   const REACH = 12; // pixels around the pointer
   const MANY = 20000; // latents from which they are drawn as squares of pixels
   const MAX_CORNERS = 40;
-  const N_NAMES = 14;
+  const N_NAMES = 10;
   // Eight hues that stay apart for colour-blind readers (Okabe and Ito), by lightness too; clusters take turns.
   const HUES = { light: ["#0072b2", "#b8590a", "#007a58", "#a3447c", "#4b4b9c", "#7a6400", "#1f7fa8", "#8c2d19"], dark: ["#56b4e9", "#e69f00", "#2fbf97", "#d98cb8", "#9fa2ee", "#e5d84c", "#8fd3f0", "#f0805c"] };
 
@@ -149,7 +149,7 @@
         if (taken.length >= N_NAMES) break;
         const [px, py] = toScreen(cx, cy), half = context.measureText(name).width / 2 + 4;
         if (px - half < 0 || px + half > width || py < 14 || py > height - 6) continue;
-        if (taken.some(([tx, ty, th]) => Math.abs(tx - px) < th + half && Math.abs(ty - py) < 15)) continue;
+        if (taken.some(([tx, ty, th]) => Math.abs(tx - px) < th + half && Math.abs(ty - py) < 22)) continue;
         taken.push([px, py, half]);
         context.lineWidth = 3.5; context.lineJoin = "round"; context.strokeStyle = token("--surface"); context.strokeText(name, px, py + 4);
         context.fillStyle = token("--ink"); context.fillText(name, px, py + 4);
