@@ -68,13 +68,15 @@
     return within;
   }
 
-  // Rows in the order of their keys, then of their numbers: each key's rank and the row in one number, so that the
-  // browser's own sort of numbers does it, several times quicker than one that asks a function.
+  // Rows in the order of their keys, then of their numbers. The bits of a float, read as a whole number, are in its
+  // order; with the row in the same number the browser's own sort does it, several times quicker than one that asks a
+  // function. Keys are told apart by seven digits.
   function sortByKey(rows, keys, n) {
-    const ranks = new Map();
-    for (const key of Float64Array.from(rows, (row) => keys[row]).sort()) if (!ranks.has(key)) ranks.set(key, ranks.size);
-    const packed = Float64Array.from(rows, (row) => ranks.get(keys[row]) * n + row).sort();
-    for (let i = 0; i < rows.length; i++) rows[i] = packed[i] % n;
+    const size = rows.length, single = Float32Array.from(rows, (row) => keys[row]), bits = new Int32Array(single.buffer);
+    const packed = new Float64Array(size);
+    for (let i = 0; i < size; i++) packed[i] = (bits[i] < 0 ? -(bits[i] & 0x7fffffff) : bits[i]) * n + rows[i];
+    packed.sort();
+    for (let i = 0; i < size; i++) { const row = packed[i] % n; rows[i] = (row < 0 ? row + n : row) | 0; }
   }
 
   class Model {
