@@ -273,7 +273,7 @@ _HANDFUL = """
         (SELECT list(text ORDER BY r.rank) FROM top_tokens r JOIN tokens t ON t.id = r.token
             WHERE r.latent = f.id) AS peaks,
         (SELECT list(text ORDER BY l.rank) FROM logits l JOIN tokens t ON t.id = l.token
-            WHERE l.latent = f.id AND sign = 1 AND l.rank < 5) AS promoted
+            WHERE l.latent = f.id AND lens = 'logit' AND sign = 1 AND l.rank < 5) AS promoted
     FROM focused f WHERE place = 1 ORDER BY top_token_share DESC, id LIMIT 8
 """
 

@@ -18,7 +18,7 @@ import torch
 from atlas_fixture import make_world
 from explain_world import CYRILLIC, ENDINGS, KING, NOISE, NUMBERS, WORDS, config, whole
 from judge_server import JudgeServer
-from planted_atlas import ID, Planted, edit, plant
+from planted_atlas import ID, TUNED, Planted, edit, plant
 from rule_judge import RuleJudge
 
 from sememe import dictionaries
@@ -406,6 +406,23 @@ def test_one_latents_effect_is_held_against_all_others(
     assert len(many) == 10 and len(defined) > 2
     alone, _ = about_effect("alone", defined[0])
     assert alone == [r for r in many if r["latent"] == defined[0]] and alone[0]["n"] >= 2
+
+
+def test_a_tuned_lens_adds_nothing_to_what_is_asked(
+    atlas: Planted, tmp_path: Path, server: JudgeServer
+) -> None:
+    """Nulls' atlases never have one, so latents read through one would not be treated alike."""
+    path = tmp_path / "atlas"
+    shutil.copytree(atlas.path, path)
+    edit(path, (TUNED, []))
+    options = config(path, tmp_path / "out", server, scorers=["effect"], n_latents=7)
+    facts = []
+    for of in (options, options.replace(atlas=atlas.path)):
+        with closing(open_atlas(of.atlas)) as opened:
+            facts.append(_choose(opened, of).facts)
+    tuned, plain = facts
+    assert tuned.promoted == plain.promoted and len(tuned.promoted[KING]) == 4
+    assert tuned.demoted == plain.demoted and tuned.others == plain.others
 
 
 def test_explanations_of_a_model_reach_the_browser(

@@ -305,9 +305,10 @@ def _choose(atlas: Atlas, config: ExplainConfig) -> _Chosen:
             "Make the atlas over more text, or drop the scorer.",
         )
     wanted = ", ".join(map(str, latents)) or "NULL"
+    # Through a tuned lens nothing is read: an atlas may have none, and those of nulls never do.
     rows = atlas.query(
-        f"SELECT latent, sign, text FROM logits JOIN tokens ON id = token WHERE latent IN ({wanted}) "
-        "ORDER BY latent, sign, rank"
+        "SELECT latent, sign, text FROM logits JOIN tokens ON id = token "
+        f"WHERE lens = 'logit' AND latent IN ({wanted}) ORDER BY latent, sign, rank"
     )
     written: dict[int, dict[int, list[str]]] = {1: {}, -1: {}}
     for row in rows:
@@ -315,7 +316,8 @@ def _choose(atlas: Atlas, config: ExplainConfig) -> _Chosen:
     others = [
         row["text"]
         for row in atlas.query(
-            "SELECT DISTINCT token, text FROM logits JOIN tokens ON id = token WHERE sign = 1 ORDER BY token"
+            "SELECT DISTINCT token, text FROM logits JOIN tokens ON id = token "
+            "WHERE lens = 'logit' AND sign = 1 ORDER BY token"
         )
     ]
     rules = {latent: words for latent in latents if (words := lexical.words[latent]) is not None}
