@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ __all__ = [
     "REMOVALS",
     "SCHEMA",
     "SCHEMA_VERSION",
+    "VARIANT_OF",
     "Atlas",
     "create",
     "dictionary_of",
@@ -45,6 +47,7 @@ __all__ = [
     "open_atlas",
     "read_notes",
     "set_meta",
+    "words_score",
 ]
 
 DATABASE = "atlas.duckdb"
@@ -55,6 +58,15 @@ NULL_DICTIONARY = "dictionary"
 RANDOMISED = "randomised"
 """The null that is the dictionary itself, on the model with its layers' weights shuffled by the atlas's seed."""
 SCHEMA_VERSION = 2
+VARIANT_OF = {
+    "simulation": "top_and_random",
+    "detection": "windows",
+    "fuzzing": "highlights",
+    "embedding": "cosine",
+    "generation": "auroc",
+}
+"""Scorers of explanations that read a model's words, the one that stands for them first, each with the variant of its
+score that is meant where one number is wanted."""
 
 SCHEMA = """
 -- One row per fact about the whole: value is JSON. Keys: schema_version, dictionary (name, kind, d_in, d_sae,
@@ -369,6 +381,16 @@ def labels(explanations: str | Path) -> dict[int, str]:
         return {int(latent): str(label) for latent, label in connection.execute(sql, [str(file)]).fetchall()}
     finally:
         connection.close()
+
+
+def words_score(scores: Mapping[tuple[str, str], float | None]) -> float | None:
+    """The one number that says how well a model's words hold: their first score that is defined.
+
+    Args:
+        scores: Of a latent, over all its activations, by scorer and variant; None or NaN where undefined.
+    """
+    chosen = (scores.get(pair) for pair in VARIANT_OF.items())
+    return next((score for score in chosen if score is not None and not math.isnan(score)), None)
 
 
 def read_notes(path: str | Path, atlas: Atlas) -> dict[str, Any]:

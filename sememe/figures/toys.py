@@ -55,7 +55,11 @@ def layers_plot(lines: Sequence[Mapping[str, Any]], n_layers: int) -> dict[str, 
     learned = [line for line in lines if line["effective_layers"] is not None]
     shares = np.array([[line[f"share_{layer}"] for layer in range(n_layers)] for line in learned])
     shares = shares.reshape(len(learned), n_layers)
-    order = np.lexsort((-shares.max(axis=1, initial=0), shares.argmax(axis=1))) if len(learned) else np.zeros(0, int)
+    order = (
+        np.lexsort((-shares.max(axis=1, initial=0), shares.argmax(axis=1)))
+        if len(learned)
+        else np.zeros(0, int)
+    )
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8.4, 3.2), layout="constrained")
         left, right = figure.subplots(1, 2)
