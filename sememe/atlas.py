@@ -135,6 +135,11 @@ CREATE TABLE coactive (latent INTEGER NOT NULL, rank INTEGER NOT NULL, other INT
 CREATE TABLE neurons (latent INTEGER NOT NULL, rank INTEGER NOT NULL, neuron INTEGER NOT NULL,
     weight FLOAT NOT NULL, share FLOAT NOT NULL);       -- weight: of the unit direction; share: its square
 
+-- Its decoder direction at each checkpoint that training kept. No rows without any; no table in some older atlases.
+CREATE TABLE history (latent INTEGER NOT NULL, step BIGINT NOT NULL,
+    cosine FLOAT NOT NULL,                              -- to the direction of the finished dictionary
+    norm FLOAT NOT NULL);                               -- of the direction then
+
 -- Direct effect on the output: decoder direction through final norm and unembedding, minus the vocabulary mean.
 -- lens 'logit': the direction itself; 'tuned': as a tuned lens translates it to the last layer, where one was given.
 CREATE TABLE logits (latent INTEGER NOT NULL, sign TINYINT NOT NULL, rank INTEGER NOT NULL, token INTEGER NOT NULL,

@@ -6,7 +6,6 @@ import asyncio
 import json
 import math
 from collections import Counter
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -43,7 +42,6 @@ from sememe.explain.scorers.fuzzing import marked
 from sememe.explain.scorers.generation import texts_in
 from sememe.explain.scorers.simulation import CHOICES, EXCERPT, _unfiltered, expected_level, prompt
 from sememe.explain.tables import _holds
-from sememe.explain.verb import _with_generation
 from sememe.judge import Answer, Question, SlotQuestion, Slots
 
 WORDS = [" a", " b", " c", " d", " e", " f", " g", " h"]
@@ -342,32 +340,6 @@ def test_texts_are_held_against_the_nearest_earlier_that_there_are() -> None:
     assert [contrasted([5, 3, 0, 0, 1], i) for i in range(5)] == [4, 0, 1, 1, 1]
     assert [contrasted([0, 5, 0], i) for i in range(3)] == [1, None, 1]
     assert contrasted([0, 0], 0) is None
-
-
-def test_a_latent_without_texts_harms_no_other() -> None:
-    """Three latents, the middle one without texts: the third is held against the first, and scores as it would."""
-
-    class Known:
-        def largest(self, texts: list[str], latents: list[int]) -> np.ndarray:
-            return np.array(
-                [[2.0 if f"for {latent}" in text else 0.5 for latent in latents] for text in texts]
-            )
-
-    def texts(latent: int) -> tuple[str, ...]:
-        return tuple(f"text {i} for {latent}" for i in range(5))
-
-    examples = SimpleNamespace(
-        latent_ptr=np.arange(4), offsets=np.arange(4), acts=np.array([3.0, -3.0, 3.0], np.float32)
-    )
-    found = [Found(0, "a", texts=texts(0)), Found(1, "b"), Found(2, "c", texts=texts(2))]
-    scores = {
-        (one.latent, s.variant): s.score
-        for one in _with_generation(found, Known(), examples)
-        for s in one.scores
-    }
-    for latent in (0, 2):
-        assert scores[latent, "auroc"] == 1 and scores[latent, "activation"] == pytest.approx(0.5)
-    assert scores[1, "auroc"] == scores[1, "activation"] == 0
 
 
 def test_effect_is_asked_about_tokens_that_the_explainer_did_not_see() -> None:

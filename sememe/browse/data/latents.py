@@ -52,6 +52,7 @@ NEIGHBOURS_SQL = f"""
     WHERE latent BETWEEN ? AND ? AND rank < {N_NEIGHBOURS} ORDER BY latent, kind, dictionary, rank"""
 
 TABLES = {
+    # One that an older atlas lacks has no rows.
     "top_tokens": (
         "SELECT latent, token, share, n_active, n_seen, mean_act FROM top_tokens "
         "WHERE latent BETWEEN ? AND ? ORDER BY latent, rank"
@@ -62,6 +63,7 @@ TABLES = {
     "neurons": (
         "SELECT latent, neuron, weight, share FROM neurons WHERE latent BETWEEN ? AND ? ORDER BY latent, rank"
     ),
+    "history": "SELECT latent, step, cosine FROM history WHERE latent BETWEEN ? AND ? ORDER BY latent, step",
 }
 
 EFFECTS_SQL = f"""
@@ -91,13 +93,15 @@ class Latents:
 
     def __init__(self, read: Read, explained: Explained, effects: EffectFiles | None) -> None:
         self._read, self._explained, self._effects = read, explained, effects
+        there = read("SELECT table_name FROM duckdb_tables()").column("table_name").to_pylist()
+        self._tables = {name: sql for name, sql in TABLES.items() if name in there}
 
     def between(self, first: int, last: int, label_tokens: Mapping[int, list[int]]) -> list[Json]:
         """Everything about the latents whose ids are in [first, last], in order."""
         stats = _cut(self._read(LATENT_SQL, first, last), digits=4)
         lenses = _lenses(self._read(LOGITS_SQL, first, last))
         neighbours = _neighbours(self._read(NEIGHBOURS_SQL, first, last))
-        tables = {name: _by_latent(self._read(sql, first, last)) for name, sql in TABLES.items()}
+        tables = {name: _by_latent(self._read(sql, first, last)) for name, sql in self._tables.items()}
         examples = _examples(self._read(EXAMPLES_SQL, first, last))
         effects, removals = self._effects_between(first, last)
         for latent in effects.keys() | removals.keys():
@@ -116,7 +120,7 @@ class Latents:
                     **read.pop("logit", {"promoted": _ends([], []), "demoted": _ends([], [])}),
                     "lenses": read,
                     "neighbours": neighbours.get(latent, []),
-                    **{name: table.get(latent, {}) for name, table in tables.items()},
+                    **{name: tables.get(name, {}).get(latent, {}) for name in TABLES},
                     "examples": examples.get(latent) or _none(),
                 }
             )
