@@ -52,7 +52,6 @@ NEIGHBOURS_SQL = f"""
     WHERE latent BETWEEN ? AND ? AND rank < {N_NEIGHBOURS} ORDER BY latent, kind, dictionary, rank"""
 
 TABLES = {
-    # One that an older atlas lacks has no rows.
     "top_tokens": (
         "SELECT latent, token, share, n_active, n_seen, mean_act FROM top_tokens "
         "WHERE latent BETWEEN ? AND ? ORDER BY latent, rank"
@@ -65,6 +64,9 @@ TABLES = {
     ),
     "history": "SELECT latent, step, cosine FROM history WHERE latent BETWEEN ? AND ? ORDER BY latent, step",
 }
+
+ADDED = frozenset({"history"})
+"""Of these, those that an older atlas of the same schema version may lack."""
 
 EFFECTS_SQL = f"""
     SELECT latent, kind, coalesce(decile, -1) AS decile, rank, {", ".join(EFFECT_COLUMNS)} FROM read_parquet(?)
@@ -94,7 +96,7 @@ class Latents:
     def __init__(self, read: Read, explained: Explained, effects: EffectFiles | None) -> None:
         self._read, self._explained, self._effects = read, explained, effects
         there = read("SELECT table_name FROM duckdb_tables()").column("table_name").to_pylist()
-        self._tables = {name: sql for name, sql in TABLES.items() if name in there}
+        self._tables = {name: sql for name, sql in TABLES.items() if name in there or name not in ADDED}
 
     def between(self, first: int, last: int, label_tokens: Mapping[int, list[int]]) -> list[Json]:
         """Everything about the latents whose ids are in [first, last], in order."""
