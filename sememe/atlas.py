@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ __all__ = [
     "REMOVALS",
     "SCHEMA",
     "SCHEMA_VERSION",
+    "VARIANT_OF",
     "Atlas",
     "create",
     "dictionary_of",
@@ -45,6 +47,7 @@ __all__ = [
     "open_atlas",
     "read_notes",
     "set_meta",
+    "words_score",
 ]
 
 DATABASE = "atlas.duckdb"
@@ -55,6 +58,15 @@ NULL_DICTIONARY = "dictionary"
 RANDOMISED = "randomised"
 """The null that is the dictionary itself, on the model with its layers' weights shuffled by the atlas's seed."""
 SCHEMA_VERSION = 2
+VARIANT_OF = {
+    "simulation": "top_and_random",
+    "detection": "windows",
+    "fuzzing": "highlights",
+    "embedding": "cosine",
+    "generation": "auroc",
+}
+"""Scorers of explanations that read a model's words, the one that stands for them first, each with the variant of its
+score that is meant where one number is wanted."""
 
 SCHEMA = """
 -- One row per fact about the whole: value is JSON. Keys: schema_version, dictionary (name, kind, d_in, d_sae,
@@ -122,6 +134,11 @@ CREATE TABLE coactive (latent INTEGER NOT NULL, rank INTEGER NOT NULL, other INT
 -- The dimensions ("neurons", where the hookpoint is the inside of an MLP) it writes to most.
 CREATE TABLE neurons (latent INTEGER NOT NULL, rank INTEGER NOT NULL, neuron INTEGER NOT NULL,
     weight FLOAT NOT NULL, share FLOAT NOT NULL);       -- weight: of the unit direction; share: its square
+
+-- Its decoder direction at each checkpoint that training kept. No rows without any; no table in some older atlases.
+CREATE TABLE history (latent INTEGER NOT NULL, step BIGINT NOT NULL,
+    cosine FLOAT NOT NULL,                              -- to the direction of the finished dictionary
+    norm FLOAT NOT NULL);                               -- of the direction then
 
 -- Direct effect on the output: decoder direction through final norm and unembedding, minus the vocabulary mean.
 -- lens 'logit': the direction itself; 'tuned': as a tuned lens translates it to the last layer, where one was given.
@@ -273,7 +290,7 @@ _HANDFUL = """
         (SELECT list(text ORDER BY r.rank) FROM top_tokens r JOIN tokens t ON t.id = r.token
             WHERE r.latent = f.id) AS peaks,
         (SELECT list(text ORDER BY l.rank) FROM logits l JOIN tokens t ON t.id = l.token
-            WHERE l.latent = f.id AND sign = 1 AND l.rank < 5) AS promoted
+            WHERE l.latent = f.id AND lens = 'logit' AND sign = 1 AND l.rank < 5) AS promoted
     FROM focused f WHERE place = 1 ORDER BY top_token_share DESC, id LIMIT 8
 """
 
@@ -369,6 +386,16 @@ def labels(explanations: str | Path) -> dict[int, str]:
         return {int(latent): str(label) for latent, label in connection.execute(sql, [str(file)]).fetchall()}
     finally:
         connection.close()
+
+
+def words_score(scores: Mapping[tuple[str, str], float | None]) -> float | None:
+    """The one number that says how well a model's words hold: their first score that is defined.
+
+    Args:
+        scores: Of a latent, over all its activations, by scorer and variant; None or NaN where undefined.
+    """
+    chosen = (scores.get(pair) for pair in VARIANT_OF.items())
+    return next((score for score in chosen if score is not None and not math.isnan(score)), None)
 
 
 def read_notes(path: str | Path, atlas: Atlas) -> dict[str, Any]:

@@ -169,3 +169,7 @@ def edit(path: Path, *statements: tuple[str, list[object]]) -> None:
     meta = json.loads((path / "meta.json").read_text())
     meta["files"][DATABASE] = {"bytes": database.stat().st_size, "sha256": artifact.file_sha256(database)}
     (path / "meta.json").write_text(json.dumps(meta))
+
+
+TUNED = "INSERT INTO logits SELECT * REPLACE ((token + 1) % 40 AS token, 'tuned' AS lens) FROM logits"
+"""What makes it an atlas of two lenses, which agree on three of a latent's four tokens."""

@@ -506,7 +506,7 @@ def _shape(config, latent, *, dead: bool) -> tuple:
 def _related(config: SyntheticConfig, rng: np.random.Generator) -> dict[str, list[tuple]]:
     """Rows of the tables that say what a latent has to do with others."""
     n = config.n_latents
-    out: dict[str, list[tuple]] = {"neighbours": [], "coactive": [], "neurons": []}
+    out: dict[str, list[tuple]] = {"neighbours": [], "coactive": [], "neurons": [], "history": []}
     for latent in range(n):
         for kind, dictionary, count in (
             ("decoder", None, 12),
@@ -523,6 +523,8 @@ def _related(config: SyntheticConfig, rng: np.random.Generator) -> dict[str, lis
             out["neurons"].append(
                 (latent, rank, (latent + rank) % 64, 0.9 / (rank + 1), 0.81 / (rank + 1) ** 2)
             )
+        for i, cosine in enumerate((-0.1, 0.3, 0.6, 0.9)):
+            out["history"].append((latent, 10**i, cosine * (latent + 1) / n, 1.0 + i))
     return out
 
 

@@ -14,6 +14,7 @@ import duckdb
 import numpy as np
 import pytest
 from atlas_fixture import make_world
+from planted_atlas import TUNED, edit, plant
 
 from sememe import artifact
 from sememe.atlas import DATABASE, SCHEMA, Atlas, create, insert, labels, lists, open_atlas, set_meta
@@ -54,7 +55,7 @@ def queries() -> list[str]:
 @pytest.mark.parametrize("query", queries())
 def test_the_queries_in_the_docs_run(atlas: Atlas, query: str) -> None:
     rows = atlas.query(query)
-    if not any(part in query for part in ("' king'", "language_share", "FROM clusters")):
+    if not any(part in query for part in ("' king'", "language_share", "FROM clusters", "FROM history")):
         assert rows, "and they find something"
 
 
@@ -70,6 +71,21 @@ def test_it_shows_itself(atlas: Atlas) -> None:
     assert "Sememe atlas" in page and "resid_post.0" in page and "48, of which" in page
     assert page.count("<tr><td>") == 8, "a handful of latents"
     assert "<code>" in page
+
+
+def test_a_second_lens_changes_neither_the_table_nor_the_queries(tmp_path: Path) -> None:
+    path = plant(tmp_path / "atlas", n_documents=10).path
+    edit(path, ("UPDATE latents SET top_token = id, top_token_share = 1, n_active = 100", []))
+    asks = [query for query in queries() if "FROM logits" in query]
+    assert len(asks) == 1
+    found = []
+    for statements in ((), ((TUNED, []),)):
+        edit(path, *statements)
+        opened = open_atlas(path)
+        found.append(([opened.query(query) for query in asks], opened._repr_html_()))
+        opened.close()
+    assert found[0] == found[1]
+    assert [row["latent"] for row in found[0][0][0]] == [0], "and it is found"
 
 
 def test_texts_of_tokens_are_escaped(tmp_path: Path) -> None:

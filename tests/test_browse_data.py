@@ -79,6 +79,17 @@ def test_relations_are_the_atlas_s(data):
             assert values == pytest.approx([row[name] for row in expected], rel=1e-2), (table, name)
 
 
+def test_history_is_by_step_and_an_atlas_without_the_table_has_none(data, tmp_path):
+    expected = rows(data, "SELECT step, cosine FROM history WHERE latent = 17 ORDER BY step")
+    found = data.latent(17)["history"]
+    assert found["step"] == [row["step"] for row in expected] == [1, 10, 100, 1000]
+    assert found["cosine"] == pytest.approx([row["cosine"] for row in expected], rel=1e-2)
+    path = build(tmp_path / "atlas", SyntheticConfig(n_latents=10)).path
+    edit(path, ("DROP TABLE history", []))
+    with opened(Inputs(atlas=path)) as (older, _):
+        assert older.latent(3)["history"] == {} and older.latent(3)["neurons"]
+
+
 def test_effects_stand_beside_their_examples(data, inputs):
     found = data.latent(30)["examples"]
     effects = duckdb.sql(f"FROM read_parquet('{inputs['effects'] / EFFECTS}') WHERE latent = 30").fetchdf()

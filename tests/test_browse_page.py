@@ -265,6 +265,10 @@ def test_a_latent_s_page_shows_what_is_known(page, address):
     acts = [float(text) for text in page.locator("#top .act").all_inner_texts()]
     assert acts == sorted(acts, reverse=True)
     assert page.locator("#random .tok.on").count() == 0
+    kept = page.locator(".facts .history rect")
+    assert kept.count() == 4 and page.locator(".facts .history rect.under").count() == 1
+    heights = [float(kept.nth(i).get_attribute("height")) for i in range(1, 4)]
+    assert heights == sorted(heights) and kept.nth(3).locator("title").inner_html().startswith("step 1,000: ")
     strongest = page.locator("#top .example").first.locator(".tok.peak")
     assert float(strongest.evaluate("(e) => e.style.getPropertyValue('--a')")) == pytest.approx(1)
     colour = strongest.evaluate("(e) => getComputedStyle(e).backgroundColor")

@@ -18,7 +18,7 @@ import torch
 from atlas_fixture import make_world
 from explain_world import CYRILLIC, ENDINGS, KING, NOISE, NUMBERS, WORDS, config, whole
 from judge_server import JudgeServer
-from planted_atlas import ID, Planted, edit, plant
+from planted_atlas import ID, TUNED, Planted, edit, plant
 from rule_judge import RuleJudge
 
 from sememe import dictionaries
@@ -26,11 +26,11 @@ from sememe.atlas import labels, open_atlas
 from sememe.effects import EffectsConfig, effects
 from sememe.errors import MismatchError
 from sememe.explain import ExplainConfig, explain, side_of
-from sememe.explain.asked import VARIANTS, ask_about
+from sememe.explain.asked import VARIANTS, Found, ask_about
 from sememe.explain.config import ASKING
 from sememe.explain.examples import EXPLAIN, SCORE, read
 from sememe.explain.explainers import CATEGORIES
-from sememe.explain.verb import _choose
+from sememe.explain.verb import _choose, _with_generation
 from sememe.explain.written import Reader
 from sememe.interpret import interpret
 from sememe.judge import Question, SlotQuestion
@@ -345,6 +345,34 @@ def test_written_texts_are_run_through_model_and_dictionary(tmp_path: Path, serv
     atlas.close()
 
 
+def test_a_latent_without_texts_harms_no_other(atlas: Planted) -> None:
+    """Nothing is written for the second of three: the third is held against the first, and scores as it would."""
+    with closing(open_atlas(atlas.path)) as opened:
+        examples = read(opened, 0.4, 0)
+        sql = "SELECT max(list_max(acts)) AS most FROM examples GROUP BY latent ORDER BY latent"
+        most = [row["most"] for row in opened.query(sql)]
+
+    class Known(Reader):
+        """Texts fire at 3 of 4 for the latent they name, at 1 of 4 for others."""
+
+        def __init__(self) -> None:
+            pass
+
+        def largest(self, texts: Sequence[str], latents: Sequence[int]) -> np.ndarray:
+            return np.array(
+                [[most[j] * (0.75 if f"for {j}" in text else 0.25) for j in latents] for text in texts]
+            )
+
+    def written(latent: int) -> Found:
+        return Found(latent, "words", texts=tuple(f"text {i} for {latent}" for i in range(5)))
+
+    found = _with_generation([written(0), Found(1, "words"), written(2)], Known(), examples)
+    scores = {(one.latent, s.variant): s.score for one in found for s in one.scores}
+    for latent in (0, 2):
+        assert scores[latent, "auroc"] == 1 and scores[latent, "activation"] == pytest.approx(0.5)
+    assert scores[1, "auroc"] == scores[1, "activation"] == 0
+
+
 @pytest.mark.model
 def test_the_sentence_encoder_scores_rules_without_asking_anybody(atlas: Planted, tmp_path: Path) -> None:
     found = explain(
@@ -406,6 +434,23 @@ def test_one_latents_effect_is_held_against_all_others(
     assert len(many) == 10 and len(defined) > 2
     alone, _ = about_effect("alone", defined[0])
     assert alone == [r for r in many if r["latent"] == defined[0]] and alone[0]["n"] >= 2
+
+
+def test_a_tuned_lens_adds_nothing_to_what_is_asked(
+    atlas: Planted, tmp_path: Path, server: JudgeServer
+) -> None:
+    """Nulls' atlases never have one, so latents read through one would not be treated alike."""
+    path = tmp_path / "atlas"
+    shutil.copytree(atlas.path, path)
+    edit(path, (TUNED, []))
+    options = config(path, tmp_path / "out", server, scorers=["effect"], n_latents=7)
+    facts = []
+    for of in (options, options.replace(atlas=atlas.path)):
+        with closing(open_atlas(of.atlas)) as opened:
+            facts.append(_choose(opened, of).facts)
+    tuned, plain = facts
+    assert tuned.promoted == plain.promoted and len(tuned.promoted[KING]) == 4
+    assert tuned.demoted == plain.demoted and tuned.others == plain.others
 
 
 def test_explanations_of_a_model_reach_the_browser(

@@ -13,6 +13,10 @@ from rule_judge import RuleJudge
 from scipy.stats import spearmanr
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
+from sememe.atlas import VARIANT_OF
+from sememe.browse.data import explained
+from sememe.explain import ExplainConfig
+from sememe.explain.asked import VARIANTS, Found
 from sememe.explain.examples import SCORE, Window, excerpt, side_of
 from sememe.explain.explainers import CATEGORIES, explanation_in, explanation_question
 from sememe.explain.prompts import flags_in, highlighted, level, number_in, records, shown
@@ -23,6 +27,7 @@ from sememe.explain.scorers import (
     Score,
     auroc,
     contrast,
+    contrasted,
     detection,
     effect,
     embedding,
@@ -36,6 +41,7 @@ from sememe.explain.scorers.base import cropped
 from sememe.explain.scorers.fuzzing import marked
 from sememe.explain.scorers.generation import texts_in
 from sememe.explain.scorers.simulation import CHOICES, EXCERPT, _unfiltered, expected_level, prompt
+from sememe.explain.tables import _holds
 from sememe.judge import Answer, Question, SlotQuestion, Slots
 
 WORDS = [" a", " b", " c", " d", " e", " f", " g", " h"]
@@ -304,11 +310,36 @@ def test_generation_against_another_latents_texts() -> None:
     found = {s.variant: s for s in generation(own, other, 2.0)}
     assert found["auroc"].score == pytest.approx(2 * roc_auc_score([1] * 5 + [0] * 5, [*own, *other]) - 1)
     assert found["activation"].score == pytest.approx((own.mean() - other.mean()) / 2)
-    # Two of its texts were not written: they tie with everything.
+    # Two of its texts were not written: they count as two of the other's.
     part = {s.variant: s for s in generation(own[:3] + 9, other, 2.0)}
     ties = [a > b for a in own[:3] + 9 for b in other] + [0.5] * 10
-    assert part["auroc"].score == pytest.approx(2 * np.mean(ties) - 1) and part["auroc"].n_malformed == 2
-    assert {s.score for s in generation(own[:0], other[:0], 2.0)} == {0.0}
+    assert part["auroc"].score == pytest.approx(2 * np.mean(ties) - 1)
+    as_other = [*(own[:3] + 9), other.mean(), other.mean()]
+    assert part["activation"].score == pytest.approx((np.mean(as_other) - other.mean()) / 2)
+    assert {(s.n, s.n_malformed) for s in part.values()} == {(5, 2)}
+
+
+@pytest.mark.parametrize("n_other", [5, 2, 1])
+def test_texts_that_another_latent_lacks_leave_the_score_alone(n_other: int) -> None:
+    """By hand: own texts fire at 3 of 4, the other's at 1, so they are 1/2 apart, however many of the other's are."""
+    found = {s.variant: s for s in generation(np.full(5, 3.0), np.full(n_other, 1.0), 4.0)}
+    assert found["auroc"].score == 1 and found["activation"].score == pytest.approx(0.5)
+    assert {s.n_malformed for s in found.values()} == {0}, "they are counted at the other latent"
+    weak = {s.variant: s for s in generation(np.full(4, 0.0), np.full(n_other, 1.0), 4.0)}
+    assert weak["auroc"].score == pytest.approx(-0.8) and weak["activation"].score == pytest.approx(-0.2)
+
+
+def test_generation_without_texts_is_a_guess_and_without_any_others_undefined() -> None:
+    none = np.zeros(0)
+    assert {s.score for s in generation(none, np.ones(5), 2.0)} == {0.0}
+    assert {s.score for s in generation(none, none, 2.0)} == {0.0}
+    assert all(math.isnan(s.score) and s.n_malformed == 0 for s in generation(np.ones(5), none, 2.0))
+
+
+def test_texts_are_held_against_the_nearest_earlier_that_there_are() -> None:
+    assert [contrasted([5, 3, 0, 0, 1], i) for i in range(5)] == [4, 0, 1, 1, 1]
+    assert [contrasted([0, 5, 0], i) for i in range(3)] == [1, None, 1]
+    assert contrasted([0, 0], 0) is None
 
 
 def test_effect_is_asked_about_tokens_that_the_explainer_did_not_see() -> None:
@@ -487,3 +518,35 @@ def test_latents_are_drawn_from_every_stratum_of_density() -> None:
     assert sorted(int(density[latent] * 10) for latent in chosen) == list(range(10))
     assert strata(density, list(range(100)), 10, 1) != chosen == strata(density, list(range(100)), 10, 0)
     assert strata(density, [5, 3], 10, 0) == [3, 5]
+
+
+TOP, RANDOM, BOTH = (("simulation", name) for name in ("top_only", "random_only", "top_and_random"))
+WINDOWS, MARKS, COSINE = ("detection", "windows"), ("fuzzing", "highlights"), ("embedding", "cosine")
+ACTIVATION, AUROC = ("generation", "activation"), ("generation", "auroc")
+
+
+@pytest.mark.parametrize(
+    ("scores", "shown"),
+    [
+        ({TOP: 0.9, RANDOM: 0.8, BOTH: 0.1}, 0.1),
+        ({TOP: 0.1, RANDOM: 0.2, BOTH: 0.9}, 0.9),
+        ({ACTIVATION: 0.9, AUROC: 0.3}, 0.3),
+        ({ACTIVATION: 0.1, AUROC: 0.7}, 0.7),
+        ({BOTH: math.nan, TOP: 0.9, WINDOWS: 0.5, MARKS: 0.1}, 0.5),
+        ({("intruder", "marked"): 0.9, MARKS: 0.2, COSINE: 0.9}, 0.2),
+        ({BOTH: math.nan, TOP: 0.9}, None),
+    ],
+)
+def test_words_become_the_label_by_the_score_that_the_browser_shows(
+    scores: dict[tuple[str, str], float], shown: float | None
+) -> None:
+    assert all(variant in VARIANTS[scorer] for scorer, variant in VARIANT_OF.items())
+    table = Scores()
+    table.add(3, [Score(*pair, None, score, 1, 0) for pair, score in scores.items()])
+    browsed = explained.Explained(words={3: {"label_from": "model"}}, scores=explained._scores(table.table()))
+    assert browsed.score(3) == shown
+    found = Found(3, "words", scores=tuple(Score(*pair, None, score, 1, 0) for pair, score in scores.items()))
+    for threshold in (0.05, 0.25, 0.6, 0.95):
+        assert _holds(found, ExplainConfig(label_score=threshold)) == (
+            shown is not None and shown >= threshold
+        )

@@ -41,6 +41,7 @@ TABLES = (
     "neighbours",
     "coactive",
     "neurons",
+    "history",
     "contexts",
     "latents",
     "logits",

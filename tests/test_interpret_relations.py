@@ -128,6 +128,7 @@ def test_shapes_are_numpys(atlas: Atlas, world: World) -> None:
     np.testing.assert_allclose([row["top_neuron_share"] for row in rows], share.max(1), rtol=1e-5)
     np.testing.assert_allclose([row["bias"] for row in rows], dictionary.b_enc.detach(), rtol=1e-6)
     assert all(row["self_similarity"] is None and row["cluster"] is None and row["x"] is None for row in rows)
+    assert not atlas.query("SELECT * FROM history"), "there are no checkpoints"
     neurons = atlas.query("SELECT neuron, weight FROM neurons WHERE latent = 3 ORDER BY rank")
     assert neurons[0]["weight"] == pytest.approx(W[3, neurons[0]["neuron"]] / np.linalg.norm(W[3]), rel=1e-5)
 
@@ -300,7 +301,7 @@ def test_the_null_on_shuffled_weights_is_the_dictionary_on_another_model(world: 
         assert one[table] == two[table], table
 
 
-def test_self_similarity_is_to_the_last_kept_checkpoint(world: World) -> None:
+def test_history_is_of_every_kept_checkpoint_and_self_similarity_of_the_last(world: World) -> None:
     path = save_dictionary(world.root / "settled", sites(world.lm))
     for step, change in ((4, 1.0), (8, 0.1)):
         earlier = dictionaries.load(world.dictionary)
@@ -317,6 +318,15 @@ def test_self_similarity_is_to_the_last_kept_checkpoint(world: World) -> None:
     truth = torch.nn.functional.cosine_similarity(last, dictionaries.load(path).decoder_directions(), dim=1)
     rows = found.query("SELECT self_similarity FROM latents ORDER BY id")
     np.testing.assert_allclose([row["self_similarity"] for row in rows], truth.detach(), rtol=1e-5)
+    now = metrics.unit_rows(dictionaries.load(path).decoder_directions().detach())
+    for step in (4, 8):
+        before = dictionaries.load(path / "checkpoints" / f"step-{step:09}").decoder_directions().detach()
+        rows = found.query("SELECT latent, cosine, norm FROM history WHERE step = ? ORDER BY latent", step)
+        assert [row["latent"] for row in rows] == list(range(now.shape[0]))
+        cosine = (metrics.unit_rows(before) * now).sum(1)
+        np.testing.assert_allclose([row["cosine"] for row in rows], cosine, atol=1e-5)
+        np.testing.assert_allclose([row["norm"] for row in rows], before.norm(dim=1), rtol=1e-5)
+    assert found.query("SELECT count(DISTINCT step) AS n FROM history")[0]["n"] == 2
     found.close()
 
 

@@ -75,7 +75,8 @@ class ExplainConfig(Config):
     """What each further token or condition must add to hit rate minus false-alarm rate on the training documents."""
     label_score: float = Field(default=0.4, ge=0, le=1)
     """Words that score less on the held-out documents are kept, but do not become the latent's label: rules by their
-    own score, a model's words by the first of the scorers that reads them."""
+    own score, a model's words by the first of the scorers that reads them (simulation's top_and_random, generation's
+    auroc)."""
     n_bootstrap: int = Field(default=1000, ge=1)
     """Resamplings of the latents behind each confidence interval."""
     seed: int = Field(default=0, ge=0)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
 
-from sememe.atlas import Atlas
+from sememe.atlas import VARIANT_OF, Atlas, words_score
 from sememe.explain.asked import Found, ask_clusters
 from sememe.explain.config import ExplainConfig, LexicalConfig
 from sememe.explain.examples import EXPLAIN, SCORE, Examples
 from sememe.explain.lexical import Lexical
-from sememe.explain.scorers import Encode, Score
+from sememe.explain.scorers import Encode
 from sememe.judge import Judge
 
 __all__ = ["clusters_table", "embeddings_table", "latents_table", "tally"]
@@ -78,15 +77,15 @@ def latents_table(
 
 
 def _holds(one: Found, config: ExplainConfig) -> bool:
-    """Whether a model's words may be the label: by the first defined score of a scorer that reads them.
+    """Whether a model's words may be the label: by the score that the list and the map show of them.
 
-    Without such a scorer, always; with undefined scores alone, never.
+    Without a scorer that reads them, always; with undefined scores alone, never.
     """
-    reading: list[Score] = [
-        s for s in one.scores if s.scorer not in ("intruder", "effect") and s.decile is None
-    ]
-    defined = [s.score for s in reading if not math.isnan(s.score)]
-    return not reading or (bool(defined) and defined[0] >= config.label_score)
+    reading = {
+        (s.scorer, s.variant): s.score for s in one.scores if s.scorer in VARIANT_OF and s.decile is None
+    }
+    score = words_score(reading)
+    return not reading or (score is not None and score >= config.label_score)
 
 
 def _count_documents(examples: Examples, side: int) -> np.ndarray:

@@ -20,7 +20,7 @@ from sememe.explain.examples import EXPLAIN, RANDOM, SCORE, Examples, read
 from sememe.explain.lexical import Lexical, find_rules
 from sememe.explain.rehearsal import Rehearsal
 from sememe.explain.results import SHAPE, Scores, correlations, lifts, mean_of, strata, summarise
-from sememe.explain.scorers import Encode, generation
+from sememe.explain.scorers import Encode, contrasted, generation
 from sememe.explain.tables import clusters_table, embeddings_table, latents_table, tally
 from sememe.explain.written import Reader
 from sememe.figures import write_explanations
@@ -28,7 +28,7 @@ from sememe.judge import EndpointConfig, Judge, LocalConfig, Preview, open_judge
 
 __all__ = ["CLUSTERS", "SCORES", "Explanations", "explain", "preview"]
 
-VERSION = 4
+VERSION = 5
 SCORES = "scores.parquet"
 CLUSTERS = "clusters.parquet"
 EMBEDDINGS = "embeddings.parquet"
@@ -308,9 +308,10 @@ def _choose(atlas: Atlas, config: ExplainConfig) -> _Chosen:
             "Make the atlas over more text, or drop the scorer.",
         )
     wanted = ", ".join(map(str, latents)) or "NULL"
+    # Through a tuned lens nothing is read: an atlas may have none, and those of nulls never do.
     rows = atlas.query(
-        f"SELECT latent, sign, text FROM logits JOIN tokens ON id = token WHERE latent IN ({wanted}) "
-        "ORDER BY latent, sign, rank"
+        "SELECT latent, sign, text FROM logits JOIN tokens ON id = token "
+        f"WHERE lens = 'logit' AND latent IN ({wanted}) ORDER BY latent, sign, rank"
     )
     written: dict[int, dict[int, list[str]]] = {1: {}, -1: {}}
     for row in rows:
@@ -318,7 +319,8 @@ def _choose(atlas: Atlas, config: ExplainConfig) -> _Chosen:
     others = [
         row["text"]
         for row in atlas.query(
-            "SELECT DISTINCT token, text FROM logits JOIN tokens ON id = token WHERE sign = 1 ORDER BY token"
+            "SELECT DISTINCT token, text FROM logits JOIN tokens ON id = token "
+            "WHERE lens = 'logit' AND sign = 1 ORDER BY token"
         )
     ]
     rules = {latent: words for latent in latents if (words := lexical.words[latent]) is not None}
@@ -426,12 +428,13 @@ def _explain(
 
 
 def _with_generation(found: Sequence[Found], reader: Reader, examples: Examples) -> list[Found]:
-    """Each latent's texts against those of the one before it in the list, through the model and the dictionary."""
+    """Each latent's texts against those of one before it in the list, through the model and the dictionary."""
     latents = [one.latent for one in found]
     texts = [text for one in found for text in one.texts]
-    ends = np.cumsum([len(one.texts) for one in found])
+    n_texts = [len(one.texts) for one in found]
+    ends = np.cumsum(n_texts)
     acts = reader.largest(texts, latents)
-    parts = [acts[end - len(one.texts) : end] for one, end in zip(found, ends.tolist(), strict=True)]
+    parts = [acts[end - n : end] for n, end in zip(n_texts, ends.tolist(), strict=True)]
     out = []
     for i, one in enumerate(found):
         if one.explanation is None:
@@ -440,7 +443,8 @@ def _with_generation(found: Sequence[Found], reader: Reader, examples: Examples)
         low, high = examples.latent_ptr[one.latent], examples.latent_ptr[one.latent + 1]
         values = np.abs(examples.acts[examples.offsets[low] : examples.offsets[high]])
         largest = float(values.max()) if values.size else 0.0
-        scores = generation(parts[i][:, i], parts[i - 1][:, i], largest)
+        j = contrasted(n_texts, i)
+        scores = generation(parts[i][:, i], acts[:0, i] if j is None else parts[j][:, i], largest)
         out.append(one._replace(scores=(*one.scores, *scores)))
     return out
 

@@ -360,7 +360,7 @@ def _write_map(
 def _write_relations(
     connection: duckdb.DuckDBPyConnection, run: Pass, one: Followed, found: Relations
 ) -> int:
-    """Neighbours, partners and neurons; returns on how many tokens pairs were counted."""
+    """Neighbours, partners, neurons and history; returns on how many tokens pairs were counted."""
     for near in found.neighbours:
         d_sae, n = near.others.shape
         insert(
@@ -385,6 +385,17 @@ def _write_relations(
             "neuron": found.neurons.ravel().astype(np.int32),
             "weight": found.weights.ravel().astype(np.float32),
             "share": (found.weights.ravel() ** 2).astype(np.float32),
+        },
+    )
+    n_kept, d_sae = found.history.cosines.shape
+    insert(
+        connection,
+        "history",
+        {
+            "latent": np.tile(np.arange(d_sae, dtype=np.int32), n_kept),
+            "step": np.repeat(found.history.steps, d_sae),
+            "cosine": found.history.cosines.ravel(),
+            "norm": found.history.norms.ravel(),
         },
     )
     together = strongest(*one.pairs.read(), d_sae, run.config.n_coactive)

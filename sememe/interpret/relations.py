@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sememe import dictionaries, metrics
+from sememe import artifact, dictionaries, metrics
 from sememe.dictionaries import Dictionary
 from sememe.dictionaries.folders import checkpoints_in
 from sememe.progress import track
 
-__all__ = ["Neighbours", "Relations", "relations"]
+__all__ = ["History", "Neighbours", "Relations", "relations"]
 
 N_NEURONS = 3
 ROWS_AT_ONCE = 2048
@@ -34,6 +34,17 @@ class Neighbours(NamedTuple):
     others: np.ndarray
 
 
+class History(NamedTuple):
+    """Each latent's decoder direction at the checkpoints that training kept, the earliest first."""
+
+    steps: np.ndarray
+    """(n,): after how many steps each was kept."""
+    cosines: np.ndarray
+    """(n, d_sae): of the direction then to that of the finished dictionary."""
+    norms: np.ndarray
+    """(n, d_sae)"""
+
+
 class Relations(NamedTuple):
     """What the weights alone say of each latent; NaN where there is nothing to say."""
 
@@ -44,6 +55,7 @@ class Relations(NamedTuple):
     """(d_sae, n): the dimensions each writes to most."""
     weights: np.ndarray
     """Of the unit direction, at those."""
+    history: History
 
 
 @torch.no_grad()
@@ -85,13 +97,26 @@ def relations(
     sites = dictionary.sites
     if read is not None and read.shape == W_dec.shape and sites is not None and sites.inputs == sites.outputs:
         columns["encoder_decoder_cosine"] = metrics.encoder_decoder_cosine(read.T, W_dec).numpy()
-    if folder is not None and (earlier := checkpoints_in(folder)):
-        before = dictionaries.load(earlier[-1]).decoder_directions().detach().float().cpu()
-        columns["self_similarity"] = torch.nn.functional.cosine_similarity(before, W_dec, dim=1).numpy()
+    history = _history(W_dec, [] if folder is None else checkpoints_in(folder))
+    if history.steps.size:
+        columns["self_similarity"] = history.cosines[-1]
     columns |= _shape(W_dec)
     neurons, weights = _neurons(W_dec)
     columns["top_neuron_share"] = weights[:, 0] ** 2
-    return Relations(columns, found, neurons, weights)
+    return Relations(columns, found, neurons, weights, history)
+
+
+def _history(W_dec: Float[Tensor, "d_sae d"], checkpoints: Sequence[Path]) -> History:
+    """One checkpoint is in memory at a time."""
+    d_sae = W_dec.shape[0]
+    cosines = np.zeros((len(checkpoints), d_sae), np.float32)
+    norms = np.zeros_like(cosines)
+    for i, path in enumerate(checkpoints):
+        before = dictionaries.load(path).decoder_directions().detach().float().cpu()
+        cosines[i] = torch.nn.functional.cosine_similarity(before, W_dec, dim=1).numpy()
+        norms[i] = before.norm(dim=1).numpy()
+    steps = [artifact.load(path, "dictionary").extra["step"] for path in checkpoints]
+    return History(np.array(steps, np.int64), cosines, norms)
 
 
 def _among_own(kind: str, rows: Float[Tensor, "d_sae d"], n: int) -> list[Neighbours]:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sememe import artifact
-from sememe.atlas import EXPLANATIONS
+from sememe.atlas import EXPLANATIONS, words_score
 from sememe.browse.data.values import number
 from sememe.errors import CorruptError
 
@@ -26,8 +26,6 @@ CLUSTERS = "clusters.parquet"
 EMBEDDINGS = "embeddings.parquet"
 WORDS = ("label_from", "explanation", "effect", "category", "rule_words")
 FIGURES = ("score", "auroc", "correlation", "auroc_shuffled", "auroc_other")
-READING = ("simulation", "detection", "fuzzing", "embedding", "generation")
-"""Scorers that read a model's words, the one that stands for them first."""
 CONTROLS = {("lexical", "shuffled"), ("lexical", "other")}
 """Scores of the rules that are nulls themselves."""
 
@@ -64,13 +62,13 @@ class Explained:
         return {**self._words.get(latent, {}), "scores": self._scores.get(latent, [])}
 
     def score(self, latent: int) -> float | None:
-        """One number for the list and the map, of what it is called by: the rule's, or the first of a model's words."""
+        """One number for the list and the map, of what it is called by: the rule's, or a model's words'."""
         words = self._words.get(latent, {})
         if words.get("label_from") != "rule":
-            scores = {row["scorer"]: row["score"] for row in reversed(self._scores.get(latent, []))}
-            for scorer in READING:
-                if scores.get(scorer) is not None:
-                    return float(scores[scorer])
+            rows = self._scores.get(latent, [])
+            score = words_score({(row["scorer"], row["variant"]): row["score"] for row in rows})
+            if score is not None:
+                return float(score)
         found = words.get("score")
         return None if found is None else float(found)
 

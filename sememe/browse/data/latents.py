@@ -62,7 +62,11 @@ TABLES = {
     "neurons": (
         "SELECT latent, neuron, weight, share FROM neurons WHERE latent BETWEEN ? AND ? ORDER BY latent, rank"
     ),
+    "history": "SELECT latent, step, cosine FROM history WHERE latent BETWEEN ? AND ? ORDER BY latent, step",
 }
+
+ADDED = frozenset({"history"})
+"""Of these, those that an older atlas of the same schema version may lack."""
 
 EFFECTS_SQL = f"""
     SELECT latent, kind, coalesce(decile, -1) AS decile, rank, {", ".join(EFFECT_COLUMNS)} FROM read_parquet(?)
@@ -91,13 +95,15 @@ class Latents:
 
     def __init__(self, read: Read, explained: Explained, effects: EffectFiles | None) -> None:
         self._read, self._explained, self._effects = read, explained, effects
+        there = read("SELECT table_name FROM duckdb_tables()").column("table_name").to_pylist()
+        self._tables = {name: sql for name, sql in TABLES.items() if name in there or name not in ADDED}
 
     def between(self, first: int, last: int, label_tokens: Mapping[int, list[int]]) -> list[Json]:
         """Everything about the latents whose ids are in [first, last], in order."""
         stats = _cut(self._read(LATENT_SQL, first, last), digits=4)
         lenses = _lenses(self._read(LOGITS_SQL, first, last))
         neighbours = _neighbours(self._read(NEIGHBOURS_SQL, first, last))
-        tables = {name: _by_latent(self._read(sql, first, last)) for name, sql in TABLES.items()}
+        tables = {name: _by_latent(self._read(sql, first, last)) for name, sql in self._tables.items()}
         examples = _examples(self._read(EXAMPLES_SQL, first, last))
         effects, removals = self._effects_between(first, last)
         for latent in effects.keys() | removals.keys():
@@ -116,7 +122,7 @@ class Latents:
                     **read.pop("logit", {"promoted": _ends([], []), "demoted": _ends([], [])}),
                     "lenses": read,
                     "neighbours": neighbours.get(latent, []),
-                    **{name: table.get(latent, {}) for name, table in tables.items()},
+                    **{name: tables.get(name, {}).get(latent, {}) for name in TABLES},
                     "examples": examples.get(latent) or _none(),
                 }
             )

@@ -17,7 +17,7 @@ from sememe.explain.scorers.detection import detection
 from sememe.explain.scorers.effect import effect, on_side
 from sememe.explain.scorers.embedding import Encode, auroc, embedding
 from sememe.explain.scorers.fuzzing import fuzzing
-from sememe.explain.scorers.generation import generation, write_texts
+from sememe.explain.scorers.generation import contrasted, generation, write_texts
 from sememe.explain.scorers.intruder import intruder
 from sememe.explain.scorers.simulation import simulation
 
@@ -28,6 +28,7 @@ __all__ = [
     "Score",
     "auroc",
     "contrast",
+    "contrasted",
     "detection",
     "effect",
     "embedding",

@@ -6,7 +6,9 @@ Who asks runs the texts through the model and the dictionary between the two fun
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -16,7 +18,7 @@ from sememe.explain.scorers.embedding import auroc
 from sememe.judge import Judge, Question
 from sememe.judge.base import Message
 
-__all__ = ["N_TEXTS", "generation", "texts_in", "write_texts"]
+__all__ = ["N_TEXTS", "contrasted", "generation", "texts_in", "write_texts"]
 
 N_TEXTS = 5
 """Texts written for each latent."""
@@ -54,23 +56,34 @@ def generation(
 ) -> list[Score]:
     """How much more the latent fires in the texts written for it than in those written for another latent.
 
-    `auroc` is 2 AUROC - 1 of its largest activation in each text; a text that was asked for and not written counts
-    as a tie with every other. `activation` is the mean of that activation in its own texts minus that in the other's,
-    as a share of its largest activation in the atlas; unwritten texts count as silent.
+    `auroc` is 2 AUROC - 1 of its largest activation in each text. `activation` is the mean of that activation in its
+    own texts minus that in the other's, as a share of its largest activation in the atlas. A text that was asked for
+    and not written counts as what a guess would get: as one of the other's, so it ties with them and adds nothing. The
+    other's that were not written are no answer about this latent, and leave both scores as they are.
+
+    NaN where there are own texts and none of another latent to hold them against.
 
     Args:
         own: Its largest absolute activation in each of the texts written for it.
-        other: The same in texts written for another latent.
+        other: The same in texts written for another latent; see `contrasted`.
         largest: Its largest activation in the atlas.
         n: Texts that were asked for.
     """
-    missing, missing_other = n - own.size, n - other.size
-    score = 0.0
-    if own.size and other.size:
-        score = (2 * auroc(own, other) - 1) * (own.size / n) * (other.size / n)
-    n_bad = missing + missing_other
-    share = (float(own.sum()) - float(other.sum())) / (n * largest) if largest > 0 else 0.0
+    ordered = share = 0.0
+    if own.size and not other.size:
+        ordered = share = math.nan
+    elif own.size:
+        ordered = (2 * auroc(own, other) - 1) * own.size / n
+        share = (float(own.mean()) - float(other.mean())) / largest * own.size / n if largest > 0 else 0.0
     return [
-        Score("generation", "auroc", None, score, 2 * n, n_bad),
-        Score("generation", "activation", None, share, 2 * n, n_bad),
+        Score("generation", variant, None, score, n, n - own.size)
+        for variant, score in (("auroc", ordered), ("activation", share))
     ]
+
+
+def contrasted(n_texts: Sequence[int], i: int) -> int | None:
+    """Whose texts those of the i-th latent are held against: the nearest before it that has any, the last before the
+    first; None where no other has."""
+    return next(
+        (j % len(n_texts) for j in range(i - 1, i - len(n_texts), -1) if n_texts[j % len(n_texts)]), None
+    )

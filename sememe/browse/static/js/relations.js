@@ -15,10 +15,19 @@
     if (latent.encoder_decoder_cosine !== null) facts.push(["reads as it writes", number(latent.encoder_decoder_cosine), "cosine of encoder and decoder"]);
     if (latent.max_cos !== null) facts.push(["nearest other", number(latent.max_cos), "cosine, in this dictionary"]);
     if (latent.mcs !== null) facts.push(["mcs", number(latent.mcs), "nearest of other dictionaries"]);
-    if (latent.self_similarity !== null) facts.push(["since a checkpoint", number(latent.self_similarity), "cosine to itself at the last but one"]);
+    if (latent.self_similarity !== null) facts.push(["since a checkpoint", html`${number(latent.self_similarity)} <${History} history=${latent.history} />`, "cosine to itself at the last but one; bars: at each that was kept"]);
     if (latent.kurtosis !== null) facts.push(["kurtosis", number(latent.kurtosis), `skew ${number(latent.skew)}; normal: 3 and 0`]);
     if (latent.outlier_share !== null) facts.push(["outlier share", percent(latent.outlier_share, 2), "in outlier dimensions"]);
     return facts;
+  }
+
+  // How near its direction was to what it is now at each checkpoint that training kept, the earliest first.
+  function History({ history }) {
+    const steps = history.step || [];
+    if (steps.length < 2) return null;
+    const step = 5, tall = (cosine) => Math.max(0.06, Math.min(1, Math.abs(cosine))) * 16;
+    return html`<svg class="deciles-line history" width=${steps.length * step} height="18" role="img" aria-label=${`at ${steps.length} kept checkpoints: ${history.cosine.map((cosine) => number(cosine, 2)).join(", ")}`}>
+      ${steps.map((at, i) => html`<rect key=${at} class=${history.cosine[i] < 0 ? "under" : ""} x=${i * step} width=${step - 1} y=${17 - tall(history.cosine[i])} height=${tall(history.cosine[i])}><title>${`step ${count(at)}: ${number(history.cosine[i])}`}</title></rect>`)}</svg>`;
   }
 
   // A score for each tenth of the activations, the lowest first.
