@@ -39,7 +39,7 @@ class Encoded:
         d_sae: Number of latents.
         k: Entries per row, if every row holds the same number.
         overflow: Given where acts and indices are a buffer that may be longer than `row_ptr[-1]`: whether there
-            were more entries than it could take.
+            were more entries than it could take; of several dictionaries in one, each one's own.
     """
 
     __slots__ = ("acts", "d_sae", "indices", "k", "overflow", "row_ptr")
@@ -51,7 +51,7 @@ class Encoded:
         row_ptr: Int[Tensor, " batch_plus_1"],
         d_sae: int,
         k: int | None = None,
-        overflow: Bool[Tensor, ""] | None = None,
+        overflow: Bool[Tensor, "*n"] | None = None,
     ) -> None:
         if acts.shape != indices.shape or acts.dim() != 1 or row_ptr.dim() != 1:
             raise ShapeError(
@@ -129,7 +129,7 @@ class Encoded:
         """
         if self.overflow is None:
             return self
-        if bool(self.overflow):
+        if bool(self.overflow.any()):
             raise ShapeError(
                 f"the entries must fit their buffer of {self.acts.shape[0]}", "more", "Raise its capacity."
             )

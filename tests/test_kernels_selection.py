@@ -108,6 +108,24 @@ def test_group_max(path, batch, d_in, n_groups, size, seed):
     check(Encoded.from_topk(acts, indices, n_groups * size), keep, p, relu=True)
 
 
+def test_a_nan_is_the_largest_of_its_group():
+    """Of every group, the last too, whose neighbour is outside the dictionary."""
+    p = case(3, 4, 12, 0)
+    p["x"].data[1, 2] = torch.nan
+    p["b_enc"].data[10] = -torch.nan
+    acts, indices = kernels.encode_group_max(p["x"], p["W_enc"], p["b_enc"], p["b_pre"], 3)
+    assert acts.isnan().tolist() == [[False, False, True], [True] * 3, [False, False, True]]
+    assert indices[1].tolist() == [0, 4, 8] and indices[0, 2] == indices[2, 2] == 10
+
+
+def test_a_pursuit_takes_the_latent_that_is_nan():
+    W = torch.nn.functional.normalize(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), dim=1)
+    W[2, 1] = torch.nan
+    with kernels.use("reference"):
+        acts, indices, _ = kernels.matching_pursuit(torch.ones(2, 4), W, 1)
+    assert indices.tolist() == [[2], [2]] and bool(acts.isnan().all())
+
+
 @pytest.mark.parametrize("share", [0.02, 0.5])
 def test_decoding_is_one_map_whether_sums_or_a_dense_product_do_it(share):
     generator = torch.Generator().manual_seed(0)

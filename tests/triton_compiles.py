@@ -17,7 +17,6 @@ ARGUMENTS = {
     "*i32": "indices keys latents used bounds dropped",
     "*i64": "starts stops ptr entries entry_rows",
     "*i16": "tile",
-    "*bf16": "shadow",
     "*u8": "frozen",
     "i32": "width n_tile first_latent n_keep limit k n rows_each d_sae",
     "fp32": "step_size beta1 beta2 root_correction eps lr momentum",
@@ -35,8 +34,8 @@ KERNELS = [
         8,
     ),
     (selection._keep, {"SLOTS": [1, 128], "SIGNED": BOTH}, 4),
-    (optimiser._adam_flat, {"BLOCK": [optimiser.FLAT], "FROZEN": BOTH, "SHADOW": BOTH, "SEVERAL": BOTH}, 4),
-    (optimiser._adam_rows, {"BLOCK": [1, 4096], "FROZEN": BOTH, "SHADOW": BOTH, "SEVERAL": BOTH}, 8),
+    (optimiser._adam_flat, {"BLOCK": [optimiser.FLAT], "FROZEN": BOTH, "SEVERAL": BOTH}, 4),
+    (optimiser._adam_rows, {"BLOCK": [1, 4096], "FROZEN": BOTH, "SEVERAL": BOTH}, 8),
     (signum._signum_flat, {"BLOCK": [optimiser.FLAT], "FROZEN": BOTH}, 4),
     (signum._signum_rows, {"BLOCK": [1, 4096], "FROZEN": BOTH}, 8),
 ]

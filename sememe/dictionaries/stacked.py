@@ -182,7 +182,7 @@ class Stack:
         """The i-th one's own entries: of TopK as many as it keeps."""
         own = kernels.apart(encoded, len(self.configs), i)
         if encoded.k is None:
-            own.overflow = encoded.overflow
+            own.overflow = None if encoded.overflow is None else encoded.overflow[i]
             return own
         view, k = own.topk_view(), self.configs[i].k
         return Encoded.from_topk(view.acts[:, :k], view.indices[:, :k], self.d_sae)

@@ -296,7 +296,8 @@ def encode_batch_topk(
     With a leading axis, n_kept of each of several dictionaries of one shape, in one `Encoded` (see `together`).
 
     On a GPU the positive ones come first and the rest belongs to no row (of several dictionaries, to the last row of
-    each). There the result has an `overflow`: it is set if a row was kept from having more than 16 times the average.
+    each). There the result has an `overflow`, one for each dictionary: set if a row was kept from having more than 16
+    times the average.
     """
     path = path_for(x)
     if path == "gpu":

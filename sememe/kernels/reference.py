@@ -59,9 +59,7 @@ def encode_group_max(
     """The largest positive pre-activation of each group of consecutive latents; ties go to the lower index."""
     pre_acts = (x - b_pre) @ W_enc + b_enc
     groups = pre_acts.view(x.shape[0], n_groups, -1)
-    largest = groups.detach() == groups.detach().amax(dim=2, keepdim=True)
-    # not argmax: which of several equal values it names is left open
-    first = torch.where(largest, torch.arange(groups.shape[2], device=x.device), groups.shape[2]).amin(dim=2)
+    first = _first_largest(groups.detach())
     indices = first + groups.shape[2] * torch.arange(n_groups, device=x.device)
     return torch.relu(pre_acts.gather(1, indices)), indices.to(torch.int32)
 
@@ -126,18 +124,24 @@ def matching_pursuit(
 ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"], Float[Tensor, "batch d_in"]]:
     """k greedy steps; the choice has no gradient, what is done with it has."""
     residual, acts, indices = x, [], []
-    latents = torch.arange(W.shape[0], device=W.device)
     for _ in range(k):
-        scores = (residual @ W.T).detach()
-        largest = scores == scores.amax(dim=1, keepdim=True)
-        # not argmax: which of several equal values it names is left open
-        chosen = torch.where(largest, latents, W.shape[0] - 1).amin(dim=1)
+        chosen = _first_largest((residual @ W.T).detach())
         directions = W[chosen]
         act = torch.relu((residual * directions).sum(1))
         residual = residual - act[:, None] * directions
         acts.append(act)
         indices.append(chosen)
     return torch.stack(acts, dim=1), torch.stack(indices, dim=1).to(torch.int32), residual
+
+
+def _first_largest(values: Float[Tensor, "*n places"]) -> Int[Tensor, "*n"]:
+    """The lowest place of the largest value along the last axis; NaN is larger than all.
+
+    Not argmax: which of several equal values it names is left open.
+    """
+    is_largest = (values == values.amax(dim=-1, keepdim=True)) | values.isnan()
+    places = torch.arange(values.shape[-1], device=values.device)
+    return torch.where(is_largest, places, values.shape[-1]).amin(dim=-1)
 
 
 def decode(

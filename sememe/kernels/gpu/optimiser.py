@@ -17,9 +17,9 @@ FLAT = 1024
 
 @triton.jit
 def _adam_flat(
-    param, grad, exp_avg, exp_avg_sq, grad_scale, frozen, shadow, step_sizes, n, width, rows_each,
+    param, grad, exp_avg, exp_avg_sq, grad_scale, frozen, step_sizes, n, width, rows_each,
     step_size, beta1, beta2, root_correction, eps,
-    BLOCK: tl.constexpr, FROZEN: tl.constexpr, SHADOW: tl.constexpr, SEVERAL: tl.constexpr,
+    BLOCK: tl.constexpr, FROZEN: tl.constexpr, SEVERAL: tl.constexpr,
 ):  # fmt: skip
     """One step for a block of elements."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -39,15 +39,13 @@ def _adam_flat(
     tl.store(exp_avg + place, m, mask=inside)
     tl.store(exp_avg_sq + place, v, mask=inside)
     tl.store(param + place, p, mask=inside)
-    if SHADOW:
-        tl.store(shadow + place, p.to(tl.bfloat16), mask=inside)
 
 
 @triton.jit
 def _adam_rows(
-    param, grad, exp_avg, exp_avg_sq, grad_scale, frozen, shadow, step_sizes, n, width, rows_each,
+    param, grad, exp_avg, exp_avg_sq, grad_scale, frozen, step_sizes, n, width, rows_each,
     step_size, beta1, beta2, root_correction, eps,
-    BLOCK: tl.constexpr, FROZEN: tl.constexpr, SHADOW: tl.constexpr, SEVERAL: tl.constexpr,
+    BLOCK: tl.constexpr, FROZEN: tl.constexpr, SEVERAL: tl.constexpr,
 ):  # fmt: skip
     """One step for a row that keeps norm 1: it stays in registers from the projection to the division."""
     column = tl.arange(0, BLOCK)
@@ -73,8 +71,6 @@ def _adam_rows(
     tl.store(exp_avg + place, m, mask=inside)
     tl.store(exp_avg_sq + place, v, mask=inside)
     tl.store(param + place, p, mask=inside)
-    if SHADOW:
-        tl.store(shadow + place, p.to(tl.bfloat16), mask=inside)
 
 
 def adam_step(
@@ -89,7 +85,6 @@ def adam_step(
     grad_scale: float | Tensor,
     unit_norm: bool,
     frozen: Tensor | None = None,
-    shadow: Tensor | None = None,
 ) -> None:
     """See `kernels.adam_step`. Parameter, gradient and moments must be contiguous.
 
@@ -105,7 +100,6 @@ def adam_step(
         grad_scale: What the gradient is multiplied by; a tensor is read on the device.
         unit_norm: Rows keep norm 1.
         frozen: Rows that stay as they are.
-        shadow: Gets the new parameter in bfloat16, for the next encoder product (see `encode_topk`).
     """
     rows_each, width = param.shape[-2:]
     rows = param.numel() // max(1, width)
@@ -119,10 +113,10 @@ def adam_step(
     kernel = _adam_rows if unit_norm else _adam_flat
     kernel[(rows if unit_norm else triton.cdiv(param.numel(), FLAT),)](
         param.detach(), grad.detach().contiguous(), exp_avg, exp_avg_sq, scale,
-        param if frozen is None else frozen.to(torch.uint8), param if shadow is None else shadow,
+        param if frozen is None else frozen.to(torch.uint8),
         scale if step_sizes is None else step_sizes, param.numel(), width, rows_each,
         0.0 if isinstance(lr, Tensor) else float(lr / correction), float(betas[0]), float(betas[1]),
         float(1 / (1 - betas[1] ** step) ** 0.5), float(eps),
-        BLOCK=block, FROZEN=frozen is not None, SHADOW=shadow is not None, SEVERAL=several,
+        BLOCK=block, FROZEN=frozen is not None, SEVERAL=several,
         num_warps=8 if block >= 4096 else 4, **OPTIONS,
     )  # fmt: skip

@@ -3,7 +3,8 @@
 The encoder product goes tile by tile over the latents, in bfloat16, into one buffer that every tile reuses. After
 each tile, one program per row merges the tile's entries into the row's candidates: the largest so far, exactly,
 ties to the lower latent. The candidates are then scored again in float32, and the last choice is made among those.
-So a latent is lost only if bfloat16 ranks it behind all the spare candidates too.
+So a latent is lost only if bfloat16 ranks it behind all the spare candidates too. NaN, of either sign, is the largest
+value there is: a diverged run has to show.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ __all__ = [
 TILE = 4096
 """Latents per product: 64 MB for a batch of 8192, of the order of a large device's cache."""
 
+NAN = tl.constexpr(0x7FC00000)
+"""Bits of the one NaN that all count as: above those of infinity. As bfloat16, half of it."""
+
 SPARE = 8
 """Candidates beyond those wanted (at least; a quarter if that is more) that are scored in float32."""
 
@@ -49,12 +53,12 @@ class Candidates(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """What an encoder keeps, as in `Encoded`."""
+    """What an encoder keeps, as in `Encoded`; of several dictionaries, each has its own overflow or all have one."""
 
     acts: Float[Tensor, " nnz"]
     indices: Int[Tensor, " nnz"]
     row_ptr: Int[Tensor, " batch_plus_1"]
-    overflow: Bool[Tensor, ""]
+    overflow: Bool[Tensor, "*n"]
 
 
 class Encoder(NamedTuple):
@@ -98,12 +102,13 @@ def _merge(
     if MARGIN:
         margin = tl.load(column_margin + first + column, mask=inside, other=0.0)
         value += tl.load(row_margin + row) * margin
+    nan = value != value
     if SIGNED:
         value = tl.abs(value)
-        qualifies = inside & (value >= 0.0)
+        qualifies = inside
     else:
-        qualifies = inside & (value > 0.0)
-    rounded = ((value.to(tl.int32, bitcast=True) >> 15) + 1) >> 1
+        qualifies = inside & (nan | (value > 0.0))
+    rounded = tl.where(nan, NAN >> 16, ((value.to(tl.int32, bitcast=True) >> 15) + 1) >> 1)
     bound = tl.load(bounds + row)
     fresh = qualifies & (rounded + 1 > bound)
     key = tl.where(fresh, rounded + 1, 0)
@@ -158,13 +163,14 @@ def _keep(
     latent = tl.load(latents + row * width + slot, mask=valid, other=0)
     if SIGNED:
         negative = (score < 0.0).to(tl.int64)
-        size = tl.abs(score)
+        bits = tl.abs(score).to(tl.int32, bitcast=True)
     else:
         negative = tl.zeros((SLOTS,), dtype=tl.int64)
-        size = tl.maximum(score, 0.0)
+        bits = tl.maximum(score, 0.0).to(tl.int32, bitcast=True)
+    bits = tl.where(score != score, NAN, bits)
     # the score's bits above, the latent's complement below, its sign last: one sort of integers decides all
     low = ((0x3FFFFFFF - latent).to(tl.int64) << 1) | negative
-    packed = ((size.to(tl.int32, bitcast=True).to(tl.int64) + 1) << 31) | low
+    packed = ((bits.to(tl.int64) + 1) << 31) | low
     packed = tl.sort(tl.where(valid, packed, 0), descending=True)
     filled = packed > 0
     act = tl.where(filled, (packed >> 31) - 1, 0).to(tl.int32).to(tl.float32, bitcast=True)
@@ -181,7 +187,6 @@ def candidates_of(
     *,
     signed: bool = False,
     margins: tuple[Float[Tensor, " batch"], Float[Tensor, " d_sae"]] | None = None,
-    shadow: Tensor | None = None,
 ) -> Candidates:
     """Per row the n_keep largest of `centred @ W.T + offset` among the positive ones (by size, if signed).
 
@@ -191,7 +196,6 @@ def candidates_of(
         offset: Added to the products, in float32.
         signed: Rank by absolute value, and let everything qualify.
         margins: Their outer product is added as well.
-        shadow: W in bfloat16, if it is at hand; else each tile of W is rounded when its turn comes.
     """
     x16 = encoder.centred.bfloat16()
     batch, device, n_dictionaries = x16.shape[0], x16.device, encoder.n
@@ -200,19 +204,15 @@ def candidates_of(
     width = min(_tile(n_dictionaries), triton.next_power_of_2(d_sae))
     slots = triton.next_power_of_2(2 * n_keep)  # room to collect in, so that most tiles only add
     product = torch.empty(batch * width, dtype=torch.bfloat16, device=device)
-    n_rounded = 0 if shadow is not None else n_dictionaries * width * d_in
-    rounded = torch.empty(n_rounded, dtype=torch.bfloat16, device=device)
+    rounded = torch.empty(n_dictionaries * width * d_in, dtype=torch.bfloat16, device=device)
     keys, latents = (torch.zeros(batch, slots, dtype=torch.int32, device=device) for _ in range(2))
     used, bounds, dropped = (torch.zeros(batch, dtype=torch.int32, device=device) for _ in range(3))
     row_margin, column_margin = margins if margins is not None else (offset, offset)
     for first in range(0, d_sae, width):
         n = min(width, d_sae - first)
         tile = product[: batch * n].view(batch, n)
-        if shadow is not None:
-            weights = shadow.view(n_dictionaries, d_sae, d_in)[:, first : first + n]
-        else:
-            weights = rounded[: n_dictionaries * n * d_in].view(n_dictionaries, n, d_in)
-            weights.copy_(of_each[1][:, first : first + n])
+        weights = rounded[: n_dictionaries * n * d_in].view(n_dictionaries, n, d_in)
+        weights.copy_(of_each[1][:, first : first + n])
         if n_dictionaries == 1:
             torch.mm(x16, weights[0].T, out=tile)
         else:
@@ -276,7 +276,7 @@ class _Encode(torch.autograd.Function):
         centred, W, acts, indices, row_ptr = ctx.saved_tensors
         places = torch.arange(acts.shape[0], device=acts.device)
         x_shape, W_shape, b_shape = ctx.shapes
-        open_ = acts > 0 if ctx.rectified else places < row_ptr[-1]
+        open_ = ~(acts <= 0) if ctx.rectified else places < row_ptr[-1]
         grad = torch.where(open_, grads[0], 0.0)
         grad_x = grad_W = grad_b = None
         if ctx.needs_input_grad[0]:
@@ -305,11 +305,9 @@ def encode_by(
 # -- a number per row ------------------------------------------------------------------------------
 
 
-def _per_row(
-    encoder: Encoder, k: int, signed: bool, shadow: Tensor | None, own_k: Tensor | None = None
-) -> Chosen:
+def _per_row(encoder: Encoder, k: int, signed: bool, own_k: Tensor | None = None) -> Chosen:
     n_keep = min(k + max(SPARE, k // 4), encoder.d_sae)
-    candidates = candidates_of(encoder, n_keep, encoder.b, signed=signed, shadow=shadow)
+    candidates = candidates_of(encoder, n_keep, encoder.b, signed=signed)
     scores = scores_of(encoder, candidates)
     batch, slots = scores.shape
     device = scores.device
@@ -334,7 +332,6 @@ def encode_topk(
     b_pre: Float[Tensor, "*n d_in"],
     k: int,
     own_k: Int[Tensor, "*n"] | None = None,
-    shadow: Tensor | None = None,
 ) -> tuple[Float[Tensor, "*n batch k"], Int[Tensor, "*n batch k"]]:
     """See `kernels.encode_topk`.
 
@@ -345,9 +342,8 @@ def encode_topk(
         b_pre: Subtracted from the inputs; a constant.
         k: Latents per row.
         own_k: How many of them each of several dictionaries keeps.
-        shadow: W_enc.T in bfloat16 as the optimiser left it (see `adam_step`), which saves rounding it again.
     """
-    chosen = encode_by(x, W_enc, b_enc, b_pre, lambda e: _per_row(e, k, False, shadow, own_k), True)
+    chosen = encode_by(x, W_enc, b_enc, b_pre, lambda e: _per_row(e, k, False, own_k), True)
     acts, indices = chosen.acts.view(*x.shape[:-1], k), chosen.indices.view(*x.shape[:-1], k)
     if x.dim() == 3:  # named as each dictionary does
         indices = indices.remainder(W_enc.shape[-1])
@@ -362,5 +358,5 @@ def encode_abs_topk(
     k: int,
 ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
     """See `kernels.encode_abs_topk`."""
-    chosen = encode_by(x, W_enc, b_enc, b_pre, lambda e: _per_row(e, k, True, None), False)
+    chosen = encode_by(x, W_enc, b_enc, b_pre, lambda e: _per_row(e, k, True), False)
     return chosen.acts.view(-1, k), chosen.indices.view(-1, k)

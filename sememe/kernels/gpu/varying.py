@@ -52,7 +52,8 @@ def encode_batch_topk(
     beyond 16 times the average per row."""
     chosen = encode_by(x, W_enc, b_enc, b_pre, lambda encoder: _of_batch(encoder, n_kept), True)
     d_sae = b_enc.numel()  # of all
-    encoded = Encoded(chosen.acts, chosen.indices, chosen.row_ptr, d_sae, None, chosen.overflow)
+    overflow = chosen.overflow.view(b_enc.shape[:-1])
+    encoded = Encoded(chosen.acts, chosen.indices, chosen.row_ptr, d_sae, None, overflow)
     return encoded, encoded.acts.detach().view(*x.shape[:-2], -1).amin(-1)
 
 
@@ -75,7 +76,7 @@ def _above(encoder: Encoder, threshold: Float[Tensor, " d_sae"] | None, capacity
     scores = scores_of(encoder, candidates)
     slots = torch.arange(scores.shape[1], device=scores.device)
     limit = 0.0 if threshold is None else threshold[candidates.latents]
-    kept = (slots < candidates.used[:, None]) & (scores > limit)
+    kept = (slots < candidates.used[:, None]) & ~(scores <= limit)  # so written, NaN is kept
     counted, acts, indices = _squeezed(kept.view(-1), capacity, scores.view(-1), candidates.latents.view(-1))
     stops = counted.view(batch, -1)[:, -1]
     row_ptr = torch.cat([stops.new_zeros(1), stops]).clamp_(max=capacity)
@@ -106,7 +107,7 @@ def _of_batch(encoder: Encoder, n_kept: int) -> Chosen:
     places = torch.arange(n_scored, device=device)
     size = torch.where(places < stops[:, -1:], scores, 0.0)
     largest = torch.sort(size, dim=1, descending=True, stable=True).indices[:, :n_kept]
-    chosen = torch.zeros_like(size, dtype=torch.bool).scatter_(1, largest, True) & (size > 0)
+    chosen = torch.zeros_like(size, dtype=torch.bool).scatter_(1, largest, True) & ~(size <= 0)
     reached, acts, indices = _squeezed(chosen, n_kept, scores, latents)
     rows = torch.cat([starts, stops[:, -1:]], dim=1)
     row_ptr = torch.cat([reached.new_zeros(n, 1), reached], dim=1).gather(1, rows)
@@ -117,7 +118,7 @@ def _of_batch(encoder: Encoder, n_kept: int) -> Chosen:
         flat_ptr = torch.cat([(row_ptr[:, :-1] + begin * n_kept).view(-1), last_end])
     else:
         flat_ptr = row_ptr.view(-1)
-    return Chosen(acts.reshape(-1), indices.reshape(-1), flat_ptr, full.any())
+    return Chosen(acts.reshape(-1), indices.reshape(-1), flat_ptr, full.any(1))
 
 
 def _bound(keys: Int[Tensor, "n places"], n: int) -> Int[Tensor, "n 1"]:
