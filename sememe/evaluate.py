@@ -143,7 +143,7 @@ def evaluate(config: EvaluateConfig, *, lm: LanguageModel | None = None, fresh: 
         check_store(store, saved, sites)
     notices = check_text(saved, store, config.text)
     twins = open_twins(config)
-    notices += check_twins(config, twins, policy)
+    notices += check_twins(config, twins, policy, [sites])
     if several:
         parents = {f"model.{number}": fingerprint for number, fingerprint in enumerate(models_of(sites))}
     else:
