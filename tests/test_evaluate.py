@@ -489,7 +489,8 @@ def test_the_smallest_set_of_latents_within_a_share_of_the_perplexity(
         assert ("cause" in own) == (not enough)
         if own["low"] is not None:
             assert own["low"] <= own["n_latents"]
-        draws = np.load(tmp_path / f"r{share}" / "draws.npz")
+        with np.load(tmp_path / f"r{share}" / "draws.npz") as file:
+            draws = dict(file)
         # the base's own draws follow from an arm's: its cross-entropy less what it adds
         most = (1 + share) * np.exp(draws["dictionary/ce"] - draws["dictionary/ce_increase"])
         kept = {n: draws[f"strongest_{n}/perplexity"] <= most for n in (2, 4, 8, 16)}
