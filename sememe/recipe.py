@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 from sememe.config import Config, read_toml
 from sememe.errors import ConfigError, nearest
 
-__all__ = ["Recipe", "Stage", "place_of", "read_recipe", "stages"]
+__all__ = ["TWIN", "Recipe", "Stage", "place_of", "read_recipe", "stages"]
 
 SHARED = ("model", "text", "policy")
 STAGES = ("harvest", "train", "fit", "evaluate", "interpret", "effects", "explain", "export", "compare")
