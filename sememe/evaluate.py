@@ -56,7 +56,7 @@ from sememe.splice import SeveralModels
 from sememe.store import Store, open_store
 from sememe.text import TokenPolicy
 
-__all__ = ["NULLS", "EvaluateConfig", "evaluate"]
+__all__ = ["NULLS", "EvaluateConfig", "evaluate", "powers_below"]
 
 VERSION = 6
 
@@ -143,7 +143,7 @@ def evaluate(config: EvaluateConfig, *, lm: LanguageModel | None = None, fresh: 
         check_store(store, saved, sites)
     notices = check_text(saved, store, config.text)
     twins = open_twins(config)
-    notices += check_twins(config, twins, policy)
+    notices += check_twins(config, twins, policy, [sites])
     if several:
         parents = {f"model.{number}": fingerprint for number, fingerprint in enumerate(models_of(sites))}
     else:
@@ -232,7 +232,7 @@ def make_arms(
         order = _energy(dictionary, fitted.x).argsort(descending=True, stable=True)
         numbers = torch.Generator().manual_seed(config.seed)
         drawn = torch.randperm(dictionary.d_sae, generator=numbers).to(order.device)
-        for n in _powers(dictionary.d_sae):
+        for n in powers_below(dictionary.d_sae):
             kept = torch.zeros_like(order, dtype=torch.bool)
             kept[order[:n]] = True
             parts[f"{STRONGEST}{n}"] = Part(dictionary, kept)
@@ -248,7 +248,8 @@ DRAWN = "drawn_"
 """Arms of the latents that write most, and of as many drawn at random; how many."""
 
 
-def _powers(d_sae: int) -> list[int]:
+def powers_below(d_sae: int) -> list[int]:
+    """How many latents the arms of `within` keep: 2, 4, 8 ... fewer than all."""
     return [2**i for i in range(1, d_sae.bit_length()) if 2**i < d_sae]
 
 

@@ -4,12 +4,14 @@
     layers         which MLP of a stack computes a feature: one each, or all of them together
     likeness       how far rows of a generator fitted to a store are from the store's own
 
-Each is an artifact: the table as JSON and CSV, and a plot where there is something to draw. Knows `toy`, stores and
-dictionaries; trains no dictionary and runs no language model.
+Each is an artifact: the table as JSON and CSV, and a plot where there is something to draw. Where a number is
+missing it is null, with its cause in the last column. Knows `toy`, stores and dictionaries; trains no dictionary and
+runs no language model.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,12 +27,16 @@ from sememe.store import open_store
 from sememe.toy import (
     Fitted,
     FittedSource,
+    Layered,
     LayeredConfig,
+    Superposed,
     SuperposedConfig,
+    Superposition,
     layered,
     statistics,
     superpose,
 )
+from sememe.toy.layered import UNLEARNED
 
 __all__ = [
     "LayersConfig",
@@ -41,7 +47,8 @@ __all__ = [
     "superposition",
 ]
 
-VERSION = 1
+VERSION = 2
+NO_STATISTIC = "no number of {}: rows that do not vary, or on which no latent is active"
 TABLE = "table.json"
 
 
@@ -98,7 +105,7 @@ def superposition(config: SuperpositionConfig, *, fresh: bool = False) -> artifa
     config.networks.check()
 
     def made() -> tuple[list[dict[str, Any]], dict[str, str]]:
-        lines = [measured._asdict() for measured, _ in superpose(config.networks)]
+        lines = [_superposition_line(*found) for found in superpose(config.networks)]
         return lines, figures.superposition_plot(lines, config.networks.n_features)
 
     return _written(config, "superposition", {}, made, fresh)
@@ -117,15 +124,7 @@ def layers(config: LayersConfig, *, fresh: bool = False) -> artifact.Artifact:
 
     def made() -> tuple[list[dict[str, Any]], dict[str, str]]:
         found = layered(config.stack)
-        lines = [
-            {
-                "feature": feature,
-                "fvu": float(found.fvu[feature]),
-                "effective_layers": _number(found.effective_layers[feature]),
-                **{f"share_{layer}": _number(share) for layer, share in enumerate(found.shares[feature])},
-            }
-            for feature in range(config.stack.n_features)
-        ]
+        lines = [_layers_line(found, feature) for feature in range(config.stack.n_features)]
         return lines, figures.layers_plot(lines, config.stack.n_layers)
 
     return _written(config, "layers", {}, made, fresh)
@@ -160,10 +159,12 @@ def likeness(config: LikenessConfig, *, fresh: bool = False) -> artifact.Artifac
         first, second = (source.next_batch(half).x.float() for _ in range(2))
         generated = FittedSource(Fitted(dictionary, first), config.seed).hold_out(half).x
         real, again, fitted = (statistics(rows, dictionary) for rows in (second, first, generated))
-        lines = [
-            {"statistic": name, "real": real[name], "real_again": again[name], "fitted": fitted[name]}
-            for name in real
-        ]
+        sides = {"real": real, "real_again": again, "fitted": fitted}
+        lines = []
+        for name in real:
+            numbers = {side: _number(values[name]) for side, values in sides.items()}
+            none = ", ".join(side for side, value in numbers.items() if value is None)
+            lines.append({"statistic": name, **numbers, "cause": NO_STATISTIC.format(none) if none else ""})
         return lines, {}
 
     return _written(config, "likeness", parents, made, fresh)
@@ -197,9 +198,47 @@ def _hookpoint(
     return site.hookpoint
 
 
-def _number(value: torch.Tensor) -> float | None:
-    """A number, or None where there is none."""
-    return None if bool(value.isnan()) else float(value)
+def _superposition_line(measured: Superposition, network: Superposed) -> dict[str, Any]:
+    """A network's numbers, and why one is missing."""
+    numbers = {
+        name: _number(value) if isinstance(value, float) else value
+        for name, value in measured._asdict().items()
+    }
+    causes = []
+    if not bool(network.W.isfinite().all() and network.b.isfinite().all()):
+        causes.append("the training diverged: weights are NaN or infinite (lower lr)")
+    else:
+        if measured.n_carried == 0:
+            causes.append("interference: no feature is carried")
+        if numbers["dimensions_per_feature"] is None:
+            causes.append("dimensions_per_feature: all weights are 0, or their squares are infinite")
+        if numbers["loss"] is None:
+            causes.append("loss: no feature is active in any test row, or the error is infinite")
+    return {**numbers, "cause": "; ".join(causes)}
+
+
+def _layers_line(found: Layered, feature: int) -> dict[str, Any]:
+    """A feature's numbers, and why they are missing."""
+    fvu, effective = _number(found.fvu[feature]), _number(found.effective_layers[feature])
+    cause = ""
+    if fvu is None:
+        cause = "the feature is active in no test row, or the training diverged"
+    elif fvu > UNLEARNED:
+        cause = f"not learned: fvu above {UNLEARNED:g}"
+    elif effective is None:
+        cause = "its error does not grow without any one layer"
+    return {
+        "feature": feature,
+        "fvu": fvu,
+        "effective_layers": effective,
+        **{f"share_{layer}": _number(share) for layer, share in enumerate(found.shares[feature])},
+        "cause": cause,
+    }
+
+
+def _number(value: torch.Tensor | float) -> float | None:
+    """A number, or None where it is NaN or infinite, which JSON cannot say."""
+    return float(value) if math.isfinite(value) else None
 
 
 def _written(

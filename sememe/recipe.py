@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 from sememe.config import Config, read_toml
 from sememe.errors import ConfigError, nearest
 
-__all__ = ["Recipe", "Stage", "place_of", "read_recipe", "stages"]
+__all__ = ["TWIN", "Recipe", "Stage", "place_of", "read_recipe", "stages"]
 
 SHARED = ("model", "text", "policy")
 STAGES = ("harvest", "train", "fit", "evaluate", "interpret", "effects", "explain", "export", "compare")
@@ -208,7 +208,8 @@ def stages(recipe: Recipe, base: Path) -> list[Stage]:
             trained["" if place == Path() else str(place)] = place
     # All dictionaries before the first atlas, which may look into them.
     for label, place in trained.items():
-        found += _after_training(recipe, label, base, place, list(trained), beside, where)
+        fitting = beside if _same_place(recipe, label) else {}
+        found += _after_training(recipe, label, base, place, list(trained), fitting, where)
     found += _baselines(recipe, base, store, list(trained), where)
     if recipe.compare is not None:
         from sememe.compare import CompareConfig
@@ -237,6 +238,16 @@ def stages(recipe: Recipe, base: Path) -> list[Stage]:
             "Leave split out of [harvest].",
         )
     return found
+
+
+def _same_place(recipe: Recipe, label: str) -> bool:
+    """Whether a dictionary reads and writes what [twin]'s does, so that the twin is a null of its numbers."""
+    if recipe.twin is None:
+        return False
+    tables = recipe.dictionaries
+    own = tables.get(label) or tables.get(label.split("/")[0]) or tables.get("", {})
+    of = tables[recipe.twin["of"]]
+    return all(own.get(side) == of.get(side) for side in ("inputs", "outputs"))
 
 
 def _twin(recipe: Recipe, base: Path, harvest: Config, where: str) -> list[Stage]:

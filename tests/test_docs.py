@@ -47,6 +47,18 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+PLACEHOLDER = re.compile(r"\b[A-Z][A-Z0-9_-]*-FIGURES\b")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_page_waits_for_its_figures(page):
+    assert PLACEHOLDER.search("as in SUPERPOSED-FIGURES.") and not PLACEHOLDER.search(
+        "its FIGURES, and -FIGURES"
+    )
+    found = PLACEHOLDER.findall(page.read_text(encoding="utf-8"))
+    assert not found, f"{page.name}: {', '.join(found)} stands where figures are missing"
+
+
 def test_no_page_names_a_machines_paths_or_a_registrys_host():
     for path in [*PAGES, *sorted((ROOT / "sememe").rglob("*.py")), *sorted((ROOT / "runs").glob("*.toml"))]:
         text = path.read_text(encoding="utf-8")

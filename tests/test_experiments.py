@@ -11,10 +11,19 @@ from sememe import artifact, dictionaries
 from sememe.cli import _run
 from sememe.dictionaries.topk import TopK, TopKConfig
 from sememe.errors import ConfigError, HookpointError
-from sememe.experiments import LikenessConfig, SuperpositionConfig, likeness, superposition
+from sememe.experiments import (
+    LayersConfig,
+    LikenessConfig,
+    SuperpositionConfig,
+    _superposition_line,
+    layers,
+    likeness,
+    superposition,
+)
 from sememe.source import StoreSource
 from sememe.store import open_store
-from sememe.toy import statistics
+from sememe.toy import Superposed, statistics
+from sememe.toy.superposed import _measure
 
 
 def rows(folder):
@@ -61,6 +70,42 @@ def test_one_layer_computes_its_features_alone(tmp_path, capsys):
     assert all(line["share_0"] == 1 and line["effective_layers"] == 1 for line in learned)
     assert f"features of which one layer has over 90%     {len(learned)} of {len(learned)}" in out
     assert "effective layers of a feature" in (tmp_path / "l" / "layers.svg").read_text()
+
+
+def test_networks_without_a_number_have_a_cause_beside_it(tmp_path, capsys):
+    command = ["toy", "superposed", "--n-features", "4", "--widths", "2", "--densities", "1", "1e-12"]
+    command += ["--n-steps", "2", "--batch-size", "8"]
+    assert _run([*command, "--out", str(tmp_path / "idle")]) == 0
+    dense, idle = rows(tmp_path / "idle")
+    assert dense["cause"] == "" and dense["loss"] > 0
+    assert idle["loss"] is None and "loss: no feature is active in any test row" in idle["cause"]
+    assert "no feature is active" in capsys.readouterr().out
+    assert _run([*command, "--lr", "1e30", "--out", str(tmp_path / "far")]) == 0
+    far = rows(tmp_path / "far")[0]
+    assert far["interference"] is None and far["dimensions_per_feature"] is None
+    assert far["cause"] == "the training diverged: weights are NaN or infinite (lower lr)"
+    assert (tmp_path / "far" / "superposition.svg").is_file()
+
+
+def test_a_network_that_carries_nothing_has_no_interference():
+    network = Superposed(torch.zeros(2, 4), torch.zeros(4), 0.5, 0)
+    measured = _measure(network, torch.ones(4), torch.Generator().manual_seed(0))
+    line = _superposition_line(measured, network)
+    assert line["n_carried"] == 0 and line["interference"] is None and line["dimensions_per_feature"] is None
+    assert "interference: no feature is carried; dimensions_per_feature: all weights are 0" in line["cause"]
+
+
+def test_features_that_no_layer_computes_say_why(tmp_path):
+    stack = {"n_features": 4, "d": 4, "width": 1, "n_steps": 2, "batch_size": 16}
+    for density, cause in (
+        (0.5, "not learned: fvu above 0.9"),
+        (1e-12, "the feature is active in no test row, or the training diverged"),
+    ):
+        out = tmp_path / f"{density}"
+        layers(LayersConfig.build({"stack": {**stack, "density": density}, "out": out}))
+        found = rows(out)
+        assert all(line["effective_layers"] is None and line["cause"] == cause for line in found)
+        assert all((line["fvu"] is None) == (density < 0.1) for line in found)
 
 
 def test_a_fitted_generator_stands_beside_two_halves_of_the_real_rows(tmp_path, capsys):

@@ -141,3 +141,23 @@ def test_what_cannot_be_probed_says_why(acts, labels, ks, error, message):
     with pytest.raises(error) as raised:
         metrics.sparse_probe(acts, labels, ks)
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(("n_one", "n_other"), [(10, 10), (10, 40)])
+def test_a_score_of_one_has_a_bound_that_holds_where_it_is_a_matter_of_chance(n_one, n_other):
+    """Truths at which all is right in 2.5% of the samples: whoever gets 1 there may not exclude the truth."""
+    y = np.arange(n_one + n_other) < n_one
+    folds = np.zeros(len(y), dtype=np.int64)
+    answers = np.where(y, 1.0, -1.0)
+    probe = metrics.Probe(metrics.ProbeScores(1.0, 1.0, 1.0), (), answers, folds)
+    found = metrics.probe_scores(probe, torch.from_numpy(y), n_bootstrap=20)
+    # one class always right, the other's rows right with chance p: all are, in 2.5% of the samples
+    p = 0.025 ** (1 / n_one)
+    assert found["balanced_accuracy"].low <= (1 + p) / 2 and found["auroc"].low <= p
+    alike = 0.025 ** (1 / (n_one + n_other))  # both classes' rows right with one chance
+    assert found["balanced_accuracy"].low <= alike + 1e-12
+    assert found["auroc"].low == pytest.approx(0.025 ** (1 / 10)) and found["auroc"].high == 1
+    wrong = metrics.Probe(metrics.ProbeScores(0.0, 0.0, 0.0), (), -answers, folds)
+    mirrored = metrics.probe_scores(wrong, torch.from_numpy(y), n_bootstrap=20)
+    for name in ("balanced_accuracy", "auroc"):
+        assert (mirrored[name].low, mirrored[name].high) == (0.0, pytest.approx(1 - found[name].low)), name

@@ -7,9 +7,12 @@ import pytest
 from small_world import write_corpus, write_model, write_recipe
 
 from sememe.cli import _run
+from sememe.dictionaries.sparse_coder import KSVDConfig, SparseCoderConfig
 from sememe.errors import ResourceError
-from sememe.plan import Machine, check, costs, plan, refuse
+from sememe.lm import ModelConfig, outline
+from sememe.plan import Machine, check, costs, fitting, plan, refuse
 from sememe.plan.machine import Speed
+from sememe.plan.stages import estimates
 from sememe.recipe import read_recipe, stages
 from sememe.run import run
 
@@ -230,3 +233,79 @@ def test_what_a_plan_takes_as_the_start_is_what_the_options_say():
     assert start("relu", start_density=0.0) == 1024
     assert start("jumprelu", target_l0=10.0) == 40
     assert start("gated", start_density=0.1) == pytest.approx(204.8)
+
+
+SPEED = Speed(encoder=370e9, model=381e9, dense=168e9, bandwidth=31e9)
+
+
+def estimated(place, tmp_path, more: str) -> dict[str, tuple[costs.Bytes, float]]:
+    """Stages of the recipe with other tables at its end: what each needs, and its seconds."""
+    recipe = tmp_path / "more.toml"
+    recipe.write_text((place / "small.toml").read_text().replace("n_bootstrap = 50\n", more))
+    found = estimates(stages(read_recipe(recipe), tmp_path / "out")).stages
+    return {e.stage.label: (e.needs, e.seconds_at(SPEED)) for e in found}
+
+
+def test_a_fit_that_holds_its_rows_is_planned_with_their_dense_codes_and_a_time(place, tmp_path):
+    fits = [
+        'ksvd = {baseline = {kind = "ksvd", d_sae = 4096, k = 4, n_iterations = 10}}',
+        'long = {baseline = {kind = "ksvd", d_sae = 4096, k = 4, n_iterations = 20}}',
+        'one_batch = {n_rows = 500, baseline = {kind = "ksvd", d_sae = 4096, k = 4, n_iterations = 10}}',
+        'rica = {baseline = {kind = "rica", d_sae = 4096}}',
+        'pca = {baseline = {kind = "pca"}}',
+    ]
+    found = estimated(place, tmp_path, "[fit]\n" + "\n".join(fits) + "\n")
+    all_rows, few_rows = found["fit ksvd"][0].memory, found["fit one_batch"][0].memory
+    n_rows = (6000 // 32 + 1) * 31
+    assert all_rows - few_rows >= 2 * 4 * (n_rows - 500) * 4096, (
+        "K-SVD: twice a number of every row and direction"
+    )
+    assert found["fit long"][0] == found["fit ksvd"][0]
+    assert found["fit long"][1] - costs.START == pytest.approx(
+        2 * (found["fit ksvd"][1] - costs.START), rel=0.01
+    )
+    assert costs.START <= found["fit pca"][1] < found["fit rica"][1]
+
+
+def test_rows_that_are_streamed_are_not_planned_as_held():
+    one, many = (fitting.streamed_bytes(512, 4096, n, 0.0).memory for n in (8192, 2**20))
+    assert one == many
+    over = SparseCoderConfig()
+    held = fitting.held_bytes(over, 512, 4096, 2**20, 0.0).memory
+    learned = fitting.held_bytes(KSVDConfig(d_sae=4096, k=4), 512, 4096, 2**20, 0.0).memory
+    assert held - many > 2**20 * 512 * 4 and learned - held > 2 * 4 * 2**20 * 4096
+
+
+def test_every_arm_of_an_evaluation_is_planned(place, tmp_path):
+    def evaluated(more: str) -> tuple[float, float]:
+        nulls = "" if "nulls" in more else "nulls = []\n"
+        needs, seconds = estimated(place, tmp_path, nulls + more)["evaluate"]
+        return needs.memory - costs.BASE, seconds
+
+    bare = evaluated("")
+    one = evaluated("leave_out_above = [0.1]\n")
+    arm = [after - before for after, before in zip(one, bare, strict=True)]
+    assert min(arm) > 0
+    dictionary = 4.0 * (48 * (2 * 32 + 1) + 32)
+    for more, n_arms, held in (
+        ("top_latents = [4, 8]\n", 4, 0.0),
+        ("within = 0.01\n", 2 * 5, 0.0),  # 2, 4, 8, 16, 32 of 48
+        ('matched_in = "other"\n', 2, dictionary),
+        ('nulls = ["pca"]\n', 1, dictionary),
+    ):
+        found = evaluated(more)
+        assert found[1] - bare[1] == pytest.approx(n_arms * arm[1], rel=1e-6), more
+        assert found[0] - bare[0] == pytest.approx(n_arms * arm[0] + held, abs=300), more
+
+
+def test_a_twin_is_planned_as_another_model_beside_the_first(place, tmp_path):
+    lm = outline(ModelConfig(model=str(place / "model"), dtype="float32"))
+    twins = 'twins = ["one", "another"]\n'
+    none, both = (estimated(place, tmp_path, "nulls = []\n" + more)["evaluate"] for more in ("", twins))
+    assert both[0].memory - none[0].memory > lm.n_bytes
+    assert both[1] - none[1] > costs.MODEL_START
+    swept = "[compare]\nnulls = []\n"
+    fits = '[fit.pca]\nbaseline = {kind = "pca"}\n'
+    none, both = (estimated(place, tmp_path, fits + swept + more)["compare"] for more in ("", twins))
+    assert both[0].memory - none[0].memory > lm.n_bytes
+    assert both[1] - none[1] > costs.MODEL_START

@@ -1,6 +1,9 @@
 """The other kinds of planted data: magnitudes, noise, families, superposition, layers, fitted to rows."""
 
 import math
+import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +28,7 @@ from sememe.toy import (
     recovery,
     superpose,
 )
+from sememe.train import TrainConfig, train
 
 
 def acts_of(**options) -> torch.Tensor:
@@ -298,3 +302,31 @@ def test_a_fit_of_foreign_or_few_rows_is_refused():
         Fitted(dictionary, torch.zeros(2000, 5))
     with pytest.raises(ConfigError, match=r"at least 1000 rows, got 7\. Give it more\."):
         Fitted(dictionary, torch.zeros(7, 4))
+
+
+# -- the page's example ------------------------------------------------------------------------------
+
+
+def test_any_config_of_train_runs_on_superposed_and_on_fitted_rows_as_the_page_says(
+    tmp_path, monkeypatch, capsys
+):
+    page = (Path(__file__).parent.parent / "docs" / "toy.md").read_text(encoding="utf-8")
+    example = next(one for one in re.findall(r"```python\n(.*?)```", page, re.S) if "TrainConfig(" in one)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(example, names)
+    network, dictionary = names["network"], names["dictionary"]
+    recall = float(capsys.readouterr().out.split()[-1])
+    assert recall == recovery(network, dictionary).recall > recovery(network, dictionary).random + 0.1
+    rows = SuperposedSource(network).hold_out(2000).x
+    fitted = Fitted(dictionary, rows)
+    config = TrainConfig.build(
+        {
+            "out": tmp_path / "relu",
+            "architecture": {"kind": "relu", "d_sae": 24},
+            "n_tokens": 4096,
+            "batch_size": 256,
+        }
+    )
+    learned = train(config, source=FittedSource(fitted))
+    assert learned.d_in == 8 and 0 < recovery(fitted, learned).recall <= 1

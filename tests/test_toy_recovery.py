@@ -7,9 +7,11 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-from bench_toy import RECIPES, Recipe, measured
+from bench_toy import RECIPES, Recipe, by_ksvd, measured
+from common import met
 
 from sememe.dictionaries import TRAINABLE
+from sememe.toy import ToyConfig
 
 REACHED = {recipe.name: recipe for recipe in RECIPES}
 
@@ -34,3 +36,11 @@ def test_the_recipes_are_of_known_architectures_and_their_docs_pages_hold_the_fi
     for recipe in RECIPES:
         assert recipe.kind in TRAINABLE
         assert "make bench-toy" in (docs / f"{recipe.kind}.md").read_text(encoding="utf-8"), recipe.kind
+
+
+def test_the_benchmarks_rows_of_ksvd_have_targets_that_can_be_missed() -> None:
+    toy = ToyConfig(d=16, n_features=16, n_active=2, decay=1.0)
+    told, too_many = by_ksvd(toy, 16, 512, 10, (2, 8))
+    assert told["must"] == ">= 0.75" and too_many["must"] == f"<= {told['value'] - 0.05:.4f}"
+    assert met(told) and met(too_many)
+    assert not met(told | {"value": 0.74}) and not met(too_many | {"value": told["value"] - 0.04})

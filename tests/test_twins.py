@@ -114,6 +114,47 @@ def test_what_is_no_twin_is_refused(world):
         CompareConfig.build({"dictionaries": ("a", "b"), "directions_only": True, "twins": ("c",)})
 
 
+def test_a_twin_of_another_place_is_refused_before_anything_runs(world):
+    transcoder = world.place / "transcoder"
+    train(
+        TrainConfig(
+            store=world.store,
+            out=transcoder,
+            inputs=("mlp_in.2",),
+            outputs=("mlp_out.2",),
+            architecture=TopKConfig(k=3, d_sae=32),
+            batch_size=64,
+            epochs=1,
+        )
+    )
+    config = options(world, "elsewhere", dictionary=transcoder, twins=(world.place / "twin",))
+    config["text"]["heldout_fraction"] = 0.3
+    with pytest.raises(
+        MismatchError,
+        match=r"a twin must read and write where a dictionary beside it does, mlp_in.2 -> mlp_out.2, got "
+        rf"{HOOKPOINT} of randomised: twin. Train one there on the shuffled model, or leave it out",
+    ):
+        evaluate(EvaluateConfig.build(config))
+
+
+def test_a_recipe_s_twin_stands_beside_dictionaries_of_its_own_place_only(tmp_path):
+    recipe = write_recipe(tmp_path, "").read_text()
+    a, b = (
+        recipe.split("[train.architecture]", 1)[0],
+        "[train.architecture]" + recipe.split("[train.architecture]", 1)[1],
+    )
+    body, rest = b.split("[evaluate]", 1)
+    own = body.replace("[train.architecture]", "[train.own.architecture]")
+    far = '[train.far]\ninputs = ["mlp_in.1"]\n' + body.replace(
+        "[train.architecture]", "[train.far.architecture]"
+    )
+    file = tmp_path / "places.toml"
+    file.write_text(f"{a}{own}{far}[twin]\nof = 'own'\n[evaluate]{rest}")
+    found = {stage.label: stage for stage in stages(read_recipe(file), tmp_path / "out")}
+    assert found["evaluate own"].config.twins == (tmp_path / "out" / "twin" / "own",)
+    assert found["evaluate far"].config.twins == ()
+
+
 def test_a_recipe_makes_the_twin(tmp_path):
     recipe = (
         write_recipe(tmp_path, "").read_text().replace("epochs = 3", "epochs = 1").replace("= 6000", "= 2000")

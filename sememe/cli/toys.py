@@ -113,7 +113,7 @@ def _experiments(app: App) -> None:
 
     def superposed(config: made.SuperpositionConfig, fresh: bool = False) -> None:
         found = made.superposition(config, fresh=fresh)
-        _table(found.path, ("d", "density", "n_carried", "dimensions_per_feature", "interference", "loss"))
+        _table(found.path, ("d", "density", "n_carried", "dimensions_per_feature", "interference", "loss"), 2)
         say("plot", found.path / "superposition.svg")
 
     def layered(config: made.LayersConfig, fresh: bool = False) -> None:
@@ -130,7 +130,7 @@ def _experiments(app: App) -> None:
 
     def fitted(config: made.LikenessConfig, fresh: bool = False) -> None:
         found = made.likeness(config, fresh=fresh)
-        _table(found.path, ("statistic", "real", "real_again", "fitted"))
+        _table(found.path, ("statistic", "real", "real_again", "fitted"), 1)
         say("table", found.path / "table.csv")
 
     for name, config, verb, doc in (
@@ -160,7 +160,8 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _table(folder: Path, columns: tuple[str, ...]) -> None:
+def _table(folder: Path, columns: tuple[str, ...], n_keys: int) -> None:
+    """The table, and below it why numbers are missing; the first columns say of what."""
     from rich.console import Console
     from rich.table import Table
 
@@ -168,5 +169,14 @@ def _table(folder: Path, columns: tuple[str, ...]) -> None:
     for name in columns:
         table.add_column(name, justify="left" if name == "statistic" else "right")
     for row in _rows(folder):
-        table.add_row(*(row[name] if isinstance(row[name], str) else f"{row[name]:.4g}" for name in columns))
+        table.add_row(*(_cell(row[name]) for name in columns))
     Console().print(table)
+    for row in _rows(folder):
+        if row["cause"]:
+            print(f"{', '.join(f'{name} {_cell(row[name])}' for name in columns[:n_keys])}: {row['cause']}")
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    return value if isinstance(value, str) else f"{value:.4g}"

@@ -82,7 +82,7 @@ def compare(
     if not config.directions_only:
         policy, notices = _check(config, opened, store)
         twins = open_twins(config)
-        notices += check_twins(config, twins, policy)
+        notices += check_twins(config, twins, policy, [_sites(one) for one in opened.values()])
         parents |= {name: twin.saved.fingerprint for name, twin in twins.items()}
         text.fetch(config.text)
         parents |= {"model": _model_of(config, opened, lm), "text": text.fingerprint(config.text)}

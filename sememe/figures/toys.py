@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ def superposition_plot(lines: Sequence[Mapping[str, Any]], n_features: int) -> d
     """Three panels over how sparse features are, a line for each width: features carried, dimensions for each, loss.
 
     Args:
-        lines: One per network: d, density, n_carried, dimensions_per_feature, loss.
+        lines: One per network: d, density, n_carried, dimensions_per_feature, loss; None where there is no number.
         n_features: Features of the networks' input.
     """
     panels = (
@@ -32,7 +33,11 @@ def superposition_plot(lines: Sequence[Mapping[str, Any]], n_features: int) -> d
         for axes, (name, title) in zip(figure.subplots(1, len(panels)), panels, strict=True):
             for shade, d in enumerate(widths):
                 own = sorted(
-                    ((1 / line["density"], line[name]) for line in lines if line["d"] == d),
+                    (
+                        (1 / line["density"], math.nan if line[name] is None else line[name])
+                        for line in lines
+                        if line["d"] == d
+                    ),
                     key=lambda p: p[0],
                 )
                 colour = mpl.colormaps["viridis"](0.85 * shade / max(1, len(widths) - 1))

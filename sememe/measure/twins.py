@@ -7,7 +7,7 @@ checks that it is the same model's; reads the same text as the dictionaries besi
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,14 +70,30 @@ def _shuffled(model: ModelConfig, sites: Sites, path: Path) -> ModelConfig:
     return shuffled
 
 
-def check_twins(config: MeasureConfig, twins: Mapping[str, Twin], policy: TokenPolicy) -> list[str]:
-    """Whether twins read the same positions, and never the held-out documents; what a reader has to know.
+def check_twins(
+    config: MeasureConfig, twins: Mapping[str, Twin], policy: TokenPolicy, beside: Iterable[Sites]
+) -> list[str]:
+    """Whether twins read the same places and positions, and never the held-out documents; what a reader has to know.
+
+    Args:
+        config: What is measured.
+        twins: As `open_twins` gives them.
+        policy: That of the dictionaries.
+        beside: Where the dictionaries read and write.
 
     Raises:
-        MismatchError: one has another token policy, or was trained on what is held out.
+        MismatchError: one reads or writes where no dictionary does, has another token policy, or was trained on what is
+            held out.
     """
-    notices = []
+    notices, known = [], [_places(sites) for sites in beside]
     for name, twin in twins.items():
+        if _places(twin.sites) not in known:
+            raise MismatchError(
+                "a twin must read and write where a dictionary beside it does, "
+                + " or ".join(sorted(set(known))),
+                f"{_places(twin.sites)} of {name}",
+                "Train one there on the shuffled model, or leave it out.",
+            )
         own = policy_of(config.policy, twin.saved, None)
         if own != policy:
             raise MismatchError(
@@ -87,6 +103,12 @@ def check_twins(config: MeasureConfig, twins: Mapping[str, Twin], policy: TokenP
             )
         notices += [f"{name}: {notice}" for notice in check_text(twin.saved, None, config.text)]
     return notices
+
+
+def _places(sites: Sites) -> str:
+    """Where a dictionary reads and writes, whatever the model."""
+    read, written = ([site.hookpoint for site in side] for side in (sites.inputs, sites.outputs))
+    return ", ".join(read) if read == written else f"{', '.join(read)} -> {', '.join(written)}"
 
 
 def twin_groups(

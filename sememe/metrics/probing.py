@@ -133,6 +133,9 @@ def probe_scores(
 ) -> dict[str, Statistic]:
     """A probe's scores with 95% intervals from drawing its rows again; no probe is fitted anew.
 
+    Where a score is exactly 0 or 1 every draw is, too: an accuracy then has Wilson's interval, the others the bound of
+    disjoint pairs (`_undrawn_pairs`, with its sources).
+
     Args:
         probe: As `sparse_probe` or `dense_probe` made it.
         labels: Those it was made with.
@@ -148,13 +151,48 @@ def probe_scores(
             found[name] = Statistic(value)
         elif np.isfinite(draws).all():
             low, high = (float(q) for q in np.quantile(draws, [0.025, 0.975]))
-            n = len(y) if name == "accuracy" else min(int(y.sum()), int((~y).sum()))
-            found[name] = undrawn_share(Statistic(value, low, high), n)
+            drawn = Statistic(value, low, high)
+            if name == "accuracy":
+                found[name] = undrawn_share(drawn, len(y))
+            else:
+                found[name] = _undrawn_pairs(drawn, _n_pairs(y, probe.folds, name))
         else:
             found[name] = Statistic(
                 value, cause="some draws of texts hold none with, or none without, the label"
             )
     return found
+
+
+def _n_pairs(y: Bool[np.ndarray, " n"], folds: Int[np.ndarray, " n"], name: str) -> int:
+    """How many independent answers stand behind a score that is right, or wrong, of everything."""
+    if name == "balanced_accuracy":
+        return 2 * min(int(y.sum()), int((~y).sum()))
+    return sum(min(int((y & (folds == f)).sum()), int((~y & (folds == f)).sum())) for f in np.unique(folds))
+
+
+def _undrawn_pairs(found: Statistic, n: int) -> Statistic:
+    """A balanced accuracy or AUROC of exactly 0 or 1, of which every draw is the same, with a bound that holds.
+
+    Neither is a share of independent trials, so that Wilson's interval is not theirs. An AUROC of 1 says that the
+    pairs (one row with the label, one without), no row in two of them, are all in the right order: n independent
+    trials whose chance of that is at most auroc ** n. A balanced accuracy of 1 says that both classes' rows are all
+    right, a chance of p ** n_p * q ** n_q <= (p * q) ** min(n_p, n_q) <= ((p + q) / 2) ** (2 * min(n_p, n_q)). Folds'
+    models, as they are, each have a score of their own; of these scores' mean, weighted by the trials in each fold,
+    the same holds. So a true score below 0.025 ** (1 / n) would do that in less than 2.5% of the samples; 0 is the
+    mirror image.
+
+    Sources: Hoeffding 1963, "Probability inequalities for sums of bounded random variables", section 5 (two-sample
+    U-statistics by disjoint pairs); Clopper & Pearson 1934 (the bound where all n trials agree).
+
+    Args:
+        found: The score with the draws' interval.
+        n: Disjoint pairs within folds, for AUROC; twice the smaller class, for balanced accuracy.
+    """
+    if not (found.value == found.low == found.high and found.value in (0.0, 1.0)) or n < 1:
+        return found
+    least = 0.025 ** (1 / n)
+    low, high = (0.0, 1 - least) if found.value == 0 else (least, 1.0)
+    return found._replace(low=low, high=high)
 
 
 def _drawn(

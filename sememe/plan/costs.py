@@ -14,6 +14,7 @@ from sememe.lm import Outline
 from sememe.plan.machine import Speed
 
 __all__ = [
+    "Arms",
     "Bytes",
     "Dictionary",
     "EffectsWork",
@@ -27,7 +28,6 @@ __all__ = [
     "explain_seconds",
     "export_bytes",
     "export_seconds",
-    "fit_bytes",
     "harvest_bytes",
     "harvest_seconds",
     "interpret_bytes",
@@ -84,6 +84,8 @@ ATLAS_BYTES = 6500
 """On disk, per latent."""
 MAP_START, MAP_SECONDS = 12.0, 1.5e-3
 """Of the map's library to load and compile, and of each latent on it."""
+TWIN_ROWS = 8192
+"""Rows of the shuffled model of which a twin's mean is taken."""
 PAIR_COUNTS = 2**26
 """Pairs of latents counted at once."""
 SITE_BYTES = 4000
@@ -202,12 +204,6 @@ def train_bytes(sizes: Sequence[Dictionary], batch_size: int, buffer: float) -> 
     return Bytes(BASE + 4 * weights + rows + selection + buffer, 7 * weights)
 
 
-def fit_bytes(d_in: int, d_sae: int, n_rows: int, shard: float) -> Bytes:
-    """Args: n_rows: rows held in memory, beside their codes; shard: bytes of a shard of the store."""
-    weights = 4.0 * d_sae * (2 * d_in + 2)
-    return Bytes(BASE + 4 * weights + 4.0 * n_rows * (4 * d_in + min(d_sae, 256)) + 2 * shard, weights)
-
-
 def train_seconds(sizes: Sequence[Dictionary], speed: Speed, batch_size: int, n_steps: int) -> float:
     """Every step: products, sparse entries, parameters."""
     step = 0.0
@@ -249,22 +245,44 @@ def watch_ce_seconds(
 # -- evaluate --------------------------------------------------------------------------------------
 
 
+class Arms(NamedTuple):
+    """What is measured beside one another, as numbers of dictionaries."""
+
+    n_whole: int
+    """With weights of their own: the ones in question and their nulls."""
+    n_parts: int = 0
+    """Some latents of one of those: no weights, but a forward and activations each."""
+    n_twins: int = 0
+    """Of the model with its weights shuffled, which is held beside the model, once; each on forwards of its own."""
+    n_unmeasured: int = 0
+    """Held for their directions alone."""
+
+    @property
+    def n_spliced(self) -> int:
+        """Spliced into the model itself."""
+        return self.n_whole + self.n_parts
+
+
 def evaluate_bytes(
-    lm: Outline, dictionary: Dictionary, n_arms: int, batch_rows: int, context_length: int
+    lm: Outline, dictionary: Dictionary, arms: Arms, batch_rows: int, context_length: int
 ) -> Bytes:
-    """Args: n_arms: dictionaries measured: the one in question and its nulls."""
+    """Args: arms: what is measured; all are taken to be of the dictionary's size."""
     n_positions = batch_rows * context_length
     host, gpu = _model_bytes(lm, n_positions)
-    arms = (
-        n_arms * dictionary.n_bytes
-        + 4.0 * n_positions * (2 + n_arms) * dictionary.d_out
+    n_held = arms.n_whole + arms.n_twins + arms.n_unmeasured
+    held = (
+        n_held * dictionary.n_bytes
+        + 4.0 * n_positions * (2 + arms.n_spliced) * dictionary.d_out
         + 4.0 * 3 * n_positions * dictionary.d_sae
     )
     logits = 4.0 * 256 * lm.vocab_size * 8
     moments = 8.0 * 3 * dictionary.d_out**2
+    if arms.n_twins:
+        more_host, more_gpu = _model_bytes(lm, 0)
+        host, gpu = host + more_host, gpu + more_gpu
     if lm.device != "cpu":
-        return Bytes(BASE + host + moments, 2e6, gpu + arms + logits)
-    return Bytes(BASE + host + arms + logits + moments, 2e6)
+        return Bytes(BASE + host + moments, 2e6, gpu + held + logits)
+    return Bytes(BASE + host + held + logits + moments, 2e6)
 
 
 def evaluate_seconds(
@@ -272,18 +290,23 @@ def evaluate_seconds(
     dictionary: Dictionary,
     speed: Speed,
     n_tokens: int,
-    n_arms: int,
+    arms: Arms,
     n_layers_above: int,
     context_length: int,
 ) -> float:
-    """Args: n_arms: dictionaries measured; n_layers_above: layers that run again for each arm."""
+    """Args: arms: what is measured; n_layers_above: layers that run again for each arm."""
     base = _forward_seconds(lm, speed, 0, lm.n_layers, context_length) + _head_seconds(lm, speed)
     first = lm.n_layers - n_layers_above
     spliced = _forward_seconds(lm, speed, first, lm.n_layers, context_length) + _head_seconds(lm, speed)
-    encoding = n_arms * _encode_seconds(dictionary, speed)
-    per_token = base + (n_arms + 2) * spliced + encoding + TEXT_SECONDS  # the two: zero and mean ablation
+    encode = _encode_seconds(dictionary, speed)
+    # The two: zero and mean ablation.
+    per_token = base + (arms.n_spliced + 2) * spliced + arms.n_spliced * encode + TEXT_SECONDS
+    per_token += arms.n_twins * (base + 3 * spliced + encode + TEXT_SECONDS)
     eigen = 30.0 * dictionary.d_out**3 / speed.dense
-    return MODEL_START + eigen + n_tokens * per_token
+    start = MODEL_START
+    if arms.n_twins:  # another model, and the mean of its rows for each
+        start += MODEL_START + arms.n_twins * TWIN_ROWS * (base + TEXT_SECONDS)
+    return start + eigen + n_tokens * per_token
 
 
 # -- interpret, explain, export --------------------------------------------------------------------

@@ -14,19 +14,20 @@ import torch
 
 from sememe import artifact, dictionaries, lm
 from sememe.compare import CompareConfig
+from sememe.dictionaries.folders import paths_in
 from sememe.dictionaries.penalised import Penalised
 from sememe.effects import EffectsConfig
 from sememe.errors import HookpointError, nearest
-from sememe.evaluate import EvaluateConfig
+from sememe.evaluate import EvaluateConfig, powers_below
 from sememe.explain import ExplainConfig
-from sememe.fit import STREAMED, STREAMED_ROWS, FitConfig
+from sememe.fit import STREAMED, FitConfig
 from sememe.harvest import HarvestConfig
 from sememe.interpret import RANDOMISED, InterpretConfig
 from sememe.lm import Outline
-from sememe.plan import costs
-from sememe.plan.costs import Bytes, Dictionary
+from sememe.plan import costs, fitting
+from sememe.plan.costs import Arms, Bytes, Dictionary
 from sememe.plan.machine import Speed
-from sememe.recipe import Stage
+from sememe.recipe import TWIN, Stage
 from sememe.store import StoreInfo
 from sememe.text import TokenPolicy
 from sememe.train import TrainConfig, variants
@@ -272,7 +273,7 @@ class _Planner:
         return Estimate(stage, False, needs(None, batch), seconds, tuple(knobs))
 
     def _fit(self, stage: Stage, config: FitConfig, rows: _Rows) -> Estimate:
-        """Memory only: how long a search for codes takes hangs on the kind, and is not known here."""
+        """A batch of rows where they are streamed, all of them where they are held."""
         names = tuple(rows.widths) if config.hookpoint is None else (config.hookpoint,)
         d_in = sum(rows.widths[name] for name in names if name in rows.widths)
         shard = rows.n_bytes(names) / rows.n_rows * rows.shard_rows
@@ -287,24 +288,49 @@ class _Planner:
                 if member.out == config.over
             )
 
-        def needs(n_rows: int) -> Bytes:
-            held = STREAMED_ROWS if config.baseline.kind in STREAMED else n_rows
-            return costs.fit_bytes(d_in, d_sae, min(held, rows.n_rows), shard)
+        baseline, n_rows = config.baseline, min(config.n_rows, rows.n_rows)
 
-        return Estimate(stage, False, needs(config.n_rows), None, (Knob("n_rows", config.n_rows, needs),))
+        def needs(wanted: int) -> Bytes:
+            there = min(wanted, rows.n_rows)
+            if baseline.kind in STREAMED:
+                return fitting.streamed_bytes(d_in, d_sae, there, shard)
+            return fitting.held_bytes(baseline, d_in, d_sae, there, shard)
+
+        def seconds(speed: Speed) -> float:
+            return fitting.fit_seconds(baseline, speed, d_in, d_sae, n_rows)
+
+        return Estimate(stage, False, needs(n_rows), seconds, (Knob("n_rows", n_rows, needs),))
+
+    def _n_twins(self, config: EvaluateConfig | CompareConfig) -> int:
+        """Dictionaries in the twins' folders; of a sweep that is still to be trained, those it will make."""
+        trained = {
+            stage.path: len(_members(stage.config))
+            for stage in self.stages
+            if isinstance(stage.config, TrainConfig)
+        }
+        return sum(trained.get(path) or len(paths_in((path,))) for path in config.twins)
 
     def _evaluate(self, stage: Stage, config: EvaluateConfig, model: Outline, rows: _Rows) -> Estimate:
         train = self._train_config(stage.name)
         dictionary = self._dictionary(train, rows)
         _, outputs = self._names(train, rows)
-        length, n_arms = rows.policy.context_length, 1 + len(config.nulls)
+        length, n_twins = rows.policy.context_length, self._n_twins(config)
+        n_parts = len(config.leave_out_above) + 2 * len(config.top_latents)
+        matched = int(config.matched_in is not None)
+
+        def arms(d_sae: int) -> Arms:
+            within = 0 if config.within is None else 2 * len(powers_below(d_sae))
+            return Arms(1 + len(config.nulls), n_parts + 2 * matched + within, n_twins, matched)
 
         def needs(d_sae: int, batch_rows: int) -> Bytes:
-            return costs.evaluate_bytes(model, dictionary.scaled(d_sae), n_arms, batch_rows, length)
+            return costs.evaluate_bytes(model, dictionary.scaled(d_sae), arms(d_sae), batch_rows, length)
 
         def seconds(speed: Speed) -> float:
             above = model.n_layers_above(outputs)
-            return costs.evaluate_seconds(model, dictionary, speed, config.n_tokens, n_arms, above, length)
+            measured = arms(dictionary.d_sae)
+            found = costs.evaluate_seconds(model, dictionary, speed, config.n_tokens, measured, above, length)
+            budget = config.budget_seconds()
+            return found if budget is None else min(found, budget)
 
         d_sae, batch = dictionary.d_sae, config.batch_rows
         knobs = (
@@ -315,24 +341,24 @@ class _Planner:
 
     def _compare(self, stage: Stage, config: CompareConfig, model: Outline, rows: _Rows) -> Estimate:
         """As an evaluation of the widest dictionary with an arm for each of the others."""
-        configs = [other.config for other in self.stages if isinstance(other.config, TrainConfig)]
+        measured = [other for other in self.stages if other.name != TWIN]  # twins are counted beside these
+        configs = [other.config for other in measured if isinstance(other.config, TrainConfig)]
         members = [member for one in configs for member in _members(one)]
         widest = max((self._dictionary(member, rows) for member in members), key=lambda one: one.d_sae)
         outputs = {name for member in members for name in self._names(member, rows)[1]}
         n_fitted = sum(isinstance(other.config, FitConfig) for other in self.stages)
-        length, n_arms = rows.policy.context_length, len(members) + n_fitted + 3 * len(config.nulls)
-        whole = 3 if config.together else 0
+        length, n_twins = rows.policy.context_length, self._n_twins(config)
+        arms = Arms(len(members) + n_fitted + 3 * len(config.nulls), n_twins=n_twins)
 
         def needs(batch_rows: int) -> Bytes:
-            return costs.evaluate_bytes(model, widest, n_arms, batch_rows, length)
+            return costs.evaluate_bytes(model, widest, arms, batch_rows, length)
 
         def seconds(speed: Speed) -> float:
             above = model.n_layers_above(tuple(outputs))
-            found = costs.evaluate_seconds(model, widest, speed, config.n_tokens, n_arms, above, length)
-            if whole:
-                n_layers = model.n_layers
+            found = costs.evaluate_seconds(model, widest, speed, config.n_tokens, arms, above, length)
+            if config.together:  # as three arms that run all layers
                 found += costs.evaluate_seconds(
-                    model, widest, speed, config.n_tokens, whole, n_layers, length
+                    model, widest, speed, config.n_tokens, Arms(3), model.n_layers, length
                 )
             budget = config.budget_seconds()
             return found if budget is None else min(found, budget)

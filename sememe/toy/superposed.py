@@ -71,7 +71,8 @@ class Superposition(NamedTuple):
     dimensions_per_feature: float
     """d / |W|^2, with the sum over all columns: 1 without superposition, less with it."""
     interference: float
-    """Mean over carried features of the sum, over the other columns, of squared projections onto its direction."""
+    """Mean over carried features of the sum, over the other columns, of squared projections onto its direction; NaN
+    where none is carried."""
     loss: float
     """Squared error, each feature weighed by its importance, over that of predicting each feature's mean."""
 
@@ -169,7 +170,7 @@ def _measure(network: Superposed, importance: Tensor, generator: torch.Generator
         d=d,
         density=network.density,
         n_carried=n_carried,
-        dimensions_per_feature=d / float(W.square().sum()),
+        dimensions_per_feature=float(d / W.square().sum()),
         interference=float(overlap.sum(1).mean()) if n_carried else float("nan"),
         loss=float(error / spread),
     )
