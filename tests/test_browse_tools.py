@@ -422,10 +422,16 @@ def test_steered_text_beside_the_unsteered(tried, live):
     assert page.locator(".written .try-text").all_inner_texts() == texts
     page.get_by_label("add latent").fill("999999")
     assert page.get_by_role("button", name="Add", exact=True).is_disabled()
-    page.get_by_label("tokens", exact=True).fill("900")
+
+
+def test_what_the_model_refuses_is_said(browser, live):
+    context = browser.new_context()  # not watched: a refusal is a line on the browser's console
+    page = context.new_page()
+    page.goto(live + "#/try?prompt=the+river&n=900")
     page.get_by_role("button", name="Generate").click()
-    page.wait_for_selector(".progress ~ .problem, .problem")
+    page.wait_for_selector(".problem")
     assert "must fit the context" in page.locator(".problem").inner_text()
+    context.close()
 
 
 class _Slow:
