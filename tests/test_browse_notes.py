@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 
 import pytest
 from served_atlases import SMALL, client_of, two_atlases
@@ -11,11 +12,11 @@ from synthetic_atlas import build
 
 from sememe import artifact
 from sememe.atlas import open_atlas
-from sememe.browse import BrowseConfig
+from sememe.browse import BrowseConfig, ExportConfig, export
 from sememe.browse.compared import Compared, Side
 from sememe.browse.notes import notes_path
 from sememe.browse.serving import served
-from sememe.errors import ArtifactError, CorruptError, MismatchError
+from sememe.errors import ArtifactError, ConfigError, CorruptError, MismatchError
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +78,60 @@ def test_exported_notes_are_taken_over(client):
     ):
         answer = client.post("/api/notes", json=bad)
         assert answer.status_code == 400 and message in answer.json()["error"]
+
+
+def test_notes_of_another_dictionary_are_not_taken_over(client):
+    before = client.get("/api/notes").json()
+    for said, message in (
+        (
+            {"atlas": "a" * 64, "dictionary": "b" * 64},
+            "must be of this atlas's dictionary .*got notes of bbbb.*Open",
+        ),
+        ({"atlas": "a" * 64}, "got notes of aaaa"),
+        (
+            {"atlas": before["atlas"], "latents": {"40": {"star": True}}},
+            "got latent 40, which it does not have. Open",
+        ),
+        ({"latents": {"1": {"star": True}, "999999999": {}}}, "got latent 999999999"),
+        (
+            {"ratings": [{"session": "s", "source": before["atlas"], "latent": 40, "verdict": "unclear"}]},
+            "got latent 40",
+        ),
+    ):
+        document = {"kind": "notes", "latents": {"2": {"star": True}}, "ratings": [], **said}
+        answer = client.post("/api/notes", json=document)
+        assert answer.status_code == 400 and re.search(message, answer.json()["error"]), answer.text
+    assert client.get("/api/notes").json() == before
+    rating = {"session": "s", "latent": 40, "verdict": "unclear"}
+    assert client.put("/api/ratings", json=rating).status_code == 400
+    assert client.put("/api/ratings", json={**rating, "source": "another"}).status_code == 200, (
+        "a mixed queue"
+    )
+    for said in ({"dictionary": before["dictionary"], "atlas": "on other text"}, {"atlas": before["atlas"]}):
+        document = {"kind": "notes", "latents": {"2": {"tags": ["same"]}}, "ratings": [], **said}
+        assert client.post("/api/notes", json=document).status_code == 200
+
+
+def test_two_that_write_one_file_keep_each_other_s_notes(tmp_path):
+    build(tmp_path / "atlas", SMALL)
+    config = BrowseConfig(atlas=tmp_path / "atlas", write=True)
+    with client_of(config) as one, client_of(config) as two:
+        for i in range(4):
+            (one, two)[i % 2].put(f"/api/notes/{i}", json={"star": True})
+        kept = json.loads(notes_path(tmp_path / "atlas").read_text())["latents"]
+        assert list(kept) == ["0", "1", "2", "3"]
+        assert one.get("/api/notes").json()["latents"] == two.get("/api/notes").json()["latents"] == kept
+
+
+def test_an_atlas_is_named_once(tmp_path):
+    build(tmp_path / "atlas", SMALL)
+    (tmp_path / "link").symlink_to(tmp_path / "atlas")
+    named = {"atlas": tmp_path / "atlas", "against": (tmp_path / "link",)}
+    message = r"each atlas must be named once, got .*link, which is .*atlas again\. Leave it out"
+    with pytest.raises(ConfigError, match=message), served(BrowseConfig(**named, write=True)):
+        pass
+    with pytest.raises(ConfigError, match=message):
+        export(ExportConfig(**named, out=tmp_path / "site"))
 
 
 def test_notes_of_another_dictionary_or_damaged_ones_are_not_overwritten(tmp_path):
