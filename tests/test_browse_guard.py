@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from json_schema import complaints, unnamed
 from served_atlases import HERE, SMALL, Echo, client_of, two_atlases
-from synthetic_atlas import build, build_all
+from synthetic_atlas import SyntheticConfig, build, build_all
 
 from sememe.browse import BrowseConfig, ExportConfig, export, openapi, schemas
 from sememe.browse.guard import MAX_BODY_BYTES, door_of
@@ -222,7 +222,7 @@ ASKED = {
 
 def test_real_answers_are_what_the_document_says(tmp_path):
     """Of an atlas with everything: explanations, report, effects, chosen texts, notes."""
-    inputs = build_all(tmp_path, SMALL, {5: "names of rivers", 8: None})
+    inputs = build_all(tmp_path, SyntheticConfig(), {5: "names of rivers", 8: None})
     build(tmp_path / "beside", SMALL)
     sent = {
         "/api/notes/{latent}": ("/api/notes/3", {"star": True, "tags": ["a"], "note": "b"}),

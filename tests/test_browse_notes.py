@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import gzip
 import json
 import re
+import shutil
 
 import pytest
 from served_atlases import SMALL, client_of, two_atlases
@@ -231,8 +234,65 @@ def test_directions_are_compared_where_the_dictionaries_are_known(tmp_path):
         assert back.pairs()["similarity"] == pytest.approx(expected, abs=1e-3)
         assert back.of(4)["other"][0] == back.pairs()["other"][4]
         assert kept.of(4)["similarity"][0] == kept.pairs()["similarity"][4]
+        assert kept.back() is None, "neighbours are kept one way"
+        assert back.back()["other"] == cosines.argmax(dim=1).tolist(), "the same products, turned"
     with (
         pytest.raises(MismatchError, match=r"must be that of the atlas.*leave --dictionary out"),
         served(config.replace(dictionary=tmp_path / "other")),
     ):
         pass
+    site = export(ExportConfig(atlas=config.atlas, against=config.against, out=tmp_path / "site"))
+    assert site.meta["parents"]["compared 0 1"] == "neighbours"
+    assert site.meta["parents"]["compared 1 0"] == "directions"
+    (tmp_path / "other").rename(tmp_path / "moved")
+    with pytest.raises(MismatchError, match=str(tmp_path / "site")):  # by tokens now: another site
+        export(ExportConfig(atlas=config.atlas, against=config.against, out=tmp_path / "site"))
+
+
+def test_a_null_s_atlas_is_looked_at_with_the_dictionary_it_keeps(tmp_path):
+    from atlas_fixture import make_world
+
+    from sememe.interpret import interpret
+    from sememe.prompt import Known
+
+    world = make_world(tmp_path)
+    interpret(
+        world.config("atlas", n_tokens=1000, n_fit_rows=200, nulls=("randomised",)), lm=world.lm
+    ).close()
+    null = tmp_path / "atlas" / "null-randomised"
+    with served(BrowseConfig(atlas=null)) as shown:
+        assert shown[0].dictionary == null / "dictionary"
+    assert Known.of(null, None, artifact.load(null / "dictionary", "dictionary")).latents, (
+        "the model's process knows it"
+    )
+    with (
+        pytest.raises(MismatchError, match=r"must be that of the atlas.*leave --dictionary out"),
+        served(BrowseConfig(atlas=null, dictionary=world.dictionary)),
+    ):
+        pass
+    shutil.rmtree(null / "dictionary")  # of an earlier version
+    meta = json.loads((null / "meta.json").read_text())
+    meta["files"] = {
+        name: about for name, about in meta["files"].items() if not name.startswith("dictionary/")
+    }
+    (null / "meta.json").write_text(json.dumps(meta))
+    with served(BrowseConfig(atlas=null)) as shown:
+        assert shown[0].dictionary is None
+    with (
+        pytest.raises(MismatchError, match=r"the atlas of a null.*Run `sememe interpret` again, which keeps"),
+        served(BrowseConfig(atlas=null, dictionary=world.dictionary)),
+    ):
+        pass
+
+
+def test_a_site_computes_each_pair_once_and_is_of_one_method(atlases, tmp_path, monkeypatch):
+    calls, block = [], Compared._block
+    monkeypatch.setattr(Compared, "_block", lambda self, rows: calls.append(rows) or block(self, rows))
+    out = tmp_path / "site"
+    site = export(ExportConfig(atlas=atlases[0], against=atlases[1:], out=out))
+    assert len(calls) == 1, "both ways of one product"
+    assert site.meta["parents"]["compared 0 1"] == site.meta["parents"]["compared 1 0"] == "tokens"
+    text = (out / "data" / "compare-1-0.js").read_text()
+    found = json.loads(gzip.decompress(base64.b64decode(text.split('"')[3])))
+    with served(BrowseConfig(atlas=atlases[1], against=atlases[:1])) as shown:
+        assert found == Compared(*(Side(one.data, None) for one in shown)).pairs()

@@ -186,7 +186,19 @@ TEXT = full(
         n_active=array(MAYBE_INTEGER),
         loss_of_next=array(MAYBE_NUMBER),
     ),
-    latents=array(maybe(record(("latent",), latent=array(INTEGER), act=array(MAYBE_NUMBER)))),
+    latents=array(
+        maybe(
+            record(
+                ("latent",),
+                latent=array(INTEGER),
+                **_columns(MAYBE_NUMBER, "act", "quantile", "loss_change", "loss_change_after", "kl"),
+                raised=array(
+                    array(described(array({}), "Token, its text, the change of its log-probability."))
+                ),
+                lowered=array(array(array({}))),
+            )
+        )
+    ),
 )
 
 # ---- one latent
