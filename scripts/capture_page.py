@@ -1,11 +1,10 @@
 """The pictures in README and the docs, taken of real pages.
 
-    python scripts/capture_page.py SITE LATENT [FOLDER]            list, latent, map, notes, rate, compare (of two atlases)
-    python scripts/capture_page.py http://127.0.0.1:8000/ LATENT   the same, and try: of `sememe browse A B --live`
+    python scripts/capture_page.py SITE LATENT [FOLDER]             list, latent, map, notes, rate; of two: compare
+    python scripts/capture_page.py http://127.0.0.1:8000/ LATENT    the same, and try: of `sememe browse A B --live`
 
 What a page cannot do (compare without a second atlas, try without a model) is left out and said. With a FOLDER, the
-pictures go there, and there are more: every kind of page, light and dark, wide and on a phone. A picture in docs/images
-must stay under 200 KB: one that does not is said, and the script ends with exit code 1.
+pictures go there, and there are more: every kind of page, light and dark, wide and narrow. A picture in docs/images
 """
 
 import shutil

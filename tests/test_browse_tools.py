@@ -402,6 +402,10 @@ def world(tmp_path_factory):
 def live(world):
     child = child_of(world)
     child.start()
+    deadline = time.monotonic() + 200
+    while child.status()["state"] == "loading":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     with serving(BrowseConfig(atlas=world.root / "atlas"), live=child) as address:
         yield address
     child.close()

@@ -298,6 +298,30 @@ def test_a_child_that_ignores_cancelling_is_ended(monkeypatch: pytest.MonkeyPatc
     child.close()
 
 
+def test_cancelling_while_the_model_loads_does_not_cost_the_loading(tmp_path: Path) -> None:
+    flag = tmp_path / "loaded"
+    code = (
+        "import json, os, sys, time\n"
+        "def say(m): print(json.dumps(m), flush=True)\n"
+        "say({'state': 'loading'})\n"
+        f"while not os.path.exists({str(flag)!r}): time.sleep(0.02)\n"
+        "say({'state': 'ready'})\n"
+        "for line in sys.stdin:\n"
+        "    q = json.loads(line)\n"
+        "    if 'id' in q: say({'id': q['id'], 'answer': {'pid': os.getpid()}})\n"
+    )
+    child = Child([sys.executable, "-c", code])
+    thread, found = in_thread(lambda: child.ask("prompt", {}, "mine"))
+    wait_for(lambda: child.status()["job"])
+    assert child.cancel("mine")
+    thread.join(5)
+    assert not thread.is_alive() and found[0].refusal.value == CANCELLED
+    process = child._process
+    flag.touch()
+    assert process is not None and child.ask("prompt", {}) == {"pid": process.pid}
+    child.close()
+
+
 def test_closing_answers_those_who_wait() -> None:
     child = Child(script("time.sleep(60)"))
     thread, found = in_thread(lambda: child.ask("prompt", {}, "mine"))

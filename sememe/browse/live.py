@@ -241,7 +241,9 @@ class Child:
             self._send({"id": job.number, "verb": job.verb, "arguments": arguments})
         while not job.over.wait(0.1):
             now = time.monotonic()
-            if job.cancelled_at is not None and now > job.cancelled_at + CANCEL_S:
+            if job.cancelled_at is not None and self._state["state"] == "loading":
+                job.fail(_cancelled())  # it drops the question when it comes to it; the loading is not lost
+            elif job.cancelled_at is not None and now > job.cancelled_at + CANCEL_S:
                 job.fail(_cancelled())
                 self._kill()
             elif now > deadline:

@@ -15,7 +15,7 @@
   const REACH = 12; // pixels around the pointer
   const MANY = 20000; // latents from which they are drawn as squares of pixels
   const MAX_CORNERS = 40;
-  const N_NAMES = 14;
+  const N_NAMES = 10;
   // Eight hues that stay apart for colour-blind readers (Okabe and Ito), by lightness too; clusters take turns.
   const HUES = { light: ["#0072b2", "#b8590a", "#007a58", "#a3447c", "#4b4b9c", "#7a6400", "#1f7fa8", "#8c2d19"], dark: ["#56b4e9", "#e69f00", "#2fbf97", "#d98cb8", "#9fa2ee", "#e5d84c", "#8fd3f0", "#f0805c"] };
 
@@ -33,17 +33,15 @@
     }
     const values = by === "score" ? details.score : index.density;
     const shown = by === "score" ? (value) => value : (value) => (value > 0 ? Math.log10(value) : null);
-    let low = Infinity, high = -Infinity;
-    for (const value of values) {
-      const at = value === null ? null : shown(value);
-      if (at !== null) { if (at < low) low = at; if (at > high) high = at; }
-    }
+    // The scale spans all but the outermost hundredths, which else would leave one colour for nearly everything.
+    const sorted = Float64Array.from(Array.from(values, (value) => (value === null ? null : shown(value))).filter((at) => at !== null)).sort();
+    const low = sorted[Math.floor(sorted.length * 0.01)], high = sorted[Math.ceil(sorted.length * 0.99) - 1];
     const write = by === "score" ? (at) => number(at, 2) : (at) => percent(10 ** at, 2);
     values.forEach((value, row) => {
       const at = value === null ? null : shown(value);
-      if (at !== null) steps[row] = Math.min(STEPS - 1, Math.floor(((at - low) / (high - low || 1)) * STEPS));
+      if (at !== null) steps[row] = Math.max(0, Math.min(STEPS - 1, Math.floor(((at - low) / (high - low || 1)) * STEPS)));
     });
-    return { kind: "scale", steps, ends: low <= high ? [write(low), write(high)] : ["", ""] };
+    return { kind: "scale", steps, ends: sorted.length ? [write(low), write(high)] : ["", ""] };
   }
 
   // Small squares by the ten thousand, as pixels: much quicker than one drawing call for each.
@@ -149,7 +147,7 @@
         if (taken.length >= N_NAMES) break;
         const [px, py] = toScreen(cx, cy), half = context.measureText(name).width / 2 + 4;
         if (px - half < 0 || px + half > width || py < 14 || py > height - 6) continue;
-        if (taken.some(([tx, ty, th]) => Math.abs(tx - px) < th + half && Math.abs(ty - py) < 15)) continue;
+        if (taken.some(([tx, ty, th]) => Math.abs(tx - px) < th + half && Math.abs(ty - py) < 22)) continue;
         taken.push([px, py, half]);
         context.lineWidth = 3.5; context.lineJoin = "round"; context.strokeStyle = token("--surface"); context.strokeText(name, px, py + 4);
         context.fillStyle = token("--ink"); context.fillText(name, px, py + 4);

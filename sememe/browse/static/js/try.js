@@ -109,7 +109,7 @@
             <span class="figures">${number(row.act)}${row.quantile !== null && row.quantile !== undefined ? html` <span class="muted" title="share of its activations in the atlas that are smaller">over ${percent(row.quantile, 3)}</span>` : null}${ablated && row.loss_change !== null ? html` <span class=${row.loss_change > 0 ? "helps" : "muted"} title="change of the next token's loss without it">${row.loss_change > 0 ? "+" : ""}${number(row.loss_change)}</span>` : null}</span></li>`)}</ol>`}</section>
         <section aria-label="Latents on the text"><h3>On the text <span class="muted">${all.length} latents, those nearest to their maximum first</span></h3>
           <ol class="fires">${all.slice(0, 40).map((row) => html`<li key=${row.latent} class=${lit === row.latent ? "lit" : ""}><a href=${S.route.format("latent", row.latent, {})}>${row.latent}</a>${rowLabel(model, row.latent)}
-            <span class="figures">${row.n}× <span class="muted">up to ${number(row.best.act)}${row.best.share_of_max ? `, ${percent(row.best.share_of_max, 2)} of its maximum` : ""}</span></span>
+            <span class="figures">${row.n}× <span class="muted">up to ${number(row.best.act)}${row.best.share_of_max ? `, ${Math.round(row.best.share_of_max * 100)}% of its maximum` : ""}</span></span>
             <span class="acts"><button type="button" class="link" aria-pressed=${lit === row.latent} aria-label=${`Shade by latent ${row.latent}`} onClick=${() => setLit(lit === row.latent ? null : row.latent)}>shade</button> <button type="button" class="link" aria-label=${`Steer with latent ${row.latent}`} onClick=${() => steer(row.latent)}>steer</button></span></li>`)}</ol></section>
       </div></div>`;
   }
