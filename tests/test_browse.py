@@ -299,7 +299,10 @@ def test_the_command_exports_what_the_page_would_show_and_refuses_what_has_no_ef
     assert _run([*command[:2], "--fresh"]) == 2
     assert "--fresh must go with --export, got none. Drop it" in capsys.readouterr().err
     assert not (tmp_path / "site").exists()
-    about = [part for name in inputs if name != "atlas" for part in (f"--{name}", str(inputs[name]))]
+    about = []
+    for name in ("explanations", "report", "effects"):
+        about += [f"--{name}", str(inputs[name])]
+    about += ["--prompts", *map(str, inputs["prompts"])]
     assert _run([*command, *about]) == 0
     assert artifact.load(tmp_path / "site").fingerprint == site.fingerprint
 
