@@ -1,6 +1,6 @@
 """The pictures in README, taken from an exported site: `python scripts/capture_page.py SITE LATENT [FOLDER]`.
 
-With a FOLDER, the pictures go there, and there are more: every kind of page, light and dark, wide and at a phone's width.
+With a FOLDER, the pictures go there, and there are more: every kind of page, light and dark, wide and narrow.
 """
 
 import shutil

@@ -23,7 +23,8 @@
     if (value < 1e-4) return value.toExponential(1).replace("e-", "e−") + "%";
     return trim(value.toPrecision(digits)) + "%";
   };
-  const count = (value) => (value === null || value === undefined ? "–" : value.toLocaleString("en"));
+  const grouped = new Intl.NumberFormat("en"); // made once: toLocaleString looks the language up each time
+  const count = (value) => (value === null || value === undefined ? "–" : grouped.format(value));
   const compact = (value) => {
     for (const [size, unit] of [[1e9, "B"], [1e6, "M"], [1e3, "k"]]) if (value >= size) return trim((value / size).toPrecision(3)) + unit;
     return String(value);

@@ -33,17 +33,15 @@
     }
     const values = by === "score" ? details.score : index.density;
     const shown = by === "score" ? (value) => value : (value) => (value > 0 ? Math.log10(value) : null);
-    let low = Infinity, high = -Infinity;
-    for (const value of values) {
-      const at = value === null ? null : shown(value);
-      if (at !== null) { if (at < low) low = at; if (at > high) high = at; }
-    }
+    // The scale spans all but the outermost hundredths, which else would leave one colour for nearly everything.
+    const sorted = Float64Array.from(Array.from(values, (value) => (value === null ? null : shown(value))).filter((at) => at !== null)).sort();
+    const low = sorted[Math.floor(sorted.length * 0.01)], high = sorted[Math.ceil(sorted.length * 0.99) - 1];
     const write = by === "score" ? (at) => number(at, 2) : (at) => percent(10 ** at, 2);
     values.forEach((value, row) => {
       const at = value === null ? null : shown(value);
-      if (at !== null) steps[row] = Math.min(STEPS - 1, Math.floor(((at - low) / (high - low || 1)) * STEPS));
+      if (at !== null) steps[row] = Math.max(0, Math.min(STEPS - 1, Math.floor(((at - low) / (high - low || 1)) * STEPS)));
     });
-    return { kind: "scale", steps, ends: low <= high ? [write(low), write(high)] : ["", ""] };
+    return { kind: "scale", steps, ends: sorted.length ? [write(low), write(high)] : ["", ""] };
   }
 
   // Small squares by the ten thousand, as pixels: much quicker than one drawing call for each.

@@ -68,6 +68,17 @@
     return within;
   }
 
+  // Rows in the order of their keys, then of their numbers. The bits of a float, read as a whole number, are in its
+  // order; with the row in the same number the browser's own sort does it, several times quicker than one that asks a
+  // function. Keys are told apart by seven digits.
+  function sortByKey(rows, keys, n) {
+    const size = rows.length, single = Float32Array.from(rows, (row) => keys[row]), bits = new Int32Array(single.buffer);
+    const packed = new Float64Array(size);
+    for (let i = 0; i < size; i++) packed[i] = (bits[i] < 0 ? -(bits[i] & 0x7fffffff) : bits[i]) * n + rows[i];
+    packed.sort();
+    for (let i = 0; i < size; i++) { const row = packed[i] % n; rows[i] = (row < 0 ? row + n : row) | 0; }
+  }
+
   class Model {
     constructor(index, tokens) {
       this.index = index;
@@ -278,12 +289,14 @@
       const { by, dir } = this.sortOf(params);
       const { index } = this;
       const sign = dir === "desc" ? -1 : 1;
-      if (by === "match" && found) rows.sort((a, b) => sign * (found.score[a] - found.score[b]) || index.density[b] - index.density[a] || a - b);
-      else if (by in FIELDS || by === "id") {
-        // Ascending keys; latents without the figure come last, whichever way.
-        const keys = new Float64Array(this.n);
-        for (const row of rows) { const value = by === "id" ? index.id[row] : this.value(by, row); keys[row] = value === null ? Infinity : sign * value; }
-        rows.sort((a, b) => keys[a] - keys[b] || a - b);
+      if ((by === "match" && found) || by in FIELDS || by === "id") {
+        // Ascending keys. Of equally good matches the denser come first; latents without a figure come last.
+        const keys = new Float64Array(this.n), match = by === "match", whole = params.in !== "meaning";
+        for (const row of rows) {
+          const value = match ? found.score[row] : by === "id" ? index.id[row] : this.value(by, row);
+          keys[row] = value === null ? Infinity : match && whole ? sign * value * 2 - index.density[row] : sign * value;
+        }
+        sortByKey(rows, keys, this.n);
       }
       else {
         if (!this.labelKeys) this.labelKeys = Array.from({ length: this.n }, (_, row) => this.label(row).toLowerCase());
