@@ -5,6 +5,7 @@
 
 What a page cannot do (compare without a second atlas, try without a model) is left out and said. With a FOLDER, the
 pictures go there, and there are more: every kind of page, light and dark, wide and narrow. A picture in docs/images
+must stay under 200 KB: one that does not is said, and the script ends with exit code 1.
 """
 
 import shutil
