@@ -105,7 +105,7 @@ def main() -> int:
             for width in (1280, 360) if folder else (1280,):
                 for name, state in states(latent, folder is not None).items():
                     file = images / (f"{name}-{scheme}-{width}.png" if folder else f"{name}.png")
-                    full = folder is not None
+                    full = folder is not None or name == "try"  # its two halves stand below each other
                     if not capture(
                         browser, address, name, state, latent, file, width=width, scheme=scheme, full=full
                     ):

@@ -231,9 +231,8 @@ def test_real_answers_are_what_the_document_says(tmp_path):
     }
     config = BrowseConfig(**inputs, against=(tmp_path / "beside",), write=True)
     with client_of(config) as client:
-        for end in sorted(
-            openapi.ENDPOINTS, key=lambda end: end.method, reverse=True
-        ):  # what is written first
+        # What is written first: PUT, POST, GET.
+        for end in sorted(openapi.ENDPOINTS, key=lambda end: end.method, reverse=True):
             if end.method != "GET" and end.path not in sent:
                 continue  # the model's: see test_live
             path, body = sent[end.path] if end.method != "GET" else (ASKED.get(end.path, end.path), None)

@@ -219,7 +219,7 @@ _EXAMPLE: Json = {
 assert set(_EXAMPLE) == set(EXAMPLE_COLUMNS)
 _FIGURE_NAMES = (
     "density", "max_act", "mean_act", "decoder_norm", "logit_mean", "logit_std", "top_token_share", "language_share",
-    "position_mean", "bias", "encoder_decoder_cosine", "max_cos", "mcs", "self_similarity", "skew", "kurtosis",
+    "bias", "encoder_decoder_cosine", "max_cos", "mcs", "self_similarity", "skew", "kurtosis",
     "n_effective_neurons", "top_neuron_share", "outlier_share",
 )  # fmt: skip
 LATENT = full(
@@ -231,6 +231,7 @@ LATENT = full(
     language=MAYBE_STRING,
     histogram=maybe(array(INTEGER)),
     position_density=maybe(array(MAYBE_NUMBER)),
+    position_mean=maybe(array(MAYBE_NUMBER)),
     top_neuron=MAYBE_INTEGER,
     cluster=MAYBE_INTEGER,
     label_tokens=array(INTEGER),
