@@ -358,17 +358,20 @@ def open_atlas(
 
 
 def dictionary_of(atlas: Atlas) -> str:
-    """The fingerprint of the dictionary an atlas was made from.
+    """The fingerprint of the dictionary an atlas was made from; of a null's atlas, of the one that it keeps itself.
 
     Raises:
-        MismatchError: it is the atlas of a null, which stands nowhere.
+        MismatchError: it is the atlas of a null, of an earlier version that kept none.
     """
     found = atlas.artifact.meta["parents"].get("dictionary")
+    own = atlas.artifact.path / NULL_DICTIONARY
+    if found is None and (own / artifact.META).is_file():
+        return artifact.load(own, "dictionary").fingerprint
     if found is None:
         raise MismatchError(
             f"the atlas {atlas.artifact.path} must be of a dictionary",
             f"the atlas of a null ({atlas.meta['dictionary'].get('null', 'unknown')})",
-            "Name the atlas of a dictionary.",
+            "Run `sememe interpret` again, which keeps a null's dictionary, or name the atlas of a dictionary.",
         )
     return str(found)
 

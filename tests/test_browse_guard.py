@@ -15,10 +15,11 @@ import time
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from json_schema import complaints, unnamed
 from served_atlases import HERE, SMALL, Echo, client_of, two_atlases
-from synthetic_atlas import build
+from synthetic_atlas import SyntheticConfig, build, build_all
 
-from sememe.browse import BrowseConfig, ExportConfig, export, openapi
+from sememe.browse import BrowseConfig, ExportConfig, export, openapi, schemas
 from sememe.browse.guard import MAX_BODY_BYTES, door_of
 from sememe.browse.live import Refusal
 from sememe.browse.server import application
@@ -210,6 +211,48 @@ def test_every_route_is_documented_and_every_documented_one_is_there(client, atl
         }
 
 
+ASKED = {
+    "/api/texts/{text}": "/api/texts/0",
+    "/api/latents/{latent}": "/api/latents/3",
+    "/api/latents/{latent}/examples": "/api/latents/3/examples",
+    "/api/contexts": "/api/contexts?ids=0,7",
+    "/api/compare/{latent}": "/api/compare/3",
+}
+
+
+def test_real_answers_are_what_the_document_says(tmp_path):
+    """Of an atlas with everything: explanations, report, effects, chosen texts, notes."""
+    inputs = build_all(tmp_path, SyntheticConfig(), {5: "names of rivers", 8: None})
+    build(tmp_path / "beside", SMALL)
+    sent = {
+        "/api/notes/{latent}": ("/api/notes/3", {"star": True, "tags": ["a"], "note": "b"}),
+        "/api/ratings": ("/api/ratings", {"session": "s", "latent": 3, "verdict": "unclear"}),
+        "/api/notes": ("/api/notes", {"kind": "notes", "latents": {"4": {"star": True}}, "ratings": []}),
+    }
+    config = BrowseConfig(**inputs, against=(tmp_path / "beside",), write=True)
+    with client_of(config) as client:
+        # What is written first: PUT, POST, GET.
+        for end in sorted(openapi.ENDPOINTS, key=lambda end: end.method, reverse=True):
+            if end.method != "GET" and end.path not in sent:
+                continue  # the model's: see test_live
+            path, body = sent[end.path] if end.method != "GET" else (ASKED.get(end.path, end.path), None)
+            assert body is None or complaints(body, end.body) == []
+            answer = client.request(end.method, path, json=body)
+            assert answer.status_code == 200, answer.text
+            assert complaints(answer.json(), end.answer, path)[:5] == []
+            assert unnamed(answer.json(), end.answer, path)[:5] == []
+        whole = client.get("/api/latents/3").json()
+        for spoiled in ({**whole, "id": "3"}, {**whole, "density": True}, {"id": 3}):
+            assert complaints(spoiled, schemas.LATENT), "the check can fail"
+
+
+def test_the_document_says_what_the_model_s_process_takes():
+    bodies = {end.path: end.body["properties"] for end in openapi.ENDPOINTS if end.body is not None}
+    asked = bodies["/api/live/generate"]
+    assert asked["seed"]["maximum"] == 2**31 - 1 and asked["steer"]["maxItems"] == 20
+    assert bodies["/api/live/prompt"]["latents"]["maxItems"] == 50
+
+
 def _values(schema: dict) -> st.SearchStrategy:
     """Values near a schema: some fit, some do not."""
     anything = st.recursive(
@@ -328,6 +371,15 @@ def test_a_damaged_atlas_beside_a_whole_one_spoils_only_itself(tmp_path):
         assert client.get("/api/overview?atlas=1").status_code == 500
         assert client.get("/api/overview?atlas=2").status_code == 404
         assert client.get("/api/compare").status_code == 500
+
+
+def test_a_damaged_atlas_s_page_is_served_with_live_as_well(tmp_path, monkeypatch):
+    build(tmp_path / "atlas", SMALL)
+    _break(tmp_path / "atlas")
+    seen = []
+    monkeypatch.setattr("sememe.browse.browse", lambda config, live: seen.append((config.atlas, live)))
+    assert _run(["browse", str(tmp_path / "atlas"), "--live"]) == 0
+    assert seen == [(tmp_path / "atlas", None)]
 
 
 def test_the_command_serves_a_damaged_atlas_s_page_and_fails_at_the_end(tmp_path):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import gzip
 import json
+import re
+import shutil
 
 import pytest
 from served_atlases import SMALL, client_of, two_atlases
@@ -11,11 +15,11 @@ from synthetic_atlas import build
 
 from sememe import artifact
 from sememe.atlas import open_atlas
-from sememe.browse import BrowseConfig
+from sememe.browse import BrowseConfig, ExportConfig, export
 from sememe.browse.compared import Compared, Side
 from sememe.browse.notes import notes_path
 from sememe.browse.serving import served
-from sememe.errors import ArtifactError, CorruptError, MismatchError
+from sememe.errors import ArtifactError, ConfigError, CorruptError, MismatchError
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +81,60 @@ def test_exported_notes_are_taken_over(client):
     ):
         answer = client.post("/api/notes", json=bad)
         assert answer.status_code == 400 and message in answer.json()["error"]
+
+
+def test_notes_of_another_dictionary_are_not_taken_over(client):
+    before = client.get("/api/notes").json()
+    for said, message in (
+        (
+            {"atlas": "a" * 64, "dictionary": "b" * 64},
+            "must be of this atlas's dictionary .*got notes of bbbb.*Open",
+        ),
+        ({"atlas": "a" * 64}, "got notes of aaaa"),
+        (
+            {"atlas": before["atlas"], "latents": {"40": {"star": True}}},
+            "got latent 40, which it does not have. Open",
+        ),
+        ({"latents": {"1": {"star": True}, "999999999": {}}}, "got latent 999999999"),
+        (
+            {"ratings": [{"session": "s", "source": before["atlas"], "latent": 40, "verdict": "unclear"}]},
+            "got latent 40",
+        ),
+    ):
+        document = {"kind": "notes", "latents": {"2": {"star": True}}, "ratings": [], **said}
+        answer = client.post("/api/notes", json=document)
+        assert answer.status_code == 400 and re.search(message, answer.json()["error"]), answer.text
+    assert client.get("/api/notes").json() == before
+    rating = {"session": "s", "latent": 40, "verdict": "unclear"}
+    assert client.put("/api/ratings", json=rating).status_code == 400
+    assert client.put("/api/ratings", json={**rating, "source": "another"}).status_code == 200, (
+        "a mixed queue"
+    )
+    for said in ({"dictionary": before["dictionary"], "atlas": "on other text"}, {"atlas": before["atlas"]}):
+        document = {"kind": "notes", "latents": {"2": {"tags": ["same"]}}, "ratings": [], **said}
+        assert client.post("/api/notes", json=document).status_code == 200
+
+
+def test_two_that_write_one_file_keep_each_other_s_notes(tmp_path):
+    build(tmp_path / "atlas", SMALL)
+    config = BrowseConfig(atlas=tmp_path / "atlas", write=True)
+    with client_of(config) as one, client_of(config) as two:
+        for i in range(4):
+            (one, two)[i % 2].put(f"/api/notes/{i}", json={"star": True})
+        kept = json.loads(notes_path(tmp_path / "atlas").read_text())["latents"]
+        assert list(kept) == ["0", "1", "2", "3"]
+        assert one.get("/api/notes").json()["latents"] == two.get("/api/notes").json()["latents"] == kept
+
+
+def test_an_atlas_is_named_once(tmp_path):
+    build(tmp_path / "atlas", SMALL)
+    (tmp_path / "link").symlink_to(tmp_path / "atlas")
+    named = {"atlas": tmp_path / "atlas", "against": (tmp_path / "link",)}
+    message = r"each atlas must be named once, got .*link, which is .*atlas again\. Leave it out"
+    with pytest.raises(ConfigError, match=message), served(BrowseConfig(**named, write=True)):
+        pass
+    with pytest.raises(ConfigError, match=message):
+        export(ExportConfig(**named, out=tmp_path / "site"))
 
 
 def test_notes_of_another_dictionary_or_damaged_ones_are_not_overwritten(tmp_path):
@@ -176,8 +234,65 @@ def test_directions_are_compared_where_the_dictionaries_are_known(tmp_path):
         assert back.pairs()["similarity"] == pytest.approx(expected, abs=1e-3)
         assert back.of(4)["other"][0] == back.pairs()["other"][4]
         assert kept.of(4)["similarity"][0] == kept.pairs()["similarity"][4]
+        assert kept.back() is None, "neighbours are kept one way"
+        assert back.back()["other"] == cosines.argmax(dim=1).tolist(), "the same products, turned"
     with (
         pytest.raises(MismatchError, match=r"must be that of the atlas.*leave --dictionary out"),
         served(config.replace(dictionary=tmp_path / "other")),
     ):
         pass
+    site = export(ExportConfig(atlas=config.atlas, against=config.against, out=tmp_path / "site"))
+    assert site.meta["parents"]["compared 0 1"] == "neighbours"
+    assert site.meta["parents"]["compared 1 0"] == "directions"
+    (tmp_path / "other").rename(tmp_path / "moved")
+    with pytest.raises(MismatchError, match=str(tmp_path / "site")):  # by tokens now: another site
+        export(ExportConfig(atlas=config.atlas, against=config.against, out=tmp_path / "site"))
+
+
+def test_a_null_s_atlas_is_looked_at_with_the_dictionary_it_keeps(tmp_path):
+    from atlas_fixture import make_world
+
+    from sememe.interpret import interpret
+    from sememe.prompt import Known
+
+    world = make_world(tmp_path)
+    interpret(
+        world.config("atlas", n_tokens=1000, n_fit_rows=200, nulls=("randomised",)), lm=world.lm
+    ).close()
+    null = tmp_path / "atlas" / "null-randomised"
+    with served(BrowseConfig(atlas=null)) as shown:
+        assert shown[0].dictionary == null / "dictionary"
+    assert Known.of(null, None, artifact.load(null / "dictionary", "dictionary")).latents, (
+        "the model's process knows it"
+    )
+    with (
+        pytest.raises(MismatchError, match=r"must be that of the atlas.*leave --dictionary out"),
+        served(BrowseConfig(atlas=null, dictionary=world.dictionary)),
+    ):
+        pass
+    shutil.rmtree(null / "dictionary")  # of an earlier version
+    meta = json.loads((null / "meta.json").read_text())
+    meta["files"] = {
+        name: about for name, about in meta["files"].items() if not name.startswith("dictionary/")
+    }
+    (null / "meta.json").write_text(json.dumps(meta))
+    with served(BrowseConfig(atlas=null)) as shown:
+        assert shown[0].dictionary is None
+    with (
+        pytest.raises(MismatchError, match=r"the atlas of a null.*Run `sememe interpret` again, which keeps"),
+        served(BrowseConfig(atlas=null, dictionary=world.dictionary)),
+    ):
+        pass
+
+
+def test_a_site_computes_each_pair_once_and_is_of_one_method(atlases, tmp_path, monkeypatch):
+    calls, block = [], Compared._block
+    monkeypatch.setattr(Compared, "_block", lambda self, rows: calls.append(rows) or block(self, rows))
+    out = tmp_path / "site"
+    site = export(ExportConfig(atlas=atlases[0], against=atlases[1:], out=out))
+    assert len(calls) == 1, "both ways of one product"
+    assert site.meta["parents"]["compared 0 1"] == site.meta["parents"]["compared 1 0"] == "tokens"
+    text = (out / "data" / "compare-1-0.js").read_text()
+    found = json.loads(gzip.decompress(base64.b64decode(text.split('"')[3])))
+    with served(BrowseConfig(atlas=atlases[1], against=atlases[:1])) as shown:
+        assert found == Compared(*(Side(one.data, None) for one in shown)).pairs()

@@ -119,7 +119,49 @@ def test_no_path_leads_out_of_the_page_s_files(client, path):
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS"])
 def test_the_server_only_reads(client, method):
     answer = client.request(method, "/api/overview")
-    assert answer.status_code == 405 and answer.json() == {"error": "The atlas can only be read."}
+    assert answer.status_code == 405 and answer.json() == {
+        "error": f"/api/overview must be asked by GET, HEAD, got {method}. See /api/openapi.json for what can be asked."
+    }
+    assert answer.headers["allow"] == "GET, HEAD"
+
+
+THREE_PARTS = re.compile(r"^.+ (must|can) .+, got .+\. [A-Z].+\.$", re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/nothing", 404),
+        ("/static/none.js", 404),
+        ("/api/latents/999", 404),
+        ("/api/texts/99", 404),
+        ("/api/overview?atlas=7", 404),
+        ("/api/contexts?ids=x", 400),
+        ("/api/contexts?ids=" + ",".join(["1"] * 257), 400),
+        ("/api/compare?with=0", 400),
+        ("/api/contexts?ids=" + "1," * 5000, 414),
+    ],
+)
+def test_every_refusal_names_rule_value_and_remedy(client, path, status):
+    answer = client.get(path)
+    assert answer.status_code == status and THREE_PARTS.match(answer.json()["error"]), answer.text
+
+
+def test_refusals_of_what_is_sent_have_three_parts_too(client):
+    plain = {"content-type": "text/plain"}
+    for answer, status in (
+        (client.delete("/api/notes"), 405),
+        (client.put("/api/notes/3", json={}), 403),
+        (client.post("/api/live/cancel", content="x", headers=plain), 415),
+        (client.post("/api/live/cancel", content="x", headers={"content-type": "application/json"}), 400),
+        (client.post("/api/live/cancel", json=[]), 400),
+        (client.post("/api/live/cancel", json={"job": 3}), 400),
+        (client.post("/api/live/prompt", json={"text": "x"}), 503),
+        (client.post("/api/live/cancel", json={}, headers={"origin": "http://evil.example"}), 403),
+        (client.get("/api/overview", headers={"host": "evil.example"}), 403),
+    ):
+        assert answer.status_code == status and THREE_PARTS.match(answer.json()["error"]), answer.text
+    assert client.delete("/api/notes").headers["allow"] == "GET, HEAD, POST", "of all routes of the address"
 
 
 @pytest.mark.parametrize(
@@ -127,7 +169,7 @@ def test_the_server_only_reads(client, method):
 )
 def test_an_unknown_latent_is_not_found(client, latent):
     answer = client.get(f"/api/latents/{latent}")
-    assert answer.status_code == 404 and "no latent" in answer.json()["error"]
+    assert answer.status_code == 404 and "one of the atlas's" in answer.json()["error"]
 
 
 @pytest.mark.parametrize("ids", ["", "a", "1,,2", "-1", "1 OR 1=1", ",".join(map(str, range(257))), "9" * 20])

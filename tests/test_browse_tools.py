@@ -222,6 +222,58 @@ def test_a_server_that_only_reads_keeps_notes_in_the_browser(browser, atlases, t
         assert not notes_path(tmp_path / "atlas").exists()
 
 
+def test_what_is_taken_away_of_a_server_s_notes_stays_away(browser, tmp_path):
+    made = build(tmp_path / "atlas", SyntheticConfig(n_latents=12, n_contexts=20))
+    rating = {"session": "s", "source": made.fingerprint, "latent": 5, "verdict": "unclear"}
+    whose = {"atlas": made.fingerprint, "dictionary": made.meta["parents"].get("dictionary", "")}
+    theirs = {
+        "kind": "notes",
+        "format_version": 1,
+        **whose,
+        "latents": {"3": {"star": True}, "4": {"star": True}},
+    }
+    notes_path(tmp_path / "atlas").write_text(json.dumps({**theirs, "ratings": [rating]}))
+    held = "[[...Sememe.notes.latents.keys()], Sememe.notes.ratings.map((one) => one.verdict)]"
+    with serving(BrowseConfig(atlas=tmp_path / "atlas")) as address, watched(browser, address) as page:
+        page.goto(address + "#/latent/3")
+        page.wait_for_selector(".notes .star.on")
+        page.get_by_role("button", name="Starred").click()
+        page.evaluate("one => Sememe.notes.rate({ ...one, verdict: null })", rating)
+        page.reload()
+        page.wait_for_selector(".notes .star:not(.on)")
+        assert page.evaluate(held) == [[4], []]
+        page.get_by_role("button", name="Star", exact=True).click()
+        page.evaluate("one => Sememe.notes.rate({ ...one, verdict: 'unclear' })", rating)
+        page.reload()
+        page.wait_for_selector(".notes .star.on")
+        assert [sorted(page.evaluate(held)[0]), page.evaluate(held)[1]] == [[3, 4], ["unclear"]]
+
+
+def test_the_page_refuses_notes_of_another_dictionary(page, address):
+    page.goto(address + "#/notes")
+    page.wait_for_selector(".files")
+    before = page.evaluate("Sememe.notes.latents.size")
+    for said, message in (
+        ({"atlas": "a" * 64, "dictionary": "b" * 64}, "must be of this atlas's dictionary"),
+        ({"latents": {"99999": {"star": True}}}, "got latent 99999, which it does not have"),
+    ):
+        document = {"kind": "notes", "latents": {"2": {"explanation": "x"}}, "ratings": [], **said}
+        page.locator("input[type=file]").set_input_files(
+            {"name": "x.json", "mimeType": "application/json", "buffer": json.dumps(document).encode()}
+        )
+        wait_until(
+            page, f"document.querySelector('.files .problem')?.innerText.includes({json.dumps(message)})"
+        )
+    assert page.evaluate("Sememe.notes.latents.size") == before
+
+
+def test_the_strongest_of_a_text_may_be_below_zero(page, address):
+    page.goto(address + "#/notes")
+    tokens = [{"latents": [{"latent": 1, "act": act, "writes": 1}]} for act in (0.5, -3.0, 2.0)]
+    found = page.evaluate("tokens => Sememe.firedOnText(tokens)", tokens)
+    assert (found[0]["best"]["act"], found[0]["at"], found[0]["n"]) == (-3.0, 1, 3)
+
+
 # ---- rating
 
 

@@ -13,14 +13,17 @@ from typing import Any
 import pytest
 import torch
 from atlas_fixture import World
+from json_schema import complaints, unnamed
 from live_world import child_of, make_live_world
 
 from sememe import dictionaries
 from sememe.atlas import open_atlas
+from sememe.browse import openapi
 from sememe.browse.live import CANCELLED, Child, LiveError
 from sememe.errors import ConfigError
 from sememe.intervene import Intervention, LatentEdit
 from sememe.live import LiveConfig, Session, serve
+from sememe.live.session import ARGUMENTS
 from sememe.prompt import PromptConfig, prompt
 
 TEXT = "the river runs past the old town <b>ü"
@@ -39,8 +42,24 @@ def session(world: World) -> Session:
 
 def ask(session: Session, verb: str, **arguments: Any) -> dict[str, Any]:
     answer = session.answer(verb, arguments, lambda done, of: None)
-    json.dumps(answer, allow_nan=False)
-    return answer
+    answer = json.loads(json.dumps(answer, allow_nan=False))
+    documented = next(end for end in openapi.ENDPOINTS if end.path == f"/api/live/{verb}")
+    assert complaints(arguments, documented.body or {}) == complaints(answer, documented.answer) == []
+    assert unnamed(answer, documented.answer) == []
+    return dict(answer)
+
+
+def test_the_document_s_limits_are_the_arguments_own() -> None:
+    bodies = {end.path: end.body for end in openapi.ENDPOINTS if end.body is not None}
+    for verb, arguments in ARGUMENTS.items():
+        body = bodies[f"/api/live/{verb}"]
+        assert set(body["properties"]) == {*arguments.model_fields, "job"}
+        own = arguments.model_json_schema()["properties"]
+        for name, schema in body["properties"].items():
+            for word in ("maxItems", "minimum", "maxLength", "default"):
+                if name in own and word in schema:
+                    assert schema[word] == own[name].get(word), (verb, name, word)
+    assert ARGUMENTS["generate"].model_json_schema()["properties"]["seed"]["exclusiveMaximum"] == 2**31
 
 
 def strongest(world: World) -> tuple[int, float]:
@@ -325,6 +344,53 @@ def test_one_at_a_time_and_only_so_many_wait() -> None:
     first[0].join(20)
     second[0].join(20)
     assert first[1] == [{"n": 1}] and second[1][0].refusal.value == CANCELLED
+    child.close()
+
+
+@pytest.mark.parametrize("ended_by", ["deadline", "cancel", "close"])
+def test_a_child_that_never_reads_holds_nobody_up(monkeypatch: pytest.MonkeyPatch, ended_by: str) -> None:
+    monkeypatch.setattr("sememe.browse.live.CANCEL_S", 0.2)
+    timeout = 0.5 if ended_by == "deadline" else 30.0
+    child = Child([sys.executable, "-c", "import time; time.sleep(60)"], timeout_s=timeout)
+    thread, found = in_thread(lambda: child.ask("prompt", {"text": "x" * 1_000_000}, "mine"))
+    wait_for(lambda: child._jobs and child._jobs[0].running)
+    started = time.monotonic()
+    assert child.status()["job"]["name"] == "mine" and not child.cancel("another")
+    if ended_by == "cancel":
+        assert child.cancel("mine")
+    assert time.monotonic() - started < 0.3, "neither waits for the pipe"
+    if ended_by == "close":
+        child.close()
+    thread.join(10)
+    assert (
+        not thread.is_alive()
+        and found[0].refusal.status == {"deadline": 504, "cancel": 409, "close": 502}[ended_by]
+    )
+    child.close()
+
+
+def test_a_child_that_closes_its_input_takes_no_question() -> None:
+    code = 'import os, time; os.close(0); print(\'{"state": "ready"}\', flush=True); time.sleep(60)'
+    child = Child([sys.executable, "-c", code], timeout_s=30.0)
+    child.start()
+    wait_for(lambda: child.status()["state"] == "ready")
+    with pytest.raises(LiveError, match="it took no question"):
+        child.ask("prompt", {})
+    child.close()
+
+
+def test_a_job_that_is_cancelled_before_it_runs_is_never_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    child = Child(script("say({'id': q['id'], 'answer': {}})"))
+    still_wanted = child._still_wanted
+
+    def then_cancelled(job: Any, deadline: float) -> None:
+        still_wanted(job, deadline)
+        job.cancel()
+
+    monkeypatch.setattr(child, "_still_wanted", then_cancelled)
+    with pytest.raises(LiveError) as refused:
+        child.ask("prompt", {}, "mine")
+    assert refused.value.refusal.value == CANCELLED and child.status()["state"] == "off"
     child.close()
 
 

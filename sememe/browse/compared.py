@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sememe import artifact
-from sememe.atlas import Atlas, dictionary_of
+from sememe.atlas import NULL_DICTIONARY, Atlas, dictionary_of
 from sememe.browse.data import Data, Json
 from sememe.errors import ArtifactError, MismatchError
 
@@ -46,7 +46,8 @@ class Side(NamedTuple):
 
 def dictionary_folder(atlas: Atlas, named: Path | None = None) -> Path | None:
     """The folder of an atlas's dictionary: the one that was named, else where it was when the atlas was made, else
-    the one beside the atlas; None if none of these is that dictionary any more.
+    the one beside the atlas; None if none of these is that dictionary any more. A null's atlas keeps its own (those
+    of earlier versions do not).
 
     Raises:
         ArtifactError: the folder that was named holds no dictionary.
@@ -54,8 +55,10 @@ def dictionary_folder(atlas: Atlas, named: Path | None = None) -> Path | None:
     """
     try:
         wanted = dictionary_of(atlas)
-    except MismatchError:
-        return None  # a null's: it stands nowhere
+    except MismatchError:  # a null's, of an earlier version
+        if named is not None:
+            raise
+        return None
     if named is not None:
         found = artifact.load(named, "dictionary").fingerprint
         if found != wanted:
@@ -65,8 +68,8 @@ def dictionary_folder(atlas: Atlas, named: Path | None = None) -> Path | None:
                 "Name the atlas's own dictionary, or leave --dictionary out.",
             )
         return named
-    beside = atlas.artifact.path.parent / "dictionary"
-    for folder in (*map(Path, atlas.artifact.meta["config"].get("dictionaries") or ()), beside):
+    own, beside = atlas.artifact.path / NULL_DICTIONARY, atlas.artifact.path.parent / "dictionary"
+    for folder in (own, *map(Path, atlas.artifact.meta["config"].get("dictionaries") or ()), beside):
         try:
             if artifact.load(folder, "dictionary").fingerprint == wanted:
                 return folder
@@ -86,7 +89,7 @@ class Compared:
     def __init__(self, mine: Side, other: Side) -> None:
         self.mine, self.other = mine, other
         self._lock = threading.Lock()
-        self._pairs: Json | None = None
+        self._pairs: tuple[Json, Json | None] | None = None
 
     # ---- how -------------------------------------------------------------------------------------------------------
 
@@ -95,7 +98,7 @@ class Compared:
         """neighbours, directions or tokens."""
         if self._kept_name is not None:
             return "neighbours"
-        return "directions" if self._directions is not None else "tokens"
+        return "directions" if self._comparable else "tokens"
 
     @cached_property
     def about(self) -> str:
@@ -126,18 +129,27 @@ class Compared:
         return called if called in names else None
 
     @cached_property
-    def _directions(self) -> tuple[Floats, Floats] | None:
-        """Unit decoder directions of both, by row of the atlas; None where they cannot be compared."""
+    def _comparable(self) -> bool:
+        """Whether both dictionaries are known and write to one place; their weights are not read for that."""
         if self.mine.dictionary is None or self.other.dictionary is None:
-            return None
+            return False
         mine, other = (
             artifact.load(folder, "dictionary") for folder in (self.mine.dictionary, self.other.dictionary)
         )
-        if _places(mine) is None or _places(mine) != _places(other):
-            return None
-        a, b = _unit(mine), _unit(other)
-        if a is None or b is None or a.shape[1] != b.shape[1]:
-            return None
+        shapes = [_shape(one.file(WEIGHTS)) for one in (mine, other)]
+        if _places(mine) is None or _places(mine) != _places(other) or None in shapes:
+            return False
+        return len({shape[1] for shape in shapes if shape is not None}) == 1
+
+    @cached_property
+    def _directions(self) -> tuple[Floats, Floats]:
+        """Unit decoder directions of both, by row of the atlas."""
+        assert self.mine.dictionary is not None and self.other.dictionary is not None
+        a, b = (
+            _unit(artifact.load(one.dictionary, "dictionary"))
+            for one in (self.mine, self.other)
+            if one.dictionary
+        )
         return a[np.asarray(self.mine.data.ids)], b[np.asarray(self.other.data.ids)]
 
     @cached_property
@@ -199,7 +211,6 @@ class Compared:
     def _block(self, rows: slice) -> Floats:
         """How like some of my latents are to all of the other's, by row: (rows, other)."""
         if self.method == "directions":
-            assert self._directions is not None
             a, b = self._directions
             return np.asarray(a[rows] @ b.T, dtype=np.float32)
         mine, other = self._profiles
@@ -212,9 +223,16 @@ class Compared:
 
         None where nothing is like it at all, or (`mutual`) where only one direction is known.
         """
+        return self._both()[0]
+
+    def back(self) -> Json | None:
+        """The pairs of the other with mine, of the same products; None for neighbours, which are kept one way."""
+        return self._both()[1]
+
+    def _both(self) -> tuple[Json, Json | None]:
         with self._lock:
             if self._pairs is None:
-                self._pairs = self._kept() if self.method == "neighbours" else self._computed()
+                self._pairs = (self._kept(), None) if self.method == "neighbours" else self._computed()
             return self._pairs
 
     def _kept(self) -> Json:
@@ -233,12 +251,11 @@ class Compared:
             [None] * len(ids),
         )
 
-    def _computed(self) -> Json:
-        ids, others = self.mine.data.ids, self.other.data.ids
-        best = np.zeros(len(ids), dtype=np.int64)
-        value = np.zeros(len(ids), dtype=np.float32)
-        back, back_value = np.zeros(len(others), dtype=np.int64), np.full(len(others), -np.inf, np.float32)
-        for start in range(0, len(ids), BLOCK):
+    def _computed(self) -> tuple[Json, Json]:
+        n, m = len(self.mine.data.ids), len(self.other.data.ids)
+        best, value = np.zeros(n, dtype=np.int64), np.zeros(n, dtype=np.float32)
+        back, back_value = np.zeros(m, dtype=np.int64), np.full(m, -np.inf, np.float32)
+        for start in range(0, n, BLOCK):
             block = self._block(slice(start, start + BLOCK))
             best[start : start + BLOCK] = block.argmax(axis=1)
             value[start : start + BLOCK] = block.max(axis=1)
@@ -246,21 +263,33 @@ class Compared:
             better = column > back_value
             back[better] = block.argmax(axis=0)[better] + start
             back_value[better] = column[better]
+        forth = self._matched(best, value, back[best] == np.arange(n))
+        return forth, self._matched(back, back_value, best[back] == np.arange(m), turned=True)
+
+    def _matched(
+        self, best: NDArray[np.int64], value: Floats, mutual: NDArray[np.bool_], *, turned: bool = False
+    ) -> Json:
+        others = (self.mine if turned else self.other).data.ids
         like = value > 0
-        mutual = back[best] == np.arange(len(ids))
         return self._columns(
             [others[int(row)] if there else None for row, there in zip(best, like, strict=True)],
             [round(float(one), 4) if there else None for one, there in zip(value, like, strict=True)],
             [bool(m) if there else None for m, there in zip(mutual, like, strict=True)],
+            turned=turned,
         )
 
     def _columns(
-        self, other: list[int | None], similarity: list[float | None], mutual: list[bool | None]
+        self,
+        other: list[int | None],
+        similarity: list[float | None],
+        mutual: list[bool | None],
+        *,
+        turned: bool = False,
     ) -> Json:
         return {
             "method": self.method,
             "about": self.about,
-            "latent": self.mine.data.ids,
+            "latent": (self.other if turned else self.mine).data.ids,
             "other": other,
             "similarity": similarity,
             "mutual": mutual,
@@ -276,32 +305,39 @@ def _places(dictionary: artifact.Artifact) -> list[Any] | None:
     return [[site.get(key) for key in keys] for site in sites["outputs"]]
 
 
-def _unit(dictionary: artifact.Artifact) -> Floats | None:
-    """Unit decoder directions (d_sae, d_out); None where the file holds none in a type that numpy knows."""
-    path = dictionary.file(WEIGHTS)
-    found = _tensor(path, DECODER)
-    if found is None or found.ndim != 2:
-        return None
-    directions = found.astype(np.float32)
+def _unit(dictionary: artifact.Artifact) -> Floats:
+    """Unit decoder directions (d_sae, d_out)."""
+    directions = _decoder(dictionary.file(WEIGHTS)).astype(np.float32)
     norms = np.linalg.norm(directions, axis=1, keepdims=True)
     return np.asarray(directions / np.maximum(norms, 1e-12), dtype=np.float32)
 
 
-def _tensor(path: Path, name: str) -> NDArray[Any] | None:
-    """One tensor of a safetensors file; bfloat16 is widened by hand, as numpy has no such type."""
+TYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "BF16": np.uint16}
+
+
+def _header(path: Path) -> tuple[Json | None, int]:
+    """What a safetensors file says of its decoder, and where its tensors begin."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        about = json.loads(file.read(size)).get(name)
-        if about is None:
-            return None
-        start, stop = about["data_offsets"]
-        file.seek(8 + size + start)
-        raw = file.read(stop - start)
-    types: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "F64": np.float64}
-    if about["dtype"] == "BF16":
-        return (
-            (np.frombuffer(raw, np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(about["shape"])
-        )
-    if about["dtype"] not in types:
+        return json.loads(file.read(size)).get(DECODER), 8 + size
+
+
+def _shape(path: Path) -> tuple[int, int] | None:
+    """The decoder's (d_sae, d_out); None where the file holds none in a type that numpy knows."""
+    about, _ = _header(path)
+    if about is None or about["dtype"] not in TYPES or len(about["shape"]) != 2:
         return None
-    return np.frombuffer(raw, types[about["dtype"]]).reshape(about["shape"])
+    return int(about["shape"][0]), int(about["shape"][1])
+
+
+def _decoder(path: Path) -> NDArray[Any]:
+    """The decoder of a safetensors file; bfloat16 is widened by hand, as numpy has no such type."""
+    about, begin = _header(path)
+    assert about is not None, "its shape was asked for before"
+    start, stop = about["data_offsets"]
+    with path.open("rb") as file:
+        file.seek(begin + start)
+        raw = np.frombuffer(file.read(stop - start), TYPES[about["dtype"]])
+    if about["dtype"] == "BF16":
+        raw = (raw.astype(np.uint32) << 16).view(np.float32)
+    return raw.reshape(about["shape"])

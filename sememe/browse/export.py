@@ -26,7 +26,7 @@ from sememe import artifact
 from sememe.browse import page
 from sememe.browse.compared import Compared, Side, dictionary_folder
 from sememe.browse.data import Data
-from sememe.browse.inputs import Inputs, opened
+from sememe.browse.inputs import Inputs, named_once, opened
 from sememe.browse.together import Served, name_of, session
 from sememe.progress import track
 
@@ -61,15 +61,23 @@ def export(config: ExportConfig, *, fresh: bool = False) -> artifact.Artifact:
     Returns:
         The site, an artifact of kind "site".
     Raises:
+        ConfigError: an atlas is named twice.
         ArtifactError: config.atlas is not an atlas, or config.out is a folder of something else.
         CorruptError: the atlas is damaged.
         MismatchError: config.out is a site made from something else; or explanations or report are of another atlas.
     """
-    out = config.out
+    out, paths = config.out, named_once(config)
     with contextlib.ExitStack() as stack:
         data, parents = stack.enter_context(opened(config))
         others = [stack.enter_context(opened(Inputs(atlas=path))) for path in config.against]
         parents |= {f"against {i}": other.parents["atlas"] for i, other in enumerate(others)}
+        shown = [
+            Served(data, dictionary=dictionary_folder(data.atlas), name=name_of(path))
+            for data, path in zip((data, *(other.data for other in others)), paths, strict=True)
+        ]
+        compared = _compared(shown)
+        # By directions or by tokens depends on whether dictionaries are still where they were: another site.
+        parents |= {f"compared {mine} {other}": pair.method for (mine, other), pair in compared.items()}
         if not fresh and out.is_dir() and not any(out.iterdir()):
             out.rmdir()  # an empty folder was made for us
         identity = artifact.identity_of("site", VERSION, config, parents)
@@ -84,7 +92,7 @@ def export(config: ExportConfig, *, fresh: bool = False) -> artifact.Artifact:
             _write(data, work.path, config)
             for number, other in enumerate(others, 1):
                 _write(other.data, work.path, config, f"atlas-{number}/")
-            _write_together(work.path, [data, *(other.data for other in others)], config)
+            _write_together(work.path, shown, compared)
     return artifact.load(out, "site")
 
 
@@ -96,16 +104,23 @@ def _write_page(folder: Path) -> None:
         target.write_bytes(content)
 
 
-def _write_together(folder: Path, atlases: list[Data], config: ExportConfig) -> None:
+def _compared(shown: list[Served]) -> dict[tuple[int, int], Compared]:
+    """Each atlas beside each other one, by their numbers; nothing is computed yet."""
+    sides = [Side(one.data, one.dictionary) for one in shown if isinstance(one.data, Data)]
+    return {
+        (mine, other): Compared(sides[mine], sides[other])
+        for mine, other in itertools.permutations(range(len(sides)), 2)
+    }
+
+
+def _write_together(folder: Path, shown: list[Served], compared: dict[tuple[int, int], Compared]) -> None:
     """What the page knows of all its atlases: their names, and how they compare."""
-    shown = [
-        Served(data, dictionary=dictionary_folder(data.atlas), name=name_of(path))
-        for data, path in zip(atlases, (config.atlas, *config.against), strict=True)
-    ]
     _write_shard(folder, "session", session(shown))
-    for mine, other in itertools.permutations(range(len(shown)), 2):
-        sides = [Side(atlases[i], shown[i].dictionary) for i in (mine, other)]
-        _write_shard(folder, f"compare-{mine}-{other}", Compared(*sides).pairs())
+    for (mine, other), pair in compared.items():
+        turned = compared[other, mine]
+        # The products of a pair are the same both ways; neighbours are kept one way.
+        back = turned.back() if mine > other and turned.method == pair.method else None
+        _write_shard(folder, f"compare-{mine}-{other}", pair.pairs() if back is None else back)
 
 
 @contextlib.contextmanager

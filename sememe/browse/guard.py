@@ -22,6 +22,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from sememe.errors import SememeError
+
 __all__ = [
     "LOCAL",
     "MAX_BODY_BYTES",
@@ -34,6 +36,7 @@ __all__ = [
     "door_of",
     "dump",
     "json_response",
+    "refused",
 ]
 
 LOCAL = ("127.0.0.1", "localhost", "[::1]")
@@ -120,20 +123,29 @@ class Guard:
         refusal = _refusal(scope, self.door)
         if refusal is None:
             return _entered(scope, self.door) if self.door.token is not None else None
-        status, reason = refusal
-        return json_response(dump({"error": reason}), status=status)
+        return json_response(dump({"error": refusal.detail}), status=refusal.status_code)
 
 
 def _values(scope: Scope, name: bytes) -> list[str]:
     return [value.decode("latin-1") for key, value in scope["headers"] if key == name]
 
 
-def _refusal(scope: Scope, door: Door) -> tuple[int, str] | None:
+def _refusal(scope: Scope, door: Door) -> HTTPException | None:
     hosts = _values(scope, b"host")
     if len(hosts) != 1 or not _ours(_name(hosts[0]), door):
-        return 403, "The Host header must name this machine."
-    if len(scope.get("query_string", b"")) > MAX_QUERY_BYTES:
-        return 414, "The address is too long."
+        return refused(
+            403,
+            "the Host header must name this machine",
+            ", ".join(hosts)[:60] or "none",
+            "Open the address that `sememe browse` printed.",
+        )
+    if (size := len(scope.get("query_string", b""))) > MAX_QUERY_BYTES:
+        return refused(
+            414,
+            f"an address's query must be at most {MAX_QUERY_BYTES:,} bytes",
+            f"{size:,}",
+            "Ask for less at once.",
+        )
     if scope["method"] in READING:
         return None
     site, origin = _values(scope, b"sec-fetch-site"), _values(scope, b"origin")
@@ -141,7 +153,12 @@ def _refusal(scope: Scope, door: Door) -> tuple[int, str] | None:
     if any(value not in ("same-origin", "none") for value in site) or any(
         value.lower() != ours for value in origin
     ):
-        return 403, "A request that changes something must come from this server's own page."
+        return refused(
+            403,
+            "a request that changes something must come from this server's own page",
+            f"one from {', '.join([*origin, *site])[:60]}",
+            "Send it from the page, or from a script without an Origin header.",
+        )
     return None
 
 
@@ -179,18 +196,25 @@ def _entered(scope: Scope, door: Door) -> Response | None:
             "set-cookie": f"{COOKIE}={door.token}; HttpOnly; SameSite=Strict; Path=/",
         }
         return Response(status_code=303, headers=headers)
-    reason = (
-        "a request to this server must carry its token, got none that fits. "
-        "Open the whole address that `sememe browse` printed."
+    refusal = refused(
+        401,
+        "a request to this server must carry its token",
+        "none that fits",
+        "Open the whole address that `sememe browse` printed.",
     )
-    return json_response(dump({"error": reason}), {"www-authenticate": "Bearer"}, 401)
+    return json_response(dump({"error": refusal.detail}), {"www-authenticate": "Bearer"}, 401)
 
 
 def _same(given: str, token: str) -> bool:
     return hmac.compare_digest(given.encode("utf-8", "surrogatepass"), token.encode())
 
 
-# ---- bodies
+# ---- answers and bodies
+
+
+def refused(status: int, rule: str, value: object, remedy: str) -> HTTPException:
+    """Why a request is not answered, in the three parts of every error."""
+    return HTTPException(status, str(SememeError(rule, value, remedy)))
 
 
 def dump(value: Any) -> bytes:
@@ -218,18 +242,35 @@ async def body_of(request: Request) -> dict[str, Any]:
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
-        raise HTTPException(415, "A request that changes something must be application/json.")
+        raise refused(
+            415,
+            "a request that changes something must be application/json",
+            kind[:60] or "no content type",
+            "Send JSON, and say so in the Content-Type header.",
+        )
     parts: list[bytes] = []
     size = 0
     async for part in request.stream():
         size += len(part)
         if size > MAX_BODY_BYTES:
-            raise HTTPException(413, f"A request's body must be at most {MAX_BODY_BYTES >> 20} MB.")
+            raise refused(
+                413,
+                f"a request's body must be at most {MAX_BODY_BYTES >> 20} MB",
+                f"more than {MAX_BODY_BYTES:,} bytes",
+                "Send less at once.",
+            )
         parts.append(part)
     try:
         found = json.loads(b"".join(parts), parse_constant=_no_constant)
-    except (ValueError, RecursionError):
-        raise HTTPException(400, "A request's body must be JSON.") from None
+    except (ValueError, RecursionError) as error:
+        raise refused(
+            400, "a request's body must be JSON", str(error)[:80], "See /api/openapi.json for what it takes."
+        ) from None
     if not isinstance(found, dict):
-        raise HTTPException(400, "A request's body must be a JSON object.")
+        raise refused(
+            400,
+            "a request's body must be a JSON object",
+            type(found).__name__,
+            "See /api/openapi.json for what it takes.",
+        )
     return found

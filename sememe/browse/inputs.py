@@ -17,9 +17,9 @@ from sememe.browse.data import Data, EffectFiles, Explained
 from sememe.browse.data.reports import frontier_point
 from sememe.browse.data.texts import fingerprints, read_texts, text_files
 from sememe.config import Config
-from sememe.errors import ArtifactError, CorruptError, MismatchError
+from sememe.errors import ArtifactError, ConfigError, CorruptError, MismatchError
 
-__all__ = ["Inputs", "Opened", "opened"]
+__all__ = ["Inputs", "Opened", "named_once", "opened"]
 
 REPORT = "report.json"
 
@@ -44,6 +44,24 @@ class Inputs(Config):
     """The folder of its latents' effects: what taking them out does to the predictions, token by token."""
     prompts: tuple[Path, ...] = ()
     """Chosen texts: files that `sememe prompt --out FILE.json` wrote, or folders of them."""
+
+
+def named_once(inputs: Inputs) -> tuple[Path, ...]:
+    """The folders of all atlases that are shown.
+
+    Raises:
+        ConfigError: two of them are one: its notes would have two writers, and it cannot be compared with itself.
+    """
+    paths = (inputs.atlas, *inputs.against)
+    first: dict[Path, Path] = {}
+    for path in paths:
+        place = path.resolve()
+        if place in first:
+            raise ConfigError(
+                "each atlas must be named once", f"{path}, which is {first[place]} again", "Leave it out."
+            )
+        first[place] = path
+    return paths
 
 
 class Opened(NamedTuple):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import queue
 import subprocess
 import threading
 import time
@@ -129,7 +130,9 @@ class Child:
         self.command = list(command)
         self.timeout_s, self.max_waiting = timeout_s, max_waiting
         self._process: subprocess.Popen[bytes] | None = None
-        self._lock = threading.RLock()  # of everything below
+        self._letters: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()  # to this process; None: no more
+        self._lock = threading.RLock()  # of everything below; never held while anything is waited for
+        self._closing = threading.Lock()
         self._turn = threading.Lock()  # held by the job that runs
         self._jobs: list[_Job] = []
         self._number = 0
@@ -187,9 +190,11 @@ class Child:
             return bool(found)
 
     def close(self) -> None:
-        with self._lock:
-            self._closed = True
-            self._end()
+        with self._closing:  # whoever closes it again waits as well
+            with self._lock:
+                self._closed = True
+                process = self._let_go()
+            _ended_process(process)
 
     # ---- inside ----------------------------------------------------------------------------------------------------
 
@@ -227,11 +232,13 @@ class Child:
 
     def _run(self, job: _Job, arguments: Json, deadline: float) -> None:
         with self._lock:
+            if self._closed:
+                raise LiveError(_ended("it was closed"))
+            if job.cancelled_at is not None:  # just now: from here on, a cancel is sent
+                raise LiveError(_cancelled())
             self._started()
             job.running = True
-            sent = self._send({"id": job.number, "verb": job.verb, "arguments": arguments})
-        if not sent:
-            job.fail(_ended("it took no question"))
+            self._send({"id": job.number, "verb": job.verb, "arguments": arguments})
         while not job.over.wait(0.1):
             now = time.monotonic()
             if job.cancelled_at is not None and self._state["state"] == "loading":
@@ -247,28 +254,43 @@ class Child:
         """A child that runs: the one there is, or a new one."""
         if self._process is not None and self._process.poll() is None:
             return
-        self._end()
+        self._let_go()  # it has ended: nothing to wait for
         try:
             process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         except OSError as error:
             self._state = {"state": "failed", "reason": str(error)}
             raise LiveError(_ended(str(error))) from None
-        self._process = process
+        self._process, self._letters = process, queue.SimpleQueue()
         self._state = {"state": "loading"}
-        threading.Thread(target=self._read, args=(process,), daemon=True).start()
+        for work in (self._write, self._read):
+            threading.Thread(target=work, args=(process, self._letters), daemon=True).start()
 
-    def _send(self, message: Json) -> bool:
-        process = self._process
-        if process is None or process.stdin is None:
-            return False
+    def _send(self, message: Json) -> None:
+        """Leave a message for the child; never waits for it to be read."""
+        self._letters.put(json.dumps(message).encode() + b"\n")
+
+    def _write(self, process: subprocess.Popen[bytes], letters: queue.SimpleQueue[bytes | None]) -> None:
+        """Give a child what is left for it; runs in a thread of its own, as a pipe that nobody reads is soon full.
+
+        Whoever kills the child frees this thread: the pipe breaks.
+        """
+        assert process.stdin is not None
         try:
-            process.stdin.write(json.dumps(message).encode() + b"\n")
-            process.stdin.flush()
+            while (letter := letters.get()) is not None:
+                process.stdin.write(letter)
+                process.stdin.flush()
         except OSError:
-            return False
-        return True
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(1)
+                return  # it has ended; who reads it says how
+            with self._lock:
+                if process is self._process:
+                    self._fail_running(_ended("it took no question"))
+        finally:
+            with contextlib.suppress(OSError):
+                process.stdin.close()
 
-    def _read(self, process: subprocess.Popen[bytes]) -> None:
+    def _read(self, process: subprocess.Popen[bytes], letters: queue.SimpleQueue[bytes | None]) -> None:
         """Take what a child says until it ends; runs in a thread of its own."""
         assert process.stdout is not None
         while line := process.stdout.readline(MAX_LINE_BYTES):
@@ -282,6 +304,7 @@ class Child:
                         self._heard(message)
         process.stdout.close()
         code = process.wait()
+        letters.put(None)
         with self._lock:
             if process is not self._process:
                 return
@@ -316,23 +339,30 @@ class Child:
             if self._process is not None:
                 self._process.kill()
 
-    def _end(self) -> None:
-        """Let the child go: it leaves when its input ends, or is made to."""
-        process, self._process = self._process, None
+    def _fail_running(self, refusal: Refusal) -> None:
         for job in self._jobs:
             if job.running:
-                job.fail(_ended("it was closed"))
-        if process is None:
-            return
-        self._state = {"state": "off"}
-        with contextlib.suppress(OSError):
-            if process.stdin is not None:
-                process.stdin.close()
-        try:
-            process.wait(2)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+                job.fail(refusal)
+
+    def _let_go(self) -> subprocess.Popen[bytes] | None:
+        """Have nothing to do with the child any more; it is returned, to be waited for without the lock."""
+        process, self._process = self._process, None
+        self._letters.put(None)  # its input ends, which tells it to leave
+        self._fail_running(_ended("it was closed"))
+        if process is not None:
+            self._state = {"state": "off"}
+        return process
+
+
+def _ended_process(process: subprocess.Popen[bytes] | None) -> None:
+    """Wait for a child to leave now that its input has ended, or make it."""
+    if process is None:
+        return
+    try:
+        process.wait(2)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _ended(how: str) -> Refusal:

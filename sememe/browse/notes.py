@@ -2,12 +2,17 @@
 
 Knows that file and which atlas it belongs to; knows neither HTTP nor the page. An atlas does not change, so its notes
 stand beside it, in `NAME.notes.json`: written aside and renamed, so that a reader never sees half of it. They belong
-to the dictionary: an atlas of the same dictionary on more text takes them over.
+to the dictionary: an atlas of the same dictionary on more text takes them over. Several servers may write one file:
+each reads it again before it changes it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
 import threading
+from collections.abc import Container, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -84,7 +89,7 @@ class NotesFile:
     """
 
     def __init__(self, atlas: Atlas, *, write: bool) -> None:
-        self.path, self.write = notes_path(atlas.artifact.path), write
+        self.path, self.write, self._atlas = notes_path(atlas.artifact.path), write, atlas
         self._of = {
             "atlas": atlas.artifact.fingerprint,
             "dictionary": str(atlas.artifact.meta["parents"].get("dictionary") or ""),
@@ -92,14 +97,48 @@ class NotesFile:
         self._lock = threading.Lock()
         self.notes: dict[int, Note] = {}
         self.ratings: list[Rating] = []
-        if self.path.exists():
-            found = read_notes(self.path, atlas)
-            self.notes, self.ratings = _understood(found, str(self.path))
+        self._seen: tuple[int, ...] | None = None
+        self._read()
 
     def as_json(self) -> Json:
         """Everything, as it stands in the file."""
         with self._lock:
+            self._read()
             return self._json()
+
+    def _read(self) -> None:
+        """Read the file, unless it stands as we last saw it."""
+        stamp = self._stamp()
+        if stamp == self._seen:
+            return
+        if stamp is None:
+            self.notes, self.ratings = {}, []
+        else:
+            self.notes, self.ratings = _understood(read_notes(self.path, self._atlas), str(self.path))
+        self._seen = stamp
+
+    def _stamp(self) -> tuple[int, ...] | None:
+        """What changes when somebody replaces the file; None where there is none."""
+        try:
+            found = self.path.stat()
+        except FileNotFoundError:
+            return None
+        return found.st_ino, found.st_mtime_ns, found.st_size
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Nobody else writes the file meanwhile, and we start from what it holds.
+
+        The lock is on the folder: the file itself is replaced, and one beside it would be left lying about.
+        """
+        with self._lock:
+            folder = os.open(self.path.parent, os.O_RDONLY)
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX)
+                self._read()
+                yield
+            finally:
+                os.close(folder)
 
     def _json(self) -> Json:
         return {
@@ -117,43 +156,68 @@ class NotesFile:
             ConfigError: the note is not one.
         """
         made = Note.build({**note, "changed": _now()}, "the note")
-        with self._lock:
+        with self._alone():
             self._merge({latent: made})
             self._save()
         return _short(made)
 
-    def merge(self, document: Json) -> Json:
+    def merge(self, document: Json, ids: Container[int]) -> Json:
         """Take over notes and ratings from a document that was exported: its latents replace ours of the same number.
 
+        Args:
+            document: What was exported. One that says whose it is must be of this atlas or its dictionary.
+            ids: The atlas's latents.
         Raises:
-            ConfigError: it is not such a document.
+            ConfigError: it is not such a document, or it is of another dictionary.
         """
         if document.get("kind") != "notes":
             raise ConfigError(
                 "a file to import must be exported notes", repr(document.get("kind")), "Choose another file."
             )
+        said = {str(document[of]) for of in ("atlas", "dictionary") if document.get(of)}
+        if said and not said & {value for value in self._of.values() if value}:
+            raise ConfigError(
+                f"notes to import must be of this atlas's dictionary "
+                f"({self._of['dictionary'][:16] or 'a null, which has none'})",
+                f"notes of {str(document.get('dictionary') or document.get('atlas'))[:16]}",
+                "Open the atlas that they were exported from, or choose another file.",
+            )
         notes, ratings = _understood(document, "the file")
-        with self._lock:
+        with self._alone():
+            for latent in notes:
+                if latent not in self.notes:
+                    _there(latent, ids)
+            for rating in ratings:
+                self._check(rating, ids)
             self._merge(notes)
             for rating in ratings:
                 self._rate(rating)
             self._save()
             return self._json()
 
-    def rate(self, rating: Json) -> Json:
+    def rate(self, rating: Json, ids: Container[int]) -> Json:
         """Keep a verdict in place of an earlier one of the same queue on the same latent; None takes it back.
 
+        Args:
+            rating: The verdict.
+            ids: The atlas's latents.
         Raises:
-            ConfigError: it is not a verdict.
+            ConfigError: it is not a verdict, or on a latent that is not there.
         """
         undo = rating.get("verdict") is None
         made = Rating.build(
             {**rating, "verdict": VERDICTS[0] if undo else rating["verdict"], "changed": _now()}
         )
-        with self._lock:
+        self._check(made, ids)
+        with self._alone():
             self._rate(made, undo=undo)
             self._save()
         return {} if undo else _short(made)
+
+    def _check(self, rating: Rating, ids: Container[int]) -> None:
+        """Queues may be mixed from two atlases: the other's latents are not ours to know."""
+        if rating.source in ("", self._of["atlas"]):
+            _there(rating.latent, ids)
 
     def _merge(self, notes: dict[int, Note]) -> None:
         merged = {latent: note for latent, note in (self.notes | notes).items() if not note.is_empty()}
@@ -175,6 +239,7 @@ class NotesFile:
     def _save(self) -> None:
         assert self.write, "the server refuses what may not be written"
         artifact.write_json(self.path, self._json())
+        self._seen = self._stamp()
 
 
 def _understood(document: Json, where: str) -> tuple[dict[int, Note], list[Rating]]:
@@ -189,6 +254,15 @@ def _understood(document: Json, where: str) -> tuple[dict[int, Note], list[Ratin
             raise ConfigError(f"a latent in {where} must be a number", repr(latent)[:40], "Export it again.")
         notes[int(latent)] = Note.build(_object(note, where), where)
     return notes, [Rating.build(_object(rating, where), where) for rating in ratings]
+
+
+def _there(latent: int, ids: Container[int]) -> None:
+    if latent not in ids:
+        raise ConfigError(
+            "a latent of notes must be one of the atlas's",
+            f"latent {latent}, which it does not have",
+            "Open the atlas that they were exported from, or leave it out.",
+        )
 
 
 def _object(value: Any, where: str) -> Json:

@@ -10,6 +10,32 @@ from typing import Any, NamedTuple
 from sememe import __version__
 from sememe.browse.guard import MAX_BODY_BYTES
 from sememe.browse.notes import VERDICTS, Note, Rating
+from sememe.browse.schemas import (
+    BOOLEAN,
+    COMPARED,
+    CONTEXTS,
+    DETAILS,
+    EMBEDDINGS,
+    EXAMPLES,
+    GENERATED,
+    INDEX,
+    LATENT,
+    NOTES,
+    NUMBER,
+    OBJECT,
+    OVERVIEW,
+    PAIRS,
+    PROMPTED,
+    RATED,
+    SEARCH,
+    SESSION,
+    STATUS,
+    STRING,
+    TEXT,
+    TOKENS,
+    array,
+    record,
+)
 
 __all__ = ["ENDPOINTS", "Endpoint", "document"]
 
@@ -28,15 +54,14 @@ CHOSEN_TEXT: Json = {
     "description": "The text's place among those chosen.",
     "schema": {"type": "integer", "minimum": 0},
 }
-LATENT: Json = {
+LATENT_ID: Json = {
     "name": "latent",
     "in": "path",
     "required": True,
     "description": "The latent's number.",
     "schema": {"type": "integer", "minimum": 0, "maximum": 999_999_999},
 }
-OBJECT: Json = {"type": "object"}
-TEXT: Json = {"type": "string", "maxLength": 20_000}
+ASKED: Json = {"type": "string", "maxLength": 20_000}
 JOB: Json = {"type": "string", "maxLength": 100, "description": "A name by which it can be cancelled."}
 
 
@@ -55,52 +80,6 @@ class Endpoint(NamedTuple):
     """Statuses it may answer with beside those that every address may."""
 
 
-def _object(required: tuple[str, ...] = (), **properties: Json) -> Json:
-    found: Json = {"type": "object", "properties": properties}
-    return found | ({"required": list(required)} if required else {})
-
-
-def _array(items: Json) -> Json:
-    return {"type": "array", "items": items}
-
-
-NUMBER: Json = {"type": "number"}
-INTEGER: Json = {"type": "integer"}
-STRING: Json = {"type": "string"}
-BOOLEAN: Json = {"type": "boolean"}
-
-TOKEN = _object(
-    ("token", "text"),
-    token=INTEGER,
-    text=STRING,
-    bytes=STRING | {"description": "Hex, where it is not UTF-8 by itself."},
-)
-WRITTEN = _object(
-    ("text", "tokens", "perplexity"),
-    text=STRING,
-    tokens=_array(TOKEN),
-    perplexity={"type": ["number", "null"]},
-)
-STATUS = _object(
-    ("state",),
-    state={"enum": ["off", "loading", "ready", "busy", "failed"]},
-    reason=STRING,
-    about=OBJECT,
-    waiting=INTEGER,
-    job={
-        "type": ["object", "null"],
-        "properties": {"name": STRING, "verb": STRING, "done": INTEGER, "of": INTEGER},
-    },
-)
-PAIRS = _object(
-    ("method", "latent", "other", "similarity"),
-    method={"enum": ["neighbours", "directions", "tokens"]},
-    about=STRING,
-    latent=_array(INTEGER),
-    other=_array({"type": ["integer", "null"]}),
-    similarity=_array({"type": ["number", "null"]}),
-    mutual=_array({"type": ["boolean", "null"]}),
-)
 WITH: Json = {
     "name": "with",
     "in": "query",
@@ -109,6 +88,7 @@ WITH: Json = {
 }
 LIVE_FAILURES = (400, 409, 413, 415, 422, 429, 502, 503, 504)
 WRITE_FAILURES = (400, 413, 415)
+WHAT_IS_IMPORTED = ("kind", "atlas", "dictionary", "latents", "ratings")
 
 ENDPOINTS: tuple[Endpoint, ...] = (
     Endpoint("GET", "/api/openapi.json", "This document.", OBJECT),
@@ -116,40 +96,40 @@ ENDPOINTS: tuple[Endpoint, ...] = (
         "GET",
         "/api/session",
         "What is served: the atlases, whether notes may be written, whether a model answers.",
-        _object(("atlases", "write", "live"), atlases=_array(OBJECT), write=BOOLEAN, live=BOOLEAN),
+        SESSION,
     ),
     Endpoint(
         "GET",
         "/api/overview",
         "Where the atlas comes from, vital signs, density histogram, report.",
-        OBJECT,
+        OVERVIEW,
         (ATLAS,),
     ),
-    Endpoint("GET", "/api/index", "Every latent, in columns.", OBJECT, (ATLAS,)),
-    Endpoint("GET", "/api/tokens", "The strings of all tokens in the atlas.", OBJECT, (ATLAS,)),
-    Endpoint("GET", "/api/search", "For each token, the latents it leads to.", OBJECT, (ATLAS,)),
-    Endpoint("GET", "/api/details", "The other figures of every latent, in columns.", OBJECT, (ATLAS,)),
-    Endpoint("GET", "/api/embeddings", "Where labels lie among meanings.", OBJECT, (ATLAS,)),
+    Endpoint("GET", "/api/index", "Every latent, in columns.", INDEX, (ATLAS,)),
+    Endpoint("GET", "/api/tokens", "The strings of all tokens in the atlas.", TOKENS, (ATLAS,)),
+    Endpoint("GET", "/api/search", "For each token, the latents it leads to.", SEARCH, (ATLAS,)),
+    Endpoint("GET", "/api/details", "The other figures of every latent, in columns.", DETAILS, (ATLAS,)),
+    Endpoint("GET", "/api/embeddings", "Where labels lie among meanings.", EMBEDDINGS, (ATLAS,)),
     Endpoint(
         "GET",
         "/api/texts/{text}",
         "A chosen text with the latents that fire on it.",
-        OBJECT,
+        TEXT,
         (CHOSEN_TEXT, ATLAS),
     ),
-    Endpoint("GET", "/api/latents/{latent}", "One latent.", OBJECT, (LATENT, ATLAS)),
+    Endpoint("GET", "/api/latents/{latent}", "One latent.", LATENT, (LATENT_ID, ATLAS)),
     Endpoint(
         "GET",
         "/api/latents/{latent}/examples",
         "Its examples one by one, with token strings.",
-        _array(OBJECT),
-        (LATENT, ATLAS),
+        EXAMPLES,
+        (LATENT_ID, ATLAS),
     ),
     Endpoint(
         "GET",
         "/api/contexts",
         "Whole token rows with their documents; at most 256.",
-        _object(("contexts", "documents"), contexts=OBJECT, documents=OBJECT),
+        CONTEXTS,
         (
             {
                 "name": "ids",
@@ -174,20 +154,18 @@ ENDPOINTS: tuple[Endpoint, ...] = (
         "GET",
         "/api/compare/{latent}",
         "The latents of another atlas that are most like one.",
-        _object(
-            ("method", "other", "similarity"), method=STRING, other=_array(INTEGER), similarity=_array(NUMBER)
-        ),
-        (LATENT, WITH, ATLAS),
+        COMPARED,
+        (LATENT_ID, WITH, ATLAS),
         failures=(400,),
     ),
-    Endpoint("GET", "/api/notes", "Stars, tags, notes, explanations by hand, and ratings.", OBJECT, (ATLAS,)),
+    Endpoint("GET", "/api/notes", "Stars, tags, notes, explanations by hand, and ratings.", NOTES, (ATLAS,)),
     Endpoint(
         "POST",
         "/api/notes",
-        "Take over exported notes and ratings.",
-        OBJECT,
+        "Take over exported notes and ratings, of this atlas or its dictionary.",
+        NOTES,
         (ATLAS,),
-        _object(("kind", "latents"), kind={"const": "notes"}, latents=OBJECT, ratings=_array(OBJECT)),
+        record(("kind",), **{name: NOTES["properties"][name] for name in WHAT_IS_IMPORTED}),
         WRITE_FAILURES,
     ),
     Endpoint(
@@ -195,7 +173,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
         "/api/notes/{latent}",
         "Replace what is said of a latent.",
         Note.model_json_schema(),
-        (LATENT, ATLAS),
+        (LATENT_ID, ATLAS),
         Note.model_json_schema(),
         WRITE_FAILURES,
     ),
@@ -203,9 +181,9 @@ ENDPOINTS: tuple[Endpoint, ...] = (
         "PUT",
         "/api/ratings",
         "Keep a verdict on a latent; null takes it back.",
-        OBJECT,
+        RATED,
         (ATLAS,),
-        _object(
+        record(
             ("session", "latent", "verdict"),
             **{
                 **Rating.model_json_schema()["properties"],
@@ -219,12 +197,12 @@ ENDPOINTS: tuple[Endpoint, ...] = (
         "POST",
         "/api/live/prompt",
         "Which latents fire on a text, token by token.",
-        _object(("tokens",), tokens=_array(OBJECT), hookpoints=_array(STRING), ablated=BOOLEAN),
-        body=_object(
+        PROMPTED,
+        body=record(
             ("text",),
-            text=TEXT,
+            text=ASKED,
             n_latents={"type": "integer", "minimum": 1, "maximum": 50, "default": 5},
-            latents=_array({"type": "integer", "minimum": 0}),
+            latents={**array({"type": "integer", "minimum": 0}), "maxItems": 50},
             ablate=BOOLEAN,
             job=JOB,
         ),
@@ -234,20 +212,23 @@ ENDPOINTS: tuple[Endpoint, ...] = (
         "POST",
         "/api/live/generate",
         "What the model writes, and what it writes with some latents turned up or down.",
-        _object(("unsteered", "steered"), unsteered=WRITTEN, steered={"anyOf": [WRITTEN, {"type": "null"}]}),
-        body=_object(
+        GENERATED,
+        body=record(
             ("prompt",),
-            prompt=TEXT,
-            steer=_array(
-                _object(
-                    ("latent", "strength"),
-                    latent={"type": "integer", "minimum": 0},
-                    strength={"type": "number", "minimum": -100, "maximum": 100},
-                )
-            ),
+            prompt=ASKED,
+            steer={
+                **array(
+                    record(
+                        ("latent", "strength"),
+                        latent={"type": "integer", "minimum": 0},
+                        strength={"type": "number", "minimum": -100, "maximum": 100},
+                    )
+                ),
+                "maxItems": 20,
+            },
             n_tokens={"type": "integer", "minimum": 1, "maximum": 1000, "default": 40},
             temperature={"type": "number", "minimum": 0, "maximum": 10, "default": 0},
-            seed={"type": "integer", "minimum": 0, "default": 0},
+            seed={"type": "integer", "minimum": 0, "maximum": (1 << 31) - 1, "default": 0},
             job=JOB,
         ),
         failures=LIVE_FAILURES,
@@ -256,16 +237,16 @@ ENDPOINTS: tuple[Endpoint, ...] = (
         "POST",
         "/api/live/embed",
         "A text's vector, by the packaged sentence encoder.",
-        _object(("vector",), vector=_array(NUMBER), encoder=STRING, fingerprint=STRING),
-        body=_object(("text",), text=TEXT, job=JOB),
+        record(("vector",), vector=array(NUMBER), encoder=STRING, fingerprint=STRING),
+        body=record(("text",), text=ASKED, job=JOB),
         failures=LIVE_FAILURES,
     ),
     Endpoint(
         "POST",
         "/api/live/cancel",
         "Stop a job, running or waiting.",
-        _object(("cancelled",), cancelled=BOOLEAN),
-        body=_object(("job",), job=JOB),
+        record(("cancelled",), cancelled=BOOLEAN),
+        body=record(("job",), job=JOB),
         failures=WRITE_FAILURES,
     ),
 )
@@ -325,5 +306,5 @@ def document() -> Json:
         },
         "servers": [{"url": "/"}],
         "paths": paths,
-        "components": {"schemas": {"Error": _object(("error",), error=STRING)}},
+        "components": {"schemas": {"Error": record(("error",), error=STRING)}},
     }

@@ -20,13 +20,13 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp
 
 from sememe.browse import openapi, page
 from sememe.browse.compared import Compared, Side
 from sememe.browse.data import Data
-from sememe.browse.guard import Door, Guard, body_of, dump, json_response
+from sememe.browse.guard import Door, Guard, body_of, dump, json_response, refused
 from sememe.browse.live import VERBS, Live, LiveError, Refusal
 from sememe.browse.notes import NotesFile
 from sememe.browse.together import Served, session
@@ -106,7 +106,7 @@ class _Api:
         name = request.path_params["name"]
         content = self.files.get(name)
         if content is None:
-            raise HTTPException(404, "No such file.")
+            raise refused(404, "a file must be one of the page's own", name[:60], "Reload the page.")
         return Response(content, headers={"content-type": page.CONTENT_TYPES[Path(name).suffix]})
 
     async def openapi(self, request: Request) -> Response:
@@ -119,10 +119,14 @@ class _Api:
 
     def _number(self, request: Request, name: str = "atlas", default: int = 0) -> int:
         """Which atlas a request is about."""
-        number = _whole_number(request.query_params.get(name, str(default)))
+        given = request.query_params.get(name, str(default))
+        number = _whole_number(given)
         if number is None or number >= len(self.served):
-            raise HTTPException(
-                404, f"There is no atlas {request.query_params.get(name, str(default))[:20]!r}."
+            raise refused(
+                404,
+                f"`{name}` must be the number of an atlas that is served, 0 to {len(self.served) - 1}",
+                repr(given[:20]),
+                "See /api/session for what is served.",
             )
         return number
 
@@ -165,7 +169,12 @@ class _Api:
         place = _whole_number(request.path_params["text"])
         found = self._data(self._number(request)).text(place) if place is not None else None
         if found is None:
-            raise HTTPException(404, f"There is no chosen text {request.path_params['text'][:20]!r}.")
+            raise refused(
+                404,
+                "a chosen text must be one of those that the atlas is shown with",
+                repr(request.path_params["text"][:20]),
+                "See `texts` of /api/overview, or name more with --prompts.",
+            )
         return json_response(dump(found))
 
     async def contexts(self, request: Request) -> Response:
@@ -173,15 +182,27 @@ class _Api:
         ids = [_whole_number(part) for part in request.query_params.get("ids", "").split(",")]
         known = [one for one in ids if one is not None]
         if len(known) != len(ids):
-            raise HTTPException(400, "ids must be whole numbers with commas between them.")
+            raise refused(
+                400,
+                "`ids` must be whole numbers with commas between them",
+                repr(request.query_params.get("ids", "")[:40]),
+                "Ask for ?ids=0,7, say.",
+            )
         if len(ids) > MAX_CONTEXTS:
-            raise HTTPException(400, f"At most {MAX_CONTEXTS} contexts can be asked for at once.")
+            raise refused(
+                400,
+                f"at most {MAX_CONTEXTS} contexts can be asked for at once",
+                len(ids),
+                "Ask in several requests.",
+            )
         return json_response(dump(await run_in_threadpool(data.contexts, known)))
 
     async def compare(self, request: Request) -> Response:
         mine, other = self._number(request), self._number(request, "with", 1)
         if mine == other:
-            raise HTTPException(400, "An atlas is compared with another one: change `with`.")
+            raise refused(
+                400, "an atlas must be compared with another one", f"{mine} with itself", "Change `with`."
+            )
         compared = await run_in_threadpool(self._pair, mine, other)
         if "latent" not in request.path_params:
             return json_response(dump(await run_in_threadpool(compared.pairs)))
@@ -198,12 +219,17 @@ class _Api:
 
     async def notes(self, request: Request) -> Response:
         notes = self.served[self._number(request)].notes
-        found = notes.as_json() if notes is not None else {"kind": "notes", "latents": {}, "ratings": []}
+        found = (
+            await run_in_threadpool(notes.as_json)
+            if notes is not None
+            else {"kind": "notes", "latents": {}, "ratings": []}
+        )
         return json_response(dump({**found, "write": notes is not None and notes.write}))
 
     async def import_notes(self, request: Request) -> Response:
         notes = self._writable(request)
-        return json_response(dump(await run_in_threadpool(notes.merge, await body_of(request))))
+        ids = await run_in_threadpool(self._ids, self._number(request))
+        return json_response(dump(await run_in_threadpool(notes.merge, await body_of(request), ids)))
 
     async def put_note(self, request: Request) -> Response:
         notes, latent = self._writable(request), _whole_number(request.path_params["latent"])
@@ -213,23 +239,29 @@ class _Api:
 
     async def put_rating(self, request: Request) -> Response:
         notes = self._writable(request)
-        return json_response(dump(await run_in_threadpool(notes.rate, await body_of(request))))
+        ids = await run_in_threadpool(self._ids, self._number(request))
+        return json_response(dump(await run_in_threadpool(notes.rate, await body_of(request), ids)))
 
-    def _ids(self, number: int) -> list[int]:
-        return self._data(number).ids
+    def _ids(self, number: int) -> frozenset[int]:
+        return frozenset(self._data(number).ids)
 
     def _writable(self, request: Request) -> NotesFile:
         notes = self.served[self._number(request)].notes
         if notes is None or not notes.write:
-            raise HTTPException(403, "The atlas can only be read: serve it with --write to keep notes.")
+            raise refused(
+                403,
+                "an atlas must be served with --write to keep notes",
+                "one that is only read",
+                "Serve it with `sememe browse ATLAS --write`.",
+            )
         return notes
 
     # ---- the model -------------------------------------------------------------------------------------------------
 
     async def live_status(self, request: Request) -> Response:
-        return json_response(
-            dump({"state": "off", "reason": NO_MODEL} if self.live is None else self.live.status())
-        )
+        if self.live is None:
+            return json_response(dump({"state": "off", "reason": NO_MODEL}))
+        return json_response(dump(await run_in_threadpool(self.live.status)))
 
     def ask(self, verb: str) -> Answer:
         async def answer(request: Request) -> Response:
@@ -238,13 +270,19 @@ class _Api:
                 raise HTTPException(503, NO_MODEL)
             job = arguments.pop("job", "") or uuid.uuid4().hex
             if not isinstance(job, str) or len(job) > 100:
-                raise HTTPException(400, "A job's name must be a text of at most 100 letters.")
+                raise refused(
+                    400,
+                    "a job's name must be a text of at most 100 letters",
+                    type(job).__name__ if not isinstance(job, str) else f"{len(job)} letters",
+                    "Shorten it, or leave it out.",
+                )
             asking = asyncio.ensure_future(run_in_threadpool(self.live.ask, verb, arguments, job))
             try:
                 while not asking.done():
                     await asyncio.wait({asking}, timeout=0.25)
                     if not asking.done() and await request.is_disconnected():
-                        self.live.cancel(job)  # nobody waits for the answer any more
+                        # Nobody waits for the answer any more.
+                        await run_in_threadpool(self.live.cancel, job)
             except asyncio.CancelledError:
                 self.live.cancel(job)  # the server stops
                 raise
@@ -256,11 +294,19 @@ class _Api:
         arguments = await body_of(request)
         job = arguments.get("job")
         if not isinstance(job, str) or not job:
-            raise HTTPException(400, "job must be the name of a job.")
-        return json_response(dump({"cancelled": self.live is not None and self.live.cancel(job)}))
+            raise refused(
+                400,
+                "`job` must be the name of a job",
+                repr(job)[:40],
+                "Send the name that was sent with the question.",
+            )
+        done = self.live is not None and await run_in_threadpool(self.live.cancel, job)
+        return json_response(dump({"cancelled": done}))
 
 
-NO_MODEL = "a model must answer this, got none. Serve the atlas with `sememe browse ATLAS --live`."
+NO_MODEL = str(
+    SememeError("a model must answer this", "none", "Serve the atlas with `sememe browse ATLAS --live`.")
+)
 
 
 def _whole_number(text: str) -> int | None:
@@ -268,13 +314,40 @@ def _whole_number(text: str) -> int | None:
 
 
 def _no_latent(request: Request) -> HTTPException:
-    return HTTPException(404, f"The atlas has no latent {request.path_params['latent'][:20]!r}.")
+    return refused(
+        404,
+        "a latent must be one of the atlas's",
+        repr(request.path_params["latent"][:20]),
+        "See `id` of /api/index for those there are.",
+    )
 
 
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    reason = "The atlas can only be read." if error.status_code == 405 else error.detail
-    return json_response(dump({"error": reason}), error.headers, status=error.status_code)
+    reason, headers = error.detail, error.headers
+    if error.status_code == 405:
+        taken = _methods(request)
+        headers = {"allow": taken}
+        reason = refused(
+            405, f"{request.url.path[:60]} must be asked by {taken}", request.method, SEE_DOCUMENT
+        ).detail
+    elif (error.status_code, reason) == (404, "Not Found"):  # the router's own words
+        reason = refused(
+            404, "an address must be one that is served", request.url.path[:60], SEE_DOCUMENT
+        ).detail
+    return json_response(dump({"error": reason}), headers, status=error.status_code)
+
+
+SEE_DOCUMENT = "See /api/openapi.json for what can be asked."
+
+
+def _methods(request: Request) -> str:
+    """What an address takes; several routes may share it, each with methods of its own."""
+    found: set[str] = set()
+    for route in request.app.routes:
+        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
+            found |= route.methods or set()
+    return ", ".join(sorted(found))
 
 
 async def _unanswered(request: Request, error: Exception) -> Response:

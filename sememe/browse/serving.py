@@ -23,7 +23,7 @@ from sememe import artifact
 from sememe.browse.compared import dictionary_folder
 from sememe.browse.data import Data
 from sememe.browse.guard import Door, door_of
-from sememe.browse.inputs import Inputs, opened
+from sememe.browse.inputs import Inputs, named_once, opened
 from sememe.browse.live import Live
 from sememe.browse.notes import NotesFile
 from sememe.browse.server import application
@@ -60,6 +60,7 @@ def browse(config: BrowseConfig, *, live: Live | None = None) -> None:
         live: Who answers what needs a model; it is closed at the end.
     Raises:
         ArtifactError: a folder is not an atlas; or, at the end, the only atlas could not be shown.
+        ConfigError: an atlas is named twice.
         MismatchError: explanations or report are of another atlas; the dictionary is another.
         ServerError: the port is taken, or none is free.
     """
@@ -116,11 +117,12 @@ def served(config: BrowseConfig) -> Iterator[list[Served]]:
 
     Raises:
         ArtifactError: a folder is not an atlas at all.
+        ConfigError: an atlas is named twice.
         MismatchError: something that was named belongs to another atlas.
     """
     with contextlib.ExitStack() as stack:
         found = []
-        for number, path in enumerate((config.atlas, *config.against)):
+        for number, path in enumerate(named_once(config)):
             shown = {name: getattr(config, name) for name in Inputs.model_fields if name != "against"}
             inputs = Inputs(**shown) if number == 0 else Inputs(atlas=path)
             try:

@@ -14,7 +14,7 @@ from cyclopts import Parameter
 from sememe.cli import kinds
 from sememe.cli.flags import command
 from sememe.cli.kinds import FRESH, say
-from sememe.errors import ConfigError, nearest
+from sememe.errors import ArtifactError, ConfigError, nearest
 
 __all__: list[str] = []
 
@@ -272,13 +272,20 @@ def _live(config: Any, model: str | None) -> Any:
     from sememe.browse import Child
     from sememe.browse.compared import dictionary_folder
 
-    with contextlib.closing(open_atlas(config.atlas)) as atlas:
+    with contextlib.ExitStack() as stack:
+        try:
+            atlas = stack.enter_context(contextlib.closing(open_atlas(config.atlas)))
+        except ArtifactError:
+            return None  # the browser says what is wrong, on a page if it can: a model has nothing to answer there
         dictionary = dictionary_folder(atlas, config.dictionary)
+        null = atlas.artifact.meta["parents"].get("dictionary") is None
     if dictionary is None:
         raise ConfigError(
             "--live must know the folder of the atlas's dictionary",
-            "none where it was when the atlas was made",
-            "Name it with --dictionary.",
+            "a null's atlas that does not keep its own"
+            if null
+            else "none where it was when the atlas was made",
+            "Run `sememe interpret` again, which keeps it." if null else "Name it with --dictionary.",
         )
     about = {"atlas": str(config.atlas), "dictionary": str(dictionary), "model": model}
     child = Child([sys.executable, "-m", "sememe.live", json.dumps(about)])

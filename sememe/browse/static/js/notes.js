@@ -23,10 +23,18 @@
   const cleanRating = (one) => (one && typeof one === "object" && Number.isInteger(one.latent) && one.latent >= 0 && VERDICTS.includes(one.verdict) && typeof one.session === "string" && one.session
     ? { session: one.session, source: String(one.source || ""), latent: one.latent, stratum: String(one.stratum || ""), verdict: one.verdict, ...(typeof one.changed === "string" ? { changed: one.changed } : {}) } : null);
 
+  // Whose notes a document says it holds: its fingerprints, where it has any.
+  const whose = (document) => Object.fromEntries(["atlas", "dictionary"].filter((name) => document[name]).map((name) => [name, String(document[name])]));
+  const ratingKey = (one) => JSON.stringify([one.session, one.source || "", one.latent]);
+
   class Notes {
     constructor() {
       this.latents = new Map();
       this.ratings = [];
+      // What a server that only reads knows: what is taken away of it here must be remembered, or it would come back.
+      this.theirs = { latents: new Set(), ratings: new Set() };
+      this.emptied = new Set(); // latents
+      this.withdrawn = new Map(); // ratings, by key
       this.write = false; // whether the server keeps them
       this.ready = false;
       this.problem = null;
@@ -48,8 +56,9 @@
         } catch (error) { this.problem = error.message; }
       }
       if (!this.write) {
+        this.theirs = { latents: new Set(this.latents.keys()), ratings: new Set(this.ratings.map(ratingKey)) };
         try { this.take(JSON.parse(localStorage.getItem(this.key) || "{}")); } catch (error) { this.problem = "This browser keeps nothing for this page: export before you leave."; }
-        window.addEventListener("storage", (event) => { if (event.key === this.key && event.newValue) { try { this.latents.clear(); this.ratings = []; this.take(JSON.parse(event.newValue)); this.changed(); } catch (error) { /* not ours */ } } });
+        window.addEventListener("storage", (event) => { if (event.key === this.key && event.newValue) { try { this.latents.clear(); this.ratings = []; this.emptied.clear(); this.withdrawn.clear(); this.take(JSON.parse(event.newValue)); this.changed(); } catch (error) { /* not ours */ } } });
       }
       this.ready = true;
       this.changed();
@@ -59,9 +68,16 @@
       for (const [latent, note] of Object.entries(document.latents || {})) {
         const found = clean(note);
         if (!/^\d{1,9}$/.test(latent)) continue;
-        if (isEmpty(found)) this.latents.delete(Number(latent)); else this.latents.set(Number(latent), found);
+        this.put(Number(latent), found);
       }
       for (const rating of (Array.isArray(document.ratings) ? document.ratings : []).map(cleanRating)) if (rating) this.setRating(rating);
+      for (const one of Array.isArray(document.withdrawn) ? document.withdrawn : []) if (one && typeof one === "object") this.setRating({ session: String(one.session), source: String(one.source || ""), latent: one.latent, verdict: null });
+    }
+
+    put(latent, note) {
+      const empty = isEmpty(note);
+      if (empty) this.latents.delete(latent); else this.latents.set(latent, note);
+      if (empty && this.theirs.latents.has(latent)) this.emptied.add(latent); else this.emptied.delete(latent);
     }
 
     attach(model) { this.model = model; this.changed(); }
@@ -84,6 +100,13 @@
       return { kind: "notes", format_version: 1, ...this.about, latents: Object.fromEntries([...this.latents].sort(([a], [b]) => a - b)), ratings: this.ratings };
     }
 
+    // What this browser keeps: with what was taken away of the server's.
+    kept() {
+      const found = this.document();
+      for (const latent of this.emptied) found.latents[latent] = {};
+      return this.withdrawn.size ? { ...found, withdrawn: [...this.withdrawn.values()] } : found;
+    }
+
     get(latent) { return this.latents.get(latent) || {}; }
 
     // One request after another, so that the last that was typed is the last that is kept.
@@ -92,14 +115,14 @@
         this.sending = this.sending.then(request).then(() => { this.problem = null; tell(); }, (error) => { this.problem = error.message; tell(); });
         return this.sending;
       }
-      try { localStorage.setItem(this.key, JSON.stringify(this.document())); this.problem = null; } catch (error) { this.problem = "This browser keeps nothing for this page: export before you leave."; }
+      try { localStorage.setItem(this.key, JSON.stringify(this.kept())); this.problem = null; } catch (error) { this.problem = "This browser keeps nothing for this page: export before you leave."; }
       return Promise.resolve();
     }
 
     set(latent, changes) {
       const note = clean({ ...this.get(latent), ...changes });
       if (!this.write) note.changed = new Date().toISOString();
-      if (isEmpty(note)) this.latents.delete(latent); else this.latents.set(latent, note);
+      this.put(latent, note);
       const { changed, ...body } = note;
       this.keep(() => S.send("PUT", "notes/" + latent, body, S.atlas));
       this.changed();
@@ -108,6 +131,8 @@
     setRating(rating) {
       this.ratings = this.ratings.filter((one) => one.session !== rating.session || one.source !== rating.source || one.latent !== rating.latent);
       if (rating.verdict !== null) this.ratings.push(rating);
+      const key = ratingKey(rating);
+      if (rating.verdict === null && this.theirs.ratings.has(key)) this.withdrawn.set(key, { session: rating.session, source: rating.source || "", latent: rating.latent }); else this.withdrawn.delete(key);
     }
 
     rate(rating) {
@@ -116,9 +141,19 @@
       tell();
     }
 
+    // What the server checks as well: numbers mean nothing in another dictionary.
+    check(document) {
+      const said = Object.values(whose(document)), mine = Object.values(this.about).filter(Boolean);
+      if (said.length && !said.some((value) => mine.includes(value))) throw new Error(`Notes to import must be of this atlas's dictionary (${(this.about.dictionary || "a null, which has none").slice(0, 16)}), got notes of ${String(document.dictionary || document.atlas).slice(0, 16)}. Open the atlas that they were exported from, or choose another file.`);
+      const { model } = this;
+      const stranger = model && Object.keys(document.latents || {}).find((latent) => !model.rowOf.has(Number(latent)) && !this.latents.has(Number(latent)));
+      if (stranger) throw new Error(`A latent of notes must be one of the atlas's, got latent ${String(stranger).slice(0, 20)}, which it does not have. Open the atlas that they were exported from, or leave it out.`);
+    }
+
     async import(document) {
-      if (!document || document.kind !== "notes") throw new Error("A file to import must be notes that were exported here. Choose another.");
-      if (this.write) this.take(await S.send("POST", "notes", { kind: "notes", latents: document.latents || {}, ratings: document.ratings || [] }, S.atlas));
+      if (!document || document.kind !== "notes") throw new Error(`A file to import must be exported notes, got ${document && typeof document === "object" ? "kind " + String(document.kind).slice(0, 40) : typeof document}. Choose another file.`);
+      this.check(document);
+      if (this.write) this.take(await S.send("POST", "notes", { ...whose(document), kind: "notes", latents: document.latents || {}, ratings: document.ratings || [] }, S.atlas));
       else { this.take(document); this.keep(); }
       this.changed();
     }

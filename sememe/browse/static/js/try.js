@@ -80,7 +80,7 @@
       old.n += 1;
       old.writes += row.writes;
       old.loss += row.loss_change || 0;
-      if (!old.best || row.act > old.best.act) { old.best = row; old.at = position; }
+      if (!old.best || Math.abs(row.act) > Math.abs(old.best.act)) { old.best = row; old.at = position; } // below 0, too: PCA, AbsTopK
       found.set(row.latent, old);
     }));
     return [...found.values()].sort((a, b) => (b.best.share_of_max || 0) - (a.best.share_of_max || 0) || b.writes - a.writes);
@@ -197,5 +197,6 @@
       <input type="text" name="try" value=${text} onInput=${(e) => setText(e.target.value)} maxlength="2000" placeholder="Which latents fire on this text?" aria-label="Which latents fire on this text?" autocomplete="off" dir="auto" /><button class="button" disabled=${!text}>Try</button></form>`;
   };
 
+  S.firedOnText = summed;
   S.pages.try = { title: "Try", Page, when: (session) => session.live && !S.atlas };
 })((window.Sememe = window.Sememe || {}));
