@@ -183,6 +183,36 @@ def test_a_sweep_is_planned_as_one_stage_with_all_its_dictionaries(place, tmp_pa
     assert {knob.name for knob in many["train"].knobs} == {"d_sae", "batch_size"}
 
 
+def test_training_on_a_gpu_takes_the_memory_of_the_gpu(place, tmp_path):
+    """A device of a stated size: what is over it is refused with a width that fits."""
+
+    def planned(devices: str, d_sae: int = 48):
+        recipe = changed(place, tmp_path, "k = 4\n", "")
+        text = recipe.read_text().replace("d_sae = 48", f"d_sae = {d_sae}")
+        lines = f"epochs = 3\ndevices = [{devices}]\nsweep = {{k = [2, 4, 8]}}"
+        recipe.write_text(text.replace("epochs = 3", lines))
+        found = plan(recipe, out=tmp_path / "out")
+        return found, next(e for e in found.estimates if e.stage.verb == "train")
+
+    _, on_cpu = planned("")
+    found, on_one = planned('"cuda"', 4_000_000)
+    _, on_two = planned('"cuda:0", "cuda:1"', 4_000_000)
+    _, wide_on_cpu = planned("", 4_000_000)
+    assert on_cpu.needs.gpu == 0 and on_cpu.seconds_at is not None and on_one.seconds_at is None
+    weights = 4.0 * 4_000_000 * (2 * 32 + 1)  # of one of three: 32 features each way, and a bias
+    assert on_one.needs.gpu == pytest.approx(12 * weights, rel=0.1) and on_one.needs.gpu > 12 * weights
+    assert on_two.needs.gpu == pytest.approx(on_one.needs.gpu * 2 / 3, rel=0.2), (
+        "two of three on the fuller one"
+    )
+    assert on_one.needs.memory < wide_on_cpu.needs.memory
+    host = Machine(10**13, 10**13, int(on_one.needs.gpu) + 1)
+    refuse(found._replace(machine=host))
+    with pytest.raises(ResourceError, match=r"train must fit in the memory of the GPU that is free") as error:
+        refuse(found._replace(machine=host._replace(gpu=10**10)))
+    fits = int(re.search(r"d_sae to at most ([\d,]+)", str(error.value)).group(1).replace(",", ""))
+    assert planned('"cuda"', fits)[1].needs.gpu <= 10**10 < planned('"cuda"', int(1.2 * fits))[1].needs.gpu
+
+
 def test_a_comparison_of_directions_needs_no_model(place, tmp_path):
     recipe = changed(place, tmp_path, "k = 4\n", "")
     text = recipe.read_text().replace("epochs = 3", "epochs = 3\nsweep = {k = [2, 4]}") + "[compare]\n"

@@ -20,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sememe import artifact, dictionaries, kernels
 from sememe.checkpoint import load_checkpoint, save_checkpoint
 from sememe.dictionaries import TRAINABLE
+from sememe.dictionaries.dead import DeadLatents
+from sememe.dictionaries.room import Room
 from sememe.errors import ActivationError, ConfigError, CorruptError, MismatchError, ResourceError
 from sememe.harvest import harvest
 from sememe.metrics import mmcs
@@ -495,36 +497,89 @@ def test_the_first_bad_step_is_told_even_when_it_is_read_later(tmp_path):
 
 
 class Reads(TorchDispatchMode):
-    """Counts the operations that make the host wait for the device."""
+    """Counts the operations that make the host wait for the device: those that read a number or make as many places
+    as a number on the device says."""
 
-    waiting = ("_local_scalar_dense", "is_nonzero", "equal")
+    waiting = (
+        "_local_scalar_dense",
+        "is_nonzero",
+        "equal",
+        "nonzero",
+        "masked_select",
+        "bincount",
+        "_unique2",
+    )
+    indexing = ("index", "index_put", "index_put_", "_index_put_impl_")
 
     def __init__(self):
         super().__init__()
-        self.found = []
+        self.found, self.aside = [], False
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.overloadpacket.__name__ in self.waiting:
-            self.found.append(function.overloadpacket.__name__)
-        return function(*args, **(kwargs or {}))
+        name, kwargs = function.overloadpacket.__name__, kwargs or {}
+        masks = [one for one in args[1] if one is not None] if name in self.indexing else []
+        waits = name in self.waiting or any(mask.dtype == torch.bool for mask in masks)
+        waits |= name == "repeat_interleave" and kwargs.get("output_size") is None
+        if waits and not self.aside:
+            self.found.append(name)
+        return function(*args, **kwargs)
 
 
-@pytest.mark.parametrize("kind", ["topk", "relu", "gated"])
-def test_a_step_reads_nothing_from_the_device(kind):
-    """In plain torch: the CPU's kernels may read numbers, for there nothing waits."""
-    with kernels.use("reference"):
-        _check_reads(kind)
+WAITS = {
+    "dense relu": {"nonzero", "masked_select"},
+    "lista": {"nonzero"},
+    "variational": {"nonzero", "bincount"},
+}
+"""What reads the device in a step on a GPU, and the operations that do."""
+SLOW = {"abs_topk", "matryoshka", "multi_topk", "p_anneal", "relu", "tied", "mlp_encoder"}
 
 
-def _check_reads(kind):
-    _, x = planted(512)
-    made = config(kind, Path("nowhere"))
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW))
+        for case in sorted({*TRAINABLE, *WAITS} - {"cross_layer"})
+    ],
+)
+def test_a_step_on_a_gpu_reads_nothing_from_the_device_but_for_the_kinds_named(case, monkeypatch):
+    """By the GPU's kernels, in Triton's interpreter; a dictionary that has few active latents, as after the start."""
+    pytest.importorskip("triton")
+    from sememe.kernels.gpu import selection
+
+    monkeypatch.setattr(selection, "TILE", 64)
+    monkeypatch.setattr(kernels, "path_for", lambda _: "gpu")
+    reads = Reads()
+
+    def arrives(method):
+        """A number that on a GPU set off in the step before, and is awaited by its event."""
+
+        def aside(*args):
+            reads.aside = True
+            try:
+                return method(*args)
+            finally:
+                reads.aside = False
+
+        return aside
+
+    monkeypatch.setattr(Room, "_arrived", arrives(Room._arrived))
+    monkeypatch.setattr(DeadLatents, "ids_of_each", arrives(DeadLatents.ids_of_each))
+    _, x = planted(64)
+    kind, d_sae = case.removeprefix("dense "), 64
+    options: dict[str, Any] = {}
+    if kind in ("relu", "gated", "tied", "p_anneal") and kind == case:
+        d_sae, options = 256, {"start_density": 0.01}
+    elif kind == "jumprelu":
+        d_sae, options = 512, {"start_l0": 4.0}
+    architecture = {"kind": kind} | CONFIGS[kind] | options | {"d_sae": d_sae}
+    made = config(kind, Path("nowhere"), architecture=architecture, batch_size=4)
     member = Member(Spec("dictionary", made, 16, 16, None, None), 40, torch.device("cpu"))
     member.initialise(Batch(x, x))
-    member.train_step(Batch(x[:256], x[:256]))
-    with Reads() as reads:
-        stepped = member.train_step(Batch(x[256:], x[256:]))
-    assert reads.found == []
-    with Reads() as reads:
+    member.train_step(Batch(x[:4], x[:4]))
+    with reads:
+        stepped = member.train_step(Batch(x[4:8], x[4:8]))
+    assert set(reads.found) == WAITS.get(case, set())
+    reads.found.clear()
+    with reads:
         member.metrics(stepped)
     assert reads.found, "the log does"

@@ -114,27 +114,29 @@ def test_a_sweep_that_steps_as_one_gives_what_each_gives_alone(path, clip, kind,
     assert len(made) == n_stacks, "a dictionary alone is no stack"
 
 
-def test_going_on_from_a_checkpoint_gives_the_same_bits(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["topk", "batch_topk"])
+def test_going_on_from_a_checkpoint_gives_the_same_bits(kind, tmp_path, monkeypatch):
     path = "reference"
     monkeypatch.setattr(kernels, "path_for", lambda _: path)
     monkeypatch.setattr(crew, "stacks_on", lambda _: True)
     _, x = planted(200, 6)
-    train_sweep(swept(tmp_path / "whole", path), source=TensorSource(x))
+    train_sweep(swept(tmp_path / "whole", path, kind), source=TensorSource(x))
     plain, n = MemberStack.train_step, 0
+    n_stacks = {"topk": 1, "batch_topk": 2}[kind]
 
     def stops(self, batch, ahead, logging):
         nonlocal n
         n += 1
-        if n == 4:  # after the resampling and the first dead latents
+        if n == 3 * n_stacks + 1:  # after the resampling and the first dead latents
             raise KeyboardInterrupt
         return plain(self, batch, ahead, logging)
 
     monkeypatch.setattr(MemberStack, "train_step", stops)
     every_step = {"checkpoint_every_seconds": 0.0}
     with pytest.raises(KeyboardInterrupt):
-        train_sweep(swept(tmp_path / "resumed", path, **every_step), source=TensorSource(x))
-    sweep = train_sweep(swept(tmp_path / "resumed", path, **every_step), source=TensorSource(x))
-    assert n == 4 + 1, "three of four steps were not taken again"
+        train_sweep(swept(tmp_path / "resumed", path, kind, **every_step), source=TensorSource(x))
+    sweep = train_sweep(swept(tmp_path / "resumed", path, kind, **every_step), source=TensorSource(x))
+    assert n == 3 * n_stacks + 1 + n_stacks, "three of four steps were not taken again"
     for name in sweep.names:
         assert same(tmp_path / "whole" / name, tmp_path / "resumed" / name), name
 

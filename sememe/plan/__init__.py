@@ -18,6 +18,7 @@ from sememe.plan.costs import Bytes
 from sememe.plan.machine import Machine, Speed, disk_free, gpu_free, measure, memory_free
 from sememe.plan.stages import Estimate, estimates
 from sememe.recipe import Stage, place_of, read_recipe, stages
+from sememe.train import TrainConfig
 
 __all__ = ["Machine", "Plan", "check", "plan", "print_plan", "refuse"]
 
@@ -71,8 +72,13 @@ def check(found: Sequence[Stage], base: Path, fresh: bool = False) -> None:
 
 
 def _machine(found: Sequence[Estimate], base: Path) -> Machine:
-    device = "cuda" if any(estimate.needs and estimate.needs.gpu for estimate in found) else "cpu"
-    return Machine(memory_free(), disk_free(base), gpu_free(device))
+    asked: set[str] = set()
+    for estimate in found:
+        if estimate.needs is not None and estimate.needs.gpu:
+            config = estimate.stage.config
+            asked |= set(config.devices) if isinstance(config, TrainConfig) else {"cuda"}
+    free = [bytes_ for bytes_ in map(gpu_free, asked) if bytes_ is not None]
+    return Machine(memory_free(), disk_free(base), min(free, default=None))
 
 
 # -- refusing --------------------------------------------------------------------------------------

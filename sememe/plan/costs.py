@@ -54,6 +54,16 @@ DENSE_SHARE = 0.05
 """Share of active latents above which they are dense."""
 FAST_PRODUCTS = 1.2
 """Encoder products per step of a fast architecture, and of a sparse one."""
+_DENSE = 24.0
+"""Bytes per row and latent of a dense step."""
+STACKED = frozenset({"topk", "batch_topk"})
+"""Architectures of which several step as one on a GPU."""
+TILE = 4096
+"""Latents whose pre-activations a GPU holds at once, in bfloat16."""
+CANDIDATE_BYTES = 100.0
+"""Of a GPU's step, per row and kept latent: candidates with their spare ones, entries, their order by latent."""
+GPU_BASE = 600_000_000
+"""Memory of a GPU before anything is put there: context, libraries, workspace."""
 DENSE_PRODUCTS = 8.0
 """Float32 products per step of the others."""
 SETTLING_PRODUCTS = 14.0
@@ -192,16 +202,57 @@ def harvest_seconds(
 # -- train -----------------------------------------------------------------------------------------
 
 
-def train_bytes(sizes: Sequence[Dictionary], batch_size: int, buffer: float) -> Bytes:
-    """Args: sizes: the dictionaries trained side by side; buffer: bytes of the shards in memory at once."""
+def train_bytes(
+    sizes: Sequence[Dictionary], batch_size: int, buffer: float, devices: Sequence[str] = ()
+) -> Bytes:
+    """Args: sizes: the dictionaries trained side by side; buffer: bytes of the shards in memory at once; devices: what
+    they are spread over in turn, the CPU if none is named. A GPU's bytes are those of the fullest one."""
+    devices = devices or ("cpu",)
     weights = sum(size.n_bytes for size in sizes)
-    rows = 4.0 * batch_size * 4 * max(size.d_in + size.d_out for size in sizes)
-    # One after the other, so that the largest batch x d_sae counts once.
-    selection = max(
-        batch_size * size.d_sae * (24.0 if any(map(size.dense, size.l0s())) else 4.0) for size in sizes
-    )
-    # Weights, gradients, two moments; on the disk the dictionary and two checkpoints of weights and moments.
-    return Bytes(BASE + 4 * weights + rows + selection + buffer, 7 * weights)
+    host, gpu = BASE + buffer, dict.fromkeys(devices, 0.0)
+    for number, device in enumerate(devices):
+        own = sizes[number :: len(devices)]
+        rows = _row_bytes(own, batch_size)
+        if device.startswith("cuda"):
+            gpu[device] += GPU_BASE + 4 * sum(size.n_bytes for size in own) + _gpu_step_bytes(own, batch_size)
+            host += rows
+        else:
+            # One after the other, so that the largest batch x d_sae counts once.
+            selection = max(
+                (batch_size * size.d_sae * (_DENSE if _ever_dense(size) else 4.0) for size in own),
+                default=0.0,
+            )
+            # Weights, gradients, two moments.
+            host += 4 * sum(size.n_bytes for size in own) + rows + selection
+        host += BASE if len(devices) > 1 else 0.0
+    if any(gpu.values()):
+        host += 3 * weights  # a checkpoint of weights and moments passes through
+    # On the disk the dictionary and two such checkpoints.
+    return Bytes(host, 7 * weights, max(gpu.values()))
+
+
+def _row_bytes(sizes: Sequence[Dictionary], batch_size: int) -> float:
+    """A batch, its target, the reconstruction and its gradient."""
+    return 4.0 * batch_size * 4 * max((size.d_in + size.d_out for size in sizes), default=0)
+
+
+def _ever_dense(size: Dictionary) -> bool:
+    return any(map(size.dense, size.l0s()))
+
+
+def _gpu_step_bytes(sizes: Sequence[Dictionary], batch_size: int) -> float:
+    """Rows and what a step holds beside them: of all at once of those that step as one, else of the largest."""
+    together, largest_alone = 0.0, 0.0
+    for size in sizes:
+        if size.kind in FAST:
+            per_row = 2.0 * min(size.d_sae, TILE) + CANDIDATE_BYTES * (size.l0 + 8)
+        else:  # the first step of all others is dense
+            per_row = _DENSE * size.d_sae
+        step = batch_size * per_row + _row_bytes([size], batch_size)
+        if size.kind in STACKED:
+            together += step
+        largest_alone = max(largest_alone, step)
+    return max(together, largest_alone)
 
 
 def train_seconds(sizes: Sequence[Dictionary], speed: Speed, batch_size: int, n_steps: int) -> float:

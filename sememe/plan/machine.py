@@ -83,8 +83,11 @@ def disk_free(folder: Path) -> int:
 
 
 def gpu_free(device: str) -> int | None:
-    """Free bytes of a CUDA device; None for any other."""
-    return torch.cuda.mem_get_info(torch.device(device))[0] if device.startswith("cuda") else None
+    """Free bytes of a CUDA device; None for any other, and for one that is not there."""
+    asked = torch.device(device)
+    if asked.type != "cuda" or (asked.index or 0) >= torch.cuda.device_count():
+        return None
+    return torch.cuda.mem_get_info(asked)[0]
 
 
 def measure(

@@ -254,7 +254,7 @@ class _Planner:
 
         def needs(d_sae: int | None, batch_size: int) -> Bytes:
             wanted = sizes if d_sae is None else [size.scaled(d_sae) for size in sizes]
-            return costs.train_bytes(wanted, batch_size, buffer)
+            return costs.train_bytes(wanted, batch_size, buffer, config.devices)
 
         model, n_looks = self.model, 2 + n_trained // config.watch_every
 
@@ -270,6 +270,9 @@ class _Planner:
         batch, widths = config.batch_size, {size.d_sae for size in sizes}
         knobs = [Knob("d_sae", widths.pop(), lambda n: needs(n, batch))] if len(widths) == 1 else []
         knobs.append(Knob("batch_size", batch, lambda n: needs(None, n)))
+        if any(device.startswith("cuda") for device in config.devices):
+            note = "how long a step takes on a GPU was not measured"
+            return Estimate(stage, False, needs(None, batch), None, tuple(knobs), note)
         return Estimate(stage, False, needs(None, batch), seconds, tuple(knobs))
 
     def _fit(self, stage: Stage, config: FitConfig, rows: _Rows) -> Estimate:
