@@ -256,9 +256,7 @@ def test_a_null_s_atlas_is_looked_at_with_the_dictionary_it_keeps(tmp_path):
     from sememe.prompt import Known
 
     world = make_world(tmp_path)
-    interpret(
-        world.config("atlas", n_tokens=1000, n_fit_rows=200, nulls=("randomised",)), lm=world.lm
-    ).close()
+    interpret(world.config("atlas", n_tokens=1000, nulls=("randomised",)), lm=world.lm).close()
     null = tmp_path / "atlas" / "null-randomised"
     with served(BrowseConfig(atlas=null)) as shown:
         assert shown[0].dictionary == null / "dictionary"
