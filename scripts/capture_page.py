@@ -61,6 +61,8 @@ def prepare(page: Any, name: str, latent: str) -> None:
     if name == "try":
         page.get_by_role("button", name="Generate").click()
         page.wait_for_selector(".written", timeout=MODEL_MS)
+    if name == "compare":
+        page.locator(".card").first.evaluate("card => card.scrollIntoView({ block: 'center' })")
     if name == "map":
         page.locator(".map").evaluate("map => map.scrollIntoView({ block: 'start' })")
 

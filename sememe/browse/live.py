@@ -286,6 +286,7 @@ class Child:
             with self._lock:
                 if process is self._process:
                     self._fail_running(_ended("it took no question"))
+            process.kill()  # nobody can ask it any more: the next question starts another
         finally:
             with contextlib.suppress(OSError):
                 process.stdin.close()
