@@ -418,6 +418,7 @@ def test_narrow_intervals_end_it_too(world: World, tmp_path: Path, monkeypatch: 
     assert read(compare(strict, lm=world.lm))["stopped"]["because"] == "all tokens"
 
 
+@pytest.mark.slow  # a whole comparison
 def test_folders_named_like_the_ablations_are_dictionaries_all_the_same(world: World, tmp_path: Path) -> None:
     made = world.place / "made"
     for name, source in (

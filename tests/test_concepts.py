@@ -153,8 +153,14 @@ def test_three_classes_are_perturbed(world: World, tmp_path: Path) -> None:
     ]
     lines += [json.dumps({"words": "a b c d e", "kind": "rare"})] * 3
     (tmp_path / "three.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    few = {"ks": (1,), "n_ablated": (2,), "max_per_class": 24, "n_bootstrap": 40}
     config = config_for(
-        world, tmp_path / "c", labelled=(tmp_path / "three.jsonl",), text_field="words", label_field="kind"
+        world,
+        tmp_path / "c",
+        labelled=(tmp_path / "three.jsonl",),
+        text_field="words",
+        label_field="kind",
+        **few,
     )
     data = read(concepts(config, lm=world.lm))
     assert data["left_out"] == {"rare": 3} and set(data["classes"]) == set(kinds)

@@ -366,6 +366,7 @@ def test_signum(rows, columns, n_steps, unit_norm, freeze, seed):
     assert bad[0].isnan().tolist() == [[False, True]], "a NaN is not lost"
 
 
+@pytest.mark.slow  # each kernel through the compiler
 def test_every_kernel_compiles_for_a_gpu_even_where_there_is_none(tmp_path):
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)

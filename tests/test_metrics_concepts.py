@@ -196,6 +196,7 @@ def test_halvings_are_averaged_and_drawn_as_a_plain_bootstrap_does():
     assert found["own"].low < found["own"].value < found["own"].high
 
 
+@pytest.mark.slow  # hundreds of bootstraps
 def test_an_interval_of_absorption_covers_the_share_that_was_planted():
     """On fresh texts each time: of twelve 95% intervals, three that miss would be too many."""
     covered, widths = [], []

@@ -51,6 +51,7 @@ def test_a_plan_has_a_number_for_every_stage_and_starts_nothing(place, tmp_path)
     assert time.monotonic() - started < 60  # far above the three seconds of the calibration: others may run
 
 
+@pytest.mark.slow  # runs a whole recipe
 def test_sizes_on_disk_are_those_that_a_run_makes(place, tmp_path):
     out = tmp_path / "out"
     found = {e.stage.verb: e for e in plan(place / "small.toml", out=out).estimates}

@@ -132,6 +132,7 @@ def test_what_cannot_be_spliced_together_says_why(world, tmp_path):
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.slow  # three whole comparisons
 def test_the_order_of_names_does_not_matter_to_who_reads_what(world, tmp_path):
     """A transcoder reads what a dictionary at its input left, whichever is named first."""
     lm = world.lm
