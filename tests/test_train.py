@@ -192,6 +192,15 @@ def killed_and_resumed(arguments: list[str], out: Path, kill_at: tuple[int, ...]
     assert first >= kill_at[-1] > 1, "it went on instead of starting again"
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        # Of each family one in every run, and the one that draws random numbers in a step; the others are slow.
+        pytest.param(kind, marks=[pytest.mark.slow] * (kind not in ("topk", "jumprelu", "variational")))
+        for kind in sorted(TRAINABLE)
+    ],
+    indirect=True,
+)
 def test_kill_9_and_resume_gives_the_same_bits(kind, tmp_path):
     _, x = planted()
     train(config(kind, tmp_path / "whole", checkpoint_every_seconds=0), source=TensorSource(x))
