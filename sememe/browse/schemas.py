@@ -266,6 +266,7 @@ LATENT = full(
         other=array(INTEGER), n_both=array(MAYBE_INTEGER), **_columns(MAYBE_NUMBER, "expected", "phi")
     ),
     neurons=record(neuron=array(INTEGER), **_columns(MAYBE_NUMBER, "weight", "share")),
+    history=record(step=array(INTEGER), cosine=array(MAYBE_NUMBER)),
     examples=record(
         (*EXAMPLE_COLUMNS, "positions", "acts"),
         **{name: array(schema) for name, schema in _EXAMPLE.items()},

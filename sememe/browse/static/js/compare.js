@@ -65,6 +65,8 @@
     const open = /^\d{1,9}$/.test(query.latent || "") && model.rowOf.has(Number(query.latent)) ? model.rowOf.get(Number(query.latent)) : null;
     const shown = Math.max(SHOWN, Number(query.n) || 0);
     const select = (name, label, options, value) => html`<label class="field"><span>${label}</span><select name=${name} onChange=${(e) => change({ [name]: e.target.value })}>${options.map(([option, text]) => html`<option key=${option} value=${option} selected=${String(option) === String(value)}>${text}</option>`)}</select></label>`;
+    const first = rows.slice(0, shown);
+    if (open !== null && rows.includes(open) && !first.includes(open)) first.unshift(open); // an address names it: it is seen
     const average = found && rows.length ? rows.reduce((sum, row) => sum + (found.similarity[row] || 0), 0) / rows.length : null;
     return html`<article class="tool compare"><h1>Compare</h1>
       <p class="lead">Each latent of <b>${mine}</b> beside the latent of <b>${named}</b> that is most like it${found ? html`, by <b>${found.about}</b>` : ""}.</p>
@@ -75,7 +77,7 @@
         <span class="found" role="status">${found && theirs ? html`<b>${count(rows.length)}</b> latents${average !== null ? `, ${number(average)} on average` : ""}` : ""}</span></div>
       ${error && html`<p class="problem" role="alert">${error.message}</p>`}
       ${!error && !(found && theirs) && html`<p class="empty" role="status">Comparing…</p>`}
-      ${found && theirs && html`<ol class="pairs">${rows.slice(0, shown).map((row) => {
+      ${found && theirs && html`<ol class="pairs">${first.map((row) => {
         const partner = found.other[row], theirRow = partner === null ? undefined : theirs.rowOf.get(partner);
         const isOpen = open === row;
         return html`<li key=${row} class=${isOpen ? "open" : ""}><button type="button" class="pair" aria-expanded=${isOpen} onClick=${() => change({ latent: isOpen ? "" : model.index.id[row] })}>
