@@ -155,9 +155,9 @@ keep_checkpoints = true
 kind = "topk"
 d_sae = 40
 k = 4
-[train.twin]
+[train.second]
 seed = 1
-[train.twin.architecture]
+[train.second.architecture]
 kind = "topk"
 d_sae = 40
 k = 4
@@ -167,23 +167,23 @@ n_tokens = 600
 n_bootstrap = 50
 [interpret]
 dictionaries = ["main"]
-against = ["twin"]
+against = ["second"]
 map = false
 """
 
 
-def twins(place: Path) -> str:
+def with_second(place: Path) -> str:
     recipe = (place / "small.toml").read_text()
     return recipe[: recipe.index("[train.architecture]")].replace("epochs = 3", "epochs = 1") + TWINS
 
 
-def test_an_atlas_is_made_against_a_twin_and_what_follows_is_of_it_alone(place, tmp_path):
+def test_an_atlas_is_made_against_another_and_what_follows_is_of_it_alone(place, tmp_path):
     file = tmp_path / "twins.toml"
-    file.write_text(twins(place) + "[effects]\nn_latents = 3\nn_top = 2\nn_removals = 0\n[explain]\n")
+    file.write_text(with_second(place) + "[effects]\nn_latents = 3\nn_top = 2\nn_removals = 0\n[explain]\n")
     out = tmp_path / "out"
     found = [stage for stage in stages(read_recipe(file), out) if stage.verb not in ("evaluate", "export")]
     assert [stage.label for stage in found] == [
-        *("harvest", "train main", "train twin", "interpret main", "effects main", "explain main"),
+        *("harvest", "train main", "train second", "interpret main", "effects main", "explain main"),
     ]
     run(file, out=out)
     with closing(open_atlas(out / "atlas" / "main", effects=out / "effects" / "main")) as atlas:
@@ -191,7 +191,7 @@ def test_an_atlas_is_made_against_a_twin_and_what_follows_is_of_it_alone(place, 
         assert set(atlas.query(sql)[0].values()) == {40}
         assert {row["dictionary"] for row in atlas.query("SELECT dictionary FROM neighbours")} == {
             None,
-            "twin",
+            "second",
         }
         assert atlas.query("SELECT count(DISTINCT latent) AS n FROM effects")[0]["n"] == 3
     summary = artifact.load(out / "explanations" / "main", "explanations").extra["summary"]
@@ -203,11 +203,11 @@ def test_an_atlas_is_made_against_a_twin_and_what_follows_is_of_it_alone(place, 
 @pytest.mark.parametrize("key", ["against", "dictionaries"])
 def test_a_dictionary_that_the_recipe_does_not_train_cannot_be_named(place, tmp_path, key):
     file = tmp_path / "twins.toml"
-    table, old = ("[interpret]", "twin") if key == "against" else ("[evaluate]", "main")
-    start, end = twins(place).split(table)
-    file.write_text(start + table + end.replace(f'{key} = ["{old}"]', f'{key} = ["twins"]'))
+    table, old = ("[interpret]", "second") if key == "against" else ("[evaluate]", "main")
+    start, end = with_second(place).split(table)
+    file.write_text(start + table + end.replace(f'{key} = ["{old}"]', f'{key} = ["seconds"]'))
     with pytest.raises(
-        ConfigError, match=rf"{key}.* must name dictionaries .* trains, got 'twins'\. Did you"
+        ConfigError, match=rf"{key}.* must name dictionaries .* trains, got 'seconds'\. Did you"
     ):
         stages(read_recipe(file), tmp_path / "out")
 
@@ -216,8 +216,8 @@ def test_the_recipe_of_the_explained_demo_has_all_that_its_correlations_need(tmp
     found = {stage.label: stage for stage in stages(read_recipe("runs/explained.toml"), tmp_path)}
     assert found["train main"].config.keep_checkpoints
     interpret = found["interpret main"].config
-    assert interpret.against == (tmp_path / "dictionary" / "twin",)
-    assert "interpret twin" not in found and "evaluate twin" not in found
+    assert interpret.against == (tmp_path / "dictionary" / "second",)
+    assert "interpret second" not in found and "evaluate second" not in found
 
 
 def test_a_coder_may_go_over_a_member_of_a_sweep_and_not_over_all_of_it(place, tmp_path):
