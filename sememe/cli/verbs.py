@@ -209,7 +209,8 @@ def _prompt() -> Any:
 
 
 def _browse() -> Any:
-    from sememe.browse import BrowseConfig, ExportConfig, browse, export
+    from sememe import browse
+    from sememe.browse import BrowseConfig, ExportConfig, export
     from sememe.browse.inputs import Inputs
 
     def verb(
@@ -224,7 +225,7 @@ def _browse() -> Any:
         if export_to is None:
             if fresh:
                 raise ConfigError("--fresh must go with --export", "none", "Drop it, or pass --export.")
-            browse(config, live=_live(config, model) if live else None)
+            browse.browse(config, live=_live(config, model) if live else None)
             return
         for name, value in [("live", live or None), *_only_served(config)]:
             if value is not None:
