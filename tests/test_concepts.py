@@ -260,7 +260,7 @@ def test_a_corpus_is_labelled_by_what_is_known_of_its_documents(world: World, tm
     )
     assert found.classes == ("english", "german")
     data = read(
-        concepts(asked.replace(max_per_class=25, ks=(1,), n_ablated=(2,), n_bootstrap=20), lm=world.lm)
+        concepts(asked.replace(max_per_class=40, ks=(1,), n_ablated=(2,), n_bootstrap=20), lm=world.lm)
     )
     assert data["labels"] == [f"{world.corpus}: language"]
     assert data["mean_balanced_accuracy"]["activations"]["dense"]["value"] > 0.8
