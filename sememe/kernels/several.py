@@ -27,6 +27,8 @@ def together(acts: Float[Tensor, "n batch k"], indices: Int[Tensor, "n batch k"]
 
 def apart(encoded: Encoded, n: int, number: int) -> Encoded:
     """What one of n dictionaries encodes, as it names its latents; all have equally many rows and entries."""
+    if n == 1:
+        return encoded
     d_sae, n_rows, size = encoded.d_sae // n, encoded.n_rows // n, encoded.acts.shape[0] // n
     part = slice(number * size, (number + 1) * size)
     row_ptr = encoded.row_ptr[number * n_rows : (number + 1) * n_rows + 1] - number * size
