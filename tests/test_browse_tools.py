@@ -295,6 +295,7 @@ def test_rating_by_keys_with_undo_tallies_and_the_same_queue_again(page, address
     wait_until(page, "document.querySelector('.rate-place b')?.innerText === '3'")
     page.reload()
     wait_until(page, "document.querySelector('.rate-place b')?.innerText === '3'")
+    page.wait_for_selector(".rate-examples .excerpt .tok.on")  # by then it listens to keys
     page.keyboard.press("u")  # two quick ones are two verdicts
     page.get_by_role("button", name="polysemantic").click()
     page.wait_for_selector(".rated li")
@@ -368,8 +369,10 @@ def test_matched_latents_stand_side_by_side(page, address):
     assert f"latent={numbers[0]}" in page.url, "what is open is in the address"
     page.locator("select[name=sort]").select_option("unlike")
     settle(page)
-    like = [float(text.split()[0]) for text in page.locator(".pairs .like").all_inner_texts()]
-    assert like == sorted(like)
+    assert page.locator(".pairs .open").count() == 1, "the open pair is seen wherever it ranks"
+    rows = page.locator(".pairs li:not(.open) .like").all_inner_texts()
+    like = [float(text.split()[0]) for text in rows]
+    assert like == sorted(like) and len(like) > 5
     n_all = int(page.locator(".found b").inner_text())
     page.locator("select[name=only]").select_option("mutual")
     settle(page)
