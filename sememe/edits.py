@@ -181,7 +181,8 @@ class Intervention:
             return None
         directions = self.dictionary.decoder_directions()[list(latents), site.start : site.stop]
         u, sizes, _ = torch.linalg.svd(directions.detach().double().T, full_matrices=False)
-        return u[:, sizes > 1e-6 * sizes.max().clamp_min(1e-30)].float()
+        basis: Tensor = u[:, sizes > 1e-6 * sizes.max().clamp_min(1e-30)]
+        return basis.float()
 
     def edited(
         self,

@@ -291,7 +291,7 @@ class Forwards:
         lead: list[tuple[int, int] | None] = [None]
 
         def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            cache = kwargs.get(self._cache_name)
+            cache: Any = kwargs.get(self._cache_name)
             before = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
             self.running = Running(int(before), cache is not None)
             given = args[0] if args else kwargs.get("input_ids")
