@@ -172,6 +172,16 @@
     }, [before, after, listAddress]);
     const { found, error } = state;
     const current = found && found.latent.id === id;
+    // The strongest examples first; what lies below them is drawn when those have been seen. Where there are few, what
+    // follows would jump into sight: then all of it comes at once.
+    const [drawn, setDrawn] = useState(null);
+    const whole = drawn === found || (found && found.examples.length <= FIRST_SHOWN);
+    useEffect(() => {
+      if (whole) return undefined;
+      let timer = 0;
+      const frame = requestAnimationFrame(() => { timer = setTimeout(() => setDrawn(found), 0); });
+      return () => { cancelAnimationFrame(frame); clearTimeout(timer); };
+    }, [found, whole]);
     useEffect(() => {
       // The next latent is read while this one is looked at.
       if (!current || after === null) return undefined;
@@ -192,7 +202,7 @@
     const step = (to, text, label, key) => to === null ? html`<span class="step off" aria-hidden="true">${text}</span>` : html`<a class="step" href=${address(to)} aria-label=${label} title=${`${label} (${key})`}>${text}</a>`;
     return html`<div class=${"latent-layout" + (roomy ? " with-rail" : "")}>
       ${rail}
-      <article class=${"latent" + (found && !current ? " stale" : "")} aria-busy=${!current && !error}>
+      <article class=${"latent" + (found && !current ? " stale" : "")} aria-busy=${!error && row !== undefined && !(current && whole)}>
         <header class="latent-head">
           <div class="crumb"><a href=${listAddress}>← All latents</a><span class="muted">${place >= 0 ? `${count(place + 1)} of ${count(order.length)}` : ""}</span>
             <span class="steps">${step(before, "←", "Previous latent", "left arrow")}${step(after, "→", "Next latent", "right arrow")}</span></div>
@@ -219,9 +229,9 @@
             ${(found.largestLoss > 0 || found.removed) && html`<label class="underline"><input type="checkbox" checked=${underlined} onChange=${(e) => route.replace(route.format("latent", id, { ...params, mark: e.target.checked ? "" : "plain" }))} /> underline effects</label>`}</div>
           ${underlined && (found.largestLoss > 0 || found.removed) && html`<p class="keys-of">${found.largestLoss > 0 && html`<span><u class="helps">peak</u> its loss rises without the latent, <u class="hurts">peak</u> it falls</span>`}${found.removed && html`<span><u class="needed">before</u> the peak weakens without this token, <u class="against">before</u> it grows</span>`}</p>`}
           <${Examples} id="top" key=${"top" + found.latent.id} title="Top activations" note="one per document" examples=${of("top")} shared=${shared} limit=${FIRST_SHOWN} />
-          <${S.relationViews.Relations} model=${model} latent=${found.latent} overview=${overview} params=${params} />
+          ${whole && html`<${S.relationViews.Relations} model=${model} latent=${found.latent} overview=${overview} params=${params} />
           <${Deciles} key=${"deciles" + found.latent.id} examples=${of("decile")} shared=${shared} />
-          <${Examples} id="random" key=${"random" + found.latent.id} title="Random text" note="it is silent here" examples=${of("random")} shared=${shared} />
+          <${Examples} id="random" key=${"random" + found.latent.id} title="Random text" note="it is silent here" examples=${of("random")} shared=${shared} />`}
           ${!found.examples.length && html`<p class="empty">There are no examples: it was never active on this text.</p>`}`}
       </article>
     </div>`;
