@@ -16,7 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from sememe.browse.data.explained import Explained
-from sememe.browse.data.values import decimals, fixed, number, significant
+from sememe.browse.data.values import decimals, fixed, lists_of, number, significant
 
 __all__ = ["EXAMPLE_COLUMNS", "EffectFiles", "Latents"]
 
@@ -146,7 +146,7 @@ def _cut(table: pa.Table, digits: int = 3) -> dict[str, list[Any]]:
         if pa.types.is_floating(column.type):
             out[name] = significant(column.to_numpy(zero_copy_only=False), digits)
         elif pa.types.is_list(column.type) and not pa.types.is_nested(column.type.value_type):
-            starts, flat = _lists(column)
+            starts, flat = lists_of(column)
             values = (
                 significant(flat, digits=3) if pa.types.is_floating(column.type.value_type) else flat.tolist()
             )
@@ -239,8 +239,8 @@ def _examples(table: pa.Table) -> dict[int, Json]:
     cuts = _cuts(latents)
     if len(latents) == 0:
         return {}
-    starts, acts = _lists(table.column("acts"))
-    _, positions = _lists(table.column("positions"))
+    starts, acts = lists_of(table.column("acts"))
+    _, positions = lists_of(table.column("positions"))
     # The largest of each latent says how many decimals its activations keep.
     of_latent = np.repeat(np.arange(len(cuts) - 1), np.diff(cuts))
     of_act = np.repeat(of_latent, np.diff(starts))
@@ -274,14 +274,6 @@ def _largest(values: NDArray[Any], starts: NDArray[Any]) -> NDArray[np.float64]:
     if filled.any():
         out[filled] = np.maximum.reduceat(values, starts[:-1][filled])
     return out
-
-
-def _lists(column: pa.ChunkedArray) -> tuple[NDArray[Any], NDArray[Any]]:
-    """A column of lists as where each begins (and the end), and their values end to end."""
-    lists = column.combine_chunks()
-    offsets = lists.offsets.to_numpy()
-    values = lists.values.to_numpy(zero_copy_only=False)[offsets[0] : offsets[-1]]
-    return offsets - offsets[0], values
 
 
 def _beside(
