@@ -48,7 +48,11 @@ def served(inputs: Mapping[str, Any]) -> Iterator[str]:
     """The address of a server of an atlas."""
     import uvicorn
 
-    with opened(Inputs(**inputs)) as (data, _), socket.socket() as listening:
+    # The protocol is named: else each answer waits 40 ms (serving.py says why).
+    with (
+        opened(Inputs(**inputs)) as (data, _),
+        socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listening,
+    ):
         listening.bind(("127.0.0.1", 0))
         listening.listen()
         config = uvicorn.Config(application(data), log_level="error", lifespan="off", ws="none")
@@ -86,7 +90,7 @@ def watched(browser: Any, address: str, **options: Any) -> Iterator[Any]:
 def go(page: Any, address: str, hash: str = "#/") -> None:
     """Open a state of the page and wait until it shows something."""
     page.goto(address + hash)
-    page.wait_for_selector(".rows .row, .example, .about, .problem, .chosen-text, .empty:not([role])")
+    page.wait_for_selector(".rows .row, .latent[aria-busy=false], .about, .problem, .chosen-text, .empty:not([role])")
 
 
 def settle(page: Any) -> None:
