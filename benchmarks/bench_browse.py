@@ -114,7 +114,14 @@ def main() -> None:
 
 def _atlases(folder: Path, n_latents: int) -> tuple[Path, dict[str, Path]]:
     """An atlas, and a smaller one with what may stand beside it."""
-    from synthetic_atlas import SyntheticConfig, build, build_effects, build_explanations, scale, scale_effects
+    from synthetic_atlas import (
+        SyntheticConfig,
+        build,
+        build_effects,
+        build_explanations,
+        scale,
+        scale_effects,
+    )
 
     from sememe import artifact
 

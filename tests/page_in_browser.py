@@ -90,7 +90,9 @@ def watched(browser: Any, address: str, **options: Any) -> Iterator[Any]:
 def go(page: Any, address: str, hash: str = "#/") -> None:
     """Open a state of the page and wait until it shows something."""
     page.goto(address + hash)
-    page.wait_for_selector(".rows .row, .latent[aria-busy=false], .about, .problem, .chosen-text, .empty:not([role])")
+    page.wait_for_selector(
+        ".rows .row, .latent[aria-busy=false], .about, .problem, .chosen-text, .empty:not([role])"
+    )
 
 
 def settle(page: Any) -> None:

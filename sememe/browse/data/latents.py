@@ -16,7 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from sememe.browse.data.explained import Explained
-from sememe.browse.data.values import decimals, fixed, lists_of, number, significant
+from sememe.browse.data.values import decimals, fixed, lists_of, significant
 
 __all__ = ["EXAMPLE_COLUMNS", "EffectFiles", "Latents"]
 
@@ -155,6 +155,8 @@ def _cut(table: pa.Table, digits: int = 3) -> dict[str, list[Any]]:
                 None if gone else values[start:stop]
                 for gone, (start, stop) in zip(missing, itertools.pairwise(starts.tolist()), strict=True)
             ]
+        elif pa.types.is_list(column.type) and pa.types.is_struct(column.type.value_type):
+            out[name] = _outputs(column)
         elif pa.types.is_integer(column.type) and not column.null_count:
             out[name] = column.to_numpy().tolist()
         else:
@@ -276,6 +278,20 @@ def _largest(values: NDArray[Any], starts: NDArray[Any]) -> NDArray[np.float64]:
     return out
 
 
+def _outputs(column: pa.ChunkedArray) -> list[list[list[Any]]]:
+    """Output tokens and how they change, as lists of [token, text, change].
+
+    The texts go along: an output token need not occur anywhere in the atlas.
+    """
+    lists = column.combine_chunks()
+    offsets = lists.offsets.to_numpy()
+    flat = lists.values.slice(offsets[0], offsets[-1] - offsets[0])
+    tokens, texts, changes = (flat.field(name) for name in ("token", "text", "change"))
+    values = significant(changes.to_numpy(zero_copy_only=False), 3)
+    rows = [list(row) for row in zip(tokens.to_pylist(), texts.to_pylist(), values, strict=True)]
+    return [rows[start:stop] for start, stop in itertools.pairwise((offsets - offsets[0]).tolist())]
+
+
 def _beside(
     examples: Json, effects: dict[str, list[Any]] | None, removals: dict[str, list[Any]] | None
 ) -> None:
@@ -293,13 +309,7 @@ def _of_examples(keys: list[tuple[str, int, int]], rows: dict[str, list[Any]]) -
     found = {key: i for i, key in enumerate(zip(rows["kind"], rows["decile"], rows["rank"], strict=True))}
 
     def one(i: int) -> Json:
-        effect = {name: rows[name][i] for name in EFFECT_COLUMNS}
-        for end in ("raised", "lowered"):
-            # The texts go along: an output token need not occur anywhere in the atlas.
-            effect[end] = [
-                [item["token"], item["text"], number(item["change"], 3)] for item in effect[end] or []
-            ]
-        return effect
+        return {name: rows[name][i] for name in EFFECT_COLUMNS}
 
     return [one(found[key]) if key in found else None for key in keys]
 
