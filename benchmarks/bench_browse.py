@@ -12,8 +12,8 @@ browser context with an empty cache:
     search_ms          from a letter typed to the list that answers it, the longest of a word's letters, tables loaded
     export_*           all of `sememe browse --export`; kilobytes (1000) of the latents' scripts over their number,
                        contexts, which are stored once, not counted
-    export_full_*      the same of a fifth as many latents, each with effects of all its top examples, with removals of its
-                       strongest two's tokens, and with an explanation and its scores
+    export_full_*      the same of a fifth as many latents, each with an explanation and its scores, effects of its top
+                       examples, and removals of tokens before the strongest two
     layout_shift       cumulative layout shift of landing page and latent page, the larger
 
 Playwright and Chromium are needed; SEMEME_CHROMIUM names another one than the system's.

@@ -313,8 +313,9 @@ def scale_effects(path: Path, n: int, times: int) -> None:
         larger = path / f"{name}.larger"
         with duckdb.connect() as connection:
             connection.execute(
-                f"COPY (SELECT * REPLACE ((latent + {n} * copy)::INTEGER AS latent) FROM read_parquet('{path / name}'), "
-                f"range({times}) AS r(copy) ORDER BY ALL) TO '{larger}' (FORMAT parquet)"
+                f"COPY (SELECT * REPLACE ((latent + {n} * copy)::INTEGER AS latent) "
+                f"FROM read_parquet('{path / name}'), range({times}) AS r(copy) ORDER BY ALL) "
+                f"TO '{larger}' (FORMAT parquet)"
             )
         larger.replace(path / name)
         _hash_again(path, name)

@@ -316,9 +316,9 @@ def _of_examples(keys: list[tuple[str, int, int]], rows: dict[str, list[Any]]) -
 
 def _removals(keys: list[tuple[str, int, int]], rows: dict[str, list[Any]]) -> list[Json | None]:
     """The activation at each top example's peak without each token before it: {removed, act}; None where not tried."""
-    of_rank: dict[int, Json] = {}
-    for rank, removed, act in zip(rows["rank"], rows["removed"], rows["act_without"], strict=True):
-        entry = of_rank.setdefault(rank, {"removed": [], "act": []})
-        entry["removed"].append(removed)
-        entry["act"].append(act)
+    ranks, removed, acts = rows["rank"], rows["removed"], rows["act_without"]
+    of_rank = {
+        ranks[start]: {"removed": removed[start:stop], "act": acts[start:stop]}
+        for start, stop in itertools.pairwise(_cuts(np.asarray(ranks)))
+    }
     return [of_rank.get(rank) if kind == "top" else None for kind, _, rank in keys]
