@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -44,21 +45,30 @@ def a_browser() -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def served(inputs: Mapping[str, Any]) -> Iterator[str]:
-    """The address of a server of an atlas."""
+def answering(app: Any) -> Iterator[str]:
+    """The address of a server of an application."""
     import uvicorn
 
-    with opened(Inputs(**inputs)) as (data, _), socket.socket() as listening:
+    # The protocol is named: else each answer waits 40 ms (serving.py says why).
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen()
-        config = uvicorn.Config(application(data), log_level="error", lifespan="off", ws="none")
-        server = uvicorn.Server(config)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", ws="none"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
-        server.should_exit = True
-        thread.join(timeout=20)
-        assert not thread.is_alive()
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
+        finally:
+            server.should_exit = True
+            thread.join(timeout=20)
+            assert not thread.is_alive()
+
+
+@contextlib.contextmanager
+def served(inputs: Mapping[str, Any]) -> Iterator[str]:
+    """The address of a server of an atlas."""
+    with opened(Inputs(**inputs)) as (data, _), answering(application(data)) as address:
+        yield address
 
 
 def exported(inputs: Mapping[str, Any], out: Path) -> str:
@@ -86,12 +96,31 @@ def watched(browser: Any, address: str, **options: Any) -> Iterator[Any]:
 def go(page: Any, address: str, hash: str = "#/") -> None:
     """Open a state of the page and wait until it shows something."""
     page.goto(address + hash)
-    page.wait_for_selector(".rows .row, .example, .about, .problem, .chosen-text, .empty:not([role])")
+    page.wait_for_selector(
+        ".rows .row, .latent[aria-busy=false], .about, .problem, .chosen-text, .empty:not([role])"
+    )
 
 
 def settle(page: Any) -> None:
     """Wait for the two frames in which the page draws what was asked for."""
     page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+
+def wait_until(page: Any, condition: str) -> None:
+    """Asked again and again; the page's policy forbids Playwright's own way, which is eval in the page."""
+    deadline = time.monotonic() + 30
+    while not _holds(page, condition):
+        assert time.monotonic() < deadline, condition
+        page.wait_for_timeout(30)
+
+
+def _holds(page: Any, condition: str) -> bool:
+    try:
+        return bool(page.evaluate(condition))
+    except Exception as error:
+        if "context was destroyed" in str(error):
+            return False  # it is on its way to another address
+        raise
 
 
 def ids(page: Any) -> list[int]:

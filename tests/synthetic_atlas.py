@@ -305,9 +305,27 @@ def scale(path: Path, times: int) -> None:
         )
     connection.execute("CHECKPOINT")
     connection.close()
+    _hash_again(path, DATABASE)
+
+
+def scale_effects(path: Path, n: int, times: int) -> None:
+    """The same for the effects of an atlas that had n latents before it was made so many times larger."""
+    for name in (EFFECTS, REMOVALS):
+        larger = path / f"{name}.larger"
+        with duckdb.connect() as connection:
+            connection.execute(
+                f"COPY (SELECT * REPLACE ((latent + {n} * copy)::INTEGER AS latent) "
+                f"FROM read_parquet('{path / name}'), range({times}) AS r(copy) ORDER BY ALL) "
+                f"TO '{larger}' (FORMAT parquet)"
+            )
+        larger.replace(path / name)
+        _hash_again(path, name)
+
+
+def _hash_again(path: Path, name: str) -> None:
     meta = json.loads((path / "meta.json").read_text())
-    database = path / DATABASE
-    meta["files"][DATABASE] = {"bytes": database.stat().st_size, "sha256": artifact.file_sha256(database)}
+    file = path / name
+    meta["files"][name] = {"bytes": file.stat().st_size, "sha256": artifact.file_sha256(file)}
     (path / "meta.json").write_text(json.dumps(meta))
 
 

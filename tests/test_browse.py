@@ -6,6 +6,7 @@ import base64
 import contextlib
 import gzip
 import json
+import math
 import re
 import shutil
 
@@ -28,6 +29,7 @@ from sememe.atlas import open_atlas
 from sememe.browse import BrowseConfig, Data, ExportConfig, browse, export
 from sememe.browse.data import display
 from sememe.browse.inputs import Inputs, opened
+from sememe.browse.written import dump
 from sememe.cli import _run
 from sememe.errors import ArtifactError, CorruptError, MismatchError
 
@@ -221,6 +223,22 @@ def test_a_dead_latent_has_no_examples_and_a_missing_one_is_none(data):
     dead = data.latent(24)
     assert dead["n_active"] == 0 and dead["examples"]["kind"] == [] and dead["label_tokens"] == []
     assert data.latent(10**6) is None and data.examples(10**6) is None
+
+
+def test_what_is_sent_is_the_json_of_pythons_own_writer():
+    """The quick writer beside the slow one, on what it may stumble over."""
+    hard = {
+        "text": [raw.decode("utf-8", "replace") for raw in NASTY] + ['"\\', "</script>"],
+        "numbers": [0, -1, 2**53 + 1, 2**70, 0.1, -0.0, 5.0, 1e-5, 5e-324, 1.7976931348623157e308, 1 / 3],
+        "rest": [None, True, False, [], {}, (1, 2), {1: "a key that is a number"}],
+    }
+    written = dump(hard)
+    assert json.loads(written) == json.loads(json.dumps(hard))
+    assert b" :" not in written and b"</script>" in written, "as short as it gets, and UTF-8"
+    assert json.loads(dump([math.nan, math.inf, 1.5])) == [None, None, 1.5]
+    assert json.loads(dump(["\ud800"]).decode("utf-8", "surrogatepass")) == ["\ud800"], "half a letter"
+    with pytest.raises(TypeError):
+        dump(object())
 
 
 def test_numbers_that_json_cannot_hold_become_none(tmp_path):

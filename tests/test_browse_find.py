@@ -6,7 +6,7 @@ import re
 from contextlib import ExitStack
 
 import pytest
-from page_in_browser import a_browser, exported, go, ids, served, settle, violations, watched
+from page_in_browser import a_browser, exported, go, ids, served, settle, violations, wait_until, watched
 from synthetic_atlas import SyntheticConfig, build, build_all, build_report
 
 from sememe.browse import ExportConfig, export
@@ -105,14 +105,17 @@ def test_zoom_and_pan_are_in_the_address(page, address):
     go(page, address)
     ready(page)
     page.get_by_role("button", name="Zoom in").click()
-    assert "view=" in page.url
-    zoomed = page.url
+    # The page's own address: Playwright hears of changes a little later.
+    wait_until(page, "location.hash.includes('view=')")
+    zoomed = page.evaluate("location.hash")
     box = page.locator(".map canvas").bounding_box()
     page.mouse.move(box["x"] + 30, box["y"] + 30)
     page.mouse.down()
     page.mouse.move(box["x"] + 130, box["y"] + 60, steps=3)
     page.mouse.up()
-    assert "view=" in page.url and page.url != zoomed and "#/latent" not in page.url
+    wait_until(page, f"location.hash !== '{zoomed}'")
+    panned = page.evaluate("location.hash")
+    assert "view=" in panned and "#/latent" not in panned
     page.locator(".map canvas").focus()
     page.mouse.wheel(0, -400)
     page.wait_for_timeout(350)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import socket
-import threading
 
+import page_in_browser
 import pytest
+from page_in_browser import a_browser, go, ids, settle, watched
 from synthetic_atlas import (
     NASTY,
     VOCABULARY,
@@ -17,35 +15,17 @@ from synthetic_atlas import (
 )
 
 from sememe.browse import ExportConfig, export
-from sememe.browse.inputs import Inputs, opened
-from sememe.browse.server import application
 
 pytestmark = pytest.mark.browser
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 EXPLANATIONS = {5: "names of rivers </script><b>bold</b>", 30: "\u202etricks\u200b of letters"}
 CONFIG = SyntheticConfig()
 
 
-def chromium() -> str | None:
-    named = os.environ.get("SEMEME_CHROMIUM")
-    return named or next((found for name in NAMES if (found := shutil.which(name))), None)
-
-
 @pytest.fixture(scope="module")
 def browser():
-    path = chromium()
-    if path is None:
-        pytest.skip(
-            "******** no Chromium: the page is NOT tested. Install it, or set SEMEME_CHROMIUM. ********"
-        )
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=path, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-        )
+    with a_browser() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -55,19 +35,8 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def served(inputs):
-    import uvicorn
-
-    with opened(Inputs(**inputs)) as (data, _), socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        listening.listen()
-        config = uvicorn.Config(application(data), log_level="error", lifespan="off", ws="none")
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
-        server.should_exit = True
-        thread.join(timeout=20)
-        assert not thread.is_alive()
+    with page_in_browser.served(inputs) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -83,32 +52,8 @@ def address(request):
 
 @pytest.fixture
 def page(browser, address):
-    """An empty page that fails the test on any complaint of the browser, or any request to elsewhere."""
-    context = browser.new_context(viewport={"width": 1280, "height": 900})
-    page = context.new_page()
-    complaints: list[str] = []
-    page.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
-    page.on("pageerror", lambda error: complaints.append(f"error: {error}"))
-    page.on("dialog", lambda dialog: (complaints.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-    origin = address.rsplit("/", 1)[0]
-    page.on("request", lambda r: None if r.url.startswith(origin) else complaints.append(f"request: {r.url}"))
-    page.set_default_timeout(30_000)
-    yield page
-    context.close()
-    assert complaints == []
-
-
-def go(page, address: str, hash: str = "#/") -> None:
-    page.goto(address + hash)
-    page.wait_for_selector(".rows .row, .example, .about, .problem, .empty:not([role])")
-
-
-def ids(page) -> list[int]:
-    return [int(text) for text in page.locator(".rows .row .c-id").all_text_contents()]
-
-
-def settle(page) -> None:
-    page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    with watched(browser, address) as page:
+        yield page
 
 
 def column(page, name: str) -> list[float]:
@@ -468,20 +413,9 @@ def test_a_site_with_a_missing_shard_says_so(browser, inputs, tmp_path):
 
 def test_a_server_that_has_gone_says_so(browser, inputs):
     page = browser.new_page()
-    import uvicorn
-
-    with opened(Inputs(**inputs)) as (data, _), socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        listening.listen()
-        server = uvicorn.Server(
-            uvicorn.Config(application(data), log_level="error", lifespan="off", ws="none")
-        )
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        page.goto(f"http://127.0.0.1:{listening.getsockname()[1]}/")
+    with page_in_browser.served(inputs) as address:
+        page.goto(address)
         page.wait_for_selector(".rows .row")
-        server.should_exit = True
-        thread.join(timeout=20)
     page.locator(".rows .row").first.click()
     assert "server does not answer" in page.locator(".problem").inner_text()
     page.close()

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import threading
 import time
 from pathlib import Path
 
 import pytest
 from live_world import child_of, make_live_world
-from page_in_browser import a_browser, violations, watched
+from page_in_browser import a_browser, answering, settle, violations, wait_until, watched
 from synthetic_atlas import SyntheticConfig, build
 
 from sememe.atlas import open_atlas
@@ -31,21 +30,8 @@ HOSTILE = "<img src=x onerror=alert(1)> \u202eevil\u200b ${1+1} </script>"
 @contextlib.contextmanager
 def serving(config: BrowseConfig, live=None):
     """The address of a server."""
-    import uvicorn
-
-    with served(config) as atlases, socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        listening.listen()
-        app = application(atlases, live=live, door=Door())
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", ws="none"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
-        finally:
-            server.should_exit = True
-            thread.join(timeout=20)
-            assert not thread.is_alive()
+    with served(config) as atlases, answering(application(atlases, live=live, door=Door())) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -85,27 +71,6 @@ def address(request):
 def page(browser, address):
     with watched(browser, address, accept_downloads=True) as page:
         yield page
-
-
-def wait_until(page, condition: str) -> None:
-    """Asked again and again; the page's policy forbids Playwright's own way, which is eval in the page."""
-    deadline = time.monotonic() + 30
-    while not _holds(page, condition):
-        assert time.monotonic() < deadline, condition
-        page.wait_for_timeout(30)
-
-
-def _holds(page, condition: str) -> bool:
-    try:
-        return bool(page.evaluate(condition))
-    except Exception as error:
-        if "context was destroyed" in str(error):
-            return False  # it is on its way to another address
-        raise
-
-
-def settle(page) -> None:
-    page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
 
 def wait_for_file(path: Path, condition) -> dict:

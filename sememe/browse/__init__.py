@@ -10,6 +10,7 @@
     notes     what people say of latents, in a file beside the atlas
     compared  two atlases side by side
     together  several atlases on one page
+    written   values as JSON text
     export    that JSON as scripts beside the page, so that it opens from disk
     static    the page: classic scripts, two vendored libraries, no build step
 

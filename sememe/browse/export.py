@@ -14,7 +14,6 @@ import contextlib
 import gc
 import gzip
 import itertools
-import json
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -28,12 +27,13 @@ from sememe.browse.compared import Compared, Side, dictionary_folder
 from sememe.browse.data import Data
 from sememe.browse.inputs import Inputs, named_once, opened
 from sememe.browse.together import Served, name_of, session
+from sememe.browse.written import dump
 from sememe.progress import track
 
 __all__ = ["VERSION", "ExportConfig", "export"]
 
 VERSION = 2
-QUERY_LATENTS = 1024  # latents per query: enough to keep DuckDB busy, few enough to fit in memory
+QUERY_LATENTS = 4096  # latents per query: enough to keep DuckDB busy, few enough to fit in memory
 
 
 class ExportConfig(Inputs):
@@ -197,9 +197,6 @@ def _context_ids(ids: list[int]) -> list[int] | None:
 
 
 def _write_shard(folder: Path, name: str, payload: Any) -> None:
-    text = json.dumps(payload, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    packed = base64.b64encode(
-        gzip.compress(text.encode("utf-8", "surrogatepass"), compresslevel=4, mtime=0)
-    ).decode("ascii")
+    packed = base64.b64encode(gzip.compress(dump(payload), compresslevel=4, mtime=0))
     path = folder / "data" / f"{name}.js"
-    path.write_text(f'Sememe.shard("{name}","{packed}");\n', encoding="ascii")
+    path.write_bytes(b'Sememe.shard("%s","%s");\n' % (name.encode("ascii"), packed))

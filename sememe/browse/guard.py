@@ -22,6 +22,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from sememe.browse.written import dump
 from sememe.errors import SememeError
 
 __all__ = [
@@ -34,7 +35,6 @@ __all__ = [
     "Guard",
     "body_of",
     "door_of",
-    "dump",
     "json_response",
     "refused",
 ]
@@ -215,12 +215,6 @@ def _same(given: str, token: str) -> bool:
 def refused(status: int, rule: str, value: object, remedy: str) -> HTTPException:
     """Why a request is not answered, in the three parts of every error."""
     return HTTPException(status, str(SememeError(rule, value, remedy)))
-
-
-def dump(value: Any) -> bytes:
-    """A value as JSON."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.encode("utf-8", "surrogatepass")
 
 
 def json_response(content: bytes, headers: Mapping[str, str] | None = None, status: int = 200) -> Response:

@@ -26,10 +26,11 @@ from starlette.types import ASGIApp
 from sememe.browse import openapi, page
 from sememe.browse.compared import Compared, Side
 from sememe.browse.data import Data
-from sememe.browse.guard import Door, Guard, body_of, dump, json_response, refused
+from sememe.browse.guard import Door, Guard, body_of, json_response, refused
 from sememe.browse.live import VERBS, Live, LiveError, Refusal
 from sememe.browse.notes import NotesFile
 from sememe.browse.together import Served, session
+from sememe.browse.written import dump
 from sememe.errors import ConfigError, SememeError
 
 __all__ = ["MAX_CONTEXTS", "application"]

@@ -27,13 +27,14 @@ from typing import Any
 import duckdb
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from sememe import __version__
 from sememe.atlas import Atlas
 from sememe.browse.data.explained import Explained
 from sememe.browse.data.latents import EXAMPLE_COLUMNS, EffectFiles, Latents
 from sememe.browse.data.reports import report_figures
-from sememe.browse.data.values import display, number, rounded, significant
+from sememe.browse.data.values import display, lists_of, number, rounded, significant
 from sememe.errors import CorruptError
 
 __all__ = ["API_VERSION", "LABEL_TOKENS", "PROMOTED_IN_SEARCH", "Data", "EffectFiles", "Explained", "display"]
@@ -352,25 +353,28 @@ class Data:
         `documents` of a context is run-length coded: [document, number of tokens], document -1 for padding.
         """
         wanted = [int(i) for i in ids]
-        rows = self._rows(
-            "SELECT id, token_ids, doc_ids FROM contexts WHERE list_contains(?, id) ORDER BY id", wanted
+        table = self._table(
+            "SELECT id, token_ids, doc_ids FROM contexts WHERE id IN (SELECT unnest(?::INTEGER[])) ORDER BY id",
+            wanted,
         )
+        tokens, documents = (_cut_rows(table.column(name)) for name in ("token_ids", "doc_ids"))
         contexts = {
-            str(context): {"tokens": tokens, "documents": _run_lengths(documents)}
-            for context, tokens, documents in rows
+            str(context): {"tokens": row.tolist(), "documents": _run_lengths(of)}
+            for context, row, of in zip(table.column("id").to_pylist(), tokens, documents, strict=True)
         }
         named = sorted(
             {run[0] for context in contexts.values() for run in context["documents"] if run[0] >= 0}
         )
-        documents = self._rows(
-            "SELECT id, source, language, title, tags FROM documents WHERE list_contains(?, id) ORDER BY id",
+        rows = self._rows(
+            "SELECT id, source, language, title, tags FROM documents "
+            "WHERE id IN (SELECT unnest(?::INTEGER[])) ORDER BY id",
             named,
         )
         return {
             "contexts": contexts,
             "documents": {
                 str(document): {"source": source, "language": language, "title": title, "tags": _tags(tags)}
-                for document, source, language, title, tags in documents
+                for document, source, language, title, tags in rows
             },
         }
 
@@ -407,11 +411,14 @@ def _tags(text: str) -> Json:
     return tags if isinstance(tags, dict) else {}
 
 
-def _run_lengths(values: list[int]) -> list[list[int]]:
-    runs: list[list[int]] = []
-    for value in values:
-        if runs and runs[-1][0] == value:
-            runs[-1][1] += 1
-        else:
-            runs.append([value, 1])
-    return runs
+def _cut_rows(column: pa.ChunkedArray) -> list[NDArray[Any]]:
+    starts, flat = lists_of(column)
+    return np.split(flat, starts[1:-1]) if len(starts) > 1 else []
+
+
+def _run_lengths(values: NDArray[Any]) -> list[list[int]]:
+    if not len(values):
+        return []
+    starts = np.concatenate(([0], np.flatnonzero(np.diff(values)) + 1))
+    lengths = np.diff(np.append(starts, len(values)))
+    return [list(run) for run in zip(values[starts].tolist(), lengths.tolist(), strict=True)]

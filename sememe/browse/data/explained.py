@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from sememe import artifact
 from sememe.atlas import EXPLANATIONS, words_score
-from sememe.browse.data.values import number
+from sememe.browse.data.values import number, rounded
 from sememe.errors import CorruptError
 
 __all__ = ["Explained"]
@@ -111,9 +111,10 @@ class Explained:
 def _scores(table: pa.Table) -> dict[int, list[Json]]:
     """By latent: scorers and variants, each with its score over all and by tenth of the activations."""
     rows: dict[tuple[int, str, str], Json] = {}
-    names = ("latent", "scorer", "variant", "decile", "score", "n")
-    for latent, scorer, variant, decile, score, n in zip(
-        *(table.column(name).to_pylist() for name in names), strict=True
+    names = ("latent", "scorer", "variant", "decile", "n")
+    columns = (table.column(name).to_pylist() for name in names)
+    for latent, scorer, variant, decile, n, score in zip(
+        *columns, rounded(table.column("score"), 3), strict=True
     ):
         if (scorer, variant) in CONTROLS:
             continue
@@ -121,9 +122,9 @@ def _scores(table: pa.Table) -> dict[int, list[Json]]:
             (latent, scorer, variant), {"scorer": scorer, "variant": variant, "score": None, "n": None}
         )
         if decile is None:
-            row["score"], row["n"] = number(score, 3), n
+            row["score"], row["n"] = score, n
         else:
-            row.setdefault("deciles", [None] * 10)[decile] = number(score, 3)
+            row.setdefault("deciles", [None] * 10)[decile] = score
     out: dict[int, list[Json]] = {}
     for (latent, _, _), row in sorted(rows.items(), key=lambda item: item[0]):
         out.setdefault(latent, []).append(row)

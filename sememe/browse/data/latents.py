@@ -16,7 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from sememe.browse.data.explained import Explained
-from sememe.browse.data.values import decimals, fixed, number, significant
+from sememe.browse.data.values import decimals, fixed, lists_of, significant
 
 __all__ = ["EXAMPLE_COLUMNS", "EffectFiles", "Latents"]
 
@@ -160,7 +160,7 @@ def _cut(table: pa.Table, digits: int = 3) -> dict[str, list[Any]]:
         if pa.types.is_floating(column.type):
             out[name] = significant(column.to_numpy(zero_copy_only=False), digits)
         elif pa.types.is_list(column.type) and not pa.types.is_nested(column.type.value_type):
-            starts, flat = _lists(column)
+            starts, flat = lists_of(column)
             values = (
                 significant(flat, digits=3) if pa.types.is_floating(column.type.value_type) else flat.tolist()
             )
@@ -169,6 +169,8 @@ def _cut(table: pa.Table, digits: int = 3) -> dict[str, list[Any]]:
                 None if gone else values[start:stop]
                 for gone, (start, stop) in zip(missing, itertools.pairwise(starts.tolist()), strict=True)
             ]
+        elif pa.types.is_list(column.type) and pa.types.is_struct(column.type.value_type):
+            out[name] = _outputs(column)
         elif pa.types.is_integer(column.type) and not column.null_count:
             out[name] = column.to_numpy().tolist()
         else:
@@ -253,8 +255,8 @@ def _examples(table: pa.Table) -> dict[int, Json]:
     cuts = _cuts(latents)
     if len(latents) == 0:
         return {}
-    starts, acts = _lists(table.column("acts"))
-    _, positions = _lists(table.column("positions"))
+    starts, acts = lists_of(table.column("acts"))
+    _, positions = lists_of(table.column("positions"))
     # The largest of each latent says how many decimals its activations keep.
     of_latent = np.repeat(np.arange(len(cuts) - 1), np.diff(cuts))
     of_act = np.repeat(of_latent, np.diff(starts))
@@ -290,12 +292,18 @@ def _largest(values: NDArray[Any], starts: NDArray[Any]) -> NDArray[np.float64]:
     return out
 
 
-def _lists(column: pa.ChunkedArray) -> tuple[NDArray[Any], NDArray[Any]]:
-    """A column of lists as where each begins (and the end), and their values end to end."""
+def _outputs(column: pa.ChunkedArray) -> list[list[list[Any]]]:
+    """Output tokens and how they change, as lists of [token, text, change].
+
+    The texts go along: an output token need not occur anywhere in the atlas.
+    """
     lists = column.combine_chunks()
     offsets = lists.offsets.to_numpy()
-    values = lists.values.to_numpy(zero_copy_only=False)[offsets[0] : offsets[-1]]
-    return offsets - offsets[0], values
+    flat = lists.values.slice(offsets[0], offsets[-1] - offsets[0])
+    tokens, texts, changes = (flat.field(name) for name in ("token", "text", "change"))
+    values = significant(changes.to_numpy(zero_copy_only=False), 3)
+    rows = [list(row) for row in zip(tokens.to_pylist(), texts.to_pylist(), values, strict=True)]
+    return [rows[start:stop] for start, stop in itertools.pairwise((offsets - offsets[0]).tolist())]
 
 
 def _beside(
@@ -315,22 +323,16 @@ def _of_examples(keys: list[tuple[str, int, int]], rows: dict[str, list[Any]]) -
     found = {key: i for i, key in enumerate(zip(rows["kind"], rows["decile"], rows["rank"], strict=True))}
 
     def one(i: int) -> Json:
-        effect = {name: rows[name][i] for name in EFFECT_COLUMNS}
-        for end in ("raised", "lowered"):
-            # The texts go along: an output token need not occur anywhere in the atlas.
-            effect[end] = [
-                [item["token"], item["text"], number(item["change"], 3)] for item in effect[end] or []
-            ]
-        return effect
+        return {name: rows[name][i] for name in EFFECT_COLUMNS}
 
     return [one(found[key]) if key in found else None for key in keys]
 
 
 def _removals(keys: list[tuple[str, int, int]], rows: dict[str, list[Any]]) -> list[Json | None]:
     """The activation at each top example's peak without each token before it: {removed, act}; None where not tried."""
-    of_rank: dict[int, Json] = {}
-    for rank, removed, act in zip(rows["rank"], rows["removed"], rows["act_without"], strict=True):
-        entry = of_rank.setdefault(rank, {"removed": [], "act": []})
-        entry["removed"].append(removed)
-        entry["act"].append(act)
+    ranks, removed, acts = rows["rank"], rows["removed"], rows["act_without"]
+    of_rank = {
+        ranks[start]: {"removed": removed[start:stop], "act": acts[start:stop]}
+        for start, stop in itertools.pairwise(_cuts(np.asarray(ranks)))
+    }
     return [of_rank.get(rank) if kind == "top" else None for kind, _, rank in keys]

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-__all__ = ["decimals", "display", "fixed", "number", "rounded", "significant"]
+__all__ = ["decimals", "display", "fixed", "lists_of", "number", "rounded", "significant"]
 
 
 def display(text: str, raw: bytes) -> tuple[str, bool]:
@@ -63,3 +63,11 @@ def significant(values: NDArray[Any], digits: int = 3) -> list[float | None]:
     if bool(np.isfinite(x).all()):
         return plain
     return [value if ok else None for value, ok in zip(plain, np.isfinite(x).tolist(), strict=True)]
+
+
+def lists_of(column: pa.ChunkedArray) -> tuple[NDArray[Any], NDArray[Any]]:
+    """A column of lists as where each begins (and the end), and their values end to end."""
+    lists = column.combine_chunks()
+    offsets = lists.offsets.to_numpy()
+    values = lists.values.to_numpy(zero_copy_only=False)[offsets[0] : offsets[-1]]
+    return offsets - offsets[0], values

@@ -12,7 +12,7 @@
     if (value === 0) return "0";
     const size = Math.abs(value);
     if (size >= 1e6) return trim((value / 1e6).toPrecision(digits)) + "M";
-    if (size >= 10 ** digits) return Math.round(value).toLocaleString("en");
+    if (size >= 10 ** digits) return S.text.grouped(Math.round(value));
     if (size < 1e-4) return value.toExponential(digits - 1).replaceAll("-", "−");
     return trim(value.toPrecision(digits)).replace("-", "−");
   }
@@ -23,8 +23,7 @@
     if (value < 1e-4) return value.toExponential(1).replace("e-", "e−") + "%";
     return trim(value.toPrecision(digits)) + "%";
   };
-  const grouped = new Intl.NumberFormat("en"); // made once: toLocaleString looks the language up each time
-  const count = (value) => (value === null || value === undefined ? "–" : grouped.format(value));
+  const count = (value) => (value === null || value === undefined ? "–" : S.text.grouped(value));
   const compact = (value) => {
     for (const [size, unit] of [[1e9, "B"], [1e6, "M"], [1e3, "k"]]) if (value >= size) return trim((value / size).toPrecision(3)) + unit;
     return String(value);

@@ -8,6 +8,14 @@
   const { Chip, Example, Label } = S.tokenViews;
   const { route } = S;
   const FIRST_SHOWN = 10;
+  const DRAWN_AT_ONCE = 15; // examples below the strongest
+
+  // Calls when the browser has nothing else to do, at the latest soon; returns how to call it off.
+  function whenIdle(call) {
+    if (!window.requestIdleCallback) { const timer = setTimeout(call, 30); return () => clearTimeout(timer); }
+    const handle = requestIdleCallback(call, { timeout: 300 });
+    return () => cancelIdleCallback(handle);
+  }
 
   function rowsOf(columns) {
     return columns.context.map((_, i) => Object.fromEntries(Object.keys(columns).map((name) => [name, columns[name][i]])));
@@ -153,6 +161,47 @@
     return html`<dl class="facts">${facts.map(([name, value, note]) => html`<div key=${name}><dt>${name}</dt><dd>${value}<small>${note}</small></dd></div>`)}</dl>`;
   }
 
+  // A latent that has been read, with so many of the examples below the strongest.
+  function Content({ model, overview, found, below, params }) {
+    const { latent, largestLoss } = found, { id } = latent;
+    const underlined = params.mark !== "plain";
+    const change = (changes) => {
+      const now = route.current(); // not as it was when this was drawn: a search beside it may have changed since
+      route.replace(route.format("latent", now.latent, { ...now.params, ...changes }));
+    };
+    const opened = (text) => new Set(text ? text.split(",") : []), open = opened(params.open);
+    const toggle = (key) => {
+      const now = opened(route.current().params.open);
+      if (!now.delete(key)) now.add(key);
+      change({ open: [...now].join(",") });
+    };
+    const shared = { edges: overview.histogram_edges, largestLoss, underlined, model, latent, contexts: found.contexts, documents: found.documents, open, toggle };
+    const of = (kind) => found.examples.filter((example) => example.kind === kind), deciles = of("decile");
+    return html`
+      <${Stats} model=${model} latent=${latent} />
+      <${S.relationViews.Explanation} latent=${latent} overview=${overview} />
+      <div class=${"charts" + (largestLoss > 0 ? (found.drops ? "" : " two") : " one")}>
+        <section><h2>Activations <span class="muted">where it is active</span></h2><${ActivationHistogram} key=${id} model=${model} found=${found} edges=${overview.histogram_edges} /></section>
+        ${largestLoss > 0 && found.drops && html`<${ChangeHistogram} examples=${found.examples} ...${LOGIT_DROP} />`}
+        ${largestLoss > 0 && html`<${ChangeHistogram} examples=${found.examples} ...${LOSS} />`}
+      </div>
+      <div class="charts">
+        <${Logits} model=${model} title="Promotes" note="next tokens it makes likelier" logits=${latent.promoted} />
+        <${Logits} model=${model} title="Demotes" note="and less likely" logits=${latent.demoted} negative />
+        <div><${DirectEffect} model=${model} latent=${latent} edges=${overview.logit_edges} /><${ByPosition} latent=${latent} edges=${overview.position_edges} /></div>
+      </div>
+      ${Object.entries(latent.lenses).map(([lens, ends]) => html`<div class="charts" key=${lens}>
+        <${Logits} model=${model} title="Promotes" note=${`through the ${S.text.flat(lens)} lens`} logits=${ends.promoted} /><${Logits} model=${model} title="Demotes" note=${`through the ${S.text.flat(lens)} lens`} logits=${ends.demoted} negative /></div>`)}
+      <div class="legend"><span>0</span><i aria-hidden="true"></i><span>${number(latent.max_act)}</span>
+        ${(largestLoss > 0 || found.removed) && html`<label class="underline"><input type="checkbox" checked=${underlined} onChange=${(e) => change({ mark: e.target.checked ? "" : "plain" })} /> underline effects</label>`}</div>
+      ${underlined && (largestLoss > 0 || found.removed) && html`<p class="keys-of">${largestLoss > 0 && html`<span><u class="helps">peak</u> its loss rises without the latent, <u class="hurts">peak</u> it falls</span>`}${found.removed && html`<span><u class="needed">before</u> the peak weakens without this token, <u class="against">before</u> it grows</span>`}</p>`}
+      <${Examples} id="top" key=${"top" + id} title="Top activations" note="one per document" examples=${of("top")} shared=${shared} limit=${FIRST_SHOWN} />
+      ${below > 0 && html`<${S.relationViews.Relations} key=${"relations" + id} model=${model} latent=${latent} overview=${overview} params=${params} />
+      <${Deciles} key=${"deciles" + id} examples=${deciles.slice(0, below)} shared=${shared} />
+      <${Examples} id="random" key=${"random" + id} title="Random text" note="it is silent here" examples=${of("random").slice(0, Math.max(0, below - deciles.length))} shared=${shared} />`}
+      ${!found.examples.length && html`<p class="empty">There are no examples: it was never active on this text.</p>`}`;
+  }
+
   function Latent({ model, overview, id, params }) {
     const roomy = S.useMedia("(min-width: 1180px)");
     const row = model.rowOf.get(id);
@@ -188,6 +237,16 @@
     }, [before, after, listAddress]);
     const { found, error } = state;
     const current = found && found.latent.id === id;
+    // The strongest examples first; what lies below them is drawn piece by piece while nothing else is to be done, and
+    // not at all for who has stepped on. Where there are few, what follows would jump into sight: it comes at once.
+    const [drawn, setDrawn] = useState({ found: null, below: 0 });
+    const few = found && found.examples.length <= FIRST_SHOWN;
+    const below = few ? Infinity : drawn.found === found ? drawn.below : 0;
+    const whole = found && below > found.examples.length;
+    useEffect(() => {
+      if (!current || whole) return undefined;
+      return whenIdle(() => setDrawn({ found, below: below + DRAWN_AT_ONCE > found.examples.length ? Infinity : below + DRAWN_AT_ONCE }));
+    }, [found, below, current]);
     useEffect(() => {
       // The next latent is read while this one is looked at.
       if (!current || after === null) return undefined;
@@ -196,19 +255,16 @@
     }, [current, after]);
     useEffect(() => { window.scrollTo(0, 0); }, [id]);
 
-    const open = new Set(params.open ? params.open.split(",") : []);
-    const toggle = (key) => {
-      if (!open.delete(key)) open.add(key);
-      route.replace(route.format("latent", id, { ...params, open: [...open].join(",") }));
-    };
-    const rail = roomy && html`<${S.listViews.Rail} model=${model} params=${params} latent=${id} rows=${rows} place=${rows.indexOf(row)} />`;
-    const underlined = params.mark !== "plain";
-    const shared = found && { edges: overview.histogram_edges, largestLoss: found.largestLoss, underlined, model, latent: found.latent, contexts: found.contexts, documents: found.documents, open, toggle };
-    const of = (kind) => found.examples.filter((example) => example.kind === kind);
+    const here = route.format("latent", id, params);
+    const rail = useMemo(() => roomy && html`<${S.listViews.Rail} model=${model} params=${params} latent=${id} rows=${rows} place=${rows.indexOf(row)} />`,
+      [roomy, model, model.byHand, rows, here]);
+    // Drawn again only for what it shows: thousands of tokens are not compared for each letter typed beside them.
+    const content = useMemo(() => found && html`<${Content} model=${model} overview=${overview} found=${found} below=${below} params=${params} />`,
+      [model, model.byHand, overview, found, below, route.format("latent", 0, params)]);
     const step = (to, text, label, key) => to === null ? html`<span class="step off" aria-hidden="true">${text}</span>` : html`<a class="step" href=${address(to)} aria-label=${label} title=${`${label} (${key})`}>${text}</a>`;
     return html`<div class=${"latent-layout" + (roomy ? " with-rail" : "")}>
       ${rail}
-      <article class=${"latent" + (found && !current ? " stale" : "")} aria-busy=${!current && !error}>
+      <article class=${"latent" + (found && !current ? " stale" : "")} aria-busy=${!error && row !== undefined && !(current && whole)}>
         <header class="latent-head">
           <div class="crumb"><a href=${listAddress}>← All latents</a><span class="muted">${place >= 0 ? `${count(place + 1)} of ${count(order.length)}` : ""}</span>
             <span class="steps">${step(before, "←", "Previous latent", "left arrow")}${step(after, "→", "Next latent", "right arrow")}</span></div>
@@ -217,29 +273,7 @@
         ${row !== undefined && html`<${S.Notes} key=${"notes" + id} latent=${id} />`}
         ${row === undefined && html`<p class="problem" role="alert">This dictionary has no latent ${id}. Its latents are numbered ${model.index.id[0]} to ${model.index.id[model.n - 1]}.</p>`}
         ${error && html`<p class="problem" role="alert">${error.message}</p>`}
-        ${found && row !== undefined && html`
-          <${Stats} model=${model} latent=${found.latent} />
-          <${S.relationViews.Explanation} latent=${found.latent} overview=${overview} />
-          <div class=${"charts" + (found.largestLoss > 0 ? (found.drops ? "" : " two") : " one")}>
-            <section><h2>Activations <span class="muted">where it is active</span></h2><${ActivationHistogram} key=${found.latent.id} model=${model} found=${found} edges=${overview.histogram_edges} /></section>
-            ${found.largestLoss > 0 && found.drops && html`<${ChangeHistogram} examples=${found.examples} ...${LOGIT_DROP} />`}
-            ${found.largestLoss > 0 && html`<${ChangeHistogram} examples=${found.examples} ...${LOSS} />`}
-          </div>
-          <div class="charts">
-            <${Logits} model=${model} title="Promotes" note="next tokens it makes likelier" logits=${found.latent.promoted} />
-            <${Logits} model=${model} title="Demotes" note="and less likely" logits=${found.latent.demoted} negative />
-            <div><${DirectEffect} model=${model} latent=${found.latent} edges=${overview.logit_edges} /><${ByPosition} latent=${found.latent} edges=${overview.position_edges} /></div>
-          </div>
-          ${Object.entries(found.latent.lenses).map(([lens, ends]) => html`<div class="charts" key=${lens}>
-            <${Logits} model=${model} title="Promotes" note=${`through the ${S.text.flat(lens)} lens`} logits=${ends.promoted} /><${Logits} model=${model} title="Demotes" note=${`through the ${S.text.flat(lens)} lens`} logits=${ends.demoted} negative /></div>`)}
-          <div class="legend"><span>0</span><i aria-hidden="true"></i><span>${number(found.latent.max_act)}</span>
-            ${(found.largestLoss > 0 || found.removed) && html`<label class="underline"><input type="checkbox" checked=${underlined} onChange=${(e) => route.replace(route.format("latent", id, { ...params, mark: e.target.checked ? "" : "plain" }))} /> underline effects</label>`}</div>
-          ${underlined && (found.largestLoss > 0 || found.removed) && html`<p class="keys-of">${found.largestLoss > 0 && html`<span><u class="helps">peak</u> its loss rises without the latent, <u class="hurts">peak</u> it falls</span>`}${found.removed && html`<span><u class="needed">before</u> the peak weakens without this token, <u class="against">before</u> it grows</span>`}</p>`}
-          <${Examples} id="top" key=${"top" + found.latent.id} title="Top activations" note="one per document" examples=${of("top")} shared=${shared} limit=${FIRST_SHOWN} />
-          <${S.relationViews.Relations} model=${model} latent=${found.latent} overview=${overview} params=${params} />
-          <${Deciles} key=${"deciles" + found.latent.id} examples=${of("decile")} shared=${shared} />
-          <${Examples} id="random" key=${"random" + found.latent.id} title="Random text" note="it is silent here" examples=${of("random")} shared=${shared} />
-          ${!found.examples.length && html`<p class="empty">There are no examples: it was never active on this text.</p>`}`}
+        ${row !== undefined && content}
       </article>
     </div>`;
   }

@@ -95,7 +95,7 @@
       ${select("in", "in", [["any", "anything"], ["label", "labels"], ["top", "top tokens"], ["peak", "examples' peaks"], ["promoted", "promoted tokens"], ...(meaningful(overview) || params.in === "meaning" ? [["meaning", "meanings of labels"]] : [])])}
       ${select("status", "show", [["alive", "alive"], ["dead", "dead"], ["rare", "rare"], ["neuron", "neuron-aligned"], ["all", "all"]])}
       ${S.notes && (S.notes.latents.size > 0 || params.note) && select("note", "notes", S.notes.options())}
-      ${overview.languages.length > 0 && select("lang", "language", [["", "any"], ...overview.languages.map(({ language, n }) => [language, `${language} (${n.toLocaleString("en")})`])])}
+      ${overview.languages.length > 0 && select("lang", "language", [["", "any"], ...overview.languages.map(({ language, n }) => [language, `${language} (${count(n)})`])])}
       <div class="field" role="group" aria-label="Density in percent"><span>density %</span>${bound("min", "Lowest density in percent")}<span>to</span>${bound("max", "Highest density in percent")}</div>
       <div class="found" role="status" aria-live="polite">${found === null ? "" : html`<b>${count(found)}</b> ${found === 1 ? "latent" : "latents"}`}
         ${filtered && html` <button type="button" class="link" onClick=${() => change(CLEARED)}>Clear</button>`}</div>

@@ -72,11 +72,19 @@
   // order; with the row in the same number the browser's own sort does it, several times quicker than one that asks a
   // function. Keys are told apart by seven digits.
   function sortByKey(rows, keys, n) {
-    const size = rows.length, single = Float32Array.from(rows, (row) => keys[row]), bits = new Int32Array(single.buffer);
+    const size = rows.length, single = new Float32Array(size), bits = new Int32Array(single.buffer);
     const packed = new Float64Array(size);
+    for (let i = 0; i < size; i++) single[i] = keys[rows[i]];
     for (let i = 0; i < size; i++) packed[i] = (bits[i] < 0 ? -(bits[i] & 0x7fffffff) : bits[i]) * n + rows[i];
     packed.sort();
     for (let i = 0; i < size; i++) { const row = packed[i] % n; rows[i] = (row < 0 ? row + n : row) | 0; }
+  }
+
+  // From a latent to its row. Ids that are all there from 0 on are their own rows: no table of 100,000 is made.
+  function rowsOf(ids) {
+    if (ids.some((id, row) => id !== row)) return new Map(ids.map((id, row) => [id, row]));
+    const has = (id) => Number.isInteger(id) && id >= 0 && id < ids.length;
+    return { has, get: (id) => (has(id) ? id : undefined) };
   }
 
   class Model {
@@ -84,7 +92,7 @@
       this.index = index;
       this.tokens = tokens;
       this.n = index.id.length;
-      this.rowOf = new Map(index.id.map((id, row) => [id, row]));
+      this.rowOf = rowsOf(index.id);
       this.l0 = index.density.reduce((sum, density) => sum + density, 0) || 1;
       this.meaning = null; // what a question's meaning is near to
       this.details = null; // the other figures, filled when they have arrived
@@ -257,22 +265,20 @@
       const group = cluster === "" || !details ? null : cluster === "none" ? null : Number(cluster);
       const aligned = details && details.top_neuron_share;
       const noted = S.notes ? S.notes.test(note) : null;
-      const rows = [];
-      for (let row = 0; row < this.n; row++) {
-        if (noted && !noted(this.index.id[row])) continue;
-        if (found && !(found.score[row] > 0)) continue;
-        if (status !== "dead" && status !== "all" && !n_active[row]) continue;
-        if (status === "dead" && n_active[row]) continue;
-        if (status === "rare" && !(density[row] < RARE)) continue;
-        if (status === "neuron" && !(aligned && aligned[row] > ALIGNED)) continue;
-        if (scripts && scripts[row] !== script) continue;
-        if (details && cluster !== "" && details.cluster[row] !== group) continue;
-        if (corners.length > 2 && (details.x[row] === null || !inside(corners, details.x[row], details.y[row]))) continue;
-        if (ranges.some(({ field, low: from, high: to }) => { const value = this.value(field, row); return value === null || !(value >= from && value <= to); })) continue;
-        if (spoken !== null && language[row] !== spoken) continue;
-        if (!(density[row] >= low && density[row] < high)) continue;
-        rows.push(row);
-      }
+      // One pass for each filter that is set: most often none is but the first.
+      let rows = [];
+      for (let row = 0; row < this.n; row++) if (status === "all" || (status === "dead") === !n_active[row]) rows.push(row);
+      const keep = (test) => { rows = rows.filter(test); };
+      if (found) keep((row) => found.score[row] > 0);
+      if (noted) keep((row) => noted(this.index.id[row]));
+      if (status === "rare") keep((row) => density[row] < RARE);
+      if (status === "neuron") keep((row) => aligned && aligned[row] > ALIGNED);
+      if (scripts) keep((row) => scripts[row] === script);
+      if (details && cluster !== "") keep((row) => details.cluster[row] === group);
+      if (corners.length > 2) keep((row) => details.x[row] !== null && inside(corners, details.x[row], details.y[row]));
+      for (const { field, low: from, high: to } of ranges) keep((row) => { const value = this.value(field, row); return value !== null && value >= from && value <= to; });
+      if (spoken !== null) keep((row) => language[row] === spoken);
+      if (low > -Infinity || high < Infinity || Number.isNaN(low) || Number.isNaN(high)) keep((row) => density[row] >= low && density[row] < high);
       this.sort(rows, params, found);
       this.last = { key, rows, places: found && found.places };
       return this.last;

@@ -29,11 +29,17 @@
   const arriving = new Map();
 
   async function inflate(packed) {
-    const binary = atob(packed);
-    const bytes = new Uint8Array(binary.length);
+    const stream = new DecompressionStream("gzip"), into = stream.writable.getWriter();
+    into.write(bytesOf(packed)).catch(() => undefined); // what is wrong with them, the reader is told, too
+    into.close().catch(() => undefined);
+    return new Response(stream.readable).json();
+  }
+
+  function bytesOf(packed) {
+    if (Uint8Array.fromBase64) return Uint8Array.fromBase64(packed);
+    const binary = atob(packed), bytes = new Uint8Array(binary.length);
     for (let i = 0; i < binary.length; i++) bytes[i] = binary.charCodeAt(i);
-    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
-    return JSON.parse(await new Response(stream).text());
+    return bytes;
   }
 
   S.shard = (name, packed) => {
@@ -152,4 +158,6 @@
   S.ask = request;
   S.atlas = Number(new URLSearchParams(location.search).get("atlas")) || 0; // which one the address asks for
   S.source = S.sourceOf(S.atlas);
+  // What every page needs is asked for before the page's other scripts run; whoever asks later gets the same promise.
+  for (const name of ["overview", "index", "tokens", "session"]) S.source[name]().catch(() => undefined);
 })((window.Sememe = window.Sememe || {}));

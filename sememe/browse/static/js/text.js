@@ -17,6 +17,13 @@
     return "\\u{" + code.toString(16).toUpperCase() + "}";
   }
 
+  // A number with commas between its thousands. By hand: the first word with the browser's tables of languages costs
+  // 50 ms, and would be had before anything is drawn.
+  function grouped(value) {
+    const [whole, part] = String(Number(value.toFixed(3))).split(".");
+    return whole.replace(/\B(?=(\d{3})+$)/g, ",") + (part ? "." + part : "");
+  }
+
   // A string as runs: {text} as it is, {glyph, text} for something shown in its place.
   // spaces: "all" shows every space as a dot, "runs" only those beside another blank, where they would vanish.
   function runs(string, spaces) {
@@ -33,7 +40,7 @@
     for (let i = 0; i < chars.length; i++) {
       const char = chars[i];
       if (i >= MAX_SHOWN) {
-        push("… (" + chars.length.toLocaleString("en") + " characters)", "escape");
+        push("… (" + grouped(chars.length) + " characters)", "escape");
         break;
       }
       if (char === "\n") push("↵", "newline");
@@ -180,5 +187,5 @@
     return out;
   }
 
-  S.text = { Tokens, runs, flat, escape };
+  S.text = { Tokens, runs, flat, escape, grouped };
 })((window.Sememe = window.Sememe || {}));

@@ -1,7 +1,7 @@
 // Tokens on the page: chips, shaded running text, and the tooltip over it. All text goes in as text nodes.
 (function (S) {
   "use strict";
-  const { h, Fragment } = preact;
+  const { h, Component, Fragment } = preact;
   const { useEffect, useMemo, useRef, useState } = preactHooks;
   const html = htm.bind(h);
   const { number, percent } = S.charts;
@@ -9,15 +9,20 @@
   // Long runs of blanks are counted where lines do not break: an indent of 32 would push the words away.
   const blanks = (run, breaks) => (!breaks && run.kind === "blank" && /^·{7,}$/.test(run.text) ? "·×" + run.text.length : run.text);
 
-  function Runs({ parts, breaks }) {
+  // A function of its own, beside the component: a component for each of thousands of tokens takes longer than their
+  // text. One plain run, as most tokens are, is one string.
+  function drawn(parts, breaks) {
+    if (parts.length === 1 && !parts[0].kind) return parts[0].text;
     return parts.map((run, i) => {
       if (!run.kind) return run.text;
       return html`<${Fragment} key=${i}><span class=${"mark " + run.kind} dir="ltr">${blanks(run, breaks)}</span>${breaks && run.kind === "newline" ? "\n" : null}<//>`;
     });
   }
 
+  const Runs = ({ parts, breaks }) => drawn(parts, breaks);
+
   function Chip({ tokens, id, strong }) {
-    return html`<span class=${"chip" + (strong ? " strong" : "")} dir="auto"><${Runs} parts=${tokens.alone(id)} /></span>`;
+    return h("span", { class: "chip" + (strong ? " strong" : ""), dir: "auto" }, drawn(tokens.alone(id)));
   }
 
   // A latent's name: its explanation, else its tokens as chips.
@@ -102,18 +107,18 @@
       else if (docs[i] !== example.document) classes.push("other");
       if (pieces[i].continues) classes.push("continues");
       if (i > from && docs[i] !== docs[i - 1]) spans.push(html`<span class="seam" key=${"s" + i} title="Another document begins">‖</span>`);
-      const style = act ? { "--a": shadeOf(act, latent.max_act).toFixed(3) } : {};
+      let style = act ? { "--a": shadeOf(act, latent.max_act).toFixed(3) } : null;
       // Underlined by effect: the peak by what the loss does without the latent, tokens before it by what the
       // activation does without them.
       if (underlined && i === example.position && effect && effect.loss_change !== null) {
         classes.push(effect.loss_change >= 0 ? "helps" : "hurts");
-        style["--e"] = Math.min(1, Math.abs(effect.loss_change) / (largestLoss || 1)).toFixed(3);
+        style = { ...style, "--e": Math.min(1, Math.abs(effect.loss_change) / (largestLoss || 1)).toFixed(3) };
       }
       if (underlined && without.has(i) && example.act) {
         const drop = 1 - without.get(i) / example.act;
-        if (Math.abs(drop) >= 0.05) { classes.push(drop > 0 ? "needed" : "against"); style["--r"] = Math.min(1, Math.abs(drop)).toFixed(3); }
+        if (Math.abs(drop) >= 0.05) { classes.push(drop > 0 ? "needed" : "against"); style = { ...style, "--r": Math.min(1, Math.abs(drop)).toFixed(3) }; }
       }
-      spans.push(html`<span key=${i} data-i=${i} class=${classes.join(" ")} style=${style}><${Runs} parts=${pieces[i].parts} breaks=${open} /></span>`);
+      spans.push(h("span", { key: i, "data-i": i, class: classes.join(" "), style }, drawn(pieces[i].parts, open)));
     }
     const tipToken = tip && context.tokens[tip.position];
     const recorded = tip && tip.position >= example.start && tip.position < example.stop;
@@ -145,5 +150,11 @@
     </li>`;
   }
 
-  S.tokenViews = { Chip, Example, Label, Output, Runs, TextChip };
+  // Drawn again only when what it shows changes: what surrounds an example is drawn again for each letter and each step.
+  class SteadyExample extends Component {
+    shouldComponentUpdate(next) { return Object.keys(next).some((name) => name !== "onToggle" && next[name] !== this.props[name]); }
+    render(props) { return h(Example, props); }
+  }
+
+  S.tokenViews = { Chip, Example: SteadyExample, Label, Output, Runs, TextChip };
 })((window.Sememe = window.Sememe || {}));
