@@ -22,7 +22,7 @@ __all__ = ["agreement", "chosen", "exact_effects"]
 
 
 def chosen(effects: Floats, candidates: Integers, n: int, seed: int) -> Integers:
-    """Which of the candidates are checked: half of n those with the largest effects, the rest drawn among the others."""
+    """Which of the candidates are checked: half of n the strongest, the rest drawn among the others."""
     order = candidates[np.argsort(-np.abs(effects[candidates]), kind="stable")]
     strongest, others = order[: (n + 1) // 2], order[(n + 1) // 2 :]
     drawn = np.random.default_rng(seed).permutation(others)[: n - len(strongest)]

@@ -324,11 +324,11 @@ def _linear(
     if encoded.acts.requires_grad:
         (gradient,) = torch.autograd.grad((encoded.acts * weights).sum(), x, allow_unused=True)
     gradient = torch.zeros_like(x) if gradient is None else gradient
-    size = expected.norm()
-    if not bool((gradient - expected).norm() <= LINEAR_RTOL * size):
+    size, off = expected.norm(), (gradient - expected).norm()
+    if not bool(off <= LINEAR_RTOL * size):
         raise ConfigError(
             "latents of a circuit must be linear in what they read, along their encoder's direction",
-            f"{dictionary.kind}, whose gradient differs by {float((gradient - expected).norm() / size.clamp_min(1e-12)):.2g}",
+            f"{dictionary.kind}, whose gradient differs by {float(off / size.clamp_min(1e-12)):.2g}",
             "Use topk, batch_topk, jumprelu, relu or cross_layer.",
         )
     return encoded.detach()

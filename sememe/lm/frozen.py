@@ -1,7 +1,7 @@
 """A model's forward on one prompt in which everything that is not linear is held still. Knows no dictionary.
 
-Attention patterns, the denominators of norms and the outputs of MLPs are kept from the model's own forward. What is left
-is an affine map: from token embeddings and MLP outputs to what each MLP reads and what the unembedding sees. Its
+Attention patterns, the denominators of norms and the outputs of MLPs are kept from the model's own forward. What is
+left is an affine map: from token embeddings and MLP outputs to what each MLP reads and what the unembedding sees. Its
 derivatives are what one part of the model gives another directly, through residual stream and attention heads.
 
 Plain hooks: queries and keys are put back as they were, and a norm's output is computed from its gain, its bias and the
