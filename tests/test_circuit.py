@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_models import D_MODEL, N_LAYERS, tiny_lm
 
-from sememe import artifact
+from sememe import artifact, kernels
 from sememe.circuit import CircuitConfig, circuit
 from sememe.circuit.rows import Rows, Targets
 from sememe.circuit.sources import Sources
@@ -25,6 +25,13 @@ from sememe.text import TokenPolicy
 IDS = torch.tensor([[11, 40, 7, 99, 23, 5]])
 POLICY = TokenPolicy(context_length=32)
 NAMES = ("llama", "gpt2")
+
+
+@pytest.fixture(autouse=True)
+def slow_kernels():
+    """Nothing here is large enough to be worth a compilation."""
+    with kernels.use("reference"):
+        yield
 
 
 @pytest.fixture(scope="module")

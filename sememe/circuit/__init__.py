@@ -290,20 +290,14 @@ def _nodes(
     for layer in range(n_layers):
         for position in range(seq):
             i, name = len(nodes), node_id(layer, "error", position)
-            numbers = {
-                "act": sizes[layer][position],
-                "effect": float(effects[i]),
-                "influence": float(share[i]),
-            }
-            nodes.append(GraphNode(name, "error", layer, position, **numbers))
+            error = GraphNode(name, "error", layer, position, act=sizes[layer][position])
+            nodes.append(error._replace(effect=float(effects[i]), influence=float(share[i])))
     sizes = frozen.embedding.float().norm(dim=-1).tolist()
     for position, token in enumerate(frozen.ids[0].tolist()):
         i, name = len(nodes), node_id(-1, "token", position)
-        numbers = {"act": sizes[position], "effect": float(effects[i]), "influence": float(share[i])}
+        node = GraphNode(name, "token", -1, position, latent=token, label=lm.token_text(token))
         nodes.append(
-            GraphNode(
-                name, "token", -1, position, latent=token, label=lm.token_text(token), **numbers
-            )
+            node._replace(act=sizes[position], effect=float(effects[i]), influence=float(share[i]))
         )
     for token, probability, value in zip(
         explained.tokens.tolist(),

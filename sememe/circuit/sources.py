@@ -76,8 +76,8 @@ def blocks_of(dictionary: Dictionary, number: int) -> list[Block]:
             reads = dictionary.encoders[i].detach()
             found.append(Block(number, inputs[i], part.latents.start, reads, writes))
     else:
-        reads = dictionary.encoder_directions()
-        if len(inputs) != 1 or reads is None:
+        rows = dictionary.encoder_directions()
+        if len(inputs) != 1 or rows is None:
             raise ConfigError(
                 "a circuit's dictionary must be a transcoder of one layer or a cross-layer transcoder, with a linear "
                 "encoder",
@@ -88,7 +88,7 @@ def blocks_of(dictionary: Dictionary, number: int) -> list[Block]:
         writes = {
             layer: directions[:, _within(site)] for layer, site in zip(outputs, sites.outputs, strict=True)
         }
-        found = [Block(number, inputs[0], 0, reads.detach(), writes)]
+        found = [Block(number, inputs[0], 0, rows.detach(), writes)]
     for block in found:
         if min(block.writes) < block.layer:
             raise ConfigError(

@@ -166,7 +166,7 @@
   function svgOf(graph, layout, shown, inks) {
     const width = Math.max(640, layout.width * 1.6) + MARGIN.left + MARGIN.right, height = Math.max(360, layout.height * 1.6) + MARGIN.top + MARGIN.bottom;
     const frame = frameOf(layout, { x: layout.width / 2, y: layout.height / 2, zoom: 1 }, width, height);
-    const root = element("svg", { xmlns: NS, viewBox: `0 0 ${Math.round(width)} ${Math.round(height)}`, "font-family": "sans-serif", "font-size": "11" });
+    const root = element("svg", { viewBox: `0 0 ${Math.round(width)} ${Math.round(height)}`, "font-family": "sans-serif", "font-size": "11" });
     root.append(element("title", {}, `${graph.payload.metric.text || graph.payload.metric.name || "graph"}`), element("rect", { width: "100%", height: "100%", fill: inks.surface }));
     const round = (value) => value.toFixed(1);
     for (const e of [...shown.edges].reverse()) {
