@@ -37,11 +37,23 @@ def synthetic_graph(
             )
         )  # fmt: skip
     for layer in range(0, n_layers, 2):
-        nodes.append(GraphNode(node_id(layer, "error", 1), "error", layer, 1, act=2.0, effect=0.3, influence=0.1))
+        nodes.append(
+            GraphNode(node_id(layer, "error", 1), "error", layer, 1, act=2.0, effect=0.3, influence=0.1)
+        )
     for token in (7, 9):
         name = node_id(n_layers, f"logit {token}", n_tokens - 1)
         nodes.append(
-            GraphNode(name, "logit", n_layers, n_tokens - 1, None, token, 3.0, 0.4, label=" king" if token == 7 else " <b>")
+            GraphNode(
+                name,
+                "logit",
+                n_layers,
+                n_tokens - 1,
+                None,
+                token,
+                3.0,
+                0.4,
+                label=" king" if token == 7 else " <b>",
+            )
         )
     seen: set[tuple[int, int]] = set()
     edges = []

@@ -78,13 +78,15 @@ def test_what_is_no_graph_is_refused(change, message):
 
 
 def test_files_that_hold_no_graph_are_refused(tmp_path):
-    with pytest.raises(ArtifactError, match=r"must hold a graph, got nothing there. Name a folder that `sememe trace`"):
+    with pytest.raises(
+        ArtifactError, match=r"must hold a graph, got nothing there\. Name a folder that `sememe trace`"
+    ):
         graphs.read_graph(tmp_path / "nothing")
     (tmp_path / "broken.json").write_text('{"kind": ')
     with pytest.raises(CorruptError, match="must be JSON"):
         graphs.read_graph(tmp_path / "broken.json")
     newer = graphs.to_json(hand_made()) | {"format_version": 2}
-    with pytest.raises(ArtifactError, match="format_version <= 1, got 2. Upgrade"):
+    with pytest.raises(ArtifactError, match=r"format_version <= 1, got 2. Upgrade"):
         graphs.from_json(newer)
 
 
@@ -120,10 +122,14 @@ def test_sums_over_paths_equal_the_inverse():
     sinks[-3:] = [0.5, 0.3, 0.2]
     matrix = links.dense()
     assert matrix[target[0], source[0]] == links.weight[0]
-    assert graphs.total_effects(links, sinks) == pytest.approx(sinks @ (np.linalg.inv(np.eye(n) - matrix) - np.eye(n)))
+    assert graphs.total_effects(links, sinks) == pytest.approx(
+        sinks @ (np.linalg.inv(np.eye(n) - matrix) - np.eye(n))
+    )
     size = np.abs(matrix)
     rows = size / np.maximum(size.sum(1, keepdims=True), 1e-10)
-    assert graphs.influence(links, sinks) == pytest.approx(sinks @ (np.linalg.inv(np.eye(n) - rows) - np.eye(n)))
+    assert graphs.influence(links, sinks) == pytest.approx(
+        sinks @ (np.linalg.inv(np.eye(n) - rows) - np.eye(n))
+    )
 
 
 def test_pruning_by_hand():

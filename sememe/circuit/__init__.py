@@ -13,7 +13,9 @@ else that is not linear is held as it was, and what is left is followed backward
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -109,7 +111,7 @@ def _open(path: Path) -> _Loaded:
 
 class _Known(NamedTuple):
     atlas: str | None = None
-    labels: dict[int, str] = {}
+    labels: Mapping[int, str] = MappingProxyType({})
 
 
 def _known(config: CircuitConfig, loaded: list[_Loaded]) -> list[_Known]:
@@ -160,7 +162,9 @@ def _make(config: CircuitConfig, lm: LanguageModel, loaded: list[_Loaded], known
     n_strongest = min((config.n_checked + 1) // 2, len(which))
     predicted = effects[which].tolist()
     scores = graph.scores(grown.links, grown.sinks)
-    nodes = _nodes(lm, frozen, sources, explained, grown, known, effects, dict(zip(which, exact, strict=True)))
+    nodes = _nodes(
+        lm, frozen, sources, explained, grown, known, effects, dict(zip(which, exact, strict=True))
+    )
     edges = [
         Edge(nodes[a].id, nodes[b].id, float(w))
         for a, b, w in zip(
@@ -296,9 +300,7 @@ def _nodes(
     for position, token in enumerate(frozen.ids[0].tolist()):
         i, name = len(nodes), node_id(-1, "token", position)
         node = GraphNode(name, "token", -1, position, latent=token, label=lm.token_text(token))
-        nodes.append(
-            node._replace(act=sizes[position], effect=float(effects[i]), influence=float(share[i]))
-        )
+        nodes.append(node._replace(act=sizes[position], effect=float(effects[i]), influence=float(share[i])))
     for token, probability, value in zip(
         explained.tokens.tolist(),
         explained.probabilities.tolist(),

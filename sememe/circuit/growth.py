@@ -133,9 +133,7 @@ def grow(
     through = graph.influence(links, sinks)[:n_latents]
     # A latent that was not looked into has no known inputs, and so is no part of the graph.
     keep = np.append(seen, np.ones(len(kinds) - n_latents, dtype=bool))[links.source]
-    links = links._replace(
-        source=links.source[keep], target=links.target[keep], weight=links.weight[keep]
-    )
+    links = links._replace(source=links.source[keep], target=links.target[keep], weight=links.weight[keep])
     covered = float(through[seen].sum() / through.sum()) if through.sum() > 0 else 1.0
     return Grown(links, sinks, int(seen.sum()), covered, edges.off)
 

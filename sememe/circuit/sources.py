@@ -150,14 +150,14 @@ class Sources:
         """Latents, then errors (layer by layer), then tokens."""
         self._starts = self._by_position()
 
-    def _place(
-        self, lm: LanguageModel, dictionary: Dictionary, policy: TokenPolicy, number: int
-    ) -> Latents:
+    def _place(self, lm: LanguageModel, dictionary: Dictionary, policy: TokenPolicy, number: int) -> Latents:
         """Encode the prompt, and take what is reconstructed off the errors."""
         frozen, sites = self.frozen, dictionary.sites
         assert sites is not None
         layers = [_layer_of(site, "mlp_in") for site in sites.inputs]
-        read = {site.hookpoint: frozen.mlp_in[layer] for site, layer in zip(sites.inputs, layers, strict=True)}
+        read = {
+            site.hookpoint: frozen.mlp_in[layer] for site, layer in zip(sites.inputs, layers, strict=True)
+        }
         kept = kept_positions(lm, frozen.ids[0], sites.inputs, read, policy).to(self.errors.device)
         x = torch.cat([frozen.mlp_in[layer].float() for layer in layers], dim=1)[kept].detach()
         encoded = _linear(dictionary, x, [b for b in self.blocks if b.dictionary == number], sites.inputs)

@@ -156,7 +156,7 @@
     return html`<aside class="graph-details" aria-label="Node"><h2><${Name} graph=${graph} i=${i} /></h2>
       <p class="muted">${nodes.kind[i]} in ${nodes.layer[i] < 0 ? "the embedding" : "layer " + nodes.layer[i]}, at token ${nodes.position[i]} <span class="chip">${graph.token(nodes.position[i])}</span></p>
       <dl class="graph-facts">${facts.map(([name, value]) => html`<div key=${name}><dt>${name}</dt><dd>${name === "influence" ? percent(value) : number(value)}</dd></div>`)}</dl>
-      <p class="graph-actions"><button type="button" class="button" aria-pressed=${pinned.has(i)} onClick=${() => toggle(i)}>${pinned.has(i) ? "Unpin" : "Pin"}</button>
+      <p class="graph-actions"><button type="button" class="button" onClick=${() => toggle(i)}>${pinned.has(i) ? "Unpin" : "Pin"}</button>
         <button type="button" class="button" onClick=${() => follow(i, "up")}>What leads here</button><button type="button" class="button" onClick=${() => follow(i, "down")}>What follows</button></p>
       <${Ends} graph=${graph} edges=${graph.ins[i]} other=${(e) => graph.from[e]} title="From" select=${select} />
       <${Ends} graph=${graph} edges=${graph.outs[i]} other=${(e) => graph.to[e]} title="To" select=${select} /></aside>`;
@@ -193,7 +193,7 @@
       <div class="scroll" tabindex="0" role="region" aria-labelledby="graph-nodes"><table><thead><tr>${["node", "layer", "token", "activation", "effect", "exact effect", "influence"].map((name) => html`<th key=${name} scope="col">${name}</th>`)}<th scope="col"><span class="sr">pin</span></th></tr></thead>
         <tbody>${list.slice(0, most).map((i) => html`<tr key=${i} class=${pinned.has(i) ? "current" : ""}><th scope="row"><${Name} graph=${graph} i=${i} /></th><td>${nodes.layer[i] < 0 ? "–" : nodes.layer[i]}</td><td><span class="chip">${graph.token(nodes.position[i])}</span> ${nodes.position[i]}</td>
           <td>${number(nodes.act[i])}</td><td>${number(nodes.effect[i])}</td><td>${number(nodes.exact[i])}</td><td>${percent(nodes.influence[i])}</td>
-          <td><button type="button" class="link" aria-pressed=${pinned.has(i)} onClick=${() => { toggle(i); select(i); }} aria-label=${`Pin ${graph.name(i)} at token ${nodes.position[i]}`}>${pinned.has(i) ? "unpin" : "pin"}</button></td></tr>`)}</tbody></table></div>
+          <td><button type="button" class="link" onClick=${() => { toggle(i); select(i); }} aria-label=${`${pinned.has(i) ? "unpin" : "pin"} ${graph.name(i)} at token ${nodes.position[i]}`}>${pinned.has(i) ? "unpin" : "pin"}</button></td></tr>`)}</tbody></table></div>
       ${list.length > most && html`<button type="button" class="link" onClick=${() => setMost(most + 100)}>Show ${count(Math.min(100, list.length - most))} more</button>`}</section>`;
   }
 
