@@ -370,17 +370,17 @@ def links_of(graph: Graph) -> Links:
 
 def _shares(links: Links) -> Floats:
     """Each edge's |weight| as a share of all that enters its target; rows of |A| divided by their sums."""
-    size = np.abs(links.weight)
+    size: Floats = np.abs(links.weight)
     total = np.bincount(links.target, size, links.n_nodes)
     return size / np.maximum(total[links.target], 1e-10)
 
 
 def _paths(links: Links, weight: Floats, sinks: Floats) -> Floats:
     """sinks @ (A + A^2 + A^3 + ...): the sum over all paths that end in the sinks, by the node they begin at."""
-    current = np.asarray(sinks, dtype=np.float64)
+    current: Floats = np.asarray(sinks, dtype=np.float64)
     total = np.zeros(links.n_nodes)
     for _ in range(links.n_nodes + 1):
-        current = np.bincount(links.source, weight * current[links.target], links.n_nodes)
+        current = _summed(links.source, weight * current[links.target], links.n_nodes)
         if not current.any():
             return total
         total += current
@@ -389,6 +389,11 @@ def _paths(links: Links, weight: Floats, sinks: Floats) -> Floats:
         f"paths longer than its {links.n_nodes} nodes",
         "Let edges go from earlier to later layers only.",
     )
+
+
+def _summed(places: Integers, values: Floats, n: int) -> Floats:
+    """Values added up by place; floats also where there are none."""
+    return np.bincount(places, values, n).astype(np.float64)
 
 
 def influence(links: Links, sinks: Floats) -> Floats:
@@ -448,9 +453,9 @@ def prune(links: Links, sinks: Floats, keep_nodes: float = 0.8, keep_edges: floa
         CorruptError: the edges form a cycle.
     Source: circuit-tracer, `prune_graph`.
     """
-    for name, share in (("keep_nodes", keep_nodes), ("keep_edges", keep_edges)):
-        if not 0 <= share <= 1:
-            raise ConfigError(f"{name} must be in [0, 1]", share, "Give a share.")
+    for name, asked in (("keep_nodes", keep_nodes), ("keep_edges", keep_edges)):
+        if not 0 <= asked <= 1:
+            raise ConfigError(f"{name} must be in [0, 1]", asked, "Give a share.")
     through = influence(links, sinks)
     always = np.isin(links.kinds, ("token", "logit"))
     nodes = (through >= _threshold(through, keep_nodes)) | always

@@ -288,8 +288,8 @@ def test_where_nothing_held_would_move_prediction_and_ablation_agree(saved):
     latents = [node for node in found.nodes if node.kind == "latent"]
     assert len(latents) >= 3 and all(node.position == len(found.ids) - 1 for node in latents)
     effects = [node.effect for node in latents]
-    assert [node.exact for node in latents] == pytest.approx(effects, rel=0.02, abs=1e-5)
-    assert found.checks["correlation"] > 0.999
+    assert [node.exact for node in latents] == pytest.approx(effects, rel=0.02, abs=3e-5)
+    assert found.checks["correlation"] > 0.99
 
 
 def test_few_latents_are_looked_into_and_it_is_said_how_much_they_hold(saved):

@@ -24,7 +24,7 @@ from sememe.progress import track
 __all__ = ["Grown", "grow"]
 
 HELD = 0.999
-"""The share of a row's absolute sum that its kept entries hold."""
+"""The share of the absolute sum of a latent's row that its kept entries hold; logits' rows are kept whole."""
 BATCHES_BETWEEN = 4
 """Backwards between two rankings of what to look into next."""
 SUM_RTOL = {torch.float32: 1e-3}
@@ -59,17 +59,18 @@ class _Edges:
         self._parts: list[tuple[Integers, Integers, Floats]] = []
         self.off = 0.0
 
-    def add(self, targets: Integers, rows: RowSet) -> None:
+    def add(self, targets: Integers, rows: RowSet, held: float = HELD) -> None:
         self.off = max(self.off, float(rows.off.max()))
         weights = rows.weights.detach().cpu().numpy()
         for target, row in zip(targets, weights, strict=True):
             source = np.flatnonzero(row)
             if len(source) == 0:
                 continue
-            order = source[np.argsort(-np.abs(row[source]), kind="stable")]
-            sums = np.cumsum(np.abs(row[order]), dtype=np.float64)
-            order = np.sort(order[: int(np.searchsorted(sums, HELD * sums[-1])) + 1])
-            self._parts.append((order, np.full(len(order), target), row[order].astype(np.float64)))
+            if held < 1:
+                order = source[np.argsort(-np.abs(row[source]), kind="stable")]
+                sums = np.cumsum(np.abs(row[order]), dtype=np.float64)
+                source = np.sort(order[: int(np.searchsorted(sums, held * sums[-1])) + 1])
+            self._parts.append((source, np.full(len(source), target), row[source].astype(np.float64)))
 
     def links(self) -> Links:
         if not self._parts:
@@ -105,7 +106,7 @@ def grow(
     for start in range(0, n_logits, rows.batch):
         part = slice(start, start + rows.batch)
         found = rows.of(Targets(*(column[part] for column in logits)))
-        edges.add(np.arange(sources.n + start, sources.n + start + len(found.rest)), found)
+        edges.add(np.arange(sources.n + start, sources.n + start + len(found.rest)), found, held=1.0)
     n_wanted = min(config.n_latents, n_latents)
     seen = np.zeros(n_latents, dtype=bool)
     with track("circuit", n_wanted, "latents") as progress:

@@ -76,7 +76,7 @@ class Rows:
         assert 0 < n <= self.batch
         outputs, gradients = [], []
         rest = targets.offset.float().clone()
-        for layer in targets.layer.unique().tolist():
+        for layer in sorted(set(targets.layer.tolist())):
             at = torch.nonzero(targets.layer == layer)[:, 0]
             place, positions, vectors = self._places[layer], targets.position[at], targets.vector[at].float()
             gradient = torch.zeros_like(place)

@@ -177,15 +177,16 @@ class Frozen:
             return torch.stack([x, x + noise, x - noise])
 
         found = self.run(around(self.embedding), [around(x) for x in self.mlp_out])
-        truth = (*self.mlp_in, self.hidden)
-        for name, differs in (
-            ("give what the model's own forward gives", lambda at, true: at[0] - true),
-            ("be affine", lambda at, _: (at[1] + at[2]) / 2 - at[0]),
+        places = list(zip((*found.mlp_in, found.hidden), (*self.mlp_in, self.hidden), strict=True))
+
+        def worst_of(offs: list[Tensor]) -> float:
+            sizes = [at.float().norm().clamp_min(1e-12) for at, _ in places]
+            return max(float(off.float().norm() / size) for off, size in zip(offs, sizes, strict=True))
+
+        for name, worst in (
+            ("give what the model's own forward gives", worst_of([at[0] - true for at, true in places])),
+            ("be affine", worst_of([(at[1] + at[2]) / 2 - at[0] for at, _ in places])),
         ):
-            worst = max(
-                float(differs(at.float(), true.float()).norm() / at.float().norm().clamp_min(1e-12))
-                for at, true in zip((*found.mlp_in, found.hidden), truth, strict=True)
-            )
             if not worst <= self._tolerance:
                 raise ModelError(
                     f"{self.lm.name} with its attention patterns, norms and MLPs held must {name} to "
