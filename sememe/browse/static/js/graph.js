@@ -189,7 +189,7 @@
   function Table({ graph, list, pinned, toggle, select }) {
     const [most, setMost] = useState(50);
     const { nodes } = graph;
-    return html`<section class="graph-table"><h2 id="graph-nodes">Nodes <span class="muted">${count(list.length)} shown, the largest effects first</span></h2>
+    return html`<section class="graph-table"><h2 id="graph-nodes">Nodes <span class="muted">${count(list.length)} shown: tokens and logits, then the largest effects first</span></h2>
       <div class="scroll" tabindex="0" role="region" aria-labelledby="graph-nodes"><table><thead><tr>${["node", "layer", "token", "activation", "effect", "exact effect", "influence"].map((name) => html`<th key=${name} scope="col">${name}</th>`)}<th scope="col"><span class="sr">pin</span></th></tr></thead>
         <tbody>${list.slice(0, most).map((i) => html`<tr key=${i} class=${pinned.has(i) ? "current" : ""}><th scope="row"><${Name} graph=${graph} i=${i} /></th><td>${nodes.layer[i] < 0 ? "–" : nodes.layer[i]}</td><td><span class="chip">${graph.token(nodes.position[i])}</span> ${nodes.position[i]}</td>
           <td>${number(nodes.act[i])}</td><td>${number(nodes.effect[i])}</td><td>${number(nodes.exact[i])}</td><td>${percent(nodes.influence[i])}</td>
