@@ -16,6 +16,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from synthetic_graph import write_synthetic_graph
 
 from sememe import artifact
 from sememe.atlas import DATABASE, EFFECTS, EXPLANATIONS, REMOVALS, create
@@ -280,8 +281,9 @@ def build_all(folder: Path, config: SyntheticConfig, labels: dict[int, str | Non
     build_effects(folder / "effects", atlas, [5, 30, 31])
     build_prompts(folder / "prompts")
     build_report(folder / "report")
+    write_synthetic_graph(folder / "graph.json", n_latents=20, n_edges=60, fingerprint=DICTIONARY)
     found: dict[str, Any] = {name: folder / name for name in ("atlas", "explanations", "report", "effects")}
-    return found | {"prompts": (folder / "prompts",)}
+    return found | {"prompts": (folder / "prompts",), "graph": (folder / "graph.json",)}
 
 
 def scale(path: Path, times: int) -> None:

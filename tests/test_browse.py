@@ -321,6 +321,7 @@ def test_the_command_exports_what_the_page_would_show_and_refuses_what_has_no_ef
     for name in ("explanations", "report", "effects"):
         about += [f"--{name}", str(inputs[name])]
     about += ["--prompts", *map(str, inputs["prompts"])]
+    about += ["--graph", *map(str, inputs["graph"])]
     assert _run([*command, *about]) == 0
     assert artifact.load(tmp_path / "site").fingerprint == site.fingerprint
 

@@ -213,6 +213,7 @@ def test_every_route_is_documented_and_every_documented_one_is_there(client, atl
 
 ASKED = {
     "/api/texts/{text}": "/api/texts/0",
+    "/api/graphs/{graph}": "/api/graphs/0",
     "/api/latents/{latent}": "/api/latents/3",
     "/api/latents/{latent}/examples": "/api/latents/3/examples",
     "/api/contexts": "/api/contexts?ids=0,7",

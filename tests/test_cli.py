@@ -23,6 +23,7 @@ CONFIGS = {
     "explain": "ExplainConfig",
     "effects": "EffectsConfig",
     "prompt": "PromptConfig",
+    "circuit": "CircuitConfig",
     "browse": "BrowseConfig",
     "intervene": "InterveneConfig",
     "toy": "ToyConfig",

@@ -136,7 +136,7 @@ def _without_garbage_collection() -> Iterator[None]:
 
 def _write(data: Data, folder: Path, config: ExportConfig, at: str = "") -> None:
     """One atlas's shards; `at` is the folder of its own that an atlas beside the first has."""
-    for sub in ("latents", "contexts", "texts"):
+    for sub in ("latents", "contexts", "texts", "graphs"):
         (folder / "data" / at / sub).mkdir(parents=True, exist_ok=True)
     shards = {
         "latents_per_shard": config.latents_per_shard,
@@ -159,6 +159,7 @@ def _write(data: Data, folder: Path, config: ExportConfig, at: str = "") -> None
             ("search", 0, data.search()),
             ("details", 0, data.details()),
             *((f"texts/{i:05}", 0, text) for i, text in enumerate(data.texts)),
+            *((f"graphs/{i:05}", 0, graph) for i, graph in enumerate(data.graphs)),
         )
         for name, n_rows, payload in itertools.chain(
             whole, _latent_shards(data, config), _context_shards(data, config)

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 from sememe import artifact
 from sememe.atlas import EFFECTS, REMOVALS, Atlas, open_atlas
 from sememe.browse.data import Data, EffectFiles, Explained
+from sememe.browse.data.graphs import read_graphs
 from sememe.browse.data.reports import frontier_point
 from sememe.browse.data.texts import fingerprints, read_texts, text_files
 from sememe.config import Config
@@ -28,7 +29,7 @@ class Inputs(Config):
     """Where the page's data lies."""
 
     not_identity: ClassVar[frozenset[str]] = frozenset(
-        {"atlas", "against", "explanations", "report", "effects", "prompts"}
+        {"atlas", "against", "explanations", "report", "effects", "prompts", "graph"}
     )
 
     atlas: Path = Path("artifacts/atlas")
@@ -44,6 +45,8 @@ class Inputs(Config):
     """The folder of its latents' effects: what taking them out does to the predictions, token by token."""
     prompts: tuple[Path, ...] = ()
     """Chosen texts: files that `sememe prompt --out FILE.json` wrote, or folders of them."""
+    graph: tuple[Path, ...] = ()
+    """Graphs of prompts: folders that `sememe circuit` or `sememe trace` wrote, or their graph.json."""
 
 
 def named_once(inputs: Inputs) -> tuple[Path, ...]:
@@ -105,6 +108,8 @@ def opened(inputs: Inputs) -> Iterator[Opened]:
         parents |= fingerprints(files)
         data = Data(atlas, explained, report, frontier=frontier, effects=effects)
         data.texts = read_texts(files, data.ids)
+        data.graphs, fingerprints_of_graphs = read_graphs(inputs.graph)
+        parents |= fingerprints_of_graphs
         yield Opened(data, parents)
 
 

@@ -18,6 +18,7 @@ from sememe.browse.schemas import (
     EMBEDDINGS,
     EXAMPLES,
     GENERATED,
+    GRAPH,
     INDEX,
     LATENT,
     NOTES,
@@ -52,6 +53,13 @@ CHOSEN_TEXT: Json = {
     "in": "path",
     "required": True,
     "description": "The text's place among those chosen.",
+    "schema": {"type": "integer", "minimum": 0},
+}
+CHOSEN_GRAPH: Json = {
+    "name": "graph",
+    "in": "path",
+    "required": True,
+    "description": "The graph's place among those shown.",
     "schema": {"type": "integer", "minimum": 0},
 }
 LATENT_ID: Json = {
@@ -116,6 +124,13 @@ ENDPOINTS: tuple[Endpoint, ...] = (
         "A chosen text with the latents that fire on it.",
         TEXT,
         (CHOSEN_TEXT, ATLAS),
+    ),
+    Endpoint(
+        "GET",
+        "/api/graphs/{graph}",
+        "The graph of a prompt: what feeds what, in columns.",
+        GRAPH,
+        (CHOSEN_GRAPH, ATLAS),
     ),
     Endpoint("GET", "/api/latents/{latent}", "One latent.", LATENT, (LATENT_ID, ATLAS)),
     Endpoint(

@@ -19,6 +19,7 @@ __all__ = [
     "EMBEDDINGS",
     "EXAMPLES",
     "GENERATED",
+    "GRAPH",
     "INDEX",
     "INTEGER",
     "LATENT",
@@ -149,6 +150,7 @@ OVERVIEW = full(
     placed=INTEGER,
     coactive_tokens=MAYBE_INTEGER,
     effects=BOOLEAN,
+    graphs=array(full(name=STRING, kind=STRING, prompt=STRING, n_nodes=INTEGER, n_edges=INTEGER)),
     texts=array(full(prompt=STRING, n_tokens=INTEGER)),
 )
 INDEX = full(
@@ -175,6 +177,33 @@ TOKENS = full(
 )
 _LEADS = full(token=array(INTEGER), latents=array(array(INTEGER)))
 SEARCH = full(promoted=_LEADS, peaks=_LEADS)
+GRAPH = full(
+    name=STRING,
+    format_version=INTEGER,
+    kind={"enum": ["attribution", "linear"]},
+    model=STRING,
+    prompt=full(ids=array(INTEGER), tokens=array(STRING)),
+    pair=maybe(OBJECT),
+    metric=described(OBJECT, "What is explained: name, text, clean, patched."),
+    dictionaries=array(
+        full(name=STRING, hookpoints=array(STRING), fingerprint=STRING, d_sae=INTEGER, atlas=MAYBE_STRING)
+    ),
+    nodes=full(
+        id=array(STRING),
+        kind=array({"enum": ["latent", "error", "token", "logit"]}),
+        **_columns(INTEGER, "layer", "position"),
+        **_columns(MAYBE_INTEGER, "dictionary", "latent"),
+        **_columns(NUMBER, "act", "effect"),
+        **_columns(MAYBE_NUMBER, "exact", "influence"),
+        label=array(MAYBE_STRING),
+    ),
+    edges={
+        **record(("from", "to", "weight"), **_columns(INTEGER, "from", "to"), weight=array(NUMBER)),
+        "description": "`from` and `to` are places in the nodes' columns.",
+    },
+    scores=OBJECT,
+    checks=OBJECT,
+)
 TEXT = full(
     prompt=STRING,
     model=STRING,

@@ -64,6 +64,7 @@ def application(
         Route("/api/details", api.whole("details")),
         Route("/api/embeddings", api.whole("embeddings")),
         Route("/api/texts/{text}", api.text),
+        Route("/api/graphs/{graph}", api.graph),
         Route("/api/latents/{latent}", api.latent),
         Route("/api/latents/{latent}/examples", api.examples),
         Route("/api/contexts", api.contexts),
@@ -175,6 +176,18 @@ class _Api:
                 "a chosen text must be one of those that the atlas is shown with",
                 repr(request.path_params["text"][:20]),
                 "See `texts` of /api/overview, or name more with --prompts.",
+            )
+        return json_response(dump(found))
+
+    async def graph(self, request: Request) -> Response:
+        place = _whole_number(request.path_params["graph"])
+        found = self._data(self._number(request)).graph(place) if place is not None else None
+        if found is None:
+            raise refused(
+                404,
+                "a graph must be one of those that the atlas is shown with",
+                repr(request.path_params["graph"][:20]),
+                "See `graphs` of /api/overview, or name more with --graph.",
             )
         return json_response(dump(found))
 

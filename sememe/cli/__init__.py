@@ -50,6 +50,9 @@ VERBS: dict[str, Verb] = {
     "effects": Verb(
         "Measure what each latent does to the predictions, and what made it fire: real forwards.", "effects"
     ),
+    "circuit": Verb(
+        "Draw what feeds what on a prompt: the attribution graph through transcoders.", "circuit"
+    ),
     "prompt": Verb("Show which latents fire on a text, how strongly, and what each does there.", "prompt"),
     "browse": Verb("Look at an atlas in the web browser, or export it as a site.", "browse"),
     "intervene": Verb("Change a model's latents and see what it says then.", "intervene"),

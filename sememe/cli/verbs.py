@@ -208,6 +208,23 @@ def _prompt() -> Any:
     )
 
 
+def _circuit() -> Any:
+    from sememe.circuit import CircuitConfig, circuit
+
+    def verb(config: CircuitConfig, fresh: bool = False) -> None:
+        made = circuit(config, fresh=fresh)
+        print(made.file("circuit.md").read_text(encoding="utf-8"))
+        say("circuit", config.out)
+
+    return command(
+        CircuitConfig,
+        verb,
+        positional=("prompt", "dictionaries"),
+        extra=FRESH,
+        doc="Draw what feeds what on a prompt: the attribution graph through transcoders.",
+    )
+
+
 def _browse() -> Any:
     from sememe import browse
     from sememe.browse import BrowseConfig, ExportConfig, export
@@ -388,6 +405,7 @@ _MAKERS: dict[str, Callable[[], Any]] = {
     "explain": _explain,
     "effects": _effects,
     "prompt": _prompt,
+    "circuit": _circuit,
     "browse": _browse,
     "plan_recipe": _plan,
     "run_recipe": _run,

@@ -6,9 +6,11 @@ that the unedited forward left. Knows models and dictionaries; knows no atlas, w
 
     reruns.py    the forwards
     changes.py   what they change in the model's predictions
+    prompts.py   a typed text as tokens, and which positions count
 """
 
 from sememe.downstream.changes import Changes, Predictions
+from sememe.downstream.prompts import kept_positions, prompt_ids
 from sememe.downstream.reruns import Reruns, Unedited, check_dictionary
 
-__all__ = ["Changes", "Predictions", "Reruns", "Unedited", "check_dictionary"]
+__all__ = ["Changes", "Predictions", "Reruns", "Unedited", "check_dictionary", "kept_positions", "prompt_ids"]

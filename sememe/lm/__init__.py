@@ -6,6 +6,7 @@ The only package that imports transformers. Knows nothing about dictionaries, st
 from sememe.lm.chat import Completion, chat_ids, choice_log_probs, complete
 from sememe.lm.embedded import EMBEDDED
 from sememe.lm.encoder import SentenceEncoder, sentence_encoder
+from sememe.lm.frozen import Frozen, FrozenRun
 from sememe.lm.load import ModelConfig, fetch, fingerprint_of, load, wrap
 from sememe.lm.model import LanguageModel
 from sememe.lm.outline import Outline, outline
@@ -13,6 +14,8 @@ from sememe.lm.outline import Outline, outline
 __all__ = [
     "EMBEDDED",
     "Completion",
+    "Frozen",
+    "FrozenRun",
     "LanguageModel",
     "ModelConfig",
     "Outline",

@@ -82,6 +82,11 @@ class Forwards:
         """Where token ids go in."""
         return self.hf.get_input_embeddings().weight.device  # type: ignore[no-any-return]
 
+    @property
+    def layers(self) -> tuple[nn.Module, ...]:
+        """The stack, as modules."""
+        return self._layers
+
     # ---- hookpoints -----------------------------------------------------------------------------------------
 
     def hookpoints(self) -> tuple[str, ...]:

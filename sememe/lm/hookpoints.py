@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sememe.errors import HookpointError, ModelError, nearest
 
-__all__ = ["ALIASES", "Hookpoints", "Place", "attach", "read", "rows", "unrows", "write"]
+__all__ = ["ALIASES", "Hookpoints", "Place", "attach", "attention_of", "read", "rows", "unrows", "write"]
 
 ALIASES = ("resid_pre", "attn_z", "attn_out", "mlp_in", "mlp_act", "mlp_out", "resid_post")
 
@@ -222,6 +222,12 @@ def _parts(layer: nn.Module) -> dict[str, tuple[str, Literal["in", "out"]]]:
     elif bare:
         parts |= {"mlp_in": (bare[0], "in"), "mlp_act": (bare[1], "in"), "mlp_out": (bare[1], "out")}
     return parts
+
+
+def attention_of(layer: nn.Module) -> nn.Module | None:
+    """A layer's attention block; None if it has none."""
+    path = _first(layer, _ATTENTION)
+    return layer.get_submodule(path) if path else None
 
 
 def _first(module: nn.Module, paths: Iterable[str]) -> str:

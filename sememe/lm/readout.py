@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sememe.lm.hookpoints import attach
 
-__all__ = ["Readout", "between_stack_and_head"]
+__all__ = ["Readout", "affine_of", "between_stack_and_head"]
 
 
 class Readout(NamedTuple):
@@ -33,27 +33,14 @@ class Readout(NamedTuple):
 
     @classmethod
     def of(cls, between: Sequence[nn.Module], unembedding: Float[Tensor, "vocab d"], d_model: int) -> Readout:
-        """From the modules between the last layer and the unembedding.
-
-        Norms are asked what they do, since architectures differ in how the stored weight enters (Gemma adds 1).
-        """
+        """From the modules between the last layer and the unembedding."""
         device = unembedding.device
         scale, centred, projections = torch.ones(d_model, device=device), False, list[Tensor]()
-        x = torch.ones(d_model, device=device)
-        x[1::2] = -1
-        if d_model % 2:
-            x[-3:] = torch.tensor([1.0, 1.0, -2.0])
-        x /= x.square().mean().sqrt()
         for module in between:
             if isinstance(module, nn.Linear):
                 projections.append(module.weight.detach().float().to(device))
                 continue
-            norm = copy.deepcopy(module).float().to(device)
-            # Mean zero and mean square one, and far above the norm's epsilon.
-            with torch.no_grad():
-                plus, minus, flat = norm(torch.stack([x, -x, torch.ones_like(x)])[None] * 1e4)[0].float()
-            scale, bias = (plus - minus) / (2 * x), (plus + minus) / 2
-            centred = bool(torch.allclose(flat, bias, atol=1e-3 * float(scale.abs().max())))
+            scale, _, centred = affine_of(module, d_model, device)
         return cls(scale, centred, tuple(projections), unembedding)
 
     def logits(self, directions: Float[Tensor, "n d_model"]) -> Float[Tensor, "n vocab"]:
@@ -65,6 +52,24 @@ class Readout(NamedTuple):
                 x = x @ projection.T
             logits = (x.to(self.unembedding.dtype) @ self.unembedding.T).float()
             return logits.sub_(logits.mean(1, keepdim=True))
+
+
+def affine_of(
+    norm: nn.Module, d_model: int, device: torch.device
+) -> tuple[Float[Tensor, " d_model"], Float[Tensor, " d_model"], bool]:
+    """A norm's gain and bias, and whether it centres, from what it does: architectures differ in how the stored weight
+    enters (Gemma adds 1)."""
+    x = torch.ones(d_model, device=device)
+    x[1::2] = -1
+    if d_model % 2:
+        x[-3:] = torch.tensor([1.0, 1.0, -2.0])
+    x /= x.square().mean().sqrt()
+    norm = copy.deepcopy(norm).float().to(device)
+    # Mean zero and mean square one, and far above the norm's epsilon.
+    with torch.no_grad():
+        plus, minus, flat = norm(torch.stack([x, -x, torch.ones_like(x)])[None] * 1e4)[0].float()
+    scale, bias = (plus - minus) / (2 * x), (plus + minus) / 2
+    return scale, bias, bool(torch.allclose(flat, bias, atol=1e-3 * float(scale.abs().max())))
 
 
 def between_stack_and_head(

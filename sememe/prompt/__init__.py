@@ -21,8 +21,8 @@ from sememe import artifact, dictionaries
 from sememe import lm as language_models
 from sememe.atlas import Atlas, dictionary_of, open_atlas
 from sememe.dictionaries.base import Dictionary
-from sememe.downstream import Changes, Predictions, Reruns, Unedited
-from sememe.errors import ConfigError, MismatchError, ModelError
+from sememe.downstream import Changes, Predictions, Reruns, Unedited, kept_positions, prompt_ids
+from sememe.errors import ConfigError, MismatchError
 from sememe.lm import LanguageModel
 from sememe.progress import track
 from sememe.prompt.config import PromptConfig
@@ -71,7 +71,7 @@ def prompt(
     lm = lm if lm is not None else language_models.load(config.model)
     reruns = Reruns(lm, dictionary)
     policy = TokenPolicy.build(saved.extra["policy"]) if saved.extra.get("policy") else TokenPolicy()
-    ids = _ids(lm, config.prompt, policy)
+    ids = prompt_ids(lm, config.prompt, policy)
     with torch.inference_mode():
         run = reruns.unedited(ids)
         kept = _kept(lm, dictionary, run, policy)
@@ -103,36 +103,12 @@ def prompt(
     return view
 
 
-def _ids(lm: LanguageModel, text: str, policy: TokenPolicy) -> Int[Tensor, "1 seq"]:
-    ids: list[int] = list(lm.tokenizer(text, add_special_tokens=False).input_ids)
-    if not ids:
-        raise ConfigError("the prompt must have at least one token", repr(text), "Write a text.")
-    if policy.bos and lm.tokenizer.bos_token_id is not None:
-        ids = [lm.tokenizer.bos_token_id, *ids]
-    if lm.context_length is not None and len(ids) > lm.context_length:
-        raise ModelError(
-            f"the prompt must fit the context of {lm.context_length} tokens of {lm.name}",
-            f"{len(ids)} tokens",
-            "Shorten it.",
-        )
-    return torch.tensor([ids])
-
-
 def _kept(
     lm: LanguageModel, dictionary: Dictionary, run: Unedited, policy: TokenPolicy
 ) -> Bool[Tensor, " seq"]:
-    """Which positions the dictionary was made for: the policy's, but for rows of too large a norm."""
-    ids = run.base.ids[0]
-    kept = torch.ones(len(ids), dtype=torch.bool)
-    kept[: policy.drop_positions] = False
-    if policy.drop_special:
-        kept &= ~torch.isin(ids, torch.tensor(lm.tokenizer.all_special_ids))
     assert dictionary.sites is not None
-    for site in dictionary.sites.inputs:
-        if site.max_norm is not None:
-            norms = run.base.activations[site.hookpoint][0].float().norm(dim=1)
-            kept &= (norms <= site.max_norm).cpu()
-    return kept
+    found = {name: value[0] for name, value in run.base.activations.items()}
+    return kept_positions(lm, run.base.ids[0], dictionary.sites.inputs, found, policy)
 
 
 class _Firing(NamedTuple):

@@ -5,6 +5,7 @@
     explained   what explanations say, and how they compare with nulls
     reports     the dictionary's report, and the frontier it stands on
     texts       chosen texts with the latents that fire on them
+    graphs      graphs of prompts, in columns
     values      numbers and strings as they are sent
 
 Knows the atlas's tables and what the page asks for; knows neither HTTP, nor files, nor torch. Every public method of
@@ -32,6 +33,7 @@ from numpy.typing import NDArray
 from sememe import __version__
 from sememe.atlas import Atlas
 from sememe.browse.data.explained import Explained
+from sememe.browse.data.graphs import about_graph
 from sememe.browse.data.latents import EXAMPLE_COLUMNS, EffectFiles, Latents
 from sememe.browse.data.reports import report_figures
 from sememe.browse.data.values import display, lists_of, number, rounded, significant
@@ -84,6 +86,7 @@ class Data:
         self.explained = explained or Explained()
         self.explanations = self.explained.labels
         self._effects = effects
+        self.graphs: list[Json] = []  # graphs of prompts, as `read_graphs` gives them
         self.texts: list[
             Json
         ] = []  # chosen texts with the latents that fire on them, as `read_texts` gives them
@@ -131,6 +134,7 @@ class Data:
             "position_edges": meta.get("position_edges", []),
             "coactive_tokens": meta.get("coactive_tokens"),
             "effects": self._effects is not None,
+            "graphs": [about_graph(shown) for shown in self.graphs],
             "texts": [
                 {"prompt": text["prompt"], "n_tokens": len(text["tokens"]["token"])} for text in self.texts
             ],
@@ -244,6 +248,10 @@ class Data:
             "width": vectors.shape[1],
             "vectors": base64.b64encode(packed).decode("ascii"),
         }
+
+    def graph(self, place: int) -> Json | None:
+        """A graph of a prompt; None if there is none of this number."""
+        return self.graphs[place] if 0 <= place < len(self.graphs) else None
 
     def text(self, place: int) -> Json | None:
         """A chosen text: its tokens, and at each the latents that fire there; None if there is no such text."""

@@ -46,7 +46,7 @@
     const { dictionary } = overview || { dictionary: {} };
     return html`<header class="top"><a class="brand" href="#/"><svg viewBox="0 0 32 32" width="22" height="22" aria-hidden="true"><g><rect x="4" y="12" width="4" height="8" rx="2" opacity=".45" /><rect x="11" y="8" width="4" height="16" rx="2" opacity=".7" /><rect x="18" y="3" width="4" height="26" rx="2" /><rect x="25" y="10" width="4" height="12" rx="2" opacity=".7" /></g></svg>Sememe</a>
       <p class="what">${[dictionary.model, dictionary.hookpoint, dictionary.name].filter(Boolean).map((part, i) => html`<span key=${i}>${part}</span>`)}</p>
-      <${S.Tools} /><a class="about-link" href="#/about">About</a></header>`;
+      <${S.Tools} overview=${overview} /><a class="about-link" href="#/about">About</a></header>`;
   }
 
   function Footer({ overview }) {
@@ -102,7 +102,7 @@
     if (error) return html`<${Header} /><main class="failed"><h1>This atlas cannot be shown</h1><p class="problem" role="alert">${error.message}</p></main>`;
     if (!overview || !S.session) return html`<${Header} /><main aria-busy="true"></main>`;
     let body;
-    if (S.pages[address.page]) body = model ? html`<${S.pages[address.page].Page} model=${model} overview=${overview} query=${address.query} />` : html`<p class="empty" role="status">Reading the latents…</p>`;
+    if (S.pages[address.page]) body = model ? html`<${S.pages[address.page].Page} model=${model} overview=${overview} query=${address.query} place=${address.place || 0} />` : html`<p class="empty" role="status">Reading the latents…</p>`;
     else if (address.page === "about") body = html`<${About} overview=${overview} />`;
     else if (address.page === "text") body = model ? html`<${S.exampleTexts.ChosenText} model=${model} overview=${overview} place=${address.text} params=${address.params} />` : html`<p class="empty" role="status">Reading the latents…</p>`;
     else if (address.page === "latent") body = model ? html`<${S.latentViews.Latent} model=${model} overview=${overview} id=${address.latent} params=${address.params} />` : html`<p class="empty" role="status">Reading the latents…</p>`;

@@ -13,6 +13,9 @@
     if (latent) return { page: "latent", latent: Number(latent[1]), params };
     const text = /^\/text\/(\d{1,4})$/.exec(path);
     if (text) return { page: "text", latent: null, text: Number(text[1]), params };
+    // A page of several things, as #/graph/1; #/graph is the first of them.
+    const one = /^\/([a-z]+)\/(\d{1,4})$/.exec(path);
+    if (one && S.pages && S.pages[one[1]] && S.pages[one[1]].many) return { page: one[1], latent: null, params, place: Number(one[2]), query: Object.fromEntries(new URLSearchParams(query || "")) };
     if (S.pages && S.pages[path.slice(1)]) return { page: path.slice(1), latent: null, params, query: Object.fromEntries(new URLSearchParams(query || "")) };
     return { page: path === "/about" ? "about" : "list", latent: null, params };
   }

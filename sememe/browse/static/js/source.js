@@ -76,6 +76,7 @@
     compare(other) { return this.whole.once("compare" + other, () => loadScript(`compare-${this.number}-${other}`)); }
     details() { return this.whole.once("details", () => loadScript(named(this.number, "details"))); }
     text(place) { return this.shard("texts", place); }
+    graph(place) { return this.shard("graphs", place); }
     shard(folder, number) {
       const name = folder + "/" + String(number).padStart(5, "0");
       return this.shards.once(name, () => loadScript(named(this.number, name)));
@@ -127,6 +128,7 @@
     details() { return this.whole.once("details", () => request("details", this.number)); }
     embeddings() { return this.whole.once("embeddings", () => request("embeddings", this.number)); }
     text(place) { return this.whole.once("text " + place, () => request("texts/" + place, this.number)); }
+    graph(place) { return this.whole.once("graph " + place, () => request("graphs/" + place, this.number)); }
     async contexts(ids) {
       const missing = ids.filter((id) => !this.known.get(id));
       for (let start = 0; start < missing.length; start += 200) {

@@ -5,7 +5,7 @@
   const { useEffect, useMemo, useState } = preactHooks;
   const html = htm.bind(h);
 
-  // Pages by the word in the address, #/try: {title, Page, when(session)}.
+  // Pages by the word in the address, #/try: {title, Page, when(session, overview), many: whether #/try/3 is one of several}.
   S.pages = {};
   S.session = null;
   const waiting = [];
@@ -19,14 +19,14 @@
   S.whenSession = () => (S.session ? Promise.resolve(S.session) : new Promise((resolve) => waiting.push(resolve)));
 
   // The links in the header, and which atlas is shown where there are several.
-  S.Tools = function () {
+  S.Tools = function ({ overview }) {
     const { session } = S;
     if (!session) return html`<nav class="tools" aria-label="Pages"></nav>`;
     const change = (event) => { location.href = (location.pathname || "") + (event.target.value === "0" ? "" : "?atlas=" + event.target.value) + "#/"; };
     return html`<nav class="tools" aria-label="Pages">
       ${session.atlases.length > 1 && html`<label class="field"><span class="sr">Atlas</span><select name="atlas" onChange=${change}>
         ${session.atlases.map(({ name }, i) => html`<option key=${i} value=${i} selected=${i === S.atlas}>${S.honest(name || "atlas " + (i + 1))}</option>`)}</select></label>`}
-      ${Object.entries(S.pages).filter(([, { when }]) => !when || when(session)).map(([name, { title }]) => html`<a key=${name} href=${"#/" + name} aria-current=${S.route.current().page === name ? "page" : null}>${title}</a>`)}
+      ${Object.entries(S.pages).filter(([, { when }]) => !when || when(session, overview)).map(([name, { title }]) => html`<a key=${name} href=${"#/" + name} aria-current=${S.route.current().page === name ? "page" : null}>${title}</a>`)}
     </nav>`;
   };
 
