@@ -25,6 +25,7 @@ CONFIGS = {
     "prompt": "PromptConfig",
     "browse": "BrowseConfig",
     "intervene": "InterveneConfig",
+    "trace": "TraceConfig",
     "toy": "ToyConfig",
     "pretrain": "PretrainConfig",
     "convert": "ConvertConfig",

@@ -27,7 +27,7 @@ LAYERS = [
     ["probes"],
     [
         "harvest", "train", "fit", "evaluate", "compare", "concepts", "geometry", "interpret", "explain",
-        "effects", "prompt", "intervene", "lens", "pretrain", "convert", "publish", "report",
+        "effects", "prompt", "intervene", "trace", "lens", "pretrain", "convert", "publish", "report",
     ],
     ["browse", "live"],
     ["recipe"],
