@@ -46,7 +46,7 @@ from sememe.trace import (
 )
 from sememe.trace.attribution import dealt_out
 from sememe.trace.circuit import curves, sizes
-from sememe.trace.places import Placed, means_of
+from sememe.trace.places import Placed, means_of, padded
 from sememe.trace.table import Shift, Table
 
 N, K = 96, 8
@@ -157,9 +157,10 @@ def test_a_circuit_set_by_hand_is_found_and_nothing_else() -> None:
     lm = by_hand()
     places = at_places(lm, {"second": unit(lm, "resid_post.1"), "first": unit(lm, "resid_post.0")})
     assert [p.name for p in places] == ["first", "second"], "the forward's order, not the caller's"
-    inputs = inputs_of(lm, ["b a"], bos=False)
+    b, a = (lm.tokenizer(text).input_ids[0] for text in "ba")
+    inputs = padded([[b, a]])
     found = prepare(lm, places, inputs, of_logits(inputs, lambda z: z[:, 5]))
-    table, last = found.table, inputs.ids.shape[1] - 1
+    table, last = found.table, 1
     for how in (attribute(found.passes, table, found.base), integrate(found.passes, table, found.base)):
         does = {table.describe(i): float(how.effects[i]) for i in torch.nonzero(how.effects)[:, 0].tolist()}
         assert does == {(0, 1, last): -6.0, (1, 2, last): -6.0}

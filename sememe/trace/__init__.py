@@ -1,7 +1,7 @@
 """The verb that traces a number back to latents: which of them, at which positions, made the model say this.
 
-Knows dictionaries of one model, prompts and a number (a logit difference, a loss, a latent's activation); every prediction is
-held against real ablations. An artifact of kind "graph".
+Knows dictionaries of one model, prompts and a number (a logit difference, a loss, a latent's activation); every
+prediction is held against real ablations. An artifact of kind "graph".
 
     config.py        the options
     places.py        dictionaries in a model, and what they make of its activations
@@ -138,7 +138,7 @@ def trace(config: TraceConfig, *, lm: LanguageModel | None = None, fresh: bool =
         found = _feeds(config, lm, places) if config.latent is not None else _prompts(config, lm, places)
         graph = drawn.graph(found, about) if isinstance(found, Traced) else drawn.tree(lm, places, found, about)
         write_graph(work.path / FILE, graph)
-        details = drawn.details(found) if isinstance(found, Traced) else {"feeds": [fed._asdict() for fed in found]}
+        details = drawn.details(found) if isinstance(found, Traced) else drawn.details_of(found)
         artifact.write_json(work.path / NODES, details)
         pages.write(work.path, PAGE, graph, details)
         work.extra["checks"] = dict(graph.checks)

@@ -1,20 +1,21 @@
 """Effects of all latents and errors of all places on a number, predicted from few forwards and backwards.
 
 At every place a zero is added to the activation, x + d, and the number's gradient at d is that of the residual itself:
-what passes the place counts, and errors get no gradient through the reconstruction. From dm/dx follow dm/df = (dm/dx) D^T
-for the latents that are active, and (dm/dx) for the errors.
+what passes the place counts, and errors get no gradient through the reconstruction. From dm/dx follow
+dm/df = (dm/dx) D^T for the latents that are active, and dm/dx for the errors.
 
     gradient   the gradient where nothing is changed, times the change (attribution patching)
     ig         the gradient averaged over points of a path on which things are changed
 
 Ways through which ig goes, with n_steps passes for all places together unless said otherwise:
 
-    groups     The nodes with the largest gradient effects are dealt out to n_steps - 1 groups. In each pass one group, of
-               all places, is changed by half; its nodes take the gradient from there (the middle of their own path), all
-               others that of the unchanged run.
+    groups     The nodes with the largest gradient effects are dealt out to n_steps - 1 groups. In each pass one
+               group, of all places, is changed by half; its nodes take the gradient from there (the middle of their
+               own path), all others that of the unchanged run.
     inputs     The embeddings go from the prompt's to its counterpart's, and everything follows.
-    layers     Each place goes from its own activation to the changed one while nothing else is touched: n_steps passes
-               for each. What circuits are usually found with (Marks et al. 2024, arXiv:2403.19647); here the slow reference.
+    layers     Each place goes from its own activation to the changed one while nothing else is touched: n_steps
+               passes for each. What circuits are usually found with (Marks et al. 2024, arXiv:2403.19647); here the
+               slow reference.
 
 Knows no dictionary but as directions, and no text.
 """

@@ -1,7 +1,7 @@
 """How much of a number a circuit makes: everything outside it ablated, in one forward with the circuit's own latents.
 
-At each place, of what arrives there x with latents f and error e (so that effects of earlier ablations are in them), and
-of what everything ablated is there, x0 with f0 and e0:
+At each place, of what arrives there, x with latents f and error e (effects of earlier ablations are in them), and of
+what everything ablated is there, x0 with f0 and e0:
 
     only the circuit C       x0 + sum over C of (f - f0) D  [+ (e - e0), errors being in]
     all but the circuit      x  - sum over C of (f - f0) D

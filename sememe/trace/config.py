@@ -12,11 +12,19 @@ from sememe.errors import ConfigError
 from sememe.lm import ModelConfig
 from sememe.text import TextConfig
 
-__all__ = ["Ablation", "MetricName", "PathName", "TraceConfig"]
+__all__ = ["Ablation", "MetricName", "PathName", "TraceConfig", "TracedModel"]
 
 Ablation = Literal["zero", "mean", "patch"]
 MetricName = Literal["logit_difference", "logit", "log_prob", "loss", "kl"]
 PathName = Literal["groups", "layers", "inputs"]
+
+
+class TracedModel(ModelConfig):
+    """Which language model, in float32 unless said otherwise."""
+
+    dtype: Literal["auto", "bfloat16", "float32", "float16"] = "float32"
+    """float32: small differences of bfloat16 logits are mostly rounding. auto: bfloat16 where the device multiplies it
+    natively."""
 
 
 class TraceConfig(Config):
@@ -32,17 +40,17 @@ class TraceConfig(Config):
     """Atlases of the dictionaries, where there are any: the page of a node links to its latent's."""
     explanations: tuple[Path, ...] = ()
     """Explanations of these atlases, in the same order: nodes are labelled with them."""
-    model: ModelConfig = ModelConfig(dtype="float32")
-    """The language model, the one the dictionaries were trained on. Differences of bfloat16 logits are mostly rounding."""
+    model: TracedModel = TracedModel()
+    """The language model, the one the dictionaries were trained on."""
     prompts: tuple[str, ...] = (
         "When Mary and John went to the store, John gave a drink to",
         "When Anna and Paul went to the park, Paul gave a flower to",
     )
     """Texts that end where the metric is looked at. Effects are means over them."""
     patched: tuple[str, ...] = ()
-    """With ablation patch: each prompt's counterpart, of as many tokens, whose latents are put in the place of its own."""
+    """With ablation patch: each prompt's counterpart, of as many tokens, whose latents take the place of its own."""
     metric: MetricName = "logit_difference"
-    """logit_difference: of answer and wrong. logit, log_prob: of answer. loss: mean over the prompt's own tokens, in nats.
+    """logit_difference: of answer and wrong. logit, log_prob: of answer. loss: mean over the prompt's tokens, in nats.
     kl: from the predictions of the unedited prompt (with ablation patch: of its counterpart)."""
     answers: tuple[str, ...] = (" Mary", " Anna")
     """The token that the metric is about: one for all prompts, or one for each."""
@@ -53,16 +61,16 @@ class TraceConfig(Config):
     ablation: Ablation = "zero"
     """What a latent is set to when it is taken out: zero; its mean over the text; or what it is in the counterpart."""
     method: Literal["gradient", "ig"] = "ig"
-    """gradient: attribution patching, one backward in all. ig: gradients averaged over points of a path, n_steps of them."""
+    """gradient: attribution patching, one backward in all. ig: gradients averaged over n_steps points of a path."""
     path: PathName = "groups"
-    """Of ig. groups: the nodes that matter most are moved half way, some at a time. inputs: from the prompt's embeddings to
-    its counterpart's. layers: every hookpoint on its own, n_steps times: slow, the reference."""
+    """Of ig. groups: the nodes that matter most are moved half way, some at a time. inputs: the embeddings go to
+    their counterparts. layers: every hookpoint on its own, n_steps times: slow, the reference."""
     n_steps: int = Field(default=10, ge=2)
     """Forward and backward passes of ig, for all hookpoints together (of the path layers: for each)."""
     n_grouped: int = Field(default=256, ge=1)
     """With the path groups: how many nodes are moved; the others keep the unmoved gradient."""
     reach: float = Field(default=1.0, gt=0, le=1)
-    """With the paths inputs and layers: how far along it the gradients are taken; single nodes move a layer less than all."""
+    """With the paths inputs and layers: how far along them gradients are taken; a single node moves less than all."""
     by_position: bool = True
     """Nodes are latents at a position; if not, latents over all positions, and prompts may be of any length."""
     max_nodes: int = Field(default=200, ge=1)
@@ -76,7 +84,7 @@ class TraceConfig(Config):
     edges: Literal["direct", "total"] = "direct"
     """direct: what goes through a dictionary in between does not count. total: it does."""
     n_checked: int = Field(default=200, ge=0)
-    """The nodes with the largest effects that are really taken out, one at a time, to see how well effects are predicted."""
+    """Nodes, of the largest effects, that are really taken out one at a time, to see how well effects are predicted."""
     n_checked_random: int = Field(default=50, ge=0)
     """Further nodes, drawn at random, that are."""
     n_checked_edges: int = Field(default=30, ge=0)
@@ -84,7 +92,7 @@ class TraceConfig(Config):
     n_random: int = Field(default=3, ge=0)
     """Random circuits of each size, beside the one of the largest effects; 0 leaves the curves out."""
     latent: int | None = None
-    """Instead of prompts: this latent of the last hookpoint's dictionary, traced back through the hookpoints before it."""
+    """Instead of prompts: this latent of the last hookpoint's dictionary, traced back through those before it."""
     depth: int = Field(default=2, ge=1)
     """With latent: how many hookpoints back."""
     width: int = Field(default=3, ge=1)
@@ -139,6 +147,8 @@ class TraceConfig(Config):
                 1,
                 "Name another.",
             )
+        if self.path == "inputs":
+            raise ConfigError("the path inputs leads to patched prompts", "a latent", "Set --path groups.")
         inert = ("prompts", "patched", "metric", "answers", "wrong", "position", "ablation", "by_position")
         self.check_inert(*inert, "max_nodes", "n_random", without="a latent is traced back")
 

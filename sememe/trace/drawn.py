@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from sememe import artifact
 from sememe.atlas import dictionary_of, open_atlas
 from sememe.errors import MismatchError
-from sememe.graph import DictionaryRef, Edge, Graph, GraphNode, node_id
+from sememe.graph import DictionaryRef, Edge, Graph, GraphNode, NodeKind, node_id
 from sememe.lm import LanguageModel
 from sememe.trace.config import TraceConfig
 from sememe.trace.edges import METRIC
@@ -19,7 +19,7 @@ from sememe.trace.places import Placed
 from sememe.trace.results import Traced
 from sememe.trace.table import ERROR
 
-__all__ = ["About", "about", "details", "graph", "tree"]
+__all__ = ["About", "about", "details", "details_of", "graph", "tree"]
 
 
 class About(NamedTuple):
@@ -260,28 +260,35 @@ def details(found: Traced) -> dict[str, Any]:
     return {"nodes": nodes, "checked": checked, "checked_edges": edges}
 
 
+def details_of(found: Sequence[Fed]) -> dict[str, Any]:
+    """What feeds each latent, and the contexts in which it was looked at."""
+    return {"feeds": [fed._asdict() | {"contexts": [c._asdict() for c in fed.contexts]} for fed in found]}
+
+
 def tree(lm: LanguageModel, places: Sequence[Placed], found: Sequence[Fed], known: About) -> Graph:
     """What feeds a latent, as a graph on its strongest context; a node lies where it matters most, on average."""
     root = found[0]
     ids = list(root.contexts[0].ids)
     last = len(ids) - 1
     called = _layer_names(places)
+    means = {(fed.place, fed.latent): fed.mean for fed in found}
     nodes: dict[tuple[int, int | None], GraphNode] = {}
     edges: list[Edge] = []
 
-    def node(place: int, latent: int | None, position: int, **numbers: Any) -> str:
+    def node(place: int, latent: int | None, position: int, **numbers: float | None) -> str:
         key = (place, latent)
         if key not in nodes:
             name = node_id(called[place], "error" if latent is None else latent, position)
             label = None if latent is None else known.labels[place].get(latent)
-            kind = "error" if latent is None else "latent"
+            kind: NodeKind = "error" if latent is None else "latent"
+            act = means.get((place, latent), 0.0)
             nodes[key] = GraphNode(
-                name, kind, places[place].layer, position, place, latent, label=label, **numbers
+                name, kind, places[place].layer, position, place, latent, act, label=label, **numbers
             )
         return nodes[key].id
 
     for fed in found:
-        at = node(fed.place, fed.latent, last, act=fed.mean)
+        at = node(fed.place, fed.latent, last)
         own = nodes[fed.place, fed.latent].position
         for source in fed.sources:
             if source["exact"] is None:

@@ -4,8 +4,8 @@ The edge from a node s to a later node t weighs what changing s gives to the num
 
     weight = dm/dt * dt/dx * dx/ds * (s' - s)
 
-with t a latent (dt/dx from its encoder), an error, or the number itself. Direct edges stop at every dictionary in between:
-latents and errors there are held, and so is the whole activation. Total edges do not stop.
+with t a latent (dt/dx from its encoder), an error, or the number itself. Direct edges stop at every dictionary in
+between: latents and errors there are held, and so is the whole activation. Total edges do not stop.
 
 Knows no text; the truth is in `exact.py`.
 """
@@ -27,6 +27,8 @@ __all__ = ["METRIC", "Edges", "edges_of"]
 
 METRIC = -1
 """In the place of a node as an edge's target: the number itself."""
+TOKENS_AT_ONCE = 512
+"""In a backward for several targets: the graph of all layers is kept for each of them."""
 
 
 class Edges(NamedTuple):
@@ -59,7 +61,7 @@ def edges_of(
         batch_rows: Rows of tokens in a backward: as many targets at once as there is room for.
     """
     n = table.n_prompts
-    times = max(batch_rows // n, 1)
+    times = max(min(batch_rows, TOKENS_AT_ONCE // table.seq) // n, 1)
     chosen = table.entries_of(nodes)
     found: list[Edges] = []
     graph = _forward(passes, table.places, passes.inputs.repeated(times), direct)

@@ -1,10 +1,10 @@
 """What feeds a latent: its activation traced back to latents of the place before it, and these in their turn.
 
-Each latent is looked at in contexts of a text in which it reaches half of its largest activation there; effects are summed
-over positions and averaged over contexts, and the strongest are really taken out. Knows no prompt.
+Each latent is looked at in contexts of a text in which it reaches half of its largest activation there; effects are
+summed over positions and averaged over contexts, and the strongest are really taken out. Knows no prompt.
 
-Source: Cunningham et al. 2023, arXiv:2309.08600, section 5.3 (20 contexts in [M/2, M], ablate, recurse). Differs: ablations
-are predicted first, and only the strongest are run.
+Source: Cunningham et al. 2023, arXiv:2309.08600, section 5.3 (20 contexts in [M/2, M], ablate, recurse). Differs:
+ablations are predicted first, and only the strongest are run.
 """
 
 from __future__ import annotations

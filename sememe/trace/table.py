@@ -1,8 +1,8 @@
-"""What is changed when every node is: latents and errors of all places, entry by entry, and which node each belongs to.
+"""What is changed when every node is: latents and errors of all places, entry by entry, and their nodes.
 
-An entry is a latent (or the error) at one token of one prompt; a node is an entry, or, over several prompts or positions,
-what of them belongs together. Knows no model and no metric. Memory: entries of latents that are active in either run,
-and one activation per token and place; never tokens x d_sae.
+An entry is a latent (or the error) at one token of one prompt; a node is an entry, or, over several prompts or
+positions, what of them belongs together. Knows no model and no metric. Memory: entries of latents that are active in
+either run, and one activation per token and place; never tokens x d_sae.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class Table:
         return chosen[self.node]
 
     def acts(self) -> Float[Tensor, " n_nodes"]:
-        """Mean activation over the prompts, summed over positions where nodes are not at one; the size of an error's change."""
+        """Mean activation over the prompts, summed over positions where nodes have none; the size of an error's change."""
         values = torch.zeros_like(self.change)
         for i, shift in enumerate(self.shifts):
             mine = (self.place == i) & (self.latent != ERROR)
