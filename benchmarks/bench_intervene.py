@@ -19,7 +19,6 @@ made here from --n-tokens tokens at every third layer). --ways prints how other 
 from __future__ import annotations
 
 import argparse
-import resource
 import sys
 import tempfile
 import time
@@ -68,7 +67,9 @@ def main() -> None:
     )
     parser.add_argument("--dictionaries", type=Path, nargs="*", default=[])
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--n-tokens", type=int, default=120_000, help="of training, if no dictionaries are given")
+    parser.add_argument(
+        "--n-tokens", type=int, default=120_000, help="of training, if no dictionaries are given"
+    )
     parser.add_argument("--d-sae", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ways", action="store_true", help="print how other paths do, too")
@@ -91,7 +92,9 @@ def main() -> None:
 def untrained(lm: LanguageModel, hookpoint: str, d_sae: int, seed: int = 0) -> TopK:
     width = lm.width(hookpoint)
     site = Site(model=lm.name, model_fingerprint=lm.fingerprint, hookpoint=hookpoint, start=0, stop=width)
-    dictionary = TopK(TopKConfig(k=32, d_sae=d_sae), width, width, d_sae, Sites(inputs=(site,), outputs=(site,)))
+    dictionary = TopK(
+        TopKConfig(k=32, d_sae=d_sae), width, width, d_sae, Sites(inputs=(site,), outputs=(site,))
+    )
     generator = torch.Generator().manual_seed(seed)
     dictionary.initialise(*[torch.randn(1024, width, generator=generator)] * 2, generator)
     return dictionary.eval()
@@ -101,7 +104,9 @@ def some_texts(lm: LanguageModel, n: int) -> list[Inputs]:
     """Held-out texts of 64 tokens."""
     config = TextConfig()
     text.fetch(config)
-    block = next(iter(token_blocks(config, lm.tokenizer, TokenPolicy(context_length=N_TEXT_TOKENS), split="heldout")))
+    block = next(
+        iter(token_blocks(config, lm.tokenizer, TokenPolicy(context_length=N_TEXT_TOKENS), split="heldout"))
+    )
     return [
         Inputs(torch.from_numpy(block.ids[i : i + 1]).long(), torch.ones(1, N_TEXT_TOKENS, dtype=torch.bool))
         for i in range(n)
@@ -132,7 +137,18 @@ def edit_figures(options: argparse.Namespace) -> list[dict[str, Any]]:
         {"plain": forward, "ablate": lambda: edited("ablate"), "add": lambda: edited("add")}, options.rounds
     )
     context = {name: round(ratio(times, name, "plain"), 4) for name in edits}
-    return [row("edit_over_plain", context["ablate"], "<= 1.1", "ratio", tokens=2048, d_sae=4608, dtype=str(lm.dtype), **context)]
+    return [
+        row(
+            "edit_over_plain",
+            context["ablate"],
+            "<= 1.1",
+            "ratio",
+            tokens=2048,
+            d_sae=4608,
+            dtype=str(lm.dtype),
+            **context,
+        )
+    ]
 
 
 # -- passes --------------------------------------------------------------------------------------------
@@ -225,7 +241,11 @@ def correlation_figure(
     found: dict[str, dict[str, float | None]] = {}
     for name, setting in settings_of(lm, places, texts).items():
         found[name] = correlations(setting, ways=options.ways)
-        print(name, {way: round(value, 3) for way, value in found[name].items() if value is not None}, file=sys.stderr)
+        print(
+            name,
+            {way: round(value, 3) for way, value in found[name].items() if value is not None},
+            file=sys.stderr,
+        )
     ways = list(next(iter(found.values())))
     means = {way: mean([one[way] for one in found.values()]) for way in ways}
     for way, value in means.items():

@@ -20,6 +20,7 @@ from sememe.edits import Intervention, LatentEdit
 from sememe.errors import ConfigError, MismatchError, ShapeError
 from sememe.graph import read_graph
 from sememe.lm import LanguageModel
+from sememe.text import TokenPolicy
 from sememe.trace import (
     ERROR,
     METRIC,
@@ -50,6 +51,7 @@ from sememe.trace.places import Placed, means_of, padded
 from sememe.trace.table import Shift, Table
 
 N, K = 96, 8
+POLICY = TokenPolicy(context_length=32, drop_positions=0, drop_special=False)
 PROMPT, OTHER = "The cat sat on", "The mat sat on"
 
 
@@ -72,8 +74,8 @@ def linear_lm(seed: int = 0) -> LanguageModel:
 
 
 def by_hand() -> LanguageModel:
-    """Token "a" writes 1 into dimension 0; layer 0 adds twice that to dimension 1, layer 1 thrice that to dimension 2, from
-    which the logit of token 5 is read. All other tokens write into dimension 3, which nothing reads."""
+    """Token "a" writes 1 into dimension 0; layer 0 adds twice that to dimension 1, layer 1 thrice that to dimension 2,
+    from which the logit of token 5 is read. All other tokens write into dimension 3, which nothing reads."""
     lm = linear_lm()
     hf, a = lm.hf, lm.tokenizer("a").input_ids[0]
     with torch.no_grad():
@@ -101,7 +103,9 @@ def sites(lm: LanguageModel, reads: str, writes: str | None = None, max_norm: fl
     return Sites(inputs=(site(reads),), outputs=(site(writes or reads),))
 
 
-def random_topk(lm: LanguageModel, reads: str, writes: str | None = None, seed: int = 0, n: int = N, k: int = K) -> TopK:
+def random_topk(
+    lm: LanguageModel, reads: str, writes: str | None = None, seed: int = 0, n: int = N, k: int = K
+) -> TopK:
     dictionary = TopK(TopKConfig(k=k, d_sae=n), D_MODEL, D_MODEL, n, sites(lm, reads, writes))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -120,11 +124,17 @@ def unit(lm: LanguageModel, hookpoint: str) -> ReLU:
 
 
 def at(lm: LanguageModel, *hookpoints: str, **options: Any) -> tuple[Placed, ...]:
-    return at_places(lm, {name: random_topk(lm, name, seed=i, **options) for i, name in enumerate(hookpoints)})
+    found = {name: random_topk(lm, name, seed=i, **options) for i, name in enumerate(hookpoints)}
+    return at_places(lm, found, policies=dict.fromkeys(hookpoints, POLICY))
 
 
 def setting(
-    lm: LanguageModel, places: tuple[Placed, ...], ablation: Any = "zero", *, by_position: bool = True, **more: Any
+    lm: LanguageModel,
+    places: tuple[Placed, ...],
+    ablation: Any = "zero",
+    *,
+    by_position: bool = True,
+    **more: Any,
 ) -> Setting:
     inputs, patched = inputs_of(lm, [PROMPT], bos=False), inputs_of(lm, [OTHER], bos=False)
     metric = more.pop("metric", None) or of_logits(inputs, lambda z: z[:, 7] - z[:, 9])
@@ -176,12 +186,20 @@ def test_a_circuit_set_by_hand_is_found_and_nothing_else() -> None:
 
 def test_what_feeds_a_latent_set_by_hand(tmp_path: Path) -> None:
     lm = by_hand()
-    places = at_places(lm, {"first": unit(lm, "resid_post.0"), "second": unit(lm, "resid_post.1")})
-    how = How(text=text_of(write_corpus(tmp_path / "corpus.jsonl", 40)), split="all", n_tokens=600, n_contexts=4)
+    both = {"first": unit(lm, "resid_post.0"), "second": unit(lm, "resid_post.1")}
+    places = at_places(lm, both, policies=dict.fromkeys(both, POLICY))
+    how = How(
+        text=text_of(write_corpus(tmp_path / "corpus.jsonl", 40)), split="all", n_tokens=600, n_contexts=4
+    )
     found = feeds(lm, places, 2, how)
     assert len(found) == 1 and found[0].largest == found[0].mean == 6.0 and len(found[0].contexts) == 4
     strongest, others = found[0].sources[0], found[0].sources[1:]
-    assert (strongest["latent"], strongest["effect"], strongest["exact"], strongest["share"]) == (1, -6.0, -6.0, 1.0)
+    assert (strongest["latent"], strongest["effect"], strongest["exact"], strongest["share"]) == (
+        1,
+        -6.0,
+        -6.0,
+        1.0,
+    )
     assert strongest["offset"] == 0 and all(source["effect"] == 0 for source in others)
     assert all(lm.tokenizer.decode(c.ids[-1:]).strip() == "a" for c in found[0].contexts)
 
@@ -234,14 +252,23 @@ def test_edges_are_what_real_forwards_carry(llama: LanguageModel, direct: bool) 
     assert found_agreement.slope == pytest.approx(1, abs=0.03)
     kinds = {(int(table.node_place[s]), int(table.node_place[t]) if t >= 0 else 3) for s, t in some}
     assert len(kinds) > 2
-    through = {int(table.node_place[s]) for s, t in zip(edges.source, edges.target, strict=True) if t == METRIC}
+    through = {
+        int(table.node_place[s]) for s, t in zip(edges.source, edges.target, strict=True) if t == METRIC
+    }
     assert through == ({2} if direct else {0, 1, 2}), "direct: only the last place has the metric after it"
 
 
 def scaled(table: Table, factor: float) -> Table:
     """The same entries, changed less."""
     shifts = [
-        Shift(s.token, s.latent, s.before, s.before + factor * (s.after - s.before), factor * s.error, factor * s.rest)
+        Shift(
+            s.token,
+            s.latent,
+            s.before,
+            s.before + factor * (s.after - s.before),
+            factor * s.error,
+            factor * s.rest,
+        )
         for s in table.shifts
     ]
     return Table(table.places, table.inputs, shifts, by_position=table.by_position)
@@ -295,7 +322,9 @@ def test_passes_are_counted_by_the_model(llama: LanguageModel) -> None:
     ten = integrate(found.passes, found.table, found.base, n_steps=10)
     assert (ten.n_forwards, ten.n_backwards) == (10, 10), "the unchanged run is one of them"
     pair = setting(llama, places, "patch")
-    assert (pair.passes.n_forwards, pair.passes.n_backwards) == (3, 1), "the counterpart's latents and its number"
+    assert (pair.passes.n_forwards, pair.passes.n_backwards) == (3, 1), (
+        "the counterpart's latents and its number"
+    )
 
 
 def test_nothing_as_large_as_tokens_times_latents_is_kept(llama: LanguageModel) -> None:
@@ -445,10 +474,14 @@ def test_padding_changes_nothing(llama: LanguageModel) -> None:
 def test_a_metric_that_does_not_depend_on_a_place_is_refused(llama: LanguageModel) -> None:
     places = at(llama, "resid_post.0", "resid_post.2")
     inputs = inputs_of(llama, [PROMPT], bos=False)
-    with pytest.raises(ConfigError, match="the metric must depend on what is at resid_post.0, got own, which does not"):
+    with pytest.raises(
+        ConfigError, match=r"the metric must depend on what is at resid_post\.0, got own, which does not"
+    ):
         setting(llama, places, metric=of_logits(inputs, lambda z: torch.ones(len(z))))
     early = LatentMetric(at(llama, "resid_post.1")[0], 3, inputs.lengths - 1)
-    with pytest.raises(ConfigError, match="must depend on what is at resid_post.2, got the activation of latent 3"):
+    with pytest.raises(
+        ConfigError, match=r"must depend on what is at resid_post\.2, got the activation of latent 3"
+    ):
         setting(llama, places, metric=early)
     with pytest.raises(ConfigError, match="must have a gradient where nothing is changed"):
         found = setting(llama, at(llama, "resid_post.1"), metric=of_logits(inputs, lambda z: 0 * z[:, 0]))
@@ -458,14 +491,18 @@ def test_a_metric_that_does_not_depend_on_a_place_is_refused(llama: LanguageMode
 def test_places_prompts_and_tokens_that_do_not_fit(llama: LanguageModel, linear: LanguageModel) -> None:
     inputs = inputs_of(llama, [PROMPT], bos=False)
     n = inputs.ids.shape[1]
-    with pytest.raises(ConfigError, match=rf"the position must be inside the prompt, in \[-{n}, {n - 1}\], got {n}"):
+    with pytest.raises(
+        ConfigError, match=rf"the position must be inside the prompt, in \[-{n}, {n - 1}\], got {n}"
+    ):
         logit_difference(llama, inputs, ["a"], ["b"], n)
     with pytest.raises(ConfigError, match="must be one token of llama"):
         log_prob(llama, inputs, ["a cat"])
     with pytest.raises(ConfigError, match="answer and wrong must differ"):
         logit_difference(llama, inputs, ["a"], ["a"])
     two = {"one": random_topk(llama, "resid_post.0"), "two": random_topk(llama, "resid_post.0", seed=1)}
-    with pytest.raises(ConfigError, match="must stand at different hookpoints, got one and two at resid_post.0"):
+    with pytest.raises(
+        ConfigError, match=r"must stand at different hookpoints, got one and two at resid_post\.0"
+    ):
         at_places(llama, two)
     with pytest.raises(MismatchError, match="must belong to the model llama"):
         at_places(llama, {"a": random_topk(linear, "resid_post.0")})
@@ -503,7 +540,9 @@ def test_options_that_do_not_go_together(options: dict[str, Any], message: str) 
 def test_the_largest_are_dealt_out_evenly() -> None:
     effects = torch.arange(20.0) - 10
     hands = dealt_out(effects, 10, 3, torch.Generator().manual_seed(0))
-    assert sorted(int(i) for hand in hands for i in hand) == sorted(effects.abs().argsort(descending=True, stable=True)[:10].tolist())
+    assert sorted(int(i) for hand in hands for i in hand) == sorted(
+        effects.abs().argsort(descending=True, stable=True)[:10].tolist()
+    )
     assert sorted(map(len, hands)) == [3, 3, 4]
     assert len(dealt_out(effects, 2, 9, torch.Generator().manual_seed(0))) == 2
 
@@ -513,12 +552,14 @@ def test_the_largest_are_dealt_out_evenly() -> None:
 
 def save(lm: LanguageModel, dictionary: Dictionary, path: Path) -> Path:
     rows = lm.capture(torch.arange(1, 30)[None], "resid_post.0")["resid_post.0"][0]
-    dictionary.save(path, rows.detach())
+    dictionary.save(path, rows.detach(), extra={"policy": POLICY.resolved()})
     return path
 
 
 def test_the_folder_of_a_trace(llama: LanguageModel, tmp_path: Path) -> None:
-    folders = tuple(save(llama, random_topk(llama, f"resid_post.{i}", seed=i), tmp_path / f"d{i}") for i in (1, 0))
+    folders = tuple(
+        save(llama, random_topk(llama, f"resid_post.{i}", seed=i), tmp_path / f"d{i}") for i in (1, 0)
+    )
     options = {
         "out": tmp_path / "trace",
         "dictionaries": folders,
@@ -573,4 +614,3 @@ def test_a_latent_traced_back_by_the_verb(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"a latent must be in \[0, 31\], got 99"):
         trace(TraceConfig.build(options | {"latent": 99, "out": tmp_path / "none"}), lm=lm)
     assert not (tmp_path / "none").exists()
-

@@ -62,7 +62,9 @@ def circuit_plot(curves: Mapping[str, Any] | None) -> dict[str, str]:
                 (f"{name}_random", RANDOM, "random"),
             ):
                 if key in curves:
-                    axes.plot(curves["n_nodes"], curves[key], marker="o", markersize=3.5, color=colour, label=label)
+                    axes.plot(
+                        curves["n_nodes"], curves[key], marker="o", markersize=3.5, color=colour, label=label
+                    )
             axes.set_xscale("symlog", linthresh=1)
             axes.axhline(0, color=RANDOM, linewidth=0.6)
             axes.axhline(1, color=RANDOM, linewidth=0.6)

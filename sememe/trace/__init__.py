@@ -136,7 +136,9 @@ def trace(config: TraceConfig, *, lm: LanguageModel | None = None, fresh: bool =
         config.out, kind="graph", version=VERSION, config=config, parents=parents, fresh=fresh
     ) as work:
         found = _feeds(config, lm, places) if config.latent is not None else _prompts(config, lm, places)
-        graph = drawn.graph(found, about) if isinstance(found, Traced) else drawn.tree(lm, places, found, about)
+        graph = (
+            drawn.graph(found, about) if isinstance(found, Traced) else drawn.tree(lm, places, found, about)
+        )
         write_graph(work.path / FILE, graph)
         details = drawn.details(found) if isinstance(found, Traced) else drawn.details_of(found)
         artifact.write_json(work.path / NODES, details)
@@ -235,7 +237,12 @@ def _prompts(config: TraceConfig, lm: LanguageModel, places: Sequence[Placed]) -
     metric = _metric(config, lm, inputs, patched)
     means = (
         means_of(
-            lm, places, config.text, split=config.split, n_tokens=config.n_tokens, batch_rows=config.batch_rows
+            lm,
+            places,
+            config.text,
+            split=config.split,
+            n_tokens=config.n_tokens,
+            batch_rows=config.batch_rows,
         )
         if config.ablation == "mean"
         else None
@@ -260,7 +267,9 @@ def _prompts(config: TraceConfig, lm: LanguageModel, places: Sequence[Placed]) -
         nodes = loud[: config.max_nodes]
         checked = order[: config.n_checked].tolist()
         others = order[config.n_checked :]
-        checked += others[torch.randperm(len(others), generator=generator)[: config.n_checked_random]].tolist()
+        checked += others[
+            torch.randperm(len(others), generator=generator)[: config.n_checked_random]
+        ].tolist()
         exact = exact_effects(passes, table, base, checked, batch_rows=config.batch_rows).tolist()
         progress.advance()
         direct = config.edges == "direct"

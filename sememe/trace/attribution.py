@@ -235,7 +235,9 @@ def integrate(
         gradients = []
         for i in range(len(table.places)):
             whole = table.whole(i)
-            gradients.append(torch.stack([passes.run({i: point * whole}).gradients[i] for point in points]).mean(0))
+            gradients.append(
+                torch.stack([passes.run({i: point * whole}).gradients[i] for point in points]).mean(0)
+            )
     return _result(passes, table, base, table.per_node(table.effects(gradients)), gradients)
 
 
@@ -246,7 +248,11 @@ def _groups(
     effects = table.per_node(entries)
     for nodes in dealt_out(effects, n_grouped, n_steps - 1, generator):
         mine = table.entries_of(nodes)
-        moved = {i: table.moved(i, mine, 0.5) for i in range(len(table.places)) if bool((table.place[mine] == i).any())}
+        moved = {
+            i: table.moved(i, mine, 0.5)
+            for i in range(len(table.places))
+            if bool((table.place[mine] == i).any())
+        }
         found = table.per_node(table.effects(passes.run(moved).gradients, only=mine))
         effects[nodes] = found[nodes]
     return _result(passes, table, base, effects, base.gradients)
@@ -276,6 +282,9 @@ def _result(
     passes: Passes, table: Table, base: Pass, effects: Tensor, gradients: Sequence[Tensor]
 ) -> Attribution:
     rest = torch.stack(
-        [(g.to(s.rest.device) * s.rest).sum() / table.n_prompts for g, s in zip(gradients, table.shifts, strict=True)]
+        [
+            (g.to(s.rest.device) * s.rest).sum() / table.n_prompts
+            for g, s in zip(gradients, table.shifts, strict=True)
+        ]
     )
     return Attribution(effects, rest, float(base.value.mean()), passes.n_forwards, passes.n_backwards)

@@ -51,7 +51,13 @@ class Circuits:
         patched: Sequence[Reading] | None = None,
         means: Sequence[Means] | None = None,
     ) -> None:
-        self.passes, self.table, self.ablation, self.patched, self.means = passes, table, ablation, patched, means
+        self.passes, self.table, self.ablation, self.patched, self.means = (
+            passes,
+            table,
+            ablation,
+            patched,
+            means,
+        )
         self.emptied = [run.x + table.whole(i) for i, run in enumerate(clean)]
         self.keeps = [kept(passes.lm, placed, table.inputs) for placed in table.places]
         # Errors where everything is ablated; positions without a dictionary are never ablated to zero or to the mean.
@@ -60,7 +66,12 @@ class Circuits:
 
     @torch.no_grad()
     def values(
-        self, circuits: Sequence[Bool[Tensor, " n_nodes"]], *, without: bool = False, errors: bool = True, batch_rows: int = 16
+        self,
+        circuits: Sequence[Bool[Tensor, " n_nodes"]],
+        *,
+        without: bool = False,
+        errors: bool = True,
+        batch_rows: int = 16,
     ) -> Float[Tensor, " k"]:
         """The number of each circuit, mean over prompts.
 
@@ -134,7 +145,9 @@ class Circuits:
         at = run.token % table.seq if table.by_position else torch.zeros_like(run.token)
         return torch.isin(run.latent * table.seq + at, wanted)
 
-    def _ablated(self, place: int, circuit: Tensor, keep: Bool[Tensor, " tokens"]) -> Float[Tensor, "tokens d"] | float:
+    def _ablated(
+        self, place: int, circuit: Tensor, keep: Bool[Tensor, " tokens"]
+    ) -> Float[Tensor, "tokens d"] | float:
         """What a circuit's latents would write if they were ablated too."""
         table, placed = self.table, self.table.places[place]
         if self.ablation == "zero":
@@ -200,7 +213,9 @@ def curves(
         values = circuits.values(sets, without=without, errors=errors, batch_rows=batch_rows)
         return ((values.reshape(len(orders), -1).mean(0) - nothing) / (everything - nothing)).tolist()
 
-    randoms = [order[torch.randperm(len(order), generator=generator).to(order.device)] for _ in range(n_random)]
+    randoms = [
+        order[torch.randperm(len(order), generator=generator).to(order.device)] for _ in range(n_random)
+    ]
     found = {
         "faithfulness": shares([order], without=False, errors=True),
         "faithfulness_without_errors": shares([order], without=False, errors=False),

@@ -113,7 +113,9 @@ class TraceConfig(Config):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if len(set(self.dictionaries)) != len(self.dictionaries):
-            raise ConfigError("each dictionary must be named once", _list(self.dictionaries), "Drop the repetition.")
+            raise ConfigError(
+                "each dictionary must be named once", _list(self.dictionaries), "Drop the repetition."
+            )
         for name in ("atlases", "explanations"):
             if len(getattr(self, name)) > len(self.dictionaries):
                 raise ConfigError(
@@ -123,7 +125,9 @@ class TraceConfig(Config):
                 )
         if len(self.explanations) > len(self.atlases):
             raise ConfigError(
-                "explanations must go with their atlases", f"{len(self.explanations)} for {len(self.atlases)}", "Name --atlases."
+                "explanations must go with their atlases",
+                f"{len(self.explanations)} for {len(self.atlases)}",
+                "Name --atlases.",
             )
         if self.latent is not None:
             self._check_latent(self.latent)
@@ -163,11 +167,15 @@ class TraceConfig(Config):
             )
         if self.patched and len(self.patched) != len(self.prompts):
             raise ConfigError(
-                f"there must be a patched text for each of the {len(self.prompts)} prompts", len(self.patched), "Give as many."
+                f"there must be a patched text for each of the {len(self.prompts)} prompts",
+                len(self.patched),
+                "Give as many.",
             )
         if self.path == "inputs" and self.ablation != "patch":
             raise ConfigError(
-                "the path inputs leads to patched prompts", f"ablation {self.ablation}", "Give --patched, or set --path groups."
+                "the path inputs leads to patched prompts",
+                f"ablation {self.ablation}",
+                "Give --patched, or set --path groups.",
             )
         if self.metric == "kl" and self.method == "gradient" and self.ablation != "patch":
             raise ConfigError(

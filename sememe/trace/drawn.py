@@ -54,7 +54,9 @@ def about(
         path = atlases.get(folder)
         sites = dict.fromkeys((placed.reads, placed.writes))
         refs.append(
-            DictionaryRef(placed.name, tuple(sites), own.fingerprint, placed.d_sae, None if path is None else str(path))
+            DictionaryRef(
+                placed.name, tuple(sites), own.fingerprint, placed.d_sae, None if path is None else str(path)
+            )
         )
         labels.append({} if path is None else _labels(path, explained.get(folder), own))
     return About(tuple(refs), tuple(labels))
@@ -134,7 +136,10 @@ def graph(found: Traced, known: About) -> Graph:
         else [
             Edge(names[s], names[t], w)
             for s, t, w in zip(
-                found.edges.source.tolist(), found.edges.target.tolist(), found.edges.weight.tolist(), strict=True
+                found.edges.source.tolist(),
+                found.edges.target.tolist(),
+                found.edges.weight.tolist(),
+                strict=True,
             )
         ]
     )
@@ -172,7 +177,11 @@ def _positions(found: Traced) -> list[int]:
 def _pair(found: Traced) -> dict[str, Any] | None:
     config = found.config
     if not config.patched:
-        return {"prompts": list(config.prompts), "ablation": config.ablation, "by_position": config.by_position}
+        return {
+            "prompts": list(config.prompts),
+            "ablation": config.ablation,
+            "by_position": config.by_position,
+        }
     return {
         "prompts": list(config.prompts),
         "patched": list(config.patched),
@@ -197,7 +206,9 @@ def _scores(found: Traced) -> dict[str, Any]:
     return {
         "n_nodes": table.n_nodes,
         "n_prompts": table.n_prompts,
-        "method": found.config.method if found.config.method == "gradient" else f"ig, path {found.config.path}",
+        "method": found.config.method
+        if found.config.method == "gradient"
+        else f"ig, path {found.config.path}",
         "n_forwards": found.attribution.n_forwards,
         "n_backwards": found.attribution.n_backwards,
         "places": by_place,
@@ -231,7 +242,9 @@ def _edge_weights(found: Traced) -> list[float]:
     assert found.all_edges is not None
     edges = found.all_edges
     weights = dict(
-        zip(zip(edges.source.tolist(), edges.target.tolist(), strict=True), edges.weight.tolist(), strict=True)
+        zip(
+            zip(edges.source.tolist(), edges.target.tolist(), strict=True), edges.weight.tolist(), strict=True
+        )
     )
     return [weights[pair] for pair in found.checked_edges]
 
@@ -256,7 +269,11 @@ def details(found: Traced) -> dict[str, Any]:
         if found.checked_edges
         else {"predicted": [], "exact": []}
     )
-    checked = {"predicted": [effects[node] for node in found.checked], "exact": found.exact, "n_largest": found.config.n_checked}
+    checked = {
+        "predicted": [effects[node] for node in found.checked],
+        "exact": found.exact,
+        "n_largest": found.config.n_checked,
+    }
     return {"nodes": nodes, "checked": checked, "checked_edges": edges}
 
 

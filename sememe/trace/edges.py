@@ -48,7 +48,13 @@ class _Graph(NamedTuple):
 
 
 def edges_of(
-    passes: Passes, table: Table, base: Pass, nodes: Int[Tensor, " k"], *, direct: bool = True, batch_rows: int = 16
+    passes: Passes,
+    table: Table,
+    base: Pass,
+    nodes: Int[Tensor, " k"],
+    *,
+    direct: bool = True,
+    batch_rows: int = 16,
 ) -> Edges:
     """All edges between some nodes, and from them to the number.
 
@@ -91,13 +97,22 @@ def _forward(passes: Passes, places: Sequence[Placed], inputs: Inputs, direct: b
         return change
 
     names = dict.fromkeys(name for placed in places for name in (placed.reads, placed.writes))
-    with torch.enable_grad(), frozen(passes.lm), passes.counted(), passes.lm.edit({n: hook(n) for n in names}):
+    with (
+        torch.enable_grad(),
+        frozen(passes.lm),
+        passes.counted(),
+        passes.lm.edit({n: hook(n) for n in names}),
+    ):
         value = passes.metric.forward(passes.lm, inputs)
     return _Graph(value, held, leaves)
 
 
 def _backward(
-    graph: _Graph, output: Tensor | Sequence[Tensor], cotangent: Tensor | Sequence[Tensor], places: Sequence[Placed], n: int
+    graph: _Graph,
+    output: Tensor | Sequence[Tensor],
+    cotangent: Tensor | Sequence[Tensor],
+    places: Sequence[Placed],
+    n: int,
 ) -> list[Tensor | None]:
     """Gradients at the first n places; None where nothing arrives."""
     outputs = [output] if isinstance(output, Tensor) else list(output)

@@ -48,7 +48,9 @@ def exact_effects(
         step = max(batch_rows // n, 1)
         for start in range(0, len(mine), step):
             part = mine[start : start + step]
-            moves = torch.stack([table.moved(place, table.entries_of(torch.tensor([nodes[i]]))) for i in part])
+            moves = torch.stack(
+                [table.moved(place, table.entries_of(torch.tensor([nodes[i]]))) for i in part]
+            )
             x = run.activations[placed.writes]
             moves = moves.reshape(len(part) * n, *x.shape[1:])
             several = _repeated(run, len(part))
@@ -102,7 +104,13 @@ def exact_edges(
 
 
 def _edges(
-    passes: Passes, table: Table, base: Pass, edges: Sequence[tuple[int, int]], first: int, last: int, direct: bool
+    passes: Passes,
+    table: Table,
+    base: Pass,
+    edges: Sequence[tuple[int, int]],
+    first: int,
+    last: int,
+    direct: bool,
 ) -> Float[Tensor, " k"]:
     lm, n, k = passes.lm, table.n_prompts, len(edges)
     moves = torch.stack([table.moved(first, table.entries_of(torch.tensor([s]))) for s, _ in edges])
@@ -121,7 +129,9 @@ def _edges(
         found = _captured(lm, table, last, inputs)
     return torch.stack(
         [
-            _along_target(lm, table, base, target, {name: x[i * n : (i + 1) * n] for name, x in found.items()})
+            _along_target(
+                lm, table, base, target, {name: x[i * n : (i + 1) * n] for name, x in found.items()}
+            )
             for i, (_, target) in enumerate(edges)
         ]
     )

@@ -70,8 +70,8 @@ class Fed(NamedTuple):
     mean: float
     """Activation in the contexts."""
     sources: list[dict[str, Any]]
-    """Strongest first: latent (None: the error), effect, exact (None: not run), share of the mean, offset of the position
-    that matters most from the latent's own."""
+    """Strongest first: latent (None: the error), effect, exact (None: not run), share of the mean, and how far from the
+    latent's own position it matters most."""
     checks: dict[str, Any]
 
 
@@ -101,7 +101,9 @@ def feeds(lm: LanguageModel, places: Sequence[Placed], latent: int, how: How) ->
                 if not contexts[i]:
                     if depth == 0:
                         raise ActivationError(
-                            f"latent {one} must fire on the text", "never", "Name another, or raise --n-tokens."
+                            f"latent {one} must fire on the text",
+                            "never",
+                            "Name another, or raise --n-tokens.",
                         )
                     continue
                 fed = _fed(lm, places, place, one, depth, largest[i], contexts[i], how)
@@ -134,7 +136,7 @@ def contexts_of(
             with torch.no_grad():
                 x = lm.capture(torch.from_numpy(ids).long(), [placed.reads], mask)[placed.reads]
             # a stand-in for what is written: only latents are looked at
-            blank = torch.zeros(len(keep), placed.directions.shape[1])
+            blank = torch.zeros(*ids.shape, placed.directions.shape[1])
             run = read(placed, x, blank, keep.to(placed.directions.device))
             for slot, latent in enumerate(wanted):
                 mine = run.latent == latent
@@ -143,7 +145,9 @@ def contexts_of(
                     document = int(block.doc_ids[start + row, position])
                     before = best[slot].get(document)
                     if act > 0 and (before is None or act > before.act):
-                        best[slot][document] = Context(act, tuple(ids[row, : position + 1].tolist()), document)
+                        best[slot][document] = Context(
+                            act, tuple(ids[row, : position + 1].tolist()), document
+                        )
                         largest[slot] = max(largest[slot], act)
     rng = np.random.default_rng(how.seed)
     out = []
@@ -187,7 +191,13 @@ def _fed(
         )
     order = found.effects.abs().argsort(descending=True, stable=True).tolist()
     checked = order[: max(how.n_checked, how.width)]
-    exact = dict(zip(checked, exact_effects(passes, table, base, checked, batch_rows=how.batch_rows).tolist(), strict=True))
+    exact = dict(
+        zip(
+            checked,
+            exact_effects(passes, table, base, checked, batch_rows=how.batch_rows).tolist(),
+            strict=True,
+        )
+    )
     shown = sorted(order[:50], key=lambda node: -abs(exact.get(node, 0.0)))
     offsets = _offsets(table, inputs, base.gradients[0])
     mean = float(base.value.mean())

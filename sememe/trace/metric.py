@@ -19,7 +19,17 @@ from sememe.lm import LanguageModel
 from sememe.splice import BaseRun, Splicer
 from sememe.trace.places import Inputs, Placed
 
-__all__ = ["LatentMetric", "Metric", "PredictionMetric", "kl", "log_prob", "logit", "logit_difference", "loss", "of_logits"]
+__all__ = [
+    "LatentMetric",
+    "Metric",
+    "PredictionMetric",
+    "kl",
+    "log_prob",
+    "logit",
+    "logit_difference",
+    "loss",
+    "of_logits",
+]
 
 
 class Metric(abc.ABC):
@@ -97,7 +107,9 @@ class LatentMetric(Metric):
         x = lm.capture(inputs.ids, [self.placed.reads], inputs.mask)[self.placed.reads]
         rows = torch.arange(len(x), device=x.device)
         at = self.positions.to(x.device)[rows % len(self.positions)]
-        encoded = self.placed.dictionary.encode(x[rows, at].to(self.placed.directions.device, torch.float32)).compact()
+        encoded = self.placed.dictionary.encode(
+            x[rows, at].to(self.placed.directions.device, torch.float32)
+        ).compact()
         mine = encoded.indices.long() == self.latent
         value = encoded.acts.new_zeros(len(x))
         return value.index_add(0, encoded.row_ids()[mine], encoded.acts[mine])
@@ -139,10 +151,14 @@ def logit_difference(
 def logit(lm: LanguageModel, inputs: Inputs, answers: Sequence[str], position: int = -1) -> PredictionMetric:
     """The logit of one token, minus the mean over the vocabulary, which softmax does not see."""
     a = _tokens(lm, answers, len(inputs.ids))
-    return _at(lm, inputs, position, "logit", f"logit of {_named(answers)}", lambda z, r: _take(z, a, r) - z.mean(1))
+    return _at(
+        lm, inputs, position, "logit", f"logit of {_named(answers)}", lambda z, r: _take(z, a, r) - z.mean(1)
+    )
 
 
-def log_prob(lm: LanguageModel, inputs: Inputs, answers: Sequence[str], position: int = -1) -> PredictionMetric:
+def log_prob(
+    lm: LanguageModel, inputs: Inputs, answers: Sequence[str], position: int = -1
+) -> PredictionMetric:
     """The log-probability of one token, in nats."""
     a = _tokens(lm, answers, len(inputs.ids))
     text = f"log-probability of {_named(answers)}"
@@ -156,7 +172,9 @@ def loss(lm: LanguageModel, inputs: Inputs) -> PredictionMetric:
         ConfigError: a prompt has one token only.
     """
     if int(inputs.lengths.min()) < 2:
-        raise ConfigError("a prompt whose loss is traced must have at least 2 tokens", 1, "Write a longer one.")
+        raise ConfigError(
+            "a prompt whose loss is traced must have at least 2 tokens", 1, "Write a longer one."
+        )
 
     def of(lm: LanguageModel, hidden: Tensor, rows: Inputs) -> Tensor:
         log_probs = lm.logits(hidden[:, :-1]).float().log_softmax(-1)
@@ -239,11 +257,15 @@ def _positions(inputs: Inputs, position: int) -> Int[Tensor, " n"]:
     at = inputs.lengths + position if position < 0 else torch.full_like(inputs.lengths, position)
     if bool((at < 0).any()) or bool((at >= inputs.lengths).any()):
         n = int(inputs.lengths.min())
-        raise ConfigError(f"the position must be inside the prompt, in [-{n}, {n - 1}]", position, "Change --position.")
+        raise ConfigError(
+            f"the position must be inside the prompt, in [-{n}, {n - 1}]", position, "Change --position."
+        )
     return at
 
 
-def _take(z: Float[Tensor, "batch vocab"], tokens: Int[Tensor, " n"], prompt: Int[Tensor, " batch"]) -> Tensor:
+def _take(
+    z: Float[Tensor, "batch vocab"], tokens: Int[Tensor, " n"], prompt: Int[Tensor, " batch"]
+) -> Tensor:
     return z.gather(1, tokens.to(z.device)[prompt][:, None])[:, 0]
 
 
@@ -255,11 +277,15 @@ def _tokens(lm: LanguageModel, texts: Sequence[str], n: int) -> Int[Tensor, " n"
         if len(ids) != 1:
             pieces = " ".join(repr(lm.token_text(i)) for i in ids) or "none"
             raise ConfigError(
-                f"{text!r} must be one token of {lm.name}", pieces, "Choose another; most words need the space before them."
+                f"{text!r} must be one token of {lm.name}",
+                pieces,
+                "Choose another; most words need the space before them.",
             )
         found.append(ids[0])
     if len(found) not in (1, n):
-        raise ConfigError(f"there must be one token for all {n} prompts, or one for each", len(found), "Give as many.")
+        raise ConfigError(
+            f"there must be one token for all {n} prompts, or one for each", len(found), "Give as many."
+        )
     return torch.tensor(found * n if len(found) == 1 else found)
 
 

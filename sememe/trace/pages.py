@@ -39,10 +39,16 @@ def _figures(graph: Graph, details: Mapping[str, Any]) -> dict[str, str]:
 
 def _page(graph: Graph, details: Mapping[str, Any], figures: Sequence[str]) -> str:
     lines = [f"# {graph.metric['text']}", ""]
-    lines += [f"Model {graph.model}; dictionaries " + ", ".join(f"{d.name} ({d.hookpoints[-1]})" for d in graph.dictionaries) + "."]
+    lines += [
+        f"Model {graph.model}; dictionaries "
+        + ", ".join(f"{d.name} ({d.hookpoints[-1]})" for d in graph.dictionaries)
+        + "."
+    ]
     lines += ["", "> " + "".join(graph.tokens).replace("\n", "\\n"), ""]
     lines += [f"{graph.metric['text']} is {graph.metric['clean']:.4g} here"]
-    lines[-1] += "." if graph.metric["patched"] is None else f", {graph.metric['patched']:.4g} in the counterpart."
+    lines[-1] += (
+        "." if graph.metric["patched"] is None else f", {graph.metric['patched']:.4g} in the counterpart."
+    )
     if "feeds" in details:
         lines += ["", *_feeds(graph, details["feeds"])]
     else:
@@ -88,7 +94,11 @@ def _scores(graph: Graph) -> list[str]:
         lines.append(f"| {place['hookpoint']} | {place['latents']:+.4f} | {place['errors']:+.4f} | {share} |")
     curves = scores.get("curves")
     if curves:
-        lines += ["", "| nodes | " + " | ".join(map(str, curves["n_nodes"])) + " |", "|---|" + "---:|" * len(curves["n_nodes"])]
+        lines += [
+            "",
+            "| nodes | " + " | ".join(map(str, curves["n_nodes"])) + " |",
+            "|---|" + "---:|" * len(curves["n_nodes"]),
+        ]
         for name, values in curves.items():
             if isinstance(values, list) and name != "n_nodes":
                 lines.append(f"| {name.replace('_', ' ')} | " + " | ".join(f"{v:.2f}" for v in values) + " |")
@@ -96,9 +106,16 @@ def _scores(graph: Graph) -> list[str]:
 
 
 def _checks(graph: Graph) -> list[str]:
-    lines = ["## Predictions against real forwards", "", "| | number | correlation | slope | rank correlation |", "|---|---:|---:|---:|---:|"]
+    lines = [
+        "## Predictions against real forwards",
+        "",
+        "| | number | correlation | slope | rank correlation |",
+        "|---|---:|---:|---:|---:|",
+    ]
     for name, found in graph.checks.items():
-        numbers = ["" if found[key] is None else f"{found[key]:.3f}" for key in ("correlation", "slope", "spearman")]
+        numbers = [
+            "" if found[key] is None else f"{found[key]:.3f}" for key in ("correlation", "slope", "spearman")
+        ]
         lines.append(f"| {name.replace('_', ' ')} | {found['n']} | " + " | ".join(numbers) + " |")
     return lines
 

@@ -173,7 +173,9 @@ def inputs_of(lm: LanguageModel, texts: Sequence[str], *, bos: bool) -> Inputs:
             row = [lm.tokenizer.bos_token_id, *row]
         if lm.context_length is not None and len(row) > lm.context_length:
             raise ModelError(
-                f"a prompt must fit the context of {lm.context_length} tokens of {lm.name}", f"{len(row)} tokens", "Shorten it."
+                f"a prompt must fit the context of {lm.context_length} tokens of {lm.name}",
+                f"{len(row)} tokens",
+                "Shorten it.",
             )
         rows.append(row)
     return padded(rows)
@@ -271,7 +273,8 @@ def readings(
 ) -> tuple[Reading, ...]:
     """What every dictionary makes of one run."""
     return tuple(
-        read(placed, activations[placed.reads], activations[placed.writes], kept(lm, placed, inputs)) for placed in places
+        read(placed, activations[placed.reads], activations[placed.writes], kept(lm, placed, inputs))
+        for placed in places
     )
 
 
@@ -295,12 +298,22 @@ def means_of(
     for block in token_blocks(text, lm.tokenizer, policy, split=split, n_tokens=n_tokens):  # type: ignore[arg-type]
         for start in range(0, len(block.ids), batch_rows):
             rows = slice(start, start + batch_rows)
-            inputs = Inputs(torch.from_numpy(block.ids[rows]).long(), torch.from_numpy(block.attention_mask[rows]))
+            inputs = Inputs(
+                torch.from_numpy(block.ids[rows]).long(), torch.from_numpy(block.attention_mask[rows])
+            )
             keep = torch.from_numpy(block.keep[rows]).reshape(-1)
             activations = captured(lm, places, inputs)
             for i, placed in enumerate(places):
-                found = read(placed, activations[placed.reads], activations[placed.writes], keep.to(placed.directions.device))
+                found = read(
+                    placed,
+                    activations[placed.reads],
+                    activations[placed.writes],
+                    keep.to(placed.directions.device),
+                )
                 sums[i][0].index_add_(0, found.latent, found.act)
                 sums[i][1].add_(found.error[found.keep].sum(0))
                 counts[i] += int(found.keep.sum())
-    return tuple(Means(latents / max(n, 1), error / max(n, 1)) for (latents, error), n in zip(sums, counts, strict=True))
+    return tuple(
+        Means(latents / max(n, 1), error / max(n, 1))
+        for (latents, error), n in zip(sums, counts, strict=True)
+    )

@@ -98,7 +98,12 @@ class Table:
     def __init__(
         self, places: Sequence[Placed], inputs: Inputs, shifts: Sequence[Shift], *, by_position: bool
     ) -> None:
-        self.places, self.inputs, self.shifts, self.by_position = tuple(places), inputs, tuple(shifts), by_position
+        self.places, self.inputs, self.shifts, self.by_position = (
+            tuple(places),
+            inputs,
+            tuple(shifts),
+            by_position,
+        )
         self.n_prompts, self.seq = inputs.ids.shape
         self.n_tokens = self.n_prompts * self.seq
         real = inputs.mask.reshape(-1)
@@ -138,7 +143,7 @@ class Table:
         return chosen[self.node]
 
     def acts(self) -> Float[Tensor, " n_nodes"]:
-        """Mean activation over the prompts, summed over positions where nodes have none; the size of an error's change."""
+        """Mean over the prompts, summed over positions where nodes have none; of an error the size of its change."""
         values = torch.zeros_like(self.change)
         for i, shift in enumerate(self.shifts):
             mine = (self.place == i) & (self.latent != ERROR)
@@ -173,7 +178,9 @@ class Table:
         placed, shift = self.places[place], self.shifts[place]
         mine = entries & (self.place == place)
         latents, errors = mine & (self.latent != ERROR), mine & (self.latent == ERROR)
-        out = written(placed, self.n_tokens, self.token[latents], self.latent[latents], scale * self.change[latents])
+        out = written(
+            placed, self.n_tokens, self.token[latents], self.latent[latents], scale * self.change[latents]
+        )
         at = self.token[errors]
         out[at] += scale * shift.error[at]
         return out
