@@ -7,8 +7,8 @@ edit_over_plain: forwards of 16 x 128 tokens with one latent of 4,608 ablated at
 without, taken in turns; beside it, adding a latent, which needs no encoding. The dictionary is an untrained TopK one: a
 trained one of the same shape costs the same.
 
-attribution_passes: forwards, each with its backward, that give the effects of all latents and errors of all layers on the
-loss of a 64-token text, counted by a hook in the model, beside the peak of memory over what the model and the
+attribution_passes: forwards, each with its backward, that give the effects of all latents and errors of all layers
+on the loss of a 64-token text, counted by a hook in the model, beside the peak of memory over what the model and the
 dictionaries (untrained, 32 of 2,048 active, at every layer) hold.
 
 ig_exact_correlation: integrated gradients (10 passes for all layers together) against really ablating the 200 largest

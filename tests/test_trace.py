@@ -242,11 +242,11 @@ def test_edges_are_what_real_forwards_carry(llama: LanguageModel, direct: bool) 
     places = at(llama, "resid_post.0", "mlp_out.1", "resid_post.1")
     found = setting(llama, places)
     table = scaled(found.table, 1e-2)
-    nodes = torch.arange(table.n_nodes)
-    edges = edges_of(found.passes, table, found.base, nodes, direct=direct, batch_rows=5)
+    nodes = attribute(found.passes, table, found.base).effects.abs().argsort(descending=True)[:60]
+    edges = edges_of(found.passes, table, found.base, nodes, direct=direct, batch_rows=8)
     order = edges.weight.abs().argsort(descending=True)[:60:3]
     some = list(zip(edges.source[order].tolist(), edges.target[order].tolist(), strict=True))
-    exact = exact_edges(found.passes, table, found.base, some, direct=direct, batch_rows=7)
+    exact = exact_edges(found.passes, table, found.base, some, direct=direct)
     found_agreement = agreement(edges.weight[order].tolist(), exact.tolist())
     assert found_agreement.correlation is not None and found_agreement.correlation > 0.999
     assert found_agreement.slope == pytest.approx(1, abs=0.03)
@@ -279,15 +279,16 @@ def scaled(table: Table, factor: float) -> Table:
 
 def test_gradients_are_those_of_finite_differences(llama: LanguageModel) -> None:
     found = setting(llama, at(llama, "resid_post.0", "resid_post.1", "mlp_out.2"))
-    table = scaled(found.table, 1e-2)
+    table = scaled(found.table, 2e-3)
     effects = attribute(found.passes, table, found.base).effects
     nodes = effects.abs().argsort(descending=True)[:40].tolist()
     exact = exact_effects(found.passes, table, found.base, nodes)
     torch.testing.assert_close(effects[nodes], exact, rtol=0.05, atol=0.01 * float(exact.abs().max()))
 
 
-@pytest.mark.parametrize("ablation", ["zero", "mean", "patch"])
-@pytest.mark.parametrize("hookpoint", ["resid_post.0", "attn_out.1"])
+@pytest.mark.parametrize(
+    ("ablation", "hookpoint"), [("zero", "resid_post.1"), ("mean", "resid_post.1"), ("patch", "attn_out.1")]
+)
 def test_integrated_gradients_add_up_to_the_whole_change(
     llama: LanguageModel, ablation: Any, hookpoint: str, tmp_path: Path
 ) -> None:
@@ -299,7 +300,7 @@ def test_integrated_gradients_add_up_to_the_whole_change(
     found = setting(llama, places, ablation, means=means)
     passes, table, base = found.passes, found.table, found.base
     whole = passes.run({0: table.whole(0)}).value - base.value
-    fine = integrate(passes, table, base, path="layers", n_steps=60)
+    fine = integrate(passes, table, base, path="layers", n_steps=24)
     assert float(fine.effects.sum() + fine.rest.sum()) == pytest.approx(float(whole), rel=0.03, abs=0.02)
     assert abs(float(attribute(passes, table, base).effects.sum()) - float(whole)) > 0.02, "it takes a path"
 
@@ -334,7 +335,8 @@ def test_nothing_as_large_as_tokens_times_latents_is_kept(llama: LanguageModel) 
     attribution = integrate(found.passes, found.table, found.base)
     n_tokens = found.table.n_tokens
     gc.collect()
-    dense = [x.shape for x in gc.get_objects() if isinstance(x, Tensor) and tuple(x.shape) == (n_tokens, n)]
+    tensors = [x for x in gc.get_objects() if issubclass(type(x), Tensor)]
+    dense = [x.shape for x in tensors if tuple(x.shape) == (n_tokens, n)]
     assert not dense and len(attribution.effects) <= 2 * n_tokens * (2 * K + 1)
 
 
@@ -375,7 +377,7 @@ def test_exact_ablation_is_the_one_that_edits_make(llama: LanguageModel) -> None
 
 def test_positions_a_dictionary_was_not_made_for_have_no_latents(llama: LanguageModel) -> None:
     inputs = inputs_of(llama, [PROMPT], bos=False)
-    norms = llama.capture(inputs.ids, "resid_post.0")["resid_post.0"][0].norm(dim=1)
+    norms = llama.capture(inputs.ids, "resid_post.0")["resid_post.0"][0].detach().norm(dim=1)
     limit = float(norms.median())
     dictionary = random_topk(llama, "resid_post.0")
     dictionary.sites = sites(llama, "resid_post.0", max_norm=limit)

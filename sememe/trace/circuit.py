@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sememe.trace.attribution import Pass, Passes
 from sememe.trace.config import Ablation
-from sememe.trace.places import Inputs, Means, Reading, kept, read, written
+from sememe.trace.places import Means, Reading, kept, read, written
 from sememe.trace.table import ERROR, Table
 
 __all__ = ["Circuits", "curves", "sizes"]
@@ -91,12 +91,20 @@ class Circuits:
             edits: dict[str, Any] = {}
             for i, placed in enumerate(self.table.places):
                 if placed.reads not in writes:
-                    edits[placed.reads] = lambda x, name=placed.reads: reads.__setitem__(name, x) or x
+                    edits[placed.reads] = self._reader(placed.reads, reads)
                 edits[placed.writes] = self._hook(i, part, reads, without=without, errors=errors)
             with self.passes.lm.edit(edits):
                 value = self.passes.metric.forward(self.passes.lm, self.passes.inputs.repeated(len(part)))
             out.append(value.float().cpu().reshape(len(part), n).mean(1))
         return torch.cat(out)
+
+    @staticmethod
+    def _reader(name: str, reads: dict[str, Tensor]) -> object:
+        def look(x: Tensor) -> Tensor:
+            reads[name] = x
+            return x
+
+        return look
 
     def _hook(
         self, place: int, circuits: Sequence[Tensor], reads: dict[str, Tensor], *, without: bool, errors: bool

@@ -67,7 +67,8 @@ def _labels(path: Path, explanations: Path | None, dictionary: artifact.Artifact
     try:
         if dictionary_of(atlas) != dictionary.fingerprint:
             raise MismatchError(
-                f"the atlas {path} must be of the dictionary {dictionary.path} (fingerprint {dictionary.fingerprint[:16]})",
+                f"the atlas {path} must be of the dictionary {dictionary.path} "
+                f"(fingerprint {dictionary.fingerprint[:16]})",
                 f"an atlas of {dictionary_of(atlas)[:16]}",
                 "Name atlases in the order of the dictionaries.",
             )

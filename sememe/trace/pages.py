@@ -130,7 +130,8 @@ def _feeds(graph: Graph, feeds: Sequence[Mapping[str, Any]]) -> list[str]:
         lines += [
             title,
             "",
-            f"Mean activation {fed['mean']:.3g} in {len(fed['contexts'])} contexts, {fed['largest']:.3g} at most. Without:",
+            f"Mean activation {fed['mean']:.3g} in {len(fed['contexts'])} contexts, {fed['largest']:.3g} at most. "
+            "Without:",
             "",
             "| latent before it | position | predicted | real | share | label |",
             "|---|---:|---:|---:|---:|---|",
@@ -142,7 +143,8 @@ def _feeds(graph: Graph, feeds: Sequence[Mapping[str, Any]]) -> list[str]:
             own = labels.get((place - 1, source["latent"])) or ""
             share = "" if source["share"] is None else f"{source['share']:.0%}"
             lines.append(
-                f"| {graph.dictionaries[place - 1].hookpoints[-1]} {name} | {source['offset']} | {source['effect']:+.4f} | "
+                f"| {graph.dictionaries[place - 1].hookpoints[-1]} {name} | {source['offset']} "
+                f"| {source['effect']:+.4f} | "
                 f"{source['exact']:+.4f} | {share} | {own} |"
             )
         lines.append("")
