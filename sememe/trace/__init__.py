@@ -21,8 +21,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from sememe import artifact, dictionaries
 from sememe import lm as language_models
@@ -49,7 +51,17 @@ from sememe.trace.metric import (
     loss,
     of_logits,
 )
-from sememe.trace.places import Inputs, Means, Placed, at_places, captured, inputs_of, means_of, readings
+from sememe.trace.places import (
+    Inputs,
+    Means,
+    Placed,
+    Reading,
+    at_places,
+    captured,
+    inputs_of,
+    means_of,
+    readings,
+)
 from sememe.trace.results import Setting, Traced
 from sememe.trace.table import ERROR, Table, shift_of
 
@@ -199,7 +211,9 @@ def prepare(
     passes = Passes(lm, places, inputs, metric)
     base = passes.run()
     clean = readings(lm, places, inputs, base.activations)
-    others, embedded, value = None, None, None
+    others: Sequence[Reading] | None = None
+    embedded: Tensor | None = None
+    value: float | None = None
     if ablation == "patch":
         assert patched is not None
         with torch.no_grad(), passes.counted():
@@ -273,7 +287,8 @@ def _prompts(config: TraceConfig, lm: LanguageModel, places: Sequence[Placed]) -
         exact = exact_effects(passes, table, base, checked, batch_rows=config.batch_rows).tolist()
         progress.advance()
         direct = config.edges == "direct"
-        edges, every = None, None
+        edges: Edges | None = None
+        every: Edges | None = None
         checked_edges: list[tuple[int, int]] = []
         true_edges: list[float] = []
         if config.max_edges and len(nodes):
@@ -284,7 +299,7 @@ def _prompts(config: TraceConfig, lm: LanguageModel, places: Sequence[Placed]) -
             true_edges = exact_edges(
                 passes, table, base, checked_edges, direct=direct, batch_rows=config.batch_rows
             ).tolist()
-        found = None
+        found: dict[str, Any] | None = None
         if config.n_random:
             found = curves(
                 setting.circuits,

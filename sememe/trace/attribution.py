@@ -23,7 +23,7 @@ Knows no dictionary but as directions, and no text.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -41,6 +41,7 @@ __all__ = ["Attribution", "Pass", "Passes", "attribute", "integrate"]
 
 EMBEDDED = "resid_pre.0"
 """Where a prompt's embeddings enter the layers."""
+Change = Callable[[Tensor], Tensor]
 
 
 class Pass(NamedTuple):
@@ -95,12 +96,14 @@ class Passes:
         for i, placed in enumerate(self.places):
             added = None if moved is None else moved.get(i)
             edits[placed.writes] = self._leaf(placed.writes, added, leaves, seen)
-        start = {} if embedded is None else {EMBEDDED: lambda x: x + embedded.to(x.device, x.dtype)}
+        start: dict[str, Change] = {}
+        if embedded is not None:
+            start[EMBEDDED] = lambda x: x + embedded.to(x.device, x.dtype)
         with torch.enable_grad(), frozen(self.lm), self.lm.edit(start), self.counted(), self.lm.edit(edits):
             value = self.metric.forward(self.lm, self.inputs)
         self._check_depends(value, leaves)
         names = [placed.writes for placed in self.places]
-        leaves[names[0]].register_hook(self._count_backward)
+        leaves[names[0]].register_hook(self._count_backward)  # type: ignore[no-untyped-call]
         found = torch.autograd.grad(value.sum(), [leaves[name] for name in names], allow_unused=True)
         for name, gradient in zip(names, found, strict=True):
             if gradient is None:
@@ -118,7 +121,7 @@ class Passes:
         self.n_backwards += 1
 
     @staticmethod
-    def _reader(name: str, seen: dict[str, Tensor]) -> object:
+    def _reader(name: str, seen: dict[str, Tensor]) -> Change:
         def look(x: Tensor) -> Tensor:
             seen[name] = x.detach().clone()
             return x
@@ -126,7 +129,7 @@ class Passes:
         return look
 
     @staticmethod
-    def _leaf(name: str, added: Tensor | None, leaves: dict[str, Tensor], seen: dict[str, Tensor]) -> object:
+    def _leaf(name: str, added: Tensor | None, leaves: dict[str, Tensor], seen: dict[str, Tensor]) -> Change:
         def change(x: Tensor) -> Tensor:
             seen[name] = x.detach().clone()
             leaves[name] = torch.zeros_like(x, requires_grad=True)

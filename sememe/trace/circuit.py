@@ -14,7 +14,7 @@ circuits of the same number.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -99,7 +99,7 @@ class Circuits:
         return torch.cat(out)
 
     @staticmethod
-    def _reader(name: str, reads: dict[str, Tensor]) -> object:
+    def _reader(name: str, reads: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
         def look(x: Tensor) -> Tensor:
             reads[name] = x
             return x
@@ -108,7 +108,7 @@ class Circuits:
 
     def _hook(
         self, place: int, circuits: Sequence[Tensor], reads: dict[str, Tensor], *, without: bool, errors: bool
-    ) -> object:
+    ) -> Callable[[Tensor], Tensor]:
         placed = self.table.places[place]
 
         def change(x: Tensor) -> Tensor:

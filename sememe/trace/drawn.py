@@ -98,7 +98,8 @@ def graph(found: Traced, known: About) -> Graph:
     effects = found.attribution.effects.tolist()
     exact = dict(zip(found.checked, found.exact, strict=True))
     positions = _positions(found)
-    nodes, names = [], {}
+    nodes: list[GraphNode] = []
+    names: dict[int, str] = {}
     for number in found.nodes:
         node = table.describe(number)
         is_error = node.latent == ERROR
@@ -293,7 +294,9 @@ def tree(lm: LanguageModel, places: Sequence[Placed], found: Sequence[Fed], know
     nodes: dict[tuple[int, int | None], GraphNode] = {}
     edges: list[Edge] = []
 
-    def node(place: int, latent: int | None, position: int, **numbers: float | None) -> str:
+    def node(
+        place: int, latent: int | None, position: int, effect: float = 0.0, exact: float | None = None
+    ) -> str:
         key = (place, latent)
         if key not in nodes:
             name = node_id(called[place], "error" if latent is None else latent, position)
@@ -301,7 +304,7 @@ def tree(lm: LanguageModel, places: Sequence[Placed], found: Sequence[Fed], know
             kind: NodeKind = "error" if latent is None else "latent"
             act = means.get((place, latent), 0.0)
             nodes[key] = GraphNode(
-                name, kind, places[place].layer, position, place, latent, act, label=label, **numbers
+                name, kind, places[place].layer, position, place, latent, act, effect, exact, label=label
             )
         return nodes[key].id
 

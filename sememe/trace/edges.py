@@ -12,7 +12,7 @@ Knows no text; the truth is in `exact.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -86,7 +86,7 @@ def _forward(passes: Passes, places: Sequence[Placed], inputs: Inputs, direct: b
     leaves: dict[str, Tensor] = {}
     writes = {placed.writes for placed in places}
 
-    def hook(name: str) -> object:
+    def hook(name: str) -> Callable[[Tensor], Tensor]:
         def change(x: Tensor) -> Tensor:
             held[name] = x
             if name not in writes:

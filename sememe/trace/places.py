@@ -7,7 +7,7 @@ error is the whole activation.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -148,11 +148,15 @@ def _in_order(lm: LanguageModel, hookpoints: Sequence[str]) -> list[str]:
     """Hookpoints as a forward comes to them."""
     seen: list[str] = []
 
-    def note(name: str) -> None:
-        if name not in seen:
-            seen.append(name)
+    def note(name: str) -> Callable[[Tensor], Tensor]:
+        def look(x: Tensor) -> Tensor:
+            if name not in seen:
+                seen.append(name)
+            return x
 
-    with torch.no_grad(), lm.edit({n: (lambda x, n=n: (note(n), x)[1]) for n in hookpoints}):
+        return look
+
+    with torch.no_grad(), lm.edit({name: note(name) for name in hookpoints}):
         lm.hidden(torch.zeros(1, 1, dtype=torch.long))
     return seen
 
