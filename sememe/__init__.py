@@ -8,7 +8,7 @@
     formats, source              other tools' files; streams of activations
     downstream                   one latent taken out at one position, and what follows run again
     harvest, train, fit, evaluate, compare, concepts, geometry, lens, interpret, explain, effects, prompt, intervene,
-    pretrain, convert, publish, report    the verbs: each is also `sememe VERB`, a config, a docs page, a test file
+    trace, pretrain, convert, publish, report    the verbs: each is also `sememe VERB`, a config, a page, a test file
     browse                       the web page and its server
     run, cli                     recipes, and the command line
 

@@ -26,6 +26,7 @@ CONFIGS = {
     "circuit": "CircuitConfig",
     "browse": "BrowseConfig",
     "intervene": "InterveneConfig",
+    "trace": "TraceConfig",
     "toy": "ToyConfig",
     "pretrain": "PretrainConfig",
     "convert": "ConvertConfig",

@@ -27,7 +27,8 @@ LAYERS = [
     ["probes"],
     [
         "harvest", "train", "fit", "evaluate", "compare", "concepts", "geometry", "interpret", "explain",
-        "effects", "prompt", "circuit", "intervene", "lens", "pretrain", "convert", "publish", "report",
+        "effects", "prompt", "circuit", "intervene", "trace", "lens", "pretrain", "convert", "publish",
+        "report",
     ],
     ["browse", "live"],
     ["recipe"],

@@ -325,6 +325,26 @@ def _simple(module: str, name: str, doc: str, positional: tuple[str, ...] = ()) 
     return command(config, verb, positional=positional, extra=FRESH, doc=doc)
 
 
+def _trace() -> Any:
+    from sememe.trace import TraceConfig, trace
+
+    def verb(config: TraceConfig, fresh: bool = False) -> None:
+        found = trace(config, fresh=fresh)
+        for name, check in found.extra["checks"].items():
+            if check["correlation"] is not None:
+                about = f"{name.replace('_', ' ')}, {check['n']} really ablated:"
+                print(f"{about:<40} correlation {check['correlation']:.3f}, slope {check['slope']:.3f}")
+        say("graph", config.out)
+
+    return command(
+        TraceConfig,
+        verb,
+        positional=("dictionaries",),
+        extra=FRESH,
+        doc="Trace a number (a logit difference, a loss, a latent's activation) back to latents.",
+    )
+
+
 def _run() -> Any:
     from sememe.run import run
 
@@ -413,6 +433,7 @@ _MAKERS: dict[str, Callable[[], Any]] = {
     "intervene": lambda: _simple(
         "intervene", "intervene", "Change latents and see what the model says.", ("dictionary",)
     ),
+    "trace": _trace,
     "concepts": lambda: _simple(
         "concepts",
         "concepts",

@@ -23,6 +23,7 @@ from sememe.figures.grid import grid_plots
 from sememe.figures.pages import write_pages
 from sememe.figures.tables import BETTER, GROUPED, headline_table, markdown_table
 from sememe.figures.toys import layers_plot, superposition_plot
+from sememe.figures.traces import agreement_plot, circuit_plot
 
 __all__ = [
     "BETTER",
@@ -30,6 +31,8 @@ __all__ = [
     "HEADLINE",
     "REPORT",
     "Report",
+    "agreement_plot",
+    "circuit_plot",
     "grid_plots",
     "headline_table",
     "layers_plot",
