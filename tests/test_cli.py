@@ -25,6 +25,8 @@ CONFIGS = {
     "prompt": "PromptConfig",
     "browse": "BrowseConfig",
     "intervene": "InterveneConfig",
+    "patch": "PatchConfig",
+    "scrub": "ScrubConfig",
     "toy": "ToyConfig",
     "pretrain": "PretrainConfig",
     "convert": "ConvertConfig",

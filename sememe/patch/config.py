@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -12,10 +12,11 @@ from sememe.errors import ConfigError
 from sememe.lm import ModelConfig
 from sememe.text import TextConfig
 
-__all__ = ["FITTED", "Baseline", "Order", "PatchConfig"]
+__all__ = ["BASELINES", "FITTED", "Baseline", "Order", "PatchConfig"]
 
 Baseline = Literal["pca", "pca_signs", "ica", "random_rotation", "random_directions", "difference_in_means"]
 Order = Literal["attribution", "acdc", "random"]
+BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 FITTED = frozenset({"pca", "pca_signs", "ica", "random_directions"})
 """Baselines that are fitted to rows of activations."""
 
@@ -42,12 +43,11 @@ class PatchConfig(Config):
     """In those, names to use instead of the built-in ones; each must be a single token after a space."""
     direction: Literal["restore", "corrupt"] = "restore"
     """restore: the corrupted run is edited until it says what the clean one says. corrupt: the other way."""
-    baselines: tuple[Baseline, ...] = (
-        *("pca", "pca_signs", "ica", "random_rotation", "random_directions", "difference_in_means"),
-    )
-    """Beside the dictionaries: principal components; both signs of each, so that codes are not negative; independent
-    components; an orthonormal basis drawn at random; as many random directions as the first dictionary has latents, as
-    many active; the one direction of the mean difference of the two runs."""
+    baselines: tuple[Baseline, ...] | None = None
+    """Beside the dictionaries; all if not given, none for transcoders. pca: principal components. pca_signs: both signs of
+    each, so that codes are not negative. ica: independent components. random_rotation: an orthonormal basis drawn at
+    random. random_directions: as many as the first dictionary has latents, as many active. difference_in_means: the one
+    direction of the mean difference of the two runs."""
     orders: tuple[Order, ...] = ("attribution", "acdc", "random")
     """In which order latents are patched. attribution: by what the gradient promises of each. acdc: taken out of the
     whole set one by one as long as that costs less than a threshold. random: a control."""
@@ -81,7 +81,7 @@ class PatchConfig(Config):
         if self.pairs is not None:
             self.check_inert("n_pairs", "corruption", "names", without="pairs are given")
         for name in ("baselines", "orders"):
-            given = getattr(self, name)
+            given = getattr(self, name) or ()
             if len(set(given)) != len(given):
                 raise ConfigError(f"each of {name} must be named once", ", ".join(given), "Leave the repeats out.")
         if not self.orders:
@@ -90,6 +90,6 @@ class PatchConfig(Config):
             self.check_inert("acdc_limit", "n_thresholds", without="acdc is not among the orders")
         if not {"acdc", "attribution"} & set(self.orders):
             self.check_inert("attribution", "attribution_steps", without="nothing is ordered by attribution")
-        if not FITTED & set(self.baselines):
+        if self.baselines is not None and not FITTED & set(self.baselines):
             self.check_inert("store", "n_fit_rows", without="no baseline is fitted to rows")
         return self

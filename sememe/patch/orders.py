@@ -114,4 +114,4 @@ def acdc(
                 now = without[one]
                 order.remove(one)
                 without = {}
-        yield Kept(threshold, tuple(order))
+        yield Kept(threshold, tuple(sorted(order)))

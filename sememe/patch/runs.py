@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sememe.dictionaries.base import Sites
-from sememe.errors import ActivationError, ConfigError
+from sememe.errors import ActivationError
 from sememe.lm import LanguageModel
 from sememe.pairs import Pair, by_length
 from sememe.splice import BaseRun, Splicer
@@ -71,7 +71,6 @@ class Runs:
     `n_forwards` counts edits of all pairs at once, each one forward from the hookpoint on; `n_backwards` gradients.
 
     Raises:
-        ConfigError: a dictionary reads where the two runs of every pair are the same.
         ActivationError: an activation is NaN or infinite.
     """
 
@@ -93,12 +92,6 @@ class Runs:
             for group in by_length(pairs)
             for start in range(0, len(group), batch_rows)
         ]
-        if all(torch.equal(part.x, part.other) for part in self.parts):
-            raise ConfigError(
-                "the two runs of some pair must differ where the dictionaries read",
-                f"no difference at {', '.join(reads)}",
-                "Name dictionaries of a later layer, or other prompts.",
-            )
 
     @torch.no_grad()
     def _part(self, numbers: Int[Tensor, " n"]) -> Part:

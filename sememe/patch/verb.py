@@ -13,6 +13,7 @@ from jaxtyping import Float64
 from sememe import artifact, figures, measure
 from sememe import lm as language_models
 from sememe.config import sha256_of
+from sememe.dictionaries.base import Sites
 from sememe.dictionaries.folders import Opened, open_all
 from sememe.edits import check
 from sememe.errors import ConfigError, MismatchError, TextError
@@ -22,12 +23,12 @@ from sememe.measure.checks import check_model, check_store, describe, policy_of,
 from sememe.metrics.sums import drawn
 from sememe.pairs import Pair, ioi_pairs, read_pairs
 from sememe.patch.arms import Arm, baseline, of_dictionary
-from sememe.patch.config import FITTED, PatchConfig
+from sememe.patch.config import BASELINES, FITTED, Baseline, PatchConfig
 from sememe.patch.orders import Curve, Point, acdc, along, attribution, sizes, thresholds
 from sememe.patch.runs import Runs
 from sememe.progress import Progress, track
 from sememe.store import Store, open_store
-from sememe.text import attributions, fetch, fingerprint
+from sememe.text import TokenPolicy, attributions, fetch, fingerprint
 
 __all__ = ["PATCHING", "patch"]
 
@@ -58,7 +59,7 @@ def patch(config: PatchConfig, *, lm: LanguageModel | None = None, fresh: bool =
         ActivationError: activations or predictions are NaN or infinite.
     """
     opened = open_all(config.dictionaries)
-    _check_places(config, opened)
+    baselines = _baselines(config, opened)
     model_print = lm.fingerprint if lm is not None else language_models.fingerprint_of(config.model)
     for name, one in opened.items():
         check_model(sites_of(one.dictionary, one.saved.path), model_print)
@@ -66,7 +67,7 @@ def patch(config: PatchConfig, *, lm: LanguageModel | None = None, fresh: bool =
     parents["model"] = model_print
     if config.pairs is not None:
         parents["pairs"] = sha256_of(_bytes_of(config))
-    store = _sources(config, opened, parents)
+    store = _sources(config, opened, baselines, parents)
     identity = artifact.identity_of("patching", VERSION, config, parents)
     if not fresh and (done := artifact.find(config.out, "patching", identity, config, parents)):
         return done
@@ -76,7 +77,7 @@ def patch(config: PatchConfig, *, lm: LanguageModel | None = None, fresh: bool =
     with artifact.building(
         config.out, kind="patching", version=VERSION, config=config, parents=parents, fresh=fresh
     ) as work:
-        data = _measured(config, lm, opened, store)
+        data = _measured(config, lm, opened, baselines, store)
         artifact.write_json(work.path / PATCHING, data)
         figures.write_patching(work.path, data)
         work.extra = {"dictionaries": list(opened)}
@@ -86,7 +87,8 @@ def patch(config: PatchConfig, *, lm: LanguageModel | None = None, fresh: bool =
 # -- what belongs together -----------------------------------------------------------------------------------------
 
 
-def _check_places(config: PatchConfig, opened: dict[str, Opened]) -> None:
+def _baselines(config: PatchConfig, opened: dict[str, Opened]) -> tuple[Baseline, ...]:
+    """Those that are measured; checks that all dictionaries are of one place."""
     places = {}
     for name, one in opened.items():
         sites = sites_of(one.dictionary, one.saved.path)
@@ -100,12 +102,15 @@ def _check_places(config: PatchConfig, opened: dict[str, Opened]) -> None:
                 "Leave it out, or patch it in a run of its own.",
             )
     inputs, outputs = places[first]
+    if config.baselines is None:
+        return BASELINES if inputs == outputs else ()
     if config.baselines and inputs != outputs:
         raise ConfigError(
             "baselines are of dictionaries that reconstruct what they read",
             f"dictionaries from {_words(places[first])}",
-            "Pass --baselines with nothing after it.",
+            "Leave --baselines out.",
         )
+    return config.baselines
 
 
 def _words(place: tuple[tuple[str, ...], ...]) -> str:
@@ -123,9 +128,11 @@ def _bytes_of(config: PatchConfig) -> str:
         ) from None
 
 
-def _sources(config: PatchConfig, opened: dict[str, Opened], parents: dict[str, str]) -> Store | None:
+def _sources(
+    config: PatchConfig, opened: dict[str, Opened], baselines: Sequence[Baseline], parents: dict[str, str]
+) -> Store | None:
     """What baselines are fitted to, among the parents; the store, if it is one."""
-    if not FITTED & set(config.baselines):
+    if not FITTED & set(baselines):
         return None
     if config.store is None:
         fetch(config.text)
@@ -142,45 +149,32 @@ def _sources(config: PatchConfig, opened: dict[str, Opened], parents: dict[str, 
 
 
 def _measured(
-    config: PatchConfig, lm: LanguageModel, opened: dict[str, Opened], store: Store | None
+    config: PatchConfig,
+    lm: LanguageModel,
+    opened: dict[str, Opened],
+    baselines: Sequence[Baseline],
+    store: Store | None,
 ) -> dict[str, Any]:
     first = next(iter(opened.values()))
     policy = policy_of(None, first.saved, store)
     pairs = _pairs(config, lm, bos=policy.bos)
     sites = sites_of(first.dictionary, first.saved.path)
     runs = Runs(lm, pairs, sites, restore=config.direction == "restore", batch_rows=config.batch_rows)
-    material, read_text = None, bool(FITTED & set(config.baselines)) and store is None
-    if FITTED & set(config.baselines):
-        options = measure.MeasureConfig(
-            out=config.out,
-            model=config.model,
-            text=config.text,
-            n_fit_rows=config.n_fit_rows,
-            nulls=("ica",) if "ica" in config.baselines else ("pca",),
-            seed=config.seed,
-        )
-        material = measure.fit(options, lm, sites, policy, store)
-    n_draws, orders = config.n_bootstrap, {}
-    rows = []
-    with track("patch", len(opened) + len(config.baselines), "arms") as progress:
-        l0 = 0.0
+    fits = bool(FITTED & set(baselines))
+    material = _material(config, lm, sites, policy, store, baselines) if fits else None
+    found: list[tuple[Arm, dict[str, Curve]]] = []
+    with track("patch", len(opened) + len(baselines), "arms") as progress:
         for name, one in opened.items():
             arm = of_dictionary(name, one.dictionary, runs, describe(one.saved, one.dictionary, sites))
-            l0 = l0 or arm.about["l0"]
-            rows.append(arm)
-            orders[name] = _curves(config, arm, runs, progress)
+            found.append((arm, _curves(config, arm, runs, progress)))
             progress.advance()
-        for name in config.baselines:
+        l0 = found[0][0].about["l0"]
+        for name in baselines:
             arm = baseline(name, runs, first.dictionary, l0, material, config.seed)
-            rows.append(arm)
-            orders[name] = _curves(config, arm, runs, progress)
+            found.append((arm, _curves(config, arm, runs, progress)))
             progress.advance()
-    draws = {
-        name: {order: _drawn(curve.points, n_draws, config.seed) for order, curve in own.items()}
-        for name, own in orders.items()
-    }
-    target, reference = _reference(config, orders, draws)
-    data: dict[str, Any] = {
+    target, reference = _reference(config, found)
+    return {
         "model": lm.name,
         "dtype": str(lm.dtype).removeprefix("torch."),
         "hookpoints": list(sites.hookpoints),
@@ -188,7 +182,7 @@ def _measured(
         "corruption": None if config.pairs is not None else config.corruption,
         "attribution": config.attribution,
         "attribution_steps": config.attribution_steps,
-        "prompts": _about_pairs(runs, n_draws, config.seed),
+        "prompts": _about_pairs(runs),
         "reference": reference,
         "arms": [
             {
@@ -197,18 +191,32 @@ def _measured(
                 "about": arm.about,
                 "n_latents": arm.n_latents,
                 "n_candidates": len(arm.latents),
-                "orders": {
-                    order: _described(curve, draws[arm.name][order], target, arm)
-                    for order, curve in orders[arm.name].items()
-                },
+                "orders": {order: _described(config, curve, target) for order, curve in curves.items()},
             }
-            for arm in rows
+            for arm, curves in found
         ],
-        "attributions": [a._asdict() for a in attributions(config.text)] if read_text else [],
+        "attributions": [a._asdict() for a in attributions(config.text)] if fits and store is None else [],
     }
-    return data
 
 
+def _material(
+    config: PatchConfig,
+    lm: LanguageModel,
+    sites: Sites,
+    policy: TokenPolicy,
+    store: Store | None,
+    baselines: Sequence[Baseline],
+) -> measure.Material:
+    """The rows that baselines are fitted to."""
+    options = measure.MeasureConfig(
+        out=config.out,
+        model=config.model,
+        text=config.text,
+        n_fit_rows=config.n_fit_rows,
+        nulls=("ica",) if "ica" in baselines else ("pca",),
+        seed=config.seed,
+    )
+    return measure.fit(options, lm, sites, policy, store)
 
 
 def _pairs(config: PatchConfig, lm: LanguageModel, *, bos: bool) -> list[Pair]:
@@ -262,7 +270,7 @@ def _by_acdc(config: PatchConfig, arm: Arm, runs: Runs, start: list[int], spent:
     kept = list(acdc(kl, start, thresholds(config.n_thresholds), config.seed))
     n_forwards = spent[0] + runs.n_forwards - before
     different = {one.chosen: one.threshold for one in reversed(kept)}  # the smallest threshold that leaves a set
-    different.setdefault(tuple(start), 0.0)
+    different.setdefault(tuple(sorted(start)), 0.0)
     different.setdefault((), math.inf)
     points = [
         Point(len(chosen), runs.measure(arm.moves(chosen)), threshold if math.isfinite(threshold) else None)
@@ -275,7 +283,7 @@ def _by_acdc(config: PatchConfig, arm: Arm, runs: Runs, start: list[int], spent:
 # -- numbers -------------------------------------------------------------------------------------------------------
 
 
-def _drawn(points: list[Point], n: int, seed: int) -> dict[str, Float64[np.ndarray, "draws points"]]:
+def _drawn(config: PatchConfig, points: Sequence[Point]) -> dict[str, Float64[np.ndarray, "draws points"]]:
     """Means over all pairs, and over each draw of them; draws are the same for every arm."""
     values = {
         name: np.stack([getattr(point.measured, name).double().numpy() for point in points], axis=1)
@@ -292,22 +300,22 @@ def _drawn(points: list[Point], n: int, seed: int) -> dict[str, Float64[np.ndarr
             "edit": lambda t: t["edit"] / t["n"][:, None],
             "logit_difference": lambda t: t["logit_difference"] / t["known"],
         },
-        n=n,
-        seed=seed,
+        n=config.n_bootstrap,
+        seed=config.seed,
         n_units=n_pairs,
     )
 
 
 def _reference(
-    config: PatchConfig, orders: dict[str, dict[str, Curve]], draws: dict[str, dict[str, Any]]
+    config: PatchConfig, found: Sequence[tuple[Arm, dict[str, Curve]]]
 ) -> tuple[Draws | None, dict[str, Any] | None]:
     """The divergence that all arms have to reach: that of PCA with so many directions, by attribution."""
-    own = orders.get("pca", {}) if "pca" in config.baselines else {}
+    own = next((curves for arm, curves in found if arm.name == "pca" and not arm.is_dictionary), {})
     if "attribution" not in own:
         return None, None
     counts = [point.n for point in own["attribution"].points]
     n = min(config.reference, counts[-1])
-    kl = draws["pca"]["attribution"]["kl"][:, counts.index(n)]
+    kl = _drawn(config, own["attribution"].points)["kl"][:, counts.index(n)]
     return kl, {"arm": "pca", "order": "attribution", "n": n, "kl": _statistic(kl)}
 
 
@@ -335,8 +343,8 @@ def needed(
     return n_needed, edit_needed
 
 
-def _described(curve: Curve, draws: dict[str, Any], target: Draws | None, arm: Arm) -> dict[str, Any]:
-    counts = [point.n for point in curve.points]
+def _described(config: PatchConfig, curve: Curve, target: Draws | None) -> dict[str, Any]:
+    draws, counts = _drawn(config, curve.points), [point.n for point in curve.points]
     points = []
     for column, point in enumerate(curve.points):
         points.append(
@@ -373,7 +381,7 @@ def _statistic(draws: Draws) -> dict[str, Any]:
     return out
 
 
-def _about_pairs(runs: Runs, n: int, seed: int) -> dict[str, Any]:
+def _about_pairs(runs: Runs) -> dict[str, Any]:
     lengths = [len(pair.clean) for pair in runs.pairs]
     known = runs.known
     told: dict[str, Any] = {

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+from torch import Tensor
 
 from sememe import artifact, figures
 from sememe import lm as language_models
 from sememe.config import sha256_of
+from sememe.dictionaries import load
 from sememe.dictionaries.base import Dictionary
 from sememe.dictionaries.folders import paths_in
-from sememe.dictionaries import load
 from sememe.edits import check
 from sememe.errors import ConfigError, MismatchError, TextError
 from sememe.lm import LanguageModel
@@ -63,10 +66,9 @@ def scrub(config: ScrubConfig, *, lm: LanguageModel | None = None, fresh: bool =
     saved = {name: artifact.load(path, "dictionary") for name, path in paths_in(config.dictionaries).items()}
     dictionaries = {name: load(one.path) for name, one in saved.items()}
     model_print = lm.fingerprint if lm is not None else language_models.fingerprint_of(config.model)
-    policies = []
     for name, one in saved.items():
         _check_one(name, dictionaries[name], one.path, model_print)
-        policies.append(policy_of(policies[0] if policies else None, one, None))
+    policy = _policy(saved)
     parents = {f"dictionary: {name}": one.fingerprint for name, one in saved.items()}
     parents["model"] = model_print
     if config.circuit is not None:
@@ -84,7 +86,7 @@ def scrub(config: ScrubConfig, *, lm: LanguageModel | None = None, fresh: bool =
     with artifact.building(
         config.out, kind="scrubbing", version=VERSION, config=config, parents=parents, fresh=fresh
     ) as work:
-        data = _measured(config, lm, places, policies[0], work.path)
+        data = _measured(config, lm, places, policy, work.path)
         artifact.write_json(work.path / SCRUBBING, data)
         figures.write_scrubbing(work.path, data)
         work.extra = {"dictionaries": [place.name for place in places]}
@@ -109,6 +111,37 @@ def _check_one(name: str, dictionary: Dictionary, path: Path, model_print: str) 
         )
 
 
+def _policy(saved: dict[str, artifact.Artifact]) -> TokenPolicy:
+    """The token policy of all the dictionaries."""
+    policies = {name: policy_of(None, one, None) for name, one in saved.items()}
+    first = next(iter(policies))
+    for name, policy in policies.items():
+        if policy != policies[first]:
+            raise MismatchError(
+                f"the dictionaries must have one token policy, that of {first}",
+                f"another of {name}",
+                "Leave it out, or train it on a store of that policy.",
+            )
+    return policies[first]
+
+
+def _reached(lm: LanguageModel, names: list[str]) -> list[str]:
+    """Hookpoints in the order in which a forward reaches them."""
+    order: list[str] = []
+
+    def look(name: str) -> Callable[[Tensor], Tensor]:
+        def note(x: Tensor) -> Tensor:
+            if name not in order:
+                order.append(name)
+            return x
+
+        return note
+
+    with torch.no_grad(), lm.edit({name: look(name) for name in names}):
+        lm.hidden(torch.zeros(1, 1, dtype=torch.long))
+    return order
+
+
 def _places(dictionaries: dict[str, Dictionary], lm: LanguageModel) -> tuple[Place, ...]:
     """The dictionaries in the order in which a forward reaches them."""
     found: dict[str, Place] = {}
@@ -123,7 +156,7 @@ def _places(dictionaries: dict[str, Dictionary], lm: LanguageModel) -> tuple[Pla
                 "Leave one out.",
             )
         found[hookpoint] = Place(name, hookpoint, dictionary)
-    order = lm.reached(list(found))
+    order = _reached(lm, list(found))
     return tuple(found[hookpoint] for hookpoint in order)
 
 
