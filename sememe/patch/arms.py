@@ -134,8 +134,8 @@ def _difference_in_means(runs: Runs) -> Float[Tensor, "1 d"]:
 
 
 def _editable(runs: Runs, part: Part) -> Bool[Tensor, " rows"]:
-    """Rows that are not over a site's limit of norm (attention sinks): the others are never changed."""
-    here = torch.ones(part.x.shape[0], dtype=torch.bool, device=part.x.device)
+    """Rows that are no filling and not over a site's limit of norm (attention sinks): the others are never changed."""
+    here = part.real.clone()
     for site in runs.sites.inputs:
         if site.max_norm is not None:
             here &= part.x[:, site.start : site.stop].norm(dim=1) <= site.max_norm

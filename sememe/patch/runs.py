@@ -6,17 +6,20 @@ logits of the last position.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from sememe.dictionaries.base import Sites
 from sememe.errors import ActivationError
 from sememe.lm import LanguageModel
-from sememe.pairs import Pair, by_length
+from sememe.lm.past import Prefix
+from sememe.pairs import Pair
 from sememe.splice import BaseRun, Splicer
 
 __all__ = ["Measured", "Part", "Runs", "kl_of"]
@@ -26,20 +29,30 @@ Moves = Sequence[Float[Tensor, "rows d_out"]]
 
 
 class Part(NamedTuple):
-    """Some pairs whose prompts are of one length."""
+    """Some pairs, from the first position at which those of a pair differ.
+
+    Before it the two runs are the same, and nothing that is added could be anything but 0: keys and values of those
+    positions are kept and not computed again. Prompts that are shorter are filled up at their end, which nothing sees.
+    """
 
     numbers: Int[Tensor, " n"]
     """Which pairs."""
     run: BaseRun
-    """The run that is edited."""
+    """The run that is edited, at those positions."""
     x: Float[Tensor, "rows d_in"]
     """What it reads."""
     other: Float[Tensor, "rows d_in"]
     """What the other run reads at the same places."""
+    real: Bool[Tensor, " rows"]
+    """False at what fills a prompt up."""
     target: Float[Tensor, "n vocab"]
     """Log-probabilities of the other run after the last token."""
+    last: Int[Tensor, " n"]
+    """The place of the last token."""
     n_after: Int[Tensor, " n"]
-    """Positions from the first at which the prompts differ; before it the two runs are the same."""
+    """Positions from the first at which the prompts differ."""
+    before: Callable[[], Prefix] | None
+    """What the run goes on from; None where it begins at the first token."""
 
 
 class Measured(NamedTuple):
@@ -67,6 +80,7 @@ class Runs:
         sites: Where is read and written.
         restore: The corrupted run is edited; else the clean one.
         batch_rows: Prompts per forward.
+        keep_keys: Go on from the keys of the positions before the first at which prompts differ, where the model can.
 
     `n_forwards` counts edits of all pairs at once, each one forward from the hookpoint on; `n_backwards` gradients.
 
@@ -75,11 +89,20 @@ class Runs:
     """
 
     def __init__(
-        self, lm: LanguageModel, pairs: Sequence[Pair], sites: Sites, *, restore: bool, batch_rows: int
+        self,
+        lm: LanguageModel,
+        pairs: Sequence[Pair],
+        sites: Sites,
+        *,
+        restore: bool,
+        batch_rows: int,
+        keep_keys: bool = True,
     ) -> None:
         self.lm, self.pairs, self.sites, self.restore = lm, tuple(pairs), sites, restore
         reads, writes = ([site.hookpoint for site in side] for side in (sites.inputs, sites.outputs))
         self.splicer = Splicer(lm, reads, writes)
+        self.goes_on = keep_keys and lm.goes_on()
+        self.first_layer = self.splicer.start + 1 if lm.skips(self.splicer.start) else 0
         self.n_forwards = self.n_backwards = 0
         self.known = torch.tensor([pair.answer is not None and pair.wrong is not None for pair in pairs])
         self.asked = torch.tensor([(pair.answer or 0, pair.wrong or 0) for pair in pairs])
@@ -88,37 +111,76 @@ class Runs:
         self.right = torch.zeros(len(pairs), dtype=torch.bool)
         """Whether the clean prompt's answer is likelier than the wrong one."""
         self.parts = [
-            self._part(torch.tensor(group[start : start + batch_rows]))
-            for group in by_length(pairs)
-            for start in range(0, len(group), batch_rows)
+            self._part(torch.arange(start, min(start + batch_rows, len(pairs))))
+            for start in range(0, len(pairs), batch_rows)
         ]
 
     @torch.no_grad()
     def _part(self, numbers: Int[Tensor, " n"]) -> Part:
         chosen = [self.pairs[number] for number in numbers.tolist()]
-        clean, corrupted = (torch.tensor([pair[side] for pair in chosen]) for side in (0, 1))
-        runs = self.splicer.base(clean), self.splicer.base(corrupted)
-        logits = [self._last(run.hidden) for run in runs]
+        first = torch.tensor([pair.first for pair in chosen])
+        length = torch.tensor([len(pair.clean) for pair in chosen])
+        n_after = length - first
+        begins = first if self.goes_on and int(first.max()) > 0 else torch.zeros_like(first)
+        n_new = int((length - begins).max())
+        columns = torch.minimum(begins[:, None] + torch.arange(n_new), length[:, None] - 1)
+        last = length - 1 - begins
+        runs, before, logits = [], [], []
+        for side in (0, 1):
+            ids = pad_sequence([torch.tensor(pair[side]) for pair in chosen], batch_first=True)
+            run, prefix = self._recorded(ids, begins, columns)
+            runs.append(run)
+            before.append(prefix)
+            # through the same operations as edits: what is the same then is the same to the bit
+            logits.append(self._last(self._spliced(run, {}, prefix() if prefix else None), last))
         for values, found in zip(self.base, logits, strict=True):
             values[numbers] = self._difference(found, numbers).cpu()
         self.right[numbers] = self.base[0][numbers] > 0
-        run, target = (runs[1], logits[0]) if self.restore else (runs[0], logits[1])
-        n_after = torch.tensor([len(pair.clean) - pair.first for pair in chosen])
-        x, other = (self._read(one) for one in (run, runs[0] if self.restore else runs[1]))
-        if not bool(torch.isfinite(x).all() and torch.isfinite(other).all()):
+        edited, other = (1, 0) if self.restore else (0, 1)
+        x, theirs = self._read(runs[edited]), self._read(runs[other])
+        if not bool(torch.isfinite(x).all() and torch.isfinite(theirs).all()):
             raise ActivationError(
                 "activations must be finite",
                 "NaN or infinity",
                 "Load the model in bfloat16 or float32 (--dtype), or check its weights.",
             )
-        return Part(numbers, run, x, other, target.float().log_softmax(-1), n_after)
+        real = torch.arange(n_new) <= last[:, None]
+        target = logits[other].float().log_softmax(-1)
+        return Part(
+            numbers, runs[edited], x, theirs, real.reshape(-1).to(x.device), target, last, n_after, before[edited]
+        )  # fmt: skip
+
+    def _recorded(
+        self, ids: Int[Tensor, "n seq"], begins: Int[Tensor, " n"], columns: Int[Tensor, "n new"]
+    ) -> tuple[BaseRun, Callable[[], Prefix] | None]:
+        """The unedited run of some prompts at some columns, and what it goes on from there."""
+        goes_on = int(begins.max()) > 0
+        with self.lm.remembering() if goes_on else contextlib.nullcontext() as past:
+            run = self.splicer.base(ids)
+        rows = torch.arange(len(ids))
+
+        def taken(values: Tensor) -> Tensor:
+            return values[rows[:, None].to(values.device), columns.to(values.device)]
+
+        kept = BaseRun(
+            taken(run.ids), None, taken(run.hidden), {name: taken(own) for name, own in run.activations.items()}
+        )
+        if past is None:
+            return kept, None
+        n_new = columns.shape[1]
+        return kept, lambda: past.prefix(rows, begins, n_new, self.first_layer)
+
+    def _spliced(self, run: BaseRun, replaced: Mapping[str, Tensor], before: Prefix | None) -> Tensor:
+        with self.lm.after(before) if before is not None else contextlib.nullcontext():
+            return self.splicer.spliced(run, replaced)
 
     def _read(self, run: BaseRun) -> Float[Tensor, "rows d_in"]:
         parts = [run.activations[site.hookpoint] for site in self.sites.inputs]
         return torch.cat([part.reshape(-1, part.shape[-1]).float() for part in parts], dim=1)
 
-    def _last(self, hidden: Float[Tensor, "n seq d"]) -> Float[Tensor, "n vocab"]:
-        return self.lm.logits(hidden[:, -1:])[:, 0]
+    def _last(self, hidden: Float[Tensor, "n new d"], last: Int[Tensor, " n"]) -> Float[Tensor, "n vocab"]:
+        rows = torch.arange(len(last), device=hidden.device)
+        return self.lm.logits(hidden[rows, last.to(hidden.device)][:, None])[:, 0]
 
     def _difference(
         self, logits: Float[Tensor, "n vocab"], numbers: Int[Tensor, " n"]
@@ -137,6 +199,11 @@ class Runs:
             out[site.hookpoint] = (old.float() + add.to(old.device)).to(old.dtype)
         return out
 
+    def _edited(self, part: Part, moved: Float[Tensor, "rows d_out"]) -> Float[Tensor, "n vocab"]:
+        """Logits after the last token with something added."""
+        before = part.before() if part.before is not None else None
+        return self._last(self._spliced(part.run, self.written(part, moved), before), part.last)
+
     @torch.no_grad()
     def measure(self, moves: Moves) -> Measured:
         """What the other layers make of an edit: one forward of every pair, from the hookpoint on.
@@ -148,7 +215,7 @@ class Runs:
         kl, edit, difference = torch.zeros(n), torch.zeros(n), torch.zeros(n)
         self.n_forwards += 1
         for part, moved in zip(self.parts, moves, strict=True):
-            logits = self._last(self.splicer.spliced(part.run, self.written(part, moved)))
+            logits = self._edited(part, moved)
             kl[part.numbers] = kl_of(logits.float().log_softmax(-1), part.target).cpu()
             norms = moved.norm(dim=1).reshape(len(part.numbers), -1).sum(1).cpu()
             edit[part.numbers] = norms / part.n_after
@@ -176,7 +243,7 @@ class Runs:
         found = []
         for part, move in zip(self.parts, moves, strict=True):
             moved = move.detach().clone().requires_grad_(True)
-            logits = self._last(self.splicer.spliced(part.run, self.written(part, moved)))
+            logits = self._edited(part, moved)
             if of == "kl":
                 small = kl_of(logits.float().log_softmax(-1), part.target).sum()
             else:
