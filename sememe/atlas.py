@@ -146,8 +146,8 @@ CREATE TABLE logits (latent INTEGER NOT NULL, sign TINYINT NOT NULL, rank INTEGE
     value FLOAT NOT NULL,                               -- sign 1: promoted, -1: demoted; rank 0 is the strongest
     lens VARCHAR NOT NULL DEFAULT 'logit');
 
--- How that is spread over the vocabulary: tokens by standard deviations from the mean (latents.logit_mean, logit_std), in
--- the bins of meta.logit_edges; whatever lies beyond is in the first and last. No table in some older atlases.
+-- How that is spread over the vocabulary: tokens by standard deviations from the mean (latents.logit_mean, logit_std),
+-- in the bins of meta.logit_edges; whatever lies beyond is in the first and last. No table in some older atlases.
 CREATE TABLE logit_histograms (latent INTEGER NOT NULL, lens VARCHAR NOT NULL, counts INTEGER[] NOT NULL);
 
 -- The tokens that hold most of its activation: rank 0 is latents.top_token. `share` is of its activation mass; for

@@ -213,7 +213,9 @@ def test_direct_logits_are_decoder_times_unembedding(atlas: Atlas, world: World)
         counts = atlas.query("SELECT counts FROM logit_histograms WHERE latent = ?", latent)[0]["counts"]
         z = (logits[latent].double() - found["logit_mean"]) / found["logit_std"]
         truth, edges = np.histogram(z.clamp(-4.999, 4.999).numpy(), bins=40, range=(-5, 5))
-        assert atlas.meta["logit_edges"] == pytest.approx(edges.tolist()) and sum(counts) == world.lm.vocab_size
+        assert (
+            atlas.meta["logit_edges"] == pytest.approx(edges.tolist()) and sum(counts) == world.lm.vocab_size
+        )
         assert np.abs(np.array(counts) - truth).sum() <= 2  # one that lies on an edge to rounding
 
 

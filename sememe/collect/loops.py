@@ -437,7 +437,7 @@ def coarsen(hist, exponents, largest, out):  # type: ignore[no-untyped-def]
 
 @njit(parallel=True, cache=True)
 def spread_over(values, mean, std, limit, counts):  # type: ignore[no-untyped-def]
-    """How many entries of each row lie so many standard deviations from its mean: equal bins between -limit and limit."""
+    """How many entries of each row lie how many standard deviations from its mean: equal bins up to the limit."""
     n_bins = counts.shape[1]
     scale = n_bins / (2.0 * limit)
     for row in prange(values.shape[0]):

@@ -28,7 +28,10 @@ from sememe.tuned import Lens
 __all__ = ["residual_directions", "write_database"]
 
 KINDS = np.array(["top", "decile", "random"])
-LOGIT_BINS, LOGIT_LIMIT = 40, 5.0  # of the histogram over the vocabulary: a quarter of a standard deviation each
+LOGIT_BINS, LOGIT_LIMIT = (
+    40,
+    5.0,
+)  # of the histogram over the vocabulary: a quarter of a standard deviation each
 
 
 def write_database(
