@@ -18,10 +18,64 @@ from sememe.errors import ConfigError, TextError
 __all__ = ["Pair", "by_length", "ioi_pairs", "read_pairs", "single_tokens"]
 
 NAMES = (
-    *("Mary", "John", "Tom", "James", "Anna", "Paul", "Peter", "Sarah", "Emma", "Jack", "Kate", "Laura", "Mark"),
-    *("David", "Lisa", "Alice", "Bob", "Robert", "Michael", "Daniel", "Maria", "Julia", "Henry", "George", "William"),
-    *("Charles", "Jane", "Susan", "Helen", "Martin", "Simon", "Adam", "Eric", "Kevin", "Brian", "Steve", "Karen"),
-    *("Nancy", "Rachel", "Grace", "Rose", "Amy", "Alex", "Sam", "Max", "Ben", "Louis", "Victor", "Ruth", "Clara"),
+    *(
+        "Mary",
+        "John",
+        "Tom",
+        "James",
+        "Anna",
+        "Paul",
+        "Peter",
+        "Sarah",
+        "Emma",
+        "Jack",
+        "Kate",
+        "Laura",
+        "Mark",
+    ),
+    *(
+        "David",
+        "Lisa",
+        "Alice",
+        "Bob",
+        "Robert",
+        "Michael",
+        "Daniel",
+        "Maria",
+        "Julia",
+        "Henry",
+        "George",
+        "William",
+    ),
+    *(
+        "Charles",
+        "Jane",
+        "Susan",
+        "Helen",
+        "Martin",
+        "Simon",
+        "Adam",
+        "Eric",
+        "Kevin",
+        "Brian",
+        "Steve",
+        "Karen",
+    ),
+    *(
+        "Nancy",
+        "Rachel",
+        "Grace",
+        "Rose",
+        "Amy",
+        "Alex",
+        "Sam",
+        "Max",
+        "Ben",
+        "Louis",
+        "Victor",
+        "Ruth",
+        "Clara",
+    ),
 )
 PLACES = ("shop", "school", "park", "office", "station", "garden", "beach", "market", "library", "hospital")
 THINGS = ("book", "drink", "letter", "ring", "ball", "bag", "key", "pen", "gift", "hat")
@@ -133,7 +187,9 @@ def ioi_pairs(
         found.setdefault((clean, corrupted), Pair(*ids, known[answer], known[again], (clean, corrupted)))
     if len(found) < n:
         raise ConfigError(
-            f"n_pairs must be at most what the names make, {len(found)} here", n, "Lower it, or name more names."
+            f"n_pairs must be at most what the names make, {len(found)} here",
+            n,
+            "Lower it, or name more names.",
         )
     return list(found.values())
 
@@ -165,7 +221,9 @@ def read_pairs(path: Path, tokenizer: Any, *, bos: bool = False) -> list[Pair]:
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise TextError("pairs must be a file of JSON lines", f"{path}: {error}", "Name a .jsonl file.") from None
+        raise TextError(
+            "pairs must be a file of JSON lines", f"{path}: {error}", "Name a .jsonl file."
+        ) from None
     first = [tokenizer.bos_token_id] if bos and tokenizer.bos_token_id is not None else []
     found = []
     for number, line in enumerate(lines, 1):
@@ -179,11 +237,15 @@ def read_pairs(path: Path, tokenizer: Any, *, bos: bool = False) -> list[Pair]:
                 "Change the words so that they are.",
             )
         if ids[0] == ids[1]:
-            raise ConfigError(f"the prompts of a pair must differ ({where})", repr(clean), "Change one of them.")
+            raise ConfigError(
+                f"the prompts of a pair must differ ({where})", repr(clean), "Change one of them."
+            )
         answers = [_answer(tokenizer, clean, text, where) for text in (answer, wrong)]
         found.append(Pair(ids[0], ids[1], answers[0], answers[1], (clean, corrupted)))
     if len(found) < 2:
-        raise TextError(f"{path} must hold at least two pairs", len(found), "Add some: intervals are over pairs.")
+        raise TextError(
+            f"{path} must hold at least two pairs", len(found), "Add some: intervals are over pairs."
+        )
     return found
 
 
@@ -197,7 +259,9 @@ def _fields(line: str, where: str) -> tuple[str, str, str | None, str | None]:
         answers = None, None
     if not (isinstance(clean, str) and isinstance(corrupted, str) and clean and corrupted):
         raise TextError(
-            f"a line must be an object with the texts clean and corrupted ({where})", line[:60], "Mend the line."
+            f"a line must be an object with the texts clean and corrupted ({where})",
+            line[:60],
+            "Mend the line.",
         )
     return clean, corrupted, answers[0], answers[1]
 

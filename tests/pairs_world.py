@@ -51,9 +51,7 @@ def spaced_tokenizer() -> Any:
     backend = Tokenizer(models.BPE(unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Metaspace()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1200, special_tokens=["<unk>", "<s>"], show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=1200, special_tokens=["<unk>", "<s>"], show_progress=False)
     backend.train_from_iterator(sentences(), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>")
 
@@ -65,7 +63,11 @@ def corpus_of(folder: Path) -> TextConfig:
 
 
 def save(
-    lm: LanguageModel, path: Path, hookpoint: str = "resid_post.1", seed: int = 0, max_norm: float | None = None
+    lm: LanguageModel,
+    path: Path,
+    hookpoint: str = "resid_post.1",
+    seed: int = 0,
+    max_norm: float | None = None,
 ) -> Path:
     """A random TopK dictionary as an artifact."""
     return save_one(random_topk(sites(lm, hookpoint, max_norm=max_norm), seed), path)
@@ -73,7 +75,7 @@ def save(
 
 def save_one(dictionary: Dictionary, path: Path) -> Path:
     policy = TokenPolicy(context_length=CTX).resolved()
-    dictionary.save(path, torch.randn(16, D, generator=torch.Generator().manual_seed(1)), extra={"policy": policy})
+    dictionary.save(
+        path, torch.randn(16, D, generator=torch.Generator().manual_seed(1)), extra={"policy": policy}
+    )
     return path
-
-

@@ -74,9 +74,13 @@ def test_prompts_are_made_for_any_tokenizer_with_the_names(
 def test_prompts_that_cannot_be_made(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sememe.pairs.PLACES", ("park",))
     monkeypatch.setattr("sememe.pairs.THINGS", ("book",))
-    with pytest.raises(ConfigError, match=r"at least 3 of the 50 names must be single tokens.*got none\. Name others"):
+    with pytest.raises(
+        ConfigError, match=r"at least 3 of the 50 names must be single tokens.*got none\. Name others"
+    ):
         ioi_pairs(tiny_tokenizer(), 4)
-    with pytest.raises(ConfigError, match=r"n_pairs must be at most what the names make, 72 here, got 100\. Lower it"):
+    with pytest.raises(
+        ConfigError, match=r"n_pairs must be at most what the names make, 72 here, got 100\. Lower it"
+    ):
         ioi_pairs(lm.tokenizer, 100, names=SOME_NAMES[:3])
 
 
@@ -129,15 +133,18 @@ def test_an_identity_dictionary_reproduces_activation_patching(
 ) -> None:
     runs = runs_of(lm, pairs, restore=restore)
     arm = of_dictionary("identity", identity(sites(lm, SITE)), runs)
-    assert set(arm.latents) == set(range(2 * D))  # each dimension has both signs somewhere
-    everything = runs.measure(arm.moves(range(2 * D)))
+    assert len(arm.latents) > D  # those that are on in a run somewhere, of both signs of each dimension
+    everything = runs.measure(arm.moves(range(len(arm.latents))))
     assert float(everything.kl.abs().max()) < 1e-6
     nothing = runs.measure(arm.moves([]))
     assert float(nothing.edit.max()) == 0 and float(nothing.kl.min()) > 1e-3
     dims = [1, 4, 9, 20]
-    some = runs.measure(arm.moves([arm.latents.index(i) for dim in dims for i in (dim, D + dim)]))
+    both = [arm.latents.index(i) for dim in dims for i in (dim, D + dim) if i in arm.latents]
+    some = runs.measure(arm.moves(both))
     for number, pair in enumerate(pairs):
-        edited, other = (torch.tensor([ids]) for ids in ((pair.corrupted, pair.clean) if restore else pair[:2]))
+        edited, other = (
+            torch.tensor([ids]) for ids in ((pair.corrupted, pair.clean) if restore else pair[:2])
+        )
         with torch.no_grad():
             target = lm.logits(lm.hidden(other))[:, -1].float().log_softmax(-1)
             mine, theirs = (lm.capture(ids, SITE)[SITE][0] for ids in (edited, other))
@@ -193,7 +200,9 @@ def test_baselines_that_span_the_space_leave_nothing(lm: LanguageModel, pairs: l
     assert len(one.latents) == 1 and float(one.directions.norm()) == pytest.approx(1.0)
     apart = torch.cat([(part.other - part.x)[part.real] for part in runs.parts]).mean(0)
     assert float(torch.cosine_similarity(apart, one.directions[0], dim=0)) == pytest.approx(1.0, abs=1e-5)
-    moved = torch.cat([m[p.real] for m, p in zip(one.moves([0]), runs.parts, strict=True)]).mean(0)  # its mean is the whole of the mean difference
+    moved = torch.cat([m[p.real] for m, p in zip(one.moves([0]), runs.parts, strict=True)]).mean(
+        0
+    )  # its mean is the whole of the mean difference
     torch.testing.assert_close(moved, apart, rtol=1e-4, atol=1e-5)
 
 
@@ -232,7 +241,9 @@ def test_attribution_beats_a_random_order_and_a_straight_way_sums_up(
     assert area(order) < 0.9 * min(area(one) for one in shuffled)
     few = runs_of(lm, pairs[:3])
     arm = of_dictionary("identity", identity(sites(lm, SITE)), few)
-    everything, nothing = (few.measure(arm.moves(chosen)).kl.mean() for chosen in (range(len(arm.latents)), []))
+    everything, nothing = (
+        few.measure(arm.moves(chosen)).kl.mean() for chosen in (range(len(arm.latents)), [])
+    )
     steps = attribution(arm, few, "kl", 64).sum()  # integrated gradients are complete
     assert float(steps) == pytest.approx(float(everything - nothing), rel=0.1)
 
@@ -331,7 +342,10 @@ def test_the_verb_writes_numbers_plots_and_a_page(lm: LanguageModel, folder: Pat
             counts = [point["n"] for point in own["points"]]
             assert counts == sorted(set(counts)) and counts[0] == 0
             start = own["points"][0]
-            assert start["edit"]["value"] == 0 and start["kl"]["low"] <= start["kl"]["value"] <= start["kl"]["high"]
+            assert (
+                start["edit"]["value"] == 0
+                and start["kl"]["low"] <= start["kl"]["value"] <= start["kl"]["high"]
+            )
             assert counts[-1] == (min(6, arm["n_candidates"]) if order == "acdc" else arm["n_candidates"])
             cost = {"attribution": (1, 1), "random": (0, 0)}
             assert order == "acdc" or (own["n_forwards"], own["n_backwards"]) == cost[order]
@@ -351,7 +365,9 @@ def test_the_verb_writes_numbers_plots_and_a_page(lm: LanguageModel, folder: Pat
 
 def test_dictionaries_that_do_not_belong_together(lm: LanguageModel, folder: Path, tmp_path: Path) -> None:
     other = save(lm, tmp_path / "other", "resid_post.0")
-    with pytest.raises(MismatchError, match=r"of one hookpoint, resid_post\.1 like one, got resid_post\.0 of other\."):
+    with pytest.raises(
+        MismatchError, match=r"of one hookpoint, resid_post\.1 like one, got resid_post\.0 of other\."
+    ):
         patch(small(folder, tmp_path / "a", dictionaries=(folder / "one", other)), lm=lm)
     with pytest.raises(MismatchError, match=r"the model must be the one the dictionary was trained on, tiny"):
         patch(small(folder, tmp_path / "a"), lm=people_lm(seed=1))
@@ -372,8 +388,14 @@ def test_dictionaries_that_do_not_belong_together(lm: LanguageModel, folder: Pat
         ({"orders": ("attribution", "attribution")}, r"each of orders must be named once"),
         ({"orders": ()}, r"orders must name at least one"),
         ({"orders": ("random",), "n_thresholds": 9}, r"n_thresholds must be left out when acdc is not among"),
-        ({"orders": ("random",), "attribution_steps": 9}, r"must be left out when nothing is ordered by attribution"),
-        ({"baselines": ("random_rotation",), "n_fit_rows": 9}, r"must be left out when no baseline is fitted"),
+        (
+            {"orders": ("random",), "attribution_steps": 9},
+            r"must be left out when nothing is ordered by attribution",
+        ),
+        (
+            {"baselines": ("random_rotation",), "n_fit_rows": 9},
+            r"must be left out when no baseline is fitted",
+        ),
         ({"dictionaries": ()}, r"dictionaries must be at least 1 long"),
     ],
 )

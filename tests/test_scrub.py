@@ -49,7 +49,13 @@ def places(lm: LanguageModel) -> tuple[Place, ...]:
 
 
 def options(text: TextConfig, **changes: Any) -> ScrubConfig:
-    base: dict[str, Any] = {"dictionaries": ("d",), "text": text, "split": "train", "n_tokens": 400, "batch_rows": 5}
+    base: dict[str, Any] = {
+        "dictionaries": ("d",),
+        "text": text,
+        "split": "train",
+        "n_tokens": 400,
+        "batch_rows": 5,
+    }
     return ScrubConfig.build(base | changes)
 
 
@@ -236,7 +242,9 @@ def test_the_verb_writes_a_table_of_edges(lm: LanguageModel, text: TextConfig, t
     assert data["downstream"]["largest"]["latents"] == pytest.approx(max(own))
     assert abs(data["downstream"]["edges"][0]["mean_change"]) == pytest.approx(max(own))
     assert "What latents of low do downstream" in (done.path / "scrub.md").read_text()
-    with pytest.raises(ConfigError, match=r"a dictionary of a later hookpoint, got high, the last\. Name another"):
+    with pytest.raises(
+        ConfigError, match=r"a dictionary of a later hookpoint, got high, the last\. Name another"
+    ):
         scrub(config.replace(out=tmp_path / "b", source="high"), lm=lm)
     with pytest.raises(ConfigError, match=r"a latent of low must be in \[0, 95\], got 96"):
         scrub(config.replace(out=tmp_path / "b", n_latents=16, latents=(96,)), lm=lm)
@@ -281,12 +289,17 @@ def test_the_verb_writes_a_table_of_edges(lm: LanguageModel, text: TextConfig, t
             r"an edge must lead to a dictionary of a later hookpoint, got b to a",
         ),
         (
-            {"nodes": [{"name": "a", "dictionary": "low", "latents": [1]}], "edges": [{"from": "a", "to": "outptu"}]},
+            {
+                "nodes": [{"name": "a", "dictionary": "low", "latents": [1]}],
+                "edges": [{"from": "a", "to": "outptu"}],
+            },
             r"from a node to a node or output, got 'outptu'\. Did you mean 'output'",
         ),
     ],
 )
-def test_circuits_that_do_not_hold(places: tuple[Place, ...], tmp_path: Path, data: Any, message: str) -> None:
+def test_circuits_that_do_not_hold(
+    places: tuple[Place, ...], tmp_path: Path, data: Any, message: str
+) -> None:
     path = tmp_path / "circuit.json"
     path.write_text(json.dumps(data))
     with pytest.raises(ConfigError, match=message):
@@ -312,7 +325,10 @@ def test_circuits_that_cannot_be_read(places: tuple[Place, ...], tmp_path: Path)
         ({"ioi": True, "n_tokens": 9}, r"n_tokens must be left out when inputs are prompts"),
         ({"latents": (1, 1)}, r"latents must be numbers from 0 on, each named once"),
         ({"latents": (1,), "n_latents": 3}, r"n_latents must be left out when latents are named"),
-        ({"circuit": "c", "n_latents": 0, "source": "x"}, r"source must be left out when no downstream effects"),
+        (
+            {"circuit": "c", "n_latents": 0, "source": "x"},
+            r"source must be left out when no downstream effects",
+        ),
     ],
 )
 def test_bad_options_say_what_to_do(given: dict[str, Any], message: str) -> None:

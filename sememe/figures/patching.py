@@ -95,7 +95,12 @@ def write_patching(folder: Path, data: Data) -> None:
         body.append(f"<h2>{html.escape(heading)}</h2>{html_table(table)}")
     credits = attributions([data])
     if credits:
-        markdown += ["Baselines were fitted to texts of:", "", *(f"- {text} {url}".rstrip() for text, url in credits), ""]
+        markdown += [
+            "Baselines were fitted to texts of:",
+            "",
+            *(f"- {text} {url}".rstrip() for text, url in credits),
+            "",
+        ]
         body.append("<ul class='credits'>" + "".join(credit(text, url) for text, url in credits) + "</ul>")
     (folder / "patch.md").write_text("\n".join(markdown), encoding="utf-8")
     (folder / "patch.html").write_text(page(title, "\n".join(body)), encoding="utf-8")
@@ -132,7 +137,16 @@ def _facts(data: Data) -> list[str]:
 
 def _table(data: Data, order: str) -> Table:
     """A row per arm."""
-    columns = ["", "candidates", "least KL", "patches there", "patches needed", "edit needed", "forwards", "backwards"]
+    columns = [
+        "",
+        "candidates",
+        "least KL",
+        "patches there",
+        "patches needed",
+        "edit needed",
+        "forwards",
+        "backwards",
+    ]
     table = Table(columns, [], [])
     for arm in data["arms"]:
         own = arm["orders"].get(order)
@@ -202,7 +216,9 @@ def _plot(data: Data, against: str) -> Figure:
         axes.grid()
         axes.set_axisbelow(True)
         _label(axes, ends)
-    panels[-1].set_xlabel("latents or directions patched" if against == "patches" else "mean norm of the edit")
+    panels[-1].set_xlabel(
+        "latents or directions patched" if against == "patches" else "mean norm of the edit"
+    )
     return figure
 
 
@@ -232,7 +248,13 @@ def _draw(axes: Any, line: _Line, against: str, floor: float) -> list[tuple[floa
     x = [point["n"] if against == "patches" else point["edit"]["value"] for point in points]
     y = [max(point["kl"]["value"], floor) for point in points]
     marker = line.marker or ("D" if len(points) == 1 else "")
-    style = {"color": line.colour, "linestyle": line.style, "marker": marker, "markersize": 3.5, "linewidth": 1.5}
+    style = {
+        "color": line.colour,
+        "linestyle": line.style,
+        "marker": marker,
+        "markersize": 3.5,
+        "linewidth": 1.5,
+    }
     axes.plot(x, y, **style)
     if all(point["kl"]["low"] is not None for point in points):
         low, high = ([max(point["kl"][end], floor) for point in points] for end in ("low", "high"))

@@ -41,7 +41,9 @@ def write_scrubbing(folder: Path, data: Data) -> None:
         data: scrub.json.
     """
     title = f"Scrubbing {data['model']}"
-    places = ", ".join(f"{one['name']} ({one['hookpoint']}, {one['d_sae']:,} latents)" for one in data["dictionaries"])
+    places = ", ".join(
+        f"{one['name']} ({one['hookpoint']}, {one['d_sae']:,} latents)" for one in data["dictionaries"]
+    )
     markdown = [f"# {title}", "", f"Dictionaries: {places}. Model in {data['dtype']}.", ""]
     body = [f"<p>Dictionaries: {html.escape(places)}. Model in {data['dtype']}.</p>"]
     if "circuit" in data:
@@ -50,15 +52,28 @@ def write_scrubbing(folder: Path, data: Data) -> None:
             drawn = svg(_plot(data["circuit"]), "scrubbing")
         (folder / "figures" / "score.svg").write_text(drawn, encoding="utf-8")
         facts, table = _circuit_facts(data), _circuit_table(data["circuit"])
-        markdown += ["## The circuit", "", facts, "", markdown_table(table), "", "![score](figures/score.svg)", ""]
+        markdown += [
+            "## The circuit",
+            "",
+            facts,
+            "",
+            markdown_table(table),
+            "",
+            "![score](figures/score.svg)",
+            "",
+        ]
         markdown += [SCORE_LEGEND, ""]
         body.append(f"<h2>The circuit</h2><p>{html.escape(facts)}</p>{html_table(table)}")
-        body.append(f"<div class='plots'><figure>{drawn}</figure></div><p class='legend'>{html.escape(SCORE_LEGEND)}</p>")
+        body.append(
+            f"<div class='plots'><figure>{drawn}</figure></div><p class='legend'>{html.escape(SCORE_LEGEND)}</p>"
+        )
     if "downstream" in data:
         found = data["downstream"]
         facts = _downstream_facts(found)
         markdown += [f"## What latents of {found['source']} do downstream", "", facts, ""]
-        body.append(f"<h2>What latents of {html.escape(found['source'])} do downstream</h2><p>{html.escape(facts)}</p>")
+        body.append(
+            f"<h2>What latents of {html.escape(found['source'])} do downstream</h2><p>{html.escape(facts)}</p>"
+        )
         for table in (_layers_table(found), _edges_table(found)):
             markdown += [markdown_table(table), ""]
             body.append(html_table(table))
@@ -86,10 +101,16 @@ def _circuit_facts(data: Data) -> str:
 
 def _circuit_table(found: Data) -> Table:
     table = Table(["", found["metric"], "score"], [], [])
-    rows = (("the circuit stays", "circuit"), ("null: random latents stay", "random"), ("nothing stays", "nothing"))
+    rows = (
+        ("the circuit stays", "circuit"),
+        ("null: random latents stay", "random"),
+        ("nothing stays", "nothing"),
+    )
     for title, name in rows:
         score = found.get(f"score_{name}")
-        table.rows.append([title, number(found[name]["value"]), "0" if score is None else number(score["value"])])
+        table.rows.append(
+            [title, number(found[name]["value"]), "0" if score is None else number(score["value"])]
+        )
         table.notes.append(["", cell_note(found[name]), "" if score is None else cell_note(score)])
     table.rows.append(["unedited", number(found["unedited"]), "1"])
     table.notes.append(["", "", ""])
@@ -97,8 +118,13 @@ def _circuit_table(found: Data) -> Table:
 
 
 def _plot(found: Data) -> Figure:
-    arms: list[tuple[str, Any]] = [("circuit", found["score_circuit"]), ("random latents", found["score_random"])]
-    return dots_plot(arms, "What stays recovers so much", "score: 0 nothing, 1 the unedited model", colours=COLOURS)
+    arms: list[tuple[str, Any]] = [
+        ("circuit", found["score_circuit"]),
+        ("random latents", found["score_random"]),
+    ]
+    return dots_plot(
+        arms, "What stays recovers so much", "score: 0 nothing, 1 the unedited model", colours=COLOURS
+    )
 
 
 def _downstream_facts(found: Data) -> str:

@@ -72,7 +72,13 @@ def of_dictionary(name: str, dictionary: Dictionary, runs: Runs, about: dict[str
         directions = dictionary.decoder_directions().detach().float()[latents]
     about = {"l0": l0 / max(n_rows, 1), **(about or {})}
     return Arm(
-        name, True, about, dictionary.d_sae, tuple(latents), directions, [change[:, columns] for change in changes]
+        name,
+        True,
+        about,
+        dictionary.d_sae,
+        tuple(latents),
+        directions,
+        [change[:, columns] for change in changes],
     )
 
 

@@ -24,7 +24,9 @@ FITTED = frozenset({"pca", "pca_signs", "ica", "random_directions"})
 class PatchConfig(Config):
     """Which dictionaries, on which prompts, in which order."""
 
-    not_identity: ClassVar[frozenset[str]] = frozenset({"out", "dictionaries", "pairs", "store", "batch_rows"})
+    not_identity: ClassVar[frozenset[str]] = frozenset(
+        {"out", "dictionaries", "pairs", "store", "batch_rows"}
+    )
 
     dictionaries: tuple[Path, ...] = Field(min_length=1)
     """Dictionaries of one hookpoint, sweeps, or folders that hold such."""
@@ -83,7 +85,9 @@ class PatchConfig(Config):
         for name in ("baselines", "orders"):
             given = getattr(self, name) or ()
             if len(set(given)) != len(given):
-                raise ConfigError(f"each of {name} must be named once", ", ".join(given), "Leave the repeats out.")
+                raise ConfigError(
+                    f"each of {name} must be named once", ", ".join(given), "Leave the repeats out."
+                )
         if not self.orders:
             raise ConfigError("orders must name at least one", "none", "Name attribution.")
         if "acdc" not in self.orders:

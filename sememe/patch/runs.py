@@ -163,7 +163,10 @@ class Runs:
             return values[rows[:, None].to(values.device), columns.to(values.device)]
 
         kept = BaseRun(
-            taken(run.ids), None, taken(run.hidden), {name: taken(own) for name, own in run.activations.items()}
+            taken(run.ids),
+            None,
+            taken(run.hidden),
+            {name: taken(own) for name, own in run.activations.items()},
         )
         if past is None:
             return kept, None

@@ -244,7 +244,9 @@ def _curves(config: PatchConfig, arm: Arm, runs: Runs, progress: Progress) -> di
     spent = 0, 0
     if {"attribution", "acdc"} & set(config.orders):
         before = runs.n_forwards, runs.n_backwards
-        ranked = attribution(arm, runs, config.attribution, config.attribution_steps).argsort(stable=True).tolist()
+        ranked = (
+            attribution(arm, runs, config.attribution, config.attribution_steps).argsort(stable=True).tolist()
+        )
         spent = runs.n_forwards - before[0], runs.n_backwards - before[1]
     for order in config.orders:
         progress.note = f"{arm.name}, {order}"
@@ -269,7 +271,9 @@ def _by_acdc(config: PatchConfig, arm: Arm, runs: Runs, start: list[int], spent:
 
     kept = list(acdc(kl, start, thresholds(config.n_thresholds), config.seed))
     n_forwards = spent[0] + runs.n_forwards - before
-    different = {one.chosen: one.threshold for one in reversed(kept)}  # the smallest threshold that leaves a set
+    different = {
+        one.chosen: one.threshold for one in reversed(kept)
+    }  # the smallest threshold that leaves a set
     different.setdefault(tuple(sorted(start)), 0.0)
     different.setdefault((), math.inf)
     points = [
@@ -337,7 +341,9 @@ def needed(
         at = int(reached[0])
         before = max(at - 1, 0)
         fall = kl[row, before] - kl[row, at]
-        share = float((target[row] - kl[row, at]) / fall) if fall > 0 else 0.0  # of the way back to the one before
+        share = (
+            float((target[row] - kl[row, at]) / fall) if fall > 0 else 0.0
+        )  # of the way back to the one before
         n_needed[row] = counts[at] - share * (counts[at] - counts[before])
         edit_needed[row] = edit[row, at] - share * (edit[row, at] - edit[row, before])
     return n_needed, edit_needed
@@ -365,7 +371,9 @@ def _described(config: PatchConfig, curve: Curve, target: Draws | None) -> dict[
     }
     if target is not None:
         found = needed(counts, draws["kl"], draws["edit"], target)
-        out |= {name: _statistic(values) for name, values in zip(("n_needed", "edit_needed"), found, strict=True)}
+        out |= {
+            name: _statistic(values) for name, values in zip(("n_needed", "edit_needed"), found, strict=True)
+        }
     return out
 
 
@@ -398,5 +406,3 @@ def _about_pairs(runs: Runs) -> dict[str, Any]:
         for name, values in zip(("clean", "corrupted"), runs.base, strict=True):
             told[f"logit_difference_{name}"] = float(values[known].double().mean())
     return told
-
-

@@ -1,15 +1,15 @@
 """Hypothesised circuits: which latents of which dictionaries matter, and which act on which. Reads a file; runs nothing.
 
-    {"resid_post.4": [12, 99], "resid_post.8": [7]}         latents by dictionary (a bare list, if there is one)
+{"resid_post.4": [12, 99], "resid_post.8": [7]}         latents by dictionary (a bare list, if there is one)
 
-    [[node]]                                                or nodes and edges, as TOML or JSON
-    name = "names again"
-    dictionary = "resid_post.4"
-    latents = [12, 99]
+[[node]]                                                or nodes and edges, as TOML or JSON
+name = "names again"
+dictionary = "resid_post.4"
+latents = [12, 99]
 
-    [[edge]]
-    from = "names again"
-    to = "output"
+[[edge]]
+from = "names again"
+to = "output"
 """
 
 from __future__ import annotations
@@ -115,7 +115,9 @@ def read_circuit(path: Path, places: Sequence[Place]) -> Circuit:
     made = Circuit(found, tuple(_edge(path, edge, found) for edge in edges))
     if made.edges and not made.parents(None):
         raise ConfigError(
-            f"an edge of {path} must lead to {OUTPUT}", "none that does", "Add it: else the circuit says nothing."
+            f"an edge of {path} must lead to {OUTPUT}",
+            "none that does",
+            "Add it: else the circuit says nothing.",
         )
     return made
 

@@ -20,7 +20,9 @@ Metric = Literal["loss", "kl", "logit_difference"]
 class ScrubConfig(Config):
     """Which circuit, on which inputs; whose downstream effects."""
 
-    not_identity: ClassVar[frozenset[str]] = frozenset({"out", "dictionaries", "circuit", "pairs", "batch_rows"})
+    not_identity: ClassVar[frozenset[str]] = frozenset(
+        {"out", "dictionaries", "circuit", "pairs", "batch_rows"}
+    )
 
     dictionaries: tuple[Path, ...] = Field(min_length=1)
     """Dictionaries of one model, each of another hookpoint that it reads and writes."""
@@ -96,7 +98,9 @@ class ScrubConfig(Config):
             )
         if self.metric == "loss" and self.on_prompts:
             raise ConfigError(
-                "the metric loss is of text", "prompts", "Pass --metric kl or logit_difference, or drop --ioi and --pairs."
+                "the metric loss is of text",
+                "prompts",
+                "Pass --metric kl or logit_difference, or drop --ioi and --pairs.",
             )
         if self.circuit is None:
             self.check_inert("metric", "error", "n_resamples", without="no circuit is tested")

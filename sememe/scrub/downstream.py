@@ -90,7 +90,9 @@ def most_active(inputs: Inputs, place: int, n: int) -> tuple[int, ...]:
     return found
 
 
-def downstream(inputs: Inputs, source: Source, *, n_targets: int, batch_rows: int, seed: int) -> Iterator[Changes]:
+def downstream(
+    inputs: Inputs, source: Source, *, n_targets: int, batch_rows: int, seed: int
+) -> Iterator[Changes]:
     """The effects of some latents on all of the later places, some sources after the other.
 
     Args:
@@ -121,7 +123,9 @@ class _Pass:
         self.splicer = Splicer(inputs.lm, [self.place.hookpoint], [self.place.hookpoint])
         directions = self.place.dictionary.decoder_directions().detach().float()[list(source.latents)]
         drawn = [
-            torch.randn(directions.shape[1], generator=torch.Generator().manual_seed(seed * 1_000_003 + latent))
+            torch.randn(
+                directions.shape[1], generator=torch.Generator().manual_seed(seed * 1_000_003 + latent)
+            )
             for latent in source.latents
         ]
         random = torch.stack(drawn).to(directions.device)

@@ -124,7 +124,9 @@ class Inputs:
                 )
         if n_kept == 0:
             raise TextError(
-                "the text must hold a position that the policy keeps", "none", "Change the text, or give more."
+                "the text must hold a position that the policy keeps",
+                "none",
+                "Change the text, or give more.",
             )
 
     @torch.no_grad()

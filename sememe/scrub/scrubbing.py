@@ -143,7 +143,9 @@ class Scrubber:
             kept = [circuit.latents_at(number) for number in range(len(self.places))]
             return self._forward(batch, others, kept, {}, len(self.places))[0]
         acts: dict[int, Tensor] = {}
-        waiting = sorted({(node.place, circuit.parents(i)) for i, node in enumerate(circuit.nodes)}, key=_by_place)
+        waiting = sorted(
+            {(node.place, circuit.parents(i)) for i, node in enumerate(circuit.nodes)}, key=_by_place
+        )
         for place, parents in waiting:  # nodes that are reached from the same ones share a forward
             if parents:
                 given = self._given(circuit, parents, acts)
@@ -159,7 +161,9 @@ class Scrubber:
         kept = [given[number][0] if number in given else [] for number in range(len(self.places))]
         return self._forward(batch, others, kept, given, len(self.places))[0]
 
-    def _given(self, circuit: Circuit, parents: frozenset[int], acts: Mapping[int, Tensor]) -> dict[int, Given]:
+    def _given(
+        self, circuit: Circuit, parents: frozenset[int], acts: Mapping[int, Tensor]
+    ) -> dict[int, Given]:
         """What the latents of some nodes are set to, by place."""
         out: dict[int, Given] = {}
         for i in sorted(parents):
@@ -207,7 +211,9 @@ class Scrubber:
         moved = moved - dictionary.decode(own.select_latents(outside), rows)
         if given is not None:
             latents, values = given
-            moved = moved + (values - acts_of(own, latents)) @ dictionary.decoder_directions()[latents].float()
+            moved = (
+                moved + (values - acts_of(own, latents)) @ dictionary.decoder_directions()[latents].float()
+            )
         if self.config.error == "resample":
             missing = rows - dictionary.decode(own, rows)
             moved = moved + (theirs - dictionary.decode(taken, theirs)) - missing
@@ -291,7 +297,10 @@ def scrub_circuit(config: ScrubConfig, scrubber: Scrubber, circuit: Circuit) -> 
         ],
         "unedited": base,
         **{
-            name: {**value.to_json(), **({"cause": value.cause.replace("documents", "resamples")} if value.cause else {})}
+            name: {
+                **value.to_json(),
+                **({"cause": value.cause.replace("documents", "resamples")} if value.cause else {}),
+            }
             for name, value in found.items()
         },
     }

@@ -97,7 +97,9 @@ def _text_of(path: Path, what: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise TextError(f"{what} must be a file that can be read", f"{path}: {error}", "Name another.") from None
+        raise TextError(
+            f"{what} must be a file that can be read", f"{path}: {error}", "Name another."
+        ) from None
 
 
 def _check_one(name: str, dictionary: Dictionary, path: Path, model_print: str) -> None:
@@ -173,7 +175,8 @@ def _measured(
         "model": lm.name,
         "dtype": str(lm.dtype).removeprefix("torch."),
         "dictionaries": [
-            {"name": place.name, "hookpoint": place.hookpoint, "d_sae": place.dictionary.d_sae} for place in places
+            {"name": place.name, "hookpoint": place.hookpoint, "d_sae": place.dictionary.d_sae}
+            for place in places
         ],
         "inputs": "prompts" if config.on_prompts else "text",
         "n_left_out": inputs.n_left_out,
@@ -221,7 +224,9 @@ def _downstream(config: ScrubConfig, inputs: Inputs, source: Source, folder: Pat
         ):
             edges = changes.edges
             columns = {**edges._asdict(), "dictionary": np.array(names, dtype=object)[edges.place]}
-            table.write_table(pa.table({field.name: pa.array(columns[field.name], field.type) for field in SCHEMA}))
+            table.write_table(
+                pa.table({field.name: pa.array(columns[field.name], field.type) for field in SCHEMA})
+            )
             found.append(changes._replace(edges=type(edges)(*(column[:0] for column in edges))))
             n_edges += len(edges.source)
             for name, own in (("latents", ~edges.control), ("controls", edges.control)):
