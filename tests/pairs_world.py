@@ -1,4 +1,4 @@
-"""A tiny random model whose tokenizer knows some names, a text, and dictionaries of it: what patching and scrubbing share."""
+"""A tiny random model whose tokenizer knows some names, a text, and dictionaries: what patching and scrubbing share."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -270,11 +271,11 @@ def _label(axes: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
         height = float(axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[1])
         places.append([height if math.isfinite(height) else 0.0, x, y, title, colour])
     places.sort(key=lambda place: place[0])
-    for lower, upper in zip(places, places[1:], strict=False):
+    for lower, upper in itertools.pairwise(places):
         upper[0] = max(upper[0], lower[0] + LABEL_GAP)
     if places and places[-1][0] > 1:
         places[-1][0] = 1.0
-        for upper, lower in zip(reversed(places), list(reversed(places))[1:], strict=False):
+        for upper, lower in itertools.pairwise(places[::-1]):
             lower[0] = min(lower[0], upper[0] - LABEL_GAP)
     for height, x, y, title, colour in places:
         axes.annotate(

@@ -24,8 +24,8 @@ METRICS = {
 COLOURS = {"circuit": "#0072B2", "random latents": "#8c959f"}
 SCORE_LEGEND = (
     "Score: what the circuit recovers of the way from everything resampled (0) to the unedited model (1); above 1 or "
-    "below 0 it goes too far, or the wrong way. In brackets 95% intervals over resamples, the same for every row. Random "
-    "latents: a circuit of the same form, of latents that fire on the inputs, drawn anew for each resample."
+    "below 0 it goes too far, or the wrong way. In brackets 95% intervals over resamples, the same for every row. "
+    "Random latents: a circuit of the same form, of latents that fire on the inputs, drawn anew for each resample."
 )
 EDGE_LEGEND = (
     "Mean change of the target's activation over the positions at which the source fires, when the source is ablated "
@@ -132,7 +132,8 @@ def _downstream_facts(found: Data) -> str:
     left = f"; {silent} of them never fire here" if silent else ""
     largest = found["largest"]
     return (
-        f"{len(found['latents'])} latents ablated one at a time{left}; {found['n_edges']:,} edges in downstream.parquet. "
+        f"{len(found['latents'])} latents ablated one at a time{left}; {found['n_edges']:,} edges are in "
+        "downstream.parquet. "
         f"The largest change is {number(largest['latents'])}, of the controls {number(largest['controls'])}."
     )
 
@@ -150,8 +151,14 @@ def _edges_table(found: Data) -> Table:
     for edge in found["edges"]:
         share = f"{edge['n_both'] / edge['n']:.0%}" if edge["n"] else "–"
         table.rows.append(
-            [str(edge["source"]), edge["dictionary"], str(edge["target"]), f"{edge['mean_change']:+.4g}"]
-            + [f"{edge['n']:,}", share]
+            [
+                str(edge["source"]),
+                edge["dictionary"],
+                str(edge["target"]),
+                f"{edge['mean_change']:+.4g}",
+                f"{edge['n']:,}",
+                share,
+            ]
         )
         table.notes.append([""] * 6)
     return table

@@ -46,15 +46,15 @@ class PatchConfig(Config):
     direction: Literal["restore", "corrupt"] = "restore"
     """restore: the corrupted run is edited until it says what the clean one says. corrupt: the other way."""
     baselines: tuple[Baseline, ...] | None = None
-    """Beside the dictionaries; all if not given, none for transcoders. pca: principal components. pca_signs: both signs of
-    each, so that codes are not negative. ica: independent components. random_rotation: an orthonormal basis drawn at
+    """Beside the dictionaries; all if not given, none for transcoders. pca: principal components. pca_signs: both signs
+    of each, so that codes are not negative. ica: independent components. random_rotation: an orthonormal basis drawn at
     random. random_directions: as many as the first dictionary has latents, as many active. difference_in_means: the one
     direction of the mean difference of the two runs."""
     orders: tuple[Order, ...] = ("attribution", "acdc", "random")
     """In which order latents are patched. attribution: by what the gradient promises of each. acdc: taken out of the
     whole set one by one as long as that costs less than a threshold. random: a control."""
     attribution: Literal["kl", "logit_difference"] = "kl"
-    """What the gradient is of: the divergence from the other run, or the logit of the answer less that of the wrong one."""
+    """What the gradient is of: the divergence from the other run, or the answer's logit less the wrong one's."""
     attribution_steps: int = Field(default=1, ge=1)
     """Points on the way from the unedited run to the one with everything patched at which gradients are taken and
     averaged; 1 takes it at the unedited run."""

@@ -61,7 +61,7 @@ def patch(config: PatchConfig, *, lm: LanguageModel | None = None, fresh: bool =
     opened = open_all(config.dictionaries)
     baselines = _baselines(config, opened)
     model_print = lm.fingerprint if lm is not None else language_models.fingerprint_of(config.model)
-    for name, one in opened.items():
+    for one in opened.values():
         check_model(sites_of(one.dictionary, one.saved.path), model_print)
     parents = {f"dictionary: {name}": one.saved.fingerprint for name, one in opened.items()}
     parents["model"] = model_print

@@ -1,4 +1,4 @@
-"""Hypothesised circuits: which latents of which dictionaries matter, and which act on which. Reads a file; runs nothing.
+"""Hypothesised circuits: which latents of which dictionaries matter, and which act on which. Reads a file.
 
 {"resid_post.4": [12, 99], "resid_post.8": [7]}         latents by dictionary (a bare list, if there is one)
 
@@ -98,8 +98,10 @@ def read_circuit(path: Path, places: Sequence[Place]) -> Circuit:
     if isinstance(data, list):
         if len(places) != 1:
             raise ConfigError(
-                "a circuit of several dictionaries must name them", f"a bare list in {path}", "Write {dictionary: [latents]}."
-            )  # fmt: skip
+                "a circuit of several dictionaries must name them",
+                f"a bare list in {path}",
+                "Write {dictionary: [latents]}.",
+            )
         data = {places[0].name: data}
     if not isinstance(data, Mapping):
         raise _malformed(path, type(data).__name__)

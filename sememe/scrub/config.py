@@ -31,11 +31,11 @@ class ScrubConfig(Config):
     model: ModelConfig = ModelConfig()
     """The language model that the dictionaries belong to."""
     circuit: Path | None = None
-    """The hypothesis to test, a .toml or .json file: latents by dictionary, or nodes and the edges between them. Without
-    it only downstream effects are measured."""
+    """The hypothesis to test, a .toml or .json file: latents by dictionary, or nodes and the edges between them.
+    Without it only downstream effects are measured."""
     ioi: bool = False
-    """Inputs are prompts in which one of two people gives something to the other, made for the model's tokenizer, instead
-    of text."""
+    """Inputs are prompts in which one of two people gives something to the other, made for the model's tokenizer,
+    instead of text."""
     pairs: Path | None = None
     """Inputs are the clean prompts of a file of pairs (as for `sememe patch`) instead of text."""
     n_prompts: int = Field(default=64, ge=2)

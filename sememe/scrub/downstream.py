@@ -18,7 +18,6 @@ from sememe.edits import acts_of
 from sememe.encoded import Encoded
 from sememe.errors import ConfigError
 from sememe.progress import track
-from sememe.scrub.circuit import Place
 from sememe.scrub.inputs import Batch, Inputs, flat
 from sememe.splice import BaseRun, Splicer
 
@@ -160,9 +159,10 @@ class _Pass:
         owner = slots[at[:, 0]].cpu()
         self.sums.n.index_add_(0, owner, torch.ones(len(owner), dtype=torch.float64))
         before = [
-            place.dictionary.encode(run.activations[place.hookpoint][at[:, 0], at[:, 1]].float()) for place in self.later
-        ]  # fmt: skip
-        for i, (place, encoded) in enumerate(zip(self.later, before, strict=True)):
+            place.dictionary.encode(run.activations[place.hookpoint][at[:, 0], at[:, 1]].float())
+            for place in self.later
+        ]
+        for i, encoded in enumerate(before):
             fires = (encoded.acts != 0).to(torch.float64)
             _scatter(self.sums.fires[i], owner, encoded, fires)
             for arm in range(2):
