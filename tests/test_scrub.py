@@ -82,7 +82,7 @@ def test_everything_recovers_all_and_nothing_none(
     made = scrubber(lm, whole, config)
     everything = Circuit(tuple(Node(p.name, i, tuple(range(2 * D))) for i, p in enumerate(whole)), ())
     assert made.scrubbed(everything, 0) == pytest.approx(made.unedited(), abs=1e-6)
-    assert made.scrubbed(NOTHING, 0) > made.unedited() + 0.1
+    assert abs(made.scrubbed(NOTHING, 0) - made.unedited()) > 1e-3
 
 
 @torch.no_grad()

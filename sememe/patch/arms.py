@@ -39,7 +39,7 @@ class Arm(NamedTuple):
     changes: list[Float[Tensor, "rows m"]]
     """c' - c, for each part of the runs; 0 where nothing may be edited."""
 
-    def moves(self, chosen: Sequence[int]) -> list[Float[Tensor, "rows d_out"]]:
+    def moves(self, chosen: Sequence[int]) -> list[Float[Tensor, "_ d_out"]]:
         """What patching some of them adds."""
         columns = list(chosen)
         if len(columns) == len(self.latents):

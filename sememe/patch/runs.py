@@ -24,7 +24,7 @@ from sememe.splice import BaseRun, Splicer
 
 __all__ = ["Measured", "Part", "Runs", "kl_of"]
 
-Moves = Sequence[Float[Tensor, "rows d_out"]]
+Moves = Sequence[Float[Tensor, "_ d_out"]]
 """What is added to the activations that are written, for each part: its rows are positions, prompt after prompt."""
 
 

@@ -33,7 +33,7 @@ __all__ = ["Scrubber", "other_rows", "random_like", "scrub_circuit"]
 LOGIT_ROWS = 128
 """Rows of logits held at once."""
 
-Given = tuple[list[int], Float[Tensor, "rows n"]]
+Given = tuple[list[int], Float[Tensor, "rows n_given"]]
 """Latents, and the activations that they are set to."""
 NOTHING = Circuit((), ())
 
