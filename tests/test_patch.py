@@ -313,9 +313,9 @@ def small(folder: Path, out: Path, **changes: Any) -> PatchConfig:
         "out": out,
         "dictionaries": (folder / "one", folder / "pca"),
         "names": SOME_NAMES,
-        "n_pairs": 6,
-        "acdc_limit": 6,
-        "n_thresholds": 4,
+        "n_pairs": 4,
+        "acdc_limit": 4,
+        "n_thresholds": 3,
         "reference": 10,
         "text": corpus_of(folder),
         "n_fit_rows": 400,
@@ -346,10 +346,10 @@ def test_the_verb_writes_numbers_plots_and_a_page(lm: LanguageModel, folder: Pat
                 start["edit"]["value"] == 0
                 and start["kl"]["low"] <= start["kl"]["value"] <= start["kl"]["high"]
             )
-            assert counts[-1] == (min(6, arm["n_candidates"]) if order == "acdc" else arm["n_candidates"])
+            assert counts[-1] == (min(4, arm["n_candidates"]) if order == "acdc" else arm["n_candidates"])
             cost = {"attribution": (1, 1), "random": (0, 0)}
             assert order == "acdc" or (own["n_forwards"], own["n_backwards"]) == cost[order]
-    assert arms["one", True]["orders"]["acdc"]["n_forwards"] > 6
+    assert arms["one", True]["orders"]["acdc"]["n_forwards"] > 4
     for name in ("patch.md", "patch.html", "figures/patches.svg", "figures/edit.svg"):
         assert (done.path / name).stat().st_size > 500
     page = (done.path / "patch.md").read_text()

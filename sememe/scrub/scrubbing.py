@@ -258,6 +258,14 @@ def _limit(place: Place) -> float:
     return float("inf") if limit is None else limit
 
 
+def _mean(name: str) -> Formula:
+    return lambda t: t[name] / t["n"]
+
+
+def _score(name: str) -> Formula:
+    return lambda t: (t[name] - t["nothing"]) / (t["base"] - t["nothing"])
+
+
 def scrub_circuit(config: ScrubConfig, scrubber: Scrubber, circuit: Circuit) -> dict[str, Any]:
     """How much a circuit recovers, beside random ones of its size, as plain JSON data.
 
@@ -278,11 +286,8 @@ def scrub_circuit(config: ScrubConfig, scrubber: Scrubber, circuit: Circuit) -> 
             progress.advance()
     sums = {name: np.array(own) for name, own in values.items()}
     sums |= {"n": np.ones(config.n_resamples), "base": np.full(config.n_resamples, base)}
-    formulas: dict[str, Formula] = {name: lambda t, name=name: t[name] / t["n"] for name in values}
-    formulas |= {
-        f"score_{name}": lambda t, name=name: (t[name] - t["nothing"]) / (t["base"] - t["nothing"])
-        for name in ("circuit", "random")
-    }
+    formulas = {name: _mean(name) for name in values}
+    formulas |= {f"score_{name}": _score(name) for name in ("circuit", "random")}
     found = metrics.bootstrap(sums, formulas, n=config.n_bootstrap, seed=config.seed)
     return {
         "metric": config.metric_in_use,
