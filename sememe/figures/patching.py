@@ -266,18 +266,18 @@ def _draw(axes: Any, line: _Line, against: str, floor: float) -> list[tuple[floa
 def _label(axes: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
     """Names at the right, each at the height of its line's end or as near as there is room, and joined to it."""
     axes.get_xlim(), axes.get_ylim()  # scales are final
-    places = []
-    for x, y, title, colour in ends:
-        height = float(axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[1])
-        places.append([height if math.isfinite(height) else 0.0, x, y, title, colour])
-    places.sort(key=lambda place: place[0])
-    for lower, upper in itertools.pairwise(places):
-        upper[0] = max(upper[0], lower[0] + LABEL_GAP)
-    if places and places[-1][0] > 1:
-        places[-1][0] = 1.0
-        for upper, lower in itertools.pairwise(places[::-1]):
-            lower[0] = min(lower[0], upper[0] - LABEL_GAP)
-    for height, x, y, title, colour in places:
+    heights = [
+        float(axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[1]) for x, y, _, _ in ends
+    ]
+    heights = [height if math.isfinite(height) else 0.0 for height in heights]
+    order = sorted(range(len(ends)), key=heights.__getitem__)
+    for lower, upper in itertools.pairwise(order):
+        heights[upper] = max(heights[upper], heights[lower] + LABEL_GAP)
+    if order and heights[order[-1]] > 1:
+        heights[order[-1]] = 1.0
+        for upper, lower in itertools.pairwise(order[::-1]):
+            heights[lower] = min(heights[lower], heights[upper] - LABEL_GAP)
+    for height, (x, y, title, colour) in zip(heights, ends, strict=True):
         axes.annotate(
             title, (x, y), (1.03, height), xycoords="data", textcoords="axes fraction", fontsize=8, color=colour,
             va="center", arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.6},

@@ -182,7 +182,7 @@ def _check_nodes(path: Path, nodes: Sequence[Node], places: Sequence[Place]) -> 
 
 def _edge(path: Path, edge: Any, nodes: Sequence[Node]) -> tuple[int, int | None]:
     names = [node.name for node in nodes]
-    ends = [edge.get(end) for end in ("from", "to")] if isinstance(edge, Mapping) else [None, None]
+    ends: list[Any] = [edge.get(end) for end in ("from", "to")] if isinstance(edge, Mapping) else [None, None]
     for end, known in zip(ends, (names, [*names, OUTPUT]), strict=True):
         if end not in known:
             raise ConfigError(
