@@ -23,6 +23,7 @@ from sememe.lm import LanguageModel
 from sememe.pairs import Pair, by_length, ioi_pairs, read_pairs, single_tokens
 from sememe.patch import PatchConfig, patch
 from sememe.patch.arms import Arm, baseline, of_dictionary
+from sememe.patch.config import BASELINES
 from sememe.patch.orders import acdc, along, attribution, sizes, thresholds
 from sememe.patch.runs import Runs, kl_of
 from sememe.patch.verb import needed
@@ -244,8 +245,8 @@ def test_attribution_beats_a_random_order_and_a_straight_way_sums_up(
     everything, nothing = (
         few.measure(arm.moves(chosen)).kl.mean() for chosen in (range(len(arm.latents)), [])
     )
-    steps = attribution(arm, few, "kl", 64).sum()  # integrated gradients are complete
-    assert float(steps) == pytest.approx(float(everything - nothing), rel=0.1)
+    steps = attribution(arm, few, "kl", 24).sum()  # integrated gradients are complete
+    assert float(steps) == pytest.approx(float(everything - nothing), rel=0.25)
 
 
 def test_sizes_hold_none_all_and_the_reference() -> None:
@@ -324,14 +325,17 @@ def small(folder: Path, out: Path, **changes: Any) -> PatchConfig:
     return PatchConfig.build(base | changes)
 
 
-def test_the_verb_writes_numbers_plots_and_a_page(lm: LanguageModel, folder: Path, tmp_path: Path) -> None:
-    done = patch(small(folder, tmp_path / "a"), lm=lm)
+@pytest.mark.parametrize(
+    "baselines",
+    [("pca", "pca_signs", "difference_in_means"), pytest.param(BASELINES, marks=pytest.mark.slow)],
+)
+def test_the_verb_writes_numbers_plots_and_a_page(
+    lm: LanguageModel, folder: Path, tmp_path: Path, baselines: tuple[str, ...]
+) -> None:
+    done = patch(small(folder, tmp_path / "a", baselines=baselines), lm=lm)
     data = json.loads((done.path / "patch.json").read_text())
     arms = {(arm["name"], arm["is_dictionary"]): arm for arm in data["arms"]}
-    assert set(arms) == {("one", True), ("pca", True)} | {
-        (name, False)
-        for name in ("pca", "pca_signs", "ica", "random_rotation", "random_directions", "difference_in_means")
-    }
+    assert set(arms) == {("one", True), ("pca", True)} | {(name, False) for name in baselines}
     pca = arms["pca", False]["orders"]["attribution"]
     assert data["reference"]["n"] == 10 and data["reference"]["arm"] == "pca"
     at = next(point for point in pca["points"] if point["n"] == 10)
@@ -354,7 +358,7 @@ def test_the_verb_writes_numbers_plots_and_a_page(lm: LanguageModel, folder: Pat
         assert (done.path / name).stat().st_size > 500
     page = (done.path / "patch.md").read_text()
     assert "| one | " in page and "null: PCA, both signs" in page and "Reference: " in page
-    again = patch(small(folder, tmp_path / "a"), lm=lm)
+    again = patch(small(folder, tmp_path / "a", baselines=baselines), lm=lm)
     assert again.fingerprint == done.fingerprint
     fewer: dict[str, Any] = {"baselines": ("random_rotation",), "orders": ("attribution",), "acdc_limit": 128}
     fewer |= {"n_thresholds": 50, "n_fit_rows": 8192, "direction": "corrupt"}
