@@ -27,6 +27,8 @@ CONFIGS = {
     "browse": "BrowseConfig",
     "intervene": "InterveneConfig",
     "trace": "TraceConfig",
+    "patch": "PatchConfig",
+    "scrub": "ScrubConfig",
     "toy": "ToyConfig",
     "pretrain": "PretrainConfig",
     "convert": "ConvertConfig",

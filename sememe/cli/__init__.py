@@ -57,6 +57,12 @@ VERBS: dict[str, Verb] = {
     "browse": Verb("Look at an atlas in the web browser, or export it as a site.", "browse"),
     "intervene": Verb("Change a model's latents and see what it says then.", "intervene"),
     "trace": Verb("Trace a number back to latents: which of them made the model say this.", "trace"),
+    "patch": Verb(
+        "Ask how few latents, taken from one run of the model, make another say the same.", "patch"
+    ),
+    "scrub": Verb(
+        "Test a hypothesised circuit by resampling ablation; what latents do to later ones.", "scrub"
+    ),
     "toy": Verb("Train on a planted dictionary and see how much of it is found.", "toy"),
     "pretrain": Verb("Train a small transformer from scratch, to take apart.", "pretrain"),
     "convert": Verb("Read and write other tools' dictionaries.", "convert"),

@@ -434,6 +434,18 @@ _MAKERS: dict[str, Callable[[], Any]] = {
         "intervene", "intervene", "Change latents and see what the model says.", ("dictionary",)
     ),
     "trace": _trace,
+    "patch": lambda: _simple(
+        "patch",
+        "patch",
+        "Ask how few latents, taken from one run of the model, make another say the same.",
+        ("dictionaries",),
+    ),
+    "scrub": lambda: _simple(
+        "scrub",
+        "scrub",
+        "Test a hypothesised circuit by resampling ablation; measure what latents do to later ones.",
+        ("dictionaries",),
+    ),
     "concepts": lambda: _simple(
         "concepts",
         "concepts",

@@ -21,6 +21,8 @@ from sememe.figures.explanations import lift_table, write_explanations
 from sememe.figures.geometry import write_geometry
 from sememe.figures.grid import grid_plots
 from sememe.figures.pages import write_pages
+from sememe.figures.patching import write_patching
+from sememe.figures.scrubbing import write_scrubbing
 from sememe.figures.tables import BETTER, GROUPED, headline_table, markdown_table
 from sememe.figures.toys import layers_plot, superposition_plot
 from sememe.figures.traces import agreement_plot, circuit_plot
@@ -50,5 +52,7 @@ __all__ = [
     "write_explanations",
     "write_geometry",
     "write_pages",
+    "write_patching",
     "write_rows",
+    "write_scrubbing",
 ]
