@@ -4,8 +4,8 @@ config.py (which texts) -> read.py (texts and their labels) -> rows.py (activati
 """
 
 from sememe.labelled.config import LabelledConfig
-from sememe.labelled.read import LEAST, MAX_CLASSES, Labelled, first_letters, named, read_labelled
-from sememe.labelled.rows import Pooled, pooled_rows
+from sememe.labelled.read import LEAST, MAX_CLASSES, Labelled, choose, first_letters, named, read_labelled
+from sememe.labelled.rows import Pooled, TextBatch, pooled_rows, text_batches
 
 __all__ = [
     "LEAST",
@@ -13,8 +13,11 @@ __all__ = [
     "Labelled",
     "LabelledConfig",
     "Pooled",
+    "TextBatch",
+    "choose",
     "first_letters",
     "named",
     "pooled_rows",
     "read_labelled",
+    "text_batches",
 ]

@@ -15,7 +15,7 @@ from sememe import text
 from sememe.errors import TextError
 from sememe.labelled.config import LabelledConfig
 
-__all__ = ["Labelled", "first_letters", "named", "read_labelled"]
+__all__ = ["Labelled", "choose", "first_letters", "named", "read_labelled"]
 
 LEAST = 20
 """Texts that a class must have."""
@@ -61,7 +61,7 @@ def read_labelled(
             found[name].append(_label(line, name, where))
     labels, groups = found[config.label_field], found[group_field] if group_field is not None else texts
     if spurious_field is None:
-        return _chosen(config, texts, labels, None, groups, MAX_CLASSES)
+        return choose(config, texts, labels, groups)
     spurious = found[spurious_field]
     for name, values in ((config.label_field, set(labels)), (spurious_field, set(spurious))):
         if len(values) != 2:
@@ -78,7 +78,7 @@ def read_labelled(
             f"{least}",
             "Give more labelled texts, or leave spurious_field out.",
         )
-    return _chosen(config, texts, labels, spurious, groups, MAX_CLASSES)
+    return choose(config, texts, labels, groups, spurious=spurious)
 
 
 def named(config: LabelledConfig) -> list[str]:
@@ -128,9 +128,8 @@ def first_letters(config: LabelledConfig, tokenizer: Any) -> Labelled:
         if word[:1] == " " and len(word) > 3 and word[1:].isascii() and word[1:].islower()
     ]
     words = [word for word in words if word[1:].isalpha()]
-    return _chosen(
-        config, [f"The word is{word}" for word in words], [word[1] for word in words], None, words, None
-    )
+    texts = [f"The word is{word}" for word in words]
+    return choose(config, texts, [word[1] for word in words], words, most=None)
 
 
 def _lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
@@ -181,15 +180,28 @@ def _label(line: dict[str, Any], field: str, where: str) -> str:
     return str(value)
 
 
-def _chosen(
+def choose(
     config: LabelledConfig,
-    texts: list[str],
-    labels: list[str],
-    spurious: list[str] | None,
-    groups_of: list[str],
-    most: int | None,
+    texts: Sequence[str],
+    labels: Sequence[str],
+    groups_of: Sequence[str],
+    *,
+    spurious: Sequence[str] | None = None,
+    most: int | None = MAX_CLASSES,
 ) -> Labelled:
-    """The most frequent classes, at most `max_per_class` texts each, drawn at random, in the order of the files."""
+    """The most frequent classes, at most `max_per_class` texts each, drawn at random, in the order they are given in.
+
+    Args:
+        config: How many of each, and of which seed.
+        texts: All of them.
+        labels: A label each.
+        groups_of: What each is of.
+        spurious: A second label each; as many are then taken of each combination.
+        most: Classes that are taken if the config does not say.
+
+    Raises:
+        TextError: fewer than two classes are large enough.
+    """
     counts = Counter(labels)
     big = [name for name, count in counts.most_common() if count >= LEAST]
     if len(big) < 2:
