@@ -30,8 +30,7 @@ from sememe.labelled import Labelled, Pooled, named, pooled_rows, read_labelled
 from sememe.lm import LanguageModel
 from sememe.measure.checks import check_model, describe, policy_of, sites_of, splicer_for
 from sememe.progress import track
-from sememe.text import attributions, fetch, fingerprint
-from sememe.text.documents import key_of, side_of
+from sememe.text import attributions, fetch, fingerprint, split_of
 
 __all__ = ["ERASURE", "erase"]
 
@@ -156,7 +155,7 @@ def split(labelled: Labelled, share: float) -> Bool[np.ndarray, " n"]:
     Raises:
         TextError: a class has too few on a side.
     """
-    heldout = np.array([side_of(key_of(group), share) == "heldout" for group in labelled.groups])
+    heldout = np.array([split_of(group, share) == "heldout" for group in labelled.groups])
     names = np.array(labelled.labels)
     for name in labelled.classes:
         own = heldout[names == name]
