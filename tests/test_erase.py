@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_intervene import D, WORDS, identity, make_lm, random_topk, sites
+from edited_models import D, WORDS, identity, make_lm, random_topk, sites
 from test_report import Page
 
 from sememe import artifact, metrics

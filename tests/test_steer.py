@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_intervene import D, WORDS, identity, make_lm, sites
+from edited_models import D, WORDS, identity, make_lm, sites
 from test_report import Page
 
 from sememe import artifact
@@ -256,7 +256,7 @@ def test_what_it_refuses(place: Path, lm: LanguageModel, dictionary: Dictionary)
         ({"prompts": ("the", " ")}, r"prompts must not be empty, got \('the', ' '\)"),
         ({"prompts": ()}, r"prompts must be at least 1 long"),
         ({"strengths": (1.0, float("inf"))}, r"strengths.* must be a finite number"),
-        ({"strengths": (1.0, 1.0)}, r"strengths must be finite and different"),
+        ({"strengths": (1.0, 1.0)}, r"strengths must be different, got"),
         ({"latents": (1, 1)}, r"each latent must be named once"),
         ({"towards": "wet"}, r"towards must be left out when there are no labelled texts"),
         ({"pattern": "("}, r"pattern must be a regular expression, got '\('"),

@@ -9,9 +9,9 @@ v_cj its variance there, d_j the direction it writes, and every class counting a
                    make it fire alike, 0 where the classes do not differ
     score_j        between_j * consistency_j
 
-Source: consistency is Fisher's correlation ratio (1925, "Statistical Methods for Research Workers", sections 40-45: the
-share of a variance that lies between classes), between the numerator of his discriminant (1936). Either alone
-misleads: a latent that fires once, in one class, has a large numerator; one that hardly writes anything a large ratio.
+Source: consistency is the correlation ratio (Fisher 1925, "Statistical Methods for Research Workers": the share of a
+variance that lies between classes), beside the numerator of his discriminant (1936). Either alone misleads: a
+latent that fires once, in one class, has a large numerator; one that hardly writes anything a large ratio.
 """
 
 from __future__ import annotations

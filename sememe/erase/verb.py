@@ -169,13 +169,9 @@ def split(labelled: Labelled, share: float) -> Bool[np.ndarray, " n"]:
 
 
 def _split_rows(labelled: Labelled, pooled: Pooled, heldout: Bool[np.ndarray, " n"]) -> _Split:
-    known = np.array([name in labelled.classes for name in labelled.labels])
-    places = {name: number for number, name in enumerate(labelled.classes)}
-    labels = np.array([places.get(name, -1) for name in labelled.labels])[known]
-    units = np.unique(np.array(labelled.groups), return_inverse=True)[1].reshape(-1)[known]
-    return _Split(
-        pooled.target[known].astype(np.float64), pooled.acts[known], labels, units, heldout[known]
-    )
+    labels = np.array([labelled.classes.index(name) for name in labelled.labels])
+    units = np.unique(np.array(labelled.groups), return_inverse=True)[1].reshape(-1)
+    return _Split(pooled.target.astype(np.float64), pooled.acts, labels, units, heldout)
 
 
 def make_arms(config: EraseConfig, dictionary: Dictionary, texts: _Split) -> tuple[Ranking, list[Arm]]:
@@ -253,7 +249,7 @@ def _add_answers(
     sides: tuple[list[str], list[str]],
 ) -> None:
     """The model's own answers after the held-out texts, beside the probes'."""
-    heldout = [text for text, out in zip(_of_classes(labelled), texts.heldout, strict=True) if out]
+    heldout = [text for text, out in zip(labelled.texts, texts.heldout, strict=True) if out]
     found = passes.answers(heldout, *first_tokens(passes.lm, *sides), config.batch_rows)
     labels, units = texts.labels[texts.heldout], texts.units[texts.heldout]
     means = [found[BASE][labels == number].mean() for number in range(len(labelled.classes))]
@@ -261,10 +257,6 @@ def _add_answers(
     data["answers"] = {"for": sides[0], "against": sides[1], "apart": [labelled.classes[i] for i in (one, other)]}
     for place, name in ((data["base"], BASE), *zip(data["arms"], (arm.name for arm in passes.arms), strict=True)):
         place["answers"] = _apart(found[name], labels, units, one, other, config)
-
-
-def _of_classes(labelled: Labelled) -> list[str]:
-    return [t for t, name in zip(labelled.texts, labelled.labels, strict=True) if name in labelled.classes]
 
 
 def _apart(

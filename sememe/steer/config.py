@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from pathlib import Path
 from typing import ClassVar, Literal, Self
@@ -91,12 +90,8 @@ class SteerConfig(LabelledConfig):
             self.check_inert(*inert, without="there are no labelled texts")
         if len(set(self.latents)) != len(self.latents):
             raise ConfigError("each latent must be named once", self.latents, "Leave the repeats out.")
-        if not all(math.isfinite(one) for one in self.strengths) or len(set(self.strengths)) != len(
-            self.strengths
-        ):
-            raise ConfigError(
-                "strengths must be finite and different", self.strengths, "Change --strengths."
-            )
+        if len(set(self.strengths)) != len(self.strengths):
+            raise ConfigError("strengths must be different", self.strengths, "Leave the repeats out.")
         for name in ("prompts", "words", "target_tokens"):
             if not all(one.strip() for one in getattr(self, name)):
                 raise ConfigError(f"{name} must not be empty", getattr(self, name), f"Change {name}.")
