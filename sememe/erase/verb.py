@@ -94,6 +94,8 @@ def erase(
         return found
     lm = lm if lm is not None else language_models.load(config.model)
     splicer_for(lm, sites)  # widths
+    asked = ((ANSWERS["he"],), (ANSWERS["she"],)) if config.task else (config.tokens_for, config.tokens_against)
+    sides = first_tokens(lm, *asked) if asked[0] else None
     pooling = config.pooling if config.pooling != "auto" else ("last" if config.task else "mean")
     with artifact.building(
         config.out, kind="erasure", version=VERSION, config=config, parents=parents, fresh=fresh
@@ -103,9 +105,6 @@ def erase(
         texts = _split_rows(labelled, pooled, heldout)
         ranks, arms = make_arms(config, dictionary, texts)
         passes = Passes(lm, dictionary, sites, policy, arms)
-        sides = (list(ANSWERS.values())[:1], list(ANSWERS.values())[1:]) if config.task else None
-        if config.tokens_for:
-            sides = (list(config.tokens_for), list(config.tokens_against))
         neutral = passes.neutral(config)
         data: dict[str, Any] = {
             "format_version": 1,
@@ -124,6 +123,7 @@ def erase(
         }
         data |= _scored(config, texts, arms, neutral)
         if sides is not None:
+            data["answers"] = {"for": list(asked[0]), "against": list(asked[1])}
             _add_answers(config, data, passes, labelled, texts, sides)
         artifact.write_json(work.path / ERASURE, data)
         figures.write_erasure(work.path, data)
@@ -246,17 +246,18 @@ def _add_answers(
     passes: Passes,
     labelled: Labelled,
     texts: _Split,
-    sides: tuple[list[str], list[str]],
+    sides: tuple[tuple[int, ...], tuple[int, ...]],
 ) -> None:
     """The model's own answers after the held-out texts, beside the probes'."""
     heldout = [text for text, out in zip(labelled.texts, texts.heldout, strict=True) if out]
-    found = passes.answers(heldout, *first_tokens(passes.lm, *sides), config.batch_rows)
+    found = passes.answers(heldout, *sides, config.batch_rows)
     labels, units = texts.labels[texts.heldout], texts.units[texts.heldout]
     means = [found[BASE][labels == number].mean() for number in range(len(labelled.classes))]
     one, other = int(np.argmax(means)), int(np.argmin(means))
-    data["answers"] = {"for": sides[0], "against": sides[1], "apart": [labelled.classes[i] for i in (one, other)]}
+    data["answers"]["apart"] = [labelled.classes[one], labelled.classes[other]]
     for place, name in ((data["base"], BASE), *zip(data["arms"], (arm.name for arm in passes.arms), strict=True)):
-        place["answers"] = _apart(found[name], labels, units, one, other, config)
+        by_class = {c: float(found[name][labels == i].mean()) for i, c in enumerate(labelled.classes)}
+        place["answers"] = {**_apart(found[name], labels, units, one, other, config), "mean_by_class": by_class}
 
 
 def _apart(
@@ -288,12 +289,7 @@ def _apart(
         n_bootstrap=config.n_bootstrap,
         seed=config.seed,
     )
-    by_class = {str(number): float(odds[labels == number].mean()) for number in sorted(set(labels.tolist()))}
-    return {
-        "separation": found["separation"].to_json(),
-        "auroc": told["auroc"].to_json(),
-        "mean_by_class": by_class,
-    }
+    return {"separation": found["separation"].to_json(), "auroc": told["auroc"].to_json()}
 
 
 def _counts(labelled: Labelled, texts: _Split) -> dict[str, dict[str, int]]:
