@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from edited_models import D, WORDS, identity, make_lm, random_topk, sites
+from edited_models import WORDS, D, identity, make_lm, random_topk, sites
 from test_report import Page
 
 from sememe import artifact, metrics
@@ -135,7 +135,9 @@ def test_the_page_and_the_csv(done: artifact.Artifact) -> None:
     with (done.path / "erasure.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 + 2 + 2 + 1
-    assert all(float(row["cost_kl_low"]) <= float(row["cost_kl"]) <= float(row["cost_kl_high"]) for row in rows)
+    assert all(
+        float(row["cost_kl_low"]) <= float(row["cost_kl"]) <= float(row["cost_kl_high"]) for row in rows
+    )
     assert "null: random latents" in (done.path / "erasure.md").read_text()
 
 
@@ -145,7 +147,10 @@ def test_nothing_held_out_is_looked_at_in_choosing_and_fitting(
     config = _fitting(config_for(place), dictionary)
     labelled = read_labelled(config, group_field="pair")
     heldout = split(labelled, config.heldout_share)
-    pairs = {side: {g for g, out in zip(labelled.groups, heldout, strict=True) if out == side} for side in (True, False)}
+    pairs = {
+        side: {g for g, out in zip(labelled.groups, heldout, strict=True) if out == side}
+        for side in (True, False)
+    }
     assert pairs[True] and pairs[False] and not pairs[True] & pairs[False]
     assert dictionary.sites is not None
     pooled = pooled_rows(lm, dictionary, dictionary.sites, POLICY, labelled.texts, "mean", 16)
@@ -165,14 +170,15 @@ def test_nothing_held_out_is_looked_at_in_choosing_and_fitting(
 
 
 def test_leace_is_the_packages_and_directions_are_gone_exactly() -> None:
-    from concept_erasure import LeaceEraser
-
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(3), 40)
     x = torch.from_numpy(rng.normal(size=(120, 12)) + 2 * np.eye(3, 12)[labels] @ rng.normal(size=(12, 12)))
     nothing = torch.zeros(120, 0)
+    made = leace(x, labels)  # the first import warns, and is silenced there
+    from concept_erasure import LeaceEraser
+
     expected = LeaceEraser.fit(x, torch.nn.functional.one_hot(torch.from_numpy(labels)).double())(x)
-    torch.testing.assert_close(leace(x, labels).rows(x, nothing), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(made.rows(x, nothing), expected, rtol=1e-10, atol=1e-10)
     basis = class_directions(x, labels)
     assert basis.shape == (2, 12)
     torch.testing.assert_close(basis @ basis.T, torch.eye(2, dtype=torch.float64))
@@ -225,7 +231,11 @@ def test_cost_and_answers_are_those_of_whole_forwards(place: Path, lm: LanguageM
             increase += float(losses[here].sum())
             n += int(here.sum())
         found = neutral.loss.compute(arm.name)
-        assert neutral.n_predictions == n and found["kl"].value == pytest.approx(kl / n, abs=1e-5) and kl / n > 1e-4
+        assert (
+            neutral.n_predictions == n
+            and found["kl"].value == pytest.approx(kl / n, abs=1e-5)
+            and kl / n > 1e-4
+        )
         assert found["ce_increase"].value == pytest.approx(increase / n, abs=1e-5)
         text = "the cat sees a small stone and"
         sides = first_tokens(lm, (" cat", " tree"), (" dog",))
@@ -234,7 +244,9 @@ def test_cost_and_answers_are_those_of_whole_forwards(place: Path, lm: LanguageM
         keep = torch.ones_like(ids, dtype=torch.bool)
         keep[:, 0] = False
         for name, edits in ((BASE, []), (arm.name, [edit])):
-            with Intervention(dictionary, edits or [LatentEdit(latents=(0,), how="scale", value=1.0)], keep=keep).on(lm):
+            with Intervention(
+                dictionary, edits or [LatentEdit(latents=(0,), how="scale", value=1.0)], keep=keep
+            ).on(lm):
                 logits = lm.logits(lm.hidden(ids))[0, -1]
             expected = logits[list(sides[0])].logsumexp(0) - logits[list(sides[1])].logsumexp(0)
             assert answers[name][0] == pytest.approx(float(expected), abs=1e-4)
@@ -249,8 +261,12 @@ def test_several_classes_have_a_mean_projection_and_scores_by_hand() -> None:
     assert found["auroc"].value == pytest.approx((1 + 1 + 5 / 8) / 3)
     drawn = metrics.class_scores(answers, labels, np.array([0, 1, 2, 0, 2, 1]), n_bootstrap=200)
     assert drawn["balanced_accuracy"].cause == "some draws of texts hold none of a class"
-    right = metrics.class_scores(np.eye(3)[np.repeat([0, 1, 2], 20)], np.repeat([0, 1, 2], 20), n_bootstrap=50)
-    assert right["balanced_accuracy"].value == 1.0 and right["balanced_accuracy"].low == pytest.approx(0.025 ** (1 / 60))
+    right = metrics.class_scores(
+        np.eye(3)[np.repeat([0, 1, 2], 20)], np.repeat([0, 1, 2], 20), n_bootstrap=50
+    )
+    assert right["balanced_accuracy"].value == 1.0 and right["balanced_accuracy"].low == pytest.approx(
+        0.025 ** (1 / 60)
+    )
 
 
 def test_the_built_in_tasks(lm: LanguageModel) -> None:
@@ -258,7 +274,9 @@ def test_the_built_in_tasks(lm: LanguageModel) -> None:
         found = read_task(LabelledConfig(), task)
         assert found.classes == ("he", "she") and not found.left_out
         heldout = split(found, 0.3)
-        sides = [{g for g, out in zip(found.groups, heldout, strict=True) if out == side} for side in (True, False)]
+        sides = [
+            {g for g, out in zip(found.groups, heldout, strict=True) if out == side} for side in (True, False)
+        ]
         assert all(len(side) > 8 for side in sides) and not sides[0] & sides[1]
         assert all(text[0].isupper() and not text.endswith(" ") for text in found.texts)
         assert len(set(found.texts)) == len(found.texts) <= 400

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from edited_models import D, WORDS, identity, make_lm, sites
+from edited_models import WORDS, D, identity, make_lm, sites
 from test_report import Page
 
 from sememe import artifact
@@ -38,7 +38,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (made / "text.jsonl").write_text("\n".join(json.dumps({"text": one}) for one in text), encoding="utf-8")
     kinds = {"wet": ["river", "under", "old", "the"], "dry": ["stone", "over", "red", "a"]}
     lines = [
-        {"text": " ".join(rng.choices(words, k=8)), "label": kind} for kind, words in kinds.items() for _ in range(24)
+        {"text": " ".join(rng.choices(words, k=8)), "label": kind}
+        for kind, words in kinds.items()
+        for _ in range(24)
     ]
     (made / "labelled.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     return made
@@ -97,7 +99,9 @@ def test_styles_are_what_they_say() -> None:
         torch.testing.assert_close(new @ across, x @ across, rtol=0, atol=1e-5)
         capped = steered(x, v, dose, "cap")
         along = x @ unit
-        expected = along if dose == 0 else along.clamp(min=dose * size) if dose > 0 else along.clamp(max=dose * size)
+        expected = (
+            along if dose == 0 else along.clamp(min=dose * size) if dose > 0 else along.clamp(max=dose * size)
+        )
         torch.testing.assert_close(capped @ unit, expected, rtol=0, atol=1e-4)
         torch.testing.assert_close(capped @ across, x @ across, rtol=0, atol=1e-5)
     assert torch.equal(steered(x, v, 0.0, "cap"), x)
@@ -190,14 +194,19 @@ def test_the_direction_of_a_token_raises_its_share_with_the_dose(done: artifact.
     assert data["before"]["text"] == "under the river" and data["before"]["perplexity"]["value"] > 0
 
 
-def test_a_dose_that_breaks_the_model_is_marked(done: artifact.Artifact, place: Path, lm: LanguageModel) -> None:
+def test_a_dose_that_breaks_the_model_is_marked(
+    done: artifact.Artifact, place: Path, lm: LanguageModel
+) -> None:
     data = json.loads((done.path / "steering.json").read_text())
     for arm in data["arms"]:
         *whole, last = arm["points"]
         assert last["strength"] == 1e37 and last["broken"].startswith("after 'the cat': NaN or infinity")
         assert not any(point["broken"] for point in whole)
     assert "Doses that broke the model" in (done.path / "steering.md").read_text()
-    with pytest.raises(ActivationError, match=r"some dose must leave .* finite, got NaN or infinity at all of -1e\+37, 1e\+37"):
+    with pytest.raises(
+        ActivationError,
+        match=r"some dose must leave .* finite, got NaN or infinity at all of -1e\+37, 1e\+37",
+    ):
         steer(config_for(place, out=place / "b", strengths=(-1e37, 0.0, 1e37), n_random=0), lm=lm)
     assert not (place / "b").exists()
 
@@ -225,7 +234,10 @@ def test_measures_are_sums_divided_once(place: Path, lm: LanguageModel, dictiona
     with torch.no_grad():
         x = lm.capture(made.rows, HOOKPOINT)[HOOKPOINT][:, ids.shape[1] :]
     torch.testing.assert_close(
-        torch.from_numpy(found["latent"][0]).float(), x[..., 1].clamp(min=0).sum(1) / 2.0, rtol=1e-4, atol=1e-4
+        torch.from_numpy(found["latent"][0]).float(),
+        x[..., 1].clamp(min=0).sum(1) / 2.0,
+        rtol=1e-4,
+        atol=1e-4,
     )
     statistics = measures.statistics([found])
     assert statistics["measures"]["words"]["value"] == pytest.approx(2 / 7)
@@ -245,7 +257,9 @@ def test_what_it_refuses(place: Path, lm: LanguageModel, dictionary: Dictionary)
     out = place / "refused"
     with pytest.raises(ConfigError, match=r"a latent must be in \[0, 63\], got 64\. Change --latents"):
         steer(config_for(place, out=out, latents=(64,)), lm=lm)
-    with pytest.raises(ConfigError, match=r"must fire on the text, .*, got latent 63, never in 480 tokens\. Raise"):
+    with pytest.raises(
+        ConfigError, match=r"must fire on the text, .*, got latent 63, never in 480 tokens\. Raise"
+    ):
         steer(config_for(place, out=out, latents=(63,)), lm=lm)
     labelled = (place / "labelled.jsonl",)
     with pytest.raises(ConfigError, match=r"the label to steer to must be one .*, got 'icy'\. Known: "):

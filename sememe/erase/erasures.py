@@ -7,6 +7,7 @@ fitted and probed on a text's pooled row is what is done at each of its position
 from __future__ import annotations
 
 import abc
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -101,15 +102,15 @@ def project_out(basis: Float[Tensor, "rank d"], centre: Float[Tensor, " d"]) -> 
     return AffineErasure(basis.T, basis, centre)
 
 
-def class_directions(
-    x: Float[Tensor, "n d"], labels: Int[np.ndarray, " n"]
-) -> Float[Tensor, "rank d"]:
+def class_directions(x: Float[Tensor, "n d"], labels: Int[np.ndarray, " n"]) -> Float[Tensor, "rank d"]:
     """An orthonormal basis of the differences between class means, the widest apart first; of two classes, their
     difference alone.
 
     Source: mean projection, Haghighatkhah et al. 2022, arXiv:2212.04273.
     """
-    means = torch.stack([x[torch.from_numpy(labels == c)].double().mean(0) for c in range(int(labels.max()) + 1)])
+    means = torch.stack(
+        [x[torch.from_numpy(labels == c)].double().mean(0) for c in range(int(labels.max()) + 1)]
+    )
     _, sizes, basis = torch.linalg.svd(means - means.mean(0), full_matrices=False)
     return basis[: len(means) - 1][sizes[: len(means) - 1] > 1e-9 * sizes[0].clamp_min(1e-30)]
 
@@ -125,7 +126,9 @@ def leace(x: Float[Tensor, "n d"], labels: Int[np.ndarray, " n"]) -> AffineErasu
 
     Source: Belrose et al. 2023, arXiv:2306.03819; the `concept-erasure` package with its defaults, in float64.
     """
-    from concept_erasure import LeaceEraser
+    with warnings.catch_warnings():  # it asks torch for a compiler that has a successor
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from concept_erasure import LeaceEraser
 
     one_hot = torch.nn.functional.one_hot(torch.from_numpy(labels).long()).double()
     found = LeaceEraser.fit(x.double(), one_hot)

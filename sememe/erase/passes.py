@@ -91,8 +91,11 @@ class Passes:
                 )
             edited = target.clone()
             edited[keep] = new
-            yield arm.name, self.splicer.spliced(
-                run, {site.hookpoint: edited[..., site.start : site.stop] for site in self.sites.outputs}
+            yield (
+                arm.name,
+                self.splicer.spliced(
+                    run, {site.hookpoint: edited[..., site.start : site.stop] for site in self.sites.outputs}
+                ),
             )
 
     @torch.inference_mode()
@@ -168,9 +171,7 @@ class Passes:
                 for name, hidden in self._hidden(run, keep):
                     states = hidden[rows.to(hidden.device), last.to(hidden.device)]
                     logits = self.lm.logits(states).float()
-                    one, other = (
-                        logits[:, list(side)].logsumexp(1) for side in (tokens_for, tokens_against)
-                    )
+                    one, other = (logits[:, list(side)].logsumexp(1) for side in (tokens_for, tokens_against))
                     found[name][places] = (one - other).cpu().numpy()
                 progress.advance(len(places))
         return found
@@ -190,7 +191,9 @@ def first_tokens(
         for word in words:
             ids = lm.tokenizer(word, add_special_tokens=False).input_ids
             if not ids:
-                raise ConfigError("what the model may say must have a token", repr(word), "Name another text.")
+                raise ConfigError(
+                    "what the model may say must have a token", repr(word), "Name another text."
+                )
             found.append(int(ids[0]))
         sides.append(tuple(dict.fromkeys(found)))
     both = set(sides[0]) & set(sides[1])

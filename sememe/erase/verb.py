@@ -53,9 +53,7 @@ class _Split(NamedTuple):
     heldout: Bool[np.ndarray, " n"]
 
 
-def erase(
-    config: EraseConfig, *, lm: LanguageModel | None = None, fresh: bool = False
-) -> artifact.Artifact:
+def erase(config: EraseConfig, *, lm: LanguageModel | None = None, fresh: bool = False) -> artifact.Artifact:
     """Erase a concept in several ways, or open what came of it if it is there.
 
     The artifact holds erasure.json, erasure.csv, erasure.md and erasure.html.
@@ -79,7 +77,9 @@ def erase(
     model_fingerprint = lm.fingerprint if lm else language_models.fingerprint_of(config.model)
     check_model(sites, model_fingerprint)
     labelled = (
-        read_task(config, config.task) if config.task else read_labelled(config, group_field=config.group_field)
+        read_task(config, config.task)
+        if config.task
+        else read_labelled(config, group_field=config.group_field)
     )
     heldout = split(labelled, config.heldout_share)
     fetch(config.text)
@@ -94,7 +94,9 @@ def erase(
         return found
     lm = lm if lm is not None else language_models.load(config.model)
     splicer_for(lm, sites)  # widths
-    asked = ((ANSWERS["he"],), (ANSWERS["she"],)) if config.task else (config.tokens_for, config.tokens_against)
+    asked = (
+        ((ANSWERS["he"],), (ANSWERS["she"],)) if config.task else (config.tokens_for, config.tokens_against)
+    )
     sides = first_tokens(lm, *asked) if asked[0] else None
     pooling = config.pooling if config.pooling != "auto" else ("last" if config.task else "mean")
     with artifact.building(
@@ -144,7 +146,7 @@ def _fitting(config: EraseConfig, dictionary: Dictionary) -> EraseConfig:
     if max(config.ns) <= most:
         return config
     if config.ns == type(config).model_fields["ns"].default:
-        return config.replace(ns=tuple(n for n in config.ns if n < most) + (most,))
+        return config.replace(ns=(*(n for n in config.ns if n < most), most))
     what = "the latents named" if config.latents else f"d_sae={dictionary.d_sae}"
     raise ConfigError(f"ns must be at most {most}, {what}", max(config.ns), "Lower it.")
 
@@ -255,9 +257,15 @@ def _add_answers(
     means = [found[BASE][labels == number].mean() for number in range(len(labelled.classes))]
     one, other = int(np.argmax(means)), int(np.argmin(means))
     data["answers"]["apart"] = [labelled.classes[one], labelled.classes[other]]
-    for place, name in ((data["base"], BASE), *zip(data["arms"], (arm.name for arm in passes.arms), strict=True)):
+    for place, name in (
+        (data["base"], BASE),
+        *zip(data["arms"], (arm.name for arm in passes.arms), strict=True),
+    ):
         by_class = {c: float(found[name][labels == i].mean()) for i, c in enumerate(labelled.classes)}
-        place["answers"] = {**_apart(found[name], labels, units, one, other, config), "mean_by_class": by_class}
+        place["answers"] = {
+            **_apart(found[name], labels, units, one, other, config),
+            "mean_by_class": by_class,
+        }
 
 
 def _apart(
@@ -270,7 +278,10 @@ def _apart(
 ) -> dict[str, Any]:
     """How far two classes' answers lie apart, in nats, and how well they can be told apart by them."""
     sums = metrics.Sums()
-    sides = {name: torch.from_numpy((labels == number).astype(np.float64)) for name, number in (("one", one), ("other", other))}
+    sides = {
+        name: torch.from_numpy((labels == number).astype(np.float64))
+        for name, number in (("one", one), ("other", other))
+    }
     values = {"n": torch.ones(len(odds), dtype=torch.float64)}
     for name, here in sides.items():
         values |= {f"n_{name}": here, f"sum_{name}": here * torch.from_numpy(odds)}

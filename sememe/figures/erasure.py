@@ -32,8 +32,8 @@ LEGEND = (
     "mean over classes of their accuracy) and AUROC of a linear probe that was fitted anew after the erasure; probe "
     "before: of the one fitted to the unedited activations. kl: KL divergence from the unedited model on neutral text, "
     "nats per token; ce_increase: cross-entropy added there. answers apart: how far the model's own answers after the "
-    "texts of two classes lie apart, in nats. Beside each number: its 95% interval over documents; of random draws, the "
-    "lowest and the highest."
+    "texts of two classes lie apart, in nats. Beside each number: its 95% interval over documents; of random draws, "
+    "the lowest and the highest."
 )
 
 
@@ -55,7 +55,15 @@ def write_erasure(folder: Path, data: Data) -> None:
     title = f"{_what(data)} taken out at {', '.join(dictionary['outputs'])}"
     facts = _facts(data)
     tables = [("What is left, and what it cost", _table(data)), ("The latents", _latents_table(data))]
-    markdown = [f"# {title}", "", facts, "", *(f"![{name}](figures/{name}.svg)\n" for name in drawn), LEGEND, ""]
+    markdown = [
+        f"# {title}",
+        "",
+        facts,
+        "",
+        *(f"![{name}](figures/{name}.svg)\n" for name in drawn),
+        LEGEND,
+        "",
+    ]
     body = [
         f"<p>{html.escape(facts)}</p>",
         "<div class='plots'>" + "".join(f"<figure>{text}</figure>" for text in drawn.values()) + "</div>",
@@ -67,7 +75,9 @@ def write_erasure(folder: Path, data: Data) -> None:
     lines = attributions([data])
     if lines:
         markdown += ["## Neutral text", "", *(f"- {text} {url}".rstrip() for text, url in lines), ""]
-        body.append("<h3>Neutral text</h3><ul class='credits'>" + "".join(credit(*one) for one in lines) + "</ul>")
+        body.append(
+            "<h3>Neutral text</h3><ul class='credits'>" + "".join(credit(*one) for one in lines) + "</ul>"
+        )
     (folder / "erasure.md").write_text("\n".join(markdown), encoding="utf-8")
     (folder / "erasure.html").write_text(page(title, "\n".join(body)), encoding="utf-8")
     _write_csv(folder / "erasure.csv", data)
@@ -79,11 +89,12 @@ def _what(data: Data) -> str:
 
 
 def _facts(data: Data) -> str:
-    counts = data["classes"].values()
+    counts, about = data["classes"].values(), data["dictionary"]
+    labels = data["labels"] if isinstance(data["labels"], str) else ", ".join(data["labels"])
+    train, heldout = (sum(one[side] for one in counts) for side in ("train", "heldout"))
     return (
-        f"{data['dictionary']['kind']} dictionary {data['dictionary']['name']} of {data['dictionary']['d_sae']:,} latents, "
-        f"{data['dictionary']['model']}; labels from {data['labels'] if isinstance(data['labels'], str) else ', '.join(data['labels'])}; "
-        f"{sum(one['train'] for one in counts):,} training and {sum(one['heldout'] for one in counts):,} held-out texts, "
+        f"{about['kind']} dictionary {about['name']} of {about['d_sae']:,} latents, {about['model']}; labels from "
+        f"{labels}; {train:,} training and {heldout:,} held-out texts, "
         f"rows are the {'means over' if data['pooling'] == 'mean' else 'last of'} their kept positions; latents set to "
         f"{data['ablation']}; cost over {data['neutral']['n_predictions']:,} predictions on neutral text."
     )
@@ -123,14 +134,18 @@ def _table(data: Data) -> Table:
     first["probe before: accuracy"] = probe["balanced_accuracy"]
     if answers:
         first["answers apart"] = answers["separation"]
-    table.rows.append(["unedited", "", *(number(first[n]["value"]) if n in first else "" for n, _ in columns)])
+    table.rows.append(
+        ["unedited", "", *(number(first[n]["value"]) if n in first else "" for n, _ in columns)]
+    )
     table.notes.append(["", "", *(cell_note(first[n]) if n in first else "" for n, _ in columns)])
     for (kind, n), arms in _groups(data).items():
         found = [_together([read(arm) for arm in arms]) for _, read in columns]
         null = "null: " if kind.startswith("random") else ""
         table.rows.append([null + kind, str(n), *(number(one["value"]) for one in found)])
         table.notes.append(["", "", *(cell_note(one) for one in found)])
-    table.rows.append(["chance", "", number(data["chance"]), "0.5", number(data["chance"])] + [""] * (len(columns) - 3))
+    table.rows.append(
+        ["chance", "", number(data["chance"]), "0.5", number(data["chance"])] + [""] * (len(columns) - 3)
+    )
     table.notes.append([""] * (2 + len(columns)))
     return table
 
@@ -172,7 +187,12 @@ def _scatter(axes: Axes, data: Data, of: Any) -> None:
                 axes.plot([x, x], [y["low"], y["high"]], color=colour, linewidth=2.2, alpha=0.35)
             if not null and len(points) > 1:
                 axes.annotate(
-                    str(arm["n"]), (x, y["value"]), (5, 4), textcoords="offset points", fontsize=8, color=colour
+                    str(arm["n"]),
+                    (x, y["value"]),
+                    (5, 4),
+                    textcoords="offset points",
+                    fontsize=8,
+                    color=colour,
                 )
     positive = [v for arm in data["arms"] if (v := arm["cost"]["kl"]["value"]) is not None and v > 0]
     if positive:
@@ -221,7 +241,9 @@ def _write_csv(path: Path, data: Data) -> None:
         fields += [("answers", "separation"), ("answers", "auroc")]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["arm", "n", "draw", "latents", *(f"{a}_{b}{end}" for a, b in fields for end, _ in ends)])
+        writer.writerow(
+            ["arm", "n", "draw", "latents", *(f"{a}_{b}{end}" for a, b in fields for end, _ in ends)]
+        )
         for arm in data["arms"]:
             numbers = [arm[a][b][key] for a, b in fields for _, key in ends]
             row = [arm["arm"], arm["n"], arm["draw"], " ".join(map(str, arm["latents"])), *numbers]

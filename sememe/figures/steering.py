@@ -29,8 +29,8 @@ MAX_EXAMPLE = 260
 """Characters of a continuation that are shown."""
 LEGEND = (
     "A dose is a multiple of the latents' largest activations on the text; other directions are as long as what the "
-    "latents write there, so that equal doses move the activations equally far. perplexity: the unsteered model's, of the "
-    "continuation after the prompt alone. Beside each number: its 95% interval over prompts."
+    "latents write there, so that equal doses move the activations equally far. perplexity: the unsteered model's, of "
+    "the continuation after the prompt alone. Beside each number: its 95% interval over prompts."
 )
 
 
@@ -56,8 +56,18 @@ def write_steering(folder: Path, data: Data) -> None:
     facts = _facts(data)
     legend = f"{LEGEND} " + " ".join(f"{name}: {text}." for name, text in data["meanings"].items())
     tables = [("Dose and response", _table(data)), ("What was written", _examples(data))]
-    broken = [f"{name} at {one['strength']:g}: {one['broken']}" for name, one in _points(data) if one["broken"]]
-    markdown = [f"# {title}", "", facts, "", *(f"![{name}](figures/{name}.svg)\n" for name in drawn), legend, ""]
+    broken = [
+        f"{name} at {one['strength']:g}: {one['broken']}" for name, one in _points(data) if one["broken"]
+    ]
+    markdown = [
+        f"# {title}",
+        "",
+        facts,
+        "",
+        *(f"![{name}](figures/{name}.svg)\n" for name in drawn),
+        legend,
+        "",
+    ]
     body = [
         f"<p>{html.escape(facts)}</p>",
         "<div class='plots'>" + "".join(f"<figure>{text}</figure>" for text in drawn.values()) + "</div>",
@@ -65,7 +75,11 @@ def write_steering(folder: Path, data: Data) -> None:
     ]
     if broken:
         markdown += ["Doses that broke the model:", "", *(f"- {line}" for line in broken), ""]
-        body.append("<h3>Doses that broke the model</h3><ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in broken) + "</ul>")
+        body.append(
+            "<h3>Doses that broke the model</h3><ul>"
+            + "".join(f"<li>{html.escape(line)}</li>" for line in broken)
+            + "</ul>"
+        )
     for heading, table in tables:
         markdown += [f"## {heading}", "", markdown_table(table), ""]
         shown = html_table(table)
@@ -88,7 +102,9 @@ def _facts(data: Data) -> str:
         f"{about['kind']} dictionary {about['name']} of {about['d_sae']:,} latents, {about['model']} at "
         f"{', '.join(about['outputs'])}; style {data['style']}; {len(data['prompts'])} prompts, {data['n_samples']} "
         f"continuations of {data['new_tokens']} tokens each at temperature {data['temperature']:g}.",
-        "Largest activations: " + ", ".join(f"{one['latent']}: {number(one['largest'])}" for one in data["latents"]) + ".",
+        "Largest activations: "
+        + ", ".join(f"{one['latent']}: {number(one['largest'])}" for one in data["latents"])
+        + ".",
         f"A dose of 1 adds a vector of length {number(data['length'])}.",
     ]
     for name, length in data["natural_lengths"].items():
@@ -184,7 +200,9 @@ def _lines(axes: Axes, data: Data, x_of: Callable[[Data], float | None], name: s
                 axes.plot([x, x], [y["low"], y["high"]], color=colour, linewidth=2.2, alpha=0.3)
         with_doses = arm["arm"] == "latents" and x_of is _perplexity
         for x, y, s in shown if with_doses else ():
-            axes.annotate(f"{s:g}", (x, y["value"]), (5, 4), textcoords="offset points", fontsize=7.5, color=colour)
+            axes.annotate(
+                f"{s:g}", (x, y["value"]), (5, 4), textcoords="offset points", fontsize=7.5, color=colour
+            )
 
 
 def _strength(point: Data) -> float | None:
@@ -262,6 +280,8 @@ def _write_csv(path: Path, data: Data) -> None:
         writer = csv.writer(file)
         writer.writerow(["arm", "strength", "broken", *(f"{name}{end}" for name in names for end, _ in ends)])
         for title, point in rows:
-            numbers = [None if point["broken"] else _statistic(point, name)[key] for name in names for _, key in ends]
+            numbers = [
+                None if point["broken"] else _statistic(point, name)[key] for name in names for _, key in ends
+            ]
             row = [title, point["strength"], point["broken"], *numbers]
             writer.writerow(["" if value is None else value for value in row])

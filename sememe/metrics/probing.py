@@ -187,7 +187,9 @@ def class_scores(
         seed: Of the draws. Equal seeds and units draw equal units, so that arms are paired.
     """
     n_classes = answers.shape[1]
-    numbered = np.arange(len(labels)) if units is None else np.unique(units, return_inverse=True)[1].reshape(-1)
+    numbered = (
+        np.arange(len(labels)) if units is None else np.unique(units, return_inverse=True)[1].reshape(-1)
+    )
     n_units = int(numbered.max()) + 1
     weights = np.ones((1 + n_bootstrap, n_units))
     weights[1:] = np.random.default_rng(seed).multinomial(

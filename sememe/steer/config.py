@@ -36,8 +36,8 @@ class SteerConfig(LabelledConfig):
     policy: TokenPolicy | None = None
     """The token policy, for dictionaries that do not say which they were trained with."""
     style: Style = "add"
-    """add: the direction, to every position. orthogonal: the same, once what lies along it is taken out. clamp: a latent's
-    activation is set. cap: what lies along it is raised to at least the dose (lowered, for a dose below 0)."""
+    """add: the direction, to every position. orthogonal: the same, once what lies along it is taken out. clamp: a
+    latent's activation is set. cap: what lies along it is raised to at least the dose (lowered, for a dose below 0)."""
     strengths: tuple[float, ...] = Field(default=(-2.0, -1.0, 0.0, 0.5, 1.0, 2.0, 4.0, 8.0), min_length=1)
     """Doses, in multiples of the latent's largest activation on the text."""
     prompts: tuple[str, ...] = Field(

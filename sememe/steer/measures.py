@@ -90,7 +90,10 @@ class Measures:
         lower = [text.lower() for text in written.texts]
         if self._words is not None:
             hits = [float(len(self._words.findall(text))) for text in lower]
-            found["words"] = (np.array(hits), np.array([float(len(re.findall(r"\w+", one))) for one in lower]))
+            found["words"] = (
+                np.array(hits),
+                np.array([float(len(re.findall(r"\w+", one))) for one in lower]),
+            )
         ones = np.ones(len(written.texts))
         if self.config.pattern is not None:
             hits = [float(re.search(self.config.pattern, text) is not None) for text in written.texts]
@@ -106,9 +109,7 @@ class Measures:
         targets = written.rows[:, written.n_prompt :, None].to(chances.device)
         return -chances.gather(-1, targets)[..., 0].sum(1).double().cpu().numpy()
 
-    def _activations(
-        self, activations: Mapping[str, Tensor], n_prompt: int
-    ) -> Float[np.ndarray, " samples"]:
+    def _activations(self, activations: Mapping[str, Tensor], n_prompt: int) -> Float[np.ndarray, " samples"]:
         """Of the latents on the new positions, each over its largest, their mean summed over positions."""
         parts = [activations[site.hookpoint][:, n_prompt:] for site in self.sites.inputs]
         x = torch.cat([part.float().to(parts[0].device) for part in parts], dim=-1)
@@ -134,7 +135,9 @@ class Measures:
         found = metrics.bootstrap(
             sums.arrays(), formulas, n=self.config.n_bootstrap, seed=self.config.seed, causes=causes
         )
-        told = {name: one._replace(cause=one.cause.replace("documents", "prompts")) for name, one in found.items()}
+        told = {
+            name: one._replace(cause=one.cause.replace("documents", "prompts")) for name, one in found.items()
+        }
         return {
             "perplexity": told["perplexity"].to_json(),
             "measures": {name: told[name].to_json() for name in self.names},

@@ -5,8 +5,8 @@ With v what a dose of 1 adds, u its direction, s the dose and p what of a row x 
     add          x + s v
     orthogonal   x - p u + s v          the dose, whatever was there
     cap          x + (max(p, s |v|) - p) u  for s > 0; min for s < 0; x for s = 0
-    clamp        the latent's activation becomes s times its largest, and x moves by the difference along what it writes;
-                 a direction that is no latent's has no activation, and is set as in orthogonal
+    clamp        the latent's activation becomes s times its largest, and x moves by the difference along what it
+                 writes; a direction that is no latent's has no activation, and is set as in orthogonal
 
 Sources: add, Turner et al. 2023, arXiv:2308.10248; clamp, Templeton et al. 2024, "Scaling Monosemanticity"; orthogonal
 and cap as Neuronpedia's steering has them. Where a dictionary writes to several hookpoints, each has its own part of v.
@@ -97,7 +97,8 @@ def pushing(
     with contextlib.ExitStack() as stack:
         if style == "clamp" and push.largest:
             edits = [
-                LatentEdit(latents=(latent,), how="clamp", value=strength * act) for latent, act in push.largest
+                LatentEdit(latents=(latent,), how="clamp", value=strength * act)
+                for latent, act in push.largest
             ]
             stack.enter_context(Intervention(dictionary, edits).on(lm))
         else:
@@ -129,6 +130,8 @@ def _finite(x: Tensor, where: str) -> Tensor:
     # the norm and not the entries: layer norms square what they get, and give zeros when that overflows
     if not bool(torch.isfinite(x.float().norm(dim=-1)).all()):
         raise ActivationError(
-            f"steering must leave the activations at {where} of finite norm", "NaN or infinity", "Lower --strengths."
+            f"steering must leave the activations at {where} of finite norm",
+            "NaN or infinity",
+            "Lower --strengths.",
         )
     return x

@@ -23,7 +23,7 @@ from sememe.lm import LanguageModel
 from sememe.measure.checks import check_model, describe, policy_of, sites_of, splicer_for
 from sememe.progress import Progress, track
 from sememe.steer.config import SteerConfig
-from sememe.steer.lexical import Lexical, train_lexical
+from sememe.steer.lexical import train_lexical
 from sememe.steer.measures import MEANINGS, Measures, Share, Written
 from sememe.steer.pushes import Push, latents_push, like, pushing, random_push
 from sememe.text import TokenPolicy, attributions, fetch, fingerprint, token_blocks
@@ -36,9 +36,7 @@ N_EXAMPLES = 3
 """Prompts whose first continuation stands in the report."""
 
 
-def steer(
-    config: SteerConfig, *, lm: LanguageModel | None = None, fresh: bool = False
-) -> artifact.Artifact:
+def steer(config: SteerConfig, *, lm: LanguageModel | None = None, fresh: bool = False) -> artifact.Artifact:
     """Steer, or open what came of it if it is there.
 
     The artifact holds steering.json, steering.csv, steering.md and steering.html.
@@ -49,7 +47,7 @@ def steer(
         fresh: Replace whatever stands at config.out.
 
     Raises:
-        ConfigError: a latent does not exist, or never fires on the text; there is no such label; a prompt has no tokens.
+        ConfigError: a latent does not exist, or never fires on the text; there is no such label; a prompt is empty.
         TextError: labels are missing or too few; the text is too short.
         MismatchError: the dictionary is of another model; or other steering stands at config.out.
         ModelError: prompt and continuation do not fit the model's context.
@@ -187,7 +185,9 @@ def _difference(
     found = pooled.target[own].mean(0, dtype=np.float64) - pooled.target[~own].mean(0, dtype=np.float64)
     if not np.linalg.norm(found) > 0:
         raise ActivationError(
-            f"texts of {towards} must differ from the others in the mean", "no difference", "Give other texts."
+            f"texts of {towards} must differ from the others in the mean",
+            "no difference",
+            "Give other texts.",
         )
     return torch.from_numpy(found).float()
 
@@ -234,7 +234,9 @@ def write(
             masses = chances[..., targets].sum((1, 2)).double().cpu().numpy()
     new = rows[:, whole.shape[1] :]
     texts = [str(lm.tokenizer.decode(row)) for row in new]
-    return Written(torch.cat([ids.to(new.device).expand(len(new), -1), new], dim=1), ids.shape[1], texts, masses)
+    return Written(
+        torch.cat([ids.to(new.device).expand(len(new), -1), new], dim=1), ids.shape[1], texts, masses
+    )
 
 
 def _first_token(lm: LanguageModel, text: str) -> int:
