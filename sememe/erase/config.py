@@ -34,8 +34,8 @@ class EraseConfig(LabelledConfig):
     """The language model that the dictionary belongs to."""
     policy: TokenPolicy | None = None
     """The token policy, for dictionaries that do not say which they were trained with."""
-    pooling: Literal["auto", "mean", "last"] = "auto"
-    """Rows are means over a text's kept positions, or its last one; auto: mean, and last with a task."""
+    pooling: Literal["mean", "last"] = "mean"
+    """Rows are means over a text's kept positions, or its last one."""
     latents: tuple[int, ...] = ()
     """Instead of choosing: these latents, in this order."""
     ns: tuple[int, ...] = (1, 2, 5, 10, 20)

@@ -59,7 +59,8 @@ class LatentErasure(Erasure):
 
     def rows(self, x: Float[Tensor, "rows d"], acts: Float[Tensor, "rows n"]) -> Float[Tensor, "rows d"]:
         """As the class says."""
-        return x + (self.values.to(x) - acts.to(x)) @ self.directions.to(x)
+        moved: Tensor = (self.values.to(x) - acts.to(x)) @ self.directions.to(x)
+        return x + moved
 
 
 class AffineErasure(Erasure):
@@ -78,7 +79,8 @@ class AffineErasure(Erasure):
 
     def rows(self, x: Float[Tensor, "rows d"], acts: Float[Tensor, "rows n"]) -> Float[Tensor, "rows d"]:
         """As the class says; `acts` does not matter."""
-        return x - ((x - self.centre.to(x)) @ self.right.to(x).T) @ self.left.to(x).T
+        held: Tensor = (x - self.centre.to(x)) @ self.right.to(x).T
+        return x - held @ self.left.to(x).T
 
 
 class Arm(NamedTuple):
@@ -112,13 +114,15 @@ def class_directions(x: Float[Tensor, "n d"], labels: Int[np.ndarray, " n"]) -> 
         [x[torch.from_numpy(labels == c)].double().mean(0) for c in range(int(labels.max()) + 1)]
     )
     _, sizes, basis = torch.linalg.svd(means - means.mean(0), full_matrices=False)
-    return basis[: len(means) - 1][sizes[: len(means) - 1] > 1e-9 * sizes[0].clamp_min(1e-30)]
+    apart: Tensor = basis[: len(means) - 1][sizes[: len(means) - 1] > 1e-9 * sizes[0].clamp_min(1e-30)]
+    return apart
 
 
 def random_basis(rank: int, d: int, seed: int) -> Float[Tensor, "rank d"]:
     """Orthonormal directions, evenly distributed."""
     drawn = torch.randn(d, rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return torch.linalg.qr(drawn).Q.T
+    made: Tensor = torch.linalg.qr(drawn).Q
+    return made.T
 
 
 def leace(x: Float[Tensor, "n d"], labels: Int[np.ndarray, " n"]) -> AffineErasure:

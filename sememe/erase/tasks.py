@@ -43,15 +43,16 @@ OCCUPATIONS = {
 """By the stereotype, mostly those of Zhao et al. 2018 (WinoBias, arXiv:1804.06876)."""
 
 SENTENCES = (
-    "{who} went home early because",
+    "Last night {who} went home early because",
     "After the meeting, {who} said that",
     "When {who} woke up that morning,",
-    "{who} was late again, and",
+    "As so often {who} was late again, and",
     "In the end {who} closed the book, and then",
-    "{who} was tired, so",
+    "By noon {who} was tired, so",
     "Everyone knew {who}, and everyone knew that",
-    "{who} looked out of the window while",
+    "For a while {who} looked out of the window, and then",
 )
+"""The subject never stands first: a row's first position is an attention sink, which is not edited."""
 
 
 def read_task(config: LabelledConfig, task: Literal["names", "occupations"]) -> Labelled:
@@ -62,8 +63,7 @@ def read_task(config: LabelledConfig, task: Literal["names", "occupations"]) -> 
         for subject in found:
             who = subject if task == "names" else f"the {subject}"
             for sentence in SENTENCES:
-                made = sentence.format(who=who)
-                texts.append(made[0].upper() + made[1:])
+                texts.append(sentence.format(who=who))
                 labels.append(label)
                 groups.append(subject)
     return choose(config, texts, labels, groups)

@@ -98,12 +98,11 @@ def erase(config: EraseConfig, *, lm: LanguageModel | None = None, fresh: bool =
         ((ANSWERS["he"],), (ANSWERS["she"],)) if config.task else (config.tokens_for, config.tokens_against)
     )
     sides = first_tokens(lm, *asked) if asked[0] else None
-    pooling = config.pooling if config.pooling != "auto" else ("last" if config.task else "mean")
     with artifact.building(
         config.out, kind="erasure", version=VERSION, config=config, parents=parents, fresh=fresh
     ) as work:
         dictionary = dictionary.to(lm.device)
-        pooled = pooled_rows(lm, dictionary, sites, policy, labelled.texts, pooling, config.batch_rows)
+        pooled = pooled_rows(lm, dictionary, sites, policy, labelled.texts, config.pooling, config.batch_rows)
         texts = _split_rows(labelled, pooled, heldout)
         ranks, arms = make_arms(config, dictionary, texts)
         passes = Passes(lm, dictionary, sites, policy, arms)
@@ -116,7 +115,7 @@ def erase(config: EraseConfig, *, lm: LanguageModel | None = None, fresh: bool =
             "chance": 1 / len(labelled.classes),
             "left_out": labelled.left_out,
             "n_cut": pooled.n_cut,
-            "pooling": pooling,
+            "pooling": config.pooling,
             "ablation": config.ablation,
             "policy": policy.resolved(),
             "latents": _described(ranks, labelled, config),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import html
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,7 @@ def _together(found: Sequence[Data]) -> dict[str, Any]:
 
 
 def _table(data: Data) -> Table:
-    columns = [
+    columns: list[tuple[str, Callable[[Data], Data]]] = [
         ("refitted: accuracy", lambda one: one["refitted"]["balanced_accuracy"]),
         ("refitted: AUROC", lambda one: one["refitted"]["auroc"]),
         ("probe before: accuracy", lambda one: one["before"]["balanced_accuracy"]),

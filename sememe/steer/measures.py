@@ -132,11 +132,11 @@ class Measures:
         for name in self.names:
             formulas[name] = lambda t, name=name: t[name] / t[f"of_{name}"]
         causes = {"perplexity": "the unsteered model finds it impossible", "words": "there are no words"}
-        found = metrics.bootstrap(
+        drawn = metrics.bootstrap(
             sums.arrays(), formulas, n=self.config.n_bootstrap, seed=self.config.seed, causes=causes
         )
         told = {
-            name: one._replace(cause=one.cause.replace("documents", "prompts")) for name, one in found.items()
+            name: one._replace(cause=one.cause.replace("documents", "prompts")) for name, one in drawn.items()
         }
         return {
             "perplexity": told["perplexity"].to_json(),

@@ -67,15 +67,16 @@ def steered(
     """Rows moved along a direction, as the module says; clamp as orthogonal."""
     if style == "add":
         return x + strength * vector
-    size = vector.norm()
-    unit = vector / size.clamp_min(torch.finfo(vector.dtype).tiny)
-    along = (x @ unit)[..., None]
+    size: Tensor = vector.norm()
+    unit: Tensor = vector / size.clamp_min(torch.finfo(vector.dtype).tiny)
+    along: Tensor = (x @ unit)[..., None]
     if style != "cap":
         return x - along * unit + strength * vector
-    dose = strength * size
     if strength == 0:
         return x
-    return x + ((along.clamp(min=dose) if strength > 0 else along.clamp(max=dose)) - along) * unit
+    dose = float(strength * size)
+    wanted = along.clamp(min=dose) if strength > 0 else along.clamp(max=dose)
+    return x + (wanted - along) * unit
 
 
 @contextlib.contextmanager

@@ -309,17 +309,9 @@ def _data(config: SteerConfig, told: _Told, arms: Sequence[Push]) -> dict[str, A
     n_points = 1 + len(arms) * len(strengths) + (config.before is not None)
     with track("continuations", n_points * len(config.prompts), "prompts") as progress:
         unsteered = told.point(None, None, progress)
-        found = [
-            {
-                "arm": push.kind,
-                "draw": push.draw,
-                "points": [told.point(push, strength, progress) for strength in strengths],
-            }
-            for push in arms
-        ]
-        if all(point["broken"] for arm in found for point in arm["points"] if point["strength"] != 0) and any(
-            strengths
-        ):
+        points = [[told.point(push, strength, progress) for strength in strengths] for push in arms]
+        doses = [(one["strength"], one["broken"]) for own in points for one in own if one["strength"] != 0]
+        if doses and all(broken for _, broken in doses):
             raise ActivationError(
                 "some dose must leave the model's activations finite",
                 f"NaN or infinity at all of {', '.join(f'{one:g}' for one in strengths if one)}",
@@ -328,4 +320,7 @@ def _data(config: SteerConfig, told: _Told, arms: Sequence[Push]) -> dict[str, A
         before = None
         if config.before is not None:
             before = {"text": config.before, **told.point(None, None, progress, config.before)}
+    found = [
+        {"arm": push.kind, "draw": push.draw, "points": own} for push, own in zip(arms, points, strict=True)
+    ]
     return {"strengths": strengths, "unsteered": unsteered, "arms": found, "before": before}
