@@ -22,7 +22,7 @@ from sememe.erase.chosen import alike
 from sememe.erase.erasures import Arm, class_directions, leace, project_out, random_basis
 from sememe.erase.passes import BASE, Passes, first_tokens
 from sememe.erase.tasks import SENTENCES, read_task
-from sememe.erase.verb import _fitting, _split_rows, make_arms, split
+from sememe.erase.verb import _fitting, _Split, _split_rows, make_arms, split
 from sememe.errors import ConfigError, MismatchError, TextError
 from sememe.labelled import LabelledConfig, pooled_rows, read_labelled
 from sememe.lm import LanguageModel
@@ -305,3 +305,25 @@ def test_what_it_refuses(place: Path, lm: LanguageModel, dictionary: Dictionary,
     with pytest.raises(ConfigError, match=r"ns must be growing numbers of at least 1, got \(2, 1\)"):
         config_for(place, ns=(2, 1))
     assert not (tmp_path / "e").exists()
+
+
+def test_of_several_classes_all_means_are_taken_out(place: Path, dictionary: Dictionary) -> None:
+    rng = np.random.default_rng(0)
+    labels = np.tile(np.arange(3), 30)
+    x = rng.normal(size=(90, D)) + 3 * np.eye(3, D)[labels]
+    acts = np.concatenate([x.clip(min=0), (-x).clip(min=0)], axis=1).astype(np.float32)
+    texts = _Split(x, acts, labels, np.arange(90), np.arange(90) >= 60)
+    ranks, arms = make_arms(config_for(place, ns=(1, 3)), dictionary, texts)
+    assert set(ranks.order[:3].tolist()) == {0, 1, 2}
+    assert [(arm.kind, arm.n) for arm in arms if arm.draw is None] == [
+        ("latents", 1),
+        ("latents", 3),
+        ("leace", 2),
+        ("difference in means", 1),
+        ("mean projection", 2),
+    ]
+    for arm in arms:
+        if arm.n == 2 and arm.draw is None:
+            rows = arm.erasure.rows(torch.from_numpy(x[:60]), torch.zeros(60, 0))
+            means = torch.stack([rows[torch.from_numpy(labels[:60] == c)].mean(0) for c in range(3)])
+            torch.testing.assert_close(means, means.mean(0).expand(3, D), rtol=0, atol=1e-6)

@@ -228,7 +228,7 @@ def _dose_plot(data: Data, name: str) -> Figure:
     if name == "perplexity":
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.yaxis.set_minor_formatter(lambda value, _: "")
+        axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "25" else "")
     broken = [(one["strength"], arm["arm"]) for arm in data["arms"] for one in arm["points"] if one["broken"]]
     for strength, kind in broken:
         axes.plot(
@@ -259,7 +259,7 @@ def _fair_plot(data: Data, name: str) -> Figure:
             axes.plot([x], [y], marker, color=colour, markersize=7, label=title, linestyle="none")
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.xaxis.set_minor_formatter(lambda value, _: "")
+    axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "25" else "")
     axes.set_xlabel("perplexity of the continuation under the unsteered model")
     axes.set_ylabel(name)
     axes.set_title(f"{name.capitalize()} against perplexity")
