@@ -13,10 +13,10 @@ from evaluate_world import HOOKPOINT, POLICY, WORDS, D, World, autoencoder, conf
 from scipy.optimize import linear_sum_assignment
 
 from sememe import dictionaries, metrics
-from sememe.concepts.rows import pooled_rows
 from sememe.dictionaries.topk import TopKConfig
 from sememe.encoded import Encoded
 from sememe.evaluate import evaluate
+from sememe.labelled import pooled_rows
 
 SIZES = (1, 7, 64, 4096)
 TOLERANCE = 1e-6

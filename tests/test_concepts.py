@@ -13,10 +13,9 @@ from test_report import Page
 
 from sememe import artifact, dictionaries
 from sememe.concepts import ConceptsConfig, concepts
-from sememe.concepts.labelled import read_labelled
-from sememe.concepts.rows import pooled_rows
 from sememe.dictionaries.topk import TopKConfig
 from sememe.errors import ConfigError, MismatchError, TextError
+from sememe.labelled import pooled_rows, read_labelled
 from sememe.store import open_store
 from sememe.text import TokenPolicy
 
@@ -176,7 +175,7 @@ def test_three_classes_are_perturbed(world: World, tmp_path: Path) -> None:
 def test_first_letters_come_from_the_vocabulary(world: World, tmp_path: Path) -> None:
     with pytest.raises(TextError, match=r"at least two classes of 20 texts or more"):  # of 300 tokens
         concepts(config_for(world, tmp_path / "c", first_letter=True), lm=world.lm)
-    from sememe.concepts.labelled import first_letters
+    from sememe.labelled import first_letters
 
     class Vocabulary:
         def __len__(self) -> int:
@@ -199,7 +198,7 @@ def test_first_letters_come_from_the_vocabulary(world: World, tmp_path: Path) ->
 
 
 def test_every_letter_with_enough_words_is_asked_about(world: World, tmp_path: Path) -> None:
-    from sememe.concepts.labelled import MAX_CLASSES, first_letters, read_labelled
+    from sememe.labelled import MAX_CLASSES, first_letters, read_labelled
 
     letters = "abcdefghijklmnopqrstuvwxyz"
 

@@ -55,6 +55,10 @@ VERBS: dict[str, Verb] = {
     ),
     "prompt": Verb("Show which latents fire on a text, how strongly, and what each does there.", "prompt"),
     "browse": Verb("Look at an atlas in the web browser, or export it as a site.", "browse"),
+    "erase": Verb("Take a labelled concept out of the activations, and count what that costs.", "erase"),
+    "steer": Verb(
+        "Turn latents up while the model writes: behaviour and perplexity against strength.", "steer"
+    ),
     "intervene": Verb("Change a model's latents and see what it says then.", "intervene"),
     "trace": Verb("Trace a number back to latents: which of them made the model say this.", "trace"),
     "patch": Verb(

@@ -452,6 +452,12 @@ _MAKERS: dict[str, Callable[[], Any]] = {
         "Ask what latents know of labels: probes, ablations, absorption.",
         ("dictionary",),
     ),
+    "erase": lambda: _simple(
+        "erase", "erase", "Take a labelled concept out of the activations.", ("dictionary",)
+    ),
+    "steer": lambda: _simple(
+        "steer", "steer", "Turn latents up while the model writes: dose and response.", ("dictionary",)
+    ),
     "toy": _toy,
     "pretrain": kinds.pretrain_app,
     "convert": lambda: _simple(

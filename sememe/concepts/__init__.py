@@ -1,6 +1,6 @@
 """The verb that asks what latents know of labels: probes on few of them, ablations that probes feel, absorption.
 
-labelled.py (texts and their labels) -> rows.py (means over positions) -> metrics/ -> verb.py (the report)
+labelled/ (texts, their labels, rows of them) -> metrics/ -> verb.py (the report)
 """
 
 from sememe.concepts.config import ConceptsConfig

@@ -7,15 +7,15 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from sememe.config import Config
 from sememe.errors import ConfigError
+from sememe.labelled import LabelledConfig
 from sememe.lm import ModelConfig
 from sememe.text import TokenPolicy
 
 __all__ = ["ConceptsConfig"]
 
 
-class ConceptsConfig(Config):
+class ConceptsConfig(LabelledConfig):
     """Which dictionary, which labels, and what is asked of them."""
 
     not_identity: ClassVar[frozenset[str]] = frozenset(
@@ -24,19 +24,10 @@ class ConceptsConfig(Config):
 
     dictionary: Path
     """The dictionary to ask."""
-    labelled: tuple[Path, ...] = ()
-    """JSONL files, an object with a text and a label on each line."""
-    corpus: tuple[str, ...] = ()
-    """Instead: documents of these corpora, labelled by what is known of them (--label-field language, source, or a tag
-    such as topic); those of which it is not known are left out."""
     first_letter: bool = False
-    """Instead: words of the model's own vocabulary, labelled by their first letter."""
+    """Instead of files or corpora: words of the model's own vocabulary, labelled by their first letter."""
     out: Path = Path("artifacts/concepts")
     """The folder to make."""
-    text_field: str = "text"
-    """Where a line's text is."""
-    label_field: str = "label"
-    """Where its label is: a text, a number or true/false."""
     spurious_field: str | None = None
     """Where a second, binary label is that the first shall not be confused with; both must have two classes."""
     model: ModelConfig = ModelConfig()
@@ -49,8 +40,6 @@ class ConceptsConfig(Config):
     """Latents of the sparse probes."""
     n_ablated: tuple[int, ...] = (2, 5, 10, 20, 50, 100)
     """Latents ablated for targeted perturbation and spurious removal."""
-    max_per_class: int = Field(default=200, ge=20)
-    """At most so many texts of a class, and as many others beside it."""
     max_classes: int | None = Field(default=None, ge=2)
     """So many of the most frequent classes are taken; if not given 12, and with first_letter all of them."""
     batch_rows: int = Field(default=16, ge=1)
@@ -59,8 +48,6 @@ class ConceptsConfig(Config):
     """Outer folds of the probes."""
     n_bootstrap: int = Field(default=1000, ge=0)
     """Draws of texts for the 95% intervals; 0 gives none."""
-    seed: int = Field(default=0, ge=0, lt=2**31)
-    """Of every draw."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

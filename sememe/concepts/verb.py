@@ -12,12 +12,11 @@ import torch
 from sememe import artifact, dictionaries, figures, metrics
 from sememe import lm as language_models
 from sememe.concepts.config import ConceptsConfig
-from sememe.concepts.labelled import Labelled, first_letters, read_labelled
-from sememe.concepts.rows import Pooled, pooled_rows
 from sememe.config import sha256_of
 from sememe.dictionaries.base import Dictionary, Sites
 from sememe.dictionaries.topk import TopKConfig
 from sememe.errors import ConfigError
+from sememe.labelled import Labelled, Pooled, first_letters, named, pooled_rows, read_labelled
 from sememe.lm import LanguageModel
 from sememe.measure.checks import check_model, describe, policy_of, sites_of, splicer_for
 from sememe.progress import track
@@ -70,7 +69,7 @@ def concepts(
     policy = policy_of(config.policy, saved, None)
     model_fingerprint = lm.fingerprint if lm else language_models.fingerprint_of(config.model)
     check_model(sites, model_fingerprint)
-    labelled = None if config.first_letter else read_labelled(config)
+    labelled = None if config.first_letter else read_labelled(config, spurious_field=config.spurious_field)
     parents = {"dictionary": saved.fingerprint, "model": model_fingerprint}
     if labelled is not None:
         parents["texts"] = sha256_of([labelled.texts, labelled.labels, labelled.spurious])
@@ -95,7 +94,7 @@ def concepts(
             "format_version": 2,
             "dictionary": describe(saved, dictionary, sites),
             "pooling": pooling,
-            "labels": "first letters" if config.first_letter else _where_from(config),
+            "labels": "first letters" if config.first_letter else named(config),
             "n_texts": len(labelled.texts),
             "n_cut": own.n_cut,
             "left_out": labelled.left_out,
@@ -105,13 +104,6 @@ def concepts(
         figures.write_concepts(work.path, data)
         work.extra = {"n_classes": len(labelled.classes), "n_texts": len(labelled.texts)}
     return artifact.load(config.out, "concepts")
-
-
-def _where_from(config: ConceptsConfig) -> list[str]:
-    """The names of files, or of corpora with what their documents are labelled by."""
-    return [path.name for path in config.labelled] or [
-        f"{name}: {config.label_field}" for name in config.corpus
-    ]
 
 
 def _untrained(dictionary: Dictionary, sites: Sites, own: Pooled, seed: int) -> Dictionary:
@@ -213,8 +205,8 @@ def _probes(
     few = tuple(k for k in config.ks if k <= x.shape[1])
     found["neurons"] = metrics.sparse_probe(x, truth, few, **options)
     found[SHUFFLED] = metrics.sparse_probe(torch.from_numpy(own.acts[rows]), shuffled, config.ks, **options)
-    named = {arm: {str(k): one for k, one in own.items()} for arm, own in found.items()}
-    return named | {"activations": {"dense": metrics.dense_probe(x, truth, **options)}}
+    by_arm = {arm: {str(k): one for k, one in own.items()} for arm, own in found.items()}
+    return by_arm | {"activations": {"dense": metrics.dense_probe(x, truth, **options)}}
 
 
 def _scored(config: ConceptsConfig, probe: metrics.Probe, label: torch.Tensor) -> dict[str, Any]:

@@ -17,12 +17,14 @@ from sememe.figures.data import (
     stopped,
     write_draws,
 )
+from sememe.figures.erasure import write_erasure
 from sememe.figures.explanations import lift_table, write_explanations
 from sememe.figures.geometry import write_geometry
 from sememe.figures.grid import grid_plots
 from sememe.figures.pages import write_pages
 from sememe.figures.patching import write_patching
 from sememe.figures.scrubbing import write_scrubbing
+from sememe.figures.steering import write_steering
 from sememe.figures.tables import BETTER, GROUPED, headline_table, markdown_table
 from sememe.figures.toys import layers_plot, superposition_plot
 from sememe.figures.traces import agreement_plot, circuit_plot
@@ -49,10 +51,12 @@ __all__ = [
     "write_comparison",
     "write_concepts",
     "write_draws",
+    "write_erasure",
     "write_explanations",
     "write_geometry",
     "write_pages",
     "write_patching",
     "write_rows",
     "write_scrubbing",
+    "write_steering",
 ]

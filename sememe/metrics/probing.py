@@ -20,6 +20,7 @@ __all__ = [
     "LinearProbe",
     "Probe",
     "ProbeScores",
+    "class_scores",
     "dense_probe",
     "linear_probe",
     "probe_scores",
@@ -161,6 +162,67 @@ def probe_scores(
                 value, cause="some draws of texts hold none with, or none without, the label"
             )
     return found
+
+
+def class_scores(
+    answers: Float[np.ndarray, "n classes"],
+    labels: Int[np.ndarray, " n"],
+    units: Int[np.ndarray, " n"] | None = None,
+    *,
+    n_bootstrap: int = 1000,
+    seed: int = 0,
+) -> dict[str, Statistic]:
+    """What one probe for each class tells of rows that none was fitted to, with 95% intervals from drawing units again.
+
+    `balanced_accuracy`: the mean over classes of the share of a class's rows on which its own answer is the largest;
+    chance is 1 / classes, also for always saying the same. `auroc`: the mean over classes of the share of pairs (one
+    row of the class, one of another) that are in the right order, ties half; chance is 0.5. Where a score is exactly
+    0 or 1 it has the bound of `probe_scores`.
+
+    Args:
+        answers: Log-odds of every class; of two, the second's are the first's turned round.
+        labels: Which class each row is of; every class has a row.
+        units: What is drawn: rows of one document. Each row for itself, if not given.
+        n_bootstrap: Draws; 0 gives no intervals.
+        seed: Of the draws. Equal seeds and units draw equal units, so that arms are paired.
+    """
+    n_classes = answers.shape[1]
+    numbered = (
+        np.arange(len(labels)) if units is None else np.unique(units, return_inverse=True)[1].reshape(-1)
+    )
+    n_units = int(numbered.max()) + 1
+    weights = np.ones((1 + n_bootstrap, n_units))
+    weights[1:] = np.random.default_rng(seed).multinomial(
+        n_units, np.full(n_units, 1 / n_units), size=n_bootstrap
+    )
+    weights = weights[:, numbered]
+    right = answers.argmax(1) == labels
+    folds = np.zeros(len(labels), dtype=np.int64)
+    shares, ordered = [], []
+    for number in range(n_classes):
+        own = labels == number
+        with np.errstate(all="ignore"):
+            shares.append(weights[:, own] @ right[own].astype(np.float64) / weights[:, own].sum(1))
+        ordered.append(_drawn(answers[:, number], own, folds, weights)["auroc"])
+    found = {"balanced_accuracy": np.mean(shares, axis=0), "auroc": np.mean(ordered, axis=0)}
+    counts = [len(np.unique(numbered[labels == number])) for number in range(n_classes)]
+    others = [len(np.unique(numbered[labels != number])) for number in range(n_classes)]
+    trials = {
+        "balanced_accuracy": n_classes * min(counts),
+        "auroc": min(min(pair) for pair in zip(counts, others, strict=True)),
+    }
+    return {name: _undrawn_pairs(_interval(draws), trials[name]) for name, draws in found.items()}
+
+
+def _interval(draws: Float[np.ndarray, " draws"]) -> Statistic:
+    """The first is the value, the others say how it might have come out."""
+    value, others = float(draws[0]), draws[1:]
+    if len(others) == 0:
+        return Statistic(value)
+    if not np.isfinite(others).all():
+        return Statistic(value, cause="some draws of texts hold none of a class")
+    low, high = (float(q) for q in np.quantile(others, [0.025, 0.975]))
+    return Statistic(value, low, high)
 
 
 def _n_pairs(y: Bool[np.ndarray, " n"], folds: Int[np.ndarray, " n"], name: str) -> int:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from sememe import text
-from sememe.concepts.config import ConceptsConfig
 from sememe.errors import TextError
+from sememe.labelled.config import LabelledConfig
 
-__all__ = ["Labelled", "first_letters", "read_labelled"]
+__all__ = ["Labelled", "choose", "first_letters", "named", "read_labelled"]
 
 LEAST = 20
 """Texts that a class must have."""
@@ -33,29 +33,41 @@ class Labelled(NamedTuple):
     """By falling frequency."""
     left_out: dict[str, int]
     """Texts of classes that are not asked about."""
+    groups: tuple[str, ...]
+    """What each text is of: texts of one group are never split. The text itself, if nothing else is said."""
 
 
-def read_labelled(config: ConceptsConfig) -> Labelled:
+def read_labelled(
+    config: LabelledConfig, *, spurious_field: str | None = None, group_field: str | None = None
+) -> Labelled:
     """Read the files, or the corpora's documents.
+
+    Args:
+        config: Which.
+        spurious_field: Where a second, binary label is.
+        group_field: Where it stands what a text is of: a document's name, a person's.
 
     Raises:
         TextError: a file is missing or no JSONL; a corpus is unknown, cannot be had, or knows no such label; a text or
             a label is missing, empty or NaN; there are fewer than two classes; a class is too small; the second label,
             or the first beside it, has not two classes.
     """
-    texts, labels, spurious = [], [], []
-    for where, line in _documents(config) if config.corpus else _all_lines(config):
+    fields = [name for name in (config.label_field, spurious_field, group_field) if name is not None]
+    texts: list[str] = []
+    found: dict[str, list[str]] = {name: [] for name in fields}
+    for where, line in _documents(config, fields) if config.corpus else _all_lines(config):
         texts.append(_text(line, config.text_field, where))
-        labels.append(_label(line, config.label_field, where))
-        if config.spurious_field is not None:
-            spurious.append(_label(line, config.spurious_field, where))
-    if config.spurious_field is None:
-        return _chosen(config, texts, labels, None)
-    for name, found in ((config.label_field, set(labels)), (config.spurious_field, set(spurious))):
-        if len(found) != 2:
+        for name in dict.fromkeys(fields):
+            found[name].append(_label(line, name, where))
+    labels, groups = found[config.label_field], found[group_field] if group_field is not None else texts
+    if spurious_field is None:
+        return choose(config, texts, labels, groups)
+    spurious = found[spurious_field]
+    for name, values in ((config.label_field, set(labels)), (spurious_field, set(spurious))):
+        if len(values) != 2:
             raise TextError(
                 f"with spurious_field, {name} must have two classes",
-                ", ".join(sorted(found)[:5]) or "none",
+                ", ".join(sorted(values)[:5]) or "none",
                 "Leave spurious_field out, or keep lines of two classes.",
             )
     together = Counter(zip(labels, spurious, strict=True))
@@ -66,21 +78,27 @@ def read_labelled(config: ConceptsConfig) -> Labelled:
             f"{least}",
             "Give more labelled texts, or leave spurious_field out.",
         )
-    return _chosen(config, texts, labels, spurious)
+    return choose(config, texts, labels, groups, spurious=spurious)
 
 
-def _all_lines(config: ConceptsConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+def named(config: LabelledConfig) -> list[str]:
+    """The names of files, or of corpora with what their documents are labelled by."""
+    return [path.name for path in config.labelled] or [
+        f"{name}: {config.label_field}" for name in config.corpus
+    ]
+
+
+def _all_lines(config: LabelledConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every line of every file, and where it stands."""
     for path in config.labelled:
         for number, line in _lines(path):
             yield f"line {number} of {path}", line
 
 
-def _documents(config: ConceptsConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+def _documents(config: LabelledConfig, wanted: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The documents whose labels are known, held out or not: nothing was ever trained on a label."""
     about = text.TextConfig(corpus=config.corpus)
     text.fetch(about)
-    wanted = [name for name in (config.label_field, config.spurious_field) if name is not None]
     known: set[str] = set()
     n_found = 0
     for document in text.documents(about, "all"):
@@ -97,7 +115,7 @@ def _documents(config: ConceptsConfig) -> Iterator[tuple[str, dict[str, Any]]]:
         )
 
 
-def first_letters(config: ConceptsConfig, tokenizer: Any) -> Labelled:
+def first_letters(config: LabelledConfig, tokenizer: Any) -> Labelled:
     """Words of the vocabulary (a space and three or more lower-case letters) in a sentence, by their first letter.
 
     Raises:
@@ -110,7 +128,8 @@ def first_letters(config: ConceptsConfig, tokenizer: Any) -> Labelled:
         if word[:1] == " " and len(word) > 3 and word[1:].isascii() and word[1:].islower()
     ]
     words = [word for word in words if word[1:].isalpha()]
-    return _chosen(config, [f"The word is{word}" for word in words], [word[1] for word in words], None)
+    texts = [f"The word is{word}" for word in words]
+    return choose(config, texts, [word[1] for word in words], words, most=None)
 
 
 def _lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
@@ -161,10 +180,28 @@ def _label(line: dict[str, Any], field: str, where: str) -> str:
     return str(value)
 
 
-def _chosen(
-    config: ConceptsConfig, texts: list[str], labels: list[str], spurious: list[str] | None
+def choose(
+    config: LabelledConfig,
+    texts: Sequence[str],
+    labels: Sequence[str],
+    groups_of: Sequence[str],
+    *,
+    spurious: Sequence[str] | None = None,
+    most: int | None = MAX_CLASSES,
 ) -> Labelled:
-    """The most frequent classes, at most `max_per_class` texts each, drawn at random, in the order of the files."""
+    """The most frequent classes, at most `max_per_class` texts each, drawn at random, in the order they are given in.
+
+    Args:
+        config: How many of each, and of which seed.
+        texts: All of them.
+        labels: A label each.
+        groups_of: What each is of.
+        spurious: A second label each; as many are then taken of each combination.
+        most: Classes that are taken if the config does not say.
+
+    Raises:
+        TextError: fewer than two classes are large enough.
+    """
     counts = Counter(labels)
     big = [name for name, count in counts.most_common() if count >= LEAST]
     if len(big) < 2:
@@ -174,8 +211,7 @@ def _chosen(
             found or "no labels",
             "Give more labelled texts.",
         )
-    default = None if config.first_letter else MAX_CLASSES
-    classes = tuple(big[: config.max_classes or default])
+    classes = tuple(big[: config.max_classes or most])
     rng = np.random.default_rng(config.seed)
     kept: list[int] = []
     groups = (
@@ -196,4 +232,5 @@ def _chosen(
         None if spurious is None else tuple(spurious[i] for i in kept),
         classes,
         left,
+        tuple(groups_of[i] for i in kept),
     )

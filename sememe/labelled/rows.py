@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sememe.dictionaries.base import Dictionary, Site, Sites
@@ -16,7 +16,7 @@ from sememe.lm import LanguageModel
 from sememe.progress import track
 from sememe.text import TokenPolicy
 
-__all__ = ["Pooled", "pooled_rows"]
+__all__ = ["Pooled", "TextBatch", "pooled_rows", "text_batches"]
 
 
 class Pooled(NamedTuple):
@@ -30,6 +30,35 @@ class Pooled(NamedTuple):
     """Texts longer than a context: their beginnings are read."""
     l0: float
     """Mean number of latents active at a position that was read."""
+
+
+class TextBatch(NamedTuple):
+    """Texts of like length, each by itself in a row."""
+
+    places: list[int]
+    """Which texts these are."""
+    ids: Int[Tensor, "rows seq"]
+    mask: Bool[Tensor, "rows seq"]
+    """False at the padding behind a text."""
+    keep: Bool[Tensor, "rows seq"]
+    """Positions that the policy keeps, but for norms."""
+    n_cut: int
+    """Those of them that are longer than a context."""
+
+
+def text_batches(
+    lm: LanguageModel, policy: TokenPolicy, texts: Sequence[str], batch_rows: int
+) -> Iterator[TextBatch]:
+    """Texts as the model reads them, the shortest first."""
+    encoded = [lm.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    room = policy.context_length - int(policy.bos)
+    rows = [([lm.tokenizer.bos_token_id] if policy.bos else []) + ids[:room] for ids in encoded]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    for start in range(0, len(order), batch_rows):
+        part = order[start : start + batch_rows]
+        ids, mask = _padded([rows[i] for i in part], lm)
+        n_cut = sum(len(encoded[i]) > room for i in part)
+        yield TextBatch(part, ids, mask, _kept(ids, mask, lm, policy), n_cut)
 
 
 def pooled_rows(
@@ -56,22 +85,15 @@ def pooled_rows(
         TextError: a text has no position that the policy keeps.
         ActivationError: an activation is NaN or infinite.
     """
-    encoded = [lm.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    room = policy.context_length - int(policy.bos)
-    n_cut = sum(len(ids) > room for ids in encoded)
-    rows = [([lm.tokenizer.bos_token_id] if policy.bos else []) + ids[:room] for ids in encoded]
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    same = sites.inputs == sites.outputs
-    x = np.zeros((len(rows), dictionary.d_in), dtype=np.float32)
-    target = x if same else np.zeros((len(rows), dictionary.d_out), dtype=np.float32)
-    acts = np.zeros((len(rows), dictionary.d_sae), dtype=np.float32)
-    n_read = n_active = 0
-    with track("read texts", len(rows), "texts") as progress, torch.inference_mode():
-        for start in range(0, len(order), batch_rows):
-            part = order[start : start + batch_rows]
-            ids, mask = _padded([rows[i] for i in part], lm)
+    n, same = len(texts), sites.inputs == sites.outputs
+    x = np.zeros((n, dictionary.d_in), dtype=np.float32)
+    target = x if same else np.zeros((n, dictionary.d_out), dtype=np.float32)
+    acts = np.zeros((n, dictionary.d_sae), dtype=np.float32)
+    n_read = n_active = n_cut = 0
+    with track("read texts", n, "texts") as progress, torch.inference_mode():
+        for part, ids, mask, keep, cut in text_batches(lm, policy, texts, batch_rows):
+            n_cut += cut
             captured = lm.capture(ids, sites.hookpoints, None if bool(mask.all()) else mask)
-            keep = _kept(ids, mask, lm, policy)
             for site in {one.hookpoint: one for one in (*sites.inputs, *sites.outputs)}.values():
                 keep &= _within(captured[site.hookpoint], site, mask, [texts[i] for i in part])
             for row, i in enumerate(part):
