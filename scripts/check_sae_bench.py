@@ -1,8 +1,8 @@
 """Runs SAEBench's own core evaluation, where it is installed, on a dictionary of ours, without a network.
 
-Its command line loads models and data sets from a hub. What it then calls is `run_evals`, with an SAE, a TransformerLens
-model and a store of token batches; those three are given to it here: a dictionary of ours behind `BenchSAE`, a small
-HookedTransformer, and the batches. What it measures is compared with what Sememe's own metrics say of the same rows.
+Its command line loads models and data sets from a hub, then calls `run_evals` with an SAE, a TransformerLens model and
+a store of token batches. Those three are given to it here: a dictionary of ours behind `BenchSAE`, a small
+HookedTransformer, and the batches. What it measures is compared with what our own metrics say of the same rows.
 
     pip install sae-bench      # beside torch; Sememe's own packages too
     PYTHONPATH=. python scripts/check_sae_bench.py
@@ -105,7 +105,9 @@ def main() -> bool:
     ok = all(abs(ours[name] - theirs[name]) < 1e-4 * max(1.0, abs(ours[name])) for name in ours)
     kept = found["model_performance_preservation"]["ce_loss_score"]
     version = importlib.metadata.version("sae-bench")
-    print(f"sae-bench {version}: ours {ours}, theirs {theirs}, ce_loss_score {kept:.3f}: {'agree' if ok else 'DIFFER'}")
+    print(
+        f"sae-bench {version}: ours {ours}, theirs {theirs}, ce_loss_score {kept:.3f}: {'agree' if ok else 'DIFFER'}"
+    )
     return ok
 
 

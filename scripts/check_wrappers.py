@@ -55,7 +55,11 @@ def from_transformer_lens(hf: LlamaForCausalLM) -> Iterator[Tensor]:
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
     bridge = build_bridge_from_module(
-        copy.deepcopy(hf), "LlamaForCausalLM", hf_config=copy.deepcopy(hf.config), tokenizer=None, device="cpu"
+        copy.deepcopy(hf),
+        "LlamaForCausalLM",
+        hf_config=copy.deepcopy(hf.config),
+        tokenizer=None,
+        device="cpu",
     )
     bridge.enable_compatibility_mode(no_processing=True)  # the hooks' old names, the weights as they are
     return transformer_lens_rows(bridge.eval(), IDS, f"blocks.{LAYER}.hook_resid_post")

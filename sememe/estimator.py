@@ -16,6 +16,7 @@ from typing import Any, Self
 import numpy as np
 import scipy.sparse
 import torch
+from jaxtyping import Float
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
@@ -35,7 +36,7 @@ from sememe.train.dead import rows_wanted
 from sememe.train.member import ALONE, Member, Spec
 from sememe.train.objective import Objective
 from sememe.train.run import N_SAMPLE_ROWS
-from sememe.train.schedule import count_steps
+from sememe.train.schedule import count_steps, make_plan
 
 __all__ = ["KINDS", "SparseDictionary"]
 
@@ -120,7 +121,7 @@ class SparseDictionary(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         member.initialise(source.sample(N_SAMPLE_ROWS))
         n_steps = member.plan.n_steps
         self._train(member, n_steps, lambda: source.next_batch(config.batch_size), source)
-        self.__dict__.pop("_stream", None)
+        self._stream = member
         return self._finish(member)
 
     def partial_fit(self, X: Any, y: Any = None) -> Self:
@@ -134,14 +135,15 @@ class SparseDictionary(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
             y: Not used.
 
         Raises:
-            ConfigError: the estimator was made by `fit` or `from_dictionary`; also as for `fit`.
+            ConfigError: the optimiser's state is not there: the estimator came out of a pickle after `fit`, or from
+                `from_dictionary`; also as for `fit`.
         """
         stream: Member | None = self.__dict__.get("_stream")
         if stream is None and hasattr(self, "dictionary_"):
             raise ConfigError(
-                "partial_fit must begin on an estimator that is not fitted",
-                "one whose optimiser's state is gone",
-                "Call it on sklearn.base.clone(estimator), or keep to partial_fit from the start.",
+                "partial_fit must go on from fit or partial_fit in this process, or begin anew",
+                "an estimator without its optimiser's state",
+                "Call it on sklearn.base.clone(estimator).",
             )
         x = self._rows(X, reset=stream is None)
         if stream is None:
@@ -149,6 +151,10 @@ class SparseDictionary(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
             stream = self._member(config, ENDLESS, _ramped)
             rows = TensorSource(x, seed=config.seed).sample(N_SAMPLE_ROWS)
             stream.initialise(rows)
+        if stream.plan.n_steps != ENDLESS:  # after `fit`
+            stream.config = stream.config.replace(warmup=RISE / ENDLESS, decay=0.0)
+            stream.plan = make_plan(stream.config, stream.dictionary, ENDLESS)
+            stream.objective = _ramped
         config = stream.config
         order = permutation(x.shape[0], config.seed, stream.step)
         parts = iter(order.split(config.batch_size))
@@ -194,7 +200,9 @@ class SparseDictionary(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         given = {name: value for name in ("d_sae", "k") if (value := getattr(self, name)) is not None}
         options = dict(self.options or {})
         configured = isinstance(self.architecture, ArchitectureConfig)
-        kind = self.architecture.kind if isinstance(self.architecture, ArchitectureConfig) else self.architecture
+        kind = (
+            self.architecture.kind if isinstance(self.architecture, ArchitectureConfig) else self.architecture
+        )
         if kind not in KINDS:
             raise ConfigError(
                 "architecture must be one of those that reconstruct one place",
@@ -223,9 +231,7 @@ class SparseDictionary(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
 
     def _member(self, config: TrainConfig, n_steps: int, objective: Objective | None = None) -> Member:
         d_in = self.n_features_in_
-        return Member(
-            Spec(ALONE, config, d_in, d_in, None, None), n_steps, device_of(self.device), objective
-        )
+        return Member(Spec(ALONE, config, d_in, d_in, None, None), n_steps, device_of(self.device), objective)
 
     def _train(
         self, member: Member, n_steps: int, following: Any, source: TensorSource | None = None
@@ -326,16 +332,16 @@ class SparseDictionary(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         return float(close.compute()["explained_variance"].value)
 
     @property
-    def components_(self) -> np.ndarray[Any, Any]:
+    def components_(self) -> Float[np.ndarray, "latents features"]:
         """(latents, features): what each latent writes."""
         return self.dictionary_.decoder_directions().detach().numpy()
 
     @property
-    def intercept_(self) -> np.ndarray[Any, Any]:
+    def intercept_(self) -> Float[np.ndarray, " features"]:
         """(features): what is there when no latent is active."""
         nothing = _encoded_of(scipy.sparse.csr_matrix((1, self.dictionary_.d_sae), dtype=np.float32))
         with torch.no_grad():
-            intercept: np.ndarray[Any, Any] = self.dictionary_.decode(nothing)[0].numpy()
+            intercept: Float[np.ndarray, " features"] = self.dictionary_.decode(nothing)[0].numpy()
         return intercept
 
     @property
@@ -384,8 +390,8 @@ class SparseDictionary(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         state = dict(super().__getstate__())
         if "dictionary_" in state:
             state["dictionary_"] = _as_arrays(state["dictionary_"])
-        if "_stream" in state:
-            stream = state["_stream"]
+        stream = state.pop("_stream", None)
+        if stream is not None and stream.plan.n_steps == ENDLESS:
             state["_stream"] = {"config": stream.config.resolved(), "state": _arrays(stream.state_dict())}
         return state
 

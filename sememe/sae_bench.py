@@ -123,7 +123,9 @@ class BenchSAE(nn.Module):
         self.W_enc = nn.Parameter(encoder.T * self.norms, requires_grad=False)
         self.b_enc = nn.Parameter((b_enc - encoder @ b_pre) * self.norms, requires_grad=False)
         self.W_dec = nn.Parameter(decoder / self.norms[:, None], requires_grad=False)
-        self.b_dec = nn.Parameter(getattr(folded, "b_dec", torch.zeros(folded.d_out)).clone(), requires_grad=False)
+        self.b_dec = nn.Parameter(
+            getattr(folded, "b_dec", torch.zeros(folded.d_out)).clone(), requires_grad=False
+        )
         self._held = (folded,)  # in a tuple, so that a cast of this module does not cast what encodes
         self.cfg = BenchConfig(
             model_name=model_name,

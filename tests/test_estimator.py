@@ -120,7 +120,9 @@ def test_partial_fit_goes_on_and_survives_a_pickle() -> None:
     for _ in range(40):
         many.partial_fit(X)
     assert many.score(X) > 0.8
-    with pytest.raises(ConfigError, match=r"partial_fit must begin on an estimator that is not fitted.*clone"):
+    with pytest.raises(
+        ConfigError, match=r"partial_fit must begin on an estimator that is not fitted.*clone"
+    ):
         SparseDictionary(24, k=2, **FEW).fit(X).partial_fit(X)
 
 

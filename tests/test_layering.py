@@ -14,13 +14,13 @@ import sememe
 ROOT = Path(sememe.__file__).parent
 
 LAYERS = [
-    ["errors"],
-    ["config", "paths", "progress", "interrupt"],
+    ["errors", "paths"],
+    ["config", "progress", "interrupt", "remote"],
     ["artifact", "encoded", "options", "frontier"],
     ["metrics", "tracking", "checkpoint", "registry"],
     ["kernels"],
     ["dictionaries"],
-    ["text", "toy", "formats", "atlas", "lm", "optimiser"],
+    ["text", "toy", "formats", "sae_bench", "atlas", "lm", "optimiser"],
     ["store", "splice", "figures", "collect", "judge", "tuned"],
     ["capture", "join", "downstream"],
     ["source", "end_to_end", "measure"],
@@ -32,7 +32,7 @@ LAYERS = [
     ["browse", "live"],
     ["recipe"],
     ["plan"],
-    ["run", "grid", "experiments"],
+    ["run", "grid", "experiments", "estimator"],
     ["cli"],
     ["__main__"],
 ]  # fmt: skip
@@ -47,6 +47,7 @@ TORCH_FREE = {
     "options",
     "frontier",
     "registry",
+    "remote",
     "atlas",
     "browse",
     "cli",

@@ -127,7 +127,10 @@ def test_several_dictionaries_are_one_release(layers: Path, hub: Hub, tmp_path: 
     assert 'dictionaries.load(folder / "dictionary/layer2")' in card
     there = fetched(hub, tmp_path / "downloaded", "owner/all")
     index = json.loads((there / "dictionaries.json").read_text())["dictionaries"]
-    assert [(one["name"], one["metrics"]["fvu"]) for one in index] == [("layer2", 0.1234), ("layer10", 0.1234)]
+    assert [(one["name"], one["metrics"]["fvu"]) for one in index] == [
+        ("layer2", 0.1234),
+        ("layer10", 0.1234),
+    ]
     x = torch.randn(4, D)
     for one in index:
         loaded = dictionaries.load(there / one["path"])

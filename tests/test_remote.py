@@ -101,7 +101,9 @@ def test_another_machine_fetches_it(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert opened.fingerprint == saved.fingerprint and opened.path != saved.path
     assert opened.file("inner/a.txt").read_text() == "one a"
     make("memory://bucket/made", "two", fresh=True)
-    assert artifact.load("memory://bucket/made").file("b.txt").read_text() == "two b", "a stale mirror is seen"
+    assert artifact.load("memory://bucket/made").file("b.txt").read_text() == "two b", (
+        "a stale mirror is seen"
+    )
 
 
 def test_a_stores_shards_are_fetched_when_they_are_read(
@@ -127,7 +129,9 @@ def test_an_upload_that_is_cut_off_is_absent_and_goes_on(monkeypatch: pytest.Mon
         put(self, lpath, rpath, **rest)
 
     monkeypatch.setattr(MemoryFileSystem, "put_file", cut)
-    with pytest.raises(ResourceError, match=r"made must be reachable.*got the cable was pulled. .*run it again"):
+    with pytest.raises(
+        ResourceError, match=r"made must be reachable.*got the cable was pulled. .*run it again"
+    ):
         make("memory://bucket/made")
     assert artifact.META not in there()
     with pytest.raises(ArtifactError, match=r"must be a finished page, got nothing with meta.json there"):

@@ -15,9 +15,9 @@ from typing import Any
 
 from sememe import artifact, figures
 from sememe.errors import MismatchError
+from sememe.figures.data import HEADLINE, number
 from sememe.figures.densities import densities_plot
 from sememe.figures.tables import MEANINGS, Table, cell_note, markdown_table
-from sememe.figures.data import HEADLINE, number
 
 __all__ = ["INDEX", "PICTURE", "extras", "members", "results", "together"]
 
@@ -46,7 +46,10 @@ def members(folder: Path, kind: str) -> dict[str, Path]:
 
 def _natural(path: Path) -> list[tuple[bool, int, str]]:
     """layer2 before layer10."""
-    return [(part.isdigit(), int(part or 0) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", path.name)]
+    return [
+        (part.isdigit(), int(part or 0) if part.isdigit() else 0, part)
+        for part in re.split(r"(\d+)", path.name)
+    ]
 
 
 def together(
@@ -80,7 +83,9 @@ def together(
                 )
             if f"{kind}/{name}" in parts:
                 raise MismatchError(
-                    f"a dictionary must have one {kind}", f"two of {name}, one of them {path}", "Leave one out."
+                    f"a dictionary must have one {kind}",
+                    f"two of {name}, one of them {path}",
+                    "Leave one out.",
                 )
             parts[f"{kind}/{name}"] = part
     return parts
@@ -101,7 +106,7 @@ def _reports(parts: Mapping[str, artifact.Artifact]) -> dict[str, Mapping[str, A
 
 
 def extras(parts: Mapping[str, artifact.Artifact]) -> dict[str, str]:
-    """The files that only such a release has: what each dictionary is, for programs, and the picture if there is one."""
+    """The files that only such a release has: what each dictionary is, for programs, and the picture."""
     reports = _reports(parts)
     index = []
     for name in names_in(parts):
@@ -135,7 +140,7 @@ def _places(about: Mapping[str, Any], side: str) -> list[str]:
 def _histogram(
     name: str, parts: Mapping[str, artifact.Artifact], reports: Mapping[str, Mapping[str, Any]]
 ) -> tuple[list[float], list[float], int] | None:
-    """Latents per bin of density, the bins, and how many are silent: of the report, else as the training was watched."""
+    """The bins of density, latents in each, and silent ones: of the report, else as the training was watched."""
     told = reports.get(name, {}).get("density", {}).get("dictionary")
     if told:
         return told["edges"], told["counts"], told["n_silent"]
@@ -174,5 +179,3 @@ def results(parts: Mapping[str, artifact.Artifact]) -> list[str]:
     if any(_histogram(name, parts, reports) for name in names_in(parts)):
         lines += [f"![How often latents are active, dictionary by dictionary]({PICTURE})", ""]
     return lines
-
-

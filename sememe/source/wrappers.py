@@ -92,9 +92,7 @@ def nnsight_rows(
         yield _rows(saved[0] if isinstance(saved, tuple) else saved, ids, drop)
 
 
-def _rows(
-    acts: Tensor, ids: Int[Tensor, "batch position"], drop: int
-) -> Float[Tensor, "rows d_in"]:
+def _rows(acts: Tensor, ids: Int[Tensor, "batch position"], drop: int) -> Float[Tensor, "rows d_in"]:
     if acts.shape[:2] != ids.shape:
         raise ShapeError(
             f"activations must have an axis for texts and one for positions, {tuple(ids.shape)}",
