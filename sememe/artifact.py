@@ -265,10 +265,10 @@ def find(
             there = {**artifact.meta["config"], "parents": artifact.meta["parents"]}
             why = f" ({_named(_differences(there, _about(config, parents or {})))})"
         raise MismatchError(
-            f"the {kind} at {path} must have been made with this config, these parents and this version "
+            f"the {kind} at {url or path} must have been made with this config, these parents and this version "
             f"(identity {identity[:16]})",
             f"identity {artifact.identity[:16]}{why}",
-            f"Delete {path}, write elsewhere, or pass --fresh to replace it.",
+            f"Delete {url or path}, write elsewhere, or pass --fresh to replace it.",
         )
     return artifact
 

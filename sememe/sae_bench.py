@@ -117,16 +117,16 @@ class BenchSAE(nn.Module):
                 "Pass them, e.g. pythia-70m-deduped and blocks.3.hook_resid_post.",
             )
         norms = decoder.norm(dim=1)
-        self.register_buffer("norms", torch.where(norms > 0, norms, 1.0))
+        norms = torch.where(norms > 0, norms, 1.0)
         zeros = torch.zeros(folded.d_sae)
         b_enc, b_pre = getattr(folded, "b_enc", zeros), getattr(folded, "b_pre", torch.zeros(folded.d_in))
-        self.W_enc = nn.Parameter(encoder.T * self.norms, requires_grad=False)
-        self.b_enc = nn.Parameter((b_enc - encoder @ b_pre) * self.norms, requires_grad=False)
-        self.W_dec = nn.Parameter(decoder / self.norms[:, None], requires_grad=False)
+        self.W_enc = nn.Parameter(encoder.T * norms, requires_grad=False)
+        self.b_enc = nn.Parameter((b_enc - encoder @ b_pre) * norms, requires_grad=False)
+        self.W_dec = nn.Parameter(decoder / norms[:, None], requires_grad=False)
         self.b_dec = nn.Parameter(
             getattr(folded, "b_dec", torch.zeros(folded.d_out)).clone(), requires_grad=False
         )
-        self._held = (folded,)  # in a tuple, so that a cast of this module does not cast what encodes
+        self._held = (folded, norms)  # in a tuple, so that a cast of this module does not cast what encodes
         self.cfg = BenchConfig(
             model_name=model_name,
             d_in=folded.d_in,
@@ -159,9 +159,9 @@ class BenchSAE(nn.Module):
     @torch.no_grad()
     def encode(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_sae"]:
         """Latent activations, densely."""
-        (folded,) = self._held
+        folded, norms = self._held
         encoded = folded.to(x.device).encode(x.reshape(-1, self.cfg.d_in).float())
-        acts = encoded.to_dense() * self.norms.float()
+        acts = encoded.to_dense() * norms.to(x.device)
         return acts.to(self.dtype).reshape(*x.shape[:-1], self.cfg.d_sae)
 
     def decode(self, acts: Float[Tensor, "*rows d_sae"]) -> Float[Tensor, "*rows d_in"]:

@@ -25,8 +25,6 @@ from sememe.source import TensorSource
 from sememe.train import TrainConfig, train
 
 FEW = {"max_iter": 12, "batch_size": 16, "random_state": 0}
-EXPECTED_FAILURES: dict[str, str] = {}
-"""Checks of scikit-learn that must fail, with the reason: none."""
 
 
 def planted(n: int = 400, d: int = 8, n_directions: int = 12, seed: int = 0) -> np.ndarray[Any, Any]:
@@ -55,9 +53,8 @@ def fitted() -> SparseDictionary:
         for _, check in estimator_checks_generator(SparseDictionary(**FEW))
     ],
 )
-def test_scikit_learns_own_checks(check: Any) -> None:
-    """Every check that scikit-learn has for a transformer."""
-    assert not EXPECTED_FAILURES
+def test_scikit_learns_own_checks(check: Any, unchecked: None) -> None:
+    """Every check that scikit-learn has for a transformer; one of them sets parameters to nonsense."""
     check(SparseDictionary(**FEW))
 
 
@@ -79,7 +76,9 @@ def test_fitting_is_training_to_the_same_bits(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_architecture_fits_and_comes_back(kind: str) -> None:
-    codes = SparseDictionary(24, architecture=kind, **FEW | {"max_iter": 3}).fit_transform(X[:64])
+    options = {"prior_l0": 3.0} if kind == "variational" else None
+    few = FEW | {"max_iter": 3}
+    codes = SparseDictionary(24, architecture=kind, options=options, **few).fit_transform(X[:64])
     assert codes.shape == (64, 24) and codes.dtype == np.float32 and scipy.sparse.issparse(codes)
 
 
@@ -101,8 +100,8 @@ def test_the_score_is_one_minus_fvu(fitted: SparseDictionary) -> None:
     recon = fitted.inverse_transform(fitted.transform(X)).astype(np.float64)
     wanted = 1 - np.square(X - recon).sum() / np.square(X - X.mean(0, dtype=np.float64)).sum()
     assert fitted.score(X) == pytest.approx(wanted, rel=1e-5)
-    longer = SparseDictionary(24, k=2, max_iter=400, batch_size=64, random_state=0).fit(X[:300])
-    assert longer.score(X[300:]) > max(0.8, fitted.score(X[300:])), "on rows that it was not trained on"
+    longer = SparseDictionary(24, k=2, max_iter=150, batch_size=100, random_state=0).fit(X[:300])
+    assert longer.score(X[300:]) > max(0.7, fitted.score(X[300:])), "on rows that it was not trained on"
 
 
 def test_partial_fit_goes_on_and_survives_a_pickle() -> None:
@@ -116,14 +115,13 @@ def test_partial_fit_goes_on_and_survives_a_pickle() -> None:
         if number == 1:
             early = pickle.loads(pickle.dumps(early))
     assert np.array_equal(early.components_, one.components_), "a pickle holds the optimiser's state"
-    many = SparseDictionary(24, k=2, **FEW)
-    for _ in range(40):
+    many = SparseDictionary(24, k=2, batch_size=80, max_iter=50, random_state=0).fit(X)
+    before = many.score(X)
+    for _ in range(20):
         many.partial_fit(X)
-    assert many.score(X) > 0.8
-    with pytest.raises(
-        ConfigError, match=r"partial_fit must begin on an estimator that is not fitted.*clone"
-    ):
-        SparseDictionary(24, k=2, **FEW).fit(X).partial_fit(X)
+    assert many.n_iter_ == 150 and many.score(X) > max(0.7, before)
+    with pytest.raises(ConfigError, match=r"must go on from fit or partial_fit in this process.*clone"):
+        pickle.loads(pickle.dumps(SparseDictionary(24, k=2, **FEW).fit(X))).partial_fit(X)
 
 
 def test_pickles_hold_arrays(fitted: SparseDictionary, tmp_path: Path) -> None:

@@ -146,7 +146,9 @@ def test_an_upload_that_is_cut_off_is_absent_and_goes_on(monkeypatch: pytest.Mon
 
 def test_another_artifact_there_is_a_mismatch() -> None:
     make("memory://bucket/made")
-    with pytest.raises(MismatchError, match=r"got identity .*name one there, two now.*--fresh"):
+    with pytest.raises(
+        MismatchError, match=r"the page at memory://bucket/made must have been made with.*--fresh"
+    ):
         make("memory://bucket/made", "two")
     make("memory://bucket/made", "two", fresh=True)
     assert there()["b.txt"] == b"two b"

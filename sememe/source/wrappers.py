@@ -20,10 +20,9 @@ from sememe.errors import HookpointError, ShapeError, nearest
 __all__ = ["nnsight_rows", "transformer_lens_rows"]
 
 
-@torch.no_grad()
 def transformer_lens_rows(
-    model: Any, tokens: Iterable[Int[Tensor, "batch position"]], hook: str, *, drop: int = 1
-) -> Iterator[Float[Tensor, "rows d_in"]]:
+    model: Any, tokens: Iterable[Int[Tensor, "_ _"]], hook: str, *, drop: int = 1
+) -> Iterator[Float[Tensor, "_ d_in"]]:
     """What a TransformerLens model computes at a hook, a block of rows for each block of token ids.
 
     Args:
@@ -44,19 +43,19 @@ def transformer_lens_rows(
     block = re.match(r"blocks\.(\d+)\.", hook)
     stop = {} if block is None else {"stop_at_layer": int(block[1]) + 1}  # the layers above are not needed
     for ids in tokens:
-        _, cache = model.run_with_cache(ids, names_filter=hook, return_type=None, **stop)
+        with torch.no_grad():
+            _, cache = model.run_with_cache(ids, names_filter=hook, return_type=None, **stop)
         yield _rows(cache[hook], ids, drop)
 
 
-@torch.no_grad()
 def nnsight_rows(
     model: Any,
-    tokens: Iterable[Int[Tensor, "batch position"]],
+    tokens: Iterable[Int[Tensor, "_ _"]],
     module: str,
     *,
     side: str = "output",
     drop: int = 1,
-) -> Iterator[Float[Tensor, "rows d_in"]]:
+) -> Iterator[Float[Tensor, "_ d_in"]]:
     """What a model wrapped by nnsight computes at a module, a block of rows for each block of token ids.
 
     Args:
@@ -84,7 +83,7 @@ def nnsight_rows(
             "a module must be a path in the model", repr(module), "Print the model to see its modules."
         ) from None
     for ids in tokens:
-        with model.trace(ids):
+        with torch.no_grad(), model.trace(ids):
             if side == "output":
                 saved = place.output.save()
             else:
