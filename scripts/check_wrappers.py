@@ -89,7 +89,8 @@ def check(package: str, rows: Callable[[LlamaForCausalLM], Iterator[Tensor]]) ->
             }
         )
         dictionary = train(config, source=IteratorSource(lambda: rows(hf), buffer_rows=2048))
-        recon = dictionary(wanted)
+        with torch.no_grad():
+            recon = dictionary(wanted)
         fvu = float((recon - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum())
     ok = difference < 1e-5 and fvu < 0.9
     print(

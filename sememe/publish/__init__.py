@@ -408,14 +408,22 @@ def _upload(config: PublishConfig, folder: Path) -> str:
         ) from None
     except OSError as error:
         raise _unreachable(config, folder, error) from None
-    except Exception as error:
-        if type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3")):
-            raise _unreachable(config, folder, error) from None
-        raise
+    except Exception as error:  # of a large file the client says only that it failed, and gives the cause
+        cause = next(
+            (one for one in (error, error.__cause__) if one is not None and _of_the_network(one)), None
+        )
+        if cause is None:
+            raise
+        raise _unreachable(config, folder, cause) from None
     return str(url)
 
 
-def _unreachable(config: PublishConfig, folder: Path, error: Exception) -> ResourceError:
+def _of_the_network(error: BaseException) -> bool:
+    network = ("httpx", "httpcore", "requests", "urllib3")  # also the names with a number behind
+    return isinstance(error, OSError) or type(error).__module__.startswith(network)
+
+
+def _unreachable(config: PublishConfig, folder: Path, error: BaseException) -> ResourceError:
     first = str(error).splitlines()[0] if str(error) else type(error).__name__
     return ResourceError(
         f"the hub must be reachable to upload to {config.repo}",
