@@ -157,7 +157,7 @@ class SparseDictionary(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
             stream.objective = _ramped
         config = stream.config
         order = permutation(x.shape[0], config.seed, stream.step)
-        parts = iter(order.split(config.batch_size))
+        parts = iter(torch.split(order, config.batch_size))
 
         def following() -> Batch:
             rows = x[next(parts)]
@@ -287,7 +287,7 @@ class SparseDictionary(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
 
     def _encoded(self, x: Tensor) -> list[Encoded]:
         with torch.no_grad():
-            return [self.dictionary_.encode(part) for part in x.split(BLOCK)]
+            return [self.dictionary_.encode(part) for part in torch.split(x, BLOCK)]
 
     def inverse_transform(self, X: Any) -> Any:
         """Rows from latent activations.
@@ -326,7 +326,7 @@ class SparseDictionary(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         check_is_fitted(self)
         x = self._rows(X, reset=False)
         close = Reconstruction()
-        for rows, encoded in zip(x.split(BLOCK), self._encoded(x), strict=True):
+        for rows, encoded in zip(torch.split(x, BLOCK), self._encoded(x), strict=True):
             with torch.no_grad():
                 close.update(rows, self.dictionary_.decode(encoded))
         return float(close.compute()["explained_variance"].value)
@@ -381,8 +381,8 @@ class SparseDictionary(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         opened = dictionary if isinstance(dictionary, Dictionary) else dictionaries.load(dictionary)
         opened.check_autoencoder()
         folded = opened.fold().eval().cpu().requires_grad_(False)
-        known = isinstance(folded.config, ArchitectureConfig) and folded.kind in KINDS
-        made = cls(architecture=folded.config if known else folded.kind, **params)
+        known = folded.config if isinstance(folded.config, ArchitectureConfig) else None
+        made = cls(architecture=folded.kind if known is None or folded.kind not in KINDS else known, **params)
         made.dictionary_, made.n_features_in_, made.n_iter_ = folded, folded.d_in, 0
         return made
 
@@ -454,7 +454,8 @@ def _from_arrays(state: Mapping[str, Any]) -> Dictionary:
             nearest(state["kind"], sorted(REGISTRY)),
         )
     sites = None if state["sites"] is None else Sites.build(state["sites"])
-    dictionary = REGISTRY[state["kind"]].rebuild(state["config"], *state["shape"], sites)
+    d_in, d_out, d_sae = state["shape"]
+    dictionary = REGISTRY[state["kind"]].rebuild(state["config"], d_in, d_out, d_sae, sites)
     dictionary.load_state_dict(_tensors(state["tensors"]))
     return dictionary.eval().requires_grad_(False)
 

@@ -257,7 +257,7 @@ def test_store_dictionary_and_atlas_on_a_real_server(
         )
     )
     monkeypatch.setenv("SEMEME_CACHE", str(tmp_path / "third"))
-    about = {"dictionaries": (out,), "out": f"{s3}/small/atlas", "n_tokens": 2000}
+    about = {"dictionaries": (out,), "out": f"{s3}/small/atlas", "n_tokens": 4000, "n_top": 5, "n_random": 5}
     text = {"text": config.text, "model": config.model, "policy": config.policy}
     known = {name: value for name, value in text.items() if name in InterpretConfig.model_fields}
     interpret(InterpretConfig.build(about | known), lm=lm).close()
