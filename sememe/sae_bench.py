@@ -64,6 +64,15 @@ class BenchConfig:
     sae_lens_version: str | None = None
     neuronpedia_id: str | None = None
 
+    @property
+    def architecture_str(self) -> str:
+        """What later versions of the evaluation call `architecture`."""
+        return self.architecture
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, for the evaluation's results."""
+        return dataclasses.asdict(self)
+
 
 class BenchSAE(nn.Module):
     """One of our dictionaries behind SAEBench's interface.

@@ -58,7 +58,7 @@ def test_dense_encode_and_decode_are_the_dictionarys(config: dictionaries.Archit
         "blocks.3.hook_resid_post",
         3,
     )
-    assert dataclasses.asdict(sae.cfg)["architecture"] == config.kind
+    assert dataclasses.asdict(sae.cfg) == sae.cfg.to_dict() and sae.cfg.architecture_str == config.kind
 
 
 def test_a_cast_leaves_what_encodes_in_float32() -> None:
