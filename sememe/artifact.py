@@ -6,6 +6,9 @@ holds a whole artifact or nothing. A partial folder of the same identity is pick
 
 Two hashes tell artifacts apart. The *identity* is known before the work starts: kind, the verb's version, its
 config, its parents' fingerprints. The *fingerprint* is known after: identity and the hash of each file.
+
+A path may be an address on object storage (`remote.py`): the artifact is made in a mirror on this machine and sent
+when it is whole, meta.json last; opened, its files are fetched into the mirror as they are needed.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from sememe import __version__
+from sememe import __version__, remote
 from sememe.config import Config, canonical_json, sha256_of
 from sememe.errors import (
     ArtifactError,
@@ -84,10 +87,13 @@ def identity_of(kind: str, version: int, config: Config, parents: Mapping[str, s
 
 
 class Artifact:
-    """A finished folder on disk. `meta` is its meta.json as plain data."""
+    """A finished folder on disk. `meta` is its meta.json as plain data.
 
-    def __init__(self, path: Path, meta: dict[str, Any]) -> None:
-        self.path, self.meta = path, meta
+    `url` is where it lies on object storage, if it does; then `path` is its mirror here.
+    """
+
+    def __init__(self, path: Path, meta: dict[str, Any], url: str | None = None) -> None:
+        self.path, self.meta, self.url = path, meta, url
 
     @property
     def kind(self) -> str:
@@ -118,6 +124,8 @@ class Artifact:
         """
         entry = self.meta["files"].get(name)
         path = self.path / name
+        if entry is not None and self.url is not None and not path.is_file():
+            remote.fetch(self.url, name, path)
         if entry is None or not path.is_file():
             raise CorruptError(
                 f"the {self.kind} {self.path} must hold {name}",
@@ -152,8 +160,9 @@ def load(path: str | Path, kind: str | None = None) -> Artifact:
         ArtifactError: there is no artifact at the path, or it is of another kind or a newer format.
         CorruptError: meta.json or a file is damaged.
     """
-    path = Path(path)
     what = kind or "artifact"
+    url = remote.address(path)
+    path = Path(path) if url is None else _mirrored(url, what)
     meta_path = path / META
     if not meta_path.is_file():
         partial = _partial(path).is_dir()
@@ -181,10 +190,45 @@ def load(path: str | Path, kind: str | None = None) -> Artifact:
         )
     if kind is not None and found_kind != kind:
         raise ArtifactError(f"{path} must be {_a(kind)}", _a(found_kind), f"Name the folder of {_a(kind)}.")
-    artifact = Artifact(path, meta)
+    artifact = Artifact(path, meta, url)
     for name in meta["files"]:
-        artifact.file(name)
+        if url is None or found_kind != "store":  # whose shards may be many times what is read of them
+            artifact.file(name)
     return artifact
+
+
+def _mirrored(url: str, what: str) -> Path:
+    """The mirror of what lies at a URL, its meta.json as it is there now."""
+    content = remote.read(url, META)
+    if content is None:
+        raise ArtifactError(
+            f"{url} must be a finished {what}",
+            f"nothing with {META} there",
+            "Run the command that makes it again, or correct the address.",
+        )
+    place = remote.mirror(url)
+    meta = place / META
+    if not meta.is_file() or meta.read_bytes() != content:
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+        aside = place / f"{META}.tmp"
+        aside.write_bytes(content)
+        aside.replace(meta)
+    return place
+
+
+def _send(url: str) -> None:
+    """Send a finished artifact from its mirror."""
+    finished = load(remote.mirror(url))
+    remote.send(url, finished.path, list(finished.meta["files"]), META, finished.fingerprint)
+
+
+def _unsent(url: str, kind: str, identity: str) -> bool:
+    """Whether the mirror holds the whole of what would be made now: an upload was cut off."""
+    try:
+        return load(remote.mirror(url), kind).identity == identity
+    except ArtifactError:
+        return False
 
 
 def find(
@@ -206,8 +250,13 @@ def find(
     Raises:
         MismatchError: something else is there, made from another config, parent or version.
     """
+    url = remote.address(path)
+    if url is not None and remote.read(url, META) is None:
+        if not _unsent(url, kind, identity):
+            return None
+        _send(url)
     path = Path(path)
-    if not path.exists():
+    if url is None and not path.exists():
         return None
     artifact = load(path, kind)
     if artifact.identity != identity:
@@ -216,10 +265,10 @@ def find(
             there = {**artifact.meta["config"], "parents": artifact.meta["parents"]}
             why = f" ({_named(_differences(there, _about(config, parents or {})))})"
         raise MismatchError(
-            f"the {kind} at {path} must have been made with this config, these parents and this version "
+            f"the {kind} at {url or path} must have been made with this config, these parents and this version "
             f"(identity {identity[:16]})",
             f"identity {artifact.identity[:16]}{why}",
-            f"Delete {path}, write elsewhere, or pass --fresh to replace it.",
+            f"Delete {url or path}, write elsewhere, or pass --fresh to replace it.",
         )
     return artifact
 
@@ -232,6 +281,10 @@ def _about(config: Config, parents: Mapping[str, str]) -> dict[str, Any]:
 
 def remove(path: str | Path) -> None:
     """Delete an artifact and any partial work beside it."""
+    url = remote.address(path)
+    if url is not None:
+        remote.remove(url)
+        path = remote.mirror(url)
     path = Path(path)
     shutil.rmtree(path, ignore_errors=True)
     shutil.rmtree(_partial(path), ignore_errors=True)
@@ -283,10 +336,16 @@ def building(
     Raises:
         LockError: another process is building the same artifact.
         MismatchError: something else stands at the path, and `fresh` was not asked for; or no artifact at all.
-        ResourceError: the disk is full.
+        ResourceError: the disk is full; or the object storage cannot be reached: then the next `find` sends it.
     """
-    path = Path(path)
     identity = identity_of(kind, version, config, parents)
+    url = remote.address(path)
+    if url is not None:
+        if not fresh:
+            find(path, kind, identity, config, parents)
+        path = remote.mirror(url)
+        shutil.rmtree(path, ignore_errors=True)
+    path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _lock(path):
@@ -305,6 +364,8 @@ def building(
                     shutil.rmtree(work.path, ignore_errors=True)
                 raise
             _finish(work, path, kind, version, config, parents, identity, leave_out)
+        if url is not None:
+            _send(url)
     except Exception as error:
         code = _errno_of(error)
         if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -14,13 +14,13 @@ import sememe
 ROOT = Path(sememe.__file__).parent
 
 LAYERS = [
-    ["errors"],
-    ["config", "paths", "progress", "interrupt"],
+    ["errors", "paths"],
+    ["config", "progress", "interrupt", "remote"],
     ["artifact", "encoded", "options", "frontier"],
     ["metrics", "tracking", "checkpoint", "registry"],
     ["kernels"],
     ["dictionaries"],
-    ["text", "pairs", "toy", "formats", "atlas", "graph", "lm", "optimiser"],
+    ["text", "pairs", "toy", "formats", "sae_bench", "atlas", "graph", "lm", "optimiser"],
     ["store", "splice", "figures", "collect", "judge", "tuned", "labelled"],
     ["capture", "join", "downstream", "edits"],
     ["source", "end_to_end", "measure", "continuations"],
@@ -33,7 +33,7 @@ LAYERS = [
     ["browse", "live"],
     ["recipe"],
     ["plan"],
-    ["run", "grid", "experiments"],
+    ["run", "grid", "experiments", "estimator"],
     ["cli"],
     ["__main__"],
 ]  # fmt: skip
@@ -48,6 +48,7 @@ TORCH_FREE = {
     "options",
     "frontier",
     "registry",
+    "remote",
     "atlas",
     "graph",
     "browse",

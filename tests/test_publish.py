@@ -1,12 +1,8 @@
-"""Releases: what is in the folder, what the card says, and an upload to a stand-in for the hub."""
+"""Releases: what is in the folder, and what the card says. Uploads are in test_publish_hub.py."""
 
 from __future__ import annotations
 
-import base64
 import json
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +12,7 @@ import torch
 from sememe import artifact, atlas, dictionaries, figures
 from sememe.config import Config
 from sememe.dictionaries import Site, Sites, TopK, TopKConfig
-from sememe.errors import ArtifactError, ConfigError, CorruptError, MismatchError, ResourceError
+from sememe.errors import ArtifactError, ConfigError, CorruptError, MismatchError
 from sememe.publish import PublishConfig, publish
 
 D, N = 6, 20
@@ -150,124 +146,6 @@ def test_a_second_run_keeps_the_first_and_a_changed_part_is_a_mismatch(parts: Pa
         publish(whole(parts, title="Another"))
     publish(whole(parts, title="Another"), fresh=True)
     assert "# Another" in (parts / "release" / "README.md").read_text()
-
-
-# -- the hub -----------------------------------------------------------------------------------------
-
-
-def point_at(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    """Make `url` the hub, also when an earlier test has imported its client, which reads the variable only then."""
-    import huggingface_hub.constants
-
-    monkeypatch.setenv("HF_ENDPOINT", url)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
-
-
-class Hub(ThreadingHTTPServer):
-    """What the hub's client asks for when it makes a repository and commits files to it."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.files: dict[str, bytes] = {}
-        self.repos: dict[str, bool] = {}
-        self.refuse = False
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Hub
-
-    def log_message(self, *args: Any) -> None: ...
-
-    def answer(self, value: Any, status: int = 200) -> None:
-        body = json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def do_GET(self) -> None:
-        self.answer({"id": "owner/tiny", "sha": "0" * 40, "siblings": [], "private": False, "tags": []})
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if self.server.refuse:
-            self.answer({"error": "no write access"}, 403)
-        elif self.path == "/api/repos/create":
-            asked = json.loads(body)
-            name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
-            self.server.repos[name] = bool(asked.get("private")) or asked.get("visibility") == "private"
-            self.answer({"url": f"{self.server.url}/{name}"})
-        elif self.path == "/api/validate-yaml":
-            self.answer({"errors": [], "warnings": []})
-        elif "/preupload/" in self.path:
-            files = json.loads(body)["files"]
-            self.answer(
-                {
-                    "files": [
-                        {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files
-                    ]
-                }
-            )
-        elif "/commit/" in self.path:
-            for line in body.splitlines():
-                item = json.loads(line)
-                if item["key"] == "file":
-                    self.server.files[item["value"]["path"]] = base64.b64decode(item["value"]["content"])
-            self.answer(
-                {
-                    "commitOid": "1" * 40,
-                    "commitUrl": f"{self.server.url}/owner/tiny/commit/{'1' * 40}",
-                    "success": True,
-                }
-            )
-        else:
-            self.answer({"error": self.path}, 404)
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    server = Hub()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    point_at(monkeypatch, server.url)
-    monkeypatch.setenv("HF_TOKEN", "hf_stand_in")
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-def test_an_upload_brings_a_release_that_loads(parts: Path, hub: Hub, tmp_path: Path) -> None:
-    publication = publish(whole(parts, repo="owner/tiny", private=True))
-    assert publication.url == f"{hub.url}/owner/tiny" and hub.repos == {"owner/tiny": True}
-    assert set(hub.files) == {file.name for file in publication.files}
-    assert b'snapshot_download("owner/tiny")' in hub.files["README.md"]
-    for name, content in hub.files.items():
-        target = tmp_path / "downloaded" / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(content)
-    dictionary = dictionaries.load(tmp_path / "downloaded" / "dictionary")
-    x = torch.randn(4, D)
-    assert torch.equal(dictionary(x), dictionaries.load(parts / "dictionary")(x))
-
-
-def test_a_hub_that_refuses_or_is_away(parts: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub.refuse = True
-    with pytest.raises(ResourceError, match=r"must accept the upload to owner/tiny, got .*403.*run it again"):
-        publish(whole(parts, repo="owner/tiny"))
-    assert (parts / "release" / "README.md").is_file()
-    point_at(monkeypatch, "http://127.0.0.1:9")
-    with pytest.raises(
-        ResourceError, match=r"must be reachable to upload to owner/tiny, got .*Check the network"
-    ):
-        publish(whole(parts, repo="owner/tiny"))
 
 
 # -- bad input ---------------------------------------------------------------------------------------

@@ -1,11 +1,8 @@
 """Training: it learns, it resumes to the same bits after kill -9, and bad runs stop with a reason."""
 
-import contextlib
-import json
 import math
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -22,12 +19,12 @@ from sememe.checkpoint import load_checkpoint, save_checkpoint
 from sememe.dictionaries import TRAINABLE
 from sememe.dictionaries.dead import DeadLatents
 from sememe.dictionaries.room import Room
-from sememe.errors import ActivationError, ConfigError, CorruptError, MismatchError, ResourceError
+from sememe.errors import ActivationError, ConfigError, CorruptError, MismatchError
 from sememe.harvest import harvest
 from sememe.metrics import mmcs
 from sememe.source import Batch, TensorSource
 from sememe.store import open_store
-from sememe.tracking import Log, read_log
+from sememe.tracking import read_log
 from sememe.train import TrainConfig, learning_rate, train
 from sememe.train.member import Member, Spec
 from sememe.train.schedule import Plan
@@ -394,62 +391,6 @@ def test_options_without_effect_and_contradictions_are_errors():
         TrainConfig.build({"n_tokens": 5, "epochs": 2})
     with pytest.raises(ConfigError, match=r"l1_coefficient must be a known option"):
         TrainConfig.build({"architecture": {"kind": "topk", "l1_coefficient": 1.0}})
-
-
-def test_a_missing_tracker_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "trackio", None)
-    with pytest.raises(ResourceError, match=r"tracking with trackio needs its package.*pip install trackio"):
-        Log(tmp_path / "log.jsonl", ("trackio",))
-
-
-def test_wandb_gets_the_same_numbers_offline(tmp_path):
-    """The real package, writing to disk; its own reader gives back what was logged."""
-    pytest.importorskip("wandb")
-    code = f"""
-from sememe.tracking import Log
-with Log({str(tmp_path / "log.jsonl")!r}, ("wandb",), name="run", config={{"k": 3}}) as log:
-    log.write(1, {{"fvu": 0.5, "note": "words"}})
-    log.write(2, {{"fvu": 0.25}})
-"""
-    where = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | where, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    (run,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    content = run.read_bytes()
-    assert b"fvu" in content and b"0.25" in content and b"words" not in content
-
-
-def test_trackio_gets_the_same_numbers(tmp_path):
-    """The real package, where it is installed; its database gives back what was logged."""
-    pytest.importorskip("trackio")
-    code = f"""
-from sememe.tracking import Log
-with Log({str(tmp_path / "log.jsonl")!r}, ("trackio",), name="run", config={{"k": 3}}) as log:
-    log.write(1, {{"fvu": 0.5, "note": "words"}})
-    log.write(2, {{"fvu": 0.25}})
-"""
-    where = {"TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | where
-    )
-    assert done.returncode == 0, done.stderr
-    with contextlib.closing(sqlite3.connect(tmp_path / "trackio" / "sememe.db")) as database:
-        logged = database.execute("SELECT step, metrics FROM metrics ORDER BY step").fetchall()
-    assert [(step, json.loads(values)) for step, values in logged] == [(1, {"fvu": 0.5}), (2, {"fvu": 0.25})]
-
-
-def test_the_log_is_cut_back_to_the_checkpoint(tmp_path):
-    path = tmp_path / "log.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
-    with Log(path, resume_step=2) as log:
-        log.write(3, {"x": 9})
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [
-        {"step": 1},
-        {"step": 2},
-        {"step": 3, "x": 9},
-    ]
 
 
 def test_checkpoints_round_trip_and_replace_each_other(tmp_path):

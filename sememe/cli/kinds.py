@@ -7,6 +7,7 @@ from typing import Any
 
 from cyclopts import App
 
+from sememe import remote
 from sememe.cli.flags import command
 
 __all__: list[str] = []
@@ -16,7 +17,7 @@ FRESH: dict[str, tuple[Any, Any, str]] = {"fresh": (bool, False, "Replace whatev
 
 def say(what: str, path: Path) -> None:
     """Where a result lies."""
-    print(f"{what}: {path}")
+    print(f"{what}: {remote.address(path) or path}")
 
 
 def train_app() -> App:

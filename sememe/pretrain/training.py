@@ -147,6 +147,7 @@ class Run:
                     saved_at = time.monotonic()
                     if stop.is_set():
                         raise KeyboardInterrupt
+            log.link("model", config.out)
         if math.isnan(validation):  # resumed after the last step
             validation = self._validate()
         return self._write(validation, base)

@@ -2,7 +2,8 @@
 
     RELEASE/README.md, LICENSE, dictionary/, report/, atlas/
 
-The inner folders are the artifacts as they are, but for the paths of the machine (`private.py`), so what is
+Several dictionaries become one release with a folder for each (`several.py`). The inner folders are the artifacts as
+they are, but for the paths of the machine (`private.py`), so what is
 downloaded loads without conversion. Knows files, the layout of report.json and the hub's client; never loads torch.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -21,11 +22,11 @@ from sememe.atlas import open_atlas
 from sememe.config import Config
 from sememe.errors import ConfigError, CorruptError, MismatchError, ResourceError, nearest
 from sememe.figures.tables import MEANINGS, markdown_table
-from sememe.publish import private
+from sememe.publish import private, several
 
 __all__ = ["LICENCES", "Publication", "PublishConfig", "PublishedFile", "publish"]
 
-VERSION = 2  # local paths were published before
+VERSION = 2  # local paths were published before version 2
 CARD, LICENCE = "README.md", "LICENSE"
 
 LICENCES = {
@@ -52,11 +53,11 @@ class PublishConfig(Config):
     )
 
     dictionary: Path = Path("artifacts/dictionary")
-    """The dictionary's folder."""
+    """The dictionary's folder; or a sweep's, or one that holds several, for a release of all of them."""
     report: Path | None = None
-    """Its report, whose tables go on the card."""
+    """Its report, whose tables go on the card; of several, the folder of their reports."""
     atlas: Path | None = None
-    """Its atlas."""
+    """Its atlas; of several, the folder of theirs."""
     out: Path = Path("artifacts/release")
     """The folder to make."""
     title: str | None = Field(default=None, min_length=1)
@@ -146,7 +147,10 @@ def publish(config: PublishConfig, *, fresh: bool = False) -> Publication:
 
 
 def _parts(config: PublishConfig) -> dict[str, artifact.Artifact]:
-    """The artifacts by their role, which is also their folder; all of one dictionary."""
+    """The artifacts by their role, which is also their folder; those of each dictionary together."""
+    found = several.members(config.dictionary, "dictionary")
+    if found:
+        return several.together(found, config.report, config.atlas)
     parts = {"dictionary": artifact.load(config.dictionary, "dictionary")}
     for role, path in (("report", config.report), ("atlas", config.atlas)):
         if path is None:
@@ -210,7 +214,9 @@ def _write(
 
 def _contents(config: PublishConfig, parts: Mapping[str, artifact.Artifact]) -> dict[str, str]:
     """The files that are written for the release."""
-    return {CARD: _card(config, parts), LICENCE: _licence(config)}
+    if "dictionary" in parts:
+        return {CARD: _card(config, parts), LICENCE: _licence(config)}
+    return {CARD: _card_of_several(config, parts), LICENCE: _licence(config), **several.extras(parts)}
 
 
 def _licence(config: PublishConfig) -> str:
@@ -252,9 +258,45 @@ def _card(config: PublishConfig, parts: Mapping[str, artifact.Artifact]) -> str:
     options = {k: v for k, v in architecture.items() if k not in hidden and v is not None}
     lines += ["| | |", "|---|---|"]
     lines += [f"| {name} | {_line(str(value))} |" for name, value in (facts | options).items()]
-    lines += ["", *_results(report), *_usage(config, parts), *_credits(parts, report)]
-    title_of_licence = LICENCES.get(config.licence, (config.licence, ""))[0]
-    lines += ["## Licence", "", f"{title_of_licence}; see [LICENSE](LICENSE).", ""]
+    lines += ["", *_results(report), *_usage(config, parts), *_credits(parts, [report] if report else [])]
+    return "\n".join([*lines, *_about_licence(config)])
+
+
+def _about_licence(config: PublishConfig) -> list[str]:
+    title = LICENCES.get(config.licence, (config.licence, ""))[0]
+    return ["## Licence", "", f"{title}; see [LICENSE](LICENSE).", ""]
+
+
+def _card_of_several(config: PublishConfig, parts: Mapping[str, artifact.Artifact]) -> str:
+    """A card for all: what they have in common, a row for each, how to load one."""
+    about = [part.extra for role, part in parts.items() if role.startswith("dictionary/")]
+    kinds = sorted({one["architecture"]["kind"] for one in about})
+    models = {
+        private.bare(site["model"]) for one in about for site in (one.get("sites") or {}).get("inputs", ())
+    }
+    model = models.pop() if len(models) == 1 else None
+    title = config.title or f"{len(about)} {', '.join(kinds)} dictionaries" + (
+        f" of {model}" if model else ""
+    )
+    lines = [*_front_matter(config, model), f"# {_line(title)}", ""]
+    if config.description:
+        lines += [config.description.strip(), ""]
+    shared = {
+        name: value
+        for name, value in about[0]["architecture"].items()
+        if value is not None and all(one["architecture"].get(name) == value for one in about)
+    }
+    facts = {
+        "language model": model or ", ".join(sorted(models)) or "none",
+        "dictionaries": len(about),
+    } | shared
+    lines += ["| | |", "|---|---|"]
+    lines += [f"| {name} | {_line(str(value))} |" for name, value in facts.items()]
+    lines += ["", *several.results(parts), *_usage(config, parts)]
+    reports = [
+        figures.open_report(part.path).data for role, part in parts.items() if role.startswith("report/")
+    ]
+    lines += [*_credits(parts, reports), *_about_licence(config)]
     return "\n".join(lines)
 
 
@@ -291,6 +333,7 @@ def _results(report: Mapping[str, Any] | None) -> list[str]:
 
 def _usage(config: PublishConfig, parts: Mapping[str, artifact.Artifact]) -> list[str]:
     source = f'snapshot_download("{config.repo}")' if config.repo else '"path/to/this/folder"'
+    place = next(role for role in parts if role.split("/")[0] == "dictionary")
     first = ["from huggingface_hub import snapshot_download"] if config.repo else []
     lines = [
         "## Use",
@@ -302,24 +345,25 @@ def _usage(config: PublishConfig, parts: Mapping[str, artifact.Artifact]) -> lis
         "from sememe import dictionaries",
         "",
         f"folder = Path({source})",
-        'dictionary = dictionaries.load(folder / "dictionary")',
+        f'dictionary = dictionaries.load(folder / "{place}")',
         "encoded = dictionary.encode(x)            # x: (batch, d_in) float32, the model's own activations",
         "recon = dictionary.decode(encoded, x)",
         "```",
         "",
     ]
-    if "atlas" in parts:
+    if any(role.split("/")[0] == "atlas" for role in parts):
         lines += ["`sememe browse atlas` shows every latent: where it fires and what it writes.", ""]
     return lines
 
 
-def _credits(parts: Mapping[str, artifact.Artifact], report: Mapping[str, Any] | None) -> list[str]:
-    """Whom the corpora's licences ask to name, for the texts shown in atlas and report."""
-    items: list[Mapping[str, Any]] = list((report or {}).get("attributions", ()))
-    if "atlas" in parts:
-        opened = open_atlas(parts["atlas"].path)
-        items += opened.meta.get("attributions", ())
-        opened.close()
+def _credits(parts: Mapping[str, artifact.Artifact], reports: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Whom the corpora's licences ask to name, for the texts shown in atlases and reports."""
+    items: list[Mapping[str, Any]] = [item for report in reports for item in report.get("attributions", ())]
+    for part in parts.values():
+        if part.kind == "atlas":
+            opened = open_atlas(part.path)
+            items += opened.meta.get("attributions", ())
+            opened.close()
     texts: dict[str, None] = {}
     for item in items:
         told = [
@@ -364,14 +408,22 @@ def _upload(config: PublishConfig, folder: Path) -> str:
         ) from None
     except OSError as error:
         raise _unreachable(config, folder, error) from None
-    except Exception as error:
-        if type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3")):
-            raise _unreachable(config, folder, error) from None
-        raise
+    except Exception as error:  # of a large file the client says only that it failed, and gives the cause
+        cause = next(
+            (one for one in (error, error.__cause__) if one is not None and _of_the_network(one)), None
+        )
+        if cause is None:
+            raise
+        raise _unreachable(config, folder, cause) from None
     return str(url)
 
 
-def _unreachable(config: PublishConfig, folder: Path, error: Exception) -> ResourceError:
+def _of_the_network(error: BaseException) -> bool:
+    network = ("httpx", "httpcore", "requests", "urllib3")  # also the names with a number behind
+    return isinstance(error, OSError) or type(error).__module__.startswith(network)
+
+
+def _unreachable(config: PublishConfig, folder: Path, error: BaseException) -> ResourceError:
     first = str(error).splitlines()[0] if str(error) else type(error).__name__
     return ResourceError(
         f"the hub must be reachable to upload to {config.repo}",

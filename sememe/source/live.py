@@ -11,6 +11,7 @@ from torch import Tensor
 from sememe.capture import Rows, captured_rows, first_norms, sites_along
 from sememe.dictionaries.base import Batch, Sites
 from sememe.errors import ConfigError, TextError
+from sememe.source.buffer import ShuffleBuffer
 from sememe.text import Split, TextConfig, TokenPolicy, token_blocks
 
 if TYPE_CHECKING:
@@ -64,12 +65,7 @@ class LiveSource:
                 f"{buffer_mb} MB ({self.capacity} rows)",
                 "Raise buffer_mb or lower batch_rows.",
             )
-        self._buffer = {
-            name: torch.empty(self.capacity, width, dtype=torch.bfloat16)
-            for name, width in self.widths.items()
-        }
-        self._n_left = 0  # rows [0, n_left) of the buffer are unread, in random order
-        self._generator = torch.Generator().manual_seed(seed)
+        self._buffer = ShuffleBuffer(self.widths, self.capacity, seed)
         self._n_forwards = 0  # in this pass over the text
         self._forwards: Iterator[Rows] | None = None
         self.max_norms = max_norms if max_norms is not None else self._measure_norms()
@@ -127,15 +123,7 @@ class LiveSource:
             self._n_forwards, self._forwards = 0, None
 
     def _refill(self) -> None:
-        while self.capacity - self._n_left >= self.batch_rows * self.policy.context_length:
-            rows = self._next_forward()
-            n = next(iter(rows.values())).shape[0]
-            for name, values in rows.items():
-                self._buffer[name][self._n_left : self._n_left + n] = values
-            self._n_left += n
-        order = torch.randperm(self._n_left, generator=self._generator)
-        for values in self._buffer.values():
-            values[: self._n_left] = values[: self._n_left][order]
+        self._buffer.fill(self._next_forward, self.batch_rows * self.policy.context_length)
 
     def next_batch(self, n: int) -> Batch:
         """The next n rows from the end of the buffer."""
@@ -143,38 +131,30 @@ class LiveSource:
             raise ConfigError(
                 f"batch_size must be <= half the buffer ({self.capacity // 2} rows)", n, "Raise buffer_mb."
             )
-        if self._n_left - n < self.capacity // 2:
+        if self._buffer.n_left - n < self.capacity // 2:
             self._refill()
-        batch = self._rows(slice(self._n_left - n, self._n_left))
-        self._n_left -= n
+        batch = self._rows(self._buffer.last(n))
+        self._buffer.n_left -= n
         return batch
 
     def _rows(self, take: slice) -> Batch:
         def join(names: tuple[str, ...]) -> Tensor:
-            return torch.cat([self._buffer[name][take] for name in names], dim=1).float()
+            return torch.cat([self._buffer.rows[name][take] for name in names], dim=1).float()
 
         x = join(self.inputs)
         return Batch(x, x if self.inputs == self.outputs else join(self.outputs))
 
     def sample(self, n: int) -> Batch:
         """The rows that come next, as many as the buffer holds; it is filled only where it is empty."""
-        if self._n_left == 0:
+        if self._buffer.n_left == 0:
             self._refill()
-        return self._rows(slice(max(0, self._n_left - n), self._n_left))
+        return self._rows(self._buffer.last(n))
 
     def state_dict(self) -> dict[str, Any]:
         """The buffer's unread rows, the random state, and how much text was read."""
-        state: dict[str, Any] = {f"buffer.{n}": v[: self._n_left].clone() for n, v in self._buffer.items()}
-        return state | {
-            "n_left": self._n_left,
-            "n_forwards": self._n_forwards,
-            "generator": self._generator.get_state(),
-        }
+        return self._buffer.state_dict() | {"n_forwards": self._n_forwards}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
-        self._n_left, self._n_forwards = state["n_left"], state["n_forwards"]
-        self._generator.set_state(state["generator"])
-        for name, values in self._buffer.items():
-            values[: self._n_left] = state[f"buffer.{name}"]
-        self._forwards = None
+        self._buffer.load_state_dict(state)
+        self._n_forwards, self._forwards = state["n_forwards"], None

@@ -144,7 +144,8 @@ class Run:
                     saved_at = time.monotonic()
                     if stop.is_set():
                         raise KeyboardInterrupt
-        self.team.check()
+            self.team.check()
+            whole.link("dictionaries" if self.configs else "dictionary", config.out)
 
     def _one_step(self) -> dict[str, dict[str, float]] | None:
         """Every member's next step; their numbers by name at the steps that are logged."""

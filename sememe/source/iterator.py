@@ -1,0 +1,201 @@
+"""A source of whatever gives tensors one after the other. Knows no store and no language model.
+
+    blocks of rows -> shuffle buffer -> batches
+
+Another library's activations become a source this way; `wrappers.py` has two such libraries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sememe.dictionaries.base import Batch, Sites
+from sememe.errors import ActivationError, ConfigError, ShapeError
+from sememe.source.buffer import ShuffleBuffer
+
+__all__ = ["Block", "Blocks", "IteratorSource"]
+
+N_KEPT = 16
+"""Rows kept of the first block, for whoever wants a sample once an iterator has ended."""
+
+Block = Tensor | tuple[Tensor, Tensor]
+"""Rows of any number, (..., d_in), or such rows and their targets, (..., d_out)."""
+Blocks = Callable[[], Iterable[Block]] | Iterable[Block]
+
+
+class IteratorSource:
+    """Batches from any iterator of tensors, through a shuffle buffer that is refilled when half empty.
+
+    The buffer's unread rows, the random state and the number of blocks read are the state; on resume the blocks are
+    read again up to there, so they must come in the same order each time.
+
+    Args:
+        blocks: A function that gives an iterator, or anything that can be iterated over anew (a list, a DataLoader):
+            it starts over when it ends. An iterator ends the stream where it ends, and cannot be resumed.
+        seed: Of the order.
+        sites: Where in which model the rows come from.
+        n_rows: Rows in one pass, if known.
+        buffer_rows: Rows of the buffer, in the blocks' own precision.
+
+    Raises:
+        ActivationError: there is no block.
+        ShapeError: a block has no row or another width than the first.
+
+    Example:
+        >>> source = IteratorSource(lambda: (torch.randn(100, 8) for _ in range(20)), buffer_rows=1000)
+        >>> source.next_batch(32).x.shape
+        torch.Size([32, 8])
+    """
+
+    def __init__(
+        self,
+        blocks: Blocks,
+        seed: int = 0,
+        sites: Sites | None = None,
+        n_rows: int | None = None,
+        buffer_rows: int = 65_536,
+    ) -> None:
+        self._blocks, self.sites, self.n_rows = blocks, sites, n_rows
+        self.once = isinstance(blocks, Iterator)
+        """Whether the blocks can be read only once."""
+        self._open: Iterator[Block] | None = None
+        self._ended = False
+        self._n_blocks = self._offset = 0  # blocks read to their end in this pass, rows read of the one after
+        self._current: dict[str, Tensor] | None = None
+        self.paired, self.d_in, self.d_out = False, 0, 0
+        first = self._next_block()
+        if first is None:
+            raise ActivationError(
+                "blocks must hold at least one tensor", "none", "Check what the iterator is made from."
+            )
+        self.paired = "target" in first
+        self.d_in, self.d_out = first["x"].shape[1], first["target" if self.paired else "x"].shape[1]
+        self._current = first
+        self._first = {name: values[:N_KEPT].clone() for name, values in first.items()}
+        widths = {name: values.shape[1] for name, values in first.items()}
+        self._buffer = ShuffleBuffer(widths, buffer_rows, seed, first["x"].dtype)
+
+    # -- blocks ------------------------------------------------------------------------------------
+
+    def _iterate(self) -> Iterator[Block]:
+        return iter(self._blocks() if callable(self._blocks) else self._blocks)
+
+    def _next_block(self) -> dict[str, Tensor] | None:
+        """The next block by name, checked; None if the blocks have ended."""
+        if self._open is None:
+            self._open = self._iterate()
+        block = next(self._open, None)
+        if block is None:
+            return None
+        x, target = block if isinstance(block, tuple) else (block, None)
+        rows = {"x": _flat(x)} | ({} if target is None else {"target": _flat(target)})
+        for name, values in rows.items():
+            self._check(name, values, rows["x"].shape[0])
+        if self.d_in and (target is not None) != self.paired:
+            raise ShapeError(
+                "blocks must all be tensors or all be pairs (x, target)",
+                f"one of the other kind after {self._n_blocks} blocks",
+                "Give every block the same parts.",
+            )
+        return rows
+
+    def _check(self, name: str, rows: Float[Tensor, "rows d"], n: int) -> None:
+        known = {"x": self.d_in, "target": self.d_out if self.paired else 0}[name]
+        if rows.shape[0] != n or n == 0 or (known and rows.shape[1] != known):
+            raise ShapeError(
+                f"the {name} of a block must have shape (rows >= 1, {known or 'd'}), as many rows as its x",
+                f"{tuple(rows.shape)} after {self._n_blocks} blocks",
+                "Skip empty blocks, and read one place of one model.",
+            )
+
+    def _take(self) -> dict[str, Tensor] | None:
+        """Rows that come next, no more than there is room for; a pass begins anew when one ends."""
+        if self._current is None:
+            self._current = self._next_block()
+        if self._current is None and not self.once and self._n_blocks:
+            self._open, self._n_blocks, self._offset = None, 0, 0
+            self._current = self._next_block()
+        if self._current is None:
+            self._ended = True
+            return None
+        stop = min(self._offset + self._buffer.room, self._current["x"].shape[0])
+        rows = {name: values[self._offset : stop] for name, values in self._current.items()}
+        self._offset = stop
+        if stop == self._current["x"].shape[0]:
+            self._current, self._offset, self._n_blocks = None, 0, self._n_blocks + 1
+        return rows
+
+    # -- the contract ------------------------------------------------------------------------------
+
+    def next_batch(self, n: int) -> Batch:
+        """The next n rows; fewer only where an iterator that is read once ends."""
+        if n > self._buffer.capacity // 2:
+            raise ConfigError(
+                f"batch_size must be <= half of buffer_rows={self._buffer.capacity}", n, "Raise buffer_rows."
+            )
+        if not self._ended and self._buffer.n_left - n < self._buffer.capacity // 2:
+            self._buffer.fill(self._take, 1)
+        batch = self._rows(self._buffer.last(n))
+        self._buffer.n_left -= batch.x.shape[0]
+        return batch
+
+    def _rows(self, take: slice) -> Batch:
+        x = self._buffer.rows["x"][take].clone().float()
+        return Batch(x, self._buffer.rows["target"][take].clone().float() if self.paired else x)
+
+    def sample(self, n: int) -> Batch:
+        """The rows that come next, as many as the buffer holds; it is filled only where it is empty.
+
+        Once an iterator has ended and every row was drawn: a few of its first ones.
+        """
+        if self._buffer.n_left == 0 and not self._ended:
+            self._buffer.fill(self._take, 1)
+        if self._buffer.n_left == 0:
+            x = self._first["x"][:n].float()
+            return Batch(x, self._first["target"][:n].float() if self.paired else x)
+        return self._rows(self._buffer.last(n))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The buffer, and how much was read."""
+        return self._buffer.state_dict() | {"n_blocks": self._n_blocks, "offset": self._offset}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there.
+
+        Raises:
+            ConfigError: the blocks can be read only once.
+            ActivationError: there are fewer than there were.
+        """
+        if self.once:
+            raise ConfigError(
+                "blocks must be a function or a list for a run to go on where it stopped",
+                "an iterator, which is read only once",
+                "Pass a function that gives a fresh one, or start again with fresh=True.",
+            )
+        self._buffer.load_state_dict(state)
+        self._open, self._n_blocks = self._iterate(), 0
+        for _ in range(state["n_blocks"]):
+            if next(self._open, None) is None:
+                raise ActivationError(
+                    f"blocks must give the {state['n_blocks']} that were read before",
+                    self._n_blocks,
+                    "Give the same blocks in the same order, or start again with fresh=True.",
+                )
+            self._n_blocks += 1
+        self._offset = state["offset"]
+        self._current = self._next_block() if self._offset else None
+
+
+def _flat(block: Any) -> Float[Tensor, "rows d"]:
+    """A block's rows, on the CPU."""
+    tensor = torch.as_tensor(block).detach()
+    if tensor.dim() < 2:
+        raise ShapeError(
+            "a block must have shape (..., d_in)", tuple(tensor.shape), "Give rows, not single numbers."
+        )
+    return tensor.reshape(-1, tensor.shape[-1]).to("cpu")
