@@ -29,10 +29,10 @@ LAYERS = [
         "harvest", "train", "fit", "evaluate", "compare", "concepts", "geometry", "interpret", "explain",
         "effects", "prompt", "intervene", "lens", "pretrain", "convert", "publish", "report",
     ],
-    ["browse", "live"],
+    ["browse", "live", "grid", "recover", "results", "experiments"],
     ["recipe"],
     ["plan"],
-    ["run", "grid", "experiments"],
+    ["run"],
     ["cli"],
     ["__main__"],
 ]  # fmt: skip

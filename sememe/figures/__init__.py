@@ -21,6 +21,7 @@ from sememe.figures.explanations import lift_table, write_explanations
 from sememe.figures.geometry import write_geometry
 from sememe.figures.grid import grid_plots
 from sememe.figures.pages import write_pages
+from sememe.figures.results import claims_table, results_tables, write_results
 from sememe.figures.tables import BETTER, GROUPED, headline_table, markdown_table
 from sememe.figures.toys import layers_plot, superposition_plot
 
@@ -30,6 +31,7 @@ __all__ = [
     "HEADLINE",
     "REPORT",
     "Report",
+    "claims_table",
     "grid_plots",
     "headline_table",
     "layers_plot",
@@ -39,6 +41,7 @@ __all__ = [
     "read_curves",
     "read_draws",
     "read_watched",
+    "results_tables",
     "stopped",
     "superposition_plot",
     "write_comparison",
@@ -47,5 +50,6 @@ __all__ = [
     "write_explanations",
     "write_geometry",
     "write_pages",
+    "write_results",
     "write_rows",
 ]
