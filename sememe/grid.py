@@ -30,7 +30,7 @@ from sememe.errors import ConfigError, MismatchError
 from sememe.toy import PlantedSource, ToyConfig, on_rows, recovery
 from sememe.train import TrainConfig, train
 
-__all__ = ["GRID", "GridConfig", "grid"]
+__all__ = ["GRID", "GridConfig", "grid", "trainings"]
 
 VERSION = 2
 GRID = "grid.json"
@@ -143,6 +143,15 @@ def grid(config: GridConfig, *, fresh: bool = False) -> artifact.Artifact:
         for name, picture in figures.grid_plots(lines, config.planted.n_features).items():
             (work.path / f"{name}.svg").write_text(picture, encoding="utf-8")
     return artifact.load(plots, "grid")
+
+
+def trainings(config: GridConfig) -> list[TrainConfig]:
+    """What a grid trains, the smallest dictionaries first.
+
+    Raises:
+        ConfigError: as for `grid`.
+    """
+    return [cell.config for cell in _cells(config, _sizes(config))]
 
 
 def _cells(config: GridConfig, sizes: list[int]) -> list[_Cell]:

@@ -12,54 +12,39 @@ from typing import NamedTuple
 
 import torch
 
-from sememe import artifact, dictionaries, lm
+from sememe import artifact, lm
 from sememe.compare import CompareConfig
 from sememe.dictionaries.folders import paths_in
-from sememe.dictionaries.penalised import Penalised
 from sememe.effects import EffectsConfig
 from sememe.errors import HookpointError, nearest
 from sememe.evaluate import EvaluateConfig, powers_below
 from sememe.explain import ExplainConfig
 from sememe.fit import STREAMED, FitConfig
+from sememe.geometry import GeometryConfig
+from sememe.grid import GridConfig
 from sememe.harvest import HarvestConfig
 from sememe.interpret import RANDOMISED, InterpretConfig
-from sememe.lm import Outline
-from sememe.plan import costs, fitting
+from sememe.lm import ModelConfig, Outline
+from sememe.plan import costs, fitting, making
 from sememe.plan.costs import Arms, Bytes, Dictionary
+from sememe.plan.estimate import Estimate, Knob, members_of, size_of
 from sememe.plan.machine import Speed
+from sememe.plan.scratch import gridding, new_model, pretraining, recovering
+from sememe.pretrain import PretrainConfig
 from sememe.recipe import TWIN, Stage
+from sememe.recover import RecoverConfig
+from sememe.results import ResultsConfig
 from sememe.store import StoreInfo
 from sememe.text import TokenPolicy
-from sememe.train import TrainConfig, variants
+from sememe.train import TrainConfig
 
 __all__ = ["Estimate", "Estimates", "Knob", "Shapes", "estimates"]
 
 GROUP_BYTES = 2**30
 """What `StoreSource` holds in memory of a store."""
-SETTLES = 0.3
-"""Share of a run over which a penalty's l0 is taken to settle, where nothing says it: that of JumpReLU's annealing."""
 NEEDS_MODEL = frozenset({"harvest", "evaluate", "interpret", "effects", "compare"})
-TYPICAL_L0 = 64
-"""Active latents per row where the architecture fixes no number."""
-
-
-class Knob(NamedTuple):
-    """An option that changes what a stage takes."""
-
-    name: str
-    value: int
-    bytes_at: Callable[[int], Bytes]
-
-
-class Estimate(NamedTuple):
-    """One stage. `needs` and `seconds_at` are None where something is not known; `note` says what."""
-
-    stage: Stage
-    done: bool
-    needs: Bytes | None
-    seconds_at: Callable[[Speed], float] | None
-    knobs: tuple[Knob, ...] = ()
-    note: str = ""
+PLANNED = NEEDS_MODEL | {"train", "fit", "geometry", "explain", "export"}
+"""Stages whose needs follow from a store's rows."""
 
 
 class _Rows(NamedTuple):
@@ -107,12 +92,12 @@ class _Planner:
 
     def __init__(self, stages: Sequence[Stage], fresh: bool) -> None:
         self.stages, self.fresh = stages, fresh
-        harvest = stages[0].config
-        assert isinstance(harvest, HarvestConfig)
-        self.harvest = harvest
+        configs = [stage.config for stage in stages]
+        self.pretrain = next((one for one in configs if isinstance(one, PretrainConfig)), None)
+        harvests = [stage for stage in stages if isinstance(stage.config, HarvestConfig)]
         done = all(self._done(stage) for stage in stages)
-        self.model = None if done else lm.outline(harvest.model)
-        self.rows = self._rows()
+        self.model = None if done else self._outline(harvests)
+        self.rows = {stage.path: self._rows(stage) for stage in harvests}
 
     def _done(self, stage: Stage) -> bool:
         return not self.fresh and (stage.path / artifact.META).is_file()
@@ -121,16 +106,28 @@ class _Planner:
         """One stage."""
         if self._done(stage):
             return Estimate(stage, True, Bytes(0.0), lambda _: 0.0)
-        config, model, rows = stage.config, self.model, self.rows
+        config, model = stage.config, self.model
+        if isinstance(config, PretrainConfig):
+            return pretraining(stage, config, model)
+        if isinstance(config, RecoverConfig):
+            return recovering(stage, config)
+        if isinstance(config, GridConfig):
+            return gridding(stage, config)
+        if isinstance(config, ResultsConfig):
+            return Estimate(stage, False, Bytes(costs.BASE, costs.COMPARISON_BYTES), lambda _: costs.START)
+        if stage.verb not in PLANNED:
+            return Estimate(stage, False, None, None, note=f"what {stage.verb} takes is not planned")
+        rows = self._rows_for(stage)
         if rows is not None and isinstance(config, CompareConfig) and config.directions_only:
-            return self._directions(stage, rows)
+            return self._directions(stage, config, rows)
         if rows is None or (model is None and stage.verb in NEEDS_MODEL):
-            name = self.harvest.model.model
-            return Estimate(stage, False, None, None, note=f"the config of {name} is not at hand")
+            return Estimate(stage, False, None, None, note=f"the config of {self._model_name()} is not at hand")
         if isinstance(config, TrainConfig):
             return self._train(stage, config, rows)
         if isinstance(config, FitConfig):
             return self._fit(stage, config, rows)
+        if isinstance(config, GeometryConfig):
+            return self._geometry(stage, config, rows)
         if model is not None and isinstance(config, HarvestConfig):
             return self._harvest(stage, config, model, rows)
         if model is not None and isinstance(config, EvaluateConfig):
@@ -150,12 +147,11 @@ class _Planner:
 
     def shapes(self) -> Shapes:
         """The widths of the recipe's products, the largest where there are several."""
-        configs = [stage.config for stage in self.stages]
         found = [
-            self._dictionary(member, self.rows)
-            for config in configs
-            if isinstance(config, TrainConfig) and self.rows is not None
-            for member in _members(config)
+            self._dictionary(member, rows)
+            for stage in self.stages
+            if isinstance(stage.config, TrainConfig) and (rows := self._rows_for(stage)) is not None
+            for member in members_of(stage.config)
         ]
         d_in, d_sae = max(((d.d_in, d.d_sae) for d in found), key=math.prod, default=(512, 4096))
         model = self.model
@@ -164,9 +160,28 @@ class _Planner:
 
     # -- what is known -----------------------------------------------------------------------------
 
-    def _rows(self) -> _Rows | None:
-        """The store's rows: those that are there, or those that the model will give."""
-        config, stage = self.harvest, self.stages[0]
+    def _outline(self, harvests: Sequence[Stage]) -> Outline | None:
+        """The language model: the one that is there, or the one that the recipe makes first."""
+        config = _harvest(harvests[0]).model if harvests else ModelConfig()
+        there = lm.outline(config) if harvests else None
+        if there is not None or self.pretrain is None:
+            return there
+        return new_model(self.pretrain, config)
+
+    def _model_name(self) -> str:
+        return next(stage.config.model.model for stage in self.stages if isinstance(stage.config, HarvestConfig))
+
+    def _rows_for(self, stage: Stage) -> _Rows | None:
+        """The rows that a stage reads, or that its dictionary was trained on."""
+        store = stage.path if stage.verb == "harvest" else getattr(stage.config, "store", None)
+        if store not in self.rows:
+            about_one = stage.verb in ("interpret", "effects", "explain", "export")
+            store = self._train_config(stage.name).store if about_one else next(iter(self.rows))
+        return self.rows[store]
+
+    def _rows(self, stage: Stage) -> _Rows | None:
+        """A store's rows: those that are there, or those that the model will give."""
+        config = _harvest(stage)
         if self._done(stage):
             info = StoreInfo.build(artifact.load(stage.path, "store").extra, where=str(stage.path))
             widths = {name: point.width for name, point in info.hookpoints.items()}
@@ -187,7 +202,7 @@ class _Planner:
         """What a dictionary is trained with: a stage's own config, or one of its sweep's."""
         for stage in self.stages:
             if isinstance(stage.config, TrainConfig):
-                for member in _members(stage.config):
+                for member in members_of(stage.config):
                     place = Path(stage.name) / (member.out.name if stage.config.sweep else "")
                     if place == Path(name):
                         return member
@@ -206,17 +221,7 @@ class _Planner:
     def _dictionary(self, config: TrainConfig, rows: _Rows) -> Dictionary:
         inputs, outputs = self._names(config, rows)
         d_in, d_out = (sum(rows.widths[name] for name in names) for names in (inputs, outputs))
-        architecture = config.architecture
-        with torch.device("meta"):
-            built = dictionaries.build(architecture, d_in, d_out)
-        given = (getattr(architecture, name, None) for name in ("k", "target_l0"))
-        l0 = next((int(value) for value in given if value), TYPICAL_L0)
-        n_parameters = sum(parameter.numel() for parameter in built.parameters())
-        size = Dictionary(architecture.kind, d_in, d_out, built.d_sae, n_parameters, min(l0, built.d_sae))
-        if not isinstance(built, Penalised):
-            return size
-        share = getattr(architecture, "l0_anneal", SETTLES)
-        return size._replace(start_l0=built.start_l0(), settles=share)
+        return size_of(config.architecture, d_in, d_out)
 
     # -- stages ------------------------------------------------------------------------------------
 
@@ -243,7 +248,7 @@ class _Planner:
 
     def _train(self, stage: Stage, config: TrainConfig, rows: _Rows) -> Estimate:
         """One dictionary, or all of a sweep, which are trained side by side."""
-        members = _members(config)
+        members = members_of(config)
         sizes = [self._dictionary(member, rows) for member in members]
         names = [self._names(member, rows) for member in members]
         held = rows.n_bytes(tuple(dict.fromkeys(name for both in names for name in (*both[0], *both[1]))))
@@ -287,7 +292,7 @@ class _Planner:
                 self._dictionary(member, rows).d_sae
                 for other in self.stages
                 if isinstance(other.config, TrainConfig)
-                for member in _members(other.config)
+                for member in members_of(other.config)
                 if member.out == config.over
             )
 
@@ -307,7 +312,7 @@ class _Planner:
     def _n_twins(self, config: EvaluateConfig | CompareConfig) -> int:
         """Dictionaries in the twins' folders; of a sweep that is still to be trained, those it will make."""
         trained = {
-            stage.path: len(_members(stage.config))
+            stage.path: len(members_of(stage.config))
             for stage in self.stages
             if isinstance(stage.config, TrainConfig)
         }
@@ -344,12 +349,10 @@ class _Planner:
 
     def _compare(self, stage: Stage, config: CompareConfig, model: Outline, rows: _Rows) -> Estimate:
         """As an evaluation of the widest dictionary with an arm for each of the others."""
-        measured = [other for other in self.stages if other.name != TWIN]  # twins are counted beside these
-        configs = [other.config for other in measured if isinstance(other.config, TrainConfig)]
-        members = [member for one in configs for member in _members(one)]
+        members = self._trained_in(config.dictionaries)
         widest = max((self._dictionary(member, rows) for member in members), key=lambda one: one.d_sae)
         outputs = {name for member in members for name in self._names(member, rows)[1]}
-        n_fitted = sum(isinstance(other.config, FitConfig) for other in self.stages)
+        n_fitted = len(self._fitted_in(config.dictionaries))
         length, n_twins = rows.policy.context_length, self._n_twins(config)
         arms = Arms(len(members) + n_fitted + 3 * len(config.nulls), n_twins=n_twins)
 
@@ -369,15 +372,43 @@ class _Planner:
         knobs = (Knob("batch_rows", config.batch_rows, needs),)
         return Estimate(stage, False, needs(config.batch_rows), seconds, knobs)
 
-    def _directions(self, stage: Stage, rows: _Rows) -> Estimate:
+    def _trained_in(self, paths: Sequence[Path]) -> list[TrainConfig]:
+        """The dictionaries that the recipe trains in these folders; twins are counted beside them."""
+        trained = [s.config for s in self.stages if isinstance(s.config, TrainConfig) and s.name != TWIN]
+        found = [member for one in trained for member in members_of(one)]
+        return [member for member in found if {member.out, member.out.parent} & set(paths)]
+
+    def _fitted_in(self, paths: Sequence[Path]) -> list[FitConfig]:
+        fitted = [stage.config for stage in self.stages if isinstance(stage.config, FitConfig)]
+        return [one for one in fitted if one.out in paths]
+
+    def _sizes_in(self, paths: Sequence[Path], rows: _Rows) -> list[Dictionary]:
+        """Trained and fitted dictionaries as numbers."""
+        found = [self._dictionary(member, rows) for member in self._trained_in(paths)]
+        for fitted in self._fitted_in(paths):
+            d = rows.widths.get(fitted.hookpoint or next(iter(rows.widths)), 0)
+            d_sae = fitted.baseline.width(d)
+            k = min(fitted.baseline.k_in_use() or d_sae, d_sae)
+            found.append(Dictionary(fitted.baseline.kind, d, d, d_sae, 2 * d * d_sae, k))
+        return found
+
+    def _directions(self, stage: Stage, config: CompareConfig, rows: _Rows) -> Estimate:
         """A comparison that runs no model."""
-        configs = [other.config for other in self.stages if isinstance(other.config, TrainConfig)]
-        sizes = [self._dictionary(member, rows) for one in configs for member in _members(one)]
+        sizes = self._sizes_in(config.dictionaries, rows)
 
         def seconds(speed: Speed) -> float:
             return costs.directions_seconds(sizes, speed)
 
         return Estimate(stage, False, costs.directions_bytes(sizes), seconds)
+
+    def _geometry(self, stage: Stage, config: GeometryConfig, rows: _Rows) -> Estimate:
+        sizes = self._sizes_in(config.dictionaries, rows)
+        n_rows = 0 if config.store is None else min(config.n_rows, rows.n_rows)
+
+        def seconds(speed: Speed) -> float:
+            return making.geometry_seconds(sizes, speed, n_rows)
+
+        return Estimate(stage, False, making.geometry_bytes(sizes, n_rows), seconds)
 
     def _interpret(self, stage: Stage, config: InterpretConfig, model: Outline, rows: _Rows) -> Estimate:
         train = self._train_config(stage.name)
@@ -468,6 +499,6 @@ class _Planner:
         )
 
 
-def _members(config: TrainConfig) -> list[TrainConfig]:
-    """A config for each dictionary that one train stage makes."""
-    return [member.config for member in variants(config)] if config.sweep else [config]
+def _harvest(stage: Stage) -> HarvestConfig:
+    assert isinstance(stage.config, HarvestConfig)
+    return stage.config

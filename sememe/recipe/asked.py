@@ -79,20 +79,23 @@ def _one_store(places: Places, labels: Iterable[str]) -> Path | None:
 
 
 def asked(places: Places) -> list[Stage]:
-    """[VERB] or [VERB.NAME] tables: that verb, for every dictionary or those that it names, in VERB/NAME/DICTIONARY.
+    """[VERB] or [VERB.NAME] tables: for every trained dictionary, or those that it names.
 
-    A verb's config says what it wants: of `dictionary`, `dictionaries`, `model`, `text`, `store`, `atlas` it
-    is given those that it has a field for, as far as the recipe makes them.
+    A verb that takes several dictionaries has one result in VERB/NAME; one that takes one has a result of each in
+    VERB/NAME/DICTIONARY. A verb's config says what it wants: of `model`, `text`, `store`, `atlas` it is given those
+    that it has a field for, as far as the recipe makes them.
     """
     found = []
     for verb, tables in places.recipe.asked.items():
         config = _config_of(verb)
         for name, table in tables.items():
             labels, rest = places.about(verb, table)
-            for label in labels:
-                place = Path(name) / places.trained[label].place
+            together = "dictionaries" in config.model_fields
+            for group in [labels] if together else [[label] for label in labels]:
+                place = Path(name) if together else Path(name) / places.trained[group[0]].place
+                offered = _offered(places, group)
+                given = {key: value for key, value in offered.items() if key in config.model_fields}
                 out = places.base / verb / place
-                given = {key: value for key, value in _offered(places, label).items() if key in config.model_fields}
                 built = config.build({**given, **rest, "out": out}, places.where)
                 found.append(Stage(verb, "" if place == Path() else str(place), out, built))
     return found
@@ -107,16 +110,16 @@ def _config_of(verb: str) -> type[Config]:
     return found
 
 
-def _offered(places: Places, label: str) -> dict[str, Any]:
-    dictionary, recipe = places.dictionary(label), places.recipe
+def _offered(places: Places, labels: Sequence[str]) -> dict[str, Any]:
+    paths, interpret = tuple(map(places.dictionary, labels)), places.recipe.interpret
     offered: dict[str, Any] = {
         **places.shared,
-        "store": places.store_of(label),
-        "dictionary": dictionary,
-        "dictionaries": (dictionary,),
+        "store": _one_store(places, labels),
+        "dictionary": paths[0],
+        "dictionaries": paths,
     }
-    if recipe.interpret is not None and label in places.about("interpret", recipe.interpret)[0]:
-        offered["atlas"] = places.base / "atlas" / places.trained[label].place
+    if interpret is not None and labels[0] in places.about("interpret", interpret)[0]:
+        offered["atlas"] = places.base / "atlas" / places.trained[labels[0]].place
     return offered
 
 
