@@ -96,8 +96,8 @@ class Table(Config):
 
     def reference(self, row: Row, column: Column) -> str:
         """Where a cell's number is."""
-        value = column.value if "#" in column.value else f"{self.file}#{column.value}"
-        return value.replace("{at}", row.at)
+        value = column.value.replace("{at}", row.at)
+        return value if "#" in value else f"{self.file.replace('{at}', row.at)}#{value}"
 
 
 class Claim(Config):

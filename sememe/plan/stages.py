@@ -162,22 +162,38 @@ class _Planner:
 
     def _outline(self, harvests: Sequence[Stage]) -> Outline | None:
         """The language model: the one that is there, or the one that the recipe makes first."""
-        config = _harvest(harvests[0]).model if harvests else ModelConfig()
-        there = lm.outline(config) if harvests else None
+        live = [s.config.model for s in self.stages if isinstance(s.config, TrainConfig) and s.config.live]
+        read = [*(_harvest(stage).model for stage in harvests), *live]
+        config = read[0] if read else ModelConfig()
+        there = lm.outline(config) if read else None
         if there is not None or self.pretrain is None:
             return there
         return new_model(self.pretrain, config)
 
     def _model_name(self) -> str:
-        return next(stage.config.model.model for stage in self.stages if isinstance(stage.config, HarvestConfig))
+        named = (stage.config.model for stage in self.stages if isinstance(getattr(stage.config, "model", None), ModelConfig))
+        return next(named, ModelConfig()).model
 
     def _rows_for(self, stage: Stage) -> _Rows | None:
         """The rows that a stage reads, or that its dictionary was trained on."""
         store = stage.path if stage.verb == "harvest" else getattr(stage.config, "store", None)
-        if store not in self.rows:
-            about_one = stage.verb in ("interpret", "effects", "explain", "export")
-            store = self._train_config(stage.name).store if about_one else next(iter(self.rows))
-        return self.rows[store]
+        if store in self.rows and not (isinstance(stage.config, TrainConfig) and stage.config.live):
+            return self.rows[store]
+        if isinstance(stage.config, TrainConfig):
+            return self._live_rows(stage.config)
+        trained = [s for s in self.stages if isinstance(s.config, TrainConfig) and s.name != TWIN]
+        own = [s for s in trained if stage.name == s.name or stage.name.startswith(f"{s.name}/")]
+        return self._rows_for((own or trained)[0])
+
+    def _live_rows(self, config: TrainConfig) -> _Rows | None:
+        """What a live run will read; no store holds it."""
+        if self.model is None:
+            return None
+        members = members_of(config)
+        wanted = {name for one in members for name in (*(one.inputs or ()), *(one.outputs or ()))}
+        widths = {name: self.model.width(name) for name in self.model.expand(sorted(wanted))}
+        n_rows = config.n_tokens or 1
+        return _Rows(widths, n_rows, n_rows, 1, config.policy)
 
     def _rows(self, stage: Stage) -> _Rows | None:
         """A store's rows: those that are there, or those that the model will give."""
@@ -254,6 +270,8 @@ class _Planner:
         held = rows.n_bytes(tuple(dict.fromkeys(name for both in names for name in (*both[0], *both[1]))))
         shard = held / rows.n_rows * rows.shard_rows
         buffer = min(held, max(GROUP_BYTES, shard)) + shard
+        if config.live:
+            buffer = config.buffer_mb * 1e6
         n_trained = config.n_tokens or int((config.epochs or 1.0) * rows.n_rows)
         n_steps = max(1, n_trained // config.batch_size)
 
@@ -266,6 +284,9 @@ class _Planner:
         def seconds(speed: Speed) -> float:
             total = costs.train_seconds(sizes, speed, config.batch_size, n_steps)
             total += costs.watch_seconds(sizes, speed, n_looks * config.watch_rows)
+            if config.live and model is not None:
+                length, n_layers = config.policy.context_length, model.n_layers_read(tuple(rows.widths))
+                total += costs.harvest_seconds(model, speed, n_layers, n_trained, length, 0.0)
             if config.watch_ce_tokens and model is not None:
                 n_tokens, length = n_looks * config.watch_ce_tokens, rows.policy.context_length
                 above = [model.n_layers_above(outputs) for _, outputs in names]

@@ -36,7 +36,8 @@ def comparisons(places: Places, made: Sequence[Stage]) -> list[Stage]:
         else:  # folders: a sweep as a whole
             paths = tuple(s.path for s in made if s.verb in ("train", "fit") and s.name != TWIN)
         beside = {"twins": (places.twin_path(),)} if places.recipe.twin is not None else {}
-        about = {"dictionaries": paths, "store": _one_store(places, labels), "out": places.base / "comparison" / name}
+        about = {"dictionaries": paths, "out": places.base / "comparison" / name}
+        about["store"] = _store(places, table, labels)
         config = CompareConfig.build({**places.shared, **rest, **about, **beside}, places.where)
         found.append(Stage("compare", name, about["out"], config))
     return found
@@ -53,7 +54,7 @@ def geometries(places: Places) -> list[Stage]:
         labels, rest = _chosen(places, "geometry", table)
         out = places.base / "geometry" / name
         about: dict[str, Any] = {"dictionaries": tuple(map(places.dictionary, labels)), "out": out}
-        about["store"] = _one_store(places, labels)
+        about["store"] = _store(places, table, labels)
         if rest.get("embeddings"):
             about["model"] = {**places.model, **rest.get("model", {})}
         config = GeometryConfig.build({**rest, **about}, places.where)
@@ -63,14 +64,16 @@ def geometries(places: Places) -> list[Stage]:
 
 def _chosen(places: Places, stage: str, table: Table) -> tuple[list[str], Table]:
     """Dictionaries and baselines that a stage is about, and the rest of its table."""
-    rest = {key: value for key, value in table.items() if key != "dictionaries"}
+    rest = {key: value for key, value in table.items() if key not in ("dictionaries", "store")}
     if "dictionaries" not in table:
         return [*places.trained, *places.recipe.baselines], rest
     return places.named(f"dictionaries of [{stage}]", table["dictionaries"], baselines=True), rest
 
 
-def _one_store(places: Places, labels: Iterable[str]) -> Path | None:
-    """The store that all of them come from; None if there are several."""
+def _store(places: Places, table: Table, labels: Iterable[str]) -> Path | None:
+    """The harvest that a table names; else the store that all of its dictionaries come from, None if there are several."""
+    if "store" in table:
+        return places.stores[places.harvest_of(table)]
     stores = {places.store_of(label) for label in labels}
     return stores.pop() if len(stores) == 1 else None
 
@@ -89,11 +92,11 @@ def asked(places: Places) -> list[Stage]:
     for verb, tables in places.recipe.asked.items():
         config = _config_of(verb)
         for name, table in tables.items():
-            labels, rest = places.about(verb, table)
+            labels, rest = places.about(verb, {key: value for key, value in table.items() if key != "store"})
             together = "dictionaries" in config.model_fields
             for group in [labels] if together else [[label] for label in labels]:
                 place = Path(name) if together else Path(name) / places.trained[group[0]].place
-                offered = _offered(places, group)
+                offered = _offered(places, table, group)
                 given = {key: value for key, value in offered.items() if key in config.model_fields}
                 out = places.base / verb / place
                 built = config.build({**given, **rest, "out": out}, places.where)
@@ -110,11 +113,11 @@ def _config_of(verb: str) -> type[Config]:
     return found
 
 
-def _offered(places: Places, labels: Sequence[str]) -> dict[str, Any]:
+def _offered(places: Places, table: Table, labels: Sequence[str]) -> dict[str, Any]:
     paths, interpret = tuple(map(places.dictionary, labels)), places.recipe.interpret
     offered: dict[str, Any] = {
         **places.shared,
-        "store": _one_store(places, labels),
+        "store": _store(places, table, labels),
         "dictionary": paths[0],
         "dictionaries": paths,
     }
@@ -136,12 +139,13 @@ def results(places: Places, made: Sequence[Stage]) -> list[Stage]:
     out = places.base / "results"
     about = {"base": places.base, "out": out, "name": places.recipe.name, "scale": places.recipe.scale}
     config = ResultsConfig.build({**table, **about}, places.where)
-    known = [stage.path.relative_to(places.base) for stage in made]
+    known = [str(stage.path.relative_to(places.base)) for stage in made]
     for file in config.files():
-        if not any(Path(file).is_relative_to(path) for path in known):
+        # of an atlas's nulls, explanations lie beside its own
+        if not any(file == path or file.startswith((f"{path}/", f"{path}-")) for path in known):
             raise ConfigError(
                 "a number of [expected] must come from what a stage of the recipe makes",
                 repr(file),
-                f"Name a file in one of {', '.join(map(str, known))}.",
+                f"Name a file in one of {', '.join(known)}.",
             )
     return [Stage("results", "", out, config)]

@@ -35,8 +35,8 @@ class Trained(NamedTuple):
 
     place: Path
     """Inside the folder of each kind of result: dictionary/PLACE, report/PLACE."""
-    store: Path
-    """The store it is trained on."""
+    store: Path | None
+    """The store it is trained on; None if it is trained live."""
     table: Table
     """Its train table."""
 
@@ -69,12 +69,19 @@ class Places:
         self.model = model
         self.shared: dict[str, Any] = {"model": model, "text": recipe.text}
         self.stores = {name: base / "store" / name for name in recipe.harvests}
+        """Where each harvest goes, by its name."""
         self.trained: dict[str, Trained] = {}
         """By label: "small", "small/k16" of a sweep, or "" for the only one. Filled when train stages are made."""
 
     def harvest_of(self, table: Table) -> str:
         """Which of the recipe's harvests a table is about: the first, if it does not say."""
-        name = table.get("store", next(iter(self.stores)))
+        name = table.get("store", next(iter(self.stores), None))
+        if name is None:
+            raise ConfigError(
+                f"a stage that reads a store must have a harvest in the recipe {self.recipe.name}",
+                "none",
+                "Add [harvest], or train live.",
+            )
         if name not in self.stores:
             raise ConfigError(
                 f"store must name a harvest of the recipe {self.recipe.name}",
@@ -89,8 +96,8 @@ class Places:
             return self.base / "baseline" / label
         return self.base / "dictionary" / self.trained[label].place
 
-    def store_of(self, label: str) -> Path:
-        """The store that a trained dictionary or a fitted baseline comes from."""
+    def store_of(self, label: str) -> Path | None:
+        """The store that a trained dictionary or a fitted baseline comes from; None if it was trained live."""
         if label in self.recipe.baselines:
             return self.stores[self.harvest_of(self.recipe.baselines[label])]
         return self.trained[label].store

@@ -130,8 +130,10 @@ def _train(places: Places, name: str) -> Stage:
     from sememe.train import TrainConfig, swept_names
 
     table, out = places.recipe.dictionaries[name], places.base / "dictionary" / name
-    store = places.stores[places.harvest_of(table)]
-    config = TrainConfig.build({**table, "store": store, "out": out}, places.where)
+    store = None if table.get("live") else places.stores[places.harvest_of(table)]
+    # A live run reads the model itself.
+    read = {"store": store} if store else {**places.shared, "policy": places.recipe.policy}
+    config = TrainConfig.build({**table, **read, "out": out}, places.where)
     for member in swept_names(config):
         place = Path(name) / member
         places.trained["" if place == Path() else str(place)] = Trained(place, store, table)
@@ -146,7 +148,8 @@ def _baselines(places: Places) -> list[Stage]:
 
     found = []
     for name, table in places.recipe.baselines.items():
-        about: dict[str, Any] = {"store": places.store_of(name), "out": places.base / "baseline" / name}
+        about: dict[str, Any] = {"store": places.store_of(name)}
+        about["out"] = places.base / "baseline" / name
         if "over" in table:
             over = str(table["over"])
             if over not in places.trained:
@@ -173,7 +176,7 @@ def _after_training(places: Places, name: str) -> list[Stage]:
     if reported:
         from sememe.evaluate import EvaluateConfig
 
-        about = {"dictionary": paths["dictionary"], "store": own.store, "out": paths["report"]}
+        about: dict[str, Any] = {"dictionary": paths["dictionary"], "store": own.store, "out": paths["report"]}
         if "matched_in" in evaluate_table:
             (other,) = places.named("matched_in of [evaluate]", evaluate_table["matched_in"])
             about["matched_in"] = places.dictionary(other)
@@ -186,7 +189,7 @@ def _after_training(places: Places, name: str) -> list[Stage]:
     from sememe.interpret import InterpretConfig
 
     # Over the store's own text, whose activations need no second forward, unless the recipe asks for another.
-    elsewhere = {"n_tokens", "split", "text"} & set(interpret_table)
+    elsewhere = own.store is None or {"n_tokens", "split", "text"} & set(interpret_table)
     origin = places.shared if elsewhere else {"model": places.model, "store": own.store}
     made: dict[str, Any] = {"dictionaries": (paths["dictionary"],), "out": paths["atlas"]}
     if "against" in interpret_table:
@@ -203,8 +206,8 @@ def _after_training(places: Places, name: str) -> list[Stage]:
     if recipe.explain is not None:
         from sememe.explain import ExplainConfig
 
-        about = {"atlas": paths["atlas"], "out": paths["explanations"]}
-        explain = ExplainConfig.build({**recipe.explain, **about}, where)
+        read = {"atlas": paths["atlas"], "out": paths["explanations"]}
+        explain = ExplainConfig.build({**recipe.explain, **read}, where)
         found.append(Stage("explain", name, paths["explanations"], explain))
     if recipe.export is not None:
         from sememe.browse import ExportConfig
@@ -213,8 +216,8 @@ def _after_training(places: Places, name: str) -> list[Stage]:
             "report": paths["report"] if reported else None,
             "explanations": paths["explanations"] if recipe.explain is not None else None,
         }
-        about = {"atlas": paths["atlas"], "out": paths["site"]}
-        export = ExportConfig.build({**recipe.export, **shown, **about}, where)
+        read = {"atlas": paths["atlas"], "out": paths["site"]}
+        export = ExportConfig.build({**recipe.export, **shown, **read}, where)
         found.append(Stage("export", name, paths["site"], export))
     return found
 

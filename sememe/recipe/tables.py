@@ -86,13 +86,14 @@ def read_recipe(path: str | Path, scale: str | None = None) -> Recipe:
         raise ConfigError(
             "a recipe's name must be letters, digits, '.', '-' and '_'", repr(name), "Change name."
         )
-    if ("harvest" in data) != ("train" in data) or not ({"train", "toy", "grid"} & set(data)):
+    dictionaries = _marked(data["train"], "architecture") if "train" in data else {}
+    stored = not all(table.get("live") for table in dictionaries.values())
+    if ("harvest" not in data and stored) or not ({"train", "toy", "grid"} & set(data)):
         raise ConfigError(
             f"the recipe {path} must have the tables [harvest] and [train], or [toy] or [grid] instead",
             ", ".join(data) or "nothing",
             "Add them.",
         )
-    dictionaries = _marked(data["train"], "architecture") if "train" in data else {}
     baselines = _baselines_of(data["fit"]) if "fit" in data else {}
     if TWIN in dictionaries or TWIN in baselines:
         raise ConfigError(
