@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from sememe import artifact, lm
-from sememe.cli import main
+from sememe.cli import _run
 from sememe.errors import ConfigError, MismatchError, ModelError, TextError
 from sememe.interrupt import stop_requests
 from sememe.lm.build import PRESETS, GPT2Shape, LlamaShape, build_causal_lm, train_tokenizer
@@ -280,7 +280,7 @@ def test_a_preset_is_a_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert PretrainConfig.build({"architecture": "nanda"}).architecture == PRESETS["nanda"]
     with pytest.raises(ConfigError, match=r"a preset must be one that is there, got 'nando'\. Did you mean 'nanda'"):
         PretrainConfig.build({"architecture": "nando"})
-    assert main(["pretrain", "shehper", "--n-layers", "2"]) == 2, "its shape is settled"
+    assert _run(["pretrain", "shehper", "--n-layers", "2"]) == 2, "its shape is settled"
     assert "--n-layers" in capsys.readouterr().err
 
 

@@ -3,8 +3,11 @@
 Knows recipes and shapes. Loads no model, downloads nothing, makes no artifact. `sememe run` asks `check` first.
 
     machine.py   what is free, and how fast this machine multiplies
-    costs.py     bytes and seconds of each stage, from its sizes
-    stages.py    a recipe's sizes
+    costs.py     bytes and seconds of each stage, from its sizes; making.py and fitting.py of those that came later
+    estimate.py  one stage, one dictionary, as numbers
+    rows.py      a recipe's model, rows and dictionaries
+    scratch.py   stages that read no store
+    stages.py    an estimate of each stage
 """
 
 from __future__ import annotations

@@ -29,7 +29,8 @@ from sememe.plan import costs, fitting, making
 from sememe.plan.costs import Arms, Bytes, Dictionary
 from sememe.plan.estimate import Estimate, Knob, members_of, size_of
 from sememe.plan.machine import Speed
-from sememe.plan.scratch import gridding, new_model, pretraining, recovering
+from sememe.plan.rows import Known, Rows
+from sememe.plan.scratch import gridding, pretraining, recovering
 from sememe.pretrain import PretrainConfig
 from sememe.recipe import TWIN, Stage
 from sememe.recover import RecoverConfig
@@ -45,19 +46,6 @@ GROUP_BYTES = 2**30
 NEEDS_MODEL = frozenset({"harvest", "evaluate", "interpret", "effects", "compare"})
 PLANNED = NEEDS_MODEL | {"train", "fit", "geometry", "explain", "export"}
 """Stages whose needs follow from a store's rows."""
-
-
-class _Rows(NamedTuple):
-    """The rows that a store holds, or will hold."""
-
-    widths: dict[str, int]
-    n_rows: int
-    n_tokens: int
-    shard_rows: int
-    policy: TokenPolicy
-
-    def n_bytes(self, names: Sequence[str]) -> float:
-        return float(self.n_rows) * (2 * sum(self.widths[name] for name in names) + costs.ROW_IDS)
 
 
 class Shapes(NamedTuple):
@@ -87,20 +75,8 @@ def estimates(stages: Sequence[Stage], fresh: bool = False) -> Estimates:
     return Estimates([planner.one(stage) for stage in stages], planner.shapes())
 
 
-class _Planner:
-    """What is known of a recipe, each thing found out once."""
-
-    def __init__(self, stages: Sequence[Stage], fresh: bool) -> None:
-        self.stages, self.fresh = stages, fresh
-        configs = [stage.config for stage in stages]
-        self.pretrain = next((one for one in configs if isinstance(one, PretrainConfig)), None)
-        harvests = [stage for stage in stages if isinstance(stage.config, HarvestConfig)]
-        done = all(self._done(stage) for stage in stages)
-        self.model = None if done else self._outline(harvests)
-        self.rows = {stage.path: self._rows(stage) for stage in harvests}
-
-    def _done(self, stage: Stage) -> bool:
-        return not self.fresh and (stage.path / artifact.META).is_file()
+class _Planner(Known):
+    """An estimate of each stage, from what is known of the recipe."""
 
     def one(self, stage: Stage) -> Estimate:
         """One stage."""
@@ -158,90 +134,9 @@ class _Planner:
         about = None if model is None else (model.d_model, model.d_inner, model.dtype, model.device)
         return Shapes(d_in, d_sae, about)
 
-    # -- what is known -----------------------------------------------------------------------------
-
-    def _outline(self, harvests: Sequence[Stage]) -> Outline | None:
-        """The language model: the one that is there, or the one that the recipe makes first."""
-        live = [s.config.model for s in self.stages if isinstance(s.config, TrainConfig) and s.config.live]
-        read = [*(_harvest(stage).model for stage in harvests), *live]
-        config = read[0] if read else ModelConfig()
-        there = lm.outline(config) if read else None
-        if there is not None or self.pretrain is None:
-            return there
-        return new_model(self.pretrain, config)
-
-    def _model_name(self) -> str:
-        named = (stage.config.model for stage in self.stages if isinstance(getattr(stage.config, "model", None), ModelConfig))
-        return next(named, ModelConfig()).model
-
-    def _rows_for(self, stage: Stage) -> _Rows | None:
-        """The rows that a stage reads, or that its dictionary was trained on."""
-        store = stage.path if stage.verb == "harvest" else getattr(stage.config, "store", None)
-        if store in self.rows and not (isinstance(stage.config, TrainConfig) and stage.config.live):
-            return self.rows[store]
-        if isinstance(stage.config, TrainConfig):
-            return self._live_rows(stage.config)
-        trained = [s for s in self.stages if isinstance(s.config, TrainConfig) and s.name != TWIN]
-        own = [s for s in trained if stage.name == s.name or stage.name.startswith(f"{s.name}/")]
-        return self._rows_for((own or trained)[0])
-
-    def _live_rows(self, config: TrainConfig) -> _Rows | None:
-        """What a live run will read; no store holds it."""
-        if self.model is None:
-            return None
-        members = members_of(config)
-        wanted = {name for one in members for name in (*(one.inputs or ()), *(one.outputs or ()))}
-        widths = {name: self.model.width(name) for name in self.model.expand(sorted(wanted))}
-        n_rows = config.n_tokens or 1
-        return _Rows(widths, n_rows, n_rows, 1, config.policy)
-
-    def _rows(self, stage: Stage) -> _Rows | None:
-        """A store's rows: those that are there, or those that the model will give."""
-        config = _harvest(stage)
-        if self._done(stage):
-            info = StoreInfo.build(artifact.load(stage.path, "store").extra, where=str(stage.path))
-            widths = {name: point.width for name, point in info.hookpoints.items()}
-            return _Rows(widths, info.n_rows, info.n_tokens_read, max(info.shard_rows), info.policy)
-        if self.model is None:
-            return None
-        widths = {name: self.model.width(name) for name in self.model.expand(config.hookpoints)}
-        length = config.policy.context_length
-        kept = length - config.policy.drop_positions
-        if config.positions is not None:
-            kept = len(set(config.positions))
-        kept = min(kept, config.positions_per_context or kept)
-        n_contexts = -(-config.n_tokens // length)
-        shard_rows = min(config.shard_contexts, n_contexts) * kept
-        return _Rows(widths, n_contexts * kept, n_contexts * length, shard_rows, config.policy)
-
-    def _train_config(self, name: str) -> TrainConfig:
-        """What a dictionary is trained with: a stage's own config, or one of its sweep's."""
-        for stage in self.stages:
-            if isinstance(stage.config, TrainConfig):
-                for member in members_of(stage.config):
-                    place = Path(stage.name) / (member.out.name if stage.config.sweep else "")
-                    if place == Path(name):
-                        return member
-        raise AssertionError(f"no stage trains {name!r}")
-
-    def _names(self, config: TrainConfig, rows: _Rows) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Hookpoints that a dictionary reads, and those it writes."""
-        inputs = config.inputs or tuple(rows.widths)
-        for name in (*inputs, *(config.outputs or ())):
-            if name not in rows.widths:
-                raise HookpointError(
-                    "a hookpoint must be in the store", repr(name), nearest(name, rows.widths)
-                )
-        return inputs, config.outputs or inputs
-
-    def _dictionary(self, config: TrainConfig, rows: _Rows) -> Dictionary:
-        inputs, outputs = self._names(config, rows)
-        d_in, d_out = (sum(rows.widths[name] for name in names) for names in (inputs, outputs))
-        return size_of(config.architecture, d_in, d_out)
-
     # -- stages ------------------------------------------------------------------------------------
 
-    def _harvest(self, stage: Stage, config: HarvestConfig, model: Outline, rows: _Rows) -> Estimate:
+    def _harvest(self, stage: Stage, config: HarvestConfig, model: Outline, rows: Rows) -> Estimate:
         names, length = tuple(rows.widths), config.policy.context_length
         widths = sum(rows.widths.values())
 
@@ -262,7 +157,7 @@ class _Planner:
         )
         return Estimate(stage, False, needs(n_tokens, shard, batch), seconds, knobs)
 
-    def _train(self, stage: Stage, config: TrainConfig, rows: _Rows) -> Estimate:
+    def _train(self, stage: Stage, config: TrainConfig, rows: Rows) -> Estimate:
         """One dictionary, or all of a sweep, which are trained side by side."""
         members = members_of(config)
         sizes = [self._dictionary(member, rows) for member in members]
@@ -301,7 +196,7 @@ class _Planner:
             return Estimate(stage, False, needs(None, batch), None, tuple(knobs), note)
         return Estimate(stage, False, needs(None, batch), seconds, tuple(knobs))
 
-    def _fit(self, stage: Stage, config: FitConfig, rows: _Rows) -> Estimate:
+    def _fit(self, stage: Stage, config: FitConfig, rows: Rows) -> Estimate:
         """A batch of rows where they are streamed, all of them where they are held."""
         names = tuple(rows.widths) if config.hookpoint is None else (config.hookpoint,)
         d_in = sum(rows.widths[name] for name in names if name in rows.widths)
@@ -339,7 +234,7 @@ class _Planner:
         }
         return sum(trained.get(path) or len(paths_in((path,))) for path in config.twins)
 
-    def _evaluate(self, stage: Stage, config: EvaluateConfig, model: Outline, rows: _Rows) -> Estimate:
+    def _evaluate(self, stage: Stage, config: EvaluateConfig, model: Outline, rows: Rows) -> Estimate:
         train = self._train_config(stage.name)
         dictionary = self._dictionary(train, rows)
         _, outputs = self._names(train, rows)
@@ -368,11 +263,11 @@ class _Planner:
         )
         return Estimate(stage, False, needs(d_sae, batch), seconds, knobs)
 
-    def _compare(self, stage: Stage, config: CompareConfig, model: Outline, rows: _Rows) -> Estimate:
+    def _compare(self, stage: Stage, config: CompareConfig, model: Outline, rows: Rows) -> Estimate:
         """As an evaluation of the widest dictionary with an arm for each of the others."""
         members = self._trained_in(config.dictionaries)
-        widest = max((self._dictionary(member, rows) for member in members), key=lambda one: one.d_sae)
-        outputs = {name for member in members for name in self._names(member, rows)[1]}
+        widest = max(map(self._size, members), key=lambda one: one.d_sae)
+        outputs = {name for member in members for name in self._names(member, self._member_rows(member))[1]}
         n_fitted = len(self._fitted_in(config.dictionaries))
         length, n_twins = rows.policy.context_length, self._n_twins(config)
         arms = Arms(len(members) + n_fitted + 3 * len(config.nulls), n_twins=n_twins)
@@ -393,27 +288,7 @@ class _Planner:
         knobs = (Knob("batch_rows", config.batch_rows, needs),)
         return Estimate(stage, False, needs(config.batch_rows), seconds, knobs)
 
-    def _trained_in(self, paths: Sequence[Path]) -> list[TrainConfig]:
-        """The dictionaries that the recipe trains in these folders; twins are counted beside them."""
-        trained = [s.config for s in self.stages if isinstance(s.config, TrainConfig) and s.name != TWIN]
-        found = [member for one in trained for member in members_of(one)]
-        return [member for member in found if {member.out, member.out.parent} & set(paths)]
-
-    def _fitted_in(self, paths: Sequence[Path]) -> list[FitConfig]:
-        fitted = [stage.config for stage in self.stages if isinstance(stage.config, FitConfig)]
-        return [one for one in fitted if one.out in paths]
-
-    def _sizes_in(self, paths: Sequence[Path], rows: _Rows) -> list[Dictionary]:
-        """Trained and fitted dictionaries as numbers."""
-        found = [self._dictionary(member, rows) for member in self._trained_in(paths)]
-        for fitted in self._fitted_in(paths):
-            d = rows.widths.get(fitted.hookpoint or next(iter(rows.widths)), 0)
-            d_sae = fitted.baseline.width(d)
-            k = min(fitted.baseline.k_in_use() or d_sae, d_sae)
-            found.append(Dictionary(fitted.baseline.kind, d, d, d_sae, 2 * d * d_sae, k))
-        return found
-
-    def _directions(self, stage: Stage, config: CompareConfig, rows: _Rows) -> Estimate:
+    def _directions(self, stage: Stage, config: CompareConfig, rows: Rows) -> Estimate:
         """A comparison that runs no model."""
         sizes = self._sizes_in(config.dictionaries, rows)
 
@@ -422,7 +297,7 @@ class _Planner:
 
         return Estimate(stage, False, costs.directions_bytes(sizes), seconds)
 
-    def _geometry(self, stage: Stage, config: GeometryConfig, rows: _Rows) -> Estimate:
+    def _geometry(self, stage: Stage, config: GeometryConfig, rows: Rows) -> Estimate:
         sizes = self._sizes_in(config.dictionaries, rows)
         n_rows = 0 if config.store is None else min(config.n_rows, rows.n_rows)
 
@@ -431,7 +306,7 @@ class _Planner:
 
         return Estimate(stage, False, making.geometry_bytes(sizes, n_rows), seconds)
 
-    def _interpret(self, stage: Stage, config: InterpretConfig, model: Outline, rows: _Rows) -> Estimate:
+    def _interpret(self, stage: Stage, config: InterpretConfig, model: Outline, rows: Rows) -> Estimate:
         train = self._train_config(stage.name)
         dictionary = self._dictionary(train, rows)
         inputs, _ = self._names(train, rows)
@@ -470,7 +345,7 @@ class _Planner:
         )
         return Estimate(stage, False, needs(n_tokens, d_sae, reservoir), seconds, knobs[0 if stored else 1 :])
 
-    def _effects(self, stage: Stage, config: EffectsConfig, model: Outline, rows: _Rows) -> Estimate:
+    def _effects(self, stage: Stage, config: EffectsConfig, model: Outline, rows: Rows) -> Estimate:
         train = self._train_config(stage.name)
         dictionary = self._dictionary(train, rows)
         inputs, outputs = self._names(train, rows)
@@ -518,8 +393,3 @@ class _Planner:
             for other in self.stages
             if isinstance(other.config, InterpretConfig) and other.name == name
         )
-
-
-def _harvest(stage: Stage) -> HarvestConfig:
-    assert isinstance(stage.config, HarvestConfig)
-    return stage.config

@@ -177,9 +177,6 @@ def _after_training(places: Places, name: str) -> list[Stage]:
         from sememe.evaluate import EvaluateConfig
 
         about: dict[str, Any] = {"dictionary": paths["dictionary"], "store": own.store, "out": paths["report"]}
-        if "matched_in" in evaluate_table:
-            (other,) = places.named("matched_in of [evaluate]", evaluate_table["matched_in"])
-            about["matched_in"] = places.dictionary(other)
         beside = places.twins_beside(name)
         evaluate = EvaluateConfig.build({**places.shared, **evaluate_table, **about, **beside}, where)
         found.append(Stage("evaluate", name, paths["report"], evaluate))

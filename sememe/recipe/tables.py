@@ -109,9 +109,11 @@ def read_recipe(path: str | Path, scale: str | None = None) -> Recipe:
     _check_names([*dictionaries, *baselines, *(part for parts in (*named.values(), *toys.values()) for part in parts)])
     absent = PER_DICTIONARY if set(ENDINGS) & set(data) else ON_DEMAND
     return Recipe(
-        name,
-        scale,
-        *(data.get(shared, {}) for shared in SHARED),
+        name=name,
+        scale=scale,
+        model=data.get("model", {}),
+        text=data.get("text", {}),
+        policy=data.get("policy", {}),
         pretrain=data.get("pretrain"),
         harvests=named.get("harvest", {}),
         dictionaries=dictionaries,
