@@ -78,6 +78,8 @@ class Table(Config):
     """What a reader has to know: other definitions, corrections."""
     file: str = ""
     """The file of its numbers, `report/{at}/report.json`."""
+    plot: bool = False
+    """Draw it, too: a line for each row, a panel for each column."""
     columns: tuple[Column, ...] = Field(min_length=1)
     """Its metrics."""
     rows: tuple[Row, ...] = Field(min_length=1)
@@ -188,7 +190,7 @@ class ResultsConfig(Config):
 def results(config: ResultsConfig, *, fresh: bool = False) -> artifact.Artifact:
     """Write the page, or open it if it is there.
 
-    The artifact holds results.json, results.md and results.html.
+    The artifact holds results.json, results.md with its plots, and results.html.
 
     Args:
         config: What was published, and where our numbers are.
@@ -248,7 +250,7 @@ def _data(config: ResultsConfig, reader: _Reader) -> dict[str, Any]:
             cells = [reader.statistic(table.reference(row, column)) for column in table.columns]
             published = row.published or ("",) * len(table.columns)
             rows.append({"name": row.name, "published": list(published), "here": cells})
-        about = {"title": table.title, "source": table.source, "note": table.note}
+        about = {"title": table.title, "source": table.source, "note": table.note, "plot": table.plot}
         tables.append({**about, "columns": [column.name for column in table.columns], "rows": rows})
     claims = []
     for claim in config.claims:

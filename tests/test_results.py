@@ -59,10 +59,12 @@ def test_numbers_are_found_where_their_paths_say(base):
         "rows/mean:recall": 0.5,
         "report/report.json#rows/name={at}/score": 0.5,
     }
-    data, found = made(base, tables=[table(*paths, at="c", published=[9.951, "", "three", *[""] * 7])])
+    drawn = {"plot": True, **table(*paths, at="c", published=[9.951, "", "three", *[""] * 7])}
+    data, found = made(base, tables=[drawn])
     here = data["tables"][0]["rows"][0]["here"]
     assert [cell["value"] for cell in here] == pytest.approx(list(paths.values()))
     assert (here[0]["low"], here[0]["high"]) == (9.0, 10.0) and data["n_missing"] == 0
+    assert "column 9" in (found.path / "table-0.svg").read_text()
     page = (found.path / "results.html").read_text()
     for said in ("A paper", "Table 1", "9.951", "three", "9 to 10", "Published in: page 2"):
         assert said in page, said

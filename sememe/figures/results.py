@@ -6,8 +6,12 @@ import html
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
 from sememe.figures.data import Data, number
 from sememe.figures.frame import page
+from sememe.figures.plots import STYLE, svg
 from sememe.figures.tables import Table, cell_note, html_table, markdown_table
 
 __all__ = ["claims_table", "results_tables", "write_results"]
@@ -15,9 +19,10 @@ __all__ = ["claims_table", "results_tables", "write_results"]
 LEGEND = (
     "Beside or under our numbers: 95% intervals. A claim holds where our numbers are as was said and their intervals do "
     "not overlap, is undecided where they do, and does not hold where they are the other way round. Series rise where "
-    "their rank correlation with their order is at least 0.5."
+    "their rank correlation with their order is at least 0.5. In plots: dots with intervals are ours, rings theirs."
 )
 NOTHING = "–"
+OURS, THEIRS = "#1f6feb", "#d1730b"
 
 
 def write_results(folder: Path, data: Data) -> None:
@@ -47,9 +52,15 @@ def write_results(folder: Path, data: Data) -> None:
         draw(Table(["", "published", "here"], rows, [[""] * 3 for _ in rows]))
     if data["conversion"]:
         say(data["conversion"])
-    for table, about in zip(results_tables(data), data["tables"], strict=True):
+    for place, (table, about) in enumerate(zip(results_tables(data), data["tables"], strict=True)):
         say(about["title"], 2)
         draw(table)
+        if about["plot"]:
+            with mpl.rc_context(STYLE):
+                drawn = svg(_plot(about), f"results-{place}")
+            (folder / f"table-{place}.svg").write_text(drawn, encoding="utf-8")
+            markdown.extend([f"![{about['title']}](table-{place}.svg)", ""])
+            body.append(f"<figure>{drawn}</figure>")
         for text in (about["source"] and f"Published in: {about['source']}.", about["note"]):
             if text:
                 say(text)
@@ -61,6 +72,26 @@ def write_results(folder: Path, data: Data) -> None:
     say(LEGEND)
     (folder / "results.md").write_text("\n".join(markdown), encoding="utf-8")
     (folder / "results.html").write_text(page(title, "\n".join(body)), encoding="utf-8")
+
+
+def _plot(about: Data) -> Figure:
+    """A line of the plot for each row, a panel for each column: ours with its interval, theirs as a ring."""
+    rows, columns = about["rows"], about["columns"]
+    figure = Figure(figsize=(3.2 + 2.2 * len(columns), 1.0 + 0.22 * len(rows)), layout="constrained")
+    panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+    for place, (axes, name) in enumerate(zip(panels, columns, strict=True)):
+        for line, row in enumerate(rows):
+            here, published = row["here"][place], row["published"][place]
+            if here["value"] is not None:
+                axes.plot(here["value"], line, "o", color=OURS, markersize=4)
+                axes.hlines(line, here.get("low", here["value"]), here.get("high", here["value"]), color=OURS)
+            if not isinstance(published, str):
+                axes.plot(published, line, "o", color=THEIRS, markersize=6, fillstyle="none")
+        axes.set_title(name)
+        axes.grid(axis="x")
+    panels[0].set_yticks(range(len(rows)), [row["name"] for row in rows])
+    panels[0].invert_yaxis()
+    return figure
 
 
 def results_tables(data: Data) -> list[Table]:

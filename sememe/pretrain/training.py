@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from sememe import artifact
 from sememe import lm as language_models
@@ -195,7 +195,7 @@ class Run:
         parts = torch.split(rows, self.part.micro_rows)
         for number, part in enumerate(parts, 1):
             with group.quiet(self.shared, unless=number == len(parts)):
-                loss = self._loss(part) / n_predictions
+                loss = self._loss(part, self.shared) / n_predictions
                 loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
@@ -220,10 +220,10 @@ class Run:
             self._order = (epoch, order)
         return self._order[1]
 
-    def _loss(self, rows: Int[Tensor, "rows ctx"]) -> Float[Tensor, ""]:
+    def _loss(self, rows: Int[Tensor, "rows ctx"], model: nn.Module) -> Float[Tensor, ""]:
         """The summed loss of every token but a row's first, in nats."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            logits = self.shared(input_ids=rows, use_cache=False).logits[:, :-1]
+            logits = model(input_ids=rows, use_cache=False).logits[:, :-1]
         return F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten(), reduction="sum")
 
     def _finite(self, loss: Tensor) -> float:
@@ -247,7 +247,7 @@ class Run:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for start in range(0, len(own), size):
             rows = torch.from_numpy(own[start : start + size].astype(np.int64)).to(self.device)
-            total += self._loss(rows)
+            total += self._loss(rows, self.model)
         return float(self.group.total(total)) / (self.heldout_rows.size - len(self.heldout_rows))
 
     # -- the end -----------------------------------------------------------------------------------
