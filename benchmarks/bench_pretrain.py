@@ -2,9 +2,9 @@
 
     make bench-pretrain
 
-The bare loop holds its rows in memory, steps the same Hugging Face model with fused AdamW, clips, and does nothing else:
-no reading, no order, no log, no checkpoint. Ours reads its rows from disk and asks for the loss as often as a run does;
-what checkpoints take, one a minute, is measured once and counted. Both in turns, in rounds of STEPS steps.
+The bare loop holds its rows in memory, steps the same Hugging Face model with fused AdamW, clips, and does nothing
+else: no reading, no order, no log, no checkpoint. Ours reads its rows from disk and asks for the loss as often as a run
+does; what checkpoints take, one a minute, is measured once and counted. Both in turns, in rounds of STEPS steps.
 """
 
 from __future__ import annotations
@@ -99,7 +99,9 @@ def main() -> None:
             "checkpoint_seconds": round(checkpoint, 3),
         }
         figures = [
-            row("pretrain_over_bare", ratio(times, "bare", "ours") / (1 + share), f">= {MUST}", "x", **context)
+            row(
+                "pretrain_over_bare", ratio(times, "bare", "ours") / (1 + share), f">= {MUST}", "x", **context
+            )
         ]
     finish("pretrain", figures)
 

@@ -70,7 +70,9 @@ def recover(config: RecoverConfig, *, fresh: bool = False) -> artifact.Artifact:
         MismatchError: other dictionaries stand in config.out.
     """
     made = _made(config, fresh)
-    parents = {f"dictionary: {name}": artifact.load(path, "dictionary").fingerprint for name, path in made.items()}
+    parents = {
+        f"dictionary: {name}": artifact.load(path, "dictionary").fingerprint for name, path in made.items()
+    }
     out = config.out / "recovery"
     identity = artifact.identity_of("recovery", VERSION, config, parents)
     with contextlib.suppress(MismatchError):  # of other dictionaries: counted again

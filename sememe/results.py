@@ -232,7 +232,10 @@ def _parents(config: ResultsConfig) -> dict[str, str]:
             place = folder.relative_to(config.base)
             found[str(place)] = artifact.load(folder).fingerprint
             if place.parts[0] == "atlas":
-                found |= {str(path.relative_to(config.base)): artifact.load(path).fingerprint for path in _beside(config.base, place)}
+                found |= {
+                    str(path.relative_to(config.base)): artifact.load(path).fingerprint
+                    for path in _beside(config.base, place)
+                }
     return found
 
 
@@ -243,16 +246,16 @@ def _beside(base: Path, atlas: Path) -> list[Path]:
 
 
 def _data(config: ResultsConfig, reader: _Reader) -> dict[str, Any]:
-    tables = []
+    tables: list[dict[str, Any]] = []
     for table in config.tables:
-        rows = []
+        rows: list[dict[str, Any]] = []
         for row in table.rows:
             cells = [reader.statistic(table.reference(row, column)) for column in table.columns]
             published = row.published or ("",) * len(table.columns)
             rows.append({"name": row.name, "published": list(published), "here": cells})
         about = {"title": table.title, "source": table.source, "note": table.note, "plot": table.plot}
         tables.append({**about, "columns": [column.name for column in table.columns], "rows": rows})
-    claims = []
+    claims: list[dict[str, Any]] = []
     for claim in config.claims:
         values = [reader.statistic(reference) for reference in claim.values]
         claims.append(
@@ -369,7 +372,9 @@ class _Reader:
             value = found.get("value", found.get("mean"))
             if value is None:
                 return {"value": None, "cause": str(found.get("cause", "no number"))}
-            return {"value": float(value)} | {k: found[k] for k in ("low", "high") if found.get(k) is not None}
+            return {"value": float(value)} | {
+                k: found[k] for k in ("low", "high") if found.get(k) is not None
+            }
         if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
             return {"value": None, "cause": f"{path} is no number"}
         return {"value": float(found)}

@@ -17,7 +17,15 @@ from sememe.errors import ArtifactError
 from sememe.plan import check
 from sememe.recipe import Recipe, Stage, place_of, read_recipe, stages
 
-__all__ = ["StageResult", "print_comparison", "print_geometry", "print_lens", "print_report", "print_results", "run"]
+__all__ = [
+    "StageResult",
+    "print_comparison",
+    "print_geometry",
+    "print_lens",
+    "print_report",
+    "print_results",
+    "run",
+]
 
 
 WIDE = 140
@@ -291,7 +299,10 @@ def print_results(path: str | Path) -> None:
     data = json.loads((Path(path) / "results.json").read_text(encoding="utf-8"))
     console = Console()
     titled = [
-        *((about["title"], table) for about, table in zip(data["tables"], figures.results_tables(data), strict=True)),
+        *(
+            (about["title"], table)
+            for about, table in zip(data["tables"], figures.results_tables(data), strict=True)
+        ),
         *([("what was said", figures.claims_table(data))] if data["claims"] else []),
     ]
     for title, found in titled:

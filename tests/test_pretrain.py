@@ -269,16 +269,22 @@ def test_two_processes_train_as_one_with_the_whole_batch(
 
 def test_a_batch_that_processes_cannot_share_is_refused(corpus: Path, tmp_path: Path) -> None:
     group = Group(0, 3, torch.device("cpu"))
-    with pytest.raises(ConfigError, match=r"batch_rows must be a multiple of the 3 processes.*, got 8\. Change"):
+    with pytest.raises(
+        ConfigError, match=r"batch_rows must be a multiple of the 3 processes.*, got 8\. Change"
+    ):
         Run(small(corpus, tmp_path), tmp_path, group)
     uneven = small(corpus, tmp_path, batch_rows=12, micro_rows=3)
-    with pytest.raises(ConfigError, match=r"micro_rows must divide the 4 rows of each of the 3 .*, got 3\. Change"):
+    with pytest.raises(
+        ConfigError, match=r"micro_rows must divide the 4 rows of each of the 3 .*, got 3\. Change"
+    ):
         Run(uneven, tmp_path, group)
 
 
 def test_a_preset_is_a_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert PretrainConfig.build({"architecture": "nanda"}).architecture == PRESETS["nanda"]
-    with pytest.raises(ConfigError, match=r"a preset must be one that is there, got 'nando'\. Did you mean 'nanda'"):
+    with pytest.raises(
+        ConfigError, match=r"a preset must be one that is there, got 'nando'\. Did you mean 'nanda'"
+    ):
         PretrainConfig.build({"architecture": "nando"})
     assert _run(["pretrain", "shehper", "--n-layers", "2"]) == 2, "its shape is settled"
     assert "--n-layers" in capsys.readouterr().err

@@ -33,7 +33,9 @@ def test_every_recipe_resolves_and_can_be_planned_at_every_scale(path, scale, tm
         assert not estimate.done and (estimate.note or (estimate.needs and estimate.seconds_at))
     if path.stem in PUBLISHED:
         assert recipe.scale == scale and found[-1].verb == "results"
-        assert found[-1].config.title and (found[-1].config.settings or path.stem in ("modern", "sparse_coding_log"))
+        assert found[-1].config.title and (
+            found[-1].config.settings or path.stem in ("modern", "sparse_coding_log")
+        )
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -42,7 +44,9 @@ def test_published_experiments_have_two_scales_and_run_small_by_themselves(name)
     assert {"small", "full"} <= set(read_toml(path)["scale"])
     assert read_recipe(path).scale == "small"
     text = path.read_text()
-    assert "# Loss:" in text and "--scale full" in text, "says how coefficients were converted, and how it is run"
+    assert "# Loss:" in text and "--scale full" in text, (
+        "says how coefficients were converted, and how it is run"
+    )
 
 
 # -- what a recipe can say -----------------------------------------------------------------------------------------
@@ -148,7 +152,10 @@ def test_a_scale_is_laid_over_the_rest(place, tmp_path):
     tiny, large = (built(place, tmp_path, scale=scale) for scale in ("tiny", "large"))
     first, other = tiny[0].config, large[0].config
     assert (first.n_tokens, first.architecture.d_model) == (2000, 16)
-    assert other.architecture == PRESETS["nanda"] and other.n_tokens == type(other).model_fields["n_tokens"].default
+    assert (
+        other.architecture == PRESETS["nanda"]
+        and other.n_tokens == type(other).model_fields["n_tokens"].default
+    )
     assert first.vocab_size == other.vocab_size == 280, "what no scale changes is the same"
     seeds = {stage.label: stage.config.sweep for stage in large}["train wide"]
     assert seeds == ("seed=0,1,2",)
@@ -187,7 +194,15 @@ def test_any_verb_about_a_dictionary_can_be_asked(place, tmp_path):
 def test_all_of_it_runs(place, tmp_path, capsys):
     results = run(place / "tiny.toml", out=tmp_path / "out")
     assert [result.stage for result in results] == [
-        *("pretrain", "toy fitted", "harvest much", "harvest little", "train wide", "train again", "train live"),
+        *(
+            "pretrain",
+            "toy fitted",
+            "harvest much",
+            "harvest little",
+            "train wide",
+            "train again",
+            "train live",
+        ),
         *("evaluate again", "geometry seeds", "geometry live", "results"),
     ]
     data = json.loads((tmp_path / "out" / "results" / "results.json").read_text())
@@ -199,7 +214,9 @@ def test_all_of_it_runs(place, tmp_path, capsys):
     assert row["name"] == "ksvd" and row["random"] < row["recall"] <= 1 and row["d_sae"] == 12
     model = artifact.load(tmp_path / "out" / "model", "model")
     store = artifact.load(tmp_path / "out" / "store" / "much", "store")
-    assert model.extra["results"]["vocab_size"] == 280 and store.extra["model"] == str(tmp_path / "out" / "model")
+    assert model.extra["results"]["vocab_size"] == 280 and store.extra["model"] == str(
+        tmp_path / "out" / "model"
+    )
     assert all(result.reused for result in run(place / "tiny.toml", out=tmp_path / "out"))
     capsys.readouterr()
 
@@ -207,17 +224,57 @@ def test_all_of_it_runs(place, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("[scale.tiny.pretrain]", "[scale.tiny.pretrian]", r"in \[scale.tiny\], must be known, got 'pretrian'\. Did"),
-        ("[scale.tiny.pretrain]", "[scale.'../up'.pretrain]", r"the name of a table must be .*, got '\.\./up'"),
-        ("[train.again]", "[train.'../up']", r"the name of a table must be letters.*, got '\.\./up'\. Change it"),
-        ('store = "little"', 'store = "litle"', r"store must name a harvest .*, got 'litle'\. Did you mean 'little'"),
-        ("[policy]", '[model]\nmodel = "m"\n[policy]', r"\[model\] must not name a model .*, got 'm'\. Drop model"),
-        ("[policy]\ncontext_length = 32", "[policy]\ncontext_length = 64", r"must be <= that of \[pretrain\], 32, got 64"),
-        ('dictionaries = ["wide"]', 'dictionaries = ["wild"]', r"dictionaries of \[geometry\] must name .*'wild'\. Did"),
-        ('architecture = { kind = "gpt2"', 'architecture = "shepher"\nx = { kind = "gpt2"', r"got 'shepher'\. Did you mean 'shehper'"),
-        ("report/again", "reports/again", r"must come from what a stage of the recipe makes, got 'reports/again/report.json'\. Name"),
+        (
+            "[scale.tiny.pretrain]",
+            "[scale.tiny.pretrian]",
+            r"in \[scale.tiny\], must be known, got 'pretrian'\. Did",
+        ),
+        (
+            "[scale.tiny.pretrain]",
+            "[scale.'../up'.pretrain]",
+            r"the name of a table must be .*, got '\.\./up'",
+        ),
+        (
+            "[train.again]",
+            "[train.'../up']",
+            r"the name of a table must be letters.*, got '\.\./up'\. Change it",
+        ),
+        (
+            'store = "little"',
+            'store = "litle"',
+            r"store must name a harvest .*, got 'litle'\. Did you mean 'little'",
+        ),
+        (
+            "[policy]",
+            '[model]\nmodel = "m"\n[policy]',
+            r"\[model\] must not name a model .*, got 'm'\. Drop model",
+        ),
+        (
+            "[policy]\ncontext_length = 32",
+            "[policy]\ncontext_length = 64",
+            r"must be <= that of \[pretrain\], 32, got 64",
+        ),
+        (
+            'dictionaries = ["wide"]',
+            'dictionaries = ["wild"]',
+            r"dictionaries of \[geometry\] must name .*'wild'\. Did",
+        ),
+        (
+            'architecture = { kind = "gpt2"',
+            'architecture = "shepher"\nx = { kind = "gpt2"',
+            r"got 'shepher'\. Did you mean 'shehper'",
+        ),
+        (
+            "report/again",
+            "reports/again",
+            r"must come from what a stage of the recipe makes, got 'reports/again/report.json'\. Name",
+        ),
         ("[toy.fitted]", "[toy]", r"\[toy\] must hold named tables, got planted, fit, n_rows\. Write"),
-        ("n_rows = 300", "n_rows = 300\ntrain = { n_tokens = 100 }", r"exactly one of train and fit .*, got both\. Drop"),
+        (
+            "n_rows = 300",
+            "n_rows = 300\ntrain = { n_tokens = 100 }",
+            r"exactly one of train and fit .*, got both\. Drop",
+        ),
     ],
 )
 def test_wrong_recipes_are_refused(place, tmp_path, old, new, message):
@@ -226,7 +283,9 @@ def test_wrong_recipes_are_refused(place, tmp_path, old, new, message):
 
 
 def test_a_scale_that_is_not_there(place, tmp_path):
-    with pytest.raises(ConfigError, match=r"scale must be one that the recipe .* has, got 'larg'\. Did you mean 'large'"):
+    with pytest.raises(
+        ConfigError, match=r"scale must be one that the recipe .* has, got 'larg'\. Did you mean 'large'"
+    ):
         read_recipe(place / "tiny.toml", "larg")
     (tmp_path / "plain.toml").write_text('[toy.a.fit.baseline]\nkind = "pca"\n')
     with pytest.raises(ConfigError, match=r"got 'small'\. Leave it out: the recipe has none"):

@@ -1,4 +1,4 @@
-"""Published numbers beside ours: where a number is, what a claim is worth, and what stands where nothing was measured."""
+"""Published numbers beside ours: where a number is, what a claim is worth, what stands where nothing was measured."""
 
 import json
 
@@ -73,7 +73,7 @@ def test_numbers_are_found_where_their_paths_say(base):
 
 def test_what_is_not_there_says_why_and_is_not_guessed(base):
     paths = {
-        "metrics/l9": r"no l9; Did you mean 'l0'",
+        "metrics/l9": "no l9; Known: l0, rmse",
         "metrics/kl": "no predictions",
         "rows/7/recall": "only 3 entries",
         "rows/name=z/recall": "no entry with name=z",
@@ -130,14 +130,20 @@ def test_a_page_of_the_same_numbers_is_kept_and_of_others_written_again(base):
     ("options", "message"),
     [
         ({}, r"\[expected\] must hold tables or claims, got neither\. Add"),
-        ({"tables": [table("x", file="../up.json")]}, r"must be named by a file in the recipe's folder .*FILE#PATH"),
+        (
+            {"tables": [table("x", file="../up.json")]},
+            r"must be named by a file in the recipe's folder .*FILE#PATH",
+        ),
         ({"tables": [table("x", file="")]}, r"FILE#PATH, got '#x'\. Write"),
         (
             {"tables": [table("plain", published=[1.0, 2.0])]},
             r"Table 1, row: a number must be published for each of 1 columns, got 2\. Write",
         ),
         ({"claims": [claim("above", "r.json#x")]}, r"'it is above' must have two numbers, got 1\. Give two"),
-        ({"claims": [claim("rising", "r.json#x", "r.json#y")]}, r"at least 3 values and no than, got 2\. Add"),
+        (
+            {"claims": [claim("rising", "r.json#x", "r.json#y")]},
+            r"at least 3 values and no than, got 2\. Add",
+        ),
         ({"claims": [claim("near", "r.json#x", than=1.0)]}, r"must say within .*, got None\. Set within"),
         ({"claims": [claim("above", "r.json#x", than=1.0, within=0.1)]}, r"got 0\.1\. Drop within"),
     ],

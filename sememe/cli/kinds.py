@@ -115,15 +115,15 @@ def pretrain_app() -> App:
             ),
             name=kind,
         )
-    for preset, shape in PRESETS.items():
+    for preset, made in PRESETS.items():
         app.command(
             command(
                 PretrainConfig,
                 verb,
-                choices={"architecture": type(shape)},
+                choices={"architecture": type(made)},
                 fixed={"architecture": preset},
                 extra=FRESH,
-                doc=f"Train the one-layer model of {preset}: {shape.d_model} wide, {shape.d_mlp:,} neurons.",
+                doc=f"Train the one-layer model of {preset}: {made.d_model} wide, {made.d_mlp:,} neurons.",
             ),
             name=preset,
         )

@@ -17,9 +17,10 @@ from sememe.figures.tables import Table, cell_note, html_table, markdown_table
 __all__ = ["claims_table", "results_tables", "write_results"]
 
 LEGEND = (
-    "Beside or under our numbers: 95% intervals. A claim holds where our numbers are as was said and their intervals do "
-    "not overlap, is undecided where they do, and does not hold where they are the other way round. Series rise where "
-    "their rank correlation with their order is at least 0.5. In plots: dots with intervals are ours, rings theirs."
+    "Beside or under our numbers: 95% intervals. A claim holds where our numbers are as was said and their intervals "
+    "do not overlap, is undecided where they do, and does not hold where they are the other way round. Series rise "
+    "where their rank correlation with their order is at least 0.5. In plots dots with intervals are ours, rings "
+    "theirs."
 )
 NOTHING = "–"
 OURS, THEIRS = "#1f6feb", "#d1730b"

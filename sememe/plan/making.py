@@ -46,7 +46,7 @@ class Pretraining(NamedTuple):
 
 
 def pretrain_bytes(lm: Outline, work: Pretraining) -> Bytes:
-    """Weights, gradients, two moments; a forward's activations, kept for the backward. On disk a checkpoint and rows."""
+    """Weights, gradients, two moments; a forward's activations, kept. On disk a checkpoint and rows."""
     weights = 4.0 * lm.n_parameters
     per_token = 4.0 * lm.n_layers * (8 * lm.d_model + 3 * lm.d_inner) + 4.0 * 3 * lm.vocab_size
     held = 4 * weights + work.micro_tokens * per_token
@@ -56,7 +56,9 @@ def pretrain_bytes(lm: Outline, work: Pretraining) -> Bytes:
 
 def pretrain_seconds(lm: Outline, speed: Speed, work: Pretraining) -> float:
     """Three forwards a token, one for each that is validated."""
-    forward = costs.forward_seconds(lm, speed, 0, lm.n_layers, work.context_length) + costs.head_seconds(lm, speed)
+    forward = costs.forward_seconds(lm, speed, 0, lm.n_layers, work.context_length) + costs.head_seconds(
+        lm, speed
+    )
     forwards = BACKWARD * work.n_tokens + work.n_validated
     return MODEL_START + forwards * forward + work.n_tokens * TEXT_SECONDS
 
@@ -68,7 +70,13 @@ def planted_bytes(sizes: Sequence[Dictionary], batch_size: int, n_features: int)
 
 
 def planted_seconds(
-    sizes: Sequence[Dictionary], speed: Speed, batch_size: int, n_steps: int, n_features: int, *, one_stream: bool
+    sizes: Sequence[Dictionary],
+    speed: Speed,
+    batch_size: int,
+    n_steps: int,
+    n_features: int,
+    *,
+    one_stream: bool,
 ) -> float:
     """Drawing rows and training on them. Args: one_stream: whether all dictionaries read the same batches."""
     n_streams = 1 if one_stream else len(sizes)

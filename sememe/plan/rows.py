@@ -63,8 +63,9 @@ class Known:
         return new_model(self.pretrain, config)
 
     def _model_name(self) -> str:
-        named = (stage.config.model for stage in self.stages if isinstance(getattr(stage.config, "model", None), ModelConfig))
-        return next(named, ModelConfig()).model
+        configs = (getattr(stage.config, "model", None) for stage in self.stages)
+        named: list[ModelConfig] = [config for config in configs if isinstance(config, ModelConfig)]
+        return named[0].model
 
     def _rows_for(self, stage: Stage) -> Rows | None:
         """The rows that a stage reads, or that its dictionary was trained on."""

@@ -36,7 +36,9 @@ def pretraining(stage: Stage, config: PretrainConfig, model: Outline | None) -> 
     def work(micro_rows: int) -> making.Pretraining:
         length = config.context_length
         n_tokens = config.n_steps * config.batch_rows * length
-        return making.Pretraining(n_tokens, config.n_validations * config.validation_tokens, micro_rows * length, length)
+        return making.Pretraining(
+            n_tokens, config.n_validations * config.validation_tokens, micro_rows * length, length
+        )
 
     def needs(micro_rows: int) -> Bytes:
         return making.pretrain_bytes(outline, work(micro_rows))
@@ -56,7 +58,9 @@ def recovering(stage: Stage, config: RecoverConfig) -> Estimate:
         baseline, n_rows = config.fit.baseline, config.fit.n_rows
         d_sae = baseline.width(d)
         held = fitting.held_bytes(baseline, d, d_sae, n_rows, 0.0)
-        return Estimate(stage, False, held, lambda speed: fitting.fit_seconds(baseline, speed, d, d_sae, n_rows))
+        return Estimate(
+            stage, False, held, lambda speed: fitting.fit_seconds(baseline, speed, d, d_sae, n_rows)
+        )
     assert config.train is not None
     members = members_of(config.train)
     return _planted(stage, members, d, n_features, one_stream=True)
@@ -67,7 +71,9 @@ def gridding(stage: Stage, config: GridConfig) -> Estimate:
     return _planted(stage, trainings(config), config.planted.d, config.planted.n_features, one_stream=False)
 
 
-def _planted(stage: Stage, members: list[TrainConfig], d: int, n_features: int, *, one_stream: bool) -> Estimate:
+def _planted(
+    stage: Stage, members: list[TrainConfig], d: int, n_features: int, *, one_stream: bool
+) -> Estimate:
     sizes = [size_of(member.architecture, d, d) for member in members]
     first = members[0]
     n_steps = max(1, (first.n_tokens or 0) // first.batch_size)

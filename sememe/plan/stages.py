@@ -6,17 +6,14 @@ A stage whose numbers hang on a model that is not at hand has none, and a note t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
-from sememe import artifact, lm
 from sememe.compare import CompareConfig
 from sememe.dictionaries.folders import paths_in
 from sememe.effects import EffectsConfig
-from sememe.errors import HookpointError, nearest
 from sememe.evaluate import EvaluateConfig, powers_below
 from sememe.explain import ExplainConfig
 from sememe.fit import STREAMED, FitConfig
@@ -24,19 +21,17 @@ from sememe.geometry import GeometryConfig
 from sememe.grid import GridConfig
 from sememe.harvest import HarvestConfig
 from sememe.interpret import RANDOMISED, InterpretConfig
-from sememe.lm import ModelConfig, Outline
+from sememe.lm import Outline
 from sememe.plan import costs, fitting, making
-from sememe.plan.costs import Arms, Bytes, Dictionary
-from sememe.plan.estimate import Estimate, Knob, members_of, size_of
+from sememe.plan.costs import Arms, Bytes
+from sememe.plan.estimate import Estimate, Knob, members_of
 from sememe.plan.machine import Speed
 from sememe.plan.rows import Known, Rows
 from sememe.plan.scratch import gridding, pretraining, recovering
 from sememe.pretrain import PretrainConfig
-from sememe.recipe import TWIN, Stage
+from sememe.recipe import Stage
 from sememe.recover import RecoverConfig
 from sememe.results import ResultsConfig
-from sememe.store import StoreInfo
-from sememe.text import TokenPolicy
 from sememe.train import TrainConfig
 
 __all__ = ["Estimate", "Estimates", "Knob", "Shapes", "estimates"]
@@ -97,7 +92,9 @@ class _Planner(Known):
         if rows is not None and isinstance(config, CompareConfig) and config.directions_only:
             return self._directions(stage, config, rows)
         if rows is None or (model is None and stage.verb in NEEDS_MODEL):
-            return Estimate(stage, False, None, None, note=f"the config of {self._model_name()} is not at hand")
+            return Estimate(
+                stage, False, None, None, note=f"the config of {self._model_name()} is not at hand"
+            )
         if isinstance(config, TrainConfig):
             return self._train(stage, config, rows)
         if isinstance(config, FitConfig):

@@ -73,7 +73,7 @@ class Group:
         if self.size == 1 or unless:
             return nullcontext()
         assert isinstance(model, nn.parallel.DistributedDataParallel)
-        return model.no_sync()  # type: ignore[no-any-return]
+        return model.no_sync()
 
 
 @contextmanager

@@ -115,7 +115,7 @@ class Run:
             raise MismatchError(
                 f"a checkpoint must go on in the setting it was made in ({saved['setting']})",
                 str(self._setting()),
-                "Set --threads, --device, --dtype and the number of processes as they were, or pass --fresh to start again.",
+                "Set --threads, --device, --dtype and the processes as they were, or pass --fresh to start again.",
             )
         with torch.no_grad():
             for name, parameter in self.parameters.items():
@@ -129,7 +129,7 @@ class Run:
     # -- the loop ----------------------------------------------------------------------------------
 
     def go(self) -> dict[str, Any]:
-        """Train to the end, and write the model with what was measured; gives meta.json's extra ({} but in the first)."""
+        """Train to the end, and write the model with what was measured; gives meta.json's extra, {} in the others."""
         config, first = self.config, self.group.first
         marks = {round(config.n_steps * (i + 1) / config.n_validations) for i in range(config.n_validations)}
         base = baselines(self.train_rows, self.heldout_rows, len(self.tokenizer)) if first else None

@@ -36,10 +36,11 @@ def comparisons(places: Places, made: Sequence[Stage]) -> list[Stage]:
         else:  # folders: a sweep as a whole
             paths = tuple(s.path for s in made if s.verb in ("train", "fit") and s.name != TWIN)
         beside = {"twins": (places.twin_path(),)} if places.recipe.twin is not None else {}
-        about = {"dictionaries": paths, "out": places.base / "comparison" / name}
+        out = places.base / "comparison" / name
+        about: dict[str, Any] = {"dictionaries": paths, "out": out}
         about["store"] = _store(places, table, labels)
         config = CompareConfig.build({**places.shared, **rest, **about, **beside}, places.where)
-        found.append(Stage("compare", name, about["out"], config))
+        found.append(Stage("compare", name, out, config))
     return found
 
 
@@ -71,7 +72,7 @@ def _chosen(places: Places, stage: str, table: Table) -> tuple[list[str], Table]
 
 
 def _store(places: Places, table: Table, labels: Iterable[str]) -> Path | None:
-    """The harvest that a table names; else the store that all of its dictionaries come from, None if there are several."""
+    """The harvest that a table names; else the store that all of its dictionaries come from, if there is one."""
     if "store" in table:
         return places.stores[places.harvest_of(table)]
     stores = {places.store_of(label) for label in labels}
@@ -107,7 +108,9 @@ def asked(places: Places) -> list[Stage]:
 def _config_of(verb: str) -> type[Config]:
     if importlib.util.find_spec(f"sememe.{verb}") is None:
         raise ConfigError(
-            "a table of a recipe must be of a verb that this version has", repr(verb), "Drop it, or upgrade sememe."
+            "a table of a recipe must be of a verb that this version has",
+            repr(verb),
+            "Drop it, or upgrade sememe.",
         )
     found: type[Config] = getattr(importlib.import_module(f"sememe.{verb}"), f"{verb.capitalize()}Config")
     return found

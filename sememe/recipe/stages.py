@@ -176,7 +176,11 @@ def _after_training(places: Places, name: str) -> list[Stage]:
     if reported:
         from sememe.evaluate import EvaluateConfig
 
-        about: dict[str, Any] = {"dictionary": paths["dictionary"], "store": own.store, "out": paths["report"]}
+        about: dict[str, Any] = {
+            "dictionary": paths["dictionary"],
+            "store": own.store,
+            "out": paths["report"],
+        }
         beside = places.twins_beside(name)
         evaluate = EvaluateConfig.build({**places.shared, **evaluate_table, **about, **beside}, where)
         found.append(Stage("evaluate", name, paths["report"], evaluate))

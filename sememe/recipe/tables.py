@@ -106,7 +106,9 @@ def read_recipe(path: str | Path, scale: str | None = None) -> Recipe:
             )
     named = {stage: _parts(data[stage], OPTIONS[stage]) for stage in OPTIONS if stage in data}
     toys = {stage: _all_named(data[stage], stage) for stage in ("toy", "grid") if stage in data}
-    _check_names([*dictionaries, *baselines, *(part for parts in (*named.values(), *toys.values()) for part in parts)])
+    _check_names(
+        [*dictionaries, *baselines, *(part for parts in (*named.values(), *toys.values()) for part in parts)]
+    )
     absent = PER_DICTIONARY if set(ENDINGS) & set(data) else ON_DEMAND
     return Recipe(
         name=name,
@@ -151,7 +153,9 @@ def _at_scale(data: Table, path: str | Path, scale: str | None) -> tuple[Table, 
     _check_names(scales)
     for one, tables in scales.items():
         if not isinstance(tables, dict):
-            raise ConfigError(f"[scale.{one}] of the recipe {path} must hold tables", repr(tables), "Write them.")
+            raise ConfigError(
+                f"[scale.{one}] of the recipe {path} must hold tables", repr(tables), "Write them."
+            )
         _check_tables(tables, f"{path}, in [scale.{one}],", (TWIN, *SHARED, *STAGES))
     scale = next(iter(scales)) if scale is None else scale
     return merged(data, scales[scale]), scale
