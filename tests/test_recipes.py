@@ -157,8 +157,8 @@ def test_a_scale_is_laid_over_the_rest(place, tmp_path):
         and other.n_tokens == type(other).model_fields["n_tokens"].default
     )
     assert first.vocab_size == other.vocab_size == 280, "what no scale changes is the same"
-    seeds = {stage.label: stage.config.sweep for stage in large}["train wide"]
-    assert seeds == ("seed=0,1,2",)
+    (wide,) = [stage.config for stage in large if stage.label == "train wide"]
+    assert wide.sweep == ("seed=0,1,2",)
     recipe = read_recipe(place / "tiny.toml", "large")
     assert place_of(recipe, None) == Path("artifacts/tiny/large")
     assert read_recipe(place / "tiny.toml").scale == "tiny", "the first one, if none is asked for"
