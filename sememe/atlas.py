@@ -146,6 +146,10 @@ CREATE TABLE logits (latent INTEGER NOT NULL, sign TINYINT NOT NULL, rank INTEGE
     value FLOAT NOT NULL,                               -- sign 1: promoted, -1: demoted; rank 0 is the strongest
     lens VARCHAR NOT NULL DEFAULT 'logit');
 
+-- How that is spread over the vocabulary: tokens by standard deviations from the mean (latents.logit_mean, logit_std),
+-- in the bins of meta.logit_edges; whatever lies beyond is in the first and last. No table in some older atlases.
+CREATE TABLE logit_histograms (latent INTEGER NOT NULL, lens VARCHAR NOT NULL, counts INTEGER[] NOT NULL);
+
 -- The tokens that hold most of its activation: rank 0 is latents.top_token. `share` is of its activation mass; for
 -- latents active on more than 192 distinct tokens it may be slightly too small, never too large; so may n_active, on
 -- how many of the token's n_seen kept occurrences it is active, and mean_act, its mean over those.
@@ -173,6 +177,7 @@ CREATE TABLE effects (latent INTEGER, kind VARCHAR, decile TINYINT, rank INTEGER
     loss_change_after FLOAT,            -- summed over the next n_after predictions
     n_after INTEGER,                    -- how many there were before the document or the row ended
     kl FLOAT,                           -- from the unedited prediction at the position to the ablated one
+    logit_change FLOAT,                 -- of the true next token's logit, minus the mean over the vocabulary
     -- of the likeliest tokens there, those whose log-probability rises most and falls most, the largest first
     raised STRUCT(token INTEGER, "text" VARCHAR, change FLOAT)[],
     lowered STRUCT(token INTEGER, "text" VARCHAR, change FLOAT)[]);

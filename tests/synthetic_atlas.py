@@ -8,6 +8,7 @@ writing direction, half letters, a token of 10,000 letters.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +215,7 @@ def build_effects(path: Path, atlas: artifact.Artifact, latents: list[int]) -> a
         values = {
             "latent": latent, "kind": kind, "decile": decile, "rank": rank, "context": context,
             "position": position, "act": act, "loss": 2.5, "loss_change": 0.5 - 0.1 * rank if rank < 11 else None,
-            "loss_change_after": 0.25, "n_after": 2, "kl": 0.05,
+            "loss_change_after": 0.25, "n_after": 2, "kl": 0.05, "logit_change": 0.1 * rank - 0.75,
             "raised": [{"token": 10**6, "text": "</script><b>up", "change": 0.75}],
             "lowered": [{"token": 0, "text": "\u202edown", "change": -1.5}],
         }  # fmt: skip
@@ -293,7 +294,7 @@ def scale(path: Path, times: int) -> None:
         f"INSERT INTO latents SELECT l.* REPLACE (id + {n} * copy AS id, density * (0.5 + random()) AS density, "
         f"x + 3 * cos(copy) * sqrt(copy) AS x, y + 3 * sin(copy) * sqrt(copy) AS y) FROM latents l, {copies}"
     )
-    for table in ("logits", "top_tokens", "examples", "neurons"):
+    for table in ("logits", "logit_histograms", "top_tokens", "examples", "neurons"):
         connection.execute(
             f"INSERT INTO {table} SELECT t.* REPLACE (latent + {n} * copy AS latent) FROM {table} t, {copies}"
         )
@@ -376,6 +377,7 @@ def _fill(path: Path, config: SyntheticConfig) -> None:
         },
         "text": {"n_tokens": n_tokens, "n_rows": config.n_contexts, "n_documents": 2 * config.n_contexts},
         "context_length": config.context_length,
+        "logit_edges": [i / 4 - 5 for i in range(41)],
         "position_edges": [(i + 1) * config.context_length // 16 for i in range(16)],
         "coactive_tokens": n_tokens,
         "window": list(config.window),
@@ -425,6 +427,8 @@ def _fill(path: Path, config: SyntheticConfig) -> None:
     _insert(connection, "latents", latents, LATENTS)
     _insert(connection, "top_tokens", top_tokens)
     _insert(connection, "logits", logits, ("latent", "sign", "rank", "token", "value"))
+    bell = [int(8000 * math.exp(-((i - 19.5) ** 2) / 32)) for i in range(40)]
+    _insert(connection, "logit_histograms", [(latent, "logit", bell) for latent in range(config.n_latents)])
     _insert(connection, "examples", examples)
     for table, rows in _related(config, rng).items():
         _insert(connection, table, rows)

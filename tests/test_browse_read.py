@@ -179,14 +179,20 @@ def test_the_histograms_are_of_activations_by_token_and_of_losses(page, address,
     assert len(heights) > 8 and all(math.isclose(a, b, abs_tol=0.01) for a, b in heights)
     names = page.locator(".hue-name").all_inner_texts()
     assert len(names) == len(found["top_tokens"]["token"]) + 1 and names[-1].strip() == "other"
-    loss = charts.locator("section").nth(1)
+    drop = charts.locator("section").nth(1)
+    assert "Logit drop" in drop.inner_text() and "12 examples" in drop.inner_text()
+    loss = charts.locator("section").nth(2)
     assert "11 examples" in loss.inner_text()
     n = loss.locator(".bar title").all_text_contents()
     assert sum(int(text.split()[0]) for text in n) == 11
     assert page.locator(".direct .mark-line").count() == 24
     assert page.locator(".by-position .bar").count() == 16
+    counts = page.locator(".direct .bar title").all_text_contents()
+    assert [int(text.split()[0].replace(",", "")) for text in counts] == found["logit_histograms"]["counts"][
+        0
+    ]
     latent_page(page, address, 40)
-    assert page.locator("text=Loss without it").count() == 0 and page.locator(".keys-of").count() == 0
+    assert page.locator("text=Loss rise").count() == 0 and page.locator(".keys-of").count() == 0
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

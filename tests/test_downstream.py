@@ -239,6 +239,9 @@ def test_changes_are_those_of_two_softmaxes(name: str) -> None:
             else 0
             for t in range(N_AFTER + 1)
         ]
+        moved = (q - p) - (q - p).mean()  # log-probabilities and logits differ by a constant
+        drop = moved[ids[row, at + 1]] if scored[i, 0] else 0
+        assert float(changes.logit_change[i]) == pytest.approx(drop, rel=1e-3, abs=1e-4)
         assert float(changes.loss_change[i]) == pytest.approx(truth[0], rel=1e-3, abs=1e-4)
         assert float(changes.loss_change_after[i]) == pytest.approx(sum(truth[1:]), rel=1e-3, abs=1e-4)
         assert bool(changes.scored[i]) == bool(scored[i, 0])

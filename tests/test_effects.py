@@ -99,10 +99,12 @@ def test_every_row_is_what_a_whole_forward_gives(world: World, opened: Atlas) ->
             return x
 
         with torch.no_grad():
-            before = log_softmax(lm.logits(lm.hidden(ids)))[0]
+            plain = lm.logits(lm.hidden(ids))
+            before = log_softmax(plain)[0]
             with lm.edit({"resid_post.0": taken_out}):
                 hidden = lm.hidden(ids)
-            after = log_softmax(lm.logits(hidden))[0]
+            edited = lm.logits(hidden)
+            after = log_softmax(edited)[0]
         change, scored = [], []
         for t in range(p, p + 4):
             scored.append(t + 1 < len(row["doc_ids"]) and row["doc_ids"][t + 1] == row["document"])
@@ -116,9 +118,13 @@ def test_every_row_is_what_a_whole_forward_gives(world: World, opened: Atlas) ->
             assert row["loss_change"] == pytest.approx(change[0], rel=1e-3, abs=1e-5)
             assert row["loss_change_after"] == pytest.approx(sum(change[1:]), rel=1e-3, abs=1e-5)
             sizes.append(abs(change[0]))
+            moved = (edited - plain)[0, p].double()
+            drop = float(moved[ids[0, p + 1]] - moved.mean())
+            assert row["logit_change"] == pytest.approx(drop, rel=1e-3, abs=1e-5)
         else:
             unscored += 1
             assert row["loss"] is None and row["loss_change"] is None and row["loss_change_after"] is None
+            assert row["logit_change"] is None
         kl = (np.exp(before[p]) * (before[p] - after[p])).sum()
         assert row["kl"] == pytest.approx(kl, rel=2e-3, abs=1e-6)
         moved = after[p] - before[p]

@@ -45,6 +45,7 @@ TABLES = (
     "contexts",
     "latents",
     "logits",
+    "logit_histograms",
     "top_tokens",
     "examples",
 )
@@ -209,6 +210,13 @@ def test_direct_logits_are_decoder_times_unembedding(atlas: Atlas, world: World)
         found = atlas.query("SELECT logit_mean, logit_std FROM latents WHERE id = ?", latent)[0]
         assert found["logit_mean"] == pytest.approx(0, abs=1e-6)
         assert found["logit_std"] == pytest.approx(float(logits[latent].std(correction=0)), rel=1e-3)
+        counts = atlas.query("SELECT counts FROM logit_histograms WHERE latent = ?", latent)[0]["counts"]
+        z = (logits[latent].double() - found["logit_mean"]) / found["logit_std"]
+        truth, edges = np.histogram(z.clamp(-4.999, 4.999).numpy(), bins=40, range=(-5, 5))
+        assert (
+            atlas.meta["logit_edges"] == pytest.approx(edges.tolist()) and sum(counts) == world.lm.vocab_size
+        )
+        assert np.abs(np.array(counts) - truth).sum() <= 2  # one that lies on an edge to rounding
 
 
 def test_meta_says_where_it_comes_from(atlas: Atlas, world: World) -> None:

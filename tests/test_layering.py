@@ -22,8 +22,8 @@ LAYERS = [
     ["dictionaries"],
     ["text", "toy", "formats", "atlas", "lm", "optimiser"],
     ["store", "splice", "figures", "collect", "judge", "tuned"],
-    ["capture", "join", "downstream"],
-    ["source", "end_to_end", "measure"],
+    ["capture", "join", "downstream", "edits"],
+    ["source", "end_to_end", "measure", "continuations"],
     ["probes"],
     [
         "harvest", "train", "fit", "evaluate", "compare", "concepts", "geometry", "interpret", "explain",

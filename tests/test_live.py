@@ -20,8 +20,8 @@ from sememe import dictionaries
 from sememe.atlas import open_atlas
 from sememe.browse import openapi
 from sememe.browse.live import CANCELLED, Child, LiveError
+from sememe.edits import Intervention, LatentEdit
 from sememe.errors import ConfigError
-from sememe.intervene import Intervention, LatentEdit
 from sememe.live import LiveConfig, Session, serve
 from sememe.live.session import ARGUMENTS
 from sememe.prompt import PromptConfig, prompt

@@ -13,10 +13,10 @@ from test_harvest import config_for as harvest_config
 from sememe import artifact, dictionaries
 from sememe.cli import _run
 from sememe.dictionaries import Site, Sites
+from sememe.edits import Intervention, LatentEdit
 from sememe.errors import ConfigError, MismatchError
 from sememe.evaluate import EvaluateConfig, evaluate
 from sememe.harvest import harvest
-from sememe.intervene import Intervention, LatentEdit
 from sememe.measure.checks import sites_of
 from sememe.source import TensorSource
 from sememe.tracking import read_log

@@ -120,6 +120,7 @@ OVERVIEW = full(
     context_length=MAYBE_INTEGER,
     window=described({}, "Tokens kept around an example's peak."),
     histogram_edges=array(NUMBER),
+    logit_edges=array(NUMBER),
     position_edges=array(NUMBER),
     report=maybe(full(metrics=_FIGURES, nulls=mapping(_FIGURES))),
     attributions=array({}),
@@ -267,6 +268,7 @@ LATENT = full(
     ),
     neurons=record(neuron=array(INTEGER), **_columns(MAYBE_NUMBER, "weight", "share")),
     history=record(step=array(INTEGER), cosine=array(MAYBE_NUMBER)),
+    logit_histograms=record(lens=array(STRING), counts=array(array(INTEGER))),
     examples=record(
         (*EXAMPLE_COLUMNS, "positions", "acts"),
         **{name: array(schema) for name, schema in _EXAMPLE.items()},

@@ -436,6 +436,18 @@ def coarsen(hist, exponents, largest, out):  # type: ignore[no-untyped-def]
 
 
 @njit(parallel=True, cache=True)
+def spread_over(values, mean, std, limit, counts):  # type: ignore[no-untyped-def]
+    """How many entries of each row lie how many standard deviations from its mean: equal bins up to the limit."""
+    n_bins = counts.shape[1]
+    scale = n_bins / (2.0 * limit)
+    for row in prange(values.shape[0]):
+        inverse = scale / std[row] if std[row] > 0 else 0.0
+        for column in range(values.shape[1]):
+            b = np.int64(np.floor((values[row, column] - mean[row]) * inverse + 0.5 * n_bins))
+            counts[row, min(max(b, 0), n_bins - 1)] += 1
+
+
+@njit(parallel=True, cache=True)
 def extremes(values, largest_at, largest, smallest_at, smallest):  # type: ignore[no-untyped-def]
     """The n largest and n smallest entries of each row, strongest first; ties go to the lower column."""
     n = largest.shape[1]

@@ -44,6 +44,8 @@ class Changes(NamedTuple):
     """Predictions behind `loss_change_after`."""
     kl: Float[Tensor, " n"]
     """From the unedited prediction at the position to the ablated one."""
+    logit_change: Float[Tensor, " n"]
+    """Of the true next token's logit, minus the mean over the vocabulary."""
     raised: Int[Tensor, "n shown"]
     """Of the likeliest tokens, those whose log-probability rises most."""
     raised_by: Float[Tensor, "n shown"]
@@ -58,6 +60,7 @@ class _Found(NamedTuple):
     changed: Float[Tensor, "n after_plus_1"]
     loss: Float[Tensor, " n"]
     kl: Float[Tensor, " n"]
+    logit: Float[Tensor, " n"]
     tokens: Int[Tensor, "2 n shown"]
     by: Float[Tensor, "2 n shown"]
 
@@ -152,6 +155,7 @@ class Predictions:
             torch.zeros(n, width),
             torch.zeros(n),
             torch.zeros(n),
+            torch.zeros(n),
             torch.zeros(2, n, n_shown, dtype=torch.long),
             torch.zeros(2, n, n_shown),
         )
@@ -174,6 +178,7 @@ class Predictions:
             scored[:, 0],
             scored[:, 1:].sum(1),
             found.kl,
+            found.logit,
             found.tokens[0],
             found.by[0],
             found.tokens[1],
@@ -221,15 +226,17 @@ class Predictions:
             )
         has = scored[i, t]
         target = self.ids[row, (position + 1).clamp(max=self.ids.shape[1] - 1)].to(u.device)[:, None]
-        rise = (u.gather(1, target)[:, 0] - shift).cpu()
+        own = u.gather(1, target)[:, 0]
+        rise = (own - shift).cpu()
         found.changed[i[has], t[has]] = -rise[has]
         first = t == 0
         if not bool(first.any()):
             return
         here, mine = first.to(u.device), i[first]
-        log_p, u, shift = log_p[here], u[here], shift[here]
+        log_p, u, shift, own = log_p[here], u[here], shift[here], own[here]
         loss = -log_p.gather(1, target[here])[:, 0].cpu()
         found.loss[mine] = torch.where(has[first], loss, 0.0)
+        found.logit[mine] = torch.where(has[first], (own - u.mean(1)).cpu(), 0.0)
         found.kl[mine] = (shift - (log_p.exp() * u).sum(1)).clamp(min=0).cpu()
         n_likeliest = max(min(n_likeliest, u.shape[1]), n_shown)
         before = self._likeliest(number[here], log_p, n_likeliest)

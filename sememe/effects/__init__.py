@@ -35,7 +35,7 @@ from sememe.progress import track
 
 __all__ = ["Effects", "EffectsConfig", "effects"]
 
-VERSION = 1
+VERSION = 2
 
 
 class Effects:

@@ -99,6 +99,7 @@ def write_tables(folder: Path, found: Found, text_of: Callable[[int], str], n_af
         "loss_change_after": pa.array(effects["loss_change_after"], mask=none_after),
         "n_after": effects["n_after"].astype(np.int32),
         "kl": effects["kl"],
+        "logit_change": pa.array(effects["logit_change"], mask=unscored),
         **{
             name: _named(effects[name], effects[f"{name}_by"], sign, text_of)
             for name, sign in (("raised", 1), ("lowered", -1))

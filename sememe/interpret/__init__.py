@@ -44,7 +44,7 @@ from sememe.tuned import Lens, open_lens
 
 __all__ = ["RANDOMISED", "InterpretConfig", "interpret", "interpret_all", "parents_of"]
 
-VERSION = 3
+VERSION = 4
 NULL_FOLDER = "null-{}"
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sememe.atlas import create, insert, lists, set_meta
 from sememe.collect import N_PLACES, Examples, TopTokens
-from sememe.collect.loops import extremes
+from sememe.collect.loops import extremes, spread_over
 from sememe.collect.together import strongest
 from sememe.dictionaries import Dictionary, Site
 from sememe.interpret.clusters import Map, make_map, named
@@ -28,6 +28,10 @@ from sememe.tuned import Lens
 __all__ = ["residual_directions", "write_database"]
 
 KINDS = np.array(["top", "decile", "random"])
+LOGIT_BINS, LOGIT_LIMIT = (
+    40,
+    5.0,
+)  # of the histogram over the vocabulary: a quarter of a standard deviation each
 
 
 def write_database(
@@ -84,6 +88,7 @@ def write_database(
                 ],
                 "coactive_tokens": n_paired,
                 "lenses": list(logits.lenses),
+                "logit_edges": np.linspace(-LOGIT_LIMIT, LOGIT_LIMIT, LOGIT_BINS + 1).tolist(),
                 "attributions": [dict(a._asdict()) for a in attributions(run.text)],
                 "policy": run.policy.resolved(),
             },
@@ -204,7 +209,7 @@ def _write_logits(
 def _write_extremes(
     connection: duckdb.DuckDBPyConnection, run: Pass, residual: Float[Tensor, "d_sae d_model"], lens: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The tokens at each end; returns mean and spread over the vocabulary, and every token shown."""
+    """The tokens at each end and the histogram; returns mean and spread over the vocabulary, and every token shown."""
     n = min(run.config.n_logits, run.lm.vocab_size)
     d_sae = residual.shape[0]
     mean, std = np.zeros(d_sae, np.float32), np.zeros(d_sae, np.float32)
@@ -219,6 +224,17 @@ def _write_extremes(
         ids = {1: np.zeros(shape, np.int32), -1: np.zeros(shape, np.int32)}
         found = {1: np.zeros(shape, np.float32), -1: np.zeros(shape, np.float32)}
         extremes(dense, ids[1], found[1], ids[-1], found[-1])
+        counts = np.zeros((dense.shape[0], LOGIT_BINS), np.int32)
+        spread_over(dense, mean[at], std[at], LOGIT_LIMIT, counts)
+        insert(
+            connection,
+            "logit_histograms",
+            {
+                "latent": np.arange(at.start, at.stop, dtype=np.int32),
+                "lens": pa.array([lens] * dense.shape[0], pa.string()),
+                "counts": lists(np.arange(0, counts.size + 1, LOGIT_BINS), counts.ravel()),
+            },
+        )
         for sign in (1, -1):
             insert(
                 connection,

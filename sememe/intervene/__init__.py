@@ -1,10 +1,10 @@
 """The verb that changes a model's latents and writes down what the model then says.
 
-Knows dictionaries, models and text; the splicing is `splice.py`. Latents are ablated in the contexts where they
+Knows dictionaries, models and text; the edits are `edits.py`, the splicing `splice.py`. Latents are ablated in the
+contexts where they
 fire most, and turned up while the model writes.
 
     config.py     the options
-    edits.py      latents changed inside a running model
     ablation.py   what goes missing when a latent is taken out
     steering.py   what the model writes when a latent is turned up
     pages.py      effects.json as Markdown
@@ -17,26 +17,18 @@ from typing import Any
 from sememe import artifact, dictionaries
 from sememe import lm as language_models
 from sememe.dictionaries.base import Dictionary
+from sememe.edits import check
 from sememe.errors import ConfigError, MismatchError
 from sememe.intervene.ablation import ablate, find
-from sememe.intervene.config import InterveneConfig, LatentEdit
-from sememe.intervene.edits import Intervention, check
+from sememe.intervene.config import InterveneConfig
 from sememe.intervene.pages import page
-from sememe.intervene.steering import Continuation, go_on, prompt_ids, steer
+from sememe.intervene.steering import steer
 from sememe.lm import LanguageModel
 from sememe.progress import track
 from sememe.splice import Splicer
 from sememe.text import TokenPolicy, attributions, fetch, fingerprint
 
-__all__ = [
-    "Continuation",
-    "InterveneConfig",
-    "Intervention",
-    "LatentEdit",
-    "go_on",
-    "intervene",
-    "prompt_ids",
-]
+__all__ = ["InterveneConfig", "intervene"]
 
 VERSION = 1
 EFFECTS, PAGE = "effects.json", "effects.md"

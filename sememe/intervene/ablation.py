@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sememe.dictionaries.base import Dictionary
+from sememe.edits import Intervention, LatentEdit, acts_of
 from sememe.errors import TextError
-from sememe.intervene.config import InterveneConfig, LatentEdit
-from sememe.intervene.edits import Intervention, acts_of
+from sememe.intervene.config import InterveneConfig
 from sememe.lm import LanguageModel
 from sememe.progress import track
 from sememe.splice import BaseRun, Splicer

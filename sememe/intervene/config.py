@@ -13,28 +13,7 @@ from sememe.errors import ConfigError
 from sememe.lm import ModelConfig
 from sememe.text import TextConfig
 
-__all__ = ["InterveneConfig", "LatentEdit"]
-
-
-class LatentEdit(Config):
-    """One change of some latents' activations, at every position where the edit acts."""
-
-    latents: tuple[int, ...] = Field(min_length=1)
-    """Which latents."""
-    how: Literal["zero", "clamp", "scale", "add"] = "zero"
-    """zero: ablate. clamp: set to value. scale: multiply by value. add: add value, active or not (steering)."""
-    value: float | None = None
-    """In activation units (clamp, add) or as a factor (scale); zero takes none."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if (self.value is None) != (self.how == "zero"):
-            raise ConfigError(
-                f"an edit that {'sets to zero takes no' if self.how == 'zero' else f'is {self.how!r} needs a'} value",
-                self.value,
-                "Drop value." if self.how == "zero" else "Set value.",
-            )
-        return self
+__all__ = ["InterveneConfig"]
 
 
 class InterveneConfig(Config):

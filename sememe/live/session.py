@@ -1,6 +1,6 @@
 """The answers: a model and a dictionary that stay loaded, and the verbs that look through them.
 
-Knows prompt, intervene and the sentence encoder; knows neither lines nor HTTP. What is asked comes from a web page:
+Knows prompt, continuations and the sentence encoder; knows neither lines nor HTTP. What is asked comes from a web page:
 every argument is checked here.
 """
 
@@ -16,9 +16,10 @@ from pydantic import Field
 from sememe import artifact, dictionaries
 from sememe import lm as language_models
 from sememe.config import Config
+from sememe.continuations import Continuation, go_on, prompt_ids
 from sememe.dictionaries.base import Dictionary
+from sememe.edits import LatentEdit
 from sememe.errors import ConfigError, SememeError
-from sememe.intervene import Continuation, LatentEdit, go_on, prompt_ids
 from sememe.live.config import LiveConfig
 from sememe.live.lines import Json, Progress
 from sememe.lm import LanguageModel, ModelConfig

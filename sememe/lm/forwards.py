@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,13 +20,22 @@ from sememe.errors import HookpointError, ModelError, ShapeError
 from sememe.lm.hookpoints import Hookpoints, Place, attach, rows, unrows
 from sememe.lm.past import Past, Prefix
 
-__all__ = ["Forwards"]
+__all__ = ["Forwards", "Running"]
 
 Edit = Callable[[Float[Tensor, "batch seq d"]], Float[Tensor, "batch seq d"]]
 
 
 class _Stop(BaseException):
     """Ends a forward once everything asked for was read. Not an Exception, so that no model swallows it."""
+
+
+class Running(NamedTuple):
+    """Which tokens a forward is about."""
+
+    first: int
+    """The number of the first: in KV-cached generation, how many came before."""
+    cached: bool
+    """Whether keys and values are kept: then more tokens may follow."""
 
 
 class Forwards:
@@ -50,6 +59,8 @@ class Forwards:
         self._arguments = frozenset(inspect.signature(type(hf).forward).parameters)
         # transformers renamed it in 5.24, and warns where it is called by the old name.
         self._cache_name = "cache" if "cache" in self._arguments else "past_key_values"
+        self.running = Running(0, False)
+        """The forward that edits see now."""
         self._edits_off = False
         self._skipped_to = -2
         self._past: Past | None = None
@@ -280,6 +291,9 @@ class Forwards:
         lead: list[tuple[int, int] | None] = [None]
 
         def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            cache: Any = kwargs.get(self._cache_name)
+            before = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
+            self.running = Running(int(before), cache is not None)
             given = args[0] if args else kwargs.get("input_ids")
             given = kwargs.get("inputs_embeds") if given is None else given
             lead[0] = (given.shape[0], given.shape[1]) if given is not None else None

@@ -126,6 +126,7 @@ class Data:
             "clusters": self._clusters(),
             "embedded": 0 if self.explained.embeddings is None else len(self.explained.embeddings[0]),
             "placed": int(self._rows("SELECT count(x) FROM latents")[0][0]),
+            "logit_edges": meta.get("logit_edges", []),
             "position_edges": meta.get("position_edges", []),
             "coactive_tokens": meta.get("coactive_tokens"),
             "effects": self._effects is not None,

@@ -24,7 +24,16 @@ Json = dict[str, Any]
 Read = Callable[..., pa.Table]
 
 EXAMPLE_COLUMNS = ("kind", "decile", "rank", "context", "position", "start", "stop", "document", "act")
-EFFECT_COLUMNS = ("loss", "loss_change", "loss_change_after", "n_after", "kl", "raised", "lowered")
+EFFECT_COLUMNS = (
+    "loss",
+    "loss_change",
+    "loss_change_after",
+    "n_after",
+    "kl",
+    "logit_change",
+    "raised",
+    "lowered",
+)
 N_NEIGHBOURS = 10
 """Nearest directions shown of each kind."""
 N_REMOVALS = 64
@@ -63,13 +72,18 @@ TABLES = {
         "SELECT latent, neuron, weight, share FROM neurons WHERE latent BETWEEN ? AND ? ORDER BY latent, rank"
     ),
     "history": "SELECT latent, step, cosine FROM history WHERE latent BETWEEN ? AND ? ORDER BY latent, step",
+    "logit_histograms": (
+        "SELECT latent, lens, counts FROM logit_histograms WHERE latent BETWEEN ? AND ? ORDER BY latent, lens"
+    ),
 }
 
-ADDED = frozenset({"history"})
+ADDED = frozenset({"history", "logit_histograms"})
 """Of these, those that an older atlas of the same schema version may lack."""
 
+# Effects that were measured earlier lack the newest column: then it is taken from the row of nulls beside them.
 EFFECTS_SQL = f"""
-    SELECT latent, kind, coalesce(decile, -1) AS decile, rank, {", ".join(EFFECT_COLUMNS)} FROM read_parquet(?)
+    SELECT latent, kind, coalesce(decile, -1) AS decile, rank, {", ".join(EFFECT_COLUMNS)}
+    FROM (SELECT * FROM read_parquet(?) UNION ALL BY NAME SELECT NULL::FLOAT AS logit_change WHERE false)
     WHERE latent BETWEEN ? AND ? ORDER BY latent"""
 
 REMOVALS_SQL = """

@@ -18,7 +18,8 @@
     const { contexts, documents } = await S.source.contexts([...new Set(latent.examples.context)]);
     const examples = rowsOf(latent.examples);
     const changes = examples.map(({ effect }) => Math.abs((effect && effect.loss_change) || 0));
-    return { latent, contexts, documents, examples, largestLoss: Math.max(0, ...changes), removed: examples.some(({ removals }) => removals) };
+    return { latent, contexts, documents, examples, largestLoss: Math.max(0, ...changes), removed: examples.some(({ removals }) => removals),
+      drops: examples.some(({ effect }) => effect && typeof effect.logit_change === "number") };
   }
 
   function Logits({ model, title, note, logits, negative }) {
@@ -68,23 +69,38 @@
       ${heavy.length > 0 && html`<p class="hues"><span class="muted">split by token, as in ${count(n)} recorded activations:</span> ${heavy.map((token, i) => html`<span key=${token} class="hue-name"><i class=${"hue" + i}></i><${Chip} tokens=${model.tokens} id=${token} /></span>`)} <span class="hue-name"><i class="other"></i>other</span></p>`}`;
   }
 
-  // How the loss of the next token changes when the latent is taken out, over the examples where that was tried.
-  function LossHistogram({ examples }) {
-    const values = examples.map(({ effect }) => effect && effect.loss_change).filter((value) => value !== null && value !== undefined);
+  // How something changes when the latent is taken out, over the examples where that was tried.
+  function ChangeHistogram({ examples, of, title, unit, label, xLabel }) {
+    const values = examples.map(({ effect }) => effect && of(effect)).filter((value) => value !== null && value !== undefined);
     if (!values.length) return null;
     const low = Math.min(0, ...values), high = Math.max(0, ...values), n = 14, size = (high - low) / n || 1;
     const edges = Array.from({ length: n + 1 }, (_, i) => low + i * size), counts = new Array(n).fill(0);
     for (const value of values) counts[Math.min(n - 1, Math.floor((value - low) / size))] += 1;
     const mean = values.reduce((sum, value) => sum + value, 0) / values.length;
-    return html`<section><h2>Loss without it <span class="muted">on ${count(values.length)} examples; mean ${mean > 0 ? "+" : ""}${number(Math.abs(mean) < 1e-9 ? 0 : mean)} nats</span></h2>
-      <${Histogram} counts=${counts} edges=${edges} label="Histogram of the change of loss when the latent is taken out" height=${220} xLabel="change of the next token's loss (nats); above 0 it helped" yLabel="examples"
-        formatX=${(value) => number(value, 2)} shade=${() => 0.6} describe=${(i) => `${count(counts[i])} examples between ${number(edges[i])} and ${number(edges[i + 1])} nats`} /></section>`;
+    return html`<section><h2>${title} <span class="muted">${count(values.length)} examples, mean ${mean > 0 ? "+" : ""}${number(Math.abs(mean) < 1e-9 ? 0 : mean)}${unit}</span></h2>
+      <${Histogram} counts=${counts} edges=${edges} label=${label} height=${220} xLabel=${xLabel} yLabel="examples"
+        formatX=${(value) => number(value, 2)} shade=${() => 0.6} describe=${(i) => `${count(counts[i])} examples between ${number(edges[i])} and ${number(edges[i + 1])}${unit}`} /></section>`;
   }
 
-  function DirectEffect({ model, latent }) {
+  const LOGIT_DROP = { title: "Logit drop", unit: "", of: (effect) => (effect.logit_change === null || effect.logit_change === undefined ? null : -effect.logit_change),
+    label: "Histogram of the drop of the true next token's logit when the latent is taken out", xLabel: "true token's logit, without it lower by" };
+  const LOSS = { title: "Loss rise", unit: " nats", of: (effect) => effect.loss_change,
+    label: "Histogram of the change of loss when the latent is taken out", xLabel: "loss (nats), without it higher by" };
+
+  // How many output tokens it moves by how much.
+  function OverTheVocabulary({ latent, edges }) {
+    const { lens = [], counts = [] } = latent.logit_histograms, here = counts[lens.indexOf("logit")];
+    if (!here || !edges.length || !latent.logit_std) return null;
+    const places = edges.map((edge) => (latent.logit_mean || 0) + edge * latent.logit_std), last = here.length - 1;
+    return html`<${Histogram} counts=${here} edges=${places} label="Histogram of its direct effect over the vocabulary" logY height=${150} xLabel="direct effect on a token's logit" yLabel="tokens (log scale)"
+      formatX=${(value) => number(value, 2)} shade=${() => 0.6} describe=${(i) => `${count(here[i])} tokens ${i === 0 ? `below ${number(places[1])}` : i === last ? `above ${number(places[last])}` : `between ${number(places[i])} and ${number(places[i + 1])}`}`} />`;
+  }
+
+  function DirectEffect({ model, latent, edges }) {
     const marks = [latent.promoted, latent.demoted].flatMap(({ tokens, values }) => tokens.map((token, i) => ({ value: values[i], name: model.tokens.flat(token) })));
     if (!marks.length || latent.logit_std === null) return null;
     return html`<section class="direct"><h2>Direct effect <span class="muted">on all output tokens: mean ± 1 and 2 standard deviations, and the tokens beside</span></h2>
+      <${OverTheVocabulary} latent=${latent} edges=${edges} />
       <${Strip} mean=${latent.logit_mean || 0} std=${latent.logit_std} marks=${marks} label=${`Direct effect: mean ${number(latent.logit_mean)}, standard deviation ${number(latent.logit_std)}; strongest ${number(latent.promoted.values[0])}, weakest ${number(latent.demoted.values[0])}`} xLabel="logit" /></section>`;
   }
 
@@ -204,14 +220,15 @@
         ${found && row !== undefined && html`
           <${Stats} model=${model} latent=${found.latent} />
           <${S.relationViews.Explanation} latent=${found.latent} overview=${overview} />
-          <div class=${"charts" + (found.largestLoss > 0 ? " two" : " one")}>
+          <div class=${"charts" + (found.largestLoss > 0 ? (found.drops ? "" : " two") : " one")}>
             <section><h2>Activations <span class="muted">where it is active</span></h2><${ActivationHistogram} key=${found.latent.id} model=${model} found=${found} edges=${overview.histogram_edges} /></section>
-            ${found.largestLoss > 0 && html`<${LossHistogram} examples=${found.examples} />`}
+            ${found.largestLoss > 0 && found.drops && html`<${ChangeHistogram} examples=${found.examples} ...${LOGIT_DROP} />`}
+            ${found.largestLoss > 0 && html`<${ChangeHistogram} examples=${found.examples} ...${LOSS} />`}
           </div>
           <div class="charts">
             <${Logits} model=${model} title="Promotes" note="next tokens it makes likelier" logits=${found.latent.promoted} />
             <${Logits} model=${model} title="Demotes" note="and less likely" logits=${found.latent.demoted} negative />
-            <div><${DirectEffect} model=${model} latent=${found.latent} /><${ByPosition} latent=${found.latent} edges=${overview.position_edges} /></div>
+            <div><${DirectEffect} model=${model} latent=${found.latent} edges=${overview.logit_edges} /><${ByPosition} latent=${found.latent} edges=${overview.position_edges} /></div>
           </div>
           ${Object.entries(found.latent.lenses).map(([lens, ends]) => html`<div class="charts" key=${lens}>
             <${Logits} model=${model} title="Promotes" note=${`through the ${S.text.flat(lens)} lens`} logits=${ends.promoted} /><${Logits} model=${model} title="Demotes" note=${`through the ${S.text.flat(lens)} lens`} logits=${ends.demoted} negative /></div>`)}
