@@ -254,6 +254,7 @@ def test_two_processes_train_as_one_with_the_whole_batch(
         assert second.wait(120) == 0
     finally:
         second.kill()
+        second.wait()
 
     def logged(name: str) -> list[dict[str, float]]:
         return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]

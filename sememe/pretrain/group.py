@@ -61,12 +61,7 @@ class Group:
         if self.size == 1:
             return model
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(
-            model,
-            device_ids=ids,
-            broadcast_buffers=False,  # they are constants
-            gradient_as_bucket_view=True,
-        )
+        return nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
 
     def quiet(self, model: nn.Module, *, unless: bool) -> AbstractContextManager[None]:
         """Backwards whose gradients are not yet exchanged: all but a step's last one."""
