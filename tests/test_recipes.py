@@ -87,6 +87,7 @@ architecture = {{ kind = "relu" }}
 [train.live]
 live = true
 n_tokens = 500
+buffer_mb = 1
 inputs = ["resid_post.0"]
 architecture = {{ kind = "topk", k = 3 }}
 [evaluate]
