@@ -258,7 +258,7 @@ def test_all_of_it_runs(place, tmp_path, capsys):
         (
             'dictionaries = ["wide"]',
             'dictionaries = ["wild"]',
-            r"dictionaries of \[geometry\] must name .*'wild'\. Did",
+            r"dictionaries of \[geometry\] must name .*'wild'\. Known: wide",
         ),
         (
             'architecture = { kind = "gpt2"',
