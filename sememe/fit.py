@@ -6,9 +6,9 @@ dictionaries; runs no model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
 from jaxtyping import Float
@@ -28,8 +28,8 @@ from sememe.dictionaries.rica import RICA, RICAConfig
 from sememe.dictionaries.sparse_coder import KSVDConfig, SparseCoderConfig, ksvd, sparse_coder_over
 from sememe.errors import ConfigError, HookpointError, MismatchError, ShapeError
 from sememe.progress import track
-from sememe.source import StoreSource, upcoming
-from sememe.store import open_store
+from sememe.source import Source, StoreSource, upcoming
+from sememe.store import Store, open_store
 
 __all__ = ["KINDS", "STREAMED", "STREAMED_ROWS", "FitConfig", "fit"]
 
@@ -95,11 +95,21 @@ class FitConfig(Config):
         return self
 
 
-def fit(config: FitConfig, *, fresh: bool = False) -> Dictionary:
+def fit(
+    config: FitConfig,
+    *,
+    source: Source | None = None,
+    parents: Mapping[str, str] | None = None,
+    extra: Mapping[str, Any] | None = None,
+    fresh: bool = False,
+) -> Dictionary:
     """Fit a baseline or a sparse coder, or open it if it is there.
 
     Args:
         config: What, and to which rows.
+        source: Where rows come from; the store at config.store if not given.
+        parents: Fingerprints of what the source is made from; the store's if the source is not given.
+        extra: More to remember in the dictionary's meta.json, for a given source.
         fresh: Replace whatever stands at config.out.
 
     Raises:
@@ -109,35 +119,43 @@ def fit(config: FitConfig, *, fresh: bool = False) -> Dictionary:
         MismatchError: the dictionary of a coder is of another hookpoint; or something else stands at config.out.
         ActivationError: a row is NaN or infinite.
     """
-    store = open_store(config.store)
-    parents = {"store": store.fingerprint}
+    store = open_store(config.store) if source is None else None
+    known = dict(parents or {}) if store is None else {"store": store.fingerprint}
     if config.over is not None:
-        parents["over"] = artifact.load(config.over, "dictionary").fingerprint
-    identity = artifact.identity_of("dictionary", VERSION, config, parents)
+        known["over"] = artifact.load(config.over, "dictionary").fingerprint
+    identity = artifact.identity_of("dictionary", VERSION, config, known)
     if not fresh and artifact.find(config.out, "dictionary", identity) is not None:
         return dictionaries.load(config.out)
-    if config.hookpoint is None and len(store.info.hookpoints) > 1:
+    about = dict(extra or {})
+    if store is not None:
+        source = _rows_of(store, config.hookpoint)
+        about = {
+            "policy": store.info.policy.resolved(),
+            "store": store.info.resolved(),
+            "separation": store.separation,
+        }
+    assert source is not None
+    n_rows = config.n_rows if source.n_rows is None else min(config.n_rows, source.n_rows)
+    with artifact.building(
+        config.out, kind="dictionary", version=VERSION, config=config, parents=known, fresh=fresh
+    ) as work:
+        probe = upcoming(source, N_PROBE_ROWS).x.float()
+        made = _fitted(config, source, n_rows)
+        work.extra = {**about, **made.write(work.path, probe)}
+    return dictionaries.load(config.out)
+
+
+def _rows_of(store: Store, hookpoint: str | None) -> StoreSource:
+    if hookpoint is None and len(store.info.hookpoints) > 1:
         raise HookpointError(
             "a hookpoint must be chosen when the store holds several",
             ", ".join(store.info.hookpoints),
             "Pass --hookpoint with one of them.",
         )
-    source = StoreSource(store, None if config.hookpoint is None else (config.hookpoint,))
-    with artifact.building(
-        config.out, kind="dictionary", version=VERSION, config=config, parents=parents, fresh=fresh
-    ) as work:
-        probe = upcoming(source, N_PROBE_ROWS).x.float()
-        made = _fitted(config, source, min(config.n_rows, source.n_rows))
-        work.extra = {
-            "policy": store.info.policy.resolved(),
-            "store": store.info.resolved(),
-            "separation": store.separation,
-            **made.write(work.path, probe),
-        }
-    return dictionaries.load(config.out)
+    return StoreSource(store, None if hookpoint is None else (hookpoint,))
 
 
-def _fitted(config: FitConfig, source: StoreSource, n_rows: int) -> Dictionary:
+def _fitted(config: FitConfig, source: Source, n_rows: int) -> Dictionary:
     """The dictionary. Where a sum over rows is enough they are streamed; else they are held."""
     baseline, sites = config.baseline, source.sites
     d_sae, k = baseline.width(source.d_in), baseline.k_in_use()
@@ -165,15 +183,15 @@ def _fitted(config: FitConfig, source: StoreSource, n_rows: int) -> Dictionary:
         return ksvd(x, baseline, sites).coder
     assert config.over is not None
     over = dictionaries.load(config.over)
-    if over.sites is not None and _places(over.sites) != _places(sites):
+    if over.sites is not None and sites is not None and _places(over.sites) != _places(sites):
         raise MismatchError(
             f"the dictionary {config.over} must be of the store's model and hookpoint, {_places(sites)}",
             _places(over.sites),
             "Name another store, hookpoint or dictionary.",
         )
-    if over.d_out != sites.outputs[-1].stop:
+    if over.d_out != source.d_out:
         raise ShapeError(
-            f"the dictionary {config.over} must write rows as wide as the store's, {sites.outputs[-1].stop}",
+            f"the dictionary {config.over} must write rows as wide as the store's, {source.d_out}",
             over.d_out,
             "Name another store, hookpoint or dictionary.",
         )
@@ -181,7 +199,7 @@ def _fitted(config: FitConfig, source: StoreSource, n_rows: int) -> Dictionary:
     return sparse_coder_over(over, baseline)
 
 
-def _stream(source: StoreSource, n_rows: int) -> Iterator[Float[Tensor, "rows d"]]:
+def _stream(source: Source, n_rows: int) -> Iterator[Float[Tensor, "rows d"]]:
     """So many rows, a batch at a time."""
     with track("read rows", n_rows, "rows") as progress:
         for start in range(0, n_rows, STREAMED_ROWS):
@@ -190,7 +208,7 @@ def _stream(source: StoreSource, n_rows: int) -> Iterator[Float[Tensor, "rows d"
             yield rows
 
 
-def _passes(source: StoreSource, n_rows: int) -> Callable[[int], Iterator[Float[Tensor, "rows d"]]]:
+def _passes(source: Source, n_rows: int) -> Callable[[int], Iterator[Float[Tensor, "rows d"]]]:
     """The first so many rows in batches, the same ones whenever it is called."""
     start = source.state_dict()
 

@@ -27,11 +27,10 @@ from sememe import artifact, dictionaries, figures, metrics
 from sememe.config import Config, sha256_of
 from sememe.dictionaries import Dictionary
 from sememe.errors import ConfigError, MismatchError
-from sememe.source import Batch
-from sememe.toy import PlantedSource, ToyConfig, recovery
+from sememe.toy import PlantedSource, ToyConfig, on_rows, recovery
 from sememe.train import TrainConfig, train
 
-__all__ = ["GRID", "GridConfig", "grid"]
+__all__ = ["GRID", "GridConfig", "grid", "trainings"]
 
 VERSION = 2
 GRID = "grid.json"
@@ -44,7 +43,6 @@ N_SAMPLE_ROWS = 8192
 """Rows from which the data's spread is taken, as the trainer does."""
 N_ROWS = 16_384
 """Fresh rows on which dead latents and fvu are counted."""
-N_AT_ONCE = 2048
 
 
 class GridConfig(Config):
@@ -147,6 +145,15 @@ def grid(config: GridConfig, *, fresh: bool = False) -> artifact.Artifact:
     return artifact.load(plots, "grid")
 
 
+def trainings(config: GridConfig) -> list[TrainConfig]:
+    """What a grid trains, the smallest dictionaries first.
+
+    Raises:
+        ConfigError: as for `grid`.
+    """
+    return [cell.config for cell in _cells(config, _sizes(config))]
+
+
 def _cells(config: GridConfig, sizes: list[int]) -> list[_Cell]:
     """The smallest dictionaries first, which are the quickest."""
     rows = PUBLISHED_N_TOKENS if config.published else N_TOKENS
@@ -231,22 +238,8 @@ def _measure(cells: list[_Cell], source: PlantedSource) -> list[dict[str, Any]]:
                 "recall": scores.recall,
                 "precision": scores.precision,
                 "found": scores.found,
-                **_on(dictionary, rows),
+                **on_rows(dictionary, rows.x),
                 "next_larger": in_larger,
             }
         )
     return lines
-
-
-def _on(dictionary: Dictionary, rows: Batch) -> dict[str, float]:
-    """What a dictionary does with fresh rows."""
-    sums, active = metrics.Reconstruction(), torch.zeros(dictionary.d_sae, dtype=torch.int64)
-    for x in torch.split(rows.x, N_AT_ONCE):
-        encoded = dictionary.encode(x)
-        sums.update(x, dictionary.decode(encoded, x))
-        active += torch.bincount(encoded.indices[encoded.acts != 0].long(), minlength=dictionary.d_sae)
-    return {
-        "dead": int((active == 0).sum()),
-        "l0": float(active.sum()) / rows.x.shape[0],
-        "fvu": sums.compute()["fvu"].value,
-    }

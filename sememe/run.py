@@ -5,6 +5,7 @@ Every option is checked, and whether memory and disk are enough (`plan.py`), bef
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import time
@@ -16,7 +17,15 @@ from sememe.errors import ArtifactError
 from sememe.plan import check
 from sememe.recipe import Recipe, Stage, place_of, read_recipe, stages
 
-__all__ = ["StageResult", "print_comparison", "print_geometry", "print_lens", "print_report", "run"]
+__all__ = [
+    "StageResult",
+    "print_comparison",
+    "print_geometry",
+    "print_lens",
+    "print_report",
+    "print_results",
+    "run",
+]
 
 
 WIDE = 140
@@ -37,19 +46,22 @@ class StageResult(NamedTuple):
     peak_gb: float
 
 
-def run(path: str | Path, *, out: str | Path | None = None, fresh: bool = False) -> list[StageResult]:
+def run(
+    path: str | Path, *, out: str | Path | None = None, fresh: bool = False, scale: str | None = None
+) -> list[StageResult]:
     """Run a recipe.
 
     Args:
         path: The TOML file.
-        out: Folder of the results; artifacts/NAME if not given.
+        out: Folder of the results; artifacts/NAME, or artifacts/NAME/SCALE, if not given.
         fresh: Make everything again.
+        scale: Which of the recipe's scales; its first one if not given.
 
     Raises:
         ResourceError: a stage cannot fit in the memory or the disk that is free; nothing was started.
         SememeError: a stage failed; what is finished stays, and the same call goes on from there.
     """
-    recipe = read_recipe(path)
+    recipe = read_recipe(path, scale)
     base = place_of(recipe, out)
     started = time.monotonic()
     to_do = stages(recipe, base)
@@ -86,8 +98,13 @@ def _do(stage: Stage, fresh: bool) -> None:
     from sememe.evaluate import evaluate
     from sememe.explain import explain
     from sememe.fit import fit
+    from sememe.geometry import geometry
+    from sememe.grid import grid
     from sememe.harvest import harvest
     from sememe.interpret import interpret
+    from sememe.pretrain import pretrain
+    from sememe.recover import recover
+    from sememe.results import results
     from sememe.train import TrainConfig, train, train_sweep
 
     verbs: dict[str, Callable[..., Any]] = {
@@ -100,11 +117,17 @@ def _do(stage: Stage, fresh: bool) -> None:
         "explain": explain,
         "export": export,
         "compare": compare,
+        "geometry": geometry,
+        "grid": grid,
+        "pretrain": pretrain,
+        "results": results,
+        "toy": recover,
     }
     if isinstance(stage.config, TrainConfig) and stage.config.sweep:
         train_sweep(stage.config, fresh=fresh)
         return
-    result = verbs[stage.verb](stage.config, fresh=fresh)
+    verb = verbs.get(stage.verb) or getattr(importlib.import_module(f"sememe.{stage.verb}"), stage.verb)
+    result = verb(stage.config, fresh=fresh)
     if stage.verb == "interpret":
         result.close()
 
@@ -142,7 +165,12 @@ def _print_results(recipe: Recipe, base: Path, results: list[StageResult], secon
             print_report(result.path)
         if result.stage.startswith("compare"):
             print_comparison(result.path)
-    table = Table(title=f"{recipe.name}: {seconds:.0f} s in all")
+        if result.stage.startswith("geometry"):
+            print_geometry(result.path)
+        if result.stage == "results":
+            print_results(result.path)
+    at = f" at scale {recipe.scale}" if recipe.scale else ""
+    table = Table(title=f"{recipe.name}{at}: {seconds:.0f} s in all")
     for column in ("stage", "result", "seconds", "peak GB", ""):
         table.add_column(column, justify="right" if column in ("seconds", "peak GB") else "left")
     for result in results:
@@ -259,6 +287,32 @@ def print_geometry(path: str | Path) -> None:
         )
     for notice in data["notices"]:
         console.print(notice, soft_wrap=True, markup=False, highlight=False)
+
+
+def print_results(path: str | Path) -> None:
+    """Published claims and tables beside ours."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from sememe import figures
+
+    data = json.loads((Path(path) / "results.json").read_text(encoding="utf-8"))
+    console = Console()
+    titled = [
+        *(
+            (about["title"], table)
+            for about, table in zip(data["tables"], figures.results_tables(data), strict=True)
+        ),
+        *([("what was said", figures.claims_table(data))] if data["claims"] else []),
+    ]
+    for title, found in titled:
+        table = Table(title=title)
+        for name in found.columns:
+            table.add_column(name)
+        for cells in found.rows:
+            table.add_row(*cells)
+        console.print(table)
+    console.print(f"{data['title']}: {Path(path) / 'results.html'}", soft_wrap=True, highlight=False)
 
 
 def print_lens(path: str | Path) -> None:

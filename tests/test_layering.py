@@ -30,10 +30,10 @@ LAYERS = [
         "effects", "prompt", "circuit", "intervene", "erase", "steer", "patch", "scrub", "trace", "lens",
         "pretrain", "convert", "publish", "report",
     ],
-    ["browse", "live"],
+    ["browse", "live", "grid", "recover", "results", "experiments"],
     ["recipe"],
     ["plan"],
-    ["run", "grid", "experiments", "estimator"],
+    ["run", "estimator"],
     ["cli"],
     ["__main__"],
 ]  # fmt: skip

@@ -7,6 +7,7 @@ import math
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,10 +20,13 @@ import torch
 from safetensors.torch import load_file
 
 from sememe import artifact, lm
+from sememe.cli import _run
 from sememe.errors import ConfigError, MismatchError, ModelError, TextError
 from sememe.interrupt import stop_requests
 from sememe.lm.build import PRESETS, GPT2Shape, LlamaShape, build_causal_lm, train_tokenizer
 from sememe.pretrain import PretrainConfig, baselines, pretrain
+from sememe.pretrain.group import Group
+from sememe.pretrain.training import Run
 from sememe.text import TextConfig
 
 NAMES = ["Anna", "Boris", "Clara", "David", "Eva", "Frank"]
@@ -219,6 +223,72 @@ def test_another_tokenizer_and_shape_and_bfloat16(
     assert weights(tmp_path / "llama")["model.embed_tokens.weight"].dtype == torch.float32
     model = lm.load(lm.ModelConfig(model=str(tmp_path / "llama"), device="cpu"))
     assert model.n_layers == 2 and "mlp_act.1" in model.hookpoints()
+
+
+TOGETHER = """
+import sys
+from sememe.pretrain import PretrainConfig, pretrain
+pretrain(PretrainConfig.model_validate_json(sys.stdin.read()))
+"""
+
+
+def test_two_processes_train_as_one_with_the_whole_batch(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short: dict[str, Any] = {"n_tokens": 32 * 8 * 12, "n_samples": 0, "log_every": 1, "micro_rows": 2}
+    pretrain(small(corpus, tmp_path / "one", **short))
+    config = small(corpus, tmp_path / "two", **short)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    other = os.environ | place | {"RANK": "1", "LOCAL_RANK": "1"}
+    second = subprocess.Popen([sys.executable, "-c", TOGETHER], stdin=subprocess.PIPE, text=True, env=other)
+    assert second.stdin is not None
+    second.stdin.write(config.model_dump_json())
+    second.stdin.close()
+    for name, value in (place | {"RANK": "0", "LOCAL_RANK": "0"}).items():
+        monkeypatch.setenv(name, value)
+    try:
+        results = pretrain(config).extra["results"]
+        assert second.wait(120) == 0
+    finally:
+        second.kill()
+        second.wait()
+
+    def logged(name: str) -> list[dict[str, float]]:
+        return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+
+    assert len(logged("two")) == 12
+    for one, two in zip(logged("one"), logged("two"), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4) and two["lr"] == one["lr"]
+    alone = artifact.load(tmp_path / "one").extra["results"]
+    assert results["validation_loss"] == pytest.approx(alone["validation_loss"], rel=1e-4)
+    left, right = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert all(torch.allclose(left[name], right[name], rtol=1e-2, atol=1e-3) for name in left)
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(corpus: Path, tmp_path: Path) -> None:
+    group = Group(0, 3, torch.device("cpu"))
+    with pytest.raises(
+        ConfigError, match=r"batch_rows must be a multiple of the 3 processes.*, got 8\. Change"
+    ):
+        Run(small(corpus, tmp_path), tmp_path, group)
+    uneven = small(corpus, tmp_path, batch_rows=12, micro_rows=3)
+    with pytest.raises(
+        ConfigError, match=r"micro_rows must divide the 4 rows of each of the 3 .*, got 3\. Change"
+    ):
+        Run(uneven, tmp_path, group)
+
+
+def test_a_preset_is_a_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert PretrainConfig.build({"architecture": "nanda"}).architecture == PRESETS["nanda"]
+    with pytest.raises(
+        ConfigError, match=r"a preset must be one that is there, got 'nando'\. Did you mean 'nanda'"
+    ):
+        PretrainConfig.build({"architecture": "nando"})
+    assert _run(["pretrain", "shehper", "--n-layers", "2"]) == 2, "its shape is settled"
+    assert "--n-layers" in capsys.readouterr().err
 
 
 # -- parts -----------------------------------------------------------------------------------------

@@ -33,11 +33,12 @@ def command(
         verb: Called with the config, and the extra options by keyword.
         positional: Options that are given by position, in order.
         choices: For fields that are unions, the member this command is about.
-        fixed: Values of options that are not shown, by dotted path.
+        fixed: Values of options that are not shown, by dotted path; of a whole config, none of its options is.
         extra: Options that are not the config's: name -> (type, default, help).
         doc: The command's help.
     """
-    flags = flags_of(config, choices)
+    settled = {tuple(path.split(".")) for path in fixed or {}}
+    flags = [f for f in flags_of(config, choices) if not any(f.path[: len(path)] == path for path in settled)]
     parameters, by_name = [], {}
     groups: dict[str, Group] = {}
     order = {name: place for place, name in enumerate(positional)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def fit_app() -> App:
 
 def pretrain_app() -> App:
     """An application with a command for each kind of blocks."""
-    from sememe.lm.build import GPT2Shape, LlamaShape
+    from sememe.lm.build import PRESETS, GPT2Shape, LlamaShape
     from sememe.pretrain import PretrainConfig, pretrain
 
     app = App(
@@ -97,6 +98,8 @@ def pretrain_app() -> App:
 
     def verb(config: PretrainConfig, fresh: bool = False) -> None:
         results = pretrain(config, fresh=fresh).extra["results"]
+        if os.environ.get("RANK", "0") != "0":
+            return  # one process of several speaks
         for name in ("validation_loss", "bigram_loss", "unigram_loss"):
             print(f"{name.replace('_', ' '):<16} {results[name]:.4f} nats per token")
         say(f"model of {results['n_parameters']:,} parameters", config.out)
@@ -112,6 +115,18 @@ def pretrain_app() -> App:
                 doc=f"Train a small transformer with {'GPT-2' if kind == 'gpt2' else 'Llama'} blocks.",
             ),
             name=kind,
+        )
+    for preset, made in PRESETS.items():
+        app.command(
+            command(
+                PretrainConfig,
+                verb,
+                choices={"architecture": type(made)},
+                fixed={"architecture": preset},
+                extra=FRESH,
+                doc=f"Train the one-layer model of {preset}: {made.d_model} wide, {made.d_mlp:,} neurons.",
+            ),
+            name=preset,
         )
     return app
 

@@ -352,7 +352,10 @@ def _run() -> Any:
         recipe: Path,
         *,
         out: Annotated[
-            Path | None, Parameter(help="Folder for the results; artifacts/NAME if not given.")
+            Path | None, Parameter(help="Folder for the results; artifacts/NAME[/SCALE] if not given.")
+        ] = None,
+        scale: Annotated[
+            str | None, Parameter(help="Which of the recipe's scales; its first one if not given.")
         ] = None,
         fresh: Annotated[bool, Parameter(help="Make everything again.", negative="")] = False,
     ) -> None:
@@ -363,7 +366,7 @@ def _run() -> Any:
         recipe
             A .toml file, see runs/.
         """
-        run(recipe, out=out, fresh=fresh)
+        run(recipe, out=out, fresh=fresh, scale=scale)
 
     return run_recipe
 
@@ -375,7 +378,10 @@ def _plan() -> Any:
         recipe: Path,
         *,
         out: Annotated[
-            Path | None, Parameter(help="Folder for the results; artifacts/NAME if not given.")
+            Path | None, Parameter(help="Folder for the results; artifacts/NAME[/SCALE] if not given.")
+        ] = None,
+        scale: Annotated[
+            str | None, Parameter(help="Which of the recipe's scales; its first one if not given.")
         ] = None,
         fresh: Annotated[bool, Parameter(help="Count everything as to be made again.", negative="")] = False,
     ) -> None:
@@ -386,7 +392,7 @@ def _plan() -> Any:
         recipe
             A .toml file, see runs/.
         """
-        found = plan(recipe, out=out, fresh=fresh)
+        found = plan(recipe, out=out, fresh=fresh, scale=scale)
         print_plan(found)
         refuse(found)
 

@@ -25,6 +25,7 @@ from sememe.figures.pages import write_pages
 from sememe.figures.patching import write_patching
 from sememe.figures.scrubbing import write_scrubbing
 from sememe.figures.steering import write_steering
+from sememe.figures.results import claims_table, results_tables, write_results
 from sememe.figures.tables import BETTER, GROUPED, headline_table, markdown_table
 from sememe.figures.toys import layers_plot, superposition_plot
 from sememe.figures.traces import agreement_plot, circuit_plot
@@ -37,6 +38,7 @@ __all__ = [
     "Report",
     "agreement_plot",
     "circuit_plot",
+    "claims_table",
     "grid_plots",
     "headline_table",
     "layers_plot",
@@ -46,6 +48,7 @@ __all__ = [
     "read_curves",
     "read_draws",
     "read_watched",
+    "results_tables",
     "stopped",
     "superposition_plot",
     "write_comparison",
@@ -56,6 +59,7 @@ __all__ = [
     "write_geometry",
     "write_pages",
     "write_patching",
+    "write_results",
     "write_rows",
     "write_scrubbing",
     "write_steering",

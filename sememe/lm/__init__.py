@@ -9,7 +9,7 @@ from sememe.lm.encoder import SentenceEncoder, sentence_encoder
 from sememe.lm.frozen import Frozen, FrozenRun
 from sememe.lm.load import ModelConfig, fetch, fingerprint_of, load, wrap
 from sememe.lm.model import LanguageModel
-from sememe.lm.outline import Outline, outline
+from sememe.lm.outline import Outline, outline, outline_of
 
 __all__ = [
     "EMBEDDED",
@@ -27,6 +27,7 @@ __all__ = [
     "fingerprint_of",
     "load",
     "outline",
+    "outline_of",
     "sentence_encoder",
     "wrap",
 ]

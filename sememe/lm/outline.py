@@ -14,11 +14,12 @@ from torch import nn
 
 from sememe.errors import SememeError
 from sememe.lm import embedded
+from sememe.lm.build import GPT2Shape, LlamaShape, build_causal_lm
 from sememe.lm.gguf import read_gguf_config
 from sememe.lm.hookpoints import Hookpoints
 from sememe.lm.load import ModelConfig, native_dtype
 
-__all__ = ["Outline", "outline"]
+__all__ = ["Outline", "outline", "outline_of"]
 
 
 class Outline:
@@ -128,6 +129,29 @@ def outline(config: ModelConfig) -> Outline | None:
             hf = AutoModelForCausalLM.from_config(hf_config)
     except (OSError, ValueError, KeyError, SememeError):
         return None  # what is wrong with it, the stage that loads it will say
+    return _outlined(hf, config)
+
+
+def outline_of(
+    shape: GPT2Shape | LlamaShape, vocab_size: int, context_length: int, config: ModelConfig
+) -> Outline | None:
+    """The sizes of a model that is still to be made.
+
+    Args:
+        shape: Its layers.
+        vocab_size: Its tokens.
+        context_length: Most positions.
+        config: How it will be run.
+    """
+    with torch.device("meta"):
+        hf = build_causal_lm(
+            shape, vocab_size=vocab_size, context_length=context_length, end_of_text=0, seed=0
+        )
+    return _outlined(hf, config)
+
+
+def _outlined(hf: Any, config: ModelConfig) -> Outline | None:
+    """None where the device is not there."""
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -3,8 +3,11 @@
 Knows recipes and shapes. Loads no model, downloads nothing, makes no artifact. `sememe run` asks `check` first.
 
     machine.py   what is free, and how fast this machine multiplies
-    costs.py     bytes and seconds of each stage, from its sizes
-    stages.py    a recipe's sizes
+    costs.py     bytes and seconds of each stage, from its sizes; making.py and fitting.py of those that came later
+    estimate.py  one stage, one dictionary, as numbers
+    rows.py      a recipe's model, rows and dictionaries
+    scratch.py   stages that read no store
+    stages.py    an estimate of each stage
 """
 
 from __future__ import annotations
@@ -38,18 +41,21 @@ class Plan(NamedTuple):
         return None if estimate.seconds_at is None else estimate.seconds_at(self.speed)
 
 
-def plan(path: str | Path, *, out: str | Path | None = None, fresh: bool = False) -> Plan:
+def plan(
+    path: str | Path, *, out: str | Path | None = None, fresh: bool = False, scale: str | None = None
+) -> Plan:
     """What a recipe will take. Times a few matrix products: under three seconds.
 
     Args:
         path: The TOML file.
         out: Folder of the results; artifacts/NAME if not given.
         fresh: Count everything as to be made again.
+        scale: Which of the recipe's scales; its first one if not given.
 
     Raises:
         ConfigError: an option of a stage is unknown, out of range, or without effect.
     """
-    recipe = read_recipe(path)
+    recipe = read_recipe(path, scale)
     base = place_of(recipe, out)
     found = estimates(stages(recipe, base), fresh)
     speed = measure(*found.shapes)
@@ -101,7 +107,7 @@ def _refuse_all(found: Sequence[Estimate], machine: Machine) -> None:
         if machine.gpu is not None:
             _refuse(estimate, "memory of the GPU", machine.gpu, lambda needs: needs.gpu)
     harvest = next((estimate for estimate in known if estimate.stage.verb == "harvest"), None)
-    if harvest is not None and not harvest.done:
+    if harvest is not None and not harvest.done and harvest.knobs:
         n_tokens = harvest.knobs[0].value
         fits = largest(lambda n: _disk(known, n) <= machine.disk, n_tokens)
         if fits and _disk(known, n_tokens) > machine.disk:

@@ -28,8 +28,10 @@ __all__ = [
     "explain_seconds",
     "export_bytes",
     "export_seconds",
+    "forward_seconds",
     "harvest_bytes",
     "harvest_seconds",
+    "head_seconds",
     "interpret_bytes",
     "interpret_seconds",
     "train_bytes",
@@ -155,13 +157,14 @@ class Dictionary(NamedTuple):
         return self._replace(d_sae=d_sae, n_parameters=n_parameters, start_l0=start)
 
 
-def _forward_seconds(lm: Outline, speed: Speed, first: int, last: int, context_length: int) -> float:
+def forward_seconds(lm: Outline, speed: Speed, first: int, last: int, context_length: int) -> float:
     """Per token, of layers first to last - 1."""
     elementwise = FORWARD_BYTES * lm.d_model * (last - first) / speed.bandwidth
     return lm.flops(first, last, context_length) / speed.model + elementwise
 
 
-def _head_seconds(lm: Outline, speed: Speed) -> float:
+def head_seconds(lm: Outline, speed: Speed) -> float:
+    """Per prediction: the unembedding and what is made of its logits."""
     return lm.head_flops / speed.model + LOGIT_BYTES * lm.vocab_size / speed.bandwidth
 
 
@@ -194,7 +197,7 @@ def harvest_seconds(
     lm: Outline, speed: Speed, n_layers: int, n_tokens: int, context_length: int, n_bytes: float
 ) -> float:
     """Args: n_layers: layers that run; n_bytes: size of the store."""
-    forward = _forward_seconds(lm, speed, 0, n_layers, context_length)
+    forward = forward_seconds(lm, speed, 0, n_layers, context_length)
     writing = 4 * n_bytes / speed.bandwidth
     return MODEL_START + n_tokens * (forward + TEXT_SECONDS) + writing
 
@@ -288,8 +291,8 @@ def watch_ce_seconds(
     """Splicing reconstructions in. Args: n_tokens: of all looks together; n_layers_above: for each dictionary."""
     per_token = 0.0
     for above in n_layers_above:
-        per_token += _forward_seconds(lm, speed, lm.n_layers - above, lm.n_layers, context_length)
-        per_token += _head_seconds(lm, speed)
+        per_token += forward_seconds(lm, speed, lm.n_layers - above, lm.n_layers, context_length)
+        per_token += head_seconds(lm, speed)
     return MODEL_START + n_tokens * per_token
 
 
@@ -346,9 +349,9 @@ def evaluate_seconds(
     context_length: int,
 ) -> float:
     """Args: arms: what is measured; n_layers_above: layers that run again for each arm."""
-    base = _forward_seconds(lm, speed, 0, lm.n_layers, context_length) + _head_seconds(lm, speed)
+    base = forward_seconds(lm, speed, 0, lm.n_layers, context_length) + head_seconds(lm, speed)
     first = lm.n_layers - n_layers_above
-    spliced = _forward_seconds(lm, speed, first, lm.n_layers, context_length) + _head_seconds(lm, speed)
+    spliced = forward_seconds(lm, speed, first, lm.n_layers, context_length) + head_seconds(lm, speed)
     encode = _encode_seconds(dictionary, speed)
     # The two: zero and mean ablation.
     per_token = base + (arms.n_spliced + 2) * spliced + arms.n_spliced * encode + TEXT_SECONDS
@@ -403,7 +406,7 @@ def interpret_seconds(
     n_nulls: int = 0,
 ) -> float:
     """Args: n_layers: layers of the language model that run, of each pass; 0 where a store is read."""
-    forward = sum(_forward_seconds(lm, speed, 0, n, context_length) + TEXT_SECONDS for n in n_layers)
+    forward = sum(forward_seconds(lm, speed, 0, n, context_length) + TEXT_SECONDS for n in n_layers)
     own = _encode_seconds(dictionary, speed) + COLLECT_SECONDS * dictionary.l0
     logits = 2.0 * dictionary.d_sae * lm.d_model * lm.vocab_size / speed.model
     written = logits + dictionary.d_sae / 1000 + MAP_SECONDS * dictionary.d_sae
@@ -458,10 +461,10 @@ def effects_seconds(
     n_ablations = work.n_latents * work.n_examples
     # Each context is read once, as far as its examples need; few latents share few contexts.
     n_contexts = work.n_contexts * (1 - math.exp(-n_ablations / max(work.n_contexts, 1)))
-    whole = _forward_seconds(lm, speed, 0, lm.n_layers, context_length)
-    again = _forward_seconds(lm, speed, lm.n_layers - n_above, lm.n_layers, context_length)
-    again += 2 * _head_seconds(lm, speed)  # the predictions before as well as after
-    removal = _forward_seconds(lm, speed, 0, n_read, context_length)
+    whole = forward_seconds(lm, speed, 0, lm.n_layers, context_length)
+    again = forward_seconds(lm, speed, lm.n_layers - n_above, lm.n_layers, context_length)
+    again += 2 * head_seconds(lm, speed)  # the predictions before as well as after
+    removal = forward_seconds(lm, speed, 0, n_read, context_length)
     n_removed = work.n_removals * work.before * (work.before + 1) / 2
     return (
         MODEL_START

@@ -6,73 +6,41 @@ A stage whose numbers hang on a model that is not at hand has none, and a note t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
-from sememe import artifact, dictionaries, lm
 from sememe.compare import CompareConfig
 from sememe.dictionaries.folders import paths_in
-from sememe.dictionaries.penalised import Penalised
 from sememe.effects import EffectsConfig
-from sememe.errors import HookpointError, nearest
 from sememe.evaluate import EvaluateConfig, powers_below
 from sememe.explain import ExplainConfig
 from sememe.fit import STREAMED, FitConfig
+from sememe.geometry import GeometryConfig
+from sememe.grid import GridConfig
 from sememe.harvest import HarvestConfig
 from sememe.interpret import RANDOMISED, InterpretConfig
 from sememe.lm import Outline
-from sememe.plan import costs, fitting
-from sememe.plan.costs import Arms, Bytes, Dictionary
+from sememe.plan import costs, fitting, making
+from sememe.plan.costs import Arms, Bytes
+from sememe.plan.estimate import Estimate, Knob, members_of
 from sememe.plan.machine import Speed
-from sememe.recipe import TWIN, Stage
-from sememe.store import StoreInfo
-from sememe.text import TokenPolicy
-from sememe.train import TrainConfig, variants
+from sememe.plan.rows import Known, Rows
+from sememe.plan.scratch import gridding, pretraining, recovering
+from sememe.pretrain import PretrainConfig
+from sememe.recipe import Stage
+from sememe.recover import RecoverConfig
+from sememe.results import ResultsConfig
+from sememe.train import TrainConfig
 
 __all__ = ["Estimate", "Estimates", "Knob", "Shapes", "estimates"]
 
 GROUP_BYTES = 2**30
 """What `StoreSource` holds in memory of a store."""
-SETTLES = 0.3
-"""Share of a run over which a penalty's l0 is taken to settle, where nothing says it: that of JumpReLU's annealing."""
 NEEDS_MODEL = frozenset({"harvest", "evaluate", "interpret", "effects", "compare"})
-TYPICAL_L0 = 64
-"""Active latents per row where the architecture fixes no number."""
-
-
-class Knob(NamedTuple):
-    """An option that changes what a stage takes."""
-
-    name: str
-    value: int
-    bytes_at: Callable[[int], Bytes]
-
-
-class Estimate(NamedTuple):
-    """One stage. `needs` and `seconds_at` are None where something is not known; `note` says what."""
-
-    stage: Stage
-    done: bool
-    needs: Bytes | None
-    seconds_at: Callable[[Speed], float] | None
-    knobs: tuple[Knob, ...] = ()
-    note: str = ""
-
-
-class _Rows(NamedTuple):
-    """The rows that a store holds, or will hold."""
-
-    widths: dict[str, int]
-    n_rows: int
-    n_tokens: int
-    shard_rows: int
-    policy: TokenPolicy
-
-    def n_bytes(self, names: Sequence[str]) -> float:
-        return float(self.n_rows) * (2 * sum(self.widths[name] for name in names) + costs.ROW_IDS)
+PLANNED = NEEDS_MODEL | {"train", "fit", "geometry", "explain", "export"}
+"""Stages whose needs follow from a store's rows."""
 
 
 class Shapes(NamedTuple):
@@ -102,35 +70,37 @@ def estimates(stages: Sequence[Stage], fresh: bool = False) -> Estimates:
     return Estimates([planner.one(stage) for stage in stages], planner.shapes())
 
 
-class _Planner:
-    """What is known of a recipe, each thing found out once."""
-
-    def __init__(self, stages: Sequence[Stage], fresh: bool) -> None:
-        self.stages, self.fresh = stages, fresh
-        harvest = stages[0].config
-        assert isinstance(harvest, HarvestConfig)
-        self.harvest = harvest
-        done = all(self._done(stage) for stage in stages)
-        self.model = None if done else lm.outline(harvest.model)
-        self.rows = self._rows()
-
-    def _done(self, stage: Stage) -> bool:
-        return not self.fresh and (stage.path / artifact.META).is_file()
+class _Planner(Known):
+    """An estimate of each stage, from what is known of the recipe."""
 
     def one(self, stage: Stage) -> Estimate:
         """One stage."""
         if self._done(stage):
             return Estimate(stage, True, Bytes(0.0), lambda _: 0.0)
-        config, model, rows = stage.config, self.model, self.rows
+        config, model = stage.config, self.model
+        if isinstance(config, PretrainConfig):
+            return pretraining(stage, config, model)
+        if isinstance(config, RecoverConfig):
+            return recovering(stage, config)
+        if isinstance(config, GridConfig):
+            return gridding(stage, config)
+        if isinstance(config, ResultsConfig):
+            return Estimate(stage, False, Bytes(costs.BASE, costs.COMPARISON_BYTES), lambda _: costs.START)
+        if stage.verb not in PLANNED:
+            return Estimate(stage, False, None, None, note=f"what {stage.verb} takes is not planned")
+        rows = self._rows_for(stage)
         if rows is not None and isinstance(config, CompareConfig) and config.directions_only:
-            return self._directions(stage, rows)
+            return self._directions(stage, config, rows)
         if rows is None or (model is None and stage.verb in NEEDS_MODEL):
-            name = self.harvest.model.model
-            return Estimate(stage, False, None, None, note=f"the config of {name} is not at hand")
+            return Estimate(
+                stage, False, None, None, note=f"the config of {self._model_name()} is not at hand"
+            )
         if isinstance(config, TrainConfig):
             return self._train(stage, config, rows)
         if isinstance(config, FitConfig):
             return self._fit(stage, config, rows)
+        if isinstance(config, GeometryConfig):
+            return self._geometry(stage, config, rows)
         if model is not None and isinstance(config, HarvestConfig):
             return self._harvest(stage, config, model, rows)
         if model is not None and isinstance(config, EvaluateConfig):
@@ -150,77 +120,20 @@ class _Planner:
 
     def shapes(self) -> Shapes:
         """The widths of the recipe's products, the largest where there are several."""
-        configs = [stage.config for stage in self.stages]
         found = [
-            self._dictionary(member, self.rows)
-            for config in configs
-            if isinstance(config, TrainConfig) and self.rows is not None
-            for member in _members(config)
+            self._dictionary(member, rows)
+            for stage in self.stages
+            if isinstance(stage.config, TrainConfig) and (rows := self._rows_for(stage)) is not None
+            for member in members_of(stage.config)
         ]
         d_in, d_sae = max(((d.d_in, d.d_sae) for d in found), key=math.prod, default=(512, 4096))
         model = self.model
         about = None if model is None else (model.d_model, model.d_inner, model.dtype, model.device)
         return Shapes(d_in, d_sae, about)
 
-    # -- what is known -----------------------------------------------------------------------------
-
-    def _rows(self) -> _Rows | None:
-        """The store's rows: those that are there, or those that the model will give."""
-        config, stage = self.harvest, self.stages[0]
-        if self._done(stage):
-            info = StoreInfo.build(artifact.load(stage.path, "store").extra, where=str(stage.path))
-            widths = {name: point.width for name, point in info.hookpoints.items()}
-            return _Rows(widths, info.n_rows, info.n_tokens_read, max(info.shard_rows), info.policy)
-        if self.model is None:
-            return None
-        widths = {name: self.model.width(name) for name in self.model.expand(config.hookpoints)}
-        length = config.policy.context_length
-        kept = length - config.policy.drop_positions
-        if config.positions is not None:
-            kept = len(set(config.positions))
-        kept = min(kept, config.positions_per_context or kept)
-        n_contexts = -(-config.n_tokens // length)
-        shard_rows = min(config.shard_contexts, n_contexts) * kept
-        return _Rows(widths, n_contexts * kept, n_contexts * length, shard_rows, config.policy)
-
-    def _train_config(self, name: str) -> TrainConfig:
-        """What a dictionary is trained with: a stage's own config, or one of its sweep's."""
-        for stage in self.stages:
-            if isinstance(stage.config, TrainConfig):
-                for member in _members(stage.config):
-                    place = Path(stage.name) / (member.out.name if stage.config.sweep else "")
-                    if place == Path(name):
-                        return member
-        raise AssertionError(f"no stage trains {name!r}")
-
-    def _names(self, config: TrainConfig, rows: _Rows) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Hookpoints that a dictionary reads, and those it writes."""
-        inputs = config.inputs or tuple(rows.widths)
-        for name in (*inputs, *(config.outputs or ())):
-            if name not in rows.widths:
-                raise HookpointError(
-                    "a hookpoint must be in the store", repr(name), nearest(name, rows.widths)
-                )
-        return inputs, config.outputs or inputs
-
-    def _dictionary(self, config: TrainConfig, rows: _Rows) -> Dictionary:
-        inputs, outputs = self._names(config, rows)
-        d_in, d_out = (sum(rows.widths[name] for name in names) for names in (inputs, outputs))
-        architecture = config.architecture
-        with torch.device("meta"):
-            built = dictionaries.build(architecture, d_in, d_out)
-        given = (getattr(architecture, name, None) for name in ("k", "target_l0"))
-        l0 = next((int(value) for value in given if value), TYPICAL_L0)
-        n_parameters = sum(parameter.numel() for parameter in built.parameters())
-        size = Dictionary(architecture.kind, d_in, d_out, built.d_sae, n_parameters, min(l0, built.d_sae))
-        if not isinstance(built, Penalised):
-            return size
-        share = getattr(architecture, "l0_anneal", SETTLES)
-        return size._replace(start_l0=built.start_l0(), settles=share)
-
     # -- stages ------------------------------------------------------------------------------------
 
-    def _harvest(self, stage: Stage, config: HarvestConfig, model: Outline, rows: _Rows) -> Estimate:
+    def _harvest(self, stage: Stage, config: HarvestConfig, model: Outline, rows: Rows) -> Estimate:
         names, length = tuple(rows.widths), config.policy.context_length
         widths = sum(rows.widths.values())
 
@@ -241,14 +154,16 @@ class _Planner:
         )
         return Estimate(stage, False, needs(n_tokens, shard, batch), seconds, knobs)
 
-    def _train(self, stage: Stage, config: TrainConfig, rows: _Rows) -> Estimate:
+    def _train(self, stage: Stage, config: TrainConfig, rows: Rows) -> Estimate:
         """One dictionary, or all of a sweep, which are trained side by side."""
-        members = _members(config)
+        members = members_of(config)
         sizes = [self._dictionary(member, rows) for member in members]
         names = [self._names(member, rows) for member in members]
         held = rows.n_bytes(tuple(dict.fromkeys(name for both in names for name in (*both[0], *both[1]))))
         shard = held / rows.n_rows * rows.shard_rows
         buffer = min(held, max(GROUP_BYTES, shard)) + shard
+        if config.live:
+            buffer = config.buffer_mb * 1e6
         n_trained = config.n_tokens or int((config.epochs or 1.0) * rows.n_rows)
         n_steps = max(1, n_trained // config.batch_size)
 
@@ -261,6 +176,9 @@ class _Planner:
         def seconds(speed: Speed) -> float:
             total = costs.train_seconds(sizes, speed, config.batch_size, n_steps)
             total += costs.watch_seconds(sizes, speed, n_looks * config.watch_rows)
+            if config.live and model is not None:
+                length, n_layers = config.policy.context_length, model.n_layers_read(tuple(rows.widths))
+                total += costs.harvest_seconds(model, speed, n_layers, n_trained, length, 0.0)
             if config.watch_ce_tokens and model is not None:
                 n_tokens, length = n_looks * config.watch_ce_tokens, rows.policy.context_length
                 above = [model.n_layers_above(outputs) for _, outputs in names]
@@ -275,7 +193,7 @@ class _Planner:
             return Estimate(stage, False, needs(None, batch), None, tuple(knobs), note)
         return Estimate(stage, False, needs(None, batch), seconds, tuple(knobs))
 
-    def _fit(self, stage: Stage, config: FitConfig, rows: _Rows) -> Estimate:
+    def _fit(self, stage: Stage, config: FitConfig, rows: Rows) -> Estimate:
         """A batch of rows where they are streamed, all of them where they are held."""
         names = tuple(rows.widths) if config.hookpoint is None else (config.hookpoint,)
         d_in = sum(rows.widths[name] for name in names if name in rows.widths)
@@ -287,7 +205,7 @@ class _Planner:
                 self._dictionary(member, rows).d_sae
                 for other in self.stages
                 if isinstance(other.config, TrainConfig)
-                for member in _members(other.config)
+                for member in members_of(other.config)
                 if member.out == config.over
             )
 
@@ -307,13 +225,13 @@ class _Planner:
     def _n_twins(self, config: EvaluateConfig | CompareConfig) -> int:
         """Dictionaries in the twins' folders; of a sweep that is still to be trained, those it will make."""
         trained = {
-            stage.path: len(_members(stage.config))
+            stage.path: len(members_of(stage.config))
             for stage in self.stages
             if isinstance(stage.config, TrainConfig)
         }
         return sum(trained.get(path) or len(paths_in((path,))) for path in config.twins)
 
-    def _evaluate(self, stage: Stage, config: EvaluateConfig, model: Outline, rows: _Rows) -> Estimate:
+    def _evaluate(self, stage: Stage, config: EvaluateConfig, model: Outline, rows: Rows) -> Estimate:
         train = self._train_config(stage.name)
         dictionary = self._dictionary(train, rows)
         _, outputs = self._names(train, rows)
@@ -342,14 +260,12 @@ class _Planner:
         )
         return Estimate(stage, False, needs(d_sae, batch), seconds, knobs)
 
-    def _compare(self, stage: Stage, config: CompareConfig, model: Outline, rows: _Rows) -> Estimate:
+    def _compare(self, stage: Stage, config: CompareConfig, model: Outline, rows: Rows) -> Estimate:
         """As an evaluation of the widest dictionary with an arm for each of the others."""
-        measured = [other for other in self.stages if other.name != TWIN]  # twins are counted beside these
-        configs = [other.config for other in measured if isinstance(other.config, TrainConfig)]
-        members = [member for one in configs for member in _members(one)]
-        widest = max((self._dictionary(member, rows) for member in members), key=lambda one: one.d_sae)
-        outputs = {name for member in members for name in self._names(member, rows)[1]}
-        n_fitted = sum(isinstance(other.config, FitConfig) for other in self.stages)
+        members = self._trained_in(config.dictionaries)
+        widest = max(map(self._size, members), key=lambda one: one.d_sae)
+        outputs = {name for member in members for name in self._names(member, self._member_rows(member))[1]}
+        n_fitted = len(self._fitted_in(config.dictionaries))
         length, n_twins = rows.policy.context_length, self._n_twins(config)
         arms = Arms(len(members) + n_fitted + 3 * len(config.nulls), n_twins=n_twins)
 
@@ -369,17 +285,25 @@ class _Planner:
         knobs = (Knob("batch_rows", config.batch_rows, needs),)
         return Estimate(stage, False, needs(config.batch_rows), seconds, knobs)
 
-    def _directions(self, stage: Stage, rows: _Rows) -> Estimate:
+    def _directions(self, stage: Stage, config: CompareConfig, rows: Rows) -> Estimate:
         """A comparison that runs no model."""
-        configs = [other.config for other in self.stages if isinstance(other.config, TrainConfig)]
-        sizes = [self._dictionary(member, rows) for one in configs for member in _members(one)]
+        sizes = self._sizes_in(config.dictionaries, rows)
 
         def seconds(speed: Speed) -> float:
             return costs.directions_seconds(sizes, speed)
 
         return Estimate(stage, False, costs.directions_bytes(sizes), seconds)
 
-    def _interpret(self, stage: Stage, config: InterpretConfig, model: Outline, rows: _Rows) -> Estimate:
+    def _geometry(self, stage: Stage, config: GeometryConfig, rows: Rows) -> Estimate:
+        sizes = self._sizes_in(config.dictionaries, rows)
+        n_rows = 0 if config.store is None else min(config.n_rows, rows.n_rows)
+
+        def seconds(speed: Speed) -> float:
+            return making.geometry_seconds(sizes, speed, n_rows)
+
+        return Estimate(stage, False, making.geometry_bytes(sizes, n_rows), seconds)
+
+    def _interpret(self, stage: Stage, config: InterpretConfig, model: Outline, rows: Rows) -> Estimate:
         train = self._train_config(stage.name)
         dictionary = self._dictionary(train, rows)
         inputs, _ = self._names(train, rows)
@@ -418,7 +342,7 @@ class _Planner:
         )
         return Estimate(stage, False, needs(n_tokens, d_sae, reservoir), seconds, knobs[0 if stored else 1 :])
 
-    def _effects(self, stage: Stage, config: EffectsConfig, model: Outline, rows: _Rows) -> Estimate:
+    def _effects(self, stage: Stage, config: EffectsConfig, model: Outline, rows: Rows) -> Estimate:
         train = self._train_config(stage.name)
         dictionary = self._dictionary(train, rows)
         inputs, outputs = self._names(train, rows)
@@ -466,8 +390,3 @@ class _Planner:
             for other in self.stages
             if isinstance(other.config, InterpretConfig) and other.name == name
         )
-
-
-def _members(config: TrainConfig) -> list[TrainConfig]:
-    """A config for each dictionary that one train stage makes."""
-    return [member.config for member in variants(config)] if config.sweep else [config]

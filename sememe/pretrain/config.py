@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from sememe.config import Config
-from sememe.errors import ConfigError
-from sememe.lm.build import GPT2Shape, Shape
+from sememe.errors import ConfigError, nearest
+from sememe.lm.build import PRESETS, GPT2Shape, Shape
 from sememe.text import TextConfig
 from sememe.tracking import Tracker
 
@@ -30,7 +30,7 @@ class PretrainConfig(Config):
     out: Path = Path("artifacts/model")
     """The folder to make."""
     architecture: Shape = GPT2Shape()
-    """The model's layers."""
+    """The model's layers, or the name of a preset: bricken, shehper or nanda."""
     text: TextConfig = TextConfig()
     """The corpus."""
     tokenizer: str | None = None
@@ -82,6 +82,15 @@ class PretrainConfig(Config):
     threads: int | None = Field(default=None, ge=1)
     """CPU threads; all cores if not given."""
 
+    @field_validator("architecture", mode="before")
+    @classmethod
+    def _preset(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        if value not in PRESETS:
+            raise ConfigError("a preset must be one that is there", repr(value), nearest(value, PRESETS))
+        return PRESETS[value]
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         for option in ("vocab_size", "tokenizer_chars"):
@@ -102,6 +111,11 @@ class PretrainConfig(Config):
                 "Lower sample_tokens, raise context_length, or set n_samples to 0.",
             )
         return self
+
+    @property
+    def n_bpe(self) -> int:
+        """Tokens of the BPE that is trained where no tokenizer is given."""
+        return self.vocab_size or 8192
 
     @property
     def n_steps(self) -> int:

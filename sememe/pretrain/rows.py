@@ -31,7 +31,7 @@ def tokenizer_of(config: PretrainConfig, scratch: Path) -> Any:
     folder = scratch / "tokenizer"
     if not folder.is_dir():
         aside = scratch / "tokenizer.tmp"
-        trained = train_tokenizer(_some_texts(config), config.vocab_size or 8192)
+        trained = train_tokenizer(_some_texts(config), config.n_bpe)
         trained.save_pretrained(aside)
         aside.rename(folder)
     return load_tokenizer(str(folder))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from sememe import artifact
 from sememe import lm as language_models
@@ -21,8 +23,9 @@ from sememe.interrupt import stop_requests
 from sememe.lm.build import build_causal_lm, save_causal_lm
 from sememe.lm.load import native_dtype
 from sememe.pretrain.config import PROMPT_TOKENS, PretrainConfig
+from sememe.pretrain.group import Group
 from sememe.pretrain.rows import Baselines, baselines, rows_of, tokenizer_of
-from sememe.progress import track
+from sememe.progress import Progress, track
 from sememe.text import attributions
 from sememe.tracking import Log
 
@@ -34,22 +37,27 @@ SCRATCH = "scratch"
 
 
 class Run:
-    """One run between its checkpoints."""
+    """One run between its checkpoints, in one process.
 
-    def __init__(self, config: PretrainConfig, work: artifact.Work) -> None:
-        self.config, self.work = config, work
-        self.scratch = work.path / SCRATCH
-        self.scratch.mkdir(exist_ok=True)
-        self.device = _device(config)
+    Args:
+        config: What to train.
+        folder: The folder that is being made.
+        group: The processes that train together; only the first one writes.
+    """
+
+    def __init__(self, config: PretrainConfig, folder: Path, group: Group) -> None:
+        self.config, self.folder, self.group, self.device = config, folder, group, group.device
+        self.scratch = folder / SCRATCH
+        self.part = _part(config, group.size)
         self.dtype = (
             native_dtype(self.device.type) if config.dtype == "auto" else getattr(torch, config.dtype)
         )
-        self.tokenizer = tokenizer_of(config, self.scratch)
-        n_train = config.n_steps * config.batch_rows * config.context_length
-        self.train_rows = rows_of(config, self.tokenizer, "train", n_train, self.scratch / "train.bin")
-        self.heldout_rows = rows_of(
-            config, self.tokenizer, "heldout", config.validation_tokens, self.scratch / "heldout.bin"
-        )
+        if group.first:
+            self.scratch.mkdir(exist_ok=True)
+            self._read()
+        group.told(None)  # the first one has written what the others read now
+        if not group.first:
+            self._read()
         self.model = build_causal_lm(
             config.architecture,
             vocab_size=len(self.tokenizer),
@@ -58,11 +66,22 @@ class Run:
             seed=config.seed,
         ).to(self.device)
         self.parameters: dict[str, Tensor] = dict(self.model.named_parameters())
+        self.shared = group.shared(self.model)
         self.optimiser = _adamw(self.parameters, config)
         self.step, self.seconds_before, self.started = 0, 0.0, time.monotonic()
         self._order: tuple[int, NDArray[np.int64]] | None = None
         if (saved := load_checkpoint(self.scratch)) is not None:
             self._restore(saved)
+
+    def _read(self) -> None:
+        """The tokenizer and the rows: made if they are not there."""
+        config = self.config
+        self.tokenizer = tokenizer_of(config, self.scratch)
+        n_train = config.n_steps * config.batch_rows * config.context_length
+        self.train_rows = rows_of(config, self.tokenizer, "train", n_train, self.scratch / "train.bin")
+        self.heldout_rows = rows_of(
+            config, self.tokenizer, "heldout", config.validation_tokens, self.scratch / "heldout.bin"
+        )
 
     # -- state -------------------------------------------------------------------------------------
 
@@ -73,6 +92,7 @@ class Run:
             "device": self.device.type,
             "dtype": str(self.dtype),
             "torch": torch.__version__,
+            "processes": self.group.size,
         }
 
     def _seconds(self) -> float:
@@ -95,7 +115,7 @@ class Run:
             raise MismatchError(
                 f"a checkpoint must go on in the setting it was made in ({saved['setting']})",
                 str(self._setting()),
-                "Set --threads, --device and --dtype as they were, or pass --fresh to start again.",
+                "Set --threads, --device, --dtype and the processes as they were, or pass --fresh to start again.",
             )
         with torch.no_grad():
             for name, parameter in self.parameters.items():
@@ -109,22 +129,15 @@ class Run:
     # -- the loop ----------------------------------------------------------------------------------
 
     def go(self) -> dict[str, Any]:
-        """Train to the end, and write the model with what was measured; gives meta.json's extra."""
-        config = self.config
+        """Train to the end, and write the model with what was measured; gives meta.json's extra, {} in the others."""
+        config, first = self.config, self.group.first
         marks = {round(config.n_steps * (i + 1) / config.n_validations) for i in range(config.n_validations)}
-        base = baselines(self.train_rows, self.heldout_rows, len(self.tokenizer))
+        base = baselines(self.train_rows, self.heldout_rows, len(self.tokenizer)) if first else None
         validation = math.nan
         row_tokens = config.batch_rows * config.context_length
-        log = Log(
-            self.work.path / LOG,
-            config.track,
-            name=config.out.name,
-            config=config.resolved(),
-            resume_step=self.step if self.step else None,
-        )
         with (
-            log,
-            track("pretrain", config.n_steps * row_tokens, "tokens", done=self.step * row_tokens) as progress,
+            self._log() as log,
+            self._progress(row_tokens) as progress,
             stop_requests() as stop,
         ):
             saved_at = time.monotonic()
@@ -137,45 +150,68 @@ class Run:
                     progress.note = f"loss {values['loss']:.3f}"
                 if self.step in marks:
                     values["validation_loss"] = validation = self._validate()
-                if values:
+                if values and log is not None:
                     log.write(
                         self.step, values | {"tokens": self.step * row_tokens, "seconds": self._seconds()}
                     )
-                if stop.is_set() or time.monotonic() - saved_at >= config.checkpoint_every_seconds:
-                    self._finite(loss)
-                    save_checkpoint(self.scratch, self.step, self._state())
+                stopping = self.group.anyone(stop.is_set())
+                if stopping or time.monotonic() - saved_at >= config.checkpoint_every_seconds:
+                    if first:
+                        self._check_finite(float(loss))
+                        save_checkpoint(self.scratch, self.step, self._state())
                     saved_at = time.monotonic()
-                    if stop.is_set():
+                    if stopping:
+                        self.group.told(None)  # nobody leaves before the checkpoint is written
                         raise KeyboardInterrupt
             log.link("model", config.out)
         if math.isnan(validation):  # resumed after the last step
             validation = self._validate()
-        return self._write(validation, base)
+        return {} if base is None else self._write(validation, base)
+
+    def _log(self) -> AbstractContextManager[Log | None]:
+        if not self.group.first:
+            return nullcontext()
+        config = self.config
+        return Log(
+            self.folder / LOG,
+            config.track,
+            name=config.out.name,
+            config=config.resolved(),
+            resume_step=self.step if self.step else None,
+        )
+
+    def _progress(self, row_tokens: int) -> AbstractContextManager[Progress]:
+        n_tokens, done = self.config.n_steps * row_tokens, self.step * row_tokens
+        if not self.group.first:
+            return nullcontext(Progress("pretrain", n_tokens, "tokens", done))
+        return track("pretrain", n_tokens, "tokens", done=done)
 
     def _one_step(self) -> Tensor:
-        """One optimiser step; gives the mean loss per token, still on the device."""
-        config = self.config
+        """One optimiser step; gives the mean loss per token of this process's rows, still on the device."""
+        config, group = self.config, self.group
         rows = self._batch(self.step)
         n_predictions = rows.shape[0] * (rows.shape[1] - 1)
         total = torch.zeros((), device=self.device)
         self.model.train()
-        for part in torch.split(rows, config.micro_rows or config.batch_rows):
-            loss = self._loss(part) / n_predictions
-            loss.backward()  # type: ignore[no-untyped-call]
+        parts = torch.split(rows, self.part.micro_rows)
+        for number, part in enumerate(parts, 1):
+            with group.quiet(self.shared, unless=number == len(parts)):
+                loss = self._loss(part, self.shared) / n_predictions
+                loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
-        for group in self.optimiser.param_groups:
-            group["lr"] = config.rate(self.step)
+        for settings in self.optimiser.param_groups:
+            settings["lr"] = config.rate(self.step)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.step += 1
         return total
 
     def _batch(self, step: int) -> Int[Tensor, "rows ctx"]:
-        """The rows of a step: every pass has a random order of its own, and a batch may span two passes."""
+        """This process's rows of a step: every pass has a random order of its own, and a batch may span two passes."""
         n = len(self.train_rows)
-        first = step * self.config.batch_rows
-        places = range(first, first + self.config.batch_rows)
+        first = step * self.config.batch_rows + self.group.rank * self.part.rows
+        places = range(first, first + self.part.rows)
         picked = np.stack([self.train_rows[self._permutation(place // n)[place % n]] for place in places])
         return torch.from_numpy(picked.astype(np.int64)).to(self.device)
 
@@ -185,14 +221,17 @@ class Run:
             self._order = (epoch, order)
         return self._order[1]
 
-    def _loss(self, rows: Int[Tensor, "rows ctx"]) -> Float[Tensor, ""]:
+    def _loss(self, rows: Int[Tensor, "rows ctx"], model: nn.Module) -> Float[Tensor, ""]:
         """The summed loss of every token but a row's first, in nats."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            logits = self.model(input_ids=rows, use_cache=False).logits[:, :-1]
+            logits = model(input_ids=rows, use_cache=False).logits[:, :-1]
         return F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten(), reduction="sum")
 
     def _finite(self, loss: Tensor) -> float:
-        value = float(loss)
+        """The mean loss over all processes, which must call this together."""
+        return self._check_finite(float(self.group.total(loss.clone())) / self.group.size)
+
+    def _check_finite(self, value: float) -> float:
         if not math.isfinite(value):
             raise ActivationError(
                 f"the loss must be finite at step {self.step}",
@@ -203,18 +242,19 @@ class Run:
 
     @torch.no_grad()
     def _validate(self) -> float:
-        """Mean loss per held-out token: summed over all rows, then divided."""
+        """Mean loss per held-out token: summed over all rows, then divided; each process has its share of them."""
         self.model.eval()
-        total, size = 0.0, self.config.micro_rows or self.config.batch_rows
-        for start in range(0, len(self.heldout_rows), size):
-            rows = torch.from_numpy(self.heldout_rows[start : start + size].astype(np.int64)).to(self.device)
-            total += float(self._loss(rows))
-        return total / (self.heldout_rows.size - len(self.heldout_rows))
+        own, size = self.heldout_rows[self.group.rank :: self.group.size], self.part.micro_rows
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for start in range(0, len(own), size):
+            rows = torch.from_numpy(own[start : start + size].astype(np.int64)).to(self.device)
+            total += self._loss(rows, self.model)
+        return float(self.group.total(total)) / (self.heldout_rows.size - len(self.heldout_rows))
 
     # -- the end -----------------------------------------------------------------------------------
 
     def _write(self, validation: float, base: Baselines) -> dict[str, Any]:
-        config, folder = self.config, self.work.path
+        config, folder = self.config, self.folder
         for name, parameter in self.parameters.items():
             if not bool(torch.isfinite(parameter).all()):
                 raise ActivationError(
@@ -261,12 +301,29 @@ def _quoted(text: str) -> str:
     return text.replace("\r", "").replace("\n", "\n> ").replace("<|endoftext|>", " ⏹ ")
 
 
-def _device(config: PretrainConfig) -> torch.device:
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device must be one that torch finds here", "cuda", "Use cpu or auto.")
-    return torch.device(config.device)
+class _Part(NamedTuple):
+    """What one process does of a step."""
+
+    rows: int
+    micro_rows: int
+
+
+def _part(config: PretrainConfig, n_processes: int) -> _Part:
+    if config.batch_rows % n_processes:
+        raise ConfigError(
+            f"batch_rows must be a multiple of the {n_processes} processes, each of which has its part of a step",
+            config.batch_rows,
+            "Change batch_rows, or torchrun's --nproc-per-node.",
+        )
+    rows = config.batch_rows // n_processes
+    micro_rows = rows if config.micro_rows is None else min(config.micro_rows, rows)
+    if rows % micro_rows:
+        raise ConfigError(
+            f"micro_rows must divide the {rows} rows of each of the {n_processes} processes",
+            micro_rows,
+            "Change micro_rows or batch_rows.",
+        )
+    return _Part(rows, micro_rows)
 
 
 def _adamw(parameters: dict[str, Tensor], config: PretrainConfig) -> torch.optim.AdamW:

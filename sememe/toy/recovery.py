@@ -14,7 +14,7 @@ from sememe.errors import ConfigError, ShapeError
 from sememe.toy.planted import Planted
 from sememe.toy.stream import Truth
 
-__all__ = ["Absorption", "Recovery", "absorption", "recovery"]
+__all__ = ["Absorption", "Recovery", "absorption", "on_rows", "recovery"]
 
 FOUND_COSINE = 0.9
 
@@ -51,6 +51,21 @@ def recovery(truth: Truth, dictionary: Dictionary) -> Recovery:
         found=float((cosines > FOUND_COSINE).double().mean()),
         random=metrics.mmcs(truth.features, chance),
     )
+
+
+@torch.no_grad()
+def on_rows(dictionary: Dictionary, x: Float[Tensor, "rows d"]) -> dict[str, float]:
+    """What a dictionary does with rows: `dead` latents (never active on them), `l0`, `fvu`."""
+    sums, active = metrics.Reconstruction(), torch.zeros(dictionary.d_sae, dtype=torch.int64)
+    for part in torch.split(x, N_AT_ONCE):
+        encoded = dictionary.encode(part)
+        sums.update(part, dictionary.decode(encoded, part))
+        active += torch.bincount(encoded.indices[encoded.acts != 0].long(), minlength=dictionary.d_sae)
+    return {
+        "dead": int((active == 0).sum()),
+        "l0": float(active.sum()) / x.shape[0],
+        "fvu": sums.compute()["fvu"].value,
+    }
 
 
 def _learned(truth: Truth, dictionary: Dictionary) -> Float[Tensor, "d_sae d_out"]:

@@ -1,0 +1,102 @@
+"""What pretraining, planted features and geometry take, in bytes and seconds. Pure arithmetic, as `costs.py`.
+
+Counted from shapes; unlike most of costs.py, none of it was fitted to measurements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import NamedTuple
+
+from sememe.lm import Outline
+from sememe.plan import costs
+from sememe.plan.costs import BASE, MODEL_START, START, TEXT_SECONDS, Bytes, Dictionary
+from sememe.plan.machine import Speed
+
+__all__ = [
+    "Pretraining",
+    "geometry_bytes",
+    "geometry_seconds",
+    "planted_bytes",
+    "planted_seconds",
+    "pretrain_bytes",
+    "pretrain_seconds",
+]
+
+BACKWARD = 3.0
+"""A step over a forward."""
+PLANTED_SECONDS = 1.5e-8
+"""Of drawing a row of planted features, per feature."""
+MATCHING_SECONDS = 2e-11
+"""Of the one-to-one matching of two dictionaries, over the cube of the smaller one's latents."""
+LATENT_BYTES = 200
+"""On disk, per latent of a geometry."""
+
+
+class Pretraining(NamedTuple):
+    """A training of a language model, as numbers."""
+
+    n_tokens: int
+    n_validated: int
+    """Tokens of all validations together."""
+    micro_tokens: int
+    """Tokens of one forward."""
+    context_length: int
+
+
+def pretrain_bytes(lm: Outline, work: Pretraining) -> Bytes:
+    """Weights, gradients, two moments; a forward's activations, kept. On disk a checkpoint and rows."""
+    weights = 4.0 * lm.n_parameters
+    per_token = 4.0 * lm.n_layers * (8 * lm.d_model + 3 * lm.d_inner) + 4.0 * 3 * lm.vocab_size
+    held = 4 * weights + work.micro_tokens * per_token
+    disk = 4 * weights + 4.0 * (work.n_tokens + work.n_validated)
+    return Bytes(BASE + held, disk) if lm.device == "cpu" else Bytes(BASE + 2 * weights, disk, held)
+
+
+def pretrain_seconds(lm: Outline, speed: Speed, work: Pretraining) -> float:
+    """Three forwards a token, one for each that is validated."""
+    forward = costs.forward_seconds(lm, speed, 0, lm.n_layers, work.context_length) + costs.head_seconds(
+        lm, speed
+    )
+    forwards = BACKWARD * work.n_tokens + work.n_validated
+    return MODEL_START + forwards * forward + work.n_tokens * TEXT_SECONDS
+
+
+def planted_bytes(sizes: Sequence[Dictionary], batch_size: int, n_features: int) -> Bytes:
+    """One dictionary after the other, or side by side; and a batch's codes, held densely."""
+    made = costs.train_bytes(sizes, batch_size, 0.0)
+    return made._replace(memory=made.memory + 12.0 * batch_size * n_features)
+
+
+def planted_seconds(
+    sizes: Sequence[Dictionary],
+    speed: Speed,
+    batch_size: int,
+    n_steps: int,
+    n_features: int,
+    *,
+    one_stream: bool,
+) -> float:
+    """Drawing rows and training on them. Args: one_stream: whether all dictionaries read the same batches."""
+    n_streams = 1 if one_stream else len(sizes)
+    drawn = n_streams * n_steps * batch_size * n_features
+    products = 2.0 * drawn * max((size.d_in for size in sizes), default=0)
+    starts = START * max(0, n_streams - 1)
+    seconds = costs.train_seconds(sizes, speed, batch_size, n_steps) + starts
+    return seconds + drawn * PLANTED_SECONDS + products / speed.dense
+
+
+def geometry_bytes(sizes: Sequence[Dictionary], n_rows: int) -> Bytes:
+    """Directions of all, and of the widest the activations of a part of the rows."""
+    found = costs.directions_bytes(sizes)
+    rows = 4.0 * n_rows * max(size.d_in for size in sizes)
+    disk = found.disk + LATENT_BYTES * sum(size.d_sae for size in sizes)
+    return found._replace(memory=found.memory + rows, disk=disk)
+
+
+def geometry_seconds(sizes: Sequence[Dictionary], speed: Speed, n_rows: int) -> float:
+    """Every pair's cosines and matching; rows encoded three times, with random directions once more."""
+    seconds = costs.directions_seconds(sizes, speed)
+    seconds += sum(MATCHING_SECONDS * min(a.d_sae, b.d_sae) ** 3 for a, b in combinations(sizes, 2))
+    return seconds + 3 * costs.watch_seconds(sizes, speed, n_rows)

@@ -1,0 +1,153 @@
+"""Published numbers beside ours: where a number is, what a claim is worth, what stands where nothing was measured."""
+
+import json
+
+import pytest
+
+from sememe import artifact
+from sememe.errors import ConfigError
+from sememe.results import ResultsConfig, results
+
+REPORT = {
+    "metrics": {
+        "l0": {"value": 9.5, "low": 9.0, "high": 10.0},
+        "rmse": {"value": 0.5},
+        "kl": {"value": None, "cause": "no predictions"},
+    },
+    "rows": [
+        {"name": "a/b", "penalty": 0.1, "recall": 0.5, "score": {"mean": 0.25, "low": 0.2, "high": 0.3}},
+        {"name": "c", "penalty": 1.0, "recall": 0.75, "score": {"mean": 0.5, "low": 0.28, "high": 0.6}},
+        {"name": "d", "penalty": 10.0, "recall": 0.25, "score": {"mean": 0.1, "low": 0.05, "high": 0.15}},
+    ],
+    "plain": 3,
+}
+
+
+@pytest.fixture
+def base(tmp_path):
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "report.json").write_text(json.dumps(REPORT))
+    return tmp_path
+
+
+def made(base, **options):
+    config = ResultsConfig.build({"base": base, "out": base / "results", "title": "A paper", **options})
+    found = results(config)
+    return json.loads((found.path / "results.json").read_text()), found
+
+
+def table(*values, at="", published=(), file="report/report.json"):
+    columns = [{"name": f"column {n}", "value": value} for n, value in enumerate(values)]
+    rows = [{"name": "row", "at": at, "published": published}]
+    return {"title": "Table 1", "source": "page 2", "file": file, "columns": columns, "rows": rows}
+
+
+def claim(relation, *values, **more):
+    return {"claim": f"it is {relation}", "relation": relation, "values": values, **more}
+
+
+def test_numbers_are_found_where_their_paths_say(base):
+    paths = {
+        "metrics/l0": 9.5,
+        "plain": 3,
+        "rows/1/recall": 0.75,
+        "rows/-1/penalty": 10,
+        "rows/name=a~1b/recall": 0.5,
+        "rows/penalty=1/score": 0.5,
+        "rows/max:recall/penalty": 1,
+        "rows/min:recall/penalty": 10,
+        "rows/mean:recall": 0.5,
+        "report/report.json#rows/name={at}/score": 0.5,
+    }
+    drawn = {"plot": True, **table(*paths, at="c", published=[9.951, "", "three", *[""] * 7])}
+    data, found = made(base, tables=[drawn])
+    here = data["tables"][0]["rows"][0]["here"]
+    assert [cell["value"] for cell in here] == pytest.approx(list(paths.values()))
+    assert (here[0]["low"], here[0]["high"]) == (9.0, 10.0) and data["n_missing"] == 0
+    assert "column 9" in (found.path / "table-0.svg").read_text()
+    page = (found.path / "results.html").read_text()
+    for said in ("A paper", "Table 1", "9.951", "three", "9 to 10", "Published in: page 2"):
+        assert said in page, said
+    assert "| row | 9.951 | 9.5 (9 to 10) | – | 3 |" in (found.path / "results.md").read_text()
+
+
+def test_what_is_not_there_says_why_and_is_not_guessed(base):
+    paths = {
+        "metrics/l9": "no l9; Known: l0, rmse",
+        "metrics/kl": "no predictions",
+        "rows/7/recall": "only 3 entries",
+        "rows/name=z/recall": "no entry with name=z",
+        "rows/max:speed/penalty": "no entry has speed",
+        "plain/x": "nothing below x",
+        "rows": "is no number",
+        "report/other.json#x": "no report/other.json",
+        "atlas/none#SELECT 1": "must be a finished atlas",
+    }
+    data, found = made(base, tables=[table(*paths)])
+    for cell, cause in zip(data["tables"][0]["rows"][0]["here"], paths.values(), strict=True):
+        assert cell["value"] is None and cause in cell["cause"]
+    assert data["n_missing"] == len(paths)
+    assert f"{len(paths)} numbers are missing" in (found.path / "results.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("said", "verdict"),
+    [
+        (claim("above", "rows/1/recall", "rows/0/recall"), "holds"),
+        (claim("above", "rows/0/recall", "rows/1/recall"), "does not hold"),
+        (claim("below", "rows/0/recall", "rows/1/recall"), "holds"),
+        (claim("above", "rows/1/score", "rows/0/score"), "undecided"),
+        (claim("above", "rows/1/score", "rows/2/score"), "holds"),
+        (claim("above", "metrics/l0", than=9.4), "undecided"),
+        (claim("above", "metrics/l0", than=8.0), "holds"),
+        (claim("below", "metrics/l0", than=8.0), "does not hold"),
+        (claim("near", "metrics/rmse", than=0.6, within=0.2), "holds"),
+        (claim("near", "metrics/rmse", than=0.9, within=0.2), "does not hold"),
+        (claim("rising", "rows/0/penalty", "rows/1/penalty", "rows/2/penalty"), "holds"),
+        (claim("falling", "rows/0/penalty", "rows/1/penalty", "rows/2/penalty"), "does not hold"),
+        (claim("rising", "plain", "plain", "plain"), "does not hold"),
+        (claim("above", "metrics/kl", than=0.0), "not measured"),
+    ],
+)
+def test_claims_hold_or_do_not(base, said, verdict):
+    said = said | {"values": [f"report/report.json#{value}" for value in said["values"]]}
+    data, found = made(base, claims=[said])
+    assert data["claims"][0]["verdict"] == verdict
+    assert found.extra["verdicts"] == {said["claim"]: verdict}
+    assert verdict in (found.path / "results.md").read_text()
+
+
+def test_a_page_of_the_same_numbers_is_kept_and_of_others_written_again(base):
+    config = ResultsConfig(base=base, out=base / "results", title="A paper", tables=(table("plain"),))
+    first = results(config)
+    made_at = first.file("results.json").stat().st_mtime_ns
+    assert results(config).file("results.json").stat().st_mtime_ns == made_at
+    data, _ = made(base, title="Another", tables=[table("plain")])
+    assert data["title"] == "Another" and artifact.load(base / "results").kind == "results"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, r"\[expected\] must hold tables or claims, got neither\. Add"),
+        (
+            {"tables": [table("x", file="../up.json")]},
+            r"must be named by a file in the recipe's folder .*FILE#PATH",
+        ),
+        ({"tables": [table("x", file="")]}, r"FILE#PATH, got '#x'\. Write"),
+        (
+            {"tables": [table("plain", published=[1.0, 2.0])]},
+            r"Table 1, row: a number must be published for each of 1 columns, got 2\. Write",
+        ),
+        ({"claims": [claim("above", "r.json#x")]}, r"'it is above' must have two numbers, got 1\. Give two"),
+        (
+            {"claims": [claim("rising", "r.json#x", "r.json#y")]},
+            r"at least 3 values and no than, got 2\. Add",
+        ),
+        ({"claims": [claim("near", "r.json#x", than=1.0)]}, r"must say within .*, got None\. Set within"),
+        ({"claims": [claim("above", "r.json#x", than=1.0, within=0.1)]}, r"got 0\.1\. Drop within"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(base, options, message):
+    with pytest.raises(ConfigError, match=message):
+        made(base, **options)
