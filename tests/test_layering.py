@@ -22,7 +22,7 @@ LAYERS = [
     ["dictionaries"],
     ["text", "toy", "formats", "atlas", "lm", "optimiser"],
     ["store", "splice", "figures", "collect", "judge", "tuned"],
-    ["capture", "join", "downstream"],
+    ["capture", "join", "downstream", "foreign"],
     ["source", "end_to_end", "measure"],
     ["probes"],
     [

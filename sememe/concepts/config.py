@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from sememe.config import Config
 from sememe.errors import ConfigError
+from sememe.foreign import opens
 from sememe.lm import ModelConfig
 from sememe.text import TokenPolicy
 
@@ -21,6 +22,8 @@ class ConceptsConfig(Config):
     not_identity: ClassVar[frozenset[str]] = frozenset(
         {"out", "dictionary", "labelled", "corpus", "batch_rows"}
     )
+
+    _opens = opens("dictionary")
 
     dictionary: Path
     """The dictionary to ask."""

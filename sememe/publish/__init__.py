@@ -21,6 +21,7 @@ from sememe.atlas import open_atlas
 from sememe.config import Config
 from sememe.errors import ConfigError, CorruptError, MismatchError, ResourceError, nearest
 from sememe.figures.tables import MEANINGS, markdown_table
+from sememe.foreign import opens
 from sememe.publish import private
 
 __all__ = ["LICENCES", "Publication", "PublishConfig", "PublishedFile", "publish"]
@@ -50,6 +51,8 @@ class PublishConfig(Config):
     not_identity: ClassVar[frozenset[str]] = frozenset(
         {"dictionary", "report", "atlas", "out", "repo", "private", "dry_run", "licence_file"}
     )
+
+    _opens = opens("dictionary")
 
     dictionary: Path = Path("artifacts/dictionary")
     """The dictionary's folder."""
