@@ -64,7 +64,11 @@ def share(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 def run(python: Path, *arguments: str) -> None:
-    environment = os.environ | {"TORCH_COMPILE_DISABLE": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {
+        "TORCH_COMPILE_DISABLE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+    }
     environment.pop("PYTHONPATH", None)
     done = subprocess.run(
         [str(python), str(WORKER), *arguments], env=environment, capture_output=True, text=True, check=False
@@ -118,7 +122,9 @@ def check(package: str, python: Path, folder: Path) -> list[tuple[str, str, floa
 
 def main() -> int:
     """Check all packages that were asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", choices=PEERS)
     parser.add_argument("--environments", type=Path, default=ROOT, help="the folder with .venv-peers-NAME")
     options = parser.parse_args()

@@ -31,7 +31,9 @@ def randomise(module: torch.nn.Module, seed: int = 0) -> Any:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            scale = 0.3 if name in ("r_mag",) or name.endswith("bias") or name.startswith("b_") else 1 / D**0.5
+            scale = (
+                0.3 if name in ("r_mag",) or name.endswith("bias") or name.startswith("b_") else 1 / D**0.5
+            )
             parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
             if "threshold" in name:
                 parameter.abs_()
@@ -71,14 +73,18 @@ def sae_lens_cases() -> Iterator[tuple[str, Callable[[Path], tuple[Tensor, Tenso
     yield plain("topk-rescaled", sl.TopKSAE, sl.TopKSAEConfig(k=K, rescale_acts_by_decoder_norm=True, **size))
     std = x.std(dim=1, keepdim=True)
     length = x.norm(dim=1, keepdim=True) / D**0.5
-    yield plain("layer_norm", sl.TopKSAE, sl.TopKSAEConfig(k=K, normalize_activations="layer_norm", **size), std)
+    yield plain(
+        "layer_norm", sl.TopKSAE, sl.TopKSAEConfig(k=K, normalize_activations="layer_norm", **size), std
+    )
     rescaled = sl.StandardSAEConfig(normalize_activations="constant_norm_rescale", **size)
     yield plain("constant_norm_rescale", sl.StandardSAE, rescaled, length)
     wide = size | {"d_out": D_OUT, "apply_b_dec_to_input": False}
     yield plain("transcoder", sl.Transcoder, sl.TranscoderConfig(**wide))
     yield plain("skip_transcoder", sl.SkipTranscoder, sl.SkipTranscoderConfig(**wide))
     yield plain("jumprelu_transcoder", sl.JumpReLUTranscoder, sl.JumpReLUTranscoderConfig(**wide))
-    yield plain("jumprelu_skip_transcoder", sl.JumpReLUSkipTranscoder, sl.JumpReLUSkipTranscoderConfig(**wide))
+    yield plain(
+        "jumprelu_skip_transcoder", sl.JumpReLUSkipTranscoder, sl.JumpReLUSkipTranscoderConfig(**wide)
+    )
 
     def scaled(folder: Path) -> tuple[Tensor, Tensor]:
         factor = 0.37
@@ -216,7 +222,11 @@ def sparsify_read(folder: Path, x: Tensor) -> tuple[Tensor, Tensor]:
     return _sparse(SparseCoder.load_from_disk(folder), x)
 
 
-CASES = {"sae_lens": sae_lens_cases, "dictionary_learning": dictionary_learning_cases, "sparsify": sparsify_cases}
+CASES = {
+    "sae_lens": sae_lens_cases,
+    "dictionary_learning": dictionary_learning_cases,
+    "sparsify": sparsify_cases,
+}
 READ = {"sae_lens": sae_lens_read, "dictionary_learning": dictionary_learning_read, "sparsify": sparsify_read}
 
 

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from sememe import artifact, dictionaries, formats, foreign, kernels
+from sememe import artifact, dictionaries, foreign, formats, kernels
 from sememe.config import Config
 from sememe.dictionaries.base import Dictionary
 from sememe.errors import ConfigError, FormatError, MismatchError
@@ -121,7 +121,9 @@ def convert_all(config: ConvertConfig, *, fresh: bool = False) -> dict[str, arti
         raise FormatError(
             f"select must match a foreign dictionary below {source}",
             repr(config.select),
-            f"There are {', '.join(there[:6])}{', ...' if len(there) > 6 else ''}." if there else "There is none.",
+            f"There are {', '.join(there[:6])}{', ...' if len(there) > 6 else ''}."
+            if there
+            else "There is none.",
         )
     made = {}
     with track("convert", len(found), "dictionaries") as progress:

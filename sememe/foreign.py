@@ -156,13 +156,11 @@ def own(path: str | Path, model: Any = None, *, named: bool = False) -> Path:
     """
     if not hub.is_id(path):
         path = Path(path)
-        if not (path.is_file() or path.is_dir()) or (path / artifact.META).is_file():
-            return path
-        if not formats.is_foreign(path):
+        if not path.exists() or not formats.is_foreign(path):
             return path
     folder = source_of(path)
-    if (folder / artifact.META).is_file():
-        return folder  # one of ours, from the hub
+    if not formats.is_foreign(folder):
+        return folder  # one of ours, from the hub, or what opening it will say something about
     name = _name_of(model)
     said = formats.read(folder) if name is not None else None
     if said is not None and not _fits(said, str(name), named, path):
@@ -172,7 +170,9 @@ def own(path: str | Path, model: Any = None, *, named: bool = False) -> Path:
     if name is not None and said is not None and said.hookpoint is not None:
         from sememe import lm
 
-        parents["model"] = lm.fingerprint_of(lm.ModelConfig.build(dict(model)) if isinstance(model, Mapping) else model)
+        parents["model"] = lm.fingerprint_of(
+            lm.ModelConfig.build(dict(model)) if isinstance(model, Mapping) else model
+        )
 
     def belongs(foreign: Foreign) -> Belongs | None:
         if "model" not in parents or foreign.hookpoint is None:

@@ -19,8 +19,8 @@ from sememe.config import Config
 from sememe.convert import ConvertConfig, convert
 from sememe.dictionaries import TopKConfig
 from sememe.errors import FormatError, MismatchError
-from sememe.formats import hub
 from sememe.foreign import opens, own
+from sememe.formats import hub
 from sememe.intervene import InterveneConfig
 
 D, N = 8, 24
@@ -104,7 +104,9 @@ def test_it_belongs_to_the_model_that_it_is_used_with(tmp_path: Path) -> None:
         "model": "gpt2", "model_fingerprint": "a" * 64, "hookpoint": "resid_post.3", "start": 0, "stop": D,
         "max_norm": None,
     }  # fmt: skip
-    config = InterveneConfig.build({"dictionary": source, "model": {"model": "gpt2"}})  # as the command line has it
+    config = InterveneConfig.build(
+        {"dictionary": source, "model": {"model": "gpt2"}}
+    )  # as the command line has it
     sites = dictionaries.load(config.dictionary).sites
     assert sites is not None and sites.inputs[0].model_fingerprint == "a" * 64
 
@@ -115,7 +117,8 @@ def test_files_that_name_a_model_are_held_to_it(tmp_path: Path) -> None:
     sites = dictionaries.load(Look(dictionary=source, model="gpt2").dictionary).sites
     assert sites is not None and sites.inputs[0].hookpoint == "resid_post.5"
     with pytest.raises(
-        MismatchError, match="must be used with the model that its files name, gpt2-small, got other. Pass --model"
+        MismatchError,
+        match=r"must be used with the model that its files name, gpt2-small, got other. Pass --model",
     ):
         Look(dictionary=source, model="other")
 
@@ -123,7 +126,7 @@ def test_files_that_name_a_model_are_held_to_it(tmp_path: Path) -> None:
 def test_a_damaged_foreign_dictionary_says_so_and_leaves_nothing(tmp_path: Path, cache: Path) -> None:
     source = sparsify(tmp_path / "layers.3")
     (source / "cfg.json").write_text("{")
-    with pytest.raises(FormatError, match="must be JSON, got .* Fetch the file again"):
+    with pytest.raises(FormatError, match=r"must be JSON, got .* Fetch the file again"):
         Look(dictionary=source)
     assert not list(cache.glob("*"))
 
@@ -146,13 +149,13 @@ def test_ids(text: str, parts: tuple[str, str, str | None]) -> None:
 
 @pytest.mark.parametrize("text", ["hf://owner", "hf://", "hf://own er/repo/x"])
 def test_ids_without_a_repository(text: str) -> None:
-    with pytest.raises(FormatError, match="an id must be hf://OWNER/REPO/FOLDER, got hf:"):
+    with pytest.raises(FormatError, match=r"an id must be hf://OWNER/REPO/FOLDER, got hf:"):
         hub.parse(text)
 
 
 @pytest.mark.parametrize("text", ["hf://owner/repo/../../etc", "hf://../repo/a", "hf://owner/repo/a\\..\\b"])
 def test_names_that_would_leave_the_repository(text: str) -> None:
-    with pytest.raises(FormatError, match="must stay inside its repository, got .* Name the folder without"):
+    with pytest.raises(FormatError, match=r"must stay inside its repository, got .* Name the folder without"):
         hub.fetch(text)
 
 
@@ -190,38 +193,58 @@ def make_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[
     return make
 
 
-NAMES = ["README.md", "layers.0/cfg.json", "layers.0/sae.safetensors", "layers.1/cfg.json", "layers.1/sae.safetensors"]
+NAMES = [
+    "README.md",
+    "layers.0/cfg.json",
+    "layers.0/sae.safetensors",
+    "layers.1/cfg.json",
+    "layers.1/sae.safetensors",
+]
 
 
-def test_an_id_fetches_its_own_files_and_no_more(make_hub: Callable[[list[str]], Hub], tmp_path: Path) -> None:
+def test_an_id_fetches_its_own_files_and_no_more(
+    make_hub: Callable[[list[str]], Hub], tmp_path: Path
+) -> None:
     made = make_hub(NAMES)
     path = Look(dictionary=Path("hf://owner/repo/layers.1")).dictionary
     assert artifact.load(path).extra["origin"]["hookpoint"] == "resid_post.1"
     assert made.asked == [["layers.1/cfg.json", "layers.1/sae.safetensors"]]
     made.error = ConnectionError("down")
-    assert Look(dictionary=Path("hf://owner/repo/layers.1")).dictionary == path, "the cache serves without a network"
+    assert Look(dictionary=Path("hf://owner/repo/layers.1")).dictionary == path, (
+        "the cache serves without a network"
+    )
     saved = convert(ConvertConfig(source=Path("hf://owner/repo/layers.1"), out=tmp_path / "out"))
     assert saved.kind == "dictionary"
 
 
 def test_a_release_of_ours_is_named_as_a_whole(make_hub: Callable[[list[str]], Hub]) -> None:
-    made = make_hub(["meta.json", "report/meta.json", "dictionary/meta.json", "dictionary/checkpoints/step-1/meta.json"])
+    made = make_hub(
+        ["meta.json", "report/meta.json", "dictionary/meta.json", "dictionary/checkpoints/step-1/meta.json"]
+    )
     assert hub.fetch("hf://owner/repo") == made.store / "dictionary"
     assert made.asked == [["dictionary/checkpoints/step-1/meta.json", "dictionary/meta.json"]]
 
 
 def test_what_an_id_may_be_wrong_about(make_hub: Callable[[list[str]], Hub]) -> None:
     made = make_hub([*NAMES, "../evil/sae.safetensors", "/evil/sae.safetensors"])
-    with pytest.raises(FormatError, match=r"must be one dictionary, got 2 below it: layers.0, layers.1. Name one"):
+    with pytest.raises(
+        FormatError, match=r"must be one dictionary, got 2 below it: layers.0, layers.1. Name one"
+    ):
         hub.fetch("hf://owner/repo")
-    with pytest.raises(FormatError, match=r"must be a dictionary .* got no such folder. Did you mean 'layers.1'"):
+    with pytest.raises(
+        FormatError, match=r"must be a dictionary .* got no such folder. Did you mean 'layers.1'"
+    ):
         hub.fetch("hf://owner/repo/layer.1")
     response = httpx.Response(404, request=httpx.Request("GET", "https://huggingface.co"))
     made.error = RepositoryNotFoundError("404", response=response)
-    with pytest.raises(FormatError, match="owner/repo must be a repository on the hub, got no such repository"):
+    with pytest.raises(
+        FormatError, match=r"owner/repo must be a repository on the hub, got no such repository"
+    ):
         hub.fetch("hf://owner/repo/layers.0")
     make_hub(["README.md"])
-    with pytest.raises(FormatError, match="got no such folder. The repository holds no dictionary in a known f"):
+    with pytest.raises(
+        FormatError, match=r"got no such folder. The repository holds no dictionary in a known f"
+    ):
         hub.fetch("hf://owner/repo/layers.0")
 
 
@@ -237,7 +260,7 @@ def test_without_a_network_it_says_what_is_cached(
         r"to the hub. Check the network. The cache holds of it: layers.0.",
     ):
         hub.fetch("hf://owner/repo/layers.7")
-    with pytest.raises(FormatError, match="The cache holds dictionaries of: owner/repo."):
+    with pytest.raises(FormatError, match=r"The cache holds dictionaries of: owner/repo."):
         hub.fetch("hf://owner/other/layers.7")
     assert foreign.source_of(tmp_path) == tmp_path
 

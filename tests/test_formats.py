@@ -57,7 +57,9 @@ def ours(
         options["skip"] = True
     made = dictionaries.TRAINABLE[kind].rebuild(options, D, d_out, N, where)
     with torch.no_grad():
-        for place, name in enumerate(("W_enc", "W_dec", "b_enc", "b_dec", "b_pre", "r_mag", "b_mag", "W_skip")):
+        for place, name in enumerate(
+            ("W_enc", "W_dec", "b_enc", "b_dec", "b_pre", "r_mag", "b_mag", "W_skip")
+        ):
             tensor = made.__dict__.get("_parameters", {}).get(name, made.__dict__["_buffers"].get(name))
             if tensor is not None:
                 tensor.copy_(rand(*tensor.shape, seed=seed + place, scale=0.3 if name == "r_mag" else 1.0))
@@ -77,7 +79,10 @@ def assert_same(a: Dictionary, b: Dictionary, *, acts: bool = True) -> None:
     left, right = a.fold(), b.fold()
     if acts:
         torch.testing.assert_close(
-            left.encode(x).to_dense(), right.encode(x).to_dense(), rtol=1e-5, atol=1e-6 * float(x.abs().max()) * D
+            left.encode(x).to_dense(),
+            right.encode(x).to_dense(),
+            rtol=1e-5,
+            atol=1e-6 * float(x.abs().max()) * D,
         )
     torch.testing.assert_close(left(x), right(x), rtol=1e-5, atol=2e-5)
 
@@ -92,7 +97,9 @@ def assert_means(foreign: formats.Foreign, x: Tensor, acts: Tensor, recon: Tenso
 # -- reading what the others define ------------------------------------------------------------------
 
 
-def write_sae_lens(folder: Path, config: dict[str, object], drop: str | None = None, **tensors: Tensor) -> None:
+def write_sae_lens(
+    folder: Path, config: dict[str, object], drop: str | None = None, **tensors: Tensor
+) -> None:
     folder.mkdir(exist_ok=True)
     base = {"d_in": D, "d_sae": N, "architecture": "standard", "dtype": "float32", "device": "cpu"}
     (folder / "cfg.json").write_text(json.dumps(base | config))
@@ -249,7 +256,7 @@ def test_norms_per_row_stay_an_operation(tmp_path: Path, norm: str) -> None:
     without = loaded.decode(dictionaries.base.Encoded.from_dense(less), x)
     moved = one[at[0], at[1]] * loaded.decoder_directions()[at[1]]
     torch.testing.assert_close((loaded(x) - without)[at[0]], moved, rtol=1e-4, atol=1e-4)
-    with pytest.raises(FormatError, match="must be one of .* to be written as sae_lens, got row_norm"):
+    with pytest.raises(FormatError, match=r"must be one of .* to be written as sae_lens, got row_norm"):
         formats.write(loaded, tmp_path, "sae_lens")
 
 
@@ -284,7 +291,7 @@ def test_sparsify_means_what_it_says(tmp_path: Path, how: str, skip: bool, trans
     write_sparsify(folder, transcode=transcode, skip_connection=skip, **config)
     assert formats.detect(folder) == "sparsify"
     if how == "signed" and transcode:
-        with pytest.raises(FormatError, match="transcode in .* must be False, got True"):
+        with pytest.raises(FormatError, match=r"transcode in .* must be False, got True"):
             formats.read(folder)
         return
     foreign = formats.read(folder)
@@ -402,7 +409,9 @@ def test_an_old_release_without_a_trainer_is_read_by_its_tensors(tmp_path: Path)
     # two classes share their tensors: the config has to tell
     write_dictionary_learning(run, "BatchTopKSAE")
     (run / "config.json").write_text(json.dumps({"trainer": {"k": K}}))
-    with pytest.raises(FormatError, match="must hold dict_class .* got AutoEncoderTopK or BatchTopKSAE. Write"):
+    with pytest.raises(
+        FormatError, match=r"must hold dict_class .* got AutoEncoderTopK or BatchTopKSAE. Write"
+    ):
         formats.read(run)
 
 
@@ -488,13 +497,15 @@ def test_transcoders_go_where_there_is_a_place_for_them(tmp_path: Path) -> None:
         assert_same(dictionary, foreign.dictionary)
         assert (foreign.hookpoint, foreign.hookpoint_out) == ("mlp_in.3", "mlp_out.3")
         for name in ("sparsify", "dictionary_learning"):
-            with pytest.raises(FormatError, match=f"to be written as {name}, got .* Keep it|Write it"):
+            with pytest.raises(FormatError, match=rf"to be written as {name}, got .*\. (Keep|Write) it"):
                 formats.write(dictionary, tmp_path, name)
-    with pytest.raises(FormatError, match="to be written as a transcoder of sae_lens, got topk. Write it as sp"):
+    with pytest.raises(
+        FormatError, match=r"to be written as a transcoder of sae_lens, got topk. Write it as sp"
+    ):
         formats.write(ours("topk", where=where), tmp_path, "sae_lens")
     with pytest.raises(FormatError, match="to be written as sparsify, got topk from 12 to 9"):
         formats.write(ours("topk", where=narrow, d_out=9), tmp_path, "sparsify")
-    with pytest.raises(FormatError, match="from one place to another. Keep it"):
+    with pytest.raises(FormatError, match=r"from one place to another. Keep it"):
         formats.write(ours("topk", where=where), tmp_path, "dictionary_learning")
 
 
@@ -594,7 +605,7 @@ SAE_LENS_CASES: dict[str, tuple[dict[str, object], str | None, str]] = {
         "of a transcoder in .* must be none, got 'layer_norm'. SAELens normalises",
     ),
     "lost thresholds": ({"architecture": "jumprelu"}, None, "must hold the tensor threshold, got W_dec"),
-    "nested beyond the end": (
+    "a run that lost its threshold": (
         {"architecture": "matryoshka_batchtopk", "k": 3, "matryoshka_widths": [9, 9]},
         None,
         "must hold the tensor topk_threshold",
@@ -636,7 +647,7 @@ def test_tensors_that_lie(tmp_path: Path) -> None:
             formats.read(tmp_path / name)
     write_sae_lens(tmp_path / "missing", {})
     save_file({"W_enc": rand(D, N)}, tmp_path / "missing" / "sae_weights.safetensors")
-    with pytest.raises(FormatError, match=r"must hold the tensor b_enc, got W_enc. Fetch"):
+    with pytest.raises(FormatError, match=r"must hold the tensor W_dec, got W_enc. Fetch"):
         formats.read(tmp_path / "missing")
 
 

@@ -97,8 +97,14 @@ def test_gemma_scope_2_has_another_file_and_skip_connections(tmp_path: Path) -> 
 
 def test_gemma_scope_files_that_lie(tmp_path: Path) -> None:
     cases: dict[str, tuple[dict[str, Tensor], str]] = {
-        "encoder": ({"W_enc": rand(N, D)}, r"W_enc in .* shape \(8, 24\), got \(24, 8\), its transpose. Trans"),
-        "decoder": ({"W_dec": rand(D, N)}, r"W_dec in .* shape \(24, 8\), got \(8, 24\), its transpose. Trans"),
+        "encoder": (
+            {"W_enc": rand(N, D)},
+            r"W_enc in .* shape \(8, 24\), got \(24, 8\), its transpose. Trans",
+        ),
+        "decoder": (
+            {"W_dec": rand(D, N)},
+            r"W_dec in .* shape \(24, 8\), got \(8, 24\), its transpose. Trans",
+        ),
         "threshold": ({"threshold": rand(N - 1)}, r"threshold in .* shape \(24,\), got \(23,\). Correct"),
         "nan": ({"b_enc": torch.full((N,), float("nan"))}, "b_enc in .* must be finite, got NaN"),
         "unknown": ({"gain": rand(D)}, "known tensors only, got 'gain'. Known"),
@@ -108,19 +114,24 @@ def test_gemma_scope_files_that_lie(tmp_path: Path) -> None:
         with pytest.raises(FormatError, match=message):
             formats.read(gemma(tmp_path / name, **changes))
     folder = gemma(tmp_path / "whole")
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    (tmp_path / "one.npy").rename(folder / "params.npz")  # mislabelled
+    with pytest.raises(FormatError, match=r"must be a whole \.npz file"):
+        formats.read(folder)
+    gemma(folder)
     data = (folder / "params.npz").read_bytes()
     for length in (0, 10, len(data) // 2):
         (folder / "params.npz").write_bytes(data[:length])
         with pytest.raises(FormatError, match=r"must be a whole \.npz file, got .*Fetch the file again"):
             formats.read(folder)
     np.savez(folder / "params.npz", W_enc=np.array([{"a": 1}], dtype=object))
-    with pytest.raises(FormatError, match="must hold numbers and no code, got a pickle. Ask its author"):
+    with pytest.raises(FormatError, match=r"must hold numbers and no code, got a pickle. Ask its author"):
         formats.read(folder)
     np.savez(folder / "params.npz", W_enc=np.array(["a"]))
-    with pytest.raises(FormatError, match="W_enc in .* must be an array of numbers, got <U1"):
+    with pytest.raises(FormatError, match=r"W_enc in .* must be an array of numbers, got <U1"):
         formats.read(folder)
     np.savez(folder / "params.npz", W_enc=np.zeros((2, 2)))
-    with pytest.raises(FormatError, match="must hold the tensor b_enc, got W_enc. Fetch the file again"):
+    with pytest.raises(FormatError, match=r"must hold the tensor b_enc, got W_enc. Fetch the file again"):
         formats.read(folder)
 
 
@@ -178,7 +189,7 @@ class Payload:
 
 def test_openai_files_that_lie(tmp_path: Path) -> None:
     path = openai(tmp_path / "0.pt", decoder=3)
-    with pytest.raises(FormatError, match="must hold named tensors, got 'decoder' of type int"):
+    with pytest.raises(FormatError, match=r"must hold named tensors, got 'decoder' of type int"):
         formats.read(path)
     for changes, message in (
         ({"activation": "Identity"}, "activation in .* must be ReLU or TopK, got 'Identity'"),
@@ -190,12 +201,14 @@ def test_openai_files_that_lie(tmp_path: Path) -> None:
         with pytest.raises(FormatError, match=message):
             formats.read(openai(tmp_path / "1.pt", **changes))
     torch.save({"weight": rand(3)}, tmp_path / "2.pt")
-    with pytest.raises(FormatError, match="or a .pt file of openai/sparse_autoencoder, got a file. Name the f"):
+    with pytest.raises(
+        FormatError, match=r"or a .pt file of openai/sparse_autoencoder, got a file. Name the f"
+    ):
         formats.read(tmp_path / "2.pt")
     target = tmp_path / "touched"
     for save in (torch.save, lambda value, place: place.write_bytes(pickle.dumps(value))):
         save({"pre_bias": Payload(target)}, tmp_path / "3.pt")
-        with pytest.raises(FormatError, match="must hold tensors and no code, got a pickle that"):
+        with pytest.raises(FormatError, match=r"must hold tensors and no code, got a pickle that"):
             formats.read(tmp_path / "3.pt")
         assert not target.exists()
 
@@ -273,10 +286,22 @@ def test_later_llama_scopes_learn_their_thresholds_and_keep_norms_among_the_tens
 
 def test_llama_scope_folders_that_lie(tmp_path: Path) -> None:
     for changes, message in (
-        ({"act_fn": "batchtopk"}, "act_fn in .* must be one of relu, topk, jumprelu, got 'batchtopk'. It keeps"),
-        ({"use_glu_encoder": True}, "use_glu_encoder in .* must be False, got True. An encoder with a second"),
-        ({"norm_activation": "token-wise"}, "must be dataset-wise or inference, got 'token-wise'. A norm per r"),
-        ({"dataset_average_activation_norm": {"in": 0.0}}, "must hold dataset_average.* a positive number, got"),
+        (
+            {"act_fn": "batchtopk"},
+            "act_fn in .* must be one of relu, topk, jumprelu, got 'batchtopk'. It keeps",
+        ),
+        (
+            {"use_glu_encoder": True},
+            "use_glu_encoder in .* must be False, got True. An encoder with a second",
+        ),
+        (
+            {"norm_activation": "token-wise"},
+            "must be dataset-wise or inference, got 'token-wise'. A norm per r",
+        ),
+        (
+            {"dataset_average_activation_norm": {"in": 0.0}},
+            "must hold dataset_average.* a positive number, got",
+        ),
         ({"d_sae": N + 1}, r"encoder.weight in .* must have shape \(25, 8\), got \(24, 8\). Correct"),
         ({"act_fn": 3}, "act_fn in .* must be of type str, got 3"),
     ):
@@ -316,7 +341,8 @@ def test_a_releases_tree_is_named_and_read_as_a_whole(release: Path, tmp_path: P
     names.append("resid_out_layer1/10_24")
     assert list(formats.find(release)) == names
     with pytest.raises(
-        FormatError, match=r"must be one dictionary, got a folder of 5: attn_out_layer0/10_24, .*--select '\*'"
+        FormatError,
+        match=r"must be one dictionary, got a folder of 5: attn_out_layer0/10_24, .*--select '\*'",
     ):
         convert(ConvertConfig(source=release, out=tmp_path / "out"))
     made = convert_all(ConvertConfig(source=release, out=tmp_path / "out", select="mlp_out_*"))
@@ -328,21 +354,27 @@ def test_a_releases_tree_is_named_and_read_as_a_whole(release: Path, tmp_path: P
     assert made["mlp_out_layer0/1_64"].fingerprint != made["mlp_out_layer0/10_24"].fingerprint
     last = convert(ConvertConfig(source=release, out=tmp_path / "all", select="*"))
     assert last.extra["origin"]["hookpoint"] == "resid_post.1"
-    (kept,) = convert_all(ConvertConfig(source=release, out=tmp_path / "kept", select="embed/*/checkpoints/*"))
+    (kept,) = convert_all(
+        ConvertConfig(source=release, out=tmp_path / "kept", select="embed/*/checkpoints/*")
+    )
     assert kept == "embed/10_24/checkpoints/ae_1000.pt"
     assert (tmp_path / "kept" / "embed" / "10_24" / "checkpoints" / "ae_1000" / "meta.json").is_file()
 
 
 def test_a_selection_has_to_make_sense(release: Path, tmp_path: Path) -> None:
     config = ConvertConfig(source=release, out=tmp_path / "out", select="resid_post*")
-    with pytest.raises(FormatError, match="must match a foreign .*, got 'resid_post\\*'. There are attn_out_"):
+    with pytest.raises(
+        FormatError, match=r"must match a foreign .*, got 'resid_post\*'. There are attn_out_"
+    ):
         convert(config)
-    with pytest.raises(ConfigError, match="hookpoint must be left out with select: .* got mlp_out.0. Drop it"):
+    with pytest.raises(
+        ConfigError, match=r"hookpoint must be left out with select: .* got mlp_out.0. Drop it"
+    ):
         convert(config.replace(model="m", hookpoint="mlp_out.0"))
-    with pytest.raises(ConfigError, match="select must be given to convert several .* got select None"):
+    with pytest.raises(ConfigError, match=r"select must be given to convert several .* got select None"):
         convert_all(config.replace(select=None))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FormatError, match="must match a foreign dictionary below .* There is none"):
+    with pytest.raises(FormatError, match=r"must match a foreign dictionary below .* There is none"):
         convert(config.replace(source=tmp_path / "empty"))
     assert not (tmp_path / "out").exists()
 
@@ -352,7 +384,13 @@ def test_trees_of_the_other_tools(tmp_path: Path) -> None:
     llama(tmp_path / "l" / "L0R-8x")
     openai(tmp_path / "o" / "autoencoders" / "0.pt", "ReLU")
     (tmp_path / "o" / "notes.pt").write_text("")
-    assert list(formats.find(tmp_path)) == ["g/layer_0/width_16k/average_l0_9", "l/L0R-8x", "o/autoencoders/0.pt"]
+    assert list(formats.find(tmp_path)) == [
+        "g/layer_0/width_16k/average_l0_9",
+        "l/L0R-8x",
+        "o/autoencoders/0.pt",
+    ]
     made = convert_all(ConvertConfig(source=tmp_path, out=tmp_path / "ours", select="*"))
-    assert [one.path.relative_to(tmp_path / "ours").as_posix() for one in made.values()][-1] == "o/autoencoders/0"
+    assert [one.path.relative_to(tmp_path / "ours").as_posix() for one in made.values()][
+        -1
+    ] == "o/autoencoders/0"
     assert list(formats.find(tmp_path)) == list(made), "what is ours is not another tool's"

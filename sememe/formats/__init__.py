@@ -16,7 +16,18 @@ from sememe.errors import FormatError, nearest
 from sememe.formats import dictionary_learning, gemma_scope, llama_scope, openai, sae_lens, sparsify
 from sememe.formats.base import Foreign
 
-__all__ = ["READERS", "SEMEME", "WRITERS", "Foreign", "detect", "files_of", "find", "is_foreign", "read", "write"]
+__all__ = [
+    "READERS",
+    "SEMEME",
+    "WRITERS",
+    "Foreign",
+    "detect",
+    "files_of",
+    "find",
+    "is_foreign",
+    "read",
+    "write",
+]
 
 SEMEME = "sememe"
 
@@ -70,7 +81,9 @@ def detect(path: str | Path) -> str:
     if len(found) == 1:
         return found[0]
     if found:
-        raise FormatError(f"{path} must hold a dictionary in one format", " and ".join(found), "Split the folder.")
+        raise FormatError(
+            f"{path} must hold a dictionary in one format", " and ".join(found), "Split the folder."
+        )
     below = find(path)
     if below:
         raise FormatError(
@@ -89,9 +102,9 @@ def detect(path: str | Path) -> str:
 def _formats_in(folder: Path) -> list[str]:
     """Formats whose weights lie in a folder; two tools call them by one name and differ in the config beside."""
     found = {name for weights, name in _WEIGHTS.items() if (folder / weights).is_file()}
-    if "sae_lens" in found and not (folder / sae_lens.CONFIG).is_file():
-        if (folder / llama_scope.CONFIG_2).is_file() or (folder / llama_scope.CONFIG).is_file():
-            found = (found - {"sae_lens"}) | {"llama_scope"}
+    openmoss = any((folder / config).is_file() for config in (llama_scope.CONFIG, llama_scope.CONFIG_2))
+    if "sae_lens" in found and openmoss and not (folder / sae_lens.CONFIG).is_file():
+        found = (found - {"sae_lens"}) | {"llama_scope"}
     return sorted(found)
 
 
@@ -143,7 +156,7 @@ def find(folder: str | Path, select: str = "*") -> dict[str, Path]:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_dir():
-            if path.is_symlink() or (path / "meta.json").is_file() or not _formats_in(path):
+            if path.is_symlink() or not _formats_in(path):
                 continue
         elif path.suffix != openai.SUFFIX or path.name == dictionary_learning.WEIGHTS:
             continue

@@ -128,9 +128,7 @@ def assemble(parts: Parts, path: Path) -> Dictionary:
     options: dict[str, Any] = {"kind": parts.kind, "d_sae": parts.d_sae, "skip": parts.W_skip is not None}
     if parts.kind in SELECTING:
         if parts.k is None or not 1 <= parts.k <= parts.d_sae:
-            raise FormatError(
-                f"k in {path} must be in [1, d_sae={parts.d_sae}]", parts.k, "Mend the file."
-            )
+            raise FormatError(f"k in {path} must be in [1, d_sae={parts.d_sae}]", parts.k, "Mend the file.")
         options["k"] = parts.k
     if parts.kind == "group_max" and parts.d_sae % (parts.k or 1):
         raise FormatError(
@@ -216,7 +214,7 @@ def parts_of(dictionary: Dictionary, format_name: str) -> Parts:
 
 
 def has_own_outputs(dictionary: Dictionary, parts: Parts) -> bool:
-    """Whether it is a transcoder: it writes elsewhere than it reads, or has a skip connection, which only those have."""
+    """Whether it is a transcoder: writes elsewhere than it reads, or has a skip connection, which only those have."""
     sites = dictionary.sites
     elsewhere = sites is not None and sites.inputs != sites.outputs
     return parts.d_in != parts.d_out or elsewhere or parts.W_skip is not None
@@ -232,4 +230,6 @@ def require_kinds(parts: Parts, kinds: tuple[str, ...], what: str, remedy: str) 
         remedy: What else to do with it.
     """
     if parts.kind not in kinds:
-        raise FormatError(f"a dictionary must be {' or '.join(kinds)} to be written as {what}", parts.kind, remedy)
+        raise FormatError(
+            f"a dictionary must be {' or '.join(kinds)} to be written as {what}", parts.kind, remedy
+        )

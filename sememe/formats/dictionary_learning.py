@@ -134,7 +134,9 @@ def _class_of(tensors: Mapping[str, Tensor], trainer: Mapping[str, Any], path: P
     match = re.search(r"(\w+)\W*$", str(stated)) if stated is not None else None
     said = match[1] if match else None
     fitting = [
-        name for name, keys in CLASSES.items() if keys <= set(tensors) <= keys | _OPTIONAL and _fits(name, tensors)
+        name
+        for name, keys in CLASSES.items()
+        if keys <= set(tensors) <= keys | _OPTIONAL and _fits(name, tensors)
     ]
     if not fitting:
         raise _no_class(tensors, weights)
@@ -171,7 +173,9 @@ def _no_class(tensors: Mapping[str, Tensor], path: Path) -> FormatError:
         else f"Fetch the file again: {', '.join(missing) or 'something'} is missing."
     )
     return FormatError(
-        f"{path} must hold the tensors of one of {', '.join(CLASSES)}", ", ".join(sorted(tensors)) or "none", hint
+        f"{path} must hold the tensors of one of {', '.join(CLASSES)}",
+        ", ".join(sorted(tensors)) or "none",
+        hint,
     )
 
 

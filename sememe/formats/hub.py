@@ -55,7 +55,9 @@ def parse(source: str | Path) -> Id:
     _check_inside(parts, text)
     if len(parts) < 2 or not all(re.fullmatch(r"[\w.-]+(@[\w.-]+)?", part) for part in parts[:2]):
         raise FormatError(
-            "an id must be hf://OWNER/REPO/FOLDER", text, "E.g. hf://google/gemma-scope-2b-pt-res/layer_20/..."
+            "an id must be hf://OWNER/REPO/FOLDER",
+            text,
+            "E.g. hf://google/gemma-scope-2b-pt-res/layer_20/...",
         )
     name, _, revision = parts[1].partition("@")
     return Id(f"{parts[0]}/{name}", "/".join(parts[2:]), revision or None)
@@ -131,7 +133,9 @@ def _files(place: Id, names: list[str]) -> list[str]:
     here = {name for name in weights if "/" not in name or name == "checkpoints/final.safetensors"}
     if here:
         flat = {name for name in below if "/" not in name}
-        whole = set(below) if "meta.json" in flat else flat | here  # one of ours is all that lies in its folder
+        whole = (
+            set(below) if "meta.json" in flat else flat | here
+        )  # one of ours is all that lies in its folder
         return [prefix + name for name in sorted(whole)]
     folders = sorted({_folder_of(prefix + name) for name in weights})
     if folders:
@@ -172,7 +176,9 @@ def _cached(place: Id) -> Path | None:
         if (path / PUBLISHED / "meta.json").is_file():
             path = path / PUBLISHED
         names = [path.name] if path.is_file() else [f.relative_to(path).as_posix() for f in path.rglob("*")]
-        own = [n for n in names if WEIGHTS.search(n) and ("/" not in n or n == "checkpoints/final.safetensors")]
+        own = [
+            n for n in names if WEIGHTS.search(n) and ("/" not in n or n == "checkpoints/final.safetensors")
+        ]
         if path.is_file() or own:
             return path
     return None

@@ -106,7 +106,9 @@ def _tensors(
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The tensors under the first release's names, the way they lie there; and the norms kept among them."""
     norms = {
-        name.removeprefix(f"{_NORM}."): float(tensor) for name, tensor in found.items() if name.startswith(_NORM)
+        name.removeprefix(f"{_NORM}."): float(tensor)
+        for name, tensor in found.items()
+        if name.startswith(_NORM)
     }
     tensors = {}
     for name, tensor in found.items():
@@ -124,7 +126,9 @@ def _tensors(
     if "log_threshold" in tensors:
         shapes["log_threshold"] = (d_sae,)
     require_tensors(tensors, shapes, path)
-    return {"decoder.bias": torch.zeros(d)} | {name: tensor.float() for name, tensor in tensors.items()}, norms
+    return {"decoder.bias": torch.zeros(d)} | {
+        name: tensor.float() for name, tensor in tensors.items()
+    }, norms
 
 
 def _scale(
@@ -140,7 +144,8 @@ def _scale(
             repr(how),
             "A norm per row or batch of what is written is not known when it is used.",
         )
-    stated = config.get(_NORM) or {}
+    stated = config.get(_NORM)
+    stated = stated if isinstance(stated, dict) else {}
     norm = stated.get(side, norms.get(place or "", 0.0))
     if not isinstance(norm, (int, float)) or not 0 < norm < float("inf"):
         raise FormatError(

@@ -60,6 +60,7 @@ def read(path: Path) -> Foreign:
             f"activation in {path} must be ReLU or TopK", repr(activation), "Such autoencoders are not read."
         )
     parts = _parts(tensors, path)
+    config: dict[str, Any] = {"activation": activation, "tied": tied}
     if activation == "ReLU":
         dictionary = assemble(parts, path)
     else:
@@ -70,10 +71,10 @@ def read(path: Path) -> Foreign:
                 f"postact_fn in {path} must be ReLU", repr(after), "Such autoencoders are not read."
             )
         k = state["k"] if isinstance(state.get("k"), Tensor) else take(state, "k", int, path)
+        config["k"] = int(k)
         dictionary = normed(parts._replace(kind="topk", k=int(k)), "layer", path)
     model, hookpoint = _place(path)
-    config = {"activation": activation, "tied": tied}
-    return Foreign(dictionary, model, hookpoint, config | ({} if parts.k is None else {"k": parts.k}))
+    return Foreign(dictionary, model, hookpoint, config)
 
 
 def _parts(tensors: dict[str, Tensor], path: Path) -> Parts:

@@ -125,7 +125,9 @@ def read(folder: Path) -> Foreign:
     if config.get("finetuning_scaling_factor"):
         if "scaling_factor" not in weights:
             raise FormatError(
-                f"{weights_path} must hold scaling_factor", ", ".join(sorted(tensors)), "Fetch the file again."
+                f"{weights_path} must hold scaling_factor",
+                ", ".join(sorted(tensors)),
+                "Fetch the file again.",
             )
         parts = parts._replace(W_dec=parts.W_dec * weights["scaling_factor"][:, None])
     dictionary = _normalised(parts, config, folder, own_outputs)
@@ -174,7 +176,7 @@ def _architecture(config: dict[str, Any], path: Path) -> tuple[str, str, int | N
 def _shapes(architecture: str, kind: str, d_in: int, d_sae: int, d_out: int) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), "b_dec": (d_out,)}
     if kind == "gated":
-        shapes |= {name: (d_sae,) for name in ("b_gate", "r_mag", "b_mag")}
+        shapes |= dict.fromkeys(("b_gate", "r_mag", "b_mag"), (d_sae,))
     else:
         shapes["b_enc"] = (d_sae,)
     if kind == "jumprelu":
@@ -285,7 +287,9 @@ def write(dictionary: Dictionary, folder: Path) -> None:
     kept = "Keep it in Sememe's own format."
     if own_outputs:
         kinds = ("relu", "jumprelu", "batch_topk", "matryoshka")
-        require_kinds(parts, kinds, "a transcoder of sae_lens", f"Write it as sparsify, or {kept[0].lower()}{kept[1:]}")
+        require_kinds(
+            parts, kinds, "a transcoder of sae_lens", f"Write it as sparsify, or {kept[0].lower()}{kept[1:]}"
+        )
     else:
         kinds = ("relu", "topk", "jumprelu", "batch_topk", "matryoshka", "gated")
         require_kinds(parts, kinds, "sae_lens", kept)

@@ -60,7 +60,9 @@ def read(folder: Path) -> Foreign:
     activation = config.get("activation", "topk")
     if activation not in _KINDS:
         raise FormatError(
-            f"activation in {path} must be topk or groupmax", repr(activation), nearest(str(activation), _KINDS)
+            f"activation in {path} must be topk or groupmax",
+            repr(activation),
+            nearest(str(activation), _KINDS),
         )
     kind = _KINDS[activation]
     if config.get("signed"):
