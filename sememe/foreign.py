@@ -236,7 +236,7 @@ def opens(*fields: str) -> Any:
             return data
         known = cls.model_fields.get("model")
         model = data.get("model", known.default if known is not None else None)
-        changed = {}
+        changed: dict[str, Path | tuple[Path, ...]] = {}
         for field in fields:
             value = data.get(field)
             if isinstance(value, (str, Path)):

@@ -197,7 +197,7 @@ def parts_of(dictionary: Dictionary, format_name: str) -> Parts:
         return tensor.detach().to("cpu", torch.float32).contiguous()
 
     names = ("W_enc", "b_enc", "b_pre", "W_dec", "b_dec")
-    parts = Parts(**{name: plain(getattr(folded, name)) for name in names}, kind=kind)
+    parts = Parts(*(plain(getattr(folded, name)) for name in names), kind=kind)
     if folded.config.skip:
         parts = parts._replace(W_skip=plain(folded.W_skip))
     if kind in SELECTING:

@@ -98,7 +98,9 @@ def _d_sae(config: dict[str, Any], path: Path) -> int:
     if config.get("d_sae") is not None:
         found: int = take(config, "d_sae", int, path)
         return found
-    return round(take(config, "d_model", int, path) * take(config, "expansion_factor", float, path))
+    width: int = take(config, "d_model", int, path)
+    factor: float = take(config, "expansion_factor", float, path)
+    return round(width * factor)
 
 
 def _tensors(

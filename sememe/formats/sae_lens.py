@@ -285,6 +285,7 @@ def write(dictionary: Dictionary, folder: Path) -> None:
     parts = parts_of(dictionary, "sae_lens")
     own_outputs = has_own_outputs(dictionary, parts)
     kept = "Keep it in Sememe's own format."
+    kinds: tuple[str, ...]
     if own_outputs:
         kinds = ("relu", "jumprelu", "batch_topk", "matryoshka")
         require_kinds(
