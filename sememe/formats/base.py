@@ -196,8 +196,14 @@ def parts_of(dictionary: Dictionary, format_name: str) -> Parts:
     def plain(tensor: Tensor) -> Tensor:
         return tensor.detach().to("cpu", torch.float32).contiguous()
 
-    names = ("W_enc", "b_enc", "b_pre", "W_dec", "b_dec")
-    parts = Parts(*(plain(getattr(folded, name)) for name in names), kind=kind)
+    parts = Parts(
+        plain(folded.W_enc),
+        plain(folded.b_enc),
+        plain(folded.b_pre),
+        plain(folded.W_dec),
+        plain(folded.b_dec),
+        kind,
+    )
     if folded.config.skip:
         parts = parts._replace(W_skip=plain(folded.W_skip))
     if kind in SELECTING:
