@@ -5,7 +5,7 @@
     encoded, metrics, kernels    sparse activations, what is measured on them, and how it is made fast
     dictionaries                 one file per architecture and baseline
     text, lm, store, toy, judge  documents, language models, activations on disk, data with a known answer, asking
-    formats, source              other tools' files; streams of activations
+    formats, foreign, source     other tools' files, and dictionaries brought in from them; streams of activations
     downstream                   one latent taken out at one position, and what follows run again
     harvest, train, fit, evaluate, compare, concepts, geometry, lens, interpret, explain, effects, prompt, intervene,
     trace, pretrain, convert, publish, report    the verbs: each is also `sememe VERB`, a config, a page, a test file

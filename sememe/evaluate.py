@@ -24,6 +24,7 @@ from sememe.dictionaries.base import Dictionary, Sites
 from sememe.dictionaries.part import Part
 from sememe.errors import ConfigError
 from sememe.figures import Report
+from sememe.foreign import opens
 from sememe.lm import LanguageModel
 from sememe.measure import (
     NULLS,
@@ -65,6 +66,8 @@ class EvaluateConfig(MeasureConfig):
     """Which dictionary, on what, against what."""
 
     not_identity: ClassVar[frozenset[str]] = MeasureConfig.not_identity | {"dictionary", "matched_in"}
+
+    _opens = opens("dictionary", "matched_in")
 
     dictionary: Path
     """The dictionary to measure."""

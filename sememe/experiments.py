@@ -22,6 +22,7 @@ from pydantic import Field
 from sememe import artifact, dictionaries, figures
 from sememe.config import Config
 from sememe.errors import HookpointError, MismatchError
+from sememe.foreign import opens
 from sememe.source import StoreSource
 from sememe.store import open_store
 from sememe.toy import (
@@ -78,6 +79,7 @@ class LikenessConfig(Config):
     """Which store a generator is fitted to, with which dictionary."""
 
     not_identity: ClassVar[frozenset[str]] = frozenset({"out", "store", "dictionary"})
+    _opens = opens("dictionary")
 
     store: Path
     """The store whose rows are imitated."""

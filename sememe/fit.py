@@ -27,6 +27,7 @@ from sememe.dictionaries.random_directions import RandomDirections, RandomDirect
 from sememe.dictionaries.rica import RICA, RICAConfig
 from sememe.dictionaries.sparse_coder import KSVDConfig, SparseCoderConfig, ksvd, sparse_coder_over
 from sememe.errors import ConfigError, HookpointError, MismatchError, ShapeError
+from sememe.foreign import opens
 from sememe.progress import track
 from sememe.source import Source, StoreSource, upcoming
 from sememe.store import Store, open_store
@@ -70,6 +71,7 @@ class FitConfig(Config):
     """What to fit, and to which rows."""
 
     not_identity: ClassVar[frozenset[str]] = frozenset({"store", "out", "over"})
+    _opens = opens("over")
 
     store: Path = Path("artifacts/store")
     """The store whose rows are read."""

@@ -22,7 +22,7 @@ LAYERS = [
     ["dictionaries"],
     ["text", "pairs", "toy", "formats", "sae_bench", "atlas", "graph", "lm", "optimiser"],
     ["store", "splice", "figures", "collect", "judge", "tuned", "labelled"],
-    ["capture", "join", "downstream", "edits"],
+    ["capture", "join", "downstream", "edits", "foreign"],
     ["source", "end_to_end", "measure", "continuations"],
     ["probes"],
     [

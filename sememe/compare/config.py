@@ -8,6 +8,7 @@ from typing import ClassVar, Self
 from pydantic import Field, model_validator
 
 from sememe.errors import ConfigError
+from sememe.foreign import opens
 from sememe.measure import MeasureConfig
 
 __all__ = ["CompareConfig"]
@@ -17,6 +18,8 @@ class CompareConfig(MeasureConfig):
     """Which dictionaries, on what, against what."""
 
     not_identity: ClassVar[frozenset[str]] = MeasureConfig.not_identity | {"dictionaries"}
+
+    _opens = opens("dictionaries")
 
     dictionaries: tuple[Path, ...]
     """Dictionaries, sweeps, or folders that hold such; at least two dictionaries in all."""

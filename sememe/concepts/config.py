@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from sememe.errors import ConfigError
+from sememe.foreign import opens
 from sememe.labelled import LabelledConfig
 from sememe.lm import ModelConfig
 from sememe.text import TokenPolicy
@@ -21,6 +22,8 @@ class ConceptsConfig(LabelledConfig):
     not_identity: ClassVar[frozenset[str]] = frozenset(
         {"out", "dictionary", "labelled", "corpus", "batch_rows"}
     )
+
+    _opens = opens("dictionary")
 
     dictionary: Path
     """The dictionary to ask."""

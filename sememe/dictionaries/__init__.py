@@ -42,6 +42,7 @@ from sememe.dictionaries.random_directions import RandomDirections
 from sememe.dictionaries.relu import ReLU, ReLUConfig
 from sememe.dictionaries.resampling import ResamplingConfig
 from sememe.dictionaries.rica import RICA
+from sememe.dictionaries.row_norm import RowNorm
 from sememe.dictionaries.sparse_coder import SparseCoder
 from sememe.dictionaries.tied import Tied, TiedConfig
 from sememe.dictionaries.topk import TopK, TopKConfig
@@ -114,6 +115,7 @@ REGISTRY: dict[str, type[Dictionary]] = {
     "pca": PCA,
     "random_directions": RandomDirections,
     "rica": RICA,
+    "row_norm": RowNorm,
     "sparse_coder": SparseCoder,
 }
 

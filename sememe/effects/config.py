@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from sememe.config import Config
 from sememe.errors import ConfigError
+from sememe.foreign import opens
 from sememe.lm import ModelConfig
 
 __all__ = ["EffectsConfig"]
@@ -20,6 +21,8 @@ class EffectsConfig(Config):
     not_identity: ClassVar[frozenset[str]] = frozenset(
         {"out", "atlas", "dictionary", "batch_rows", "snapshot_seconds"}
     )
+
+    _opens = opens("dictionary")
 
     out: Path = Path("artifacts/latent_effects")
     """The folder to make."""

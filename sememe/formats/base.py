@@ -1,43 +1,35 @@
-"""What the formats share: strict reading of files, checks of shapes, and the one map they all describe.
+"""What the formats share: the map they all describe, from weights to one of our dictionaries and back.
 
-Every format here stores `acts = f((x - b_pre) W_enc + b_enc)`, `recon = acts W_dec + b_dec`, where f is ReLU or
-ReLU and top-k; they differ in names, in which way a matrix lies, and in what b_pre is. Knows no format.
+Every format stores `acts = f((x - b_pre) W_enc + b_enc)`, `recon = acts W_dec + b_dec (+ x W_skip)`; they differ in
+names, in which way a matrix lies, in what b_pre is, and in which f they have. Knows no format.
 """
 
 from __future__ import annotations
 
-import json
-import pickle
-import re
-import warnings
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from sememe.dictionaries import TRAINABLE
 from sememe.dictionaries.base import Dictionary
-from sememe.dictionaries.relu import ReLU, ReLUConfig
-from sememe.dictionaries.topk import TopK, TopKConfig
-from sememe.errors import FormatError, nearest
+from sememe.dictionaries.gated import Gated
+from sememe.dictionaries.jumprelu import JumpReLU
+from sememe.dictionaries.linear import Linear
+from sememe.dictionaries.matryoshka import Matryoshka
+from sememe.dictionaries.row_norm import RowNorm
+from sememe.dictionaries.selection import BatchSelection
+from sememe.errors import FormatError
 
-__all__ = [
-    "Foreign",
-    "Parts",
-    "assemble",
-    "parts_of",
-    "read_json",
-    "read_pickle",
-    "read_safetensors",
-    "require_fields",
-    "require_tensors",
-    "take",
-    "translate",
-]
+__all__ = ["Foreign", "Parts", "assemble", "has_own_outputs", "normed", "parts_of", "require_kinds"]
+
+SELECTING = ("topk", "batch_topk", "matryoshka", "group_max", "abs_topk")
+"""Kinds that keep k latents."""
+SAME_MAP = {"multi_topk": "topk", "p_anneal": "relu", "tied": "relu"}
+"""Kinds that differ from another one in how they are trained only."""
+KINDS = ("relu", "jumprelu", "gated", *SELECTING)
 
 
 class Foreign(NamedTuple):
@@ -47,9 +39,11 @@ class Foreign(NamedTuple):
     model: str | None
     """The model's name as written there."""
     hookpoint: str | None
-    """The hookpoint in our words, where theirs has an equal."""
+    """The hookpoint in our words, where theirs has an equal; of a transcoder, what it reads."""
     config: dict[str, Any]
     """Their config, as it was."""
+    hookpoint_out: str | None = None
+    """What a transcoder writes, likewise; None for an autoencoder."""
 
 
 class Parts(NamedTuple):
@@ -60,212 +54,188 @@ class Parts(NamedTuple):
     b_pre: Float[Tensor, " d_in"]
     W_dec: Float[Tensor, "d_sae d_out"]
     b_dec: Float[Tensor, " d_out"]
-    k: int | None
-    """Latents kept per row; None for a plain ReLU."""
+    kind: str = "relu"
+    """Which f: one of KINDS. batch_topk and matryoshka, as they are used: everything above the threshold."""
+    k: int | None = None
+    """Latents kept per row, of kinds that keep a number."""
+    threshold: Float[Tensor, " d_sae"] | None = None
+    """What a pre-activation has to exceed, >= 0, of jumprelu, batch_topk and matryoshka; one for all of the latter."""
+    r_mag: Float[Tensor, " d_sae"] | None = None
+    """Of gated: logarithm of the magnitudes' scale."""
+    b_mag: Float[Tensor, " d_sae"] | None = None
+    """Of gated: the magnitudes' bias; b_enc is the gates'."""
+    W_skip: Float[Tensor, "d_in d_out"] | None = None
+    """A linear map of the input that is added to the reconstruction."""
+    ends: tuple[int, ...] = ()
+    """Of matryoshka: one past each nested dictionary's last latent."""
 
-    def bias_without_centre(self) -> Float[Tensor, " d_sae"]:
-        """The encoder bias of the same map when nothing is subtracted from the input."""
-        return (self.b_enc.double() - self.b_pre.double() @ self.W_enc.double()).float()
+    @property
+    def d_in(self) -> int:
+        """Width of the input."""
+        return self.W_enc.shape[0]
 
-    def bias_with_centre(self) -> Float[Tensor, " d_sae"]:
-        """The encoder bias of the same map when b_dec is subtracted from the input."""
-        if torch.equal(self.b_pre, self.b_dec):
-            return self.b_enc
-        shift = (self.b_dec.double() - self.b_pre.double()) @ self.W_enc.double()
-        return (self.b_enc.double() + shift).float()
+    @property
+    def d_out(self) -> int:
+        """Width of the output."""
+        return self.W_dec.shape[1]
 
+    @property
+    def d_sae(self) -> int:
+        """Number of latents."""
+        return self.W_enc.shape[1]
 
-# -- files -----------------------------------------------------------------------------------------
+    def without_centre(self) -> Parts:
+        """The same map when nothing is subtracted from the input."""
+        return self.about(torch.zeros_like(self.b_pre))
 
+    def with_centre(self) -> Parts:
+        """The same map when b_dec is subtracted from the input. Needs inputs as wide as outputs."""
+        return self.about(self.b_dec)
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+    def about(self, centre: Float[Tensor, " d_in"]) -> Parts:
+        """The same map about another centre: what it changes in pre-activations goes into the biases, in float64."""
+        if torch.equal(self.b_pre, centre):
+            return self
+        shift = (centre.double() - self.b_pre.double()) @ self.W_enc.double()
+        b_mag = self.b_mag
+        if b_mag is not None and self.r_mag is not None:
+            b_mag = (b_mag.double() + shift * self.r_mag.double().exp()).float()
+        return self._replace(b_pre=centre, b_enc=(self.b_enc.double() + shift).float(), b_mag=b_mag)
 
-    Raises:
-        FormatError: the file is missing or is not a JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FormatError(
-            f"{path.parent} must hold {path.name}", "no such file", "Name the whole folder."
-        ) from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise FormatError(
-            f"{path} must be JSON", error, "Fetch the file again; it may be truncated."
-        ) from None
-    if not isinstance(value, dict):
-        raise FormatError(f"{path} must be a JSON object", type(value).__name__, "Fetch the file again.")
-    return value
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Named tensors.
-
-    Raises:
-        FormatError: the file is missing, truncated, or not safetensors.
-    """
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except FileNotFoundError:
-        raise FormatError(
-            f"{path.parent} must hold {path.name}", "no such file", "Name the whole folder."
-        ) from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise FormatError(
-            f"{path} must be a whole safetensors file", str(error).splitlines()[0], "Fetch the file again."
-        ) from None
-    return tensors
-
-
-def read_pickle(path: Path) -> dict[str, Tensor]:
-    """Named tensors from a PyTorch file, without running anything in it.
-
-    Raises:
-        FormatError: the file is missing, truncated, holds code, or holds something other than tensors.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old files hold storages that PyTorch warns about
-            value = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise FormatError(
-            f"{path.parent} must hold {path.name}", "no such file", "Name the whole folder."
-        ) from None
-    except pickle.UnpicklingError as error:
-        match = re.search(r"(?:GLOBAL|global|function|class) [`'\"]?([\w.]+)", str(error))
-        found = f"a pickle that asks for {match[1]}" if match else "a pickle that cannot be read safely"
-        raise FormatError(
-            f"{path} must hold tensors and no code", found, "Ask its author for a file of plain tensors."
-        ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, OSError) as error:
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise FormatError(f"{path} must be a whole PyTorch file", text, "Fetch the file again.") from None
-    if not isinstance(value, dict) or not all(isinstance(t, Tensor) for t in value.values()):
-        raise FormatError(
-            f"{path} must hold named tensors", type(value).__name__, "Save the module's state_dict()."
+    def latents_scaled(self, factor: Float[Tensor, " d_sae"] | float) -> Parts:
+        """The same reconstructions with activations that are `factor` times as large."""
+        scale = torch.as_tensor(factor, dtype=torch.float32)
+        return self._replace(
+            W_enc=self.W_enc * scale,
+            b_enc=self.b_enc * scale,
+            W_dec=self.W_dec / scale[..., None],
+            threshold=None if self.threshold is None else self.threshold * scale,
+            b_mag=None if self.b_mag is None else self.b_mag * scale,
         )
-    return {str(name): tensor for name, tensor in value.items()}
-
-
-# -- checks ----------------------------------------------------------------------------------------
-
-
-def require_fields(found: Iterable[str], known: Iterable[str], path: Path) -> None:
-    """Refuse fields that this version does not know: they may change what the weights mean.
-
-    Raises:
-        FormatError: a field is unknown.
-    """
-    known = sorted(known)
-    for name in found:
-        if name not in known:
-            raise FormatError(f"{path} must hold known fields only", repr(name), nearest(name, known))
-
-
-def take(config: Mapping[str, Any], name: str, kind: type, path: Path) -> Any:
-    """A field of a config that must be there and of a type.
-
-    Raises:
-        FormatError: it is missing or of another type.
-    """
-    if name not in config:
-        raise FormatError(
-            f"{path} must hold {name}", "no such field", "Fetch the file again, or name another folder."
-        )
-    value = config[name]
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise FormatError(f"{name} in {path} must be of type {kind.__name__}", repr(value), "Mend the file.")
-    return value
-
-
-def require_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
-    """Exactly these tensors, of these shapes, without NaN or infinity.
-
-    Raises:
-        FormatError: one is missing, unknown, transposed, of another shape, or not finite.
-    """
-    for name in shapes:
-        if name not in tensors:
-            raise FormatError(
-                f"{path} must hold the tensor {name}", ", ".join(sorted(tensors)), "Fetch the file again."
-            )
-    for name in tensors:
-        if name not in shapes:
-            raise FormatError(
-                f"{path} must hold known tensors only", repr(name), nearest(name, sorted(shapes))
-            )
-    for name, expected in shapes.items():
-        found = tuple(tensors[name].shape)
-        if found != expected:
-            turned = len(found) == 2 and found == expected[::-1]
-            raise FormatError(
-                f"{name} in {path} must have shape {expected}",
-                f"{found}{', its transpose' if turned else ''}",
-                "Transpose it, or correct the config beside it."
-                if turned
-                else "Correct the config beside it.",
-            )
-        if not bool(torch.isfinite(tensors[name]).all()):
-            raise FormatError(
-                f"{name} in {path} must be finite", "NaN or infinity", "Fetch or train it again."
-            )
-
-
-# -- the map ---------------------------------------------------------------------------------------
 
 
 def assemble(parts: Parts, path: Path) -> Dictionary:
     """Our dictionary with these weights, in eval mode.
 
+    Args:
+        parts: The weights.
+        path: The file to name in errors.
+
     Raises:
-        FormatError: k is out of range.
+        FormatError: k or the nested dictionaries do not fit the number of latents.
     """
-    d_in, d_sae = parts.W_enc.shape
-    d_out = parts.W_dec.shape[1]
-    dictionary: TopK | ReLU
-    if parts.k is None:
-        dictionary = ReLU(ReLUConfig(d_sae=d_sae), d_in, d_out, d_sae)
-    elif 1 <= parts.k <= d_sae:
-        dictionary = TopK(TopKConfig(k=parts.k, d_sae=d_sae), d_in, d_out, d_sae)
-    else:
-        raise FormatError(f"k in {path} must be in [1, d_sae={d_sae}]", parts.k, "Mend the file.")
+    assert parts.kind in KINDS, parts.kind
+    options: dict[str, Any] = {"kind": parts.kind, "d_sae": parts.d_sae, "skip": parts.W_skip is not None}
+    if parts.kind in SELECTING:
+        if parts.k is None or not 1 <= parts.k <= parts.d_sae:
+            raise FormatError(f"k in {path} must be in [1, d_sae={parts.d_sae}]", parts.k, "Mend the file.")
+        options["k"] = parts.k
+    if parts.kind == "group_max" and parts.d_sae % (parts.k or 1):
+        raise FormatError(
+            f"k in {path} must divide d_sae={parts.d_sae} into equal groups", parts.k, "Mend the file."
+        )
+    if parts.kind == "matryoshka":
+        ends = parts.ends
+        if not ends or ends[-1] != parts.d_sae or list(ends) != sorted(set(ends)) or ends[0] < 1:
+            raise FormatError(
+                f"the nested dictionaries in {path} must end at rising latents, the last at {parts.d_sae}",
+                ", ".join(map(str, ends)) or "none",
+                "Mend the file.",
+            )
+        options["prefixes"] = tuple(end / parts.d_sae for end in ends)
+    made = TRAINABLE[parts.kind].rebuild(options, parts.d_in, parts.d_out, parts.d_sae, None)
+    assert isinstance(made, Linear)
     with torch.no_grad():
         for name in ("W_enc", "b_enc", "b_pre", "W_dec", "b_dec"):
-            getattr(dictionary, name).copy_(getattr(parts, name))
-    return dictionary.eval()
+            getattr(made, name).copy_(getattr(parts, name))
+        if parts.W_skip is not None:
+            made.W_skip.copy_(parts.W_skip)
+        if isinstance(made, Gated):
+            assert parts.r_mag is not None and parts.b_mag is not None
+            made.r_mag.copy_(parts.r_mag)
+            made.b_mag.copy_(parts.b_mag)
+        if isinstance(made, JumpReLU):
+            assert parts.threshold is not None
+            made.relative_threshold.copy_(parts.threshold.clamp_min(0))
+        if isinstance(made, BatchSelection):
+            assert parts.threshold is not None
+            made.threshold.copy_(parts.threshold[0].clamp_min(0))
+    return made.eval()
+
+
+def normed(parts: Parts, norm: str, path: Path) -> Dictionary:
+    """Our dictionary with these weights for rows that are normalised one by one.
+
+    Raises:
+        FormatError: as `assemble`, or widths differ.
+    """
+    if parts.d_in != parts.d_out:
+        raise FormatError(
+            f"a dictionary of normalised rows in {path} must write where it reads",
+            f"{parts.d_in} to {parts.d_out}",
+            "A transcoder's outputs have no norm of their inputs.",
+        )
+    return RowNorm.around(assemble(parts, path), norm).eval()
 
 
 def parts_of(dictionary: Dictionary, format_name: str) -> Parts:
     """The weights of one of our dictionaries, folded.
 
     Raises:
-        FormatError: the format has no place for this architecture.
+        FormatError: it is not of the family that the formats describe.
     """
     folded = dictionary.fold()
-    if not isinstance(folded, (TopK, ReLU)):
+    kind = SAME_MAP.get(folded.kind, folded.kind)
+    if kind not in KINDS or not isinstance(folded, Linear):
         raise FormatError(
-            f"a dictionary must be topk or relu to be written as {format_name}",
+            f"a dictionary must be one of {', '.join(sorted((*KINDS, *SAME_MAP)))} to be written as {format_name}",
             folded.kind,
             "Keep it in Sememe's own format.",
         )
+
+    def plain(tensor: Tensor) -> Tensor:
+        return tensor.detach().to("cpu", torch.float32).contiguous()
+
+    parts = Parts(
+        plain(folded.W_enc),
+        plain(folded.b_enc),
+        plain(folded.b_pre),
+        plain(folded.W_dec),
+        plain(folded.b_dec),
+        kind,
+    )
     if folded.config.skip:
+        parts = parts._replace(W_skip=plain(folded.W_skip))
+    if kind in SELECTING:
+        parts = parts._replace(k=folded.config.k_in_use())
+    if isinstance(folded, Gated):
+        parts = parts._replace(r_mag=plain(folded.r_mag), b_mag=plain(folded.b_mag))
+    if isinstance(folded, JumpReLU):
+        parts = parts._replace(threshold=plain(folded.threshold))
+    if isinstance(folded, BatchSelection):
+        parts = parts._replace(threshold=plain(folded.threshold.expand(folded.d_sae)))
+    if isinstance(folded, Matryoshka):
+        parts = parts._replace(ends=folded.ends)
+    return parts
+
+
+def has_own_outputs(dictionary: Dictionary, parts: Parts) -> bool:
+    """Whether it is a transcoder: writes elsewhere than it reads, or has a skip connection, which only those have."""
+    sites = dictionary.sites
+    elsewhere = sites is not None and sites.inputs != sites.outputs
+    return parts.d_in != parts.d_out or elsewhere or parts.W_skip is not None
+
+
+def require_kinds(parts: Parts, kinds: tuple[str, ...], what: str, remedy: str) -> None:
+    """Raise a FormatError unless a dictionary is of a kind that can be written.
+
+    Args:
+        parts: Its weights.
+        kinds: The kinds.
+        what: What it is to be written as.
+        remedy: What else to do with it.
+    """
+    if parts.kind not in kinds:
         raise FormatError(
-            f"a dictionary must have no skip connection to be written as {format_name}",
-            "one with W_skip",
-            "Keep it in Sememe's own format.",
+            f"a dictionary must be {' or '.join(kinds)} to be written as {what}", parts.kind, remedy
         )
-    tensors = {
-        name: getattr(folded, name).detach().to("cpu", torch.float32).contiguous()
-        for name in ("W_enc", "b_enc", "b_pre", "W_dec", "b_dec")
-    }
-    return Parts(**tensors, k=folded.config.k if isinstance(folded, TopK) else None)
-
-
-def translate(name: str | None, patterns: Mapping[str, str]) -> str | None:
-    """A hookpoint's name by a table of `regular expression -> template`, or None if none matches."""
-    for pattern, template in patterns.items():
-        match = re.fullmatch(pattern, name or "")
-        if match:
-            return template.format(*match.groups())
-    return None

@@ -1,7 +1,10 @@
 """sparsify folders: `cfg.json` and `sae.safetensors`, named after the hookpoint.
 
-    encoder.weight (d_sae, d_in)   encoder.bias (d_sae)   W_dec (d_sae, d_in)   b_dec (d_in)
-    acts = top_k(relu((x - b_dec) encoder.weight^T + encoder.bias)),  recon = acts W_dec + b_dec
+    encoder.weight (d_sae, d_in)   encoder.bias (d_sae)   W_dec (d_sae, d_in)   b_dec (d_in)   W_skip (d_in, d_in)
+    acts = f((x - b_dec) encoder.weight^T + encoder.bias),  recon = acts W_dec + b_dec (+ x W_skip^T)
+
+    activation topk       f = ReLU of the k largest; with `signed` (old versions) the k furthest from 0
+    activation groupmax   f = ReLU of the largest of each of k runs of d_sae / k latents
     with `transcode`, nothing is subtracted from x
 
 Knows nothing about the other formats.
@@ -16,36 +19,32 @@ from safetensors.torch import save_file
 
 from sememe.artifact import write_json
 from sememe.dictionaries.base import Dictionary
-from sememe.errors import FormatError
-from sememe.formats.base import (
-    Foreign,
-    Parts,
-    assemble,
-    parts_of,
+from sememe.errors import FormatError, nearest
+from sememe.formats.base import Foreign, Parts, assemble, has_own_outputs, parts_of, require_kinds
+from sememe.formats.files import (
     read_json,
     read_safetensors,
     require_fields,
+    require_plain,
     require_tensors,
     take,
-    translate,
 )
+from sememe.formats.names import from_module
 
 __all__ = ["CONFIG", "WEIGHTS", "read", "write"]
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 
 _KNOWN = {
-    "activation", "d_in", "expansion_factor", "k", "multi_topk", "normalize_decoder", "num_latents", "signed",
-    "skip_connection", "transcode",
+    "activation", "d_in", "embed_skip", "expansion_factor", "gram_lookup", "gram_table_hash", "k",
+    "lookup_max_order", "multi_topk", "normalize_decoder", "num_latents", "signed", "skip_connection", "transcode",
 }  # fmt: skip
-# options under which the map is not the one above, and the value that leaves it as it is
-_PLAIN = {"activation": "topk", "signed": False, "skip_connection": False}
-
-_FROM_THEIRS = {
-    r"(?:.*\.)?(?:layers|h|blocks)\.(\d+)": "resid_post.{0}",
-    r"(?:.*\.)?(?:layers|h|blocks)\.(\d+)\.mlp": "mlp_out.{0}",
-    r"(?:.*\.)?(?:layers|h|blocks)\.(\d+)\.(?:attention|self_attn|attn)": "attn_out.{0}",
+_PLAIN = {"embed_skip": False, "gram_lookup": False}
+_WHY_NOT = {
+    "embed_skip": "It adds a map of the embeddings, which a dictionary of one place does not see.",
+    "gram_lookup": "It subtracts a mean per n-gram of tokens, which a dictionary of activations does not see.",
 }
+_KINDS = {"topk": "topk", "groupmax": "group_max"}
 
 
 def read(folder: Path) -> Foreign:
@@ -57,11 +56,18 @@ def read(folder: Path) -> Foreign:
     path = folder / CONFIG
     config = read_json(path)
     require_fields(config, _KNOWN, path)
-    for name, plain in _PLAIN.items():
-        if config.get(name, plain) != plain:
-            raise FormatError(
-                f"{name} in {path} must be {plain}", config[name], "Such coders are not read yet."
-            )
+    require_plain(config, _PLAIN, path, _WHY_NOT)
+    activation = config.get("activation", "topk")
+    if activation not in _KINDS:
+        raise FormatError(
+            f"activation in {path} must be topk or groupmax",
+            repr(activation),
+            nearest(str(activation), _KINDS),
+        )
+    kind = _KINDS[activation]
+    if config.get("signed"):
+        require_plain(config, {"activation": "topk", "transcode": False}, path)
+        kind = "abs_topk"
     d_in, k = take(config, "d_in", int, path), take(config, "k", int, path)
     d_sae = config.get("num_latents") or d_in * take(config, "expansion_factor", int, path)
     tensors = read_safetensors(folder / WEIGHTS)
@@ -71,47 +77,65 @@ def read(folder: Path) -> Foreign:
         "W_dec": (d_sae, d_in),
         "b_dec": (d_in,),
     }
+    if config.get("skip_connection"):
+        shapes["W_skip"] = (d_in, d_in)
     require_tensors(tensors, shapes, folder / WEIGHTS)
     weights = {name: tensor.float() for name, tensor in tensors.items()}
-    b_pre = torch.zeros(d_in) if config.get("transcode") else weights["b_dec"]
+    transcodes = bool(config.get("transcode"))
     parts = Parts(
-        weights["encoder.weight"].T, weights["encoder.bias"], b_pre, weights["W_dec"], weights["b_dec"], k
+        weights["encoder.weight"].T,
+        weights["encoder.bias"],
+        torch.zeros(d_in) if transcodes else weights["b_dec"],
+        weights["W_dec"],
+        weights["b_dec"],
+        kind,
+        k,
+        W_skip=weights["W_skip"].T if "W_skip" in weights else None,
     )
-    hookpoint = None if config.get("transcode") else translate(folder.name, _FROM_THEIRS)
-    return Foreign(assemble(parts, path), None, hookpoint, config)
+    return Foreign(
+        assemble(parts, path),
+        None,
+        from_module(folder.name, reads=transcodes),
+        config,
+        from_module(folder.name) if transcodes else None,
+    )
 
 
 def write(dictionary: Dictionary, folder: Path) -> None:
-    """Write a TopK dictionary as sparsify does; a transcoder too, if it is as wide on both sides.
+    """Write a TopK or GroupMax dictionary as sparsify does; a transcoder too, if it is as wide on both sides.
 
     Raises:
-        FormatError: it is not TopK, or its input and output differ in width.
+        FormatError: it is of another kind, or its input and output differ in width.
     """
     parts = parts_of(dictionary, "sparsify")
-    d_in, d_sae = parts.W_enc.shape
-    if parts.k is None or parts.W_dec.shape[1] != d_in:
+    otherwise = "Write it as sae_lens or dictionary_learning, or keep it in Sememe's own format."
+    require_kinds(parts, ("topk", "group_max"), "sparsify", otherwise)
+    if parts.d_out != parts.d_in:
         raise FormatError(
-            "a dictionary must be topk, with d_in = d_out, to be written as sparsify",
-            f"{dictionary.kind} from {d_in} to {parts.W_dec.shape[1]}",
-            "Write it as sae_lens or dictionary_learning, or keep it in Sememe's own format.",
+            "a dictionary must have d_in = d_out to be written as sparsify",
+            f"{dictionary.kind} from {parts.d_in} to {parts.d_out}",
+            "Keep it in Sememe's own format.",
         )
-    transcode = bool(dictionary.sites and dictionary.sites.inputs != dictionary.sites.outputs)
+    transcodes = has_own_outputs(dictionary, parts)
+    parts = parts.without_centre() if transcodes else parts.with_centre()
     tensors = {
-        "encoder.weight": parts.W_enc.T.contiguous(),
-        "encoder.bias": (parts.bias_without_centre() if transcode else parts.bias_with_centre()).contiguous(),
+        "encoder.weight": parts.W_enc.T,
+        "encoder.bias": parts.b_enc,
         "W_dec": parts.W_dec,
         "b_dec": parts.b_dec,
     }
+    if parts.W_skip is not None:
+        tensors["W_skip"] = parts.W_skip.T
     config = {
-        "activation": "topk",
-        "expansion_factor": d_sae // d_in,
+        "activation": "groupmax" if parts.kind == "group_max" else "topk",
+        "expansion_factor": parts.d_sae // parts.d_in,
         "normalize_decoder": True,
-        "num_latents": d_sae,
+        "num_latents": parts.d_sae,
         "k": parts.k,
         "multi_topk": False,
-        "skip_connection": False,
-        "transcode": transcode,
-        "d_in": d_in,
+        "skip_connection": parts.W_skip is not None,
+        "transcode": transcodes,
+        "d_in": parts.d_in,
     }
-    save_file(tensors, folder / WEIGHTS)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
     write_json(folder / CONFIG, config)

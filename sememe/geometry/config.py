@@ -8,6 +8,7 @@ from typing import ClassVar, Self
 from pydantic import Field, model_validator
 
 from sememe.config import Config
+from sememe.foreign import opens
 from sememe.lm import ModelConfig
 
 __all__ = ["GeometryConfig"]
@@ -17,6 +18,8 @@ class GeometryConfig(Config):
     """Which dictionaries, and what else is at hand."""
 
     not_identity: ClassVar[frozenset[str]] = frozenset({"dictionaries", "out", "store", "probe"})
+
+    _opens = opens("dictionaries")
 
     dictionaries: tuple[Path, ...]
     """Dictionaries, sweeps, or folders that hold such; one or more."""

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from sememe.atlas import RANDOMISED
 from sememe.config import Config
 from sememe.errors import ConfigError, nearest
+from sememe.foreign import opens
 from sememe.lm import ModelConfig
 from sememe.measure.config import NULLS
 from sememe.options import changed
@@ -26,6 +27,8 @@ class InterpretConfig(Config):
     not_identity: ClassVar[frozenset[str]] = frozenset(
         {"out", "dictionaries", "against", "store", "lens", "nulls", "batch_rows", "snapshot_seconds"}
     )
+
+    _opens = opens("dictionaries", "against")
 
     out: Path = Path("artifacts/atlas")
     """The folder to make; of several dictionaries, the folder that holds an atlas of each."""

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from sememe.config import Config
 from sememe.errors import ConfigError
+from sememe.foreign import opens
 from sememe.lm import ModelConfig
 from sememe.text import TextConfig
 
@@ -20,6 +21,8 @@ class InterveneConfig(Config):
     """Which latents to ablate and to steer with, on what text."""
 
     not_identity: ClassVar[frozenset[str]] = frozenset({"out", "dictionary", "batch_rows"})
+
+    _opens = opens("dictionary")
 
     out: Path = Path("artifacts/effects")
     """The folder to make."""

@@ -46,7 +46,7 @@ def sites_of(dictionary: Dictionary, path: Path, *, several: bool = False) -> Si
         raise MismatchError(
             f"the dictionary {path} must know its model and hookpoint",
             "none (it was trained on bare tensors)",
-            "Train it from a store, or measure it with sememe.metrics.",
+            "Train it from a store; of another tool's, name the model (--model); or measure it with sememe.metrics.",
         )
     sites = (*dictionary.sites.inputs, *dictionary.sites.outputs)
     if len({site.model_fingerprint for site in sites}) > 1:

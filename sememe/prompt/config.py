@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from sememe.config import Config
 from sememe.errors import ConfigError
+from sememe.foreign import opens
 from sememe.lm import ModelConfig
 
 __all__ = ["PromptConfig"]
@@ -15,6 +16,8 @@ __all__ = ["PromptConfig"]
 
 class PromptConfig(Config):
     """Which text, which dictionary, and how much is shown."""
+
+    _opens = opens("dictionary")
 
     prompt: str
     """The text."""

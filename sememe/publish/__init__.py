@@ -22,6 +22,7 @@ from sememe.atlas import open_atlas
 from sememe.config import Config
 from sememe.errors import ConfigError, CorruptError, MismatchError, ResourceError, nearest
 from sememe.figures.tables import MEANINGS, markdown_table
+from sememe.foreign import opens
 from sememe.publish import private, several
 
 __all__ = ["LICENCES", "Publication", "PublishConfig", "PublishedFile", "publish"]
@@ -51,6 +52,8 @@ class PublishConfig(Config):
     not_identity: ClassVar[frozenset[str]] = frozenset(
         {"dictionary", "report", "atlas", "out", "repo", "private", "dry_run", "licence_file"}
     )
+
+    _opens = opens("dictionary")
 
     dictionary: Path = Path("artifacts/dictionary")
     """The dictionary's folder; or a sweep's, or one that holds several, for a release of all of them."""

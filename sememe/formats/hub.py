@@ -1,0 +1,205 @@
+"""Dictionaries on the Hugging Face hub, by id: `hf://OWNER/REPO/FOLDER`, fetched into the hub client's own cache.
+
+Knows ids, names of files and the client; what a fetched folder is, the formats find out. Nothing is fetched but what
+an id names, and what is there already is used without asking the network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from sememe.errors import FormatError, nearest
+
+__all__ = ["Id", "fetch", "is_id", "parse"]
+
+SCHEME = re.compile(r"^hf:/{1,2}")  # a path keeps one slash of two
+WEIGHTS = re.compile(
+    r"(?:^|/)(?:ae\.pt|sae_weights\.safetensors|sae\.safetensors|params\.(?:npz|safetensors)|meta\.json"
+    r"|checkpoints/final\.safetensors|autoencoders/\d+\.pt)$"
+)
+"""What a dictionary is known by among a repository's files."""
+PUBLISHED = "dictionary"
+"""Where a release of ours has its dictionary."""
+N_NAMED = 6
+
+
+class Id(NamedTuple):
+    """A place on the hub."""
+
+    repo: str
+    folder: str
+    """Inside the repository, "" for the whole of it."""
+    revision: str | None
+
+    def __str__(self) -> str:
+        at = f"@{self.revision}" if self.revision else ""
+        return f"hf://{self.repo}{at}{'/' + self.folder if self.folder else ''}"
+
+
+def is_id(source: str | Path) -> bool:
+    """Whether something names a place on the hub, not on disk."""
+    return SCHEME.match(str(source)) is not None
+
+
+def parse(source: str | Path) -> Id:
+    """An id's parts: `hf://OWNER/REPO[@REVISION][/FOLDER]`.
+
+    Raises:
+        FormatError: it names no repository, or its folder would lie outside.
+    """
+    text = str(source)
+    parts = SCHEME.sub("", text).strip("/").split("/")
+    _check_inside(parts, text)
+    if len(parts) < 2 or not all(re.fullmatch(r"[\w.-]+(@[\w.-]+)?", part) for part in parts[:2]):
+        raise FormatError(
+            "an id must be hf://OWNER/REPO/FOLDER",
+            text,
+            "E.g. hf://google/gemma-scope-2b-pt-res/layer_20/...",
+        )
+    name, _, revision = parts[1].partition("@")
+    return Id(f"{parts[0]}/{name}", "/".join(parts[2:]), revision or None)
+
+
+def _check_inside(parts: list[str], text: str) -> None:
+    if ".." in parts or any("\\" in part or "\0" in part for part in parts):
+        raise FormatError("an id must stay inside its repository", text, "Name the folder without ..")
+
+
+def fetch(source: str | Path) -> Path:
+    """The folder on disk of an id's dictionary, downloaded if it is not there.
+
+    Raises:
+        FormatError: the id is malformed, there is no such repository or dictionary in it, or it is not in the cache
+            and the hub cannot be reached.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    place = parse(source)
+    there = _cached(place)
+    if there is not None:
+        return there
+    wanted: dict[str, Any] = {"revision": place.revision}
+    try:
+        names = huggingface_hub.HfApi().list_repo_files(place.repo, revision=place.revision)
+        place = _published(place, set(names))
+        files = _files(place, names)
+        base = huggingface_hub.snapshot_download(place.repo, allow_patterns=files, **wanted)
+    except GatedRepoError as error:
+        raise FormatError(
+            f"{place.repo} must be open to you on the hub",
+            "a gated repository",
+            f"Accept its terms at https://huggingface.co/{place.repo} and log in with `hf auth login`.",
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise FormatError(
+            f"{place.repo} must be a repository on the hub",
+            "no such repository",
+            f"Check its name. {_known(place)}",
+        ) from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise FormatError(
+            f"{place} must be in the local cache, or the hub must be reachable",
+            text,
+            f"Check the network. {_known(place)}",
+        ) from error
+    return _inside(Path(base), place)
+
+
+def _published(place: Id, names: set[str]) -> Id:
+    """The dictionary in a release of ours, whose folder has the report and the atlas, too."""
+    inside = f"{place.folder}/{PUBLISHED}" if place.folder else PUBLISHED
+    return place._replace(folder=inside) if f"{inside}/meta.json" in names else place
+
+
+def _files(place: Id, names: list[str]) -> list[str]:
+    """Which of a repository's files the dictionary at a place is made of."""
+    safe = [name for name in names if ".." not in PurePosixPath(name).parts and not name.startswith("/")]
+    if place.folder in safe:  # a file: what lies beside it goes with it
+        folder = str(PurePosixPath(place.folder).parent)
+        return [place.folder, *(name for name in safe if name == f"{folder}/config.json")]
+    prefix = f"{place.folder}/" if place.folder else ""
+    below = [name.removeprefix(prefix) for name in safe if name.startswith(prefix)]
+    weights = {name for name in below if WEIGHTS.search(name)}
+    here = {name for name in weights if "/" not in name or name == "checkpoints/final.safetensors"}
+    if here:
+        flat = {name for name in below if "/" not in name}
+        whole = (
+            set(below) if "meta.json" in flat else flat | here
+        )  # one of ours is all that lies in its folder
+        return [prefix + name for name in sorted(whole)]
+    folders = sorted({_folder_of(prefix + name) for name in weights})
+    if folders:
+        raise FormatError(
+            f"{place} must be one dictionary",
+            f"{len(folders)} below it: {', '.join(folders[:N_NAMED])}{', ...' if len(folders) > N_NAMED else ''}",
+            "Name one of them.",
+        )
+    known = sorted({_folder_of(name) for name in safe if WEIGHTS.search(name)})
+    raise FormatError(
+        f"{place} must be a dictionary in the repository",
+        "no files of one" if below else "no such folder",
+        nearest(place.folder, known) if known else "The repository holds no dictionary in a known format.",
+    )
+
+
+def _folder_of(name: str) -> str:
+    folder = name.removesuffix("/checkpoints/final.safetensors")
+    if folder != name or re.search(r"autoencoders/\d+\.pt$", name):
+        return folder
+    return str(PurePosixPath(name).parent)
+
+
+def _inside(base: Path, place: Id) -> Path:
+    path = base / place.folder if place.folder else base
+    if not path.exists():
+        raise FormatError(f"{place} must be in the repository", "no such folder", "Check its name.")
+    return path
+
+
+def _cached(place: Id) -> Path | None:
+    """The place in the local cache, if a dictionary's weights are there."""
+    from huggingface_hub import snapshot_download
+
+    with contextlib.suppress(OSError, ValueError):
+        base = Path(snapshot_download(place.repo, revision=place.revision, local_files_only=True))
+        path = base / place.folder
+        if (path / PUBLISHED / "meta.json").is_file():
+            path = path / PUBLISHED
+        names = [path.name] if path.is_file() else [f.relative_to(path).as_posix() for f in path.rglob("*")]
+        own = [
+            n for n in names if WEIGHTS.search(n) and ("/" not in n or n == "checkpoints/final.safetensors")
+        ]
+        if path.is_file() or own:
+            return path
+    return None
+
+
+def _known(place: Id) -> str:
+    """What the cache holds, for an error: of this repository, else which repositories with dictionaries."""
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    found: dict[str, set[str]] = {}
+    with contextlib.suppress(CacheNotFound, OSError, ValueError):
+        for repo in scan_cache_dir().repos:
+            for revision in repo.revisions:
+                for file in revision.files:
+                    name = file.file_path.relative_to(revision.snapshot_path).as_posix()
+                    if WEIGHTS.search(name):
+                        found.setdefault(repo.repo_id, set()).add(_folder_of(name))
+    if not found:
+        return "The cache holds no dictionary."
+    if place.repo in found:
+        folders = sorted(found[place.repo])
+        return f"The cache holds of it: {', '.join(folders[:N_NAMED])}."
+    return f"The cache holds dictionaries of: {', '.join(sorted(found)[:N_NAMED])}."
