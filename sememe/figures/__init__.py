@@ -23,9 +23,9 @@ from sememe.figures.geometry import write_geometry
 from sememe.figures.grid import grid_plots
 from sememe.figures.pages import write_pages
 from sememe.figures.patching import write_patching
+from sememe.figures.results import claims_table, results_tables, write_results
 from sememe.figures.scrubbing import write_scrubbing
 from sememe.figures.steering import write_steering
-from sememe.figures.results import claims_table, results_tables, write_results
 from sememe.figures.tables import BETTER, GROUPED, headline_table, markdown_table
 from sememe.figures.toys import layers_plot, superposition_plot
 from sememe.figures.traces import agreement_plot, circuit_plot

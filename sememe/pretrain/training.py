@@ -163,7 +163,8 @@ class Run:
                     if stopping:
                         self.group.told(None)  # nobody leaves before the checkpoint is written
                         raise KeyboardInterrupt
-            log.link("model", config.out)
+            if log is not None:
+                log.link("model", config.out)
         if math.isnan(validation):  # resumed after the last step
             validation = self._validate()
         return {} if base is None else self._write(validation, base)

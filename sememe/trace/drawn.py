@@ -173,7 +173,7 @@ def _positions(found: Traced) -> list[int]:
     entries = table.effects(found.setting.base.gradients).abs()
     sums = entries.new_zeros(table.n_nodes, table.seq)
     sums.index_put_((table.node, table.token % table.seq), entries, accumulate=True)
-    return sums.argmax(1).tolist()  # type: ignore[no-any-return]
+    return sums.argmax(1).tolist()
 
 
 def _pair(found: Traced) -> dict[str, Any] | None:
@@ -302,7 +302,7 @@ def tree(lm: LanguageModel, places: Sequence[Placed], found: Sequence[Fed], know
             name = node_id(called[place], "error" if latent is None else latent, position)
             label = None if latent is None else known.labels[place].get(latent)
             kind: NodeKind = "error" if latent is None else "latent"
-            act = means.get((place, latent), 0.0)
+            act = 0.0 if latent is None else means.get((place, latent), 0.0)
             nodes[key] = GraphNode(
                 name, kind, places[place].layer, position, place, latent, act, effect, exact, label=label
             )

@@ -230,7 +230,7 @@ def read(
         recon[places] = placed.dictionary.decode(encoded, inputs[places]).float()
         fires = encoded.acts != 0
         keys = places[encoded.row_ids()][fires] * placed.d_sae + encoded.indices[fires].long()
-        unique, where = keys.unique(return_inverse=True)
+        unique, where = torch.unique(keys, return_inverse=True)
         act = x.new_zeros(len(unique)).index_add_(0, where, encoded.acts[fires].float())
     return Reading(x, recon, keep, unique // placed.d_sae, unique % placed.d_sae, act)
 

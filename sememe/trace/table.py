@@ -67,7 +67,7 @@ def shift_of(
 
 def _patched(placed: Placed, clean: Reading, patched: Reading) -> Shift:
     keys = torch.cat([run.token * placed.d_sae + run.latent for run in (clean, patched)])
-    unique, where = keys.unique(return_inverse=True)
+    unique, where = torch.unique(keys, return_inverse=True)
     n = len(clean.token)
     before = clean.act.new_zeros(len(unique)).index_add_(0, where[:n], clean.act)
     after = clean.act.new_zeros(len(unique)).index_add_(0, where[n:], patched.act)
@@ -120,7 +120,7 @@ class Table:
         wide = max(p.d_sae for p in self.places) + 1
         at = self.token % self.seq if by_position else torch.zeros_like(self.token)
         keys = (self.place * wide + self.latent + 1) * self.seq + at
-        unique, self.node = keys.unique(return_inverse=True)
+        unique, self.node = torch.unique(keys, return_inverse=True)
         self.node_place = unique // (wide * self.seq)
         self.node_latent = unique // self.seq % wide - 1
         self.node_position = unique % self.seq
