@@ -42,7 +42,7 @@ def open_at(inputs, tmp_path_factory):
         yield browser, {"served": stack.enter_context(served(inputs)), "static": site}
 
 
-@pytest.fixture(params=["served", "static"])
+@pytest.fixture(params=["served", pytest.param("static", marks=pytest.mark.slow)])
 def address(request, open_at):
     return open_at[1][request.param]
 

@@ -45,7 +45,7 @@ def static(inputs, tmp_path_factory):
     return (export(ExportConfig(**inputs, out=out)).path / "index.html").as_uri()
 
 
-@pytest.fixture(params=["served", "static"])
+@pytest.fixture(params=["served", pytest.param("static", marks=pytest.mark.slow)])
 def address(request):
     return request.getfixturevalue(request.param)
 

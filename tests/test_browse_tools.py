@@ -62,7 +62,7 @@ def static(atlases, tmp_path_factory):
     return (site.path / "index.html").as_uri()
 
 
-@pytest.fixture(params=["written", "static"])
+@pytest.fixture(params=["written", pytest.param("static", marks=pytest.mark.slow)])
 def address(request):
     return request.getfixturevalue(request.param)
 

@@ -165,7 +165,7 @@ def planted(
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param({"k": 3, "over": "all"}, id="all"),
+        pytest.param({"k": 3, "over": "all"}, id="all", marks=pytest.mark.slow),
         pytest.param({"k": 2}, id="layer", marks=pytest.mark.slow),
         pytest.param({"selection": "jumprelu", "target_l0": 3.0}, id="jumprelu", marks=pytest.mark.slow),
     ],
