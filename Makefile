@@ -4,8 +4,10 @@
 #   make test       every test but the slow ones
 #   make test-all   the slow ones too
 #   make check      format, lint, types, layering, docs
-#   make bench      every benchmark; make bench-NAME for one (harvest, train, selection, evaluate, atlas, browse, toy)
+#   make bench      every benchmark; make bench-NAME for one (harvest, train, selection, evaluate, atlas,
+#                   browse, toy, intervene, pretrain)
 #   make bench-peers  the same rows through SAELens, sparsify and dictionary_learning: an environment for each
+#   make exchange-check  dictionaries to and from SAELens, sparsify and dictionary_learning themselves
 #   make install    .venv with the `sememe` command
 
 PYTHON ?= python3
@@ -17,7 +19,7 @@ PIP    := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
 WORKERS := --numprocesses logical --maxprocesses 8 --dist worksteal
 
 .DELETE_ON_ERROR:
-.PHONY: install demo demo-run test test-all check format bench bench-browse bench-peers clean
+.PHONY: install demo demo-run test test-all check format bench bench-browse bench-peers exchange-check clean
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -90,7 +92,11 @@ PEER_dictionary_learning := dictionary-learning==0.1.0
 bench-peers: install $(PEERS:%=.venv-peers-%/.installed)
 	@$(BIN)/python benchmarks/bench_peers.py $(ARGS)
 
-bench: bench-harvest bench-train bench-selection bench-evaluate bench-atlas bench-browse bench-toy
+# Every architecture in both directions, each package in its own environment.
+exchange-check: install $(PEERS:%=.venv-peers-%/.installed)
+	@$(BIN)/python scripts/exchange_check.py $(ARGS)
+
+bench: bench-harvest bench-train bench-selection bench-evaluate bench-atlas bench-browse bench-toy bench-intervene bench-pretrain
 
 clean:
 	rm -rf artifacts .venv-peers-* build dist *.egg-info
