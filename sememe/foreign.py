@@ -236,13 +236,16 @@ def opens(*fields: str) -> Any:
             return data
         known = cls.model_fields.get("model")
         model = data.get("model", known.default if known is not None else None)
-        changed: dict[str, Path | tuple[Path, ...]] = {}
+        changed: dict[str, Any] = {}
         for field in fields:
             value = data.get(field)
             if isinstance(value, (str, Path)):
-                changed[field] = own(value, model, named="model" in data)
+                # Of the type it was: what is read from JSON must be text.
+                changed[field] = type(value)(own(value, model, named="model" in data))
             elif isinstance(value, (tuple, list)) and all(isinstance(one, (str, Path)) for one in value):
-                changed[field] = tuple(own(one, model, named="model" in data) for one in value)
+                changed[field] = type(value)(
+                    type(one)(own(one, model, named="model" in data)) for one in value
+                )
         return {**data, **changed}
 
     return model_validator(mode="before")(bring_in)

@@ -434,7 +434,7 @@ EXEMPT = {
     ),
     "no number: an error": "check_finite",
     "a regression on all texts at once: has no batches; how these are read is below": (
-        "absorption dense_probe linear_probe over_halvings probe_scores sparse_probe spurious_removal"
+        "absorption class_scores dense_probe linear_probe over_halvings probe_scores sparse_probe spurious_removal"
         " targeted_perturbation"
     ),
 }

@@ -34,7 +34,7 @@ from sememe.cli import _run
 from sememe.errors import ArtifactError, CorruptError, MismatchError
 
 CONFIG = SyntheticConfig()
-PARENTS = {"atlas", "explanations", "report", "effects", "prompt.0", "prompt.1"}
+PARENTS = {"atlas", "explanations", "report", "effects", "prompt.0", "prompt.1", "graph.0"}
 EXPLANATIONS = {5: "names of rivers </script><b>", 7: "זה עברית"}
 
 

@@ -8,7 +8,7 @@ from sememe import dictionaries, kernels
 from sememe.dictionaries import TRAINABLE, Site, Sites, Trainable
 from sememe.dictionaries.linear import LinearConfig
 from sememe.errors import ConfigError, FormatError, ShapeError
-from sememe.formats.base import parts_of
+from sememe.formats.dictionary_learning import write
 from sememe.optimiser import Adam
 
 D_OUT = 9
@@ -117,10 +117,10 @@ def test_it_is_refused_where_it_could_copy_the_input(kind):
         bare.initialise(sample(), sample(), torch.Generator().manual_seed(0))
 
 
-def test_a_tied_dictionary_has_none_and_other_tools_formats_refuse_it():
+def test_a_tied_dictionary_has_none_and_a_format_without_it_refuses_it(tmp_path):
     for kind in sorted(ONE_PLACE):
         message = rf"a {kind.replace('_', ' ')} dictionary reconstructs what it reads.*got skip"
         with pytest.raises(ConfigError, match=message):
             dictionaries.build(CONFIGS[kind].replace(skip=True), D, D)
-    with pytest.raises(FormatError, match="must have no skip connection to be written as sparsify"):
-        parts_of(turned("topk"), "sparsify")
+    with pytest.raises(FormatError, match="no skip connection to be written as dictionary_learning"):
+        write(turned("topk"), tmp_path)

@@ -61,6 +61,8 @@ class Forwards:
         self._cache_name = "cache" if "cache" in self._arguments else "past_key_values"
         self.running = Running(0, False)
         """The forward that edits see now."""
+        self._counted: tuple[Any, Tensor, int] | None = None
+        """A cache that does not know its length, the tokens last given, and how many there were before them."""
         self._edits_off = False
         self._skipped_to = -2
         self._past: Past | None = None
@@ -297,14 +299,26 @@ class Forwards:
 
         def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             cache: Any = kwargs.get(self._cache_name)
-            before = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
-            self.running = Running(int(before), cache is not None)
             given = args[0] if args else kwargs.get("input_ids")
             given = kwargs.get("inputs_embeds") if given is None else given
+            self.running = Running(self._tokens_before(cache, given), cache is not None)
             lead[0] = (given.shape[0], given.shape[1]) if given is not None else None
 
         hooks.callback(self.hf.register_forward_pre_hook(see, with_kwargs=True).remove)
         return lead
+
+    def _tokens_before(self, cache: Any, given: Tensor | None) -> int:
+        """How many tokens a cache holds; what was counted, where it does not know (mamba's states)."""
+        try:
+            return int(cache.get_seq_length()) if cache is not None else 0
+        except (AttributeError, ValueError):
+            before = self._counted
+            if before is None or before[0] is not cache:
+                first = 0
+            else:  # several hooks see one forward: it is counted once
+                first = before[2] if before[1] is given else before[2] + before[1].shape[1]
+            self._counted = None if given is None else (cache, given, first)
+            return first
 
     def _rows(self, x: Tensor, lead: tuple[int, int] | None, place: Place) -> Float[Tensor, "batch seq d"]:
         # Generation unembeds the last position of the prompt only.
