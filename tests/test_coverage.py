@@ -18,15 +18,17 @@ from sememe.harvest import HarvestConfig
 from sememe.interpret import InterpretConfig
 from sememe.lm.build import PRESETS
 from sememe.options import flags_of
+from sememe.patch import PatchConfig
 from sememe.pretrain import PretrainConfig
 from sememe.toy import ToyConfig
+from sememe.trace import TraceConfig
 from sememe.train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "coverage.md").read_text(encoding="utf-8")
 CONFIGS = (
     *(TrainConfig, FitConfig, EvaluateConfig, GeometryConfig, InterpretConfig, ExplainConfig, EffectsConfig),
-    *(HarvestConfig, PretrainConfig, ConceptsConfig),
+    *(HarvestConfig, PretrainConfig, ConceptsConfig, PatchConfig, TraceConfig),
 )
 OTHERS = {"grid", "published", "live"}
 """Flags that are a command's own, not its config's."""
