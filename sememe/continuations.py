@@ -12,10 +12,10 @@ from torch import Tensor
 
 from sememe.dictionaries.base import Dictionary
 from sememe.edits import Intervention, LatentEdit
-from sememe.errors import ActivationError, ConfigError
+from sememe.errors import ActivationError
 from sememe.lm import LanguageModel
 
-__all__ = ["Continuation", "go_on", "perplexity", "prompt_ids"]
+__all__ = ["Continuation", "go_on", "perplexity"]
 
 
 class Continuation(NamedTuple):
@@ -77,20 +77,6 @@ def go_on(
     n_prompt = ids.shape[1]
     new = rows[0, n_prompt:]
     return Continuation(new.cpu(), str(lm.tokenizer.decode(new)), perplexity(lm, rows, n_prompt))
-
-
-def prompt_ids(lm: LanguageModel, prompt: str, bos: bool) -> Int[Tensor, "1 seq"]:
-    """A prompt's tokens, after the model's first token if `bos`.
-
-    Raises:
-        ConfigError: it has none.
-    """
-    ids = lm.tokenizer(prompt, add_special_tokens=False).input_ids
-    if not ids:
-        raise ConfigError("a prompt must have at least one token", repr(prompt), "Change --prompts.")
-    if bos and lm.tokenizer.bos_token_id is not None:
-        ids = [lm.tokenizer.bos_token_id, *ids]
-    return torch.tensor([ids])
 
 
 @torch.inference_mode()

@@ -285,10 +285,7 @@ class Intervention:
     def _acts_here(
         self, x: Float[Tensor, "rows d_in"], lead: torch.Size, first: int, n_prompt: int | None
     ) -> Bool[Tensor, " rows"]:
-        here = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
-        for site in self.sites.inputs:
-            if site.max_norm is not None:
-                here &= x[:, site.start : site.stop].norm(dim=1) <= site.max_norm
+        here = self.sites.admit(x.detach())
         if self.keep is not None:
             if self.keep.shape != lead:
                 raise ShapeError(

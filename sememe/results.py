@@ -23,6 +23,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import duckdb
 from pydantic import Field, model_validator
+from scipy.stats import spearmanr
 
 from sememe import artifact, figures
 from sememe.config import Config
@@ -327,14 +328,9 @@ def _high(statistic: dict[str, Any]) -> float:
 
 def _rank_correlation(numbers: Sequence[float]) -> float:
     """Spearman's, of numbers with their places; ties share a rank. 0 where all numbers are the same."""
-    ranks = [sum(o < x for o in numbers) + (sum(o == x for o in numbers) - 1) / 2 for x in numbers]
-    middle = (len(numbers) - 1) / 2
-    spread = sum((rank - middle) ** 2 for rank in ranks)
-    if spread == 0:
+    if len(set(numbers)) < 2:
         return 0.0
-    places = sum((place - middle) ** 2 for place in range(len(numbers)))
-    together = sum((rank - middle) * (place - middle) for place, rank in enumerate(ranks))
-    return together / math.sqrt(spread * places)
+    return float(spearmanr(range(len(numbers)), numbers).statistic)
 
 
 # -- reading -------------------------------------------------------------------------------------------------------

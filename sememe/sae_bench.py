@@ -20,19 +20,9 @@ from torch import Tensor, nn
 
 from sememe.dictionaries.base import Dictionary, Site
 from sememe.errors import FormatError
+from sememe.formats.names import to_transformer_lens
 
 __all__ = ["BenchConfig", "BenchSAE"]
-
-HOOKS = {
-    "resid_pre": "hook_resid_pre",
-    "resid_post": "hook_resid_post",
-    "mlp_in": "ln2.hook_normalized",
-    "mlp_act": "mlp.hook_post",
-    "mlp_out": "hook_mlp_out",
-    "attn_z": "attn.hook_z",
-    "attn_out": "hook_attn_out",
-}
-"""What TransformerLens calls our hookpoints within a block."""
 
 
 @dataclasses.dataclass
@@ -190,5 +180,5 @@ def _only_site(dictionary: Dictionary) -> Site | None:
 
 def _hook_of(hookpoint: str) -> str | None:
     """TransformerLens' name of a hookpoint; None where it has none."""
-    kind, _, layer = hookpoint.rpartition(".")
-    return f"blocks.{layer}.{HOOKS[kind]}" if kind in HOOKS and layer.isdigit() else None
+    name = to_transformer_lens(hookpoint)
+    return None if name == hookpoint else name

@@ -354,6 +354,10 @@ def test_a_non_negative_decoder_stays_so_with_rows_of_norm_1(config, optimiser):
         W_dec = dictionary.W_dec.detach()
         assert float(W_dec.min()) >= 0
         torch.testing.assert_close(W_dec.norm(dim=1), torch.ones(N))
+        if optimiser is Signum:
+            base = steps.slots["W_dec"]["base"]
+            torch.testing.assert_close(base.norm(dim=1), torch.ones(N))
+            assert float(base.min()) >= 0
     assert int((W_dec == 0).sum()) > 20 and float((W_dec - started).abs().max()) > 0.1
 
 

@@ -202,13 +202,13 @@ def test_options_that_contradict(world: World) -> None:
 
 
 def test_texts_that_cannot_be_shown(world: World) -> None:
-    with pytest.raises(ConfigError, match=r"the prompt must have at least one token, got ''"):
+    with pytest.raises(ConfigError, match=r"a prompt must have at least one token, got ''"):
         prompt(config_of(world, prompt=""), lm=world.lm)
     with pytest.raises(
         ConfigError, match=r"must have a token that the dictionary's policy keeps, got 1 tokens"
     ):
         prompt(config_of(world, prompt="<|endoftext|>"), lm=world.lm)
-    with pytest.raises(ModelError, match=r"the prompt must fit the context of 64 tokens .*Shorten it"):
+    with pytest.raises(ModelError, match=r"a prompt must fit the context of 64 tokens .*Shorten it"):
         prompt(config_of(world, prompt="the old river " * 40), lm=world.lm)
 
 

@@ -58,6 +58,18 @@ def test_it_starts_over_and_resumes_to_the_same_bits(again: Any) -> None:
         assert torch.equal(other.next_batch(16).x, batch)
 
 
+def test_blocks_in_another_order_are_noticed_when_a_run_goes_on() -> None:
+    seeds = iter(range(9))
+    source = IteratorSource(lambda: blocks(seed=next(seeds)), buffer_rows=40)
+    for _ in range(5):
+        source.next_batch(16)
+    again = IteratorSource(lambda: blocks(seed=next(seeds)), buffer_rows=40)
+    with pytest.raises(
+        ActivationError, match=r"in the same order every time .* got another one as block \d+\. Shuffle"
+    ):
+        again.load_state_dict(source.state_dict())
+
+
 def test_pairs_keep_their_targets() -> None:
     source = IteratorSource(lambda: ((block, block[..., :2] * 3) for block in blocks()), buffer_rows=40)
     batch = source.next_batch(16)

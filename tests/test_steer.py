@@ -14,8 +14,9 @@ from edited_models import WORDS, D, identity, make_lm, sites
 from test_report import Page
 
 from sememe import artifact
-from sememe.continuations import perplexity, prompt_ids
+from sememe.continuations import perplexity
 from sememe.dictionaries.base import Dictionary
+from sememe.downstream import prompt_ids
 from sememe.errors import ActivationError, ConfigError, MismatchError
 from sememe.lm import LanguageModel
 from sememe.steer import SteerConfig, steer

@@ -252,11 +252,11 @@ def test_a_diverging_member_is_named(tmp_path):
         (("k",), r"option=value,value, got 'k'\. Write --sweep k=16,32"),
         (("k=2,",), r"option=value,value, got 'k=2,'"),
         (("k=2,x",), r"k must be a whole number, got 'x'"),
-        (("k=2,65",), r"k must be in \[1, d_sae=64\], got 65"),
+        (("k=2,65",), r"k must be in \[1, d_sae=64\] \(in k65 of the sweep\), got 65"),
         (("d_sae=64,128",), r"d_sae must be left out when it is swept over: it has no effect then, got 64"),
         (
             ("auxk=8,16", "auxk_coefficient=0"),
-            r"dead_after_tokens must be left out when auxk_coefficient is 0",
+            r"auxk must be left out when auxk_coefficient is 0: .* \(in auxk8-auxk_coefficient0\.0 of the sweep\), got 8",
         ),
         (("inputs=a,b",), r"inputs must be left out for a source without hookpoints"),
         (("inputs=a*",), r"a sweep's hookpoints must be in the source, got 'a\*'"),
@@ -271,6 +271,33 @@ def test_wrong_sweeps_fail_before_anything_runs(tmp_path, sweep, message):
     with pytest.raises((ConfigError, HookpointError), match=message):
         train_sweep(made, source=TensorSource(x))
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "sweep", "members"),
+    [
+        ("topk", ("k=4,8", "d_sae=16,24"), {(k, d) for k in (4, 8) for d in (16, 24)}),
+        ("relu", ("target_l0=3,6", "start_l0=12"), {(3.0, 12.0), (6.0, 12.0)}),
+    ],
+)
+def test_options_that_go_only_together_are_swept_over_together(tmp_path, kind, sweep, members):
+    """Alone with the defaults each is refused: 32 active of 16 latents; a start without a target."""
+    made = TrainConfig.build(
+        {
+            "out": tmp_path / "s",
+            "architecture": {"kind": kind},
+            "sweep": sweep,
+            "n_tokens": 64,
+            "batch_size": 16,
+        }
+    )
+    names = [entry.split("=")[0] for entry in sweep]
+    found = {tuple(getattr(one.config.architecture, name) for name in names) for one in variants(made)}
+    assert found == members
+    with pytest.raises(
+        ConfigError, match=r"k must be in \[1, d_sae=16\] \(in k20-d_sae16 of the sweep\), got 20"
+    ):
+        variants(made.replace(architecture={"kind": "topk"}, sweep=("k=4,20", "d_sae=16")))
 
 
 def test_one_and_many_are_told_apart(tmp_path):

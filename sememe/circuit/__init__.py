@@ -148,7 +148,7 @@ def _make(config: CircuitConfig, lm: LanguageModel, loaded: list[_Loaded], known
             "some with a beginning-of-sequence token and some without",
             "Use dictionaries of one token policy.",
         )
-    ids = prompt_ids(lm, config.prompt, loaded[0].policy)
+    ids = prompt_ids(lm, config.prompt, loaded[0].policy.bos)
     frozen = Frozen(lm, ids)
     placed = [(one.dictionary.fold().eval().to(lm.device), one.policy) for one in loaded]
     sources = Sources(lm, frozen, placed)

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import pydantic
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -64,6 +64,11 @@ class Site(Config):
     max_norm: float | None = None
     """Rows with a larger Euclidean norm (raw units) were left out of training: attention sinks."""
 
+    def admits(self, rows: Float[Tensor, "*lead d"]) -> Bool[Tensor, "*lead"]:
+        """Which of the site's own rows are within its limit of norm."""
+        norms = rows.float().norm(dim=-1)  # as rows are measured when they are harvested
+        return torch.ones_like(norms, dtype=torch.bool) if self.max_norm is None else norms <= self.max_norm
+
 
 class Sites(Config):
     """Where a dictionary's inputs come from and its outputs go; equal for an autoencoder."""
@@ -77,6 +82,11 @@ class Sites(Config):
     def hookpoints(self) -> tuple[str, ...]:
         """Every hookpoint read or written, without repeats, in order."""
         return tuple(dict.fromkeys(site.hookpoint for site in (*self.inputs, *self.outputs)))
+
+    def admit(self, x: Float[Tensor, "*lead d_in"]) -> Bool[Tensor, "*lead"]:
+        """Which rows, of all inputs side by side, are within every input's limit of norm."""
+        each = [site.admits(x[..., site.start : site.stop]) for site in self.inputs]
+        return torch.stack(each).all(0)
 
 
 class ArchitectureConfig(Config):

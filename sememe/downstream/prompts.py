@@ -16,8 +16,8 @@ from sememe.text import TokenPolicy
 __all__ = ["kept_positions", "prompt_ids"]
 
 
-def prompt_ids(lm: LanguageModel, text: str, policy: TokenPolicy) -> Int[Tensor, "1 seq"]:
-    """A prompt's tokens, begun as the policy begins a row.
+def prompt_ids(lm: LanguageModel, text: str, bos: bool) -> Int[Tensor, "1 seq"]:
+    """A prompt's tokens, after the model's first token if `bos`.
 
     Raises:
         ConfigError: there are none.
@@ -25,12 +25,12 @@ def prompt_ids(lm: LanguageModel, text: str, policy: TokenPolicy) -> Int[Tensor,
     """
     ids: list[int] = list(lm.tokenizer(text, add_special_tokens=False).input_ids)
     if not ids:
-        raise ConfigError("the prompt must have at least one token", repr(text), "Write a text.")
-    if policy.bos and lm.tokenizer.bos_token_id is not None:
+        raise ConfigError("a prompt must have at least one token", repr(text), "Write a text.")
+    if bos and lm.tokenizer.bos_token_id is not None:
         ids = [lm.tokenizer.bos_token_id, *ids]
     if lm.context_length is not None and len(ids) > lm.context_length:
         raise ModelError(
-            f"the prompt must fit the context of {lm.context_length} tokens of {lm.name}",
+            f"a prompt must fit the context of {lm.context_length} tokens of {lm.name}",
             f"{len(ids)} tokens",
             "Shorten it.",
         )
@@ -58,6 +58,5 @@ def kept_positions(
     if policy.drop_special:
         kept &= ~torch.isin(ids.cpu(), torch.tensor(lm.tokenizer.all_special_ids))
     for site in sites:
-        if site.max_norm is not None:
-            kept &= (activations[site.hookpoint].float().norm(dim=1) <= site.max_norm).cpu()
+        kept &= site.admits(activations[site.hookpoint]).cpu()
     return kept

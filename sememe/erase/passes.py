@@ -78,8 +78,7 @@ class Passes:
         keep = keep.to(device)
         for side, rows in ((self.sites.inputs, x), (self.sites.outputs, target)):
             for site in side:
-                if site.max_norm is not None:
-                    keep = keep & (rows[..., site.start : site.stop].norm(dim=-1) <= site.max_norm)
+                keep = keep & site.admits(rows[..., site.start : site.stop])
         here, encoded = target[keep], self.dictionary.encode(x[keep])
         for arm in self.arms:
             new = arm.erasure.rows(here, acts_of(encoded, arm.erasure.latents))

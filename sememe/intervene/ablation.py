@@ -136,11 +136,7 @@ def _inside(
 ) -> Bool[Tensor, "batch seq"]:
     """Positions whose norm is within the sites' limits."""
     assert dictionary.sites is not None
-    inside = torch.ones(x.shape[0], dtype=torch.bool)
-    for site in dictionary.sites.inputs:
-        if site.max_norm is not None:
-            inside &= (x[:, site.start : site.stop].norm(dim=1) <= site.max_norm).cpu()
-    return inside.reshape(shape)
+    return dictionary.sites.admit(x).cpu().reshape(shape)
 
 
 # -- one latent --------------------------------------------------------------------------------------

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from sememe.continuations import go_on, prompt_ids
+from sememe.continuations import go_on
 from sememe.dictionaries.base import Dictionary
+from sememe.downstream import prompt_ids
 from sememe.edits import LatentEdit
 from sememe.intervene.config import InterveneConfig
 from sememe.lm import LanguageModel

@@ -16,8 +16,9 @@ from pydantic import Field
 from sememe import artifact, dictionaries
 from sememe import lm as language_models
 from sememe.config import Config
-from sememe.continuations import Continuation, go_on, prompt_ids
+from sememe.continuations import Continuation, go_on
 from sememe.dictionaries.base import Dictionary
+from sememe.downstream import prompt_ids
 from sememe.edits import LatentEdit
 from sememe.errors import ConfigError, SememeError
 from sememe.live.config import LiveConfig

@@ -116,14 +116,18 @@ class Optimiser(abc.ABC):
             if name in self.non_negative:
                 for tensor in (rows, *self._points(name)):
                     tensor.clamp_(min=0)
-                if name in self.unit_norm:
-                    norms = rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
+                for tensor in (rows, *self._unit_points(name)) if name in self.unit_norm else ():
+                    norms = tensor.norm(dim=1, keepdim=True).clamp_min(1e-12)
                     # a frozen row keeps every bit: dividing it by a norm of nearly 1 would not
-                    rows.div_(norms if frozen is None else norms.masked_fill(frozen[:, None], 1.0))
+                    tensor.div_(norms if frozen is None else norms.masked_fill(frozen[:, None], 1.0))
             param.grad = None
 
     def _points(self, name: str) -> tuple[Tensor, ...]:
-        """Slots that are places of the parameter, and so under its constraints."""
+        """Slots that are places of the parameter, and so never below 0 where it is not."""
+        return ()
+
+    def _unit_points(self, name: str) -> tuple[Tensor, ...]:
+        """Those of them whose rows have norm 1 where its rows have: not an average of such rows."""
         return ()
 
     def _scale(self) -> float | Float[Tensor, ""]:

@@ -113,6 +113,9 @@ class Signum(Optimiser):
         """The base, and the average, which began at an unclamped one."""
         return self.slots[name]["base"], self.slots[name]["average"]
 
+    def _unit_points(self, name: str) -> tuple[Tensor, ...]:
+        return (self.slots[name]["base"],)
+
     def forget(self, ids: Int[Tensor, " n"]) -> None:
         """Base and average of changed latents begin where their parameters are now."""
         self._start_from(ids)

@@ -141,8 +141,4 @@ def _difference_in_means(runs: Runs) -> Float[Tensor, "1 d"]:
 
 def _editable(runs: Runs, part: Part) -> Bool[Tensor, " rows"]:
     """Rows that are no filling and not over a site's limit of norm (attention sinks): the others are never changed."""
-    here = part.real.clone()
-    for site in runs.sites.inputs:
-        if site.max_norm is not None:
-            here &= part.x[:, site.start : site.stop].norm(dim=1) <= site.max_norm
-    return here
+    return part.real & runs.sites.admit(part.x)

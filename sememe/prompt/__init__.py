@@ -71,7 +71,7 @@ def prompt(
     lm = lm if lm is not None else language_models.load(config.model)
     reruns = Reruns(lm, dictionary)
     policy = TokenPolicy.build(saved.extra["policy"]) if saved.extra.get("policy") else TokenPolicy()
-    ids = prompt_ids(lm, config.prompt, policy)
+    ids = prompt_ids(lm, config.prompt, policy.bos)
     with torch.inference_mode():
         run = reruns.unedited(ids)
         kept = _kept(lm, dictionary, run, policy)

@@ -136,12 +136,9 @@ class Inputs:
         run = self.splicer.base(ids, mask)
         here = []
         for place in self.places:
-            own = keep.to(run.hidden.device)
             assert place.dictionary.sites is not None
-            limit = place.dictionary.sites.inputs[0].max_norm
-            if limit is not None:
-                own = own & (run.activations[place.hookpoint].float().norm(dim=-1) <= limit)
-            here.append(own)
+            admitted = place.dictionary.sites.inputs[0].admits(run.activations[place.hookpoint])
+            here.append(keep.to(run.hidden.device) & admitted)
         return Batch(run, here, scored.to(run.hidden.device), asked)
 
 

@@ -217,8 +217,8 @@ class Scrubber:
         if self.config.error == "resample":
             missing = rows - dictionary.decode(own, rows)
             moved = moved + (theirs - dictionary.decode(taken, theirs)) - missing
-        limit = _limit(self.places[number])
-        here = batch.here[number].reshape(-1) & (theirs.norm(dim=1) <= limit)
+        assert dictionary.sites is not None
+        here = batch.here[number].reshape(-1) & dictionary.sites.admit(theirs)
         return torch.where(here[:, None], rows + moved, rows).to(x.dtype).reshape(x.shape)
 
     # -- the metric --------------------------------------------------------------------------------------------
@@ -250,12 +250,6 @@ class Scrubber:
 
 def _by_place(item: tuple[int, frozenset[int]]) -> tuple[int, list[int]]:
     return item[0], sorted(item[1])
-
-
-def _limit(place: Place) -> float:
-    assert place.dictionary.sites is not None
-    limit = place.dictionary.sites.inputs[0].max_norm
-    return float("inf") if limit is None else limit
 
 
 def _mean(name: str) -> Formula:

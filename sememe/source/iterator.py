@@ -7,6 +7,7 @@ Another library's activations become a source this way; `wrappers.py` has two su
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -21,7 +22,7 @@ from sememe.source.buffer import ShuffleBuffer
 __all__ = ["Block", "Blocks", "IteratorSource"]
 
 N_KEPT = 16
-"""Rows kept of the first block, for whoever wants a sample once an iterator has ended."""
+"""Rows kept of the first block, for whoever wants a sample once an iterator has ended; rows that tell blocks apart."""
 
 Block = Tensor | tuple[Tensor, Tensor]
 """Rows of any number, (..., d_in), or such rows and their targets, (..., d_out)."""
@@ -67,6 +68,7 @@ class IteratorSource:
         self._ended = False
         self._n_blocks = self._offset = 0  # blocks read to their end in this pass, rows read of the one after
         self._current: dict[str, Tensor] | None = None
+        self._mark = 0  # of the block that was begun last
         self.paired, self.d_in, self.d_out = False, 0, 0
         first = self._next_block()
         if first is None:
@@ -123,6 +125,8 @@ class IteratorSource:
         if self._current is None:
             self._ended = True
             return None
+        if self._offset == 0:
+            self._mark = _mark_of(self._current["x"])
         stop = min(self._offset + self._buffer.room, self._current["x"].shape[0])
         rows = {name: values[self._offset : stop] for name, values in self._current.items()}
         self._offset = stop
@@ -161,15 +165,16 @@ class IteratorSource:
         return self._rows(self._buffer.last(n))
 
     def state_dict(self) -> dict[str, Any]:
-        """The buffer, and how much was read."""
-        return self._buffer.state_dict() | {"n_blocks": self._n_blocks, "offset": self._offset}
+        """The buffer, how much was read, and a mark of the last block, by which another order is noticed."""
+        read = {"n_blocks": self._n_blocks, "offset": self._offset, "mark": self._mark}
+        return self._buffer.state_dict() | read
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there.
 
         Raises:
             ConfigError: the blocks can be read only once.
-            ActivationError: there are fewer than there were.
+            ActivationError: there are fewer than there were, or others.
         """
         if self.once:
             raise ConfigError(
@@ -179,8 +184,10 @@ class IteratorSource:
             )
         self._buffer.load_state_dict(state)
         self._open, self._n_blocks = self._iterate(), 0
+        last: Block | None = None
         for _ in range(state["n_blocks"]):
-            if next(self._open, None) is None:
+            last = next(self._open, None)
+            if last is None:
                 raise ActivationError(
                     f"blocks must give the {state['n_blocks']} that were read before",
                     self._n_blocks,
@@ -189,6 +196,24 @@ class IteratorSource:
             self._n_blocks += 1
         self._offset = state["offset"]
         self._current = self._next_block() if self._offset else None
+        x = self._current["x"] if self._current else None if last is None else _flat(_x_of(last))
+        self._mark = 0 if x is None else _mark_of(x)
+        if self._mark != state["mark"]:
+            raise ActivationError(
+                "blocks must come in the same order every time for a run to go on where it stopped",
+                f"another one as block {self._n_blocks + bool(self._offset)}",
+                "Shuffle with a fixed seed, made anew for each pass, or start again with fresh=True.",
+            )
+
+
+def _x_of(block: Block) -> Any:
+    return block[0] if isinstance(block, tuple) else block
+
+
+def _mark_of(x: Float[Tensor, "rows d"]) -> int:
+    """A number that tells blocks apart, by their first rows."""
+    content = x[:N_KEPT].contiguous().view(torch.uint8).numpy().tobytes()
+    return int.from_bytes(hashlib.sha256(content).digest()[:6], "big")
 
 
 def _flat(block: Any) -> Float[Tensor, "rows d"]:

@@ -120,8 +120,7 @@ def _hook(
     def hook(x: Tensor) -> Tensor:
         rows = x.float()
         new = steered(rows, vector.to(x.device), strength, style)
-        if site.max_norm is not None:
-            new = torch.where(rows.norm(dim=-1, keepdim=True) <= site.max_norm, new, rows)
+        new = torch.where(site.admits(rows)[..., None], new, rows)
         return _finite(new.to(x.dtype), site.hookpoint)
 
     return hook

@@ -14,8 +14,8 @@ from sememe import artifact, dictionaries, figures
 from sememe import lm as language_models
 from sememe.capture import captured_rows
 from sememe.config import sha256_of
-from sememe.continuations import prompt_ids
 from sememe.dictionaries.base import Dictionary, Sites
+from sememe.downstream import prompt_ids
 from sememe.edits import acts_of
 from sememe.errors import ActivationError, ConfigError
 from sememe.labelled import Labelled, pooled_rows, read_labelled

@@ -174,9 +174,7 @@ def target_gradient(
     with torch.enable_grad():
         encoded = placed.dictionary.encode(rows).compact()
         if is_error:
-            alive = keep[token]
-            if placed.max_norm is not None:
-                alive = alive & (rows.detach().norm(dim=1) <= placed.max_norm)
+            alive = keep[token] & placed.site.admits(rows.detach())
             recon = placed.dictionary.decode(encoded, rows) * alive[:, None]
             number = -(recon * gradient[token]).sum()
         else:

@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sememe.dictionaries.base import Dictionary
-from sememe.errors import ConfigError, MismatchError, ModelError
+from sememe.dictionaries.base import Dictionary, Site
+from sememe.downstream import prompt_ids
+from sememe.errors import ConfigError, MismatchError
 from sememe.lm import LanguageModel
 from sememe.splice import check_places
 from sememe.text import TextConfig, TokenPolicy, token_blocks
@@ -36,7 +37,8 @@ class Placed(NamedTuple):
     layer: int
     """The layer in whose output a change here first shows; -1 before layer 0."""
     directions: Float[Tensor, "d_sae d"]
-    max_norm: float | None
+    site: Site
+    """What it reads."""
     policy: TokenPolicy
     fingerprint: str = ""
 
@@ -137,7 +139,7 @@ def at_places(
             writes.hookpoint,
             lm.written_layer(writes.hookpoint),
             dictionary.decoder_directions().detach().float(),
-            reads.max_norm,
+            reads,
             (policies or {}).get(name, TokenPolicy(drop_positions=0, drop_special=False)),
             (fingerprints or {}).get(name, ""),
         )
@@ -168,21 +170,7 @@ def inputs_of(lm: LanguageModel, texts: Sequence[str], *, bos: bool) -> Inputs:
         ConfigError: one has no token.
         ModelError: one is longer than the model's context.
     """
-    rows = []
-    for text in texts:
-        row = list(lm.tokenizer(text, add_special_tokens=False).input_ids)
-        if not row:
-            raise ConfigError("a prompt must have at least one token", repr(text), "Write a text.")
-        if bos and lm.tokenizer.bos_token_id is not None:
-            row = [lm.tokenizer.bos_token_id, *row]
-        if lm.context_length is not None and len(row) > lm.context_length:
-            raise ModelError(
-                f"a prompt must fit the context of {lm.context_length} tokens of {lm.name}",
-                f"{len(row)} tokens",
-                "Shorten it.",
-            )
-        rows.append(row)
-    return padded(rows)
+    return padded([prompt_ids(lm, text, bos)[0].tolist() for text in texts])
 
 
 def padded(rows: Sequence[Sequence[int]]) -> Inputs:
@@ -219,8 +207,7 @@ def read(
     with torch.no_grad():
         inputs = x_in.reshape(-1, x_in.shape[-1]).to(device, torch.float32)
         x = x_out.reshape(-1, x_out.shape[-1]).to(device, torch.float32)
-        if placed.max_norm is not None:
-            keep = keep & (inputs.norm(dim=1) <= placed.max_norm)
+        keep = keep & placed.site.admits(inputs)
         places = torch.nonzero(keep)[:, 0]
         recon = torch.zeros_like(x)
         if not len(places):

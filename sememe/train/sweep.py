@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pydantic
+
 from sememe import artifact, dictionaries
 from sememe.config import Config
 from sememe.dictionaries import Dictionary
@@ -195,14 +197,28 @@ def _values(
             raw = None
         elif any(typing.get_origin(kind) is tuple for kind in kinds):
             raw = tuple(text.split("+"))
-        owner = _get(config, flag.path[:-1])
-        value = getattr(owner.replace(**{flag.path[-1]: raw}), flag.path[-1])
+        value = _parsed(_get(config, flag.path[:-1]), flag.path[-1], raw)
         if value in found:
             raise ConfigError(
                 f"a sweep must have each value of {flag.name} once", f"{text} again", "Drop it."
             )
         found.append(value)
     return tuple(found)
+
+
+def _parsed(owner: Config, name: str, raw: Any) -> Any:
+    """A value as its option's type has it. Whether it suits the others shows in each dictionary's whole config: some
+    options go only together, and both may be swept over.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    field = type(owner).model_fields[name]
+    kind: Any = typing.Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+    try:
+        return pydantic.TypeAdapter(kind).validate_python(raw)
+    except pydantic.ValidationError:
+        return getattr(owner.replace(**{name: raw}), name)  # which says what is wrong, in our words
 
 
 def _hookpoints(text: str, expand: Expand | None) -> list[str]:
