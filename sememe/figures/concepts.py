@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import csv
-import html
 from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from sememe.figures.data import Data, number
-from sememe.figures.frame import page
+from sememe.figures.document import Document
 from sememe.figures.plots import STYLE, svg
-from sememe.figures.tables import Table, cell_note, html_table, markdown_table
+from sememe.figures.tables import Table, cell_note
 
 __all__ = ["write_concepts"]
 
@@ -39,45 +38,29 @@ def write_concepts(folder: Path, data: Data) -> None:
         folder: Where to write.
         data: concepts.json.
     """
-    (folder / "figures").mkdir(exist_ok=True)
     with mpl.rc_context(STYLE):
         drawn = {"probes": svg(_probes_plot(data), "concepts-probes")}
         for name in ("targeted_perturbation", "spurious_removal"):
             if name in data:
                 drawn[name] = svg(_ablations_plot(data[name], name), f"concepts-{name}")
-    for name, text in drawn.items():
-        (folder / "figures" / f"{name}.svg").write_text(text, encoding="utf-8")
-    title = f"What the latents of {data['dictionary']['name']} know of labels"
+    document = Document(folder, f"What the latents of {data['dictionary']['name']} know of labels")
+    document.text(
+        f"{data['n_texts']:,} texts ({data['n_cut']:,} of them cut to a context), rows are the "
+        f"{'means over' if data['pooling'] == 'mean' else 'last of'} kept positions; "
+        f"{len(data['left_out']):,} classes left out."
+    )
+    document.plots(drawn)
+    document.legend(LEGEND)
     tables = [("Probes by class", _probes_table(data)), ("Absorption", _absorption_table(data))]
     tables += [
         (name.replace("_", " ").capitalize(), _ablations_table(data[name]))
         for name in ("targeted_perturbation", "spurious_removal")
         if name in data
     ]
-    facts = (
-        f"{data['n_texts']:,} texts ({data['n_cut']:,} of them cut to a context), rows are the "
-        f"{'means over' if data['pooling'] == 'mean' else 'last of'} kept positions; "
-        f"{len(data['left_out']):,} classes left out."
-    )
-    markdown = [
-        f"# {title}",
-        "",
-        facts,
-        "",
-        *(f"![{name}](figures/{name}.svg)\n" for name in drawn),
-        LEGEND,
-        "",
-    ]
-    body = [
-        f"<p>{html.escape(facts)}</p>",
-        "<div class='plots'>" + "".join(f"<figure>{text}</figure>" for text in drawn.values()) + "</div>",
-        f"<p class='legend'>{html.escape(LEGEND)}</p>",
-    ]
     for heading, table in tables:
-        markdown += [f"## {heading}", "", markdown_table(table), ""]
-        body.append(f"<h2>{html.escape(heading)}</h2>{html_table(table)}")
-    (folder / "concepts.md").write_text("\n".join(markdown), encoding="utf-8")
-    (folder / "concepts.html").write_text(page(title, "\n".join(body)), encoding="utf-8")
+        document.heading(heading)
+        document.table(table)
+    document.write("concepts")
     _write_csv(folder / "concepts.csv", data)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import html
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sememe.figures.data import Data, number
-from sememe.figures.frame import attributions, credit, page
+from sememe.figures.document import Document
 from sememe.figures.plots import STYLE, svg
-from sememe.figures.tables import Table, cell_note, html_table, markdown_table
+from sememe.figures.tables import Table, cell_note
 
 __all__ = ["write_erasure"]
 
@@ -44,42 +43,21 @@ def write_erasure(folder: Path, data: Data) -> None:
         folder: Where to write.
         data: erasure.json.
     """
-    (folder / "figures").mkdir(exist_ok=True)
     with mpl.rc_context(STYLE):
         drawn = {"probe": svg(_probe_plot(data), "erasure-probe")}
         if "answers" in data:
             drawn["answers"] = svg(_answers_plot(data), "erasure-answers")
-    for name, text in drawn.items():
-        (folder / "figures" / f"{name}.svg").write_text(text, encoding="utf-8")
-    dictionary = data["dictionary"]
-    title = f"{_what(data)} taken out at {', '.join(dictionary['outputs'])}"
-    facts = _facts(data)
-    tables = [("What is left, and what it cost", _table(data)), ("The latents", _latents_table(data))]
-    markdown = [
-        f"# {title}",
-        "",
-        facts,
-        "",
-        *(f"![{name}](figures/{name}.svg)\n" for name in drawn),
-        LEGEND,
-        "",
-    ]
-    body = [
-        f"<p>{html.escape(facts)}</p>",
-        "<div class='plots'>" + "".join(f"<figure>{text}</figure>" for text in drawn.values()) + "</div>",
-        f"<p class='legend'>{html.escape(LEGEND)}</p>",
-    ]
-    for heading, table in tables:
-        markdown += [f"## {heading}", "", markdown_table(table), ""]
-        body.append(f"<h2>{html.escape(heading)}</h2>{html_table(table)}")
-    lines = attributions([data])
-    if lines:
-        markdown += ["## Neutral text", "", *(f"- {text} {url}".rstrip() for text, url in lines), ""]
-        body.append(
-            "<h3>Neutral text</h3><ul class='credits'>" + "".join(credit(*one) for one in lines) + "</ul>"
-        )
-    (folder / "erasure.md").write_text("\n".join(markdown), encoding="utf-8")
-    (folder / "erasure.html").write_text(page(title, "\n".join(body)), encoding="utf-8")
+    outputs = ", ".join(data["dictionary"]["outputs"])
+    document = Document(folder, f"{_what(data)} taken out at {outputs}")
+    document.text(_facts(data))
+    document.plots(drawn)
+    document.legend(LEGEND)
+    document.heading("What is left, and what it cost")
+    document.table(_table(data))
+    document.heading("The latents")
+    document.table(_latents_table(data))
+    document.credits(data, "Neutral text")
+    document.write("erasure")
     _write_csv(folder / "erasure.csv", data)
 
 

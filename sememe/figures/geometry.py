@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ from jaxtyping import Shaped
 from matplotlib.figure import Figure
 
 from sememe.figures.data import Data, number
-from sememe.figures.frame import page
+from sememe.figures.document import Document
 from sememe.figures.plots import STYLE, svg
-from sememe.figures.tables import Table, cell_note, html_table, markdown_table, percent, percent_note
+from sememe.figures.tables import Table, cell_note, percent, percent_note
 
 __all__ = ["write_geometry"]
 
@@ -57,30 +56,19 @@ def write_geometry(folder: Path, data: Data, columns: Mapping[str, Columns]) -> 
         data: geometry.json.
         columns: Each dictionary's numbers by latent.
     """
-    (folder / "figures").mkdir(exist_ok=True)
     with mpl.rc_context(STYLE):
         drawn = {name: svg(figure, f"geometry-{name}") for name, figure in _plots(data, columns).items()}
-    for name, text in drawn.items():
-        (folder / "figures" / f"{name}.svg").write_text(text, encoding="utf-8")
     names = [row["name"] for row in data["rows"]]
-    title = "Where latents lie: " + (
-        ", ".join(names) if len(names) <= MAX_DRAWN else f"{len(names)} dictionaries"
-    )
-    markdown, body = [f"# {title}", ""], []
+    of = ", ".join(names) if len(names) <= MAX_DRAWN else f"{len(names)} dictionaries"
+    document = Document(folder, f"Where latents lie: {of}")
     for notice in data["notices"]:
-        markdown += [notice, ""]
-        body.append(f"<p>{html.escape(notice)}</p>")
-    body.append(
-        "<div class='plots'>" + "".join(f"<figure>{text}</figure>" for text in drawn.values()) + "</div>"
-    )
-    markdown += [f"![{name}](figures/{name}.svg)\n" for name in drawn]
+        document.text(notice)
+    document.plots(drawn)
     for heading, table, meaning in _sections(data):
-        markdown += [f"## {heading}", "", markdown_table(table), "", meaning, ""]
-        body.append(
-            f"<h2>{html.escape(heading)}</h2>{html_table(table)}<p class='legend'>{html.escape(meaning)}</p>"
-        )
-    (folder / "geometry.md").write_text("\n".join(markdown), encoding="utf-8")
-    (folder / "geometry.html").write_text(page(title, "\n".join(body)), encoding="utf-8")
+        document.heading(heading)
+        document.table(table)
+        document.legend(meaning)
+    document.write("geometry")
 
 
 # -- plots ---------------------------------------------------------------------------------------------------------

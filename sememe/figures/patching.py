@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import itertools
 import math
 from collections.abc import Sequence
@@ -13,9 +12,9 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from sememe.figures.data import Data, number
-from sememe.figures.frame import attributions, credit, page
+from sememe.figures.document import Document
 from sememe.figures.plots import LOGARITHMIC_FROM, STYLE, svg
-from sememe.figures.tables import Table, cell_note, html_table, markdown_table
+from sememe.figures.tables import Table, cell_note
 
 __all__ = ["write_patching"]
 
@@ -71,40 +70,19 @@ def write_patching(folder: Path, data: Data) -> None:
         folder: Where to write.
         data: patch.json.
     """
-    (folder / "figures").mkdir(exist_ok=True)
     with mpl.rc_context(STYLE):
         drawn = {name: svg(_plot(data, name), f"patching-{name}") for name in ("patches", "edit")}
-    for name, text in drawn.items():
-        (folder / "figures" / f"{name}.svg").write_text(text, encoding="utf-8")
-    title = f"Patching {', '.join(data['hookpoints'])} of {data['model']}"
-    facts = _facts(data)
-    tables = [
-        (f"Patched {TITLES[order]}", _table(data, order))
-        for order in TITLES
-        if any(order in arm["orders"] for arm in data["arms"])
-    ]
-    markdown = [f"# {title}", "", *(line for fact in facts for line in (fact, ""))]
-    markdown += [f"![{name}](figures/{name}.svg)\n" for name in drawn]
-    markdown += [LEGEND, ""]
-    body = [f"<p>{html.escape(fact)}</p>" for fact in facts]
-    body.append(
-        "<div class='plots'>" + "".join(f"<figure>{text}</figure>" for text in drawn.values()) + "</div>"
-    )
-    body.append(f"<p class='legend'>{html.escape(LEGEND)}</p>")
-    for heading, table in tables:
-        markdown += [f"## {heading}", "", markdown_table(table), ""]
-        body.append(f"<h2>{html.escape(heading)}</h2>{html_table(table)}")
-    credits = attributions([data])
-    if credits:
-        markdown += [
-            "Baselines were fitted to texts of:",
-            "",
-            *(f"- {text} {url}".rstrip() for text, url in credits),
-            "",
-        ]
-        body.append("<ul class='credits'>" + "".join(credit(text, url) for text, url in credits) + "</ul>")
-    (folder / "patch.md").write_text("\n".join(markdown), encoding="utf-8")
-    (folder / "patch.html").write_text(page(title, "\n".join(body)), encoding="utf-8")
+    document = Document(folder, f"Patching {', '.join(data['hookpoints'])} of {data['model']}")
+    for fact in _facts(data):
+        document.text(fact)
+    document.plots(drawn)
+    document.legend(LEGEND)
+    for order, title in TITLES.items():
+        if any(order in arm["orders"] for arm in data["arms"]):
+            document.heading(f"Patched {title}")
+            document.table(_table(data, order))
+    document.credits(data, "Baselines were fitted to")
+    document.write("patch")
 
 
 def _facts(data: Data) -> list[str]:

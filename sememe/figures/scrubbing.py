@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,9 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from sememe.figures.data import Data, number
-from sememe.figures.frame import attributions, credit, page
+from sememe.figures.document import Document
 from sememe.figures.plots import STYLE, dots_plot, svg
-from sememe.figures.tables import Table, cell_note, html_table, markdown_table
+from sememe.figures.tables import Table, cell_note
 
 __all__ = ["write_scrubbing"]
 
@@ -40,51 +39,28 @@ def write_scrubbing(folder: Path, data: Data) -> None:
         folder: Where to write.
         data: scrub.json.
     """
-    title = f"Scrubbing {data['model']}"
+    document = Document(folder, f"Scrubbing {data['model']}")
     places = ", ".join(
         f"{one['name']} ({one['hookpoint']}, {one['d_sae']:,} latents)" for one in data["dictionaries"]
     )
-    markdown = [f"# {title}", "", f"Dictionaries: {places}. Model in {data['dtype']}.", ""]
-    body = [f"<p>Dictionaries: {html.escape(places)}. Model in {data['dtype']}.</p>"]
+    document.text(f"Dictionaries: {places}. Model in {data['dtype']}.")
     if "circuit" in data:
-        (folder / "figures").mkdir(exist_ok=True)
         with mpl.rc_context(STYLE):
-            drawn = svg(_plot(data["circuit"]), "scrubbing")
-        (folder / "figures" / "score.svg").write_text(drawn, encoding="utf-8")
-        facts, table = _circuit_facts(data), _circuit_table(data["circuit"])
-        markdown += [
-            "## The circuit",
-            "",
-            facts,
-            "",
-            markdown_table(table),
-            "",
-            "![score](figures/score.svg)",
-            "",
-        ]
-        markdown += [SCORE_LEGEND, ""]
-        body.append(f"<h2>The circuit</h2><p>{html.escape(facts)}</p>{html_table(table)}")
-        body.append(
-            f"<div class='plots'><figure>{drawn}</figure></div><p class='legend'>{html.escape(SCORE_LEGEND)}</p>"
-        )
+            drawn = {"score": svg(_plot(data["circuit"]), "scrubbing")}
+        document.heading("The circuit")
+        document.text(_circuit_facts(data))
+        document.table(_circuit_table(data["circuit"]))
+        document.plots(drawn)
+        document.legend(SCORE_LEGEND)
     if "downstream" in data:
         found = data["downstream"]
-        facts = _downstream_facts(found)
-        markdown += [f"## What latents of {found['source']} do downstream", "", facts, ""]
-        body.append(
-            f"<h2>What latents of {html.escape(found['source'])} do downstream</h2><p>{html.escape(facts)}</p>"
-        )
-        for table in (_layers_table(found), _edges_table(found)):
-            markdown += [markdown_table(table), ""]
-            body.append(html_table(table))
-        markdown += [EDGE_LEGEND, ""]
-        body.append(f"<p class='legend'>{html.escape(EDGE_LEGEND)}</p>")
-    credits = attributions([data])
-    if credits:
-        markdown += ["Text:", "", *(f"- {text} {url}".rstrip() for text, url in credits), ""]
-        body.append("<ul class='credits'>" + "".join(credit(text, url) for text, url in credits) + "</ul>")
-    (folder / "scrub.md").write_text("\n".join(markdown), encoding="utf-8")
-    (folder / "scrub.html").write_text(page(title, "\n".join(body)), encoding="utf-8")
+        document.heading(f"What latents of {found['source']} do downstream")
+        document.text(_downstream_facts(found))
+        document.table(_layers_table(found))
+        document.table(_edges_table(found))
+        document.legend(EDGE_LEGEND)
+    document.credits(data, "Text")
+    document.write("scrub")
 
 
 def _circuit_facts(data: Data) -> str:

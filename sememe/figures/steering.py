@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import html
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sememe.figures.data import Data, number
-from sememe.figures.frame import attributions, credit, page
+from sememe.figures.document import Document
 from sememe.figures.plots import STYLE, svg
-from sememe.figures.tables import Table, cell_note, html_table, markdown_table
+from sememe.figures.tables import Table, cell_note
 
 __all__ = ["write_steering"]
 
@@ -41,7 +40,6 @@ def write_steering(folder: Path, data: Data) -> None:
         folder: Where to write.
         data: steering.json.
     """
-    (folder / "figures").mkdir(exist_ok=True)
     drawn = {}
     with mpl.rc_context(STYLE):
         for name in data["meanings"]:
@@ -49,50 +47,24 @@ def write_steering(folder: Path, data: Data) -> None:
         drawn["perplexity-strength"] = svg(_dose_plot(data, "perplexity"), "steering-perplexity")
         for name in data["meanings"]:
             drawn[f"{name}-perplexity"] = svg(_fair_plot(data, name), f"steering-{name}-perplexity")
-    for name, text in drawn.items():
-        (folder / "figures" / f"{name}.svg").write_text(text, encoding="utf-8")
     latents = ", ".join(str(one["latent"]) for one in data["latents"])
-    title = f"Steering with {'latent' if len(data['latents']) == 1 else 'latents'} {latents}"
-    facts = _facts(data)
-    legend = f"{LEGEND} " + " ".join(f"{name}: {text}." for name, text in data["meanings"].items())
-    tables = [("Dose and response", _table(data)), ("What was written", _examples(data))]
+    document = Document(
+        folder, f"Steering with {'latent' if len(data['latents']) == 1 else 'latents'} {latents}"
+    )
+    document.text(_facts(data))
+    document.plots(drawn)
+    document.legend(f"{LEGEND} " + " ".join(f"{name}: {text}." for name, text in data["meanings"].items()))
     broken = [
         f"{name} at {one['strength']:g}: {one['broken']}" for name, one in _points(data) if one["broken"]
     ]
-    markdown = [
-        f"# {title}",
-        "",
-        facts,
-        "",
-        *(f"![{name}](figures/{name}.svg)\n" for name in drawn),
-        legend,
-        "",
-    ]
-    body = [
-        f"<p>{html.escape(facts)}</p>",
-        "<div class='plots'>" + "".join(f"<figure>{text}</figure>" for text in drawn.values()) + "</div>",
-        f"<p class='legend'>{html.escape(legend)}</p>",
-    ]
     if broken:
-        markdown += ["Doses that broke the model:", "", *(f"- {line}" for line in broken), ""]
-        body.append(
-            "<h3>Doses that broke the model</h3><ul>"
-            + "".join(f"<li>{html.escape(line)}</li>" for line in broken)
-            + "</ul>"
-        )
-    for heading, table in tables:
-        markdown += [f"## {heading}", "", markdown_table(table), ""]
-        shown = html_table(table)
-        if heading == "What was written":
-            shown = f"<div class='written'>{shown}</div>"
-        body.append(f"<h2>{html.escape(heading)}</h2>{shown}")
-    body.append("<style>.written td { white-space: normal; text-align: left; min-width: 6rem }</style>")
-    lines = attributions([data])
-    if lines:
-        markdown += ["## Text", "", *(f"- {text} {url}".rstrip() for text, url in lines), ""]
-        body.append("<h3>Text</h3><ul class='credits'>" + "".join(credit(*one) for one in lines) + "</ul>")
-    (folder / "steering.md").write_text("\n".join(markdown), encoding="utf-8")
-    (folder / "steering.html").write_text(page(title, "\n".join(body)), encoding="utf-8")
+        document.items("Doses that broke the model", broken)
+    document.heading("Dose and response")
+    document.table(_table(data))
+    document.heading("What was written")
+    document.table(_examples(data), written=True)
+    document.credits(data, "Text")
+    document.write("steering")
     _write_csv(folder / "steering.csv", data)
 
 
