@@ -39,7 +39,6 @@ __all__ = [
     "Scores",
     "from_json",
     "influence",
-    "links_of",
     "node_id",
     "part",
     "prune",
@@ -355,17 +354,6 @@ class Links(NamedTuple):
         out = np.zeros((self.n_nodes, self.n_nodes))
         np.add.at(out, (self.target, self.source), self.weight)
         return out
-
-
-def links_of(graph: Graph) -> Links:
-    """The edges of a graph by the number of their ends in its list of nodes."""
-    number = {node.id: i for i, node in enumerate(graph.nodes)}
-    return Links(
-        np.array([number[edge.source] for edge in graph.edges], dtype=np.int64),
-        np.array([number[edge.target] for edge in graph.edges], dtype=np.int64),
-        np.array([edge.weight for edge in graph.edges], dtype=np.float64),
-        np.array([node.kind for node in graph.nodes], dtype=str),
-    )
 
 
 def _shares(links: Links) -> Floats:

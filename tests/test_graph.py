@@ -10,6 +10,17 @@ from sememe.errors import ArtifactError, ConfigError, CorruptError
 from sememe.graph import DictionaryRef, Edge, Graph, GraphNode, Links, node_id
 
 
+def links_of(graph: graphs.Graph) -> graphs.Links:
+    """The edges of a graph by the number of their ends in its list of nodes."""
+    number = {node.id: i for i, node in enumerate(graph.nodes)}
+    return graphs.Links(
+        np.array([number[edge.source] for edge in graph.edges], dtype=np.int64),
+        np.array([number[edge.target] for edge in graph.edges], dtype=np.int64),
+        np.array([edge.weight for edge in graph.edges], dtype=np.float64),
+        np.array([node.kind for node in graph.nodes], dtype=str),
+    )
+
+
 def hand_made() -> Graph:
     """token -> a -> logit; error -> a, b -> logit; c feeds nothing."""
     nodes = [
@@ -92,14 +103,14 @@ def test_files_that_hold_no_graph_are_refused(tmp_path):
 
 def test_influence_by_hand():
     """The logit takes 0.6, 0.2, 0.2 of 1; latent 3 takes 3/4 of the token and 1/4 of the error."""
-    links = graphs.links_of(hand_made())
+    links = links_of(hand_made())
     expected = [0.6 * 0.75 + 0.2, 0.6 * 0.25 + 0.2, 0.6, 0.2, 0.0, 0.0]
     assert graphs.influence(links, SINKS) == pytest.approx(expected)
 
 
 def test_scores_by_hand():
     """Token 0.65 against error 0.35; of what enters, latent 3 has 3/4 and latent 4 nothing from elsewhere."""
-    links = graphs.links_of(hand_made())
+    links = links_of(hand_made())
     through = np.array([0.65, 0.35, 0.6, 0.2, 0.0, 1.0])
     without = np.array([1, 1, 0.75, 0.0, 1.0, 1.0])
     found = graphs.scores(links, SINKS)
@@ -134,7 +145,7 @@ def test_sums_over_paths_equal_the_inverse():
 
 def test_pruning_by_hand():
     """Of 1.8 in all, 1.25 are in the token and latent 3; the third is the error (0.35), whose edges must stay too."""
-    links = graphs.links_of(hand_made())
+    links = links_of(hand_made())
     pruned = graphs.prune(links, SINKS, keep_nodes=0.69, keep_edges=1.0)
     assert pruned.nodes.tolist() == [True, False, True, False, False, True]
     assert pruned.edges.tolist() == [True, False, False, False, True, False, True]
@@ -159,13 +170,13 @@ def test_loose_ends_fall_away_in_turn():
 
 
 def test_everything_stays_when_all_is_asked_for():
-    links = graphs.links_of(hand_made())
+    links = links_of(hand_made())
     pruned = graphs.prune(links, SINKS, 1.0, 1.0)
     assert pruned.nodes.tolist() == [True, True, True, True, False, True], "latent 5 leads nowhere"
 
 
 def test_shares_outside_0_and_1_and_cycles_are_refused():
-    links = graphs.links_of(hand_made())
+    links = links_of(hand_made())
     with pytest.raises(ConfigError, match=r"keep_nodes must be in \[0, 1\], got 80. Give a share."):
         graphs.prune(links, SINKS, 80)
     cycle = Links(np.array([0, 1]), np.array([1, 0]), np.ones(2), np.array(["latent", "latent"]))

@@ -66,8 +66,9 @@ class Site(Config):
 
     def admits(self, rows: Float[Tensor, "*lead d"]) -> Bool[Tensor, "*lead"]:
         """Which of the site's own rows are within its limit of norm."""
-        norms = rows.float().norm(dim=-1)  # as rows are measured when they are harvested
-        return torch.ones_like(norms, dtype=torch.bool) if self.max_norm is None else norms <= self.max_norm
+        if self.max_norm is None:
+            return torch.ones(rows.shape[:-1], dtype=torch.bool, device=rows.device)
+        return rows.float().norm(dim=-1) <= self.max_norm  # as rows are measured when they are harvested
 
 
 class Sites(Config):
