@@ -68,7 +68,8 @@ class Site(Config):
         """Which of the site's own rows are within its limit of norm."""
         if self.max_norm is None:
             return torch.ones(rows.shape[:-1], dtype=torch.bool, device=rows.device)
-        return rows.float().norm(dim=-1) <= self.max_norm  # as rows are measured when they are harvested
+        norms: Tensor = rows.float().norm(dim=-1)  # as rows are measured when they are harvested
+        return norms <= self.max_norm
 
 
 class Sites(Config):
