@@ -27,7 +27,7 @@ from sememe.errors import ActivationError, ConfigError, HookpointError, Mismatch
 from sememe.lm import LanguageModel
 from sememe.splice import check_places
 
-__all__ = ["Intervention", "LatentEdit", "acts_of", "check", "editing"]
+__all__ = ["Intervention", "LatentEdit", "check", "editing"]
 
 _WITH_VALUE = ("clamp", "scale", "add")
 _FROM_OTHER = ("mean", "resample", "patch")
@@ -58,16 +58,6 @@ class LatentEdit(Config):
                 "Set value." if wants else "Drop value.",
             )
         return self
-
-
-def acts_of(encoded: Encoded, latents: Sequence[int]) -> Float[Tensor, "rows n"]:
-    """The activations of a few latents, dense."""
-    slots = torch.full((encoded.d_sae,), -1, dtype=torch.long, device=encoded.indices.device)
-    slots[list(latents)] = torch.arange(len(latents), device=slots.device)
-    slot = slots[encoded.indices.long()]
-    wanted = slot >= 0
-    dense = encoded.acts.new_zeros(encoded.n_rows, len(latents))
-    return dense.index_put((encoded.row_ids()[wanted], slot[wanted]), encoded.acts[wanted], accumulate=True)
 
 
 class Intervention:
@@ -166,7 +156,7 @@ class Intervention:
         """What `latents` are on recorded activations."""
         x, lead = self._rows(activations)
         with torch.no_grad():
-            acts = acts_of(self.dictionary.encode(x), self.latents)
+            acts = self.dictionary.encode_latents(x, self.latents)
         return acts.reshape(1 if len(lead) == 1 else lead[0], -1, len(self.latents))
 
     def _rows(self, activations: Mapping[str, Tensor]) -> tuple[Float[Tensor, "rows d_in"], torch.Size]:
@@ -218,11 +208,12 @@ class Intervention:
         if self._blind:
             before = directions.new_zeros(1, len(self.latents))
             return None, self.after(before) @ directions
-        encoded = self.dictionary.encode(x)
-        before = acts_of(encoded, self.latents)
-        after = self.after(before, self._same_place(rows, lead, first))
+        same_place = self._same_place(rows, lead, first)
         if self.error == "keep":
-            return None, (after - before) @ directions
+            before = self.dictionary.encode_latents(x, self.latents)
+            return None, (self.after(before, same_place) - before) @ directions
+        encoded = self.dictionary.encode(x)
+        after = self.after(encoded.columns(self.latents), same_place)
         # the edited latents are decoded once, with their new activations
         others = encoded.with_acts(torch.where(self._is_edited(encoded), 0.0, encoded.acts))
         return self.dictionary.decode(others, x), after @ directions

@@ -177,6 +177,15 @@ class Encoded:
         dense = self.acts.new_zeros(self.n_rows, self.d_sae)
         return dense.index_put((self.row_ids(), self.indices.long()), self.acts, accumulate=True)
 
+    def columns(self, latents: Sequence[int]) -> Float[Tensor, "batch n"]:
+        """The activations of a few latents, dense; duplicates add."""
+        slots = torch.full((self.d_sae,), -1, dtype=torch.long, device=self.indices.device)
+        slots[list(latents)] = torch.arange(len(latents), device=slots.device)
+        slot = slots[self.indices.long()]
+        wanted = slot >= 0
+        dense = self.acts.new_zeros(self.n_rows, len(latents))
+        return dense.index_put((self.row_ids()[wanted], slot[wanted]), self.acts[wanted], accumulate=True)
+
     def select_rows(self, keep: Bool[Tensor, " batch"]) -> Encoded:
         """Only the rows where `keep` is true."""
         if self.overflow is not None:

@@ -94,6 +94,21 @@ def test_rows_do_not_influence_each_other(kind):
         torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
 
 
+def test_some_latents_are_encoded_as_all_are(kind):
+    dictionary, x = made(kind).eval(), sample(seed=3)
+    whole = dictionary.encode(x).to_dense()
+    for latents in ([3], [5, 0, 39], []):
+        found = dictionary.encode_latents(x, latents)
+        torch.testing.assert_close(found, whole[:, latents], atol=1e-6, rtol=1e-5)
+    assert bool((whole[:, [5, 0, 39]] != 0).any())
+    never = x[:4].clone()
+    never[:] = 0.0
+    assert dictionary.encode_latents(never[:0], [1, 2]).shape == (0, 2)
+    torch.testing.assert_close(
+        dictionary.encode_latents(never, [1]), dictionary.encode(never).to_dense()[:, [1]]
+    )
+
+
 @pytest.mark.parametrize("d_out", [D, 9])
 def test_folding_keeps_the_map(kind, d_out):
     if kind in ONE_PLACE and d_out != D:

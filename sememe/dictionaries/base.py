@@ -14,7 +14,7 @@ from __future__ import annotations
 import abc
 import copy
 import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
@@ -200,6 +200,12 @@ class Dictionary(nn.Module, abc.ABC):
     @abc.abstractmethod
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Encoded:
         """Latent activations, each row on its own whatever the batch (in eval mode)."""
+
+    def encode_latents(
+        self, x: Float[Tensor, "batch d_in"], latents: Sequence[int]
+    ) -> Float[Tensor, "batch n"]:
+        """The activations of a few latents, dense: those that `encode` gives them (in eval mode)."""
+        return self.encode(x).columns(latents)
 
     @abc.abstractmethod
     def decode(

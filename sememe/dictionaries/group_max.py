@@ -32,6 +32,7 @@ class GroupMax(Selection):
 
     kind = "group_max"
     config_class = GroupMaxConfig
+    fires_only_above_zero = True
     config: GroupMaxConfig
 
     def __init__(

@@ -66,6 +66,7 @@ class JumpReLU(Penalised):
 
     kind = "jumprelu"
     config_class = JumpReLUConfig
+    fires_only_above_zero = True
     config: JumpReLUConfig
     latent_units = ("b_enc", "threshold_unit")
     threshold_unit: Tensor

@@ -47,6 +47,8 @@ class Linear(Trainable, abc.ABC):
 
     config_class: ClassVar[type[LinearConfig]]
     config: LinearConfig
+    fires_only_above_zero: ClassVar[bool] = False
+    """Whether a latent is active only where its own pre-activation is positive, whatever the others do."""
     latent_units: ClassVar[tuple[str, ...]] = ("b_enc",)
     """Parameters and buffers that are measured in latent activations, and so divide by scale_in when folded."""
 
@@ -94,6 +96,19 @@ class Linear(Trainable, abc.ABC):
         ).T  # rows of what is stored latent by latent, and so their gradient
         b_enc = self.b_enc[ids]
         return lambda x: torch.addmm(b_enc, x - self.b_pre, W_enc)
+
+    def encode_latents(
+        self, x: Float[Tensor, "batch d_in"], latents: Sequence[int]
+    ) -> Float[Tensor, "batch n"]:
+        """The activations of a few latents, dense. Rows in which none of them can fire are not encoded."""
+        if self.training or not self.fires_only_above_zero or not latents:
+            return super().encode_latents(x, latents)
+        self.check_input(x)
+        with torch.no_grad():
+            pre_acts = self.pre_acts_of(torch.tensor(latents, device=x.device))(x)
+        rows = torch.nonzero((pre_acts > 0).any(1))[:, 0]
+        found = super().encode_latents(x[rows], latents)
+        return found.new_zeros(len(x), len(latents)).index_put((rows,), found)
 
     def decode(
         self, encoded: Encoded, x: Float[Tensor, "batch d_in"] | None = None

@@ -37,6 +37,7 @@ class MultiTopK(Selection):
 
     kind = "multi_topk"
     config_class = MultiTopKConfig
+    fires_only_above_zero = True
     config: MultiTopKConfig
 
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Encoded:

@@ -54,6 +54,7 @@ class ReLU(ActivationPenalty):
 
     kind = "relu"
     config_class = ReLUConfig
+    fires_only_above_zero = True
     config: ReLUConfig
 
     def __init__(

@@ -32,6 +32,7 @@ class TopK(Selection):
 
     kind = "topk"
     config_class = TopKConfig
+    fires_only_above_zero = True
     config: TopKConfig
 
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Encoded:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from sememe import metrics
 from sememe.dictionaries.base import Dictionary, Sites
-from sememe.edits import acts_of
 from sememe.erase.config import EraseConfig
 from sememe.erase.erasures import Arm
 from sememe.errors import ActivationError, ConfigError, TextError
@@ -81,7 +80,7 @@ class Passes:
                 keep = keep & site.admits(rows[..., site.start : site.stop])
         here, encoded = target[keep], self.dictionary.encode(x[keep])
         for arm in self.arms:
-            new = arm.erasure.rows(here, acts_of(encoded, arm.erasure.latents))
+            new = arm.erasure.rows(here, encoded.columns(arm.erasure.latents))
             if not bool(torch.isfinite(new.norm(dim=1)).all()):
                 raise ActivationError(
                     f"the erasure {arm.name} must give activations of finite norm",

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sememe.dictionaries.base import Dictionary
-from sememe.edits import Intervention, LatentEdit, acts_of
+from sememe.edits import Intervention, LatentEdit
 from sememe.errors import TextError
 from sememe.intervene.config import InterveneConfig
 from sememe.lm import LanguageModel
@@ -75,7 +75,7 @@ def find(
                 captured = lm.capture(ids, splicer.reads, mask)
                 x = _inputs(dictionary, captured)
                 keep = torch.from_numpy(block.keep[part]) & _inside(dictionary, x, ids.shape)
-                dense = acts_of(dictionary.encode(x), config.latents).cpu().reshape(*ids.shape, n)
+                dense = dictionary.encode_latents(x, config.latents).cpu().reshape(*ids.shape, n)
                 acts = (dense * keep[:, :, None]).numpy()
                 n_tokens += int(keep.sum())
                 active += (acts != 0).sum(axis=(0, 1))
@@ -178,8 +178,12 @@ def _add_batch(
     mask = torch.from_numpy(np.stack([c.mask for c in contexts]))
     keep = torch.from_numpy(np.stack([c.keep for c in contexts]))
     run = splicer.base(ids, mask)
-    encoded = dictionary.encode(_inputs(dictionary, run.activations))
-    acts = acts_of(encoded, [found.latent]).cpu().reshape(ids.shape) * keep
+    acts = (
+        dictionary.encode_latents(_inputs(dictionary, run.activations), [found.latent])
+        .cpu()
+        .reshape(ids.shape)
+        * keep
+    )
     if config.ablation == "mean":
         edit = LatentEdit(latents=(found.latent,), how="clamp", value=found.mean_act)
     else:

@@ -58,7 +58,7 @@ def encode_group_max(
 ) -> tuple[Float[Tensor, "batch n_groups"], Int[Tensor, "batch n_groups"]]:
     """The largest positive pre-activation of each group of consecutive latents; ties go to the lower index."""
     pre_acts = (x - b_pre) @ W_enc + b_enc
-    groups = pre_acts.view(x.shape[0], n_groups, -1)
+    groups = pre_acts.view(x.shape[0], n_groups, W_enc.shape[1] // n_groups)
     first = _first_largest(groups.detach())
     indices = first + groups.shape[2] * torch.arange(n_groups, device=x.device)
     return torch.relu(pre_acts.gather(1, indices)), indices.to(torch.int32)

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from sememe.dictionaries.base import Dictionary
 from sememe.dictionaries.pca import PCA
-from sememe.edits import acts_of
 from sememe.measure import Material, make_null
 from sememe.patch.runs import Part, Runs
 
@@ -61,7 +60,7 @@ def of_dictionary(name: str, dictionary: Dictionary, runs: Runs, about: dict[str
                 l0, n_rows = l0 + int(encoded.l0().sum()), n_rows + encoded.n_rows
         firing = torch.nonzero(fires).flatten().tolist()
         changes = [
-            (acts_of(there, firing) - acts_of(here, firing)) * _editable(runs, part)[:, None]
+            (there.columns(firing) - here.columns(firing)) * _editable(runs, part)[:, None]
             for part, (here, there) in zip(runs.parts, pairs, strict=True)
         ]
         differs = torch.zeros(len(firing), dtype=torch.bool)

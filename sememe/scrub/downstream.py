@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sememe.edits import acts_of
 from sememe.encoded import Encoded
 from sememe.errors import ConfigError
 from sememe.progress import track
@@ -143,7 +142,7 @@ class _Pass:
         """The sums over all inputs."""
         for batch in self.inputs.batches():
             x = batch.run.activations[self.place.hookpoint]
-            acts = acts_of(self.place.dictionary.encode(flat(x)), self.source.latents)
+            acts = self.place.dictionary.encode_latents(flat(x), self.source.latents)
             acts = acts.reshape(*x.shape[:2], -1) * batch.here[self.source.place][:, :, None]
             fires = torch.nonzero((acts != 0).any(1))
             for part in torch.split(fires, self.batch_rows):

@@ -20,7 +20,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sememe import metrics
-from sememe.edits import acts_of
 from sememe.errors import ActivationError
 from sememe.metrics.sums import Formula
 from sememe.progress import track
@@ -156,7 +155,7 @@ class Scrubber:
             encoded = self.places[place].dictionary.encode(flat(x))
             for i, node in enumerate(circuit.nodes):
                 if node.place == place and circuit.parents(i) == parents:
-                    acts[i] = acts_of(encoded, node.latents)
+                    acts[i] = encoded.columns(node.latents)
         given = self._given(circuit, circuit.parents(None), acts)
         kept = [given[number][0] if number in given else [] for number in range(len(self.places))]
         return self._forward(batch, others, kept, given, len(self.places))[0]
@@ -211,9 +210,7 @@ class Scrubber:
         moved = moved - dictionary.decode(own.select_latents(outside), rows)
         if given is not None:
             latents, values = given
-            moved = (
-                moved + (values - acts_of(own, latents)) @ dictionary.decoder_directions()[latents].float()
-            )
+            moved = moved + (values - own.columns(latents)) @ dictionary.decoder_directions()[latents].float()
         if self.config.error == "resample":
             missing = rows - dictionary.decode(own, rows)
             moved = moved + (theirs - dictionary.decode(taken, theirs)) - missing

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from sememe import metrics
 from sememe.dictionaries.base import Dictionary
-from sememe.edits import acts_of
 from sememe.lm import LanguageModel
 from sememe.splice import Splicer
 from sememe.steer.config import SteerConfig
@@ -114,8 +113,8 @@ class Measures:
         parts = [activations[site.hookpoint][:, n_prompt:] for site in self.sites.inputs]
         x = torch.cat([part.float().to(parts[0].device) for part in parts], dim=-1)
         device = self.dictionary.decoder_directions().device
-        encoded = self.dictionary.encode(x.flatten(0, 1).to(device))
-        acts = acts_of(encoded, [latent for latent, _ in self.largest])
+        latents = [latent for latent, _ in self.largest]
+        acts = self.dictionary.encode_latents(x.flatten(0, 1).to(device), latents)
         over = acts / acts.new_tensor([act for _, act in self.largest])
         return over.mean(1).reshape(x.shape[:2]).sum(1).double().cpu().numpy()
 

@@ -16,7 +16,6 @@ from sememe.capture import captured_rows
 from sememe.config import sha256_of
 from sememe.dictionaries.base import Dictionary, Sites
 from sememe.downstream import prompt_ids
-from sememe.edits import acts_of
 from sememe.errors import ActivationError, ConfigError
 from sememe.labelled import Labelled, pooled_rows, read_labelled
 from sememe.lm import LanguageModel
@@ -153,7 +152,7 @@ def _largest(
             parts = [rows.activations[site.hookpoint].float() for site in sites.inputs]
             x = torch.cat([part.to(lm.device) for part in parts], dim=-1)
             if len(x):
-                acts = acts_of(dictionary.encode(x), config.latents)
+                acts = dictionary.encode_latents(x, config.latents)
                 found = torch.maximum(found, acts.amax(0).cpu())
             progress.advance(rows.n_tokens)
     for latent, act in zip(config.latents, found.tolist(), strict=True):

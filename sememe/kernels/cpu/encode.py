@@ -238,7 +238,7 @@ def encode_threshold(
 ) -> Encoded:
     """See `kernels.encode_threshold`."""
     d_sae = W_enc.shape[1]
-    if _share_above(x, W_enc, b_enc, b_pre, threshold) > DENSE_SHARE:
+    if not len(x) or _share_above(x, W_enc, b_enc, b_pre, threshold) > DENSE_SHARE:
         return reference.encode_threshold(x, W_enc, b_enc, b_pre, threshold)
     least = np.zeros(d_sae, np.float32) if threshold is None else threshold.detach().contiguous().numpy()
     chosen = functools.partial(_above, threshold=least)
