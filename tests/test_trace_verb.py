@@ -120,14 +120,16 @@ def test_options_that_do_not_go_together(options: dict[str, Any], message: str) 
         TraceConfig.build(options)
 
 
-def test_the_largest_are_dealt_out_evenly() -> None:
-    effects = torch.arange(20.0) - 10
-    hands = dealt_out(effects, 10, 3, torch.Generator().manual_seed(0))
+def test_the_largest_are_dealt_out_those_of_one_position_apart() -> None:
+    effects, positions = torch.arange(20.0) - 10, torch.arange(20) % 4
+    hands = dealt_out(effects, positions, 12, 3)
     assert sorted(int(i) for hand in hands for i in hand) == sorted(
-        effects.abs().argsort(descending=True, stable=True)[:10].tolist()
+        effects.abs().argsort(descending=True, stable=True)[:12].tolist()
     )
-    assert sorted(map(len, hands)) == [3, 3, 4]
-    assert len(dealt_out(effects, 2, 9, torch.Generator().manual_seed(0))) == 2
+    for hand in hands:
+        assert sorted(positions[hand].tolist()) == [0, 1, 2, 3]
+    assert [len(hand) for hand in dealt_out(effects, positions, 10, 3)] == [4, 3, 3]
+    assert len(dealt_out(effects, positions, 2, 9)) == 2
 
 
 # -- the verb ----------------------------------------------------------------------------------------

@@ -274,7 +274,7 @@ def _prompts(config: TraceConfig, lm: LanguageModel, places: Sequence[Placed]) -
         )
         passes, base, table = setting.passes, setting.base, setting.table
         generator = torch.Generator().manual_seed(config.seed)
-        attribution = _attribution(config, setting, generator)
+        attribution = _attribution(config, setting)
         progress.advance()
         order = attribution.effects.abs().argsort(descending=True, stable=True)
         loud = order[attribution.effects[order].abs() >= config.node_threshold]
@@ -325,7 +325,7 @@ def _prompts(config: TraceConfig, lm: LanguageModel, places: Sequence[Placed]) -
     )
 
 
-def _attribution(config: TraceConfig, setting: Setting, generator: torch.Generator) -> Attribution:
+def _attribution(config: TraceConfig, setting: Setting) -> Attribution:
     passes, table, base = setting.passes, setting.table, setting.base
     if config.method == "gradient":
         return attribute(passes, table, base)
@@ -338,7 +338,6 @@ def _attribution(config: TraceConfig, setting: Setting, generator: torch.Generat
         n_grouped=config.n_grouped,
         reach=config.reach,
         embedded=setting.embedded,
-        generator=generator,
     )
 
 

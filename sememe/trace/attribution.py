@@ -9,9 +9,10 @@ dm/df = (dm/dx) D^T for the latents that are active, and dm/dx for the errors.
 
 Ways through which ig goes, with n_steps passes for all places together unless said otherwise:
 
-    groups     The nodes with the largest gradient effects are dealt out to n_steps - 1 groups. In each pass one
-               group, of all places, is changed by half; its nodes take the gradient from there (the middle of their
-               own path), all others that of the unchanged run.
+    groups     The nodes with the largest gradient effects are dealt out to n_steps - 1 groups, those of one position
+               as far apart as can be, because they act on each other most. In each pass one group, of all places, is
+               changed by half; its nodes take the gradient from there (the middle of their own path), all others that
+               of the unchanged run.
     inputs     The embeddings go from the prompt's to its counterpart's, and everything follows.
     layers     Each place goes from its own activation to the changed one while nothing else is touched: n_steps
                passes for each. What circuits are usually found with (Marks et al. 2024, arXiv:2403.19647); here the
@@ -212,7 +213,6 @@ def integrate(
     n_grouped: int = 256,
     reach: float = 1.0,
     embedded: Tensor | None = None,
-    generator: torch.Generator | None = None,
 ) -> Attribution:
     """Gradients averaged over a path, times change.
 
@@ -225,10 +225,9 @@ def integrate(
         n_grouped: How many nodes `groups` moves.
         reach: How far along the other paths gradients are taken, 1: to the end.
         embedded: With `inputs`: the counterpart's embeddings minus the prompt's.
-        generator: Of the groups.
     """
     if path == "groups":
-        return _groups(passes, table, base, n_steps, n_grouped, generator or torch.Generator().manual_seed(0))
+        return _groups(passes, table, base, n_steps, n_grouped)
     points = [(step + 0.5) / n_steps * reach for step in range(n_steps)]
     if path == "inputs":
         assert embedded is not None
@@ -244,12 +243,10 @@ def integrate(
     return _result(passes, table, base, table.per_node(table.effects(gradients)), gradients)
 
 
-def _groups(
-    passes: Passes, table: Table, base: Pass, n_steps: int, n_grouped: int, generator: torch.Generator
-) -> Attribution:
+def _groups(passes: Passes, table: Table, base: Pass, n_steps: int, n_grouped: int) -> Attribution:
     entries = table.effects(base.gradients)
     effects = table.per_node(entries)
-    for nodes in dealt_out(effects, n_grouped, n_steps - 1, generator):
+    for nodes in dealt_out(effects, table.node_position, n_grouped, n_steps - 1):
         mine = table.entries_of(nodes)
         moved = {
             i: table.moved(i, mine, 0.5)
@@ -262,23 +259,19 @@ def _groups(
 
 
 def dealt_out(
-    effects: Float[Tensor, " n"], n_chosen: int, n_groups: int, generator: torch.Generator
+    effects: Float[Tensor, " n"], positions: Int[Tensor, " n"], n_chosen: int, n_groups: int
 ) -> list[Int[Tensor, " k"]]:
-    """The largest effects in groups as alike as can be: from each run of n_groups in order of size, one goes to each.
+    """The largest effects in groups: position by position, in order of size, one goes to each group in turn.
 
     Args:
         effects: Of all nodes.
+        positions: Where each is.
         n_chosen: How many are dealt out.
         n_groups: Into how many groups; empty ones are left out.
-        generator: Which goes where.
     """
     order = effects.abs().argsort(descending=True, stable=True)[:n_chosen]
-    hands: list[list[int]] = [[] for _ in range(n_groups)]
-    for start in range(0, len(order), n_groups):
-        row = order[start : start + n_groups].tolist()
-        for hand, node in zip(torch.randperm(n_groups, generator=generator).tolist(), row, strict=False):
-            hands[hand].append(node)
-    return [torch.tensor(hand, device=effects.device) for hand in hands if hand]
+    order = order[positions[order].argsort(stable=True)]
+    return [order[hand::n_groups] for hand in range(min(n_groups, len(order)))]
 
 
 def _result(

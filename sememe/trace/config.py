@@ -106,7 +106,7 @@ class TraceConfig(Config):
     n_tokens: int = Field(default=20_000, ge=1)
     """How many of its tokens."""
     seed: int = Field(default=0, ge=0)
-    """Of groups, random circuits and samples."""
+    """Of random circuits and samples."""
     batch_rows: int = Field(default=16, ge=1)
     """Rows of tokens in a forward."""
 
