@@ -8,7 +8,6 @@ Knows folders, meta.json and the layout of report.json; never loads torch.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,27 +28,17 @@ def members(folder: Path, kind: str) -> dict[str, Path]:
 
     A sweep counts as a folder of its dictionaries. What lies inside an artifact is not looked at.
     """
-    if not folder.is_dir():
-        return {}
-    if (folder / artifact.META).is_file() and artifact.load(folder).kind != "sweep":
+    if artifact.kind_of(folder) not in (None, "sweep"):
         return {}
     found: dict[str, Path] = {}
-    for child in sorted((path for path in folder.iterdir() if path.is_dir()), key=_natural):
-        if child.name.startswith("."):
-            continue
-        if not (child / artifact.META).is_file():
-            found |= {f"{child.name}/{name}": path for name, path in members(child, kind).items()}
-        elif artifact.load(child).kind == kind:
-            found[child.name] = child
+    for path in artifact.below(folder):
+        name = path.as_posix().removeprefix(f"{folder.as_posix()}/")
+        own = artifact.kind_of(path)
+        if own == kind:
+            found[name] = path
+        elif own == "sweep":
+            found |= {f"{name}/{inner}": place for inner, place in members(path, kind).items()}
     return found
-
-
-def _natural(path: Path) -> list[tuple[bool, int, str]]:
-    """layer2 before layer10."""
-    return [
-        (part.isdigit(), int(part or 0) if part.isdigit() else 0, part)
-        for part in re.split(r"(\d+)", path.name)
-    ]
 
 
 def together(
