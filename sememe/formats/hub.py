@@ -7,22 +7,32 @@ an id names, and what is there already is used without asking the network.
 from __future__ import annotations
 
 import contextlib
+import glob
 import re
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from sememe.errors import FormatError, nearest
 
-__all__ = ["Id", "fetch", "is_id", "parse"]
+__all__ = ["Id", "fetch", "is_id", "of_the_network", "parse"]
 
 SCHEME = re.compile(r"^hf:/{1,2}")  # a path keeps one slash of two
-WEIGHTS = re.compile(
-    r"(?:^|/)(?:ae\.pt|sae_weights\.safetensors|sae\.safetensors|params\.(?:npz|safetensors)|meta\.json"
-    r"|checkpoints/final\.safetensors|autoencoders/\d+\.pt)$"
+KNOWN_BY = (
+    "ae.pt",
+    "sae_weights.safetensors",
+    "sae.safetensors",
+    "params.npz",
+    "params.safetensors",
+    "meta.json",
+    "checkpoints/final.safetensors",
 )
-"""What a dictionary is known by among a repository's files."""
+"""The file in its folder that a dictionary is known by; of openai's it is the file itself."""
+WEIGHTS = re.compile(rf"(?:^|/)(?:{'|'.join(map(re.escape, KNOWN_BY))}|autoencoders/\d+\.pt)$")
 PUBLISHED = "dictionary"
-"""Where a release of ours has its dictionary."""
+"""Where a release of ours has its dictionary, or its dictionaries."""
+RELEASED = "dictionaries.json"
+"""In a release of several of ours."""
 N_NAMED = 6
 
 
@@ -71,28 +81,43 @@ def _check_inside(parts: list[str], text: str) -> None:
 def fetch(source: str | Path) -> Path:
     """The folder on disk of an id's dictionary, downloaded if it is not there.
 
+    A download that was cut off goes on where it was when it is asked for again.
+
     Raises:
-        FormatError: the id is malformed, there is no such repository or dictionary in it, or it is not in the cache
-            and the hub cannot be reached.
+        FormatError: the id is malformed, there is no such repository, revision or dictionary in it, or it is not in the
+            cache and the hub cannot be reached.
     """
     import huggingface_hub
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
 
     place = parse(source)
     there = _cached(place)
     if there is not None:
         return there
-    wanted: dict[str, Any] = {"revision": place.revision}
-    try:
+    with _asking(place):
         names = huggingface_hub.HfApi().list_repo_files(place.repo, revision=place.revision)
-        place = _published(place, set(names))
-        files = _files(place, names)
-        base = huggingface_hub.snapshot_download(place.repo, allow_patterns=files, **wanted)
+    place = _published(place, set(names))
+    rest, last = _files(place, names)
+    base = ""
+    for files in (rest, last):  # what the cache knows a dictionary by comes when all else is there
+        if files:
+            patterns = [glob.escape(name) for name in files]
+            with _asking(place):
+                base = huggingface_hub.snapshot_download(
+                    place.repo, revision=place.revision, allow_patterns=patterns
+                )
+    missing = [name for name in (*rest, *last) if not (Path(base) / name).is_file()]
+    if missing:
+        raise FormatError(f"{place} must arrive whole", f"no {missing[0]}", "Ask for it again: it goes on.")
+    return Path(base) / place.folder if place.folder else Path(base)
+
+
+@contextlib.contextmanager
+def _asking(place: Id) -> Iterator[None]:
+    """What the hub's client raises, in our words."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        yield
     except GatedRepoError as error:
         raise FormatError(
             f"{place.repo} must be open to you on the hub",
@@ -105,14 +130,27 @@ def fetch(source: str | Path) -> Path:
             "no such repository",
             f"Check its name. {_known(place)}",
         ) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    except RevisionNotFoundError as error:
+        raise FormatError(
+            f"{place.repo} must have the revision {place.revision}",
+            "no such branch, tag or commit",
+            f"Check what follows the @. {_known(place)}",
+        ) from error
+    except Exception as error:  # the client lets its network library's own errors through, which are no OSErrors
+        if not isinstance(error, ValueError) and not of_the_network(error):
+            raise
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FormatError(
             f"{place} must be in the local cache, or the hub must be reachable",
             text,
             f"Check the network. {_known(place)}",
         ) from error
-    return _inside(Path(base), place)
+
+
+def of_the_network(error: BaseException) -> bool:
+    """Whether the hub's client raised an error because of the network, or of the hub behind it."""
+    network = ("httpx", "httpcore", "requests", "urllib3")  # also the names with a number behind
+    return isinstance(error, OSError) or type(error).__module__.startswith(network)
 
 
 def _published(place: Id, names: set[str]) -> Id:
@@ -121,22 +159,24 @@ def _published(place: Id, names: set[str]) -> Id:
     return place._replace(folder=inside) if f"{inside}/meta.json" in names else place
 
 
-def _files(place: Id, names: list[str]) -> list[str]:
-    """Which of a repository's files the dictionary at a place is made of."""
+def _files(place: Id, names: list[str]) -> tuple[list[str], list[str]]:
+    """Which of a repository's files the dictionary at a place is made of; apart, what it is known by."""
     safe = [name for name in names if ".." not in PurePosixPath(name).parts and not name.startswith("/")]
     if place.folder in safe:  # a file: what lies beside it goes with it
         folder = str(PurePosixPath(place.folder).parent)
-        return [place.folder, *(name for name in safe if name == f"{folder}/config.json")]
+        return [name for name in safe if name == f"{folder}/config.json"], [place.folder]
     prefix = f"{place.folder}/" if place.folder else ""
     below = [name.removeprefix(prefix) for name in safe if name.startswith(prefix)]
     weights = {name for name in below if WEIGHTS.search(name)}
-    here = {name for name in weights if "/" not in name or name == "checkpoints/final.safetensors"}
+    if RELEASED in below:  # several of ours, none of them at this place
+        weights = {name for name in weights if name.startswith(f"{PUBLISHED}/")}
+    here = weights & set(KNOWN_BY)
     if here:
         flat = {name for name in below if "/" not in name}
         whole = (
             set(below) if "meta.json" in flat else flat | here
         )  # one of ours is all that lies in its folder
-        return [prefix + name for name in sorted(whole)]
+        return [prefix + name for name in sorted(whole - here)], [prefix + name for name in sorted(here)]
     folders = sorted({_folder_of(prefix + name) for name in weights})
     if folders:
         raise FormatError(
@@ -159,28 +199,19 @@ def _folder_of(name: str) -> str:
     return str(PurePosixPath(name).parent)
 
 
-def _inside(base: Path, place: Id) -> Path:
-    path = base / place.folder if place.folder else base
-    if not path.exists():
-        raise FormatError(f"{place} must be in the repository", "no such folder", "Check its name.")
-    return path
-
-
 def _cached(place: Id) -> Path | None:
-    """The place in the local cache, if a dictionary's weights are there."""
-    from huggingface_hub import snapshot_download
+    """The place in the local cache, if what comes last of a download is there: then all of it is."""
+    from huggingface_hub import try_to_load_from_cache
 
-    with contextlib.suppress(OSError, ValueError):
-        base = Path(snapshot_download(place.repo, revision=place.revision, local_files_only=True))
-        path = base / place.folder
-        if (path / PUBLISHED / "meta.json").is_file():
-            path = path / PUBLISHED
-        names = [path.name] if path.is_file() else [f.relative_to(path).as_posix() for f in path.rglob("*")]
-        own = [
-            n for n in names if WEIGHTS.search(n) and ("/" not in n or n == "checkpoints/final.safetensors")
-        ]
-        if path.is_file() or own:
-            return path
+    published = f"{place.folder}/{PUBLISHED}".lstrip("/")
+    wanted = [(folder, f"{folder}/{name}".lstrip("/")) for folder in (published, place.folder) for name in KNOWN_BY]
+    if place.folder.endswith(".pt"):
+        wanted.append((place.folder, place.folder))
+    for folder, name in wanted:
+        with contextlib.suppress(ValueError):
+            found = try_to_load_from_cache(place.repo, name, revision=place.revision)
+            if isinstance(found, str):
+                return Path(found.removesuffix(name)) / folder
     return None
 
 

@@ -106,7 +106,7 @@ def _parts(tensors: dict[str, Tensor], path: Path) -> Parts:
 
 def _place(path: Path) -> tuple[str | None, str | None]:
     """Model and hookpoint, from `gpt2-small/resid_post_mlp_v5_32k/autoencoders/8.pt`."""
-    names = path.resolve().parts
+    names = path.absolute().parts  # the hub client's cache has links to files of other names
     model = next((_MODELS[name] for name in reversed(names) if name in _MODELS), None)
     for name in reversed(names[:-1]):
         match = re.fullmatch(r"(\w+?)(?:_v\d+(?:_\w+)?)?", name)

@@ -23,6 +23,7 @@ from sememe.config import Config
 from sememe.errors import ConfigError, CorruptError, MismatchError, ResourceError, nearest
 from sememe.figures.tables import MEANINGS, markdown_table
 from sememe.foreign import opens
+from sememe.formats.hub import of_the_network
 from sememe.publish import private, several
 
 __all__ = ["LICENCES", "Publication", "PublishConfig", "PublishedFile", "publish"]
@@ -413,17 +414,12 @@ def _upload(config: PublishConfig, folder: Path) -> str:
         raise _unreachable(config, folder, error) from None
     except Exception as error:  # of a large file the client says only that it failed, and gives the cause
         cause = next(
-            (one for one in (error, error.__cause__) if one is not None and _of_the_network(one)), None
+            (one for one in (error, error.__cause__) if one is not None and of_the_network(one)), None
         )
         if cause is None:
             raise
         raise _unreachable(config, folder, cause) from None
     return str(url)
-
-
-def _of_the_network(error: BaseException) -> bool:
-    network = ("httpx", "httpcore", "requests", "urllib3")  # also the names with a number behind
-    return isinstance(error, OSError) or type(error).__module__.startswith(network)
 
 
 def _unreachable(config: PublishConfig, folder: Path, error: BaseException) -> ResourceError:
