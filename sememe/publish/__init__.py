@@ -57,7 +57,8 @@ class PublishConfig(Config):
     _opens = opens("dictionary")
 
     dictionary: Path = Path("artifacts/dictionary")
-    """The dictionary's folder; or a sweep's, or one that holds several, for a release of all of them."""
+    """The dictionary's folder; or a sweep's, or one that holds several, for a release of all of them; or a release that is
+    made already, to upload it."""
     report: Path | None = None
     """Its report, whose tables go on the card; of several, the folder of their reports."""
     atlas: Path | None = None
@@ -128,6 +129,8 @@ def publish(config: PublishConfig, *, fresh: bool = False) -> Publication:
         CorruptError: a file of a part was changed.
         ResourceError: the hub cannot be reached or refuses.
     """
+    if artifact.kind_of(config.dictionary) == "release":
+        return _finished(config)
     parts = _parts(config)
     contents = _contents(config, parts)
     if config.dry_run:
@@ -145,6 +148,27 @@ def publish(config: PublishConfig, *, fresh: bool = False) -> Publication:
     written = tuple(PublishedFile(name, (folder.path / name).stat().st_size) for name in names)
     url = None if config.repo is None else _upload(config, folder.path)
     return Publication(written, folder.path, url)
+
+
+def _finished(config: PublishConfig) -> Publication:
+    """A release that is there, as it is: what it holds, and where it was uploaded to."""
+    config.check_inert(
+        "report", "atlas", "out", "title", "description", "licence", "licence_file", without="a release is named"
+    )
+    if config.repo is None and not config.dry_run:
+        raise ConfigError(
+            "repo must be given for a release that is made already",
+            "none",
+            "Pass --repo owner/name to upload it, or --dry-run to see what it holds.",
+        )
+    folder = artifact.load(config.dictionary, "release")
+    files = _files(folder)
+    listed = tuple(PublishedFile(name, path.stat().st_size) for name, path in sorted(files.items()))
+    if config.dry_run:
+        publication = Publication(listed, folder.path, None)
+        print(publication)
+        return publication
+    return Publication(listed, folder.path, _upload(config, folder.path))
 
 
 # -- the parts -------------------------------------------------------------------------------------
