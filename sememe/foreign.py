@@ -64,12 +64,13 @@ class BroughtConfig(Config):
 
 
 def source_of(source: str | Path) -> Path:
-    """A foreign dictionary's folder or file on disk; an id's is downloaded if it is not there.
+    """A dictionary's folder or file on disk; what an id or an address names is downloaded if it is not there.
 
     Raises:
         FormatError: an id leads nowhere, or the hub cannot be reached.
+        ArtifactError: nothing of ours lies at an address.
     """
-    return hub.fetch(source) if hub.is_id(source) else Path(source)
+    return hub.fetch(source) if hub.is_id(source) else artifact.here(source)
 
 
 def bring(

@@ -15,7 +15,7 @@ from test_releases import autoencoder, gemma, llama, openai
 
 from sememe import artifact, dictionaries, foreign, formats
 from sememe.config import Config
-from sememe.convert import ConvertConfig, convert
+from sememe.convert import ConvertConfig, convert, convert_all
 from sememe.errors import ArtifactError, FormatError
 from sememe.foreign import opens
 from sememe.formats import hub as ids
@@ -241,3 +241,21 @@ def test_what_is_no_dictionary_says_so_when_it_is_opened(hub: Hub) -> None:
     hub.hold("owner/report", {"meta.json": json.dumps({"format_version": 1, "kind": "report", "files": {}}).encode()})
     with pytest.raises(ArtifactError, match=r"must be a dictionary, got a report"):
         opened("hf://owner/report")
+
+
+def test_a_releases_tree_is_converted_by_its_id(hub: Hub, tmp_path: Path) -> None:
+    """Marks and Mueller's layout, SUBMODULE/RUN; of a folder that is a repository the name is the model."""
+    tree = tmp_path / "tree"
+    for seed, place in enumerate(("embed", "mlp_out_layer0", "mlp_out_layer1")):
+        autoencoder(tree / place / "10_24", seed)
+    hub.hold_folder("owner/pythia-70m-deduped", tree)
+    config = ConvertConfig(source=Path("hf://owner/pythia-70m-deduped"), out=tmp_path / "out", select="mlp_out_*")
+    made = convert_all(config)
+    assert list(made) == ["mlp_out_layer0/10_24", "mlp_out_layer1/10_24"]
+    for layer, saved in enumerate(made.values()):
+        origin = saved.extra["origin"]
+        assert (origin["model"], origin["hookpoint"]) == ("pythia-70m-deduped", f"mlp_out.{layer}")
+        assert saved.path == tmp_path / "out" / f"mlp_out_layer{layer}" / "10_24"
+    assert not any("embed" in path for _, path in hub.log)
+    with pytest.raises(FormatError, match=r"select must match .*, got 'resid\*'\. There are embed/10_24, mlp_out_layer0"):
+        convert_all(config.replace(select="resid*"))

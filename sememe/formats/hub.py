@@ -7,6 +7,7 @@ an id names, and what is there already is used without asking the network.
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import glob
 import re
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from typing import NamedTuple
 
 from sememe.errors import FormatError, nearest
 
-__all__ = ["Id", "fetch", "is_id", "of_the_network", "parse"]
+__all__ = ["Id", "fetch", "is_id", "names_below", "of_the_network", "parse"]
 
 SCHEME = re.compile(r"^hf:/{1,2}")  # a path keeps one slash of two
 KNOWN_BY = (
@@ -111,7 +112,28 @@ def fetch(source: str | Path) -> Path:
     return Path(base) / place.folder if place.folder else Path(base)
 
 
-@contextlib.contextmanager
+@contextlibdef names_below(source: str | Path, select: str = "*") -> list[str]:
+    """Other tools' dictionaries below an id, by their paths there; nothing is downloaded.
+
+    Args:
+        source: The id of a repository, or of a folder in it.
+        select: A glob that the path has to match; `*` goes over slashes.
+
+    Raises:
+        FormatError: as `fetch`.
+    """
+    import huggingface_hub
+
+    place = parse(source)
+    with _asking(place):
+        names = huggingface_hub.HfApi().list_repo_files(place.repo, revision=place.revision)
+    prefix = f"{place.folder}/" if place.folder else ""
+    found = {_folder_of(name) for name in _safe(names) if WEIGHTS.search(name) and not name.endswith("meta.json")}
+    inner = sorted(name.removeprefix(prefix) for name in found if name.startswith(prefix))
+    return [name for name in inner if name != "." and fnmatch.fnmatchcase(name, select)]
+
+
+.contextmanager
 def _asking(place: Id) -> Iterator[None]:
     """What the hub's client raises, in our words."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
@@ -161,7 +183,7 @@ def _published(place: Id, names: set[str]) -> Id:
 
 def _files(place: Id, names: list[str]) -> tuple[list[str], list[str]]:
     """Which of a repository's files the dictionary at a place is made of; apart, what it is known by."""
-    safe = [name for name in names if ".." not in PurePosixPath(name).parts and not name.startswith("/")]
+    safe = _safe(names)
     if place.folder in safe:  # a file: what lies beside it goes with it
         folder = str(PurePosixPath(place.folder).parent)
         return [name for name in safe if name == f"{folder}/config.json"], [place.folder]
@@ -182,7 +204,7 @@ def _files(place: Id, names: list[str]) -> tuple[list[str], list[str]]:
         raise FormatError(
             f"{place} must be one dictionary",
             f"{len(folders)} below it: {', '.join(folders[:N_NAMED])}{', ...' if len(folders) > N_NAMED else ''}",
-            "Name one of them.",
+            "Name one of them, or convert all: sememe convert ... --select '*'.",
         )
     known = sorted({_folder_of(name) for name in safe if WEIGHTS.search(name)})
     raise FormatError(
@@ -190,6 +212,11 @@ def _files(place: Id, names: list[str]) -> tuple[list[str], list[str]]:
         "no files of one" if below else "no such folder",
         nearest(place.folder, known) if known else "The repository holds no dictionary in a known format.",
     )
+
+
+def _safe(names: list[str]) -> list[str]:
+    """Those names that stay inside their repository."""
+    return [name for name in names if ".." not in PurePosixPath(name).parts and not name.startswith("/")]
 
 
 def _folder_of(name: str) -> str:
