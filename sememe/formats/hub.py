@@ -112,7 +112,7 @@ def fetch(source: str | Path) -> Path:
     return Path(base) / place.folder if place.folder else Path(base)
 
 
-@contextlibdef names_below(source: str | Path, select: str = "*") -> list[str]:
+def names_below(source: str | Path, select: str = "*") -> list[str]:
     """Other tools' dictionaries below an id, by their paths there; nothing is downloaded.
 
     Args:
@@ -133,7 +133,7 @@ def fetch(source: str | Path) -> Path:
     return [name for name in inner if name != "." and fnmatch.fnmatchcase(name, select)]
 
 
-.contextmanager
+@contextlib.contextmanager
 def _asking(place: Id) -> Iterator[None]:
     """What the hub's client raises, in our words."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
