@@ -31,6 +31,13 @@ __all__ = ["LICENCES", "Publication", "PublishConfig", "PublishedFile", "publish
 VERSION = 2  # local paths were published before version 2
 CARD, LICENCE = "README.md", "LICENSE"
 
+PLOTS = {
+    "density": "How often latents are active",
+    "fvu": "What is left unexplained, beside the nulls",
+    "ce_increase": "What the model loses, beside the nulls",
+    "training": "The training",
+}
+"""Figures of a report that go on the card."""
 LICENCES = {
     "apache-2.0": ("Apache License 2.0", "https://www.apache.org/licenses/LICENSE-2.0"),
     "cc-by-4.0": (
@@ -286,7 +293,8 @@ def _card(config: PublishConfig, parts: Mapping[str, artifact.Artifact]) -> str:
     options = {k: v for k, v in architecture.items() if k not in hidden and v is not None}
     lines += ["| | |", "|---|---|"]
     lines += [f"| {name} | {_line(str(value))} |" for name, value in (facts | options).items()]
-    lines += ["", *_results(report), *_usage(config, parts), *_credits(parts, [report] if report else [])]
+    lines += ["", *_results(report), *_plots(parts), *_usage(config, parts)]
+    lines += _credits(parts, [report] if report else [])
     return "\n".join([*lines, *_about_licence(config)])
 
 
@@ -357,6 +365,13 @@ def _results(report: Mapping[str, Any] | None) -> list[str]:
     ]
     lines += [f"- `{name}`: {MEANINGS[name]}" for name in table.columns if name in MEANINGS]
     return [*lines, "", "More in [report/report.md](report/report.md).", ""]
+
+
+def _plots(parts: Mapping[str, artifact.Artifact]) -> list[str]:
+    """The report's figures that say most, as far as it has them."""
+    there = parts["report"].meta["files"] if "report" in parts else {}
+    shown = {f"figures/{name}.svg": text for name, text in PLOTS.items()}
+    return [line for file, text in shown.items() if file in there for line in (f"![{text}](report/{file})", "")]
 
 
 def _usage(config: PublishConfig, parts: Mapping[str, artifact.Artifact]) -> list[str]:
