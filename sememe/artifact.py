@@ -8,7 +8,8 @@ Two hashes tell artifacts apart. The *identity* is known before the work starts:
 config, its parents' fingerprints. The *fingerprint* is known after: identity and the hash of each file.
 
 A path may be an address on object storage (`remote.py`): the artifact is made in a mirror on this machine and sent
-when it is whole, meta.json last; opened, its files are fetched into the mirror as they are needed.
+when it is whole, meta.json last; opened, its files are fetched into the mirror as they are needed. Or it is an id on
+the hub (`hub.py`), to read from.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, TextIO
 
-from sememe import __version__, remote
+from sememe import __version__, hub, remote
 from sememe.config import Config, canonical_json, sha256_of
 from sememe.errors import (
     ArtifactError,
@@ -168,10 +169,17 @@ class Artifact:
 def load(path: str | Path, kind: str | None = None) -> Artifact:
     """Open a finished artifact; the sizes of its files are checked, hashes when each file is read.
 
+    Args:
+        path: A folder, an address on object storage, or an id on the hub, of the artifact or of a release that has it.
+        kind: What it must be, if not just anything.
+
     Raises:
+        FormatError: an id leads nowhere, or the hub cannot be reached.
         ArtifactError: there is no artifact at the path, or it is of another kind or a newer format.
         CorruptError: meta.json or a file is damaged.
     """
+    if hub.is_id(path):
+        path = hub.published(path, kind)
     what = kind or "artifact"
     url = remote.address(path)
     path = Path(path) if url is None else _mirrored(url, what)
@@ -217,7 +225,10 @@ def _parsed(content: bytes, where: Path | str) -> dict[str, Any]:
 
 
 def exists(path: str | Path) -> bool:
-    """Whether a finished artifact lies at a path or an address, whatever it is; nothing of it is checked."""
+    """Whether a finished artifact lies at a path or an address, whatever it is; nothing of it is checked. Of an id
+    whoever opens it finds out."""
+    if hub.is_id(path):
+        return True
     url = remote.address(path)
     return (Path(path) / META).is_file() if url is None else remote.read(url, META) is not None
 
@@ -229,6 +240,8 @@ def kind_of(path: str | Path) -> str | None:
         CorruptError: that is damaged.
     """
     url, meta = remote.address(path), Path(path) / META
+    if hub.is_id(path):
+        return load(path).kind
     if url is not None:
         content = remote.read(url, META)
     else:
@@ -242,7 +255,7 @@ def here(path: str | Path) -> Path:
     Raises:
         ArtifactError, CorruptError: as `load`, at an address.
     """
-    return Path(path) if remote.address(path) is None else load(path).path
+    return load(path).path if hub.is_id(path) or remote.address(path) is not None else Path(path)
 
 
 def below(folder: str | Path) -> list[Path]:
@@ -404,6 +417,12 @@ def building(
         MismatchError: something else stands at the path, and `fresh` was not asked for; or no artifact at all.
         ResourceError: the disk is full; or the object storage cannot be reached: then the next `find` sends it.
     """
+    if hub.is_id(path):
+        raise ArtifactError(
+            f"the {kind} must be written to a folder or an address",
+            f"the id {path}",
+            "Write it to a folder, then upload it with sememe publish --repo.",
+        )
     identity = identity_of(kind, version, config, parents)
     url = remote.address(path)
     if url is not None:

@@ -11,12 +11,12 @@ from typing import ClassVar, Literal
 
 import torch
 
-from sememe import artifact, dictionaries, foreign, formats, kernels
+from sememe import artifact, dictionaries, foreign, formats, hub, kernels
 from sememe.config import Config
 from sememe.dictionaries.base import Dictionary
 from sememe.errors import ConfigError, FormatError, MismatchError
 from sememe.foreign import Belongs, probe_rows
-from sememe.formats import hub
+from sememe.formats.hub import names_below
 from sememe.progress import track
 
 __all__ = ["VERSION", "ConvertConfig", "convert", "convert_all"]
@@ -137,7 +137,7 @@ def convert_all(config: ConvertConfig, *, fresh: bool = False) -> dict[str, arti
 def _found(source: Path, select: str) -> dict[str, Path]:
     """The dictionaries below a folder or an id, by their paths in it; those of an id are fetched one by one."""
     if hub.is_id(source):
-        return {name: source / name for name in hub.names_below(source, select)}
+        return {name: source / name for name in names_below(source, select)}
     return formats.find(source, select)
 
 

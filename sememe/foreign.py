@@ -15,12 +15,12 @@ from jaxtyping import Float
 from pydantic import model_validator
 from torch import Tensor
 
-from sememe import artifact, formats
+from sememe import artifact, formats, hub
 from sememe.config import Config, sha256_of
 from sememe.dictionaries.base import Dictionary, Site, Sites
 from sememe.errors import MismatchError
-from sememe.formats import hub
 from sememe.formats.base import Foreign
+from sememe.formats.hub import fetch
 from sememe.paths import cache_dir
 
 __all__ = ["Belongs", "BroughtConfig", "bring", "opens", "own", "probe_rows", "source_of"]
@@ -70,7 +70,7 @@ def source_of(source: str | Path) -> Path:
         FormatError: an id leads nowhere, or the hub cannot be reached.
         ArtifactError: nothing of ours lies at an address.
     """
-    return hub.fetch(source) if hub.is_id(source) else artifact.here(source)
+    return fetch(source) if hub.is_id(source) else artifact.here(source)
 
 
 def bring(

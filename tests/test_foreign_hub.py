@@ -10,16 +10,19 @@ import pytest
 import torch
 from foreign_files import write_dictionary_learning, write_sae_lens, write_sparsify
 from hub_server import Hub, point_at, serving
-from test_publish import make_dictionary
+from test_publish import make_atlas, make_dictionary, make_report
 from test_releases import autoencoder, gemma, llama, openai
 
 from sememe import artifact, dictionaries, foreign, formats
+from sememe import hub as the_hub
 from sememe.config import Config
 from sememe.convert import ConvertConfig, convert, convert_all
 from sememe.errors import ArtifactError, FormatError
 from sememe.foreign import opens
 from sememe.formats import hub as ids
 from sememe.publish import PublishConfig, publish
+from sememe.report import ReportConfig
+from sememe.report import report as report_verb
 
 # how the hub's client sends and fetches files is its own business
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -149,14 +152,14 @@ def test_releases_of_ours_are_named_as_a_whole_or_by_the_dictionary(hub: Hub, tm
     ],
 )
 def test_ids(text: str, parts: tuple[str, str, str | None]) -> None:
-    assert ids.is_id(text) and ids.is_id(Path(text)) and tuple(ids.parse(Path(text))) == parts
-    assert not ids.is_id("hf/owner") and not ids.is_id("folder/hf://x")
+    assert the_hub.is_id(text) and the_hub.is_id(Path(text)) and tuple(the_hub.parse(Path(text))) == parts
+    assert not the_hub.is_id("hf/owner") and not the_hub.is_id("folder/hf://x")
 
 
 @pytest.mark.parametrize("text", ["hf://owner", "hf://", "hf://own er/repo/x"])
 def test_ids_without_a_repository(text: str) -> None:
     with pytest.raises(FormatError, match=r"an id must be hf://OWNER/REPO/FOLDER, got hf:"):
-        ids.parse(text)
+        the_hub.parse(text)
 
 
 @pytest.mark.parametrize("text", ["hf://owner/repo/../../etc", "hf://../repo/a", "hf://owner/repo/a\\..\\b"])
@@ -200,14 +203,14 @@ def test_without_a_network_it_says_what_is_cached(saes: Hub, monkeypatch: pytest
         with pytest.raises(
             FormatError,
             match=r"hf://owner/repo/layers.1 must be in the local cache, or the hub must be reachable, got .*"
-            r"Check the network\. The cache holds no dictionary\.",
+            r"Check the network\. The cache holds nothing\.",
         ):
             ids.fetch("hf://owner/repo/layers.1")
     ids.fetch("hf://owner/repo/layers.0")
     point_at(monkeypatch, "http://127.0.0.1:9", cache=tmp_path / "hub")
     with pytest.raises(FormatError, match=r"Check the network\. The cache holds of it: layers\.0\."):
         ids.fetch("hf://owner/repo/layers.1")
-    with pytest.raises(FormatError, match=r"The cache holds dictionaries of: owner/repo\."):
+    with pytest.raises(FormatError, match=r"The cache holds parts of: owner/repo\."):
         ids.fetch("hf://owner/other/layers.7")
     assert ids.fetch("hf://owner/repo/layers.0").is_dir(), "which needs no network"
     assert foreign.source_of(tmp_path) == tmp_path
@@ -259,3 +262,40 @@ def test_a_releases_tree_is_converted_by_its_id(hub: Hub, tmp_path: Path) -> Non
     assert not any("embed" in path for _, path in hub.log)
     with pytest.raises(FormatError, match=r"select must match .*, got 'resid\*'\. There are embed/10_24, mlp_out_layer0"):
         convert_all(config.replace(select="resid*"))
+
+
+def test_reports_and_atlases_are_read_by_the_id_of_their_release(hub: Hub, tmp_path: Path) -> None:
+    from sememe.atlas import open_atlas
+    from sememe.figures import open_report
+
+    saved = make_dictionary(tmp_path / "dictionary")
+    make_report(tmp_path / "report", saved)
+    make_atlas(tmp_path / "atlas", saved)
+    parts = {role: tmp_path / role for role in ("dictionary", "report", "atlas")}
+    publish(PublishConfig.build({**parts, "out": tmp_path / "release", "repo": "owner/one"}))
+    hub.log.clear()
+    report = open_report("hf://owner/one")
+    assert report.value("fvu") == 0.1234 and report.artifact.fingerprint == artifact.load(tmp_path / "report").fingerprint
+    assert not any("atlas" in path for verb, path in hub.log if verb == "GET" and "/resolve/" in path)
+    atlas = open_atlas("hf:/owner/one/atlas")
+    assert atlas.meta["attributions"][0]["title"] == "Code"
+    atlas.close()
+    hub.away = True
+    assert open_report("hf://owner/one/report").value("fvu") == 0.1234, "what is there needs no network"
+    with pytest.raises(ArtifactError, match=r"the page must be written to a folder or an address, got the id hf:/"):
+        report_verb(ReportConfig(reports=(tmp_path / "report",), out=Path("hf://owner/one/page")))
+
+
+def test_what_a_release_lacks(hub: Hub, tmp_path: Path) -> None:
+    for number in (1, 2):
+        make_dictionary(tmp_path / "all" / f"layer{number}", seed=number)
+    publish(PublishConfig(dictionary=tmp_path / "all", out=tmp_path / "release", repo="owner/all"))
+    with pytest.raises(
+        FormatError,
+        match=r"hf://owner/all must hold the report that is asked for, got a folder without it\. There are "
+        r"dictionary/layer1, dictionary/layer2",
+    ):
+        artifact.load("hf://owner/all", "report")
+    hub.hold("owner/none", {"README.md": b""})
+    with pytest.raises(FormatError, match=r"The repository holds nothing of ours"):
+        artifact.load("hf://owner/none", "atlas")

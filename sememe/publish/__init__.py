@@ -23,7 +23,7 @@ from sememe.config import Config
 from sememe.errors import ConfigError, CorruptError, MismatchError, ResourceError, nearest
 from sememe.figures.tables import MEANINGS, markdown_table
 from sememe.foreign import opens
-from sememe.formats.hub import of_the_network
+from sememe.hub import of_the_network
 from sememe.publish import private, several
 
 __all__ = ["LICENCES", "Publication", "PublishConfig", "PublishedFile", "publish"]
