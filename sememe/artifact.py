@@ -263,7 +263,9 @@ def below(folder: str | Path) -> list[Path]:
     url = remote.address(folder)
     if url is None:
         children = Path(folder).iterdir() if Path(folder).is_dir() else ()
-        inner = sorted((c for c in children if c.is_dir() and c.name[0] != "."), key=lambda c: _natural(c.name))
+        inner = sorted(
+            (c for c in children if c.is_dir() and c.name[0] != "."), key=lambda c: _natural(c.name)
+        )
         return [found for child in inner for found in ([child] if exists(child) else below(child))]
     places = {PurePosixPath(name).parent for name in remote.names(url) if name.endswith(f"/{META}")}
     outermost = [place for place in places if places.isdisjoint(place.parents)]

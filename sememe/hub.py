@@ -1,7 +1,7 @@
-"""The Hugging Face hub, by id: `hf://OWNER/REPO[@REVISION][/FOLDER]`; what lies there, fetched into the client's own cache.
+"""The Hugging Face hub, by id: `hf://OWNER/REPO[@REVISION][/FOLDER]`; what lies there comes into the client's cache.
 
-Knows ids, the client, and that an artifact is all that lies in a folder with a meta.json. What other tools' dictionaries
-are made of is `formats.hub`'s. Never loads torch.
+Knows ids, the client, and that an artifact is all that lies in a folder with a meta.json. What other tools'
+dictionaries are made of is `formats.hub`'s. Never loads torch.
 """
 
 from __future__ import annotations
@@ -172,7 +172,9 @@ def asking(place: Id) -> Iterator[None]:
             "no such branch, tag or commit",
             f"Check what follows the @. {_known(place)}",
         ) from error
-    except Exception as error:  # the client lets its network library's own errors through, which are no OSErrors
+    except (
+        Exception
+    ) as error:  # the client lets its network library's own errors through, which are no OSErrors
         if not isinstance(error, ValueError) and not of_the_network(error):
             raise
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -191,12 +193,12 @@ def of_the_network(error: BaseException) -> bool:
 
 def _known(place: Id) -> str:
     """What the cache holds, for an error: the folders of this repository, else which repositories."""
-    from huggingface_hub import scan_cache_dir
+    from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
     found: dict[str, set[str]] = {}
     with contextlib.suppress(CacheNotFound, OSError, ValueError):
-        for repo in scan_cache_dir().repos:
+        for repo in scan_cache_dir(constants.HF_HUB_CACHE).repos:
             for revision in repo.revisions:
                 for file in revision.files:
                     name = file.file_path.relative_to(revision.snapshot_path)

@@ -123,4 +123,3 @@ def test_a_damaged_foreign_dictionary_says_so_and_leaves_nothing(tmp_path: Path,
     with pytest.raises(FormatError, match=r"must be JSON, got .* Fetch the file again"):
         Look(dictionary=source)
     assert not list(cache.glob("*"))
-

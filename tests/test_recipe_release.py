@@ -172,7 +172,9 @@ def test_it_is_uploaded_and_read_back_by_id(
         loaded, mine = dictionaries.load(there), dictionaries.load(place / "out" / "dictionary" / name)
         x = torch.randn(6, mine.d_in, generator=torch.Generator().manual_seed(0))
         assert torch.equal(loaded(x), mine(x)) and loaded.sites is not None and mine.sites is not None
-        told, known = ([(s.hookpoint, s.model_fingerprint) for s in one.sites.inputs] for one in (loaded, mine))
+        told, known = (
+            [(s.hookpoint, s.model_fingerprint) for s in one.sites.inputs] for one in (loaded, mine)
+        )
         assert told == known, "the model's path on this machine is left out, what it is known by is not"
 
 
@@ -193,7 +195,11 @@ def test_a_finished_release_takes_no_other_options(
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('licence = "mit"', 'repo = "owner/tiny"', r"repo must be left out of \[publish\]: .*, got owner/tiny\. Look"),
+        (
+            'licence = "mit"',
+            'repo = "owner/tiny"',
+            r"repo must be left out of \[publish\]: .*, got owner/tiny\. Look",
+        ),
         ('licence = "mit"', 'licence = "mitt"', r"licence must be known, .* got 'mitt'\. Did you mean 'mit'"),
         ('prompt = "the cat sat on"', "", r"prompt"),
     ],
@@ -210,5 +216,7 @@ def test_wrong_tables_fail_before_anything_runs(
 
 def test_a_recipe_without_dictionaries_has_nothing_to_publish(tmp_path: Path) -> None:
     (tmp_path / "toy.toml").write_text('[toy.a.fit.baseline]\nkind = "pca"\n[publish]\n')
-    with pytest.raises(ConfigError, match=r"ends in \[publish\] must train a dictionary \(toy\), got none\. Add"):
+    with pytest.raises(
+        ConfigError, match=r"ends in \[publish\] must train a dictionary \(toy\), got none\. Add"
+    ):
         stages(read_recipe(tmp_path / "toy.toml"), tmp_path / "out")

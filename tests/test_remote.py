@@ -19,7 +19,6 @@ from typing import Any
 import fsspec
 import pytest
 import torch
-
 from test_publish import make_atlas, make_dictionary, make_report
 
 from sememe import artifact, dictionaries, remote
@@ -204,11 +203,15 @@ def test_artifacts_below_an_address_are_those_below_a_folder(tmp_path: Path) -> 
         found = artifact.below(base)
         assert found == [base / "deep" / "k1", base / "k2", base / "k16"], "none inside another, 2 before 16"
         assert artifact.kind_of(found[0]) == "page" and artifact.exists(found[0])
-        assert artifact.kind_of(base) is None and not artifact.exists(base) and artifact.below(base / "no") == []
+        assert (
+            artifact.kind_of(base) is None and not artifact.exists(base) and artifact.below(base / "no") == []
+        )
         assert (artifact.here(found[0]) / "b.txt").read_text() == "one b"
 
 
-def test_a_release_of_several_goes_from_there_to_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_release_of_several_goes_from_there_to_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Dictionaries, reports and an atlas that lie on a storage, published to it and read from another machine."""
     base = "memory://bucket/run"
     for number in (2, 10):
@@ -236,7 +239,7 @@ def test_a_sweep_is_fetched_by_the_dictionary(tmp_path: Path, monkeypatch: pytes
     config = TrainConfig.build(
         {
             "out": "memory://bucket/sweep",
-            "architecture": {"kind": "topk", "d_sae": 12},
+            "architecture": {"kind": "topk", "d_sae": 40},
             "batch_size": 32,
             "sweep": ("k=2,4",),
             "watch_rows": 0,
@@ -245,7 +248,7 @@ def test_a_sweep_is_fetched_by_the_dictionary(tmp_path: Path, monkeypatch: pytes
     train_sweep(config, source=TensorSource(rows))
     monkeypatch.setenv("SEMEME_CACHE", str(tmp_path / "elsewhere"))
     sweep = open_sweep("memory://bucket/sweep")
-    assert not [path for path in sweep.artifact.path.rglob("*.safetensors")], "members come when they are asked for"
+    assert not list(sweep.artifact.path.rglob("*.safetensors")), "members come when they are asked for"
     assert sweep.load("k4").config.k == 4
     assert list(open_all((Path("memory://bucket/sweep"),))) == ["k2", "k4"]
 
@@ -258,7 +261,9 @@ def test_reports_there_are_printed_and_drawn_and_recipes_are_refused(
     print_report(Path("memory://bucket/run/report/one"))
     assert "0.1234" in capsys.readouterr().out
     (tmp_path / "plain.toml").write_text('[toy.a.fit.baseline]\nkind = "pca"\n')
-    with pytest.raises(ConfigError, match=r"a recipe's results must lie on a disk, got s3://bucket/x\. Run it"):
+    with pytest.raises(
+        ConfigError, match=r"a recipe's results must lie on a disk, got s3://bucket/x\. Run it"
+    ):
         run(tmp_path / "plain.toml", out=Path("s3://bucket/x"))
 
 

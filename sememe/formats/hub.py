@@ -1,7 +1,7 @@
 """Dictionaries on the Hugging Face hub, by id: what of a repository each format is made of.
 
-Knows names of files; ids and the client are `sememe.hub`'s, and what a fetched folder is, the formats find out. Nothing is
-fetched but what an id names, and what is there already is used without asking the network.
+Knows names of files; ids and the client are `sememe.hub`'s, and what a fetched folder is, the formats find out. Nothing
+is fetched but what an id names, and what is there already is used without asking the network.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ N_NAMED = 6
 def fetch(source: str | Path) -> Path:
     """The folder on disk of an id's dictionary, downloaded if it is not there.
 
-    A download that was cut off goes on where it was when it is asked for again.
+    Files that have arrived are not fetched again when it is asked for again.
 
     Raises:
         FormatError: the id is malformed, there is no such repository, revision or dictionary in it, or it is not in the
@@ -117,7 +117,11 @@ def _folder_of(name: str) -> str:
 
 def _cached(place: Id) -> Path | None:
     """The place in the local cache, if what comes last of a download is there: then all of it is."""
-    wanted = [(one, one.inside(name)) for one in (place._replace(folder=place.inside(PUBLISHED)), place) for name in KNOWN_BY]
+    wanted = [
+        (one, one.inside(name))
+        for one in (place._replace(folder=place.inside(PUBLISHED)), place)
+        for name in KNOWN_BY
+    ]
     if place.folder.endswith(".pt"):
         wanted.append((place, place.folder))
     for one, name in wanted:

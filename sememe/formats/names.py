@@ -44,7 +44,7 @@ _FROM_MODULE_INPUT = {_LAYER: "resid_pre.{0}", rf"{_LAYER}\.mlp": "mlp_in.{0}"}
 
 
 def folder_name(path: Path) -> str | None:
-    """A folder's name; of a repository's root in the hub client's cache, the repository's. None of a file system's root."""
+    """A folder's name; of a repository's root in the hub client's cache, the repository's. None of the disk's root."""
     if path.parent.name == "snapshots" and (repo := path.parent.parent.name).startswith("models--"):
         return repo.rpartition("--")[2]
     return path.name or None

@@ -64,8 +64,8 @@ class PublishConfig(Config):
     _opens = opens("dictionary")
 
     dictionary: Path = Path("artifacts/dictionary")
-    """The dictionary's folder; or a sweep's, or one that holds several, for a release of all of them; or a release that is
-    made already, to upload it."""
+    """The dictionary's folder; or a sweep's, or one that holds several, for a release of all of them; or a release that
+    is made already, to upload it."""
     report: Path | None = None
     """Its report, whose tables go on the card; of several, the folder of their reports."""
     atlas: Path | None = None
@@ -160,7 +160,14 @@ def publish(config: PublishConfig, *, fresh: bool = False) -> Publication:
 def _finished(config: PublishConfig) -> Publication:
     """A release that is there, as it is: what it holds, and where it was uploaded to."""
     config.check_inert(
-        "report", "atlas", "out", "title", "description", "licence", "licence_file", without="a release is named"
+        "report",
+        "atlas",
+        "out",
+        "title",
+        "description",
+        "licence",
+        "licence_file",
+        without="a release is named",
     )
     if config.repo is None and not config.dry_run:
         raise ConfigError(
@@ -371,7 +378,9 @@ def _plots(parts: Mapping[str, artifact.Artifact]) -> list[str]:
     """The report's figures that say most, as far as it has them."""
     there = parts["report"].meta["files"] if "report" in parts else {}
     shown = {f"figures/{name}.svg": text for name, text in PLOTS.items()}
-    return [line for file, text in shown.items() if file in there for line in (f"![{text}](report/{file})", "")]
+    return [
+        line for file, text in shown.items() if file in there for line in (f"![{text}](report/{file})", "")
+    ]
 
 
 def _usage(config: PublishConfig, parts: Mapping[str, artifact.Artifact]) -> list[str]:

@@ -28,7 +28,7 @@ SHAPE = {
     "frac_alive": ("alive", "share of latents active on at least one of the tokens"),
     "ce_recovered_zero": ("loss recovered", "share of the cross-entropy lost to zero ablation that is kept"),
 }
-"""The columns of the table of Marks and Mueller's release, which others have taken over; what they call MSE is its root."""
+"""The columns of the table of Marks and Mueller's release; what they call MSE is its root."""
 
 
 def members(folder: Path, kind: str) -> dict[str, Path]:
@@ -120,7 +120,11 @@ def extras(parts: Mapping[str, artifact.Artifact]) -> dict[str, str]:
                 "d_out": about["d_out"],
                 "d_sae": about["d_sae"],
                 "fingerprint": parts[f"dictionary/{name}"].fingerprint,
-                "metrics": {metric: measured[metric]["value"] for metric in dict.fromkeys((*HEADLINE, *SHAPE)) if metric in measured},
+                "metrics": {
+                    metric: measured[metric]["value"]
+                    for metric in dict.fromkeys((*HEADLINE, *SHAPE))
+                    if metric in measured
+                },
             }
         )
     files = {INDEX: json.dumps({"format_version": 1, "dictionaries": index}, indent=1, ensure_ascii=False)}
@@ -179,9 +183,7 @@ def results(parts: Mapping[str, artifact.Artifact]) -> list[str]:
     return lines
 
 
-def _in_shape(
-    parts: Mapping[str, artifact.Artifact], reports: Mapping[str, Mapping[str, Any]]
-) -> list[str]:
+def _in_shape(parts: Mapping[str, artifact.Artifact], reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The table that earlier releases came with: a row for each place, a block for each dictionary of one kind."""
     rows = {name: data["metrics"] for name, data in reports.items() if set(SHAPE) <= set(data["metrics"])}
     if not rows:
@@ -189,8 +191,19 @@ def _in_shape(
     places = {name: _places(parts[f"dictionary/{name}"].extra, "inputs") for name in rows}
     table = Table(["dictionary", "place", *(title for title, _ in SHAPE.values())], [], [])
     for name, measured in rows.items():
-        cells = [name, ", ".join(places[name]) or "bare tensors", *(number(measured[one]["value"]) for one in SHAPE)]
+        cells = [
+            name,
+            ", ".join(places[name]) or "bare tensors",
+            *(number(measured[one]["value"]) for one in SHAPE),
+        ]
         table.rows.append(cells)
         table.notes.append([""] * len(cells))
     meanings = "; ".join(f"{title}: {meaning}" for title, meaning in SHAPE.values())
-    return ["The same in the columns of Marks and Mueller's release:", "", markdown_table(table), "", f"{meanings}.", ""]
+    return [
+        "The same in the columns of Marks and Mueller's release:",
+        "",
+        markdown_table(table),
+        "",
+        f"{meanings}.",
+        "",
+    ]
