@@ -9,10 +9,12 @@ import pytest
 from small_world import write_corpus
 
 from sememe import artifact
+from sememe.compare import CompareConfig
 from sememe.config import read_toml
 from sememe.dictionaries.folders import paths_in
 from sememe.errors import ConfigError
 from sememe.lm.build import PRESETS
+from sememe.patch.config import BASELINES
 from sememe.plan.stages import estimates
 from sememe.recipe import place_of, read_recipe, stages
 from sememe.recipe.tables import ASKED
@@ -349,6 +351,11 @@ def named_in(base, references):
             yield (base / file).parent, found[1].replace("~1", "/")
 
 
+def nulls_of(config):
+    """What stands beside the dictionaries of a comparison or a patching."""
+    return config.nulls if isinstance(config, CompareConfig) else config.baselines or BASELINES
+
+
 @pytest.mark.parametrize(("path", "scale"), AT, ids=lambda one: one.stem if isinstance(one, Path) else one)
 def test_numbers_are_taken_from_dictionaries_that_there_will_be(path, scale, tmp_path):
     """Comparisons and patchings call dictionaries by the shortest names that tell them apart; pages must, too."""
@@ -357,7 +364,7 @@ def test_numbers_are_taken_from_dictionaries_that_there_will_be(path, scale, tmp
         return
     found = stages(recipe, tmp_path)
     arms = {
-        stage.path: {*paths_in(stage.config.dictionaries), *(getattr(stage.config, "baselines", None) or ())}
+        stage.path: {*paths_in(stage.config.dictionaries), *nulls_of(stage.config)}
         for stage in found
         if stage.verb in ("compare", "patch")
     }
