@@ -10,7 +10,8 @@ behind its own ones; the torchvision that it brings is of another build than tor
     python -m venv .venv-peers-sae_bench
     .venv-peers-sae_bench/bin/pip install --constraint constraints.txt sae-bench==0.6.0
     .venv-peers-sae_bench/bin/pip uninstall --yes torchvision
-    echo "$PWD"/.venv/lib/python3.*/site-packages > $(echo .venv-peers-sae_bench/lib/python3.*/site-packages)/zz_sememe.pth
+    SITE=$(echo .venv-peers-sae_bench/lib/python3.*/site-packages)
+    echo "$PWD"/.venv/lib/python3.*/site-packages > $SITE/zz_sememe.pth
     PYTHONPATH=. .venv-peers-sae_bench/bin/python scripts/check_sae_bench.py
 """
 

@@ -115,9 +115,11 @@ def opened(inputs: Inputs) -> Iterator[Opened]:
 
 def _reports(path: Path) -> list[artifact.Artifact]:
     """The report at a path, or all of those in a folder of them."""
-    inner = [] if artifact.exists(path) else artifact.below(path)
-    if not inner and not path.is_dir():
+    if artifact.exists(path):
         return [artifact.load(path, "report")]
+    inner = artifact.below(path)
+    if not inner and not path.is_dir():
+        return [artifact.load(path, "report")]  # which says that nothing is there
     found = [artifact.load(one, "report") for one in inner]
     if not found:
         raise ArtifactError(
