@@ -8,7 +8,8 @@ Two hashes tell artifacts apart. The *identity* is known before the work starts:
 config, its parents' fingerprints. The *fingerprint* is known after: identity and the hash of each file.
 
 A path may be an address on object storage (`remote.py`): the artifact is made in a mirror on this machine and sent
-when it is whole, meta.json last; opened, its files are fetched into the mirror as they are needed.
+when it is whole, meta.json last; opened, its files are fetched into the mirror as they are needed. Or it is an id on
+the hub (`hub.py`), to read from.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TextIO
 
-from sememe import __version__, remote
+from sememe import __version__, hub, remote
 from sememe.config import Config, canonical_json, sha256_of
 from sememe.errors import (
     ArtifactError,
@@ -41,10 +43,14 @@ __all__ = [
     "FORMAT_VERSION",
     "Artifact",
     "Work",
+    "below",
     "building",
+    "exists",
     "file_sha256",
     "find",
+    "here",
     "identity_of",
+    "kind_of",
     "load",
     "remove",
     "write_json",
@@ -54,6 +60,8 @@ FORMAT_VERSION = 1
 META = "meta.json"
 IDENTITY = ".identity.json"
 """In a partial folder: what it was begun as."""
+LAZY = ("store", "sweep")
+"""On object storage: what may be many times what is read of it, so files come when they are asked for."""
 
 
 def file_sha256(path: str | Path) -> str:
@@ -94,6 +102,11 @@ class Artifact:
 
     def __init__(self, path: Path, meta: dict[str, Any], url: str | None = None) -> None:
         self.path, self.meta, self.url = path, meta, url
+
+    @property
+    def place(self) -> Path:
+        """Where it lies: its folder, or its address on object storage."""
+        return self.path if self.url is None else Path(self.url)
 
     @property
     def kind(self) -> str:
@@ -156,10 +169,17 @@ class Artifact:
 def load(path: str | Path, kind: str | None = None) -> Artifact:
     """Open a finished artifact; the sizes of its files are checked, hashes when each file is read.
 
+    Args:
+        path: A folder, an address on object storage, or an id on the hub, of the artifact or of a release that has it.
+        kind: What it must be, if not just anything.
+
     Raises:
+        FormatError: an id leads nowhere, or the hub cannot be reached.
         ArtifactError: there is no artifact at the path, or it is of another kind or a newer format.
         CorruptError: meta.json or a file is damaged.
     """
+    if hub.is_id(path):
+        path = hub.published(path, kind)
     what = kind or "artifact"
     url = remote.address(path)
     path = Path(path) if url is None else _mirrored(url, what)
@@ -175,15 +195,8 @@ def load(path: str | Path, kind: str | None = None) -> Artifact:
             if partial
             else f"Name the folder of {_a(what)}.",
         )
-    try:
-        meta = json.loads(meta_path.read_text(encoding="utf-8"))
-        version, found_kind = int(meta["format_version"]), str(meta["kind"])
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise CorruptError(
-            f"{meta_path} must be a sememe meta.json",
-            f"{type(error).__name__}: {error}",
-            "Delete the folder and make it again.",
-        ) from None
+    meta = _parsed(meta_path.read_bytes(), meta_path)
+    version, found_kind = meta["format_version"], meta["kind"]
     if version > FORMAT_VERSION:
         raise ArtifactError(
             f"{path} must have format_version <= {FORMAT_VERSION}", version, "Upgrade sememe to read it."
@@ -192,9 +205,77 @@ def load(path: str | Path, kind: str | None = None) -> Artifact:
         raise ArtifactError(f"{path} must be {_a(kind)}", _a(found_kind), f"Name the folder of {_a(kind)}.")
     artifact = Artifact(path, meta, url)
     for name in meta["files"]:
-        if url is None or found_kind != "store":  # whose shards may be many times what is read of them
+        if url is None or found_kind not in LAZY:
             artifact.file(name)
     return artifact
+
+
+def _parsed(content: bytes, where: Path | str) -> dict[str, Any]:
+    """What a meta.json says."""
+    try:
+        meta: dict[str, Any] = json.loads(content)
+        meta["format_version"], meta["kind"] = int(meta["format_version"]), str(meta["kind"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptError(
+            f"{where} must be a sememe meta.json",
+            f"{type(error).__name__}: {error}",
+            "Delete the folder and make it again.",
+        ) from None
+    return meta
+
+
+def exists(path: str | Path) -> bool:
+    """Whether a finished artifact lies at a path or an address, whatever it is; nothing of it is checked. Of an id
+    whoever opens it finds out."""
+    if hub.is_id(path):
+        return True
+    url = remote.address(path)
+    return (Path(path) / META).is_file() if url is None else remote.read(url, META) is not None
+
+
+def kind_of(path: str | Path) -> str | None:
+    """What the artifact at a path or an address is; None if there is none. Only its meta.json is read.
+
+    Raises:
+        CorruptError: that is damaged.
+    """
+    url, meta = remote.address(path), Path(path) / META
+    if hub.is_id(path):
+        return load(path).kind
+    if url is not None:
+        content = remote.read(url, META)
+    else:
+        content = meta.read_bytes() if meta.is_file() else None
+    return None if content is None else str(_parsed(content, meta)["kind"])
+
+
+def here(path: str | Path) -> Path:
+    """The folder on this machine with an artifact's files: the path itself, or the mirror of an address.
+
+    Raises:
+        ArtifactError, CorruptError: as `load`, at an address.
+    """
+    return load(path).path if hub.is_id(path) or remote.address(path) is not None else Path(path)
+
+
+def below(folder: str | Path) -> list[Path]:
+    """The artifacts that lie in a folder or below an address, at any depth, k2 before k16; none inside another."""
+    url = remote.address(folder)
+    if url is None:
+        children = Path(folder).iterdir() if Path(folder).is_dir() else ()
+        inner = sorted(
+            (c for c in children if c.is_dir() and c.name[0] != "."), key=lambda c: _natural(c.name)
+        )
+        return [found for child in inner for found in ([child] if exists(child) else below(child))]
+    places = {PurePosixPath(name).parent for name in remote.names(url) if name.endswith(f"/{META}")}
+    outermost = [place for place in places if places.isdisjoint(place.parents)]
+    return [Path(url) / place for place in sorted(outermost, key=lambda place: [*map(_natural, place.parts)])]
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    """layer2 before layer10."""
+    parts = re.split(r"(\d+)", name)
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]
 
 
 def _mirrored(url: str, what: str) -> Path:
@@ -338,11 +419,18 @@ def building(
         MismatchError: something else stands at the path, and `fresh` was not asked for; or no artifact at all.
         ResourceError: the disk is full; or the object storage cannot be reached: then the next `find` sends it.
     """
+    if hub.is_id(path):
+        raise ArtifactError(
+            f"the {kind} must be written to a folder or an address",
+            f"the id {path}",
+            "Write it to a folder, then upload it with sememe publish --repo.",
+        )
     identity = identity_of(kind, version, config, parents)
     url = remote.address(path)
     if url is not None:
         if not fresh:
             find(path, kind, identity, config, parents)
+        _check_free(url)
         path = remote.mirror(url)
         shutil.rmtree(path, ignore_errors=True)
     path = Path(path)
@@ -404,6 +492,17 @@ def _partial(path: Path) -> Path:
 
 def _old(path: Path) -> Path:
     return path.with_name(f".{path.name}.old")
+
+
+def _check_free(url: str) -> None:
+    """Raise if there is something at an address that is no artifact, and no upload of one: it would be deleted."""
+    names = remote.names(url)
+    if names and not {META, remote.SENDING} & set(names):
+        raise MismatchError(
+            f"{url} must be an artifact, or nothing",
+            f"{len(names)} files without {META}, {names[0]} among them",
+            "Write elsewhere, or delete them yourself.",
+        )
 
 
 def _check_replaceable(path: Path) -> None:

@@ -11,11 +11,12 @@ from typing import ClassVar, Literal
 
 import torch
 
-from sememe import artifact, dictionaries, foreign, formats, kernels
+from sememe import artifact, dictionaries, foreign, formats, hub, kernels
 from sememe.config import Config
 from sememe.dictionaries.base import Dictionary
 from sememe.errors import ConfigError, FormatError, MismatchError
 from sememe.foreign import Belongs, probe_rows
+from sememe.formats.hub import names_below
 from sememe.progress import track
 
 __all__ = ["VERSION", "ConvertConfig", "convert", "convert_all"]
@@ -114,12 +115,11 @@ def convert_all(config: ConvertConfig, *, fresh: bool = False) -> dict[str, arti
                 getattr(config, option),
                 "Drop it, or convert one at a time.",
             )
-    source = foreign.source_of(config.source)
-    found = formats.find(source, config.select)
+    found = _found(config.source, config.select)
     if not found:
-        there = list(formats.find(source))
+        there = list(_found(config.source, "*"))
         raise FormatError(
-            f"select must match a foreign dictionary below {source}",
+            f"select must match a foreign dictionary below {config.source}",
             repr(config.select),
             f"There are {', '.join(there[:6])}{', ...' if len(there) > 6 else ''}."
             if there
@@ -128,10 +128,17 @@ def convert_all(config: ConvertConfig, *, fresh: bool = False) -> dict[str, arti
     made = {}
     with track("convert", len(found), "dictionaries") as progress:
         for name, path in found.items():
-            out = config.out / Path(name).with_suffix("") if path.is_file() else config.out / name
+            out = config.out / name.removesuffix(".pt")
             made[name] = convert(config.replace(source=path, out=out, select=None), fresh=fresh)
             progress.advance()
     return made
+
+
+def _found(source: Path, select: str) -> dict[str, Path]:
+    """The dictionaries below a folder or an id, by their paths in it; those of an id are fetched one by one."""
+    if hub.is_id(source):
+        return {name: source / name for name in names_below(source, select)}
+    return formats.find(source, select)
 
 
 def _others(name: str) -> str:

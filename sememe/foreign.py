@@ -15,12 +15,12 @@ from jaxtyping import Float
 from pydantic import model_validator
 from torch import Tensor
 
-from sememe import artifact, formats
+from sememe import artifact, formats, hub
 from sememe.config import Config, sha256_of
 from sememe.dictionaries.base import Dictionary, Site, Sites
 from sememe.errors import MismatchError
-from sememe.formats import hub
 from sememe.formats.base import Foreign
+from sememe.formats.hub import fetch
 from sememe.paths import cache_dir
 
 __all__ = ["Belongs", "BroughtConfig", "bring", "opens", "own", "probe_rows", "source_of"]
@@ -64,12 +64,13 @@ class BroughtConfig(Config):
 
 
 def source_of(source: str | Path) -> Path:
-    """A foreign dictionary's folder or file on disk; an id's is downloaded if it is not there.
+    """A dictionary's folder or file on disk; what an id or an address names is downloaded if it is not there.
 
     Raises:
         FormatError: an id leads nowhere, or the hub cannot be reached.
+        ArtifactError: nothing of ours lies at an address.
     """
-    return hub.fetch(source) if hub.is_id(source) else Path(source)
+    return fetch(source) if hub.is_id(source) else artifact.here(source)
 
 
 def bring(
@@ -219,11 +220,12 @@ def _bare(model: str) -> str:
     return SAME_MODELS.get(last, last)
 
 
-def opens(*fields: str) -> Any:
+def opens(*fields: str, model: str = "model") -> Any:
     """A validator for a verb's config: these options take foreign dictionaries, too, which are brought in.
 
     Args:
         fields: Options that hold a dictionary's path, or several.
+        model: The option that says which language model they are of, where there is one.
 
     Example:
         >>> class Look(Config):
@@ -234,17 +236,17 @@ def opens(*fields: str) -> Any:
     def bring_in(cls: type[Config], data: Any) -> Any:
         if not isinstance(data, Mapping):
             return data
-        known = cls.model_fields.get("model")
-        model = data.get("model", known.default if known is not None else None)
+        known = cls.model_fields.get(model)
+        chosen = data.get(model, known.default if known is not None else None)
         changed: dict[str, Any] = {}
         for field in fields:
             value = data.get(field)
             if isinstance(value, (str, Path)):
                 # Of the type it was: what is read from JSON must be text.
-                changed[field] = type(value)(own(value, model, named="model" in data))
+                changed[field] = type(value)(own(value, chosen, named=model in data))
             elif isinstance(value, (tuple, list)) and all(isinstance(one, (str, Path)) for one in value):
                 changed[field] = type(value)(
-                    type(one)(own(one, model, named="model" in data)) for one in value
+                    type(one)(own(one, chosen, named=model in data)) for one in value
                 )
         return {**data, **changed}
 

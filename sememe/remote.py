@@ -19,7 +19,7 @@ from typing import Any
 from sememe.errors import CorruptError, ResourceError
 from sememe.paths import cache_dir
 
-__all__ = ["PROTOCOLS", "address", "fetch", "mirror", "read", "remove", "send"]
+__all__ = ["PROTOCOLS", "SENDING", "address", "fetch", "mirror", "names", "read", "remove", "send"]
 
 PROTOCOLS = ("s3", "gs", "gcs", "az", "abfs", "memory")
 """Storages that artifacts may lie on; the last is for tests."""
@@ -59,6 +59,16 @@ def read(url: str, name: str) -> bytes | None:
         return content
 
 
+def names(url: str) -> list[str]:
+    """The files that lie at a URL, at any depth, by their names there.
+
+    Raises:
+        ResourceError: the storage cannot be reached, or there is no such bucket.
+    """
+    with _talking(url) as (fs, root):
+        return sorted(_listed(fs, root))
+
+
 def fetch(url: str, name: str, target: Path) -> None:
     """Bring one file, aside and then renamed.
 
@@ -82,7 +92,8 @@ def fetch(url: str, name: str, target: Path) -> None:
 
 
 def send(url: str, folder: Path, names: Sequence[str], last: str, token: str) -> None:
-    """Send files, and one last. What else lies at the URL goes first; files that an interrupted call sent stay.
+    """Send files, and one last. What else lies at the URL goes first; files that an interrupted call sent stay. No
+    folder is made: storages have none, and asking for one may make the bucket of a mistyped address.
 
     Args:
         url: Where to.
@@ -101,12 +112,10 @@ def send(url: str, folder: Path, names: Sequence[str], last: str, token: str) ->
             for leftover in [last, *_listed(fs, root)]:  # what says "complete" goes first
                 with contextlib.suppress(FileNotFoundError):
                     fs.rm_file(f"{root}/{leftover}")
-            fs.makedirs(root, exist_ok=True)
             fs.pipe_file(f"{root}/{SENDING}", note)
         there = _listed(fs, root) if going_on else {}
         for name in names:
             if there.get(name) != (folder / name).stat().st_size:
-                fs.makedirs(str(PurePosixPath(f"{root}/{name}").parent), exist_ok=True)
                 fs.put_file(str(folder / name), f"{root}/{name}")
         fs.put_file(str(folder / last), f"{root}/{last}")
         with contextlib.suppress(FileNotFoundError):

@@ -100,10 +100,9 @@ def _shown(
 
 def _reports_in(folder: Path) -> list[Path]:
     """The folder itself, or the reports below it."""
-    if (folder / artifact.META).is_file() or not folder.is_dir():
+    if artifact.exists(folder):
         return [folder]
-    found = [path.parent for path in sorted(folder.rglob(artifact.META)) if path.parent.name != "store"]
-    return [path for path in found if artifact.load(path).meta["kind"] == "report"] or [folder]
+    return [path for path in artifact.below(folder) if artifact.kind_of(path) == "report"] or [folder]
 
 
 def _compared(opened: dict[str, figures.Report]) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sememe import artifact
 from sememe.errors import ArtifactError
 from sememe.plan import check
 from sememe.recipe import Recipe, Stage, place_of, read_recipe, stages
@@ -192,7 +193,7 @@ def print_report(path: str | Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    file = Path(path) / "report.json"
+    file = artifact.here(path) / "report.json"
     try:
         report = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -215,7 +216,7 @@ def print_comparison(path: str | Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    data = json.loads((Path(path) / "comparison.json").read_text(encoding="utf-8"))
+    data = json.loads((artifact.here(path) / "comparison.json").read_text(encoding="utf-8"))
     measured = [row for row in data["rows"] if row.get("metrics")]
     console = Console()
     if measured:
@@ -262,7 +263,7 @@ def print_geometry(path: str | Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    data = json.loads((Path(path) / "geometry.json").read_text(encoding="utf-8"))
+    data = json.loads((artifact.here(path) / "geometry.json").read_text(encoding="utf-8"))
     console = Console()
     table = Table(title="means over latents, and of random directions")
     table.add_column("")
@@ -296,7 +297,7 @@ def print_results(path: str | Path) -> None:
 
     from sememe import figures
 
-    data = json.loads((Path(path) / "results.json").read_text(encoding="utf-8"))
+    data = json.loads((artifact.here(path) / "results.json").read_text(encoding="utf-8"))
     console = Console()
     titled = [
         *(
@@ -319,8 +320,6 @@ def print_lens(path: str | Path) -> None:
     """How near each layer's lens comes to what the model says, beside the logit lens."""
     from rich.console import Console
     from rich.table import Table
-
-    from sememe import artifact
 
     table = Table(title=f"{path}: divergence from the model on held-out documents, in nats (95% intervals)")
     for column in ("layer", "tuned lens", "logit lens"):

@@ -70,8 +70,14 @@ class Hub(ThreadingHTTPServer):
         """Which uploads of large files are cut off, counted from 0."""
         self.cut_downloads: dict[str, int] = {}
         """Of which file only so many bytes are sent, once."""
+        self.unplugged = False
+        """Whether a download that is cut off is the last thing that is answered, until this is set back."""
+        self.ranges: list[str] = []
+        """Parts of files that were asked for."""
         self.log: list[tuple[str, str]] = []
         self.n_puts = 0
+        self.away = False
+        """Whether nothing is answered."""
 
     @property
     def url(self) -> str:
@@ -133,10 +139,15 @@ class Handler(BaseHTTPRequestHandler):
     def read(self, *, body: bool) -> None:
         path = unquote(urlsplit(self.path).path)
         self.server.log.append((self.command, path))
+        if self.server.away:
+            self.cut_off()
+            return
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?(?:/(.*))?", path):
             repo, kind = found[1], found[2]
             if repo not in self.server.content:
                 self.missing("RepoNotFound", body=body)
+            elif found[3] is not None and unquote(found[3]) not in ("main", self.server.sha(repo)):
+                self.missing("RevisionNotFound", body=body)
             elif kind == "tree":
                 self.answer([_entry(name, data) for name, data in self.server.content[repo].items()])
             else:
@@ -169,6 +180,7 @@ class Handler(BaseHTTPRequestHandler):
             }
             start, status = 0, 200
             if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
+                self.server.ranges.append(wanted[0])
                 start, status = int(wanted[1]), 206
                 headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
             if body and name in self.server.cut_downloads:
@@ -179,6 +191,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.end_headers()
                 self.wfile.write(content[start : start + n])
                 self.wfile.flush()
+                self.server.away = self.server.unplugged
                 self.cut_off()
             else:
                 self.answer(content[start:], status, headers, body=body)

@@ -15,7 +15,7 @@ ROOT = Path(sememe.__file__).parent
 
 LAYERS = [
     ["errors", "paths"],
-    ["config", "progress", "interrupt", "remote"],
+    ["config", "progress", "interrupt", "remote", "hub"],
     ["artifact", "encoded", "options", "frontier"],
     ["metrics", "tracking", "checkpoint", "registry"],
     ["kernels"],
@@ -49,6 +49,7 @@ TORCH_FREE = {
     "frontier",
     "registry",
     "remote",
+    "hub",
     "atlas",
     "graph",
     "browse",

@@ -53,8 +53,8 @@ def make_report(path: Path, dictionary: artifact.Artifact) -> None:
     with artifact.building(path, kind="report", version=1, config=Config(), parents=parents) as work:
         artifact.write_json(work.path / figures.REPORT, data)
         (work.path / "report.md").write_text("# Report\n")
-        (work.path / "plots").mkdir()
-        (work.path / "plots" / "density.svg").write_text("<svg/>")
+        (work.path / "figures").mkdir()
+        (work.path / "figures" / "density.svg").write_text("<svg/>")
 
 
 def make_atlas(path: Path, dictionary: artifact.Artifact) -> None:
@@ -89,7 +89,7 @@ def test_a_release_holds_every_part_as_it_was(parts: Path) -> None:
         "LICENSE",
         "meta.json",
         "dictionary/weights.safetensors",
-        "report/plots/density.svg",
+        "report/figures/density.svg",
     }
     assert expected | {"atlas/meta.json", "report/report.json"} <= names
     for role in ("dictionary", "report", "atlas"):
@@ -114,6 +114,7 @@ def test_the_card_has_front_matter_tables_and_credits(parts: Path) -> None:
     assert "| null: pca | 0.4321" in body and "12,345 tokens of 67 held-out documents" in body
     assert "| latents | 20 |" in body and "| k | 3 |" in body and "resid_post.1" in body
     assert "- Wiki; CC BY-SA 4.0; https://wiki.example/; By \\| all" in body and "- Code; PSF" in body
+    assert "![How often latents are active](report/figures/density.svg)" in body and "figures/fvu" not in body
     assert "Apache License 2.0" in (parts / "release" / "LICENSE").read_text()
 
 

@@ -2,15 +2,19 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
 from small_world import write_corpus
 
 from sememe import artifact
+from sememe.compare import CompareConfig
 from sememe.config import read_toml
+from sememe.dictionaries.folders import paths_in
 from sememe.errors import ConfigError
 from sememe.lm.build import PRESETS
+from sememe.patch.config import BASELINES
 from sememe.plan.stages import estimates
 from sememe.recipe import place_of, read_recipe, stages
 from sememe.recipe.tables import ASKED
@@ -336,3 +340,41 @@ def test_marks_and_mueller_in_miniature(place, tmp_path):
     assert data["n_missing"] == 0
     assert [len(table["rows"]) for table in data["tables"]] == [6, 6]
     assert {claim["verdict"] for claim in data["claims"]} <= {"holds", "does not hold", "undecided"}
+
+
+def named_in(base, references):
+    """Of each file of a results page, the names of rows and arms that its numbers are taken from."""
+    for reference in references:
+        file, _, way = reference.partition("#")
+        found = re.search(r"(?:rows|arms)/name=([^/]+)/", way)
+        if found is not None:
+            yield (base / file).parent, found[1].replace("~1", "/")
+
+
+def nulls_of(config):
+    """What stands beside the dictionaries of a comparison or a patching."""
+    return config.nulls if isinstance(config, CompareConfig) else config.baselines or BASELINES
+
+
+@pytest.mark.parametrize(("path", "scale"), AT, ids=lambda one: one.stem if isinstance(one, Path) else one)
+def test_numbers_are_taken_from_dictionaries_that_there_will_be(path, scale, tmp_path):
+    """Comparisons and patchings call dictionaries by the shortest names that tell them apart; pages must, too."""
+    recipe = read_recipe(path, scale or None)
+    if recipe.expected is None:
+        return
+    found = stages(recipe, tmp_path)
+    arms = {
+        stage.path: {*paths_in(stage.config.dictionaries), *nulls_of(stage.config)}
+        for stage in found
+        if stage.verb in ("compare", "patch")
+    }
+    for place, name in named_in(tmp_path, found[-1].config.references()):
+        if place in arms:
+            assert name in arms[place], f"{name} is not among {sorted(arms[place])}"
+
+
+def test_wrong_names_would_be_seen(tmp_path):
+    way = "comparison/comparison.json#rows/name=sizes~1d_sae512/metrics/fvu"
+    assert list(named_in(tmp_path, [way, "report/report.json#metrics/l0"])) == [
+        (tmp_path / "comparison", "sizes/d_sae512")
+    ]

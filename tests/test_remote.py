@@ -19,11 +19,17 @@ from typing import Any
 import fsspec
 import pytest
 import torch
+from test_publish import make_atlas, make_dictionary, make_report
 
 from sememe import artifact, dictionaries, remote
 from sememe.config import Config
 from sememe.dictionaries import TopK, TopKConfig
-from sememe.errors import ArtifactError, CorruptError, MismatchError, ResourceError
+from sememe.dictionaries.folders import open_all
+from sememe.errors import ArtifactError, ConfigError, CorruptError, MismatchError, ResourceError
+from sememe.publish import PublishConfig, publish
+from sememe.run import print_report, run
+from sememe.source import TensorSource
+from sememe.train import TrainConfig, open_sweep, train_sweep
 
 
 class Made(Config):
@@ -178,6 +184,89 @@ def test_a_dictionary_goes_there_and_back(tmp_path: Path, monkeypatch: pytest.Mo
     assert torch.equal(dictionaries.load("memory://bucket/made")(x), dictionary.fold()(x))
 
 
+def test_what_is_no_artifact_is_not_deleted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An address above others, or a mistyped one: what lies there stays."""
+    make("memory://bucket/run/made")
+    with pytest.raises(
+        MismatchError,
+        match=r"memory://bucket/run must be an artifact, or nothing, got 3 files without meta.json, made/b.txt .*"
+        r"delete them yourself",
+    ):
+        make("memory://bucket/run", fresh=True)
+    assert len(there("memory://bucket/run")) == 3
+
+
+def test_artifacts_below_an_address_are_those_below_a_folder(tmp_path: Path) -> None:
+    for base in (tmp_path / "run", Path("memory://bucket/run")):
+        for name in ("k16", "k2", "deep/k1", "k2/checkpoints/step-1"):
+            make(base / name)
+        found = artifact.below(base)
+        assert found == [base / "deep" / "k1", base / "k2", base / "k16"], "none inside another, 2 before 16"
+        assert artifact.kind_of(found[0]) == "page" and artifact.exists(found[0])
+        assert (
+            artifact.kind_of(base) is None and not artifact.exists(base) and artifact.below(base / "no") == []
+        )
+        assert (artifact.here(found[0]) / "b.txt").read_text() == "one b"
+
+
+def test_a_release_of_several_goes_from_there_to_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dictionaries, reports and an atlas that lie on a storage, published to it and read from another machine."""
+    base = "memory://bucket/run"
+    for number in (2, 10):
+        saved = make_dictionary(Path(f"{base}/dictionary/layer{number}"), seed=number)
+        make_report(Path(f"{base}/report/layer{number}"), saved)
+    make_atlas(Path(f"{base}/atlas"), saved)
+    monkeypatch.setenv("SEMEME_CACHE", str(tmp_path / "elsewhere"))
+    parts = {role: f"{base}/{role}" for role in ("dictionary", "report", "atlas")}
+    publish(PublishConfig.build({**parts, "out": f"{base}/release"}))
+    monkeypatch.setenv("SEMEME_CACHE", str(tmp_path / "third"))
+    card = artifact.load(f"{base}/release", "release").file("README.md").read_text()
+    assert [line.split("|")[1].strip() for line in card.splitlines() if line.startswith("| layer")] == [
+        "layer2",
+        "layer10",
+    ]
+    opened = open_all((Path(f"{base}/dictionary"),))
+    assert list(opened) == ["layer2", "layer10"]
+    again = dictionaries.load(f"{base}/release/dictionary/layer2")
+    x = torch.randn(4, again.d_in)
+    assert torch.equal(again(x), opened["layer2"].dictionary(x))
+
+
+def test_a_sweep_is_fetched_by_the_dictionary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.randn(300, 6, generator=torch.Generator().manual_seed(0))
+    config = TrainConfig.build(
+        {
+            "out": "memory://bucket/sweep",
+            "architecture": {"kind": "topk", "d_sae": 40},
+            "batch_size": 32,
+            "sweep": ("k=2,4",),
+            "watch_rows": 0,
+        }
+    )
+    train_sweep(config, source=TensorSource(rows))
+    monkeypatch.setenv("SEMEME_CACHE", str(tmp_path / "elsewhere"))
+    sweep = open_sweep("memory://bucket/sweep")
+    assert not list(sweep.artifact.path.rglob("*.safetensors")), "members come when they are asked for"
+    assert sweep.load("k4").config.k == 4
+    assert list(open_all((Path("memory://bucket/sweep"),))) == ["k2", "k4"]
+
+
+def test_reports_there_are_printed_and_drawn_and_recipes_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = make_dictionary(Path("memory://bucket/run/dictionary"))
+    make_report(Path("memory://bucket/run/report/one"), saved)
+    print_report(Path("memory://bucket/run/report/one"))
+    assert "0.1234" in capsys.readouterr().out
+    (tmp_path / "plain.toml").write_text('[toy.a.fit.baseline]\nkind = "pca"\n')
+    with pytest.raises(
+        ConfigError, match=r"a recipe's results must lie on a disk, got s3://bucket/x\. Run it"
+    ):
+        run(tmp_path / "plain.toml", out=Path("s3://bucket/x"))
+
+
 def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(ResourceError, match=r"gs:// needs its package, got .* pip install gcsfs"):
@@ -226,45 +315,63 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # botocore's own
-def test_store_dictionary_and_atlas_on_a_real_server(
+def test_every_verbs_artifact_on_a_real_server(
     s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """harvest -> train -> interpret, every artifact on S3, and read from a machine that has none of them."""
+    """harvest, train, evaluate, interpret, export, publish: every artifact on S3, and each verb on a machine that has
+    none of those before it."""
     from small_world import load_model, write_corpus, write_model
     from test_harvest import config_for
 
     from sememe.atlas import open_atlas
+    from sememe.browse import ExportConfig, export
+    from sememe.evaluate import EvaluateConfig, evaluate
     from sememe.harvest import harvest
     from sememe.interpret import InterpretConfig, interpret
     from sememe.store import open_store
-    from sememe.train import TrainConfig, train
+    from sememe.train import train
+
+    def elsewhere(name: str) -> None:
+        monkeypatch.setenv("SEMEME_CACHE", str(tmp_path / name))
 
     write_corpus(tmp_path / "corpus.jsonl")
     lm = load_model(write_model(tmp_path / "model"))
     config = config_for(tmp_path, Path(f"{s3}/small/store"))
     harvest(config, lm=lm)
-    monkeypatch.setenv("SEMEME_CACHE", str(tmp_path / "second"))
+    elsewhere("trains")
     out = Path(f"{s3}/small/dictionary")
-    train(
-        TrainConfig.build(
-            {
-                "store": f"{s3}/small/store",
-                "out": out,
-                "inputs": ("resid_post.0",),
-                "architecture": {"kind": "topk", "k": 4, "d_sae": 48},
-                "batch_size": 64,
-            }
-        )
-    )
-    monkeypatch.setenv("SEMEME_CACHE", str(tmp_path / "third"))
+    trained = {
+        "store": f"{s3}/small/store",
+        "out": out,
+        "inputs": ("resid_post.0",),
+        "architecture": {"kind": "topk", "k": 4, "d_sae": 48},
+        "batch_size": 64,
+    }
+    train(TrainConfig.build(trained))
+    swept = {**trained, "out": f"{s3}/small/sweep", "sweep": ("seed=0,1",)}
+    sweep = train_sweep(TrainConfig.build(swept))
+    assert sweep.load("seed1").d_sae == 48
+    shared = {"text": config.text, "model": config.model}
+    elsewhere("evaluates")
+    measured = {"dictionary": out, "store": f"{s3}/small/store", "out": f"{s3}/small/report", "n_tokens": 600}
+    evaluate(EvaluateConfig.build({**shared, **measured, "n_bootstrap": 20, "nulls": ()}), lm=lm)
+    elsewhere("interprets")
     about = {"dictionaries": (out,), "out": f"{s3}/small/atlas", "n_tokens": 4000, "n_top": 5, "n_random": 5}
-    text = {"text": config.text, "model": config.model, "policy": config.policy}
-    known = {name: value for name, value in text.items() if name in InterpretConfig.model_fields}
-    interpret(InterpretConfig.build(about | known), lm=lm).close()
-    monkeypatch.setenv("SEMEME_CACHE", str(tmp_path / "fourth"))
+    interpret(InterpretConfig.build({**shared, **about}), lm=lm).close()
+    elsewhere("looks")
     with contextlib.closing(open_atlas(f"{s3}/small/atlas")) as atlas:
         assert atlas.query("SELECT count(*) AS n FROM latents")[0]["n"] == 48
-    assert dictionaries.load(out).d_sae == 48
+    shown = {"atlas": f"{s3}/small/atlas", "report": f"{s3}/small/report", "out": f"{s3}/small/site"}
+    export(ExportConfig.build(shown))
+    parts = {role: f"{s3}/small/{role}" for role in ("dictionary", "report", "atlas")}
+    publish(PublishConfig.build({**parts, "out": f"{s3}/small/release"}))
+    assert {"store", "dictionary", "sweep", "report", "atlas", "site", "release"} == {
+        path.name for path in artifact.below(f"{s3}/small")
+    }
+    elsewhere("reads")
+    x = torch.randn(8, 32)
+    again = dictionaries.load(f"{s3}/small/release/dictionary")
+    assert torch.equal(again(x), dictionaries.load(out)(x))
     assert open_store(f"{s3}/small/store").info.n_rows > 0
     names = set(there(f"{s3}/small/store"))
     assert artifact.META in names and any(name.startswith("shard-") for name in names)

@@ -68,7 +68,7 @@ def dictionary_folder(atlas: Atlas, named: Path | None = None) -> Path | None:
                 "Name the atlas's own dictionary, or leave --dictionary out.",
             )
         return named
-    own, beside = atlas.artifact.path / NULL_DICTIONARY, atlas.artifact.path.parent / "dictionary"
+    own, beside = atlas.artifact.path / NULL_DICTIONARY, atlas.artifact.place.parent / "dictionary"
     for folder in (own, *map(Path, atlas.artifact.meta["config"].get("dictionaries") or ()), beside):
         try:
             if artifact.load(folder, "dictionary").fingerprint == wanted:

@@ -115,9 +115,12 @@ def opened(inputs: Inputs) -> Iterator[Opened]:
 
 def _reports(path: Path) -> list[artifact.Artifact]:
     """The report at a path, or all of those in a folder of them."""
-    if (path / artifact.META).is_file() or not path.is_dir():
+    if artifact.exists(path):
         return [artifact.load(path, "report")]
-    found = [artifact.load(one.parent, "report") for one in sorted(path.glob(f"*/{artifact.META}"))]
+    inner = artifact.below(path)
+    if not inner and not path.is_dir():
+        return [artifact.load(path, "report")]  # which says that nothing is there
+    found = [artifact.load(one, "report") for one in inner]
     if not found:
         raise ArtifactError(
             "a report's folder must be a report, or hold reports",

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from sememe.config import Config
 from sememe.errors import ConfigError
+from sememe.foreign import opens
 from sememe.lm import ModelConfig
 
 __all__ = ["CircuitConfig"]
@@ -18,6 +19,8 @@ class CircuitConfig(Config):
     """Which prompt, which transcoders, which logits, and how much of the graph is kept."""
 
     not_identity: ClassVar[frozenset[str]] = frozenset({"out", "dictionaries", "batch_rows"})
+
+    _opens = opens("dictionaries")
 
     prompt: str
     """The text; the prediction after its last token is explained."""

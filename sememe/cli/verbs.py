@@ -128,7 +128,7 @@ def _interpret() -> Any:
     def verb(config: InterpretConfig, fresh: bool = False) -> None:
         for atlas in interpret_all(config, fresh=fresh).values():
             atlas.close()
-            say("atlas", atlas.artifact.path)
+            say("atlas", atlas.artifact.place)
 
     return command(
         InterpretConfig,

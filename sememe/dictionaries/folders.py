@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,6 +71,7 @@ def paths_in(folders: tuple[Path, ...], *, at_least: int = 1) -> dict[str, Path]
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """Dictionaries kept while the one in the folder was trained, the earliest first; none is the last step's."""
+    folder = artifact.here(folder)
     kept = {
         int(artifact.load(place.parent, "dictionary").extra["step"]): place.parent
         for place in (folder / CHECKPOINTS).glob(f"step-*/{artifact.META}")
@@ -91,29 +91,13 @@ def last_step(folder: Path) -> int | None:
 
 def _dictionaries_in(folder: Path) -> list[Path]:
     """The folder itself, or those below it: a sweep's, or a recipe's."""
-    if (folder / artifact.META).is_file() or not folder.is_dir():
-        if (folder / artifact.META).is_file() and artifact.load(folder).meta["kind"] == "sweep":
-            return sorted((path.parent for path in folder.glob(f"*/{artifact.META}")), key=_natural)
+    kind = artifact.kind_of(folder)
+    if kind == "sweep":
+        return artifact.below(folder)
+    if kind is not None:
         return [folder]  # whatever else it is, opening it says so
-    found = [
-        path for child in sorted(folder.iterdir(), key=_natural) if child.is_dir() for path in _below(child)
-    ]
-    return found or [folder]
-
-
-def _natural(path: Path) -> list[tuple[bool, int, str]]:
-    """k2 before k16."""
-    return [
-        (part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", path.name)
-    ]
-
-
-def _below(folder: Path) -> list[Path]:
-    if (folder / artifact.META).is_file():
-        return _dictionaries_in(folder) if artifact.load(folder).meta["kind"] in KINDS else []
-    return [
-        path for child in sorted(folder.iterdir(), key=_natural) if child.is_dir() for path in _below(child)
-    ]
+    inner = [path for path in artifact.below(folder) if artifact.kind_of(path) in KINDS]
+    return [found for path in inner for found in _dictionaries_in(path)] or [folder]
 
 
 def _named(paths: list[Path]) -> list[tuple[str, Path]]:

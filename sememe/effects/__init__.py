@@ -155,9 +155,9 @@ def _dictionary_of(atlas: Atlas, config: EffectsConfig) -> Path:
     """
     wanted = dictionary_of(atlas)
     places = [config.dictionary] if config.dictionary is not None else _recorded(atlas)
-    there = [place for place in places if (place / artifact.META).is_file()]
+    there = [place for place in places if artifact.exists(place)]
     if config.dictionary is None:  # beside an atlas of that name there may be something else
-        there = [place for place in there if artifact.load(place).kind == "dictionary"]
+        there = [place for place in there if artifact.kind_of(place) == "dictionary"]
     if not there:
         raise ArtifactError(
             f"the dictionary of the atlas {config.atlas} must be at {' or '.join(map(str, places))}",
@@ -178,8 +178,8 @@ def _dictionary_of(atlas: Atlas, config: EffectsConfig) -> Path:
 def _recorded(atlas: Atlas) -> list[Path]:
     """Where the dictionaries of the run that made an atlas were, and may be now: beside it."""
     recorded = [Path(path) for path in atlas.artifact.meta["config"].get("dictionaries", ())]
-    beside = [atlas.artifact.path.parent / path.name for path in recorded]
-    return list(dict.fromkeys((*recorded, *beside, atlas.artifact.path.parent / "dictionary")))
+    near = atlas.artifact.place.parent
+    return list(dict.fromkeys((*recorded, *(near / path.name for path in recorded), near / "dictionary")))
 
 
 def _check_model(atlas: Atlas, config: EffectsConfig, fingerprint: str) -> None:

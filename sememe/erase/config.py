@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from sememe.errors import ConfigError
+from sememe.foreign import opens
 from sememe.labelled import LabelledConfig
 from sememe.lm import ModelConfig
 from sememe.text import TextConfig, TokenPolicy
@@ -21,6 +22,8 @@ class EraseConfig(LabelledConfig):
     not_identity: ClassVar[frozenset[str]] = frozenset(
         {"out", "dictionary", "labelled", "corpus", "batch_rows"}
     )
+
+    _opens = opens("dictionary")
 
     dictionary: Path
     """The dictionary whose latents are taken out; its output hookpoint is where everything is."""

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from sememe.config import Config
 from sememe.errors import ConfigError
+from sememe.foreign import opens
 from sememe.judge import EndpointConfig, LocalConfig
 from sememe.lm import ModelConfig
 from sememe.options import changed
@@ -35,6 +36,8 @@ class ExplainConfig(Config):
     """Which atlas, who explains, and how explanations are scored."""
 
     not_identity: ClassVar[frozenset[str]] = frozenset({"out", "atlas", "nulls", "effects", "dictionary"})
+
+    _opens = opens("dictionary", model="subject")
 
     out: Path = Path("artifacts/explanations")
     """The folder to make."""

@@ -118,7 +118,7 @@ def explain(config: ExplainConfig, *, fresh: bool = False, judge: Judge | None =
     if there is not None and there.extra["nulls"] == against:
         return Explanations(there)
     wanted = {name: _for_null(config, name, path) for name, path in nulls.items()}
-    finished = there is not None and all((one.out / artifact.META).is_file() for one in wanted.values())
+    finished = there is not None and all(artifact.exists(one.out) for one in wanted.values())
     if judge is None and isinstance(config.explainer, (EndpointConfig, LocalConfig)) and not finished:
         judge = open_judge(config.explainer)
     others = {name: explain(one, fresh=fresh, judge=judge) for name, one in wanted.items()}
@@ -244,7 +244,7 @@ def preview(config: ExplainConfig) -> Preview:
 def _nulls(config: ExplainConfig) -> dict[str, Path]:
     """The atlases of nulls, by folder name."""
     if config.nulls is None:
-        found = sorted(path for path in config.atlas.glob("null-*") if (path / "meta.json").is_file())
+        found = [path for path in artifact.below(config.atlas) if path.name.startswith("null-")]
     else:
         found = list(config.nulls)
     by_name = {path.name if path.name.startswith("null-") else f"null-{path.name}": path for path in found}
@@ -277,7 +277,7 @@ def _for_null(config: ExplainConfig, name: str, path: Path) -> ExplainConfig:
 def _null_dictionary(atlas: Path) -> Path | None:
     """Where a null's atlas keeps its dictionary; None in atlases of earlier versions."""
     folder = atlas / NULL_DICTIONARY
-    return folder if (folder / artifact.META).is_file() else None
+    return folder if artifact.exists(folder) else None
 
 
 # -- an atlas ----------------------------------------------------------------------------------------------

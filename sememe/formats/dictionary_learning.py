@@ -33,7 +33,7 @@ from sememe.dictionaries.identity import Identity, IdentityConfig
 from sememe.errors import FormatError, nearest
 from sememe.formats.base import Foreign, Parts, assemble, has_own_outputs, parts_of
 from sememe.formats.files import check_shapes, read_json, read_pickle, take
-from sememe.formats.names import only_site, translate
+from sememe.formats.names import folder_name, only_site, translate
 
 __all__ = ["CHECKPOINTS", "CLASSES", "CONFIG", "WEIGHTS", "read", "write"]
 
@@ -121,7 +121,7 @@ def _place(trainer: Mapping[str, Any], run: Path) -> tuple[str | None, str | Non
     hookpoint = translate(trainer.get("submodule_name"), _FROM_THEIRS)
     for place in (run, run.parent):
         if hookpoint is None and (hookpoint := translate(place.name, _FROM_THEIRS)) is not None:
-            model = model or place.parent.name or None
+            model = model or folder_name(place.parent)
     return hookpoint, model
 
 

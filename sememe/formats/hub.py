@@ -1,150 +1,106 @@
-"""Dictionaries on the Hugging Face hub, by id: `hf://OWNER/REPO/FOLDER`, fetched into the hub client's own cache.
+"""Dictionaries on the Hugging Face hub, by id: what of a repository each format is made of.
 
-Knows ids, names of files and the client; what a fetched folder is, the formats find out. Nothing is fetched but what
-an id names, and what is there already is used without asking the network.
+Knows names of files; ids and the client are `sememe.hub`'s, and what a fetched folder is, the formats find out. Nothing
+is fetched but what an id names, and what is there already is used without asking the network.
 """
 
 from __future__ import annotations
 
-import contextlib
+import fnmatch
 import re
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
 
+from sememe import hub
 from sememe.errors import FormatError, nearest
+from sememe.hub import Id
 
-__all__ = ["Id", "fetch", "is_id", "parse"]
+__all__ = ["fetch", "names_below"]
 
-SCHEME = re.compile(r"^hf:/{1,2}")  # a path keeps one slash of two
-WEIGHTS = re.compile(
-    r"(?:^|/)(?:ae\.pt|sae_weights\.safetensors|sae\.safetensors|params\.(?:npz|safetensors)|meta\.json"
-    r"|checkpoints/final\.safetensors|autoencoders/\d+\.pt)$"
+KNOWN_BY = (
+    "ae.pt",
+    "sae_weights.safetensors",
+    "sae.safetensors",
+    "params.npz",
+    "params.safetensors",
+    "meta.json",
+    "checkpoints/final.safetensors",
 )
-"""What a dictionary is known by among a repository's files."""
+"""The file in its folder that a dictionary is known by; of openai's it is the file itself."""
+WEIGHTS = re.compile(rf"(?:^|/)(?:{'|'.join(map(re.escape, KNOWN_BY))}|autoencoders/\d+\.pt)$")
 PUBLISHED = "dictionary"
-"""Where a release of ours has its dictionary."""
+"""Where a release of ours has its dictionary, or its dictionaries."""
+RELEASED = "dictionaries.json"
+"""In a release of several of ours."""
 N_NAMED = 6
-
-
-class Id(NamedTuple):
-    """A place on the hub."""
-
-    repo: str
-    folder: str
-    """Inside the repository, "" for the whole of it."""
-    revision: str | None
-
-    def __str__(self) -> str:
-        at = f"@{self.revision}" if self.revision else ""
-        return f"hf://{self.repo}{at}{'/' + self.folder if self.folder else ''}"
-
-
-def is_id(source: str | Path) -> bool:
-    """Whether something names a place on the hub, not on disk."""
-    return SCHEME.match(str(source)) is not None
-
-
-def parse(source: str | Path) -> Id:
-    """An id's parts: `hf://OWNER/REPO[@REVISION][/FOLDER]`.
-
-    Raises:
-        FormatError: it names no repository, or its folder would lie outside.
-    """
-    text = str(source)
-    parts = SCHEME.sub("", text).strip("/").split("/")
-    _check_inside(parts, text)
-    if len(parts) < 2 or not all(re.fullmatch(r"[\w.-]+(@[\w.-]+)?", part) for part in parts[:2]):
-        raise FormatError(
-            "an id must be hf://OWNER/REPO/FOLDER",
-            text,
-            "E.g. hf://google/gemma-scope-2b-pt-res/layer_20/...",
-        )
-    name, _, revision = parts[1].partition("@")
-    return Id(f"{parts[0]}/{name}", "/".join(parts[2:]), revision or None)
-
-
-def _check_inside(parts: list[str], text: str) -> None:
-    if ".." in parts or any("\\" in part or "\0" in part for part in parts):
-        raise FormatError("an id must stay inside its repository", text, "Name the folder without ..")
 
 
 def fetch(source: str | Path) -> Path:
     """The folder on disk of an id's dictionary, downloaded if it is not there.
 
-    Raises:
-        FormatError: the id is malformed, there is no such repository or dictionary in it, or it is not in the cache
-            and the hub cannot be reached.
-    """
-    import huggingface_hub
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    Files that have arrived are not fetched again when it is asked for again.
 
-    place = parse(source)
+    Raises:
+        FormatError: the id is malformed, there is no such repository, revision or dictionary in it, or it is not in the
+            cache and the hub cannot be reached.
+    """
+    place = hub.parse(source)
     there = _cached(place)
     if there is not None:
         return there
-    wanted: dict[str, Any] = {"revision": place.revision}
-    try:
-        names = huggingface_hub.HfApi().list_repo_files(place.repo, revision=place.revision)
-        place = _published(place, set(names))
-        files = _files(place, names)
-        base = huggingface_hub.snapshot_download(place.repo, allow_patterns=files, **wanted)
-    except GatedRepoError as error:
-        raise FormatError(
-            f"{place.repo} must be open to you on the hub",
-            "a gated repository",
-            f"Accept its terms at https://huggingface.co/{place.repo} and log in with `hf auth login`.",
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise FormatError(
-            f"{place.repo} must be a repository on the hub",
-            "no such repository",
-            f"Check its name. {_known(place)}",
-        ) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise FormatError(
-            f"{place} must be in the local cache, or the hub must be reachable",
-            text,
-            f"Check the network. {_known(place)}",
-        ) from error
-    return _inside(Path(base), place)
+    names = hub.listed(place)
+    place = _published(place, set(names))
+    base = hub.download(place, *_files(place, names))
+    return base / place.folder if place.folder else base
+
+
+def names_below(source: str | Path, select: str = "*") -> list[str]:
+    """Other tools' dictionaries below an id, by their paths there; nothing is downloaded.
+
+    Args:
+        source: The id of a repository, or of a folder in it.
+        select: A glob that the path has to match; `*` goes over slashes.
+
+    Raises:
+        FormatError: as `fetch`.
+    """
+    place = hub.parse(source)
+    prefix = place.inside("")
+    weights = [name for name in hub.listed(place) if WEIGHTS.search(name) and not name.endswith("meta.json")]
+    inner = sorted({_folder_of(name).removeprefix(prefix) for name in weights if name.startswith(prefix)})
+    return [name for name in inner if name != "." and fnmatch.fnmatchcase(name, select)]
 
 
 def _published(place: Id, names: set[str]) -> Id:
     """The dictionary in a release of ours, whose folder has the report and the atlas, too."""
-    inside = f"{place.folder}/{PUBLISHED}" if place.folder else PUBLISHED
-    return place._replace(folder=inside) if f"{inside}/meta.json" in names else place
+    inside = place._replace(folder=place.inside(PUBLISHED))
+    return inside if inside.inside("meta.json") in names else place
 
 
-def _files(place: Id, names: list[str]) -> list[str]:
-    """Which of a repository's files the dictionary at a place is made of."""
-    safe = [name for name in names if ".." not in PurePosixPath(name).parts and not name.startswith("/")]
-    if place.folder in safe:  # a file: what lies beside it goes with it
+def _files(place: Id, names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Which of a repository's files the dictionary at a place is made of; apart, what it is known by."""
+    if place.folder in names:  # a file: what lies beside it goes with it
         folder = str(PurePosixPath(place.folder).parent)
-        return [place.folder, *(name for name in safe if name == f"{folder}/config.json")]
-    prefix = f"{place.folder}/" if place.folder else ""
-    below = [name.removeprefix(prefix) for name in safe if name.startswith(prefix)]
+        return [name for name in names if name == f"{folder}/config.json"], [place.folder]
+    prefix = place.inside("")
+    below = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
     weights = {name for name in below if WEIGHTS.search(name)}
-    here = {name for name in weights if "/" not in name or name == "checkpoints/final.safetensors"}
+    if RELEASED in below:  # several of ours, none of them at this place
+        weights = {name for name in weights if name.startswith(f"{PUBLISHED}/")}
+    here = weights & set(KNOWN_BY)
     if here:
         flat = {name for name in below if "/" not in name}
-        whole = (
-            set(below) if "meta.json" in flat else flat | here
-        )  # one of ours is all that lies in its folder
-        return [prefix + name for name in sorted(whole)]
+        # one of ours is all that lies in its folder
+        whole = set(below) if "meta.json" in here else flat | here
+        return [prefix + name for name in sorted(whole - here)], [prefix + name for name in sorted(here)]
     folders = sorted({_folder_of(prefix + name) for name in weights})
     if folders:
         raise FormatError(
             f"{place} must be one dictionary",
             f"{len(folders)} below it: {', '.join(folders[:N_NAMED])}{', ...' if len(folders) > N_NAMED else ''}",
-            "Name one of them.",
+            "Name one of them, or convert all: sememe convert ... --select '*'.",
         )
-    known = sorted({_folder_of(name) for name in safe if WEIGHTS.search(name)})
+    known = sorted({_folder_of(name) for name in names if WEIGHTS.search(name)})
     raise FormatError(
         f"{place} must be a dictionary in the repository",
         "no files of one" if below else "no such folder",
@@ -159,47 +115,17 @@ def _folder_of(name: str) -> str:
     return str(PurePosixPath(name).parent)
 
 
-def _inside(base: Path, place: Id) -> Path:
-    path = base / place.folder if place.folder else base
-    if not path.exists():
-        raise FormatError(f"{place} must be in the repository", "no such folder", "Check its name.")
-    return path
-
-
 def _cached(place: Id) -> Path | None:
-    """The place in the local cache, if a dictionary's weights are there."""
-    from huggingface_hub import snapshot_download
-
-    with contextlib.suppress(OSError, ValueError):
-        base = Path(snapshot_download(place.repo, revision=place.revision, local_files_only=True))
-        path = base / place.folder
-        if (path / PUBLISHED / "meta.json").is_file():
-            path = path / PUBLISHED
-        names = [path.name] if path.is_file() else [f.relative_to(path).as_posix() for f in path.rglob("*")]
-        own = [
-            n for n in names if WEIGHTS.search(n) and ("/" not in n or n == "checkpoints/final.safetensors")
-        ]
-        if path.is_file() or own:
-            return path
+    """The place in the local cache, if what comes last of a download is there: then all of it is."""
+    wanted = [
+        (one, one.inside(name))
+        for one in (place._replace(folder=place.inside(PUBLISHED)), place)
+        for name in KNOWN_BY
+    ]
+    if place.folder.endswith(".pt"):
+        wanted.append((place, place.folder))
+    for one, name in wanted:
+        base = hub.cached(one, name)
+        if base is not None:
+            return base / one.folder
     return None
-
-
-def _known(place: Id) -> str:
-    """What the cache holds, for an error: of this repository, else which repositories with dictionaries."""
-    from huggingface_hub import scan_cache_dir
-    from huggingface_hub.errors import CacheNotFound
-
-    found: dict[str, set[str]] = {}
-    with contextlib.suppress(CacheNotFound, OSError, ValueError):
-        for repo in scan_cache_dir().repos:
-            for revision in repo.revisions:
-                for file in revision.files:
-                    name = file.file_path.relative_to(revision.snapshot_path).as_posix()
-                    if WEIGHTS.search(name):
-                        found.setdefault(repo.repo_id, set()).add(_folder_of(name))
-    if not found:
-        return "The cache holds no dictionary."
-    if place.repo in found:
-        folders = sorted(found[place.repo])
-        return f"The cache holds of it: {', '.join(folders[:N_NAMED])}."
-    return f"The cache holds dictionaries of: {', '.join(sorted(found)[:N_NAMED])}."

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 from sememe.dictionaries.base import Dictionary, Site
 
-__all__ = ["from_module", "from_transformer_lens", "only_site", "to_transformer_lens", "translate"]
+__all__ = [
+    "folder_name",
+    "from_module",
+    "from_transformer_lens",
+    "only_site",
+    "to_transformer_lens",
+    "translate",
+]
 
 _FROM_TRANSFORMER_LENS = {
     r"blocks\.(\d+)\.hook_resid_(pre|post)": "resid_{1}.{0}",
@@ -33,6 +41,13 @@ _FROM_MODULE = {
     rf"{_LAYER}\.{_ATTENTION}": "attn_out.{0}",
 }
 _FROM_MODULE_INPUT = {_LAYER: "resid_pre.{0}", rf"{_LAYER}\.mlp": "mlp_in.{0}"}
+
+
+def folder_name(path: Path) -> str | None:
+    """A folder's name; of a repository's root in the hub client's cache, the repository's. None of the disk's root."""
+    if path.parent.name == "snapshots" and (repo := path.parent.parent.name).startswith("models--"):
+        return repo.rpartition("--")[2]
+    return path.name or None
 
 
 def translate(name: str | None, patterns: Mapping[str, str]) -> str | None:

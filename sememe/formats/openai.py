@@ -21,6 +21,7 @@ from torch import Tensor
 from sememe.errors import FormatError
 from sememe.formats.base import Foreign, Parts, assemble, normed
 from sememe.formats.files import read_pickle, require_tensors, take
+from sememe.formats.names import folder_name
 
 __all__ = ["SUFFIX", "is_it", "read"]
 
@@ -106,9 +107,10 @@ def _parts(tensors: dict[str, Tensor], path: Path) -> Parts:
 
 def _place(path: Path) -> tuple[str | None, str | None]:
     """Model and hookpoint, from `gpt2-small/resid_post_mlp_v5_32k/autoencoders/8.pt`."""
-    names = path.resolve().parts
-    model = next((_MODELS[name] for name in reversed(names) if name in _MODELS), None)
-    for name in reversed(names[:-1]):
+    # Not resolved: the hub client's cache has links to files of other names.
+    names = [name for parent in path.absolute().parents if (name := folder_name(parent)) is not None]
+    model = next((_MODELS[name] for name in names if name in _MODELS), None)
+    for name in names:
         match = re.fullmatch(r"(\w+?)(?:_v\d+(?:_\w+)?)?", name)
         if match and match[1] in _SITES and path.stem.isdigit():
             return model, _SITES[match[1]].format(path.stem)

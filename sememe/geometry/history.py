@@ -25,6 +25,7 @@ NULLS = 0x68697374
 def history(folder: Path, config: GeometryConfig) -> dict[str, Any] | None:
     """Self-similarity over the checkpoints in a dictionary's folder, the dictionary itself being the last; None if it
     kept none. Beside it that of random directions, drawn anew at every checkpoint."""
+    folder = artifact.here(folder)
     places = sorted((folder / CHECKPOINTS).glob(f"step-*/{artifact.META}"))
     if not places:
         return None

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from sememe.config import Config
 from sememe.errors import ConfigError
+from sememe.foreign import opens
 from sememe.lm import ModelConfig
 from sememe.text import TextConfig
 
@@ -27,6 +28,8 @@ class PatchConfig(Config):
     not_identity: ClassVar[frozenset[str]] = frozenset(
         {"out", "dictionaries", "pairs", "store", "batch_rows"}
     )
+
+    _opens = opens("dictionaries")
 
     dictionaries: tuple[Path, ...] = Field(min_length=1)
     """Dictionaries of one hookpoint, sweeps, or folders that hold such."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -42,9 +43,10 @@ class Estimate(NamedTuple):
     note: str = ""
 
 
-def members_of(config: TrainConfig) -> list[TrainConfig]:
+@functools.lru_cache(maxsize=64)  # asked for by every stage about every one of them
+def members_of(config: TrainConfig) -> tuple[TrainConfig, ...]:
     """A config for each dictionary that one train stage makes."""
-    return [member.config for member in variants(config)] if config.sweep else [config]
+    return tuple(member.config for member in variants(config)) if config.sweep else (config,)
 
 
 def size_of(architecture: Architecture, d_in: int, d_out: int) -> Dictionary:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from sememe import lm
 from sememe.grid import GridConfig, trainings
 from sememe.lm import ModelConfig, Outline
@@ -72,7 +74,7 @@ def gridding(stage: Stage, config: GridConfig) -> Estimate:
 
 
 def _planted(
-    stage: Stage, members: list[TrainConfig], d: int, n_features: int, *, one_stream: bool
+    stage: Stage, members: Sequence[TrainConfig], d: int, n_features: int, *, one_stream: bool
 ) -> Estimate:
     sizes = [size_of(member.architecture, d, d) for member in members]
     first = members[0]

@@ -23,6 +23,7 @@ from sememe.config import Config
 from sememe.errors import ConfigError, CorruptError, MismatchError, ResourceError, nearest
 from sememe.figures.tables import MEANINGS, markdown_table
 from sememe.foreign import opens
+from sememe.hub import of_the_network
 from sememe.publish import private, several
 
 __all__ = ["LICENCES", "Publication", "PublishConfig", "PublishedFile", "publish"]
@@ -30,6 +31,13 @@ __all__ = ["LICENCES", "Publication", "PublishConfig", "PublishedFile", "publish
 VERSION = 2  # local paths were published before version 2
 CARD, LICENCE = "README.md", "LICENSE"
 
+PLOTS = {
+    "density": "How often latents are active",
+    "fvu": "What is left unexplained, beside the nulls",
+    "ce_increase": "What the model loses, beside the nulls",
+    "training": "The training",
+}
+"""Figures of a report that go on the card."""
 LICENCES = {
     "apache-2.0": ("Apache License 2.0", "https://www.apache.org/licenses/LICENSE-2.0"),
     "cc-by-4.0": (
@@ -56,7 +64,8 @@ class PublishConfig(Config):
     _opens = opens("dictionary")
 
     dictionary: Path = Path("artifacts/dictionary")
-    """The dictionary's folder; or a sweep's, or one that holds several, for a release of all of them."""
+    """The dictionary's folder; or a sweep's, or one that holds several, for a release of all of them; or a release that
+    is made already, to upload it."""
     report: Path | None = None
     """Its report, whose tables go on the card; of several, the folder of their reports."""
     atlas: Path | None = None
@@ -127,6 +136,8 @@ def publish(config: PublishConfig, *, fresh: bool = False) -> Publication:
         CorruptError: a file of a part was changed.
         ResourceError: the hub cannot be reached or refuses.
     """
+    if artifact.kind_of(config.dictionary) == "release":
+        return _finished(config)
     parts = _parts(config)
     contents = _contents(config, parts)
     if config.dry_run:
@@ -144,6 +155,34 @@ def publish(config: PublishConfig, *, fresh: bool = False) -> Publication:
     written = tuple(PublishedFile(name, (folder.path / name).stat().st_size) for name in names)
     url = None if config.repo is None else _upload(config, folder.path)
     return Publication(written, folder.path, url)
+
+
+def _finished(config: PublishConfig) -> Publication:
+    """A release that is there, as it is: what it holds, and where it was uploaded to."""
+    config.check_inert(
+        "report",
+        "atlas",
+        "out",
+        "title",
+        "description",
+        "licence",
+        "licence_file",
+        without="a release is named",
+    )
+    if config.repo is None and not config.dry_run:
+        raise ConfigError(
+            "repo must be given for a release that is made already",
+            "none",
+            "Pass --repo owner/name to upload it, or --dry-run to see what it holds.",
+        )
+    folder = artifact.load(config.dictionary, "release")
+    files = _files(folder)
+    listed = tuple(PublishedFile(name, path.stat().st_size) for name, path in sorted(files.items()))
+    if config.dry_run:
+        publication = Publication(listed, folder.path, None)
+        print(publication)
+        return publication
+    return Publication(listed, folder.path, _upload(config, folder.path))
 
 
 # -- the parts -------------------------------------------------------------------------------------
@@ -261,7 +300,8 @@ def _card(config: PublishConfig, parts: Mapping[str, artifact.Artifact]) -> str:
     options = {k: v for k, v in architecture.items() if k not in hidden and v is not None}
     lines += ["| | |", "|---|---|"]
     lines += [f"| {name} | {_line(str(value))} |" for name, value in (facts | options).items()]
-    lines += ["", *_results(report), *_usage(config, parts), *_credits(parts, [report] if report else [])]
+    lines += ["", *_results(report), *_plots(parts), *_usage(config, parts)]
+    lines += _credits(parts, [report] if report else [])
     return "\n".join([*lines, *_about_licence(config)])
 
 
@@ -332,6 +372,15 @@ def _results(report: Mapping[str, Any] | None) -> list[str]:
     ]
     lines += [f"- `{name}`: {MEANINGS[name]}" for name in table.columns if name in MEANINGS]
     return [*lines, "", "More in [report/report.md](report/report.md).", ""]
+
+
+def _plots(parts: Mapping[str, artifact.Artifact]) -> list[str]:
+    """The report's figures that say most, as far as it has them."""
+    there = parts["report"].meta["files"] if "report" in parts else {}
+    shown = {f"figures/{name}.svg": text for name, text in PLOTS.items()}
+    return [
+        line for file, text in shown.items() if file in there for line in (f"![{text}](report/{file})", "")
+    ]
 
 
 def _usage(config: PublishConfig, parts: Mapping[str, artifact.Artifact]) -> list[str]:
@@ -413,17 +462,12 @@ def _upload(config: PublishConfig, folder: Path) -> str:
         raise _unreachable(config, folder, error) from None
     except Exception as error:  # of a large file the client says only that it failed, and gives the cause
         cause = next(
-            (one for one in (error, error.__cause__) if one is not None and _of_the_network(one)), None
+            (one for one in (error, error.__cause__) if one is not None and of_the_network(one)), None
         )
         if cause is None:
             raise
         raise _unreachable(config, folder, cause) from None
     return str(url)
-
-
-def _of_the_network(error: BaseException) -> bool:
-    network = ("httpx", "httpcore", "requests", "urllib3")  # also the names with a number behind
-    return isinstance(error, OSError) or type(error).__module__.startswith(network)
 
 
 def _unreachable(config: PublishConfig, folder: Path, error: BaseException) -> ResourceError:

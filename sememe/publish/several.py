@@ -8,7 +8,6 @@ Knows folders, meta.json and the layout of report.json; never loads torch.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,14 @@ from sememe.figures.tables import MEANINGS, Table, cell_note, markdown_table
 __all__ = ["INDEX", "PICTURE", "extras", "members", "results", "together"]
 
 INDEX, PICTURE = "dictionaries.json", "densities.svg"
+SHAPE = {
+    "rmse": ("RMSE", "root of the mean squared error per dimension"),
+    "l1": ("L1", "sum of a token's activations"),
+    "l0": ("L0", "latents active per token"),
+    "frac_alive": ("alive", "share of latents active on at least one of the tokens"),
+    "ce_recovered_zero": ("loss recovered", "share of the cross-entropy lost to zero ablation that is kept"),
+}
+"""The columns of the table of Marks and Mueller's release; what they call MSE is its root."""
 
 
 def members(folder: Path, kind: str) -> dict[str, Path]:
@@ -29,27 +36,17 @@ def members(folder: Path, kind: str) -> dict[str, Path]:
 
     A sweep counts as a folder of its dictionaries. What lies inside an artifact is not looked at.
     """
-    if not folder.is_dir():
-        return {}
-    if (folder / artifact.META).is_file() and artifact.load(folder).kind != "sweep":
+    if artifact.kind_of(folder) not in (None, "sweep"):
         return {}
     found: dict[str, Path] = {}
-    for child in sorted((path for path in folder.iterdir() if path.is_dir()), key=_natural):
-        if child.name.startswith("."):
-            continue
-        if not (child / artifact.META).is_file():
-            found |= {f"{child.name}/{name}": path for name, path in members(child, kind).items()}
-        elif artifact.load(child).kind == kind:
-            found[child.name] = child
+    for path in artifact.below(folder):
+        name = path.as_posix().removeprefix(f"{folder.as_posix()}/")
+        own = artifact.kind_of(path)
+        if own == kind:
+            found[name] = path
+        elif own == "sweep":
+            found |= {f"{name}/{inner}": place for inner, place in members(path, kind).items()}
     return found
-
-
-def _natural(path: Path) -> list[tuple[bool, int, str]]:
-    """layer2 before layer10."""
-    return [
-        (part.isdigit(), int(part or 0) if part.isdigit() else 0, part)
-        for part in re.split(r"(\d+)", path.name)
-    ]
 
 
 def together(
@@ -123,7 +120,11 @@ def extras(parts: Mapping[str, artifact.Artifact]) -> dict[str, str]:
                 "d_out": about["d_out"],
                 "d_sae": about["d_sae"],
                 "fingerprint": parts[f"dictionary/{name}"].fingerprint,
-                "metrics": {metric: measured[metric]["value"] for metric in HEADLINE if metric in measured},
+                "metrics": {
+                    metric: measured[metric]["value"]
+                    for metric in dict.fromkeys((*HEADLINE, *SHAPE))
+                    if metric in measured
+                },
             }
         )
     files = {INDEX: json.dumps({"format_version": 1, "dictionaries": index}, indent=1, ensure_ascii=False)}
@@ -175,7 +176,34 @@ def results(parts: Mapping[str, artifact.Artifact]) -> list[str]:
             *(f"- `{metric}`: {MEANINGS[metric]}" for metric in columns if metric in MEANINGS),
             "",
         ]
+    lines += _in_shape(parts, reports)
     lines += [f"For programs: [{INDEX}]({INDEX}).", ""]
     if any(_histogram(name, parts, reports) for name in names_in(parts)):
         lines += [f"![How often latents are active, dictionary by dictionary]({PICTURE})", ""]
     return lines
+
+
+def _in_shape(parts: Mapping[str, artifact.Artifact], reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The table that earlier releases came with: a row for each place, a block for each dictionary of one kind."""
+    rows = {name: data["metrics"] for name, data in reports.items() if set(SHAPE) <= set(data["metrics"])}
+    if not rows:
+        return []
+    places = {name: _places(parts[f"dictionary/{name}"].extra, "inputs") for name in rows}
+    table = Table(["dictionary", "place", *(title for title, _ in SHAPE.values())], [], [])
+    for name, measured in rows.items():
+        cells = [
+            name,
+            ", ".join(places[name]) or "bare tensors",
+            *(number(measured[one]["value"]) for one in SHAPE),
+        ]
+        table.rows.append(cells)
+        table.notes.append([""] * len(cells))
+    meanings = "; ".join(f"{title}: {meaning}" for title, meaning in SHAPE.values())
+    return [
+        "The same in the columns of Marks and Mueller's release:",
+        "",
+        markdown_table(table),
+        "",
+        f"{meanings}.",
+        "",
+    ]

@@ -1,4 +1,4 @@
-"""Stages that ask something of finished dictionaries: compare, geometry, any verb about one, the published numbers."""
+"""Stages that ask something of finished dictionaries: compare, geometry, any verb about them; release and results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from sememe.errors import ConfigError
 from sememe.recipe.places import Places, Stage
 from sememe.recipe.tables import TWIN, Table
 
-__all__ = ["asked", "comparisons", "geometries", "results"]
+__all__ = ["asked", "comparisons", "geometries", "release", "results"]
+
+PARTS = {"report": "evaluate", "atlas": "interpret"}
+"""Parts of a release beside its dictionaries, and the stages that make them."""
 
 
 def comparisons(places: Places, made: Sequence[Stage]) -> list[Stage]:
@@ -79,15 +82,15 @@ def _store(places: Places, table: Table, labels: Iterable[str]) -> Path | None:
     return stores.pop() if len(stores) == 1 else None
 
 
-# -- any verb about one dictionary ---------------------------------------------------------------------------------
+# -- any verb about dictionaries ------------------------------------------------------------------------------------
 
 
 def asked(places: Places) -> list[Stage]:
     """[VERB] or [VERB.NAME] tables: for every trained dictionary, or those that it names.
 
     A verb that takes several dictionaries has one result in VERB/NAME; one that takes one has a result of each in
-    VERB/NAME/DICTIONARY. A verb's config says what it wants: of `model`, `text`, `store`, `atlas` it is given those
-    that it has a field for, as far as the recipe makes them.
+    VERB/NAME/DICTIONARY. A verb's config says what it wants: of `model`, `text`, `store`, `atlas`, `atlases`,
+    `explanations` it is given those that it has a field for, as far as the recipe makes them.
     """
     found = []
     for verb, tables in places.recipe.asked.items():
@@ -124,9 +127,43 @@ def _offered(places: Places, table: Table, labels: Sequence[str]) -> dict[str, A
         "dictionary": paths[0],
         "dictionaries": paths,
     }
-    if interpret is not None and labels[0] in places.about("interpret", interpret)[0]:
+    interpreted = [] if interpret is None else places.about("interpret", interpret)[0]
+    if labels[0] in interpreted:
         offered["atlas"] = places.base / "atlas" / places.trained[labels[0]].place
+    if set(labels) <= set(interpreted):  # by place in a list: all of them or none
+        kinds = ["atlas", *(["explanations"] if places.recipe.explain is not None else [])]
+        for kind, option in zip(kinds, ("atlases", "explanations"), strict=False):
+            offered[option] = tuple(places.base / kind / places.trained[label].place for label in labels)
     return offered
+
+
+# -- what others can use -------------------------------------------------------------------------------------------
+
+
+def release(places: Places, made: Sequence[Stage]) -> list[Stage]:
+    """[publish]: the dictionaries, their reports and atlases in one folder with a card. It is uploaded by hand."""
+    table = places.recipe.publish
+    if table is None:
+        return []
+    from sememe.publish import PublishConfig
+
+    for option in ("repo", "private", "dry_run"):
+        if option in table:
+            raise ConfigError(
+                f"{option} must be left out of [publish]: a recipe sends nothing anywhere",
+                table[option],
+                "Look with `sememe publish RELEASE --dry-run`, and upload with `sememe publish RELEASE --repo`.",
+            )
+    if not places.trained:
+        raise ConfigError(
+            f"a recipe that ends in [publish] must train a dictionary ({places.recipe.name})",
+            "none",
+            "Add [train], or drop [publish].",
+        )
+    verbs = {stage.verb for stage in made}
+    about: dict[str, Any] = {"dictionary": places.base / "dictionary", "out": places.base / "release"}
+    about |= {role: places.base / role for role, verb in PARTS.items() if verb in verbs}
+    return [Stage("publish", "", about["out"], PublishConfig.build({**table, **about}, places.where))]
 
 
 # -- the published numbers -----------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sememe import remote
 from sememe.config import Config
 from sememe.errors import ConfigError, nearest
 from sememe.recipe.tables import TWIN, Recipe, Table
@@ -42,7 +43,17 @@ class Trained(NamedTuple):
 
 
 def place_of(recipe: Recipe, out: str | Path | None) -> Path:
-    """The folder of a recipe's results: artifacts/NAME, or artifacts/NAME/SCALE, if none is given."""
+    """The folder of a recipe's results: artifacts/NAME, or artifacts/NAME/SCALE, if none is given.
+
+    Raises:
+        ConfigError: it is on object storage.
+    """
+    if out is not None and (url := remote.address(out)) is not None:
+        raise ConfigError(
+            "a recipe's results must lie on a disk",
+            url,
+            "Run it here; then `sememe publish ... --out` with that address, or verb by verb.",
+        )
     return Path(out) if out is not None else Path("artifacts") / recipe.name / recipe.scale
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sememe.errors import ConfigError, nearest
-from sememe.recipe.asked import asked, comparisons, geometries, results
+from sememe.recipe.asked import asked, comparisons, geometries, release, results
 from sememe.recipe.places import Places, Stage, Trained, place_of
 from sememe.recipe.tables import TWIN, Recipe
 
@@ -45,6 +45,7 @@ def stages(recipe: Recipe, base: Path) -> list[Stage]:
                 repr(split),
                 "Leave split out of [harvest].",
             )
+    found += release(places, found)
     found += results(places, found)
     return found
 

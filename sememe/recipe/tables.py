@@ -18,9 +18,9 @@ SHARED = ("model", "text", "policy")
 PER_DICTIONARY = ("evaluate", "interpret", "effects", "explain", "export")
 ON_DEMAND = ("effects", "explain")
 """Of those, what happens only where its table is there."""
-ASKED = ("concepts", "erase", "intervene", "patch", "scrub", "steer", "trace")
-"""Verbs that ask something of one dictionary: a table for each, if this version has the verb."""
-ENDINGS = ("compare", "geometry", "toy", "grid", "expected", *ASKED)
+ASKED = ("circuit", "concepts", "erase", "intervene", "patch", "scrub", "steer", "trace")
+"""Verbs that ask something of finished dictionaries: a table for each, if this version has the verb."""
+ENDINGS = ("compare", "geometry", "toy", "grid", "publish", "expected", *ASKED)
 """With one of these, everything happens only where its table is there."""
 MAKING = ("harvest", "train", "fit", "toy", "grid")
 STAGES = ("pretrain", "harvest", "train", "fit", *PER_DICTIONARY, *ENDINGS)
@@ -64,6 +64,7 @@ class Recipe(NamedTuple):
     grids: dict[str, Table]
     asked: dict[str, dict[str, Table]]
     """Tables of verbs about one dictionary, by verb and then by name."""
+    publish: Table | None
     expected: Table | None
     twin: Table | None
 
@@ -126,6 +127,7 @@ def read_recipe(path: str | Path, scale: str | None = None) -> Recipe:
         toys=toys.get("toy", {}),
         grids=toys.get("grid", {}),
         asked={verb: named[verb] for verb in ASKED if verb in named},
+        publish=data.get("publish"),
         expected=data.get("expected"),
         twin=_twin_of(data, dictionaries),
     )

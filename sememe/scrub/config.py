@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from sememe.config import Config
 from sememe.errors import ConfigError
+from sememe.foreign import opens
 from sememe.lm import ModelConfig
 from sememe.text import Split, TextConfig
 
@@ -23,6 +24,8 @@ class ScrubConfig(Config):
     not_identity: ClassVar[frozenset[str]] = frozenset(
         {"out", "dictionaries", "circuit", "pairs", "batch_rows"}
     )
+
+    _opens = opens("dictionaries")
 
     dictionaries: tuple[Path, ...] = Field(min_length=1)
     """Dictionaries of one model, each of another hookpoint that it reads and writes."""

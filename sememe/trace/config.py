@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from sememe.config import Config
 from sememe.errors import ConfigError
+from sememe.foreign import opens
 from sememe.lm import ModelConfig
 from sememe.text import TextConfig
 
@@ -31,6 +32,8 @@ class TraceConfig(Config):
     """Which dictionaries, which prompts, which number is traced back to latents, and how."""
 
     not_identity: ClassVar[frozenset[str]] = frozenset({"out", "dictionaries", "atlases", "batch_rows"})
+
+    _opens = opens("dictionaries")
 
     out: Path = Path("artifacts/trace")
     """The folder to make."""

@@ -68,7 +68,7 @@ class Sweep:
                 repr(name),
                 nearest(name, self.names),
             )
-        return self.artifact.path / name
+        return self.artifact.place / name
 
     def load(self, name: str) -> Dictionary:
         """Open one of them."""
