@@ -181,7 +181,7 @@ def test_a_sweep_is_planned_as_one_stage_with_all_its_dictionaries(place, tmp_pa
     assert few.memory == default.memory and few.disk < default.disk
     assert many["train"].needs.disk == pytest.approx(3 * one["train"].needs.disk)
     assert many["train"].needs.memory > one["train"].needs.memory
-    assert {knob.name for knob in many["train"].knobs} == {"d_sae", "batch_size"}
+    assert {knob.name for knob in many["train"].knobs} == {"d_sae", "batch_size", "the dictionaries"}
 
 
 def test_training_on_a_gpu_takes_the_memory_of_the_gpu(place, tmp_path):
@@ -232,7 +232,8 @@ def products(kind: str, l0: int, start: float | None = None, settles: float = 0.
     """A planned step over an encoder product, at the shapes and on the machine of docs/benchmarks.md."""
     speed = Speed(encoder=370e9, model=381e9, dense=168e9, bandwidth=31e9)
     size = costs.Dictionary(kind, 512, 512, 8192, 8192 * 1025 + 512, l0, start, settles)
-    step = costs.train_seconds([size], speed, 4096, 1) - costs.START
+    one, two = (costs.train_seconds([size], speed, 4096, n) for n in (1, 2))
+    step = two - one
     return step / (4096 * size.product / speed.encoder)
 
 
@@ -307,10 +308,42 @@ def test_rows_that_are_streamed_are_not_planned_as_held():
     assert held - many > 2**20 * 512 * 4 and learned - held > 2 * 4 * 2**20 * 4096
 
 
+def test_rows_that_nulls_are_fitted_on_are_planned(place, tmp_path):
+    """24 bytes for each feature of a shard's rows; and as long as a forward takes, where there is no store."""
+    few, many = (
+        estimated(place, tmp_path, f"n_fit_rows = {n}\n")["evaluate"] for n in (4_000, 1_000_000_000)
+    )
+    n_rows = (6000 // 32 + 1) * 31
+    assert many[0].memory - few[0].memory == pytest.approx(24 * 32 * (n_rows - 4000))
+    outline_, size = (
+        outline(ModelConfig(model=str(place / "model"))),
+        costs.Dictionary("topk", 32, 32, 64, 4192, 4),
+    )
+    stored, forwards = (
+        costs.evaluate_seconds(
+            outline_, size, SPEED, 1000, costs.Arms(1), 1, 32, costs.FitRows(10**6, 512, n)
+        )
+        for n in (0, 1)
+    )
+    assert forwards - stored > 10**6 * costs.TEXT_SECONDS
+
+
+def test_a_run_pays_for_its_reading_its_log_and_its_checkpoints():
+    size = costs.Dictionary("topk", 512, 512, 8192, 8192 * 1025 + 512, 32)
+    rarely, often = (costs.train_seconds([size], SPEED, 4096, 10**4, n) for n in (10**6, 1))
+    assert often - rarely == pytest.approx(10**4 * 4096 * 40 * 512 / 31e9, rel=0.01)
+    once, thrice = (costs.reading_seconds(1e9, n, SPEED) for n in (1, 3))
+    assert once > 1 and thrice - once == pytest.approx(2 * 6e9 / 31e9)
+    assert costs.checkpoint_seconds([size], SPEED, 600, 60) == pytest.approx(
+        2 * costs.checkpoint_seconds([size], SPEED, 600, 120)
+    )
+
+
 def test_every_arm_of_an_evaluation_is_planned(place, tmp_path):
     def evaluated(more: str) -> tuple[float, float]:
         nulls = "" if "nulls" in more else "nulls = []\n"
-        needs, seconds = estimated(place, tmp_path, nulls + more)["evaluate"]
+        few = "n_fit_rows = 16\n"  # so that the pass is what takes most
+        needs, seconds = estimated(place, tmp_path, nulls + few + more)["evaluate"]
         return needs.memory - costs.BASE, seconds
 
     bare = evaluated("")
