@@ -131,7 +131,8 @@ def test_a_dictionary_that_cannot_fit_is_refused_with_the_width_that_does(place,
     wide = next(e for e in plan(recipe, out=tmp_path / "out").estimates if e.stage.verb == "train")
     knob = next(knob for knob in wide.knobs if knob.name == "d_sae")
     free = plan(recipe, out=tmp_path / "out").machine.memory
-    assert knob.bytes_at(fits).memory <= free < knob.bytes_at(int(1.2 * fits)).memory
+    # others on the machine may have taken or given back some meanwhile
+    assert knob.bytes_at(fits).memory <= 1.1 * free and free < 1.1 * knob.bytes_at(int(1.2 * fits)).memory
 
 
 def test_memory_is_asked_per_stage_and_disk_for_all_of_them_together(place, tmp_path):
@@ -311,10 +312,10 @@ def test_rows_that_are_streamed_are_not_planned_as_held():
 def test_rows_that_nulls_are_fitted_on_are_planned(place, tmp_path):
     """24 bytes for each feature of a shard's rows; and as long as a forward takes, where there is no store."""
     few, many = (
-        estimated(place, tmp_path, f"n_fit_rows = {n}\n")["evaluate"] for n in (4_000, 1_000_000_000)
+        estimated(place, tmp_path, f"n_fit_rows = {n}\n")["evaluate"] for n in (5_000, 1_000_000_000)
     )
     n_rows = (6000 // 32 + 1) * 31
-    assert many[0].memory - few[0].memory == pytest.approx(24 * 32 * (n_rows - 4000))
+    assert many[0].memory - few[0].memory == pytest.approx(24 * 32 * (n_rows - 5000))
     outline_, size = (
         outline(ModelConfig(model=str(place / "model"))),
         costs.Dictionary("topk", 32, 32, 64, 4192, 4),
@@ -364,11 +365,11 @@ def test_every_arm_of_an_evaluation_is_planned(place, tmp_path):
 
 def test_a_twin_is_planned_as_another_model_beside_the_first(place, tmp_path):
     lm = outline(ModelConfig(model=str(place / "model"), dtype="float32"))
-    twins = 'twins = ["one", "another"]\n'
-    none, both = (estimated(place, tmp_path, "nulls = []\n" + more)["evaluate"] for more in ("", twins))
+    twins, few = 'twins = ["one", "another"]\n', "nulls = []\nn_fit_rows = 16\n"
+    none, both = (estimated(place, tmp_path, few + more)["evaluate"] for more in ("", twins))
     assert both[0].memory - none[0].memory > lm.n_bytes
     assert both[1] - none[1] > costs.MODEL_START
-    swept = "[compare]\nnulls = []\n"
+    swept = f"[compare]\n{few}"
     fits = '[fit.pca]\nbaseline = {kind = "pca"}\n'
     none, both = (estimated(place, tmp_path, fits + swept + more)["compare"] for more in ("", twins))
     assert both[0].memory - none[0].memory > lm.n_bytes
