@@ -403,6 +403,26 @@ def test_vectors_kept_at_hand_change_no_sum(width, monkeypatch):
         torch.testing.assert_close(fast[name], slow[name], msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("ascending", [True, False])
+def test_reconstruction_by_tiles_is_the_plain_one_in_any_order(ascending, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    W, b, target = (torch.randn(*shape, generator=generator) for shape in ((90, 7), (7,), (40, 7)))
+    indices = torch.stack([torch.randperm(90, generator=generator)[:30] for _ in range(40)])
+    indices = (indices.sort(1).values if ascending else indices).to(torch.int32)
+    monkeypatch.setattr(sums, "CACHED", 4 * 7 * 16)
+    monkeypatch.setattr(kernels, "DENSE_SHARE", 2.0)
+    found = []
+    for many in (10**9, 0):
+        monkeypatch.setattr(sums, "MANY", many)
+        acts = torch.rand(40, 30, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        W_dec = W.clone().requires_grad_()
+        encoded = Encoded(acts.view(-1), indices.view(-1), torch.arange(0, 1201, 30), 90)
+        mse, _, error = kernels.reconstruct(encoded, W_dec, b, target)
+        found.append((mse.detach(), error.detach(), *torch.autograd.grad(mse, (acts, W_dec))))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, one)
+
+
 @pytest.mark.parametrize("n_rows", [0, 1, 300])
 def test_blocks_sort_and_mark_as_one(n_rows, monkeypatch):
     generator = torch.Generator().manual_seed(n_rows)

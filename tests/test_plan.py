@@ -215,6 +215,15 @@ def test_training_on_a_gpu_takes_the_memory_of_the_gpu(place, tmp_path):
     assert planned('"cuda"', fits)[1].needs.gpu <= 10**10 < planned('"cuda"', int(1.2 * fits))[1].needs.gpu
 
 
+def test_a_crosscoder_whose_norms_are_taken_site_by_site_is_planned(place, tmp_path):
+    names = '["resid_post.0", "mlp_out.1"]'
+    recipe = changed(place, tmp_path, 'hookpoints = ["resid_post.0"]', f"hookpoints = {names}")
+    text = recipe.read_text().replace("k = 4\n", 'k = 4\nsite_norms = "l1"\n', 1)
+    recipe.write_text(text.replace("epochs = 3", f"epochs = 3\ninputs = {names}"))
+    found = estimates(stages(read_recipe(recipe), tmp_path / "out")).stages
+    assert found[1].stage.verb == "train" and found[1].needs is not None
+
+
 def test_a_comparison_of_directions_needs_no_model(place, tmp_path):
     recipe = changed(place, tmp_path, "k = 4\n", "")
     text = recipe.read_text().replace("epochs = 3", "epochs = 3\nsweep = {k = [2, 4]}") + "[compare]\n"

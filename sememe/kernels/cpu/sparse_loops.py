@@ -24,6 +24,7 @@ __all__ = [
     "mark_fired",
     "place_entries",
     "reconstruct",
+    "reconstruct_by_tiles",
     "reconstruct_prefixes",
     "scatter",
     "scatter_by_blocks",
@@ -150,6 +151,45 @@ def reconstruct(
             kept[d] = left[d]
         squares += float(square)
         dots_of_row(left, weights, indices[first:last], pull[first:last])
+    return squares
+
+
+@jit
+def reconstruct_by_tiles(
+    start: int, stop: int, acts: Any, indices: Any, ptr: Any, weights: Any, bias: Any, target: Any, tile: int,
+    error: Any, pull: Any,
+) -> float:  # fmt: skip
+    """As `reconstruct`, `tile` latents at a time for all rows, so that their weights stay in the cache.
+
+    Returns -1 if some row's entries are not in ascending order: then nothing that was written means anything.
+    """
+    width = weights.shape[1]
+    for row in range(start, stop):
+        wanted, left = target[row], error[row]
+        for d in range(width):
+            left[d] = bias[d] - wanted[d]
+    squares = 0.0
+    for forward in (True, False):
+        cursor = ptr[start:stop].copy()
+        for first in range(0, weights.shape[0], tile):
+            for row in range(start, stop):
+                begin, end = cursor[row - start], ptr[row + 1]
+                last = begin
+                while last < end and indices[last] < first + tile:
+                    last += 1
+                if last > begin and forward:
+                    _add(error[row], acts[begin:last], indices[begin:last], weights)
+                elif last > begin:
+                    dots_of_row(error[row], weights, indices[begin:last], pull[begin:last])
+                cursor[row - start] = last
+        for row in range(start, stop):
+            if cursor[row - start] < ptr[row + 1]:
+                return -1.0
+    for row in range(start, stop):
+        square, left = np.float32(0.0), error[row]
+        for d in range(width):
+            square += left[d] * left[d]
+        squares += float(square)
     return squares
 
 

@@ -207,9 +207,19 @@ class _Reconstruct(torch.autograd.Function):
         )
         wanted = target.detach().contiguous().numpy()
         if len(ends) == 1:
-            squares = pool.run(
-                lambda a, b: sparse_loops.reconstruct(a, b, *parts, wanted, errors[0], pull), batch, CHUNK
-            )
+            tile = block_of(d_out)
+            many = acts.shape[0] >= MANY * batch * (W_dec.shape[0] / tile)
+
+            def all_latents(start: int, stop: int) -> float:
+                if many:
+                    found = sparse_loops.reconstruct_by_tiles(
+                        start, stop, *parts, wanted, tile, errors[0], pull
+                    )
+                    if found >= 0 or found != found:  # NaN is an answer, -1 is none
+                        return float(found)
+                return sparse_loops.reconstruct(start, stop, *parts, wanted, errors[0], pull)
+
+            squares = pool.run(all_latents, batch, CHUNK)
             sums = torch.tensor([sum(squares)], dtype=torch.float64)
         else:
             borders = np.array(ends, np.int64)
