@@ -136,15 +136,15 @@ def scatter(
     inputs = (factors.numpy(), np.float32(scale), vectors.numpy(), *transposed)
     block = block_of(vectors.shape[1])
     if transposed.rows.shape[0] >= MANY * d_sae * (vectors.shape[0] / block):
-        parts = (*inputs, block, out, totals)
-        pool.run(
-            lambda a, b: sparse_loops.scatter_by_blocks(start + a, start + b, *parts),
-            stop - start,
-            CHUNK // 2,
-        )
+
+        def some(a: int, b: int) -> None:
+            sparse_loops.scatter_by_blocks(start + a, start + b, *inputs, block, out, totals)
+
+        pool.run(some, stop - start, CHUNK // 2)
     else:
-        parts = (*inputs, out, totals)
-        pool.run(lambda a, b: sparse_loops.scatter(start + a, start + b, *parts), stop - start, CHUNK)
+        pool.run(
+            lambda a, b: sparse_loops.scatter(start + a, start + b, *inputs, out, totals), stop - start, CHUNK
+        )
     return torch.from_numpy(out), torch.from_numpy(totals)
 
 
