@@ -272,7 +272,7 @@ def encode_threshold(
     """See `kernels.encode_threshold`. While dense, some rows at a time, so that only entries are held of all."""
     d_sae = W_enc.shape[1]
     if is_dense(x, W_enc, b_enc, b_pre, threshold) if dense is None else dense:
-        parts = x.split(max(1, reference.DENSE_TILE // d_sae)) if x.shape[0] else (x,)
+        parts = torch.split(x, max(1, reference.DENSE_TILE // d_sae)) if x.shape[0] else (x,)
         found = [reference.encode_threshold(part, W_enc, b_enc, b_pre, threshold) for part in parts]
         return found[0] if len(found) == 1 else Encoded.cat(found)
     least = np.zeros(d_sae, np.float32) if threshold is None else threshold.detach().contiguous().numpy()

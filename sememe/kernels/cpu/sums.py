@@ -212,11 +212,9 @@ class _Reconstruct(torch.autograd.Function):
 
             def all_latents(start: int, stop: int) -> float:
                 if many:
-                    found = sparse_loops.reconstruct_by_tiles(
+                    return sparse_loops.reconstruct_by_tiles(
                         start, stop, *parts, wanted, tile, errors[0], pull
                     )
-                    if found >= 0 or found != found:  # NaN is an answer, -1 is none
-                        return float(found)
                 return sparse_loops.reconstruct(start, stop, *parts, wanted, errors[0], pull)
 
             squares = pool.run(all_latents, batch, CHUNK)
