@@ -114,6 +114,8 @@ def measured(recipe: Recipe, seed: int = 0, **changes: Any) -> Found:
 
 DEFAULT = [
     (Recipe("topk", "topk", {"k": 5, "auxk": 64, "dead_after_tokens": 20_000}, 0.98), 8_000_000, 3e-3),
+    (Recipe("batch_topk", "batch_topk", {"k": 5, "auxk": 64, "dead_after_tokens": 20_000}), 8_000_000, 3e-3),
+    (Recipe("jumprelu", "jumprelu", {"target_l0": 5}), 8_000_000, 3e-3),
     (Recipe("relu", "relu", {"l1_coefficient": 0.005, "norm_weighted": True}, 0.95), 4_000_000, 1e-2),
 ]
 """On the default toy: 256 dimensions, 512 features, 5 active, the rarest in one row of 3,300."""
@@ -122,10 +124,16 @@ KSVD_MUST, KSVD_LESS = 0.75, 0.05
 """Recall that K-SVD must reach when told the right number of active features, and what it must lose when told 20."""
 
 
-def on_the_default_toy() -> list[dict[str, Any]]:
-    """What is found of it: by TopK and ReLU, and by K-SVD told the right number of active features, and a wrong one."""
+def on_the_default_toy(only: list[str] | None = None) -> list[dict[str, Any]]:
+    """What is found of it: by each of DEFAULT, and by K-SVD told the right number of active features, and a wrong one.
+
+    Args:
+        only: Names of recipes; K-SVD's is ksvd.
+    """
     figures = []
     for recipe, n_rows, lr in DEFAULT:
+        if only and recipe.name not in only:
+            continue
         source = PlantedSource(ToyConfig())
         with tempfile.TemporaryDirectory() as folder:
             options = {
@@ -147,7 +155,7 @@ def on_the_default_toy() -> list[dict[str, Any]]:
                 **found._asdict(),
             )
         )
-    return figures + by_ksvd(ToyConfig(), 512, KSVD_ROWS, 40)
+    return figures if only and "ksvd" not in only else figures + by_ksvd(ToyConfig(), 512, KSVD_ROWS, 40)
 
 
 def by_ksvd(
@@ -184,7 +192,7 @@ def main() -> None:
     parser.add_argument("--default", action="store_true", help="the default toy instead, which takes minutes")
     arguments = parser.parse_args()
     if arguments.default:
-        finish("toy_default", on_the_default_toy())
+        finish("toy_default", on_the_default_toy(arguments.only))
         return
     figures = []
     for recipe in RECIPES:

@@ -1,10 +1,12 @@
 """Training steps against one encoder product of the same shape, in the same run.
 
     make bench-train
+    python benchmarks/bench_train.py --store artifacts/demo/store       # real rows, of that store's width
 
-A step reads new rows from a source in memory, scales them, and does all that `train` does: encode, select, decode,
-gradients, optimiser, bookkeeping of dead latents. Data changes from step to step. The product is in bfloat16 where the
-CPU multiplies it natively, else in float32, as the kernels are.
+A step is what `train` does in one: new rows from the source, and `Crew.train_step` on them: scaling, encoding,
+selection, decoding, gradients, schedule, optimiser, bookkeeping of dead latents. Rows are Gaussian, from a source in
+memory, or a store's; data changes from step to step. The product is in bfloat16 where the CPU multiplies it natively,
+else in float32, as the kernels are.
 """
 
 from __future__ import annotations
@@ -15,71 +17,102 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from common import finish, interleaved, ratio, row
 
-from sememe import dictionaries, kernels
+from sememe import kernels
 from sememe.dictionaries import Architecture, Trainable
 from sememe.dictionaries.batch_topk import BatchTopKConfig
+from sememe.dictionaries.group_max import GroupMaxConfig
 from sememe.dictionaries.jumprelu import JumpReLU, JumpReLUConfig
 from sememe.dictionaries.matryoshka import MatryoshkaConfig
 from sememe.dictionaries.relu import ReLUConfig
 from sememe.dictionaries.topk import TopKConfig
 from sememe.kernels.cpu import rough
-from sememe.optimiser import Adam
-from sememe.source import TensorSource
+from sememe.source import Batch, Source, StoreSource, TensorSource
+from sememe.store import open_store
 from sememe.train import TrainConfig
 from sememe.train.crew import Crew
 from sememe.train.member import Spec
 
 D_IN, K = 512, 32
 UNIT = "x one encoder product"
+N_STEPS, AT = 1_000_000, 510_000
+"""Length of the run that steps are taken from, and the first of them: past warm-up and annealing, no resampling."""
 
 
-def step_of(
-    config: Architecture,
-    batch: int,
-    source: TensorSource,
-    prepare: Callable[[Any], None] = lambda dictionary: None,
-    before: Callable[[Any], None] = lambda dictionary: None,
-    transcoder: bool = False,
-) -> tuple[Callable[[], None], Trainable]:
-    """A training step, and what it trains.
+class Step(NamedTuple):
+    """A training step, and what it trains."""
+
+    take: Callable[[], object]
+    dictionaries: list[Trainable]
+
+
+class Case(NamedTuple):
+    """A figure."""
+
+    name: str
+    must: str
+    architecture: Architecture
+    batch: int = 4096
+    prepare: Callable[[Any, Source], None] = lambda dictionary, source: None
+    """Done once after initialisation."""
+    before: Callable[[Any], None] = lambda dictionary: None
+    """Done before each step, and timed with it."""
+    transcoder: bool = False
+    """Reconstruct other rows than those that are encoded."""
+
+
+def crew_of(case: Case, source: Source, n: int = 1) -> Crew:
+    """What `train` trains: n dictionaries on one stream, not yet initialised."""
+    specs = [
+        Spec(
+            f"seed{seed}",
+            TrainConfig(architecture=case.architecture, seed=seed, lr=1e-4, batch_size=case.batch),
+            source.d_in,
+            source.d_out,
+            source.sites,
+            None,
+        )
+        for seed in range(n)
+    ]
+    return Crew(specs, N_STEPS, torch.device("cpu"))
+
+
+def step_of(case: Case, source: Source, n: int = 1, crew: Crew | None = None) -> Step:
+    """A step of n dictionaries on one stream.
 
     Args:
-        config: The architecture.
-        batch: Rows per step.
-        source: Where they come from.
-        prepare: Done once after initialisation.
-        before: Done before each step, and timed with it.
-        transcoder: Reconstruct other rows than those that are encoded.
+        case: Which.
+        source: Where rows come from.
+        n: How many.
+        crew: The dictionaries, if they are made already.
     """
-    dictionary = dictionaries.build(config, D_IN, D_IN)
-    sample = source.sample(8192)
-    dictionary.initialise(
-        sample.x, sample.x.roll(1, 0) if transcoder else sample.target, torch.Generator().manual_seed(0)
-    )
-    prepare(dictionary)
-    optimiser = Adam(dictionary)
+    crew = crew or crew_of(case, source, n)
 
-    def step() -> None:
-        before(dictionary)
-        rows = source.next_batch(batch)
-        x = rows.x * dictionary.scale_in
-        loss = dictionary.loss(x, x.roll(1, 0) if transcoder else x, 0.5)
-        loss.total.backward()
-        optimiser.step(1e-4)
-        dictionary.after_step(loss.encoded)
+    def rows(batch: Batch) -> Batch:
+        return Batch(batch.x, batch.x.roll(1, 0)) if case.transcoder else batch
 
-    return step, dictionary
+    crew.initialise(rows(source.sample(8192)))
+    for member in crew.members.values():
+        case.prepare(member.dictionary, source)
+        member.step = AT
+    made = [member.dictionary for member in crew.members.values()]
+
+    def take() -> None:
+        for dictionary in made:
+            case.before(dictionary)
+        crew.train_step(rows(source.next_batch(case.batch)), None, False)
+
+    return Step(take, made)
 
 
-def product_of(d_sae: int, batch: int, generator: torch.Generator) -> Callable[[], torch.Tensor]:
+def product_of(d_in: int, d_sae: int, batch: int) -> Callable[[], torch.Tensor]:
     """One encoder product."""
     dtype = torch.bfloat16 if rough.native_bfloat16() else torch.float32
-    x, weights = torch.randn(batch, D_IN, generator=generator).to(dtype), torch.randn(d_sae, D_IN).to(dtype)
+    x, weights = torch.randn(batch, d_in).to(dtype), torch.randn(d_sae, d_in).to(dtype)
     out = torch.empty(batch, d_sae, dtype=dtype)
     return lambda: torch.mm(x, weights.T, out=out)
 
@@ -95,11 +128,11 @@ def only_float32() -> Iterator[None]:
         rough.native_int8, rough.native_bfloat16 = before
 
 
-def with_l0(share: float, source: TensorSource) -> Callable[[Any], None]:
+def with_l0(share: float) -> Callable[[Any, Source], None]:
     """Biases at which a share of the latents is active, whatever the latent."""
 
-    def prepare(dictionary: Any) -> None:
-        rows = source.sample(2048).x
+    def prepare(dictionary: Any, source: Source) -> None:
+        rows = source.sample(2048).x * dictionary.scale_in
         with torch.no_grad():
             pre_acts = (rows - dictionary.b_pre) @ dictionary.W_enc
             dictionary.b_enc.copy_(-pre_acts.kthvalue(round((1 - share) * rows.shape[0]), dim=0).values)
@@ -107,11 +140,11 @@ def with_l0(share: float, source: TensorSource) -> Callable[[Any], None]:
     return prepare
 
 
-def at_l0(l0: float, source: TensorSource) -> Callable[[Any], None]:
+def at_l0(l0: float) -> Callable[[Any, Source], None]:
     """Thresholds at which so many latents are active."""
 
-    def prepare(dictionary: JumpReLU) -> None:
-        rows = source.sample(2048).x
+    def prepare(dictionary: JumpReLU, source: Source) -> None:
+        rows = source.sample(2048).x * dictionary.scale_in
         with torch.no_grad():
             pre_acts = (rows - dictionary.b_pre) @ dictionary.W_enc + dictionary.b_enc
             rank = round((1 - l0 / dictionary.d_sae) * rows.shape[0])
@@ -127,16 +160,35 @@ def kill(dictionary: Any) -> None:
     dictionary.tokens_since_fired[::20] = 10**9
 
 
-def crew_step(n: int, batch: int, source: TensorSource) -> Callable[[], object]:
-    """What `train` does in a step of n dictionaries on one stream: checks, schedule and bookkeeping included."""
-    architecture = TopKConfig(k=K, d_sae=8192, auxk_coefficient=0.0)
-    specs = [
-        Spec(f"seed{seed}", TrainConfig(architecture=architecture, seed=seed), D_IN, D_IN, None, None)
-        for seed in range(n)
-    ]
-    crew = Crew(specs, 1000, torch.device("cpu"))
-    crew.initialise(source.sample(8192))
-    return lambda: crew.train_step(source.next_batch(batch), None, False)
+TOPK = TopKConfig(k=K, d_sae=8192, auxk_coefficient=0.0)
+JUMPRELU = JumpReLUConfig(d_sae=8192, target_l0=float(K))
+DENSE = ReLUConfig(d_sae=8192, start_density=0, resample="none")
+SPARSE = ReLUConfig(d_sae=8192, resample="none")
+CASES = [
+    Case("topk_8192_b2048", "<= 1.7", TOPK, 2048),
+    Case("topk_8192_b4096", "<= 1.5", TOPK),
+    Case("topk_16384_b4096", "<= 1.5", TopKConfig(k=K, d_sae=16384, auxk_coefficient=0.0)),
+    Case("topk_8192_b4096_float32", "<= 1.5", TOPK),
+    Case("topk_8192_b4096_auxk", "<= 2", TopKConfig(k=K, d_sae=8192), before=kill),
+    Case("batch_topk_8192_b4096", "<= 2.5", BatchTopKConfig(k=K, d_sae=8192)),
+    Case("matryoshka_8192_b4096", "<= 2.5", MatryoshkaConfig(k=K, d_sae=8192)),
+    Case("jumprelu_8192_b4096", "<= 2.5", JUMPRELU, prepare=at_l0(K)),
+    Case("transcoder_8192_b4096", "<= 2.5", TOPK, transcoder=True),
+    Case("relu_8192_b4096_sparse", "<= 3", SPARSE, prepare=with_l0(0.01)),
+    Case("relu_8192_b4096_l0_320", "<= 3", SPARSE, prepare=with_l0(320 / 8192)),
+    Case("relu_8192_b4096_dense", "", DENSE),
+    Case("group_max_8192_b4096", "", GroupMaxConfig(k=K, d_sae=8192, auxk_coefficient=0.0)),
+]
+GROWTH = {
+    "": Case("", "", TOPK),
+    "_batch_topk": Case("", "", BatchTopKConfig(k=K, d_sae=8192)),
+    "_matryoshka": Case("", "", MatryoshkaConfig(k=K, d_sae=8192)),
+    "_jumprelu": Case("", "", JUMPRELU, prepare=at_l0(K)),
+    "_relu_sparse": Case("", "", SPARSE, prepare=with_l0(0.01)),
+    "_relu_dense": Case("", "", DENSE),
+    "_group_max": Case("", "", GroupMaxConfig(k=K, d_sae=8192, auxk_coefficient=0.0)),
+}
+"""Of which training's memory is measured, by the end of the figure's name."""
 
 
 def memory_mb(what: str) -> float:
@@ -145,108 +197,101 @@ def memory_mb(what: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(what)) / 2**10
 
 
-def growth_mb(batch: int) -> float:
-    """By how much training makes a process grow that has imported everything and built the dictionary."""
+def growth_mb(name: str, batch: int) -> float:
+    """By how much training makes a process grow that has imported everything and built the dictionary.
+
+    Args:
+        name: One of GROWTH.
+        batch: Rows per step.
+    """
+    case = GROWTH[name]._replace(batch=batch)
     source = TensorSource(torch.randn(65_536, D_IN).bfloat16(), seed=0)
-    dictionary = dictionaries.build(TopKConfig(k=K, d_sae=8192), D_IN, D_IN)
+    crew = crew_of(case, source)
     with torch.no_grad():
-        for parameter in dictionary.parameters():  # zeros are no memory until they are written
-            parameter.fill_(1.0)
+        for member in crew.members.values():
+            for parameter in member.dictionary.parameters():  # zeros are no memory until they are written
+                parameter.fill_(1.0)
     before = memory_mb("VmRSS")
-    sample = source.sample(8192)
-    dictionary.initialise(sample.x, sample.target, torch.Generator().manual_seed(0))
-    optimiser = Adam(dictionary)
+    step = step_of(case, source, crew=crew)
     for _ in range(5):
-        rows = source.next_batch(batch)
-        loss = dictionary.loss(rows.x, rows.x, 0.5)
-        loss.total.backward()
-        optimiser.step(1e-4)
-        dictionary.after_step(loss.encoded)
+        step.take()
     return memory_mb("VmHWM") - before
+
+
+def growths(batch: int, only: str) -> list[dict[str, Any]]:
+    """How much memory training adds, each in a process of its own."""
+    state = 3 * 2 * D_IN * 8192 * 4 / 2**20  # gradients and two moments of two matrices
+    figures = []
+    for end in GROWTH:
+        name = f"train_growth_mb{end}"
+        if only not in name:
+            continue
+        command = [sys.executable, __file__, "--growth", str(batch), "--of", end]
+        grown = float(subprocess.check_output(command, text=True))
+        figures.append(
+            row(name, grown, f"<= {state + 300:.0f}", "MB", batch=batch, gradients_and_moments=state)
+        )
+    return figures
+
+
+def timed(case: Case, source: Source, rounds: int) -> dict[str, Any]:
+    """A step over a product, taken in turn."""
+    rounds = min(rounds, 5) if case.name.endswith("dense") else rounds
+    with only_float32() if case.name.endswith("float32") else contextlib.nullcontext():
+        step = step_of(case, source)
+        product = product_of(source.d_in, case.architecture.width(source.d_in), case.batch)
+        times = interleaved({"product": product, "step": step.take}, rounds, warmup=3)
+    dictionary = step.dictionaries[0].eval()
+    with torch.no_grad():
+        rows = source.next_batch(1024).x * dictionary.scale_in
+        l0 = float(dictionary.encode(rows).l0().float().mean())
+    return row(
+        case.name,
+        ratio(times, "step", "product"),
+        case.must,
+        UNIT,
+        step_ms=round(1e3 * sorted(times["step"])[rounds // 2], 1),
+        product_ms=round(1e3 * sorted(times["product"])[rounds // 2], 1),
+        l0_after=round(l0, 1),
+        d_in=source.d_in,
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", default="", help="only figures whose name holds this")
+    parser.add_argument(
+        "--store", type=Path, metavar="DIR", help="rows of this store, instead of Gaussian ones"
+    )
     parser.add_argument("--growth", type=int, metavar="BATCH", help="print the growth in MB, nothing else")
+    parser.add_argument(
+        "--of", default="", help="with --growth, the end of the figure's name", choices=GROWTH
+    )
     arguments = parser.parse_args()
     if arguments.growth:
         with kernels.threads(None):
-            print(growth_mb(arguments.growth))
+            print(growth_mb(arguments.of, arguments.growth))
         return
-    generator = torch.Generator().manual_seed(0)
-    source = TensorSource(torch.randn(65_536, D_IN, generator=generator).bfloat16(), seed=0)
-    topk = TopKConfig(k=K, d_sae=8192, auxk_coefficient=0.0)
-    wide = TopKConfig(k=K, d_sae=16384, auxk_coefficient=0.0)
-    jumprelu = JumpReLUConfig(d_sae=8192, target_l0=float(K))
-    cases: list[tuple[str, str, Architecture, int, dict[str, Any]]] = [
-        ("topk_8192_b2048", "<= 1.7", topk, 2048, {}),
-        ("topk_8192_b4096", "<= 1.5", topk, 4096, {}),
-        ("topk_16384_b4096", "<= 1.5", wide, 4096, {}),
-        ("topk_8192_b4096_float32", "<= 1.5", topk, 4096, {}),
-        ("topk_8192_b4096_auxk", "<= 2", TopKConfig(k=K, d_sae=8192), 4096, {"before": kill}),
-        ("batch_topk_8192_b4096", "<= 2.5", BatchTopKConfig(k=K, d_sae=8192), 4096, {}),
-        ("matryoshka_8192_b4096", "<= 2.5", MatryoshkaConfig(k=K, d_sae=8192), 4096, {}),
-        ("jumprelu_8192_b4096", "<= 2.5", jumprelu, 4096, {"prepare": at_l0(K, source)}),
-        ("transcoder_8192_b4096", "<= 2.5", topk, 4096, {"transcoder": True}),
-        (
-            "relu_8192_b4096_sparse",
-            "<= 3",
-            ReLUConfig(d_sae=8192),
-            4096,
-            {"prepare": with_l0(0.01, source)},
-        ),
-        (
-            "relu_8192_b4096_l0_4_percent",
-            "",
-            ReLUConfig(d_sae=8192),
-            4096,
-            {"prepare": with_l0(0.04, source)},
-        ),
-        ("relu_8192_b4096_dense", "", ReLUConfig(d_sae=8192, start_density=0), 4096, {}),
-    ]
+    source: Source
+    if arguments.store:
+        source = StoreSource(open_store(arguments.store))
+    else:
+        rows = torch.randn(65_536, D_IN, generator=torch.Generator().manual_seed(0))
+        source = TensorSource(rows.bfloat16(), seed=0)
     figures = []
     with kernels.threads(None):
-        for name, must, config, batch, options in cases:
-            if arguments.only not in name:
-                continue
-            rounds = 5 if name.endswith("dense") else arguments.rounds
-            with only_float32() if name.endswith("float32") else contextlib.nullcontext():
-                step, dictionary = step_of(config, batch, source, **options)
-                product = product_of(config.width(D_IN), batch, generator)
-                times = interleaved({"product": product, "step": step}, rounds, warmup=3)
-            with torch.no_grad():
-                l0 = float(dictionary.encode(source.next_batch(1024).x).l0().float().mean())
-            figures.append(
-                row(
-                    name,
-                    ratio(times, "step", "product"),
-                    must,
-                    UNIT,
-                    step_ms=round(1e3 * sorted(times["step"])[rounds // 2], 1),
-                    product_ms=round(1e3 * sorted(times["product"])[rounds // 2], 1),
-                    l0_after=round(l0, 1),
-                )
-            )
+        for case in CASES:
+            if arguments.only in case.name:
+                figures.append(timed(case, source, arguments.rounds))
         if arguments.only in "sweep_8_over_one":
-            steps = {"one": crew_step(1, 2048, source), "eight": crew_step(8, 2048, source)}
+            case = Case("", "", TOPK, 2048)
+            steps = {"one": step_of(case, source).take, "eight": step_of(case, source, 8).take}
             times = interleaved(steps, arguments.rounds)
             figures.append(row("sweep_8_over_one", ratio(times, "eight", "one"), "<= 8", "x a step of one"))
-    if arguments.only in "train_growth_mb":
-        grown = float(subprocess.check_output([sys.executable, __file__, "--growth", "8192"], text=True))
-        state = 3 * 2 * D_IN * 8192 * 4 / 2**20  # gradients and two moments of two matrices
-        figures.append(
-            row(
-                "train_growth_mb",
-                grown,
-                f"<= {state + 300:.0f}",
-                "MB",
-                batch=8192,
-                gradients_and_moments=state,
-            )
-        )
-    finish("train", figures)
+    if not arguments.store:
+        figures += growths(8192, arguments.only)
+    finish("train_store" if arguments.store else "train", figures)
 
 
 if __name__ == "__main__":

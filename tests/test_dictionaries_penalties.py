@@ -14,6 +14,7 @@ from sememe.dictionaries.p_anneal import PAnnealConfig
 from sememe.dictionaries.relu import ReLUConfig
 from sememe.dictionaries.steered import SteeredConfig
 from sememe.dictionaries.tied import TiedConfig
+from sememe.dictionaries.variational import VariationalConfig
 from sememe.errors import ConfigError
 from sememe.optimiser import Adam, Muon, Signum
 
@@ -332,6 +333,41 @@ def test_a_constant_latent_of_centred_data_fires_and_can_learn():
     torch.testing.assert_close(dictionary.W_dec.detach().norm(dim=1), torch.ones(N))
 
 
+@pytest.mark.parametrize("config", [*STEERED, JumpReLUConfig])
+def test_the_penalty_has_no_gradient_for_unpenalised_latents(config):
+    """The loss with a hundred times the weight less the loss without: what the penalty alone asks for."""
+    x, grads = sample(seed=4), []
+    weight = "l0_coefficient" if config is JumpReLUConfig else "l1_coefficient"
+    options = {"target_l0": 3.0, "bandwidth": 0.3} if config is JumpReLUConfig else {}
+    for value in (1.0, 100.0):
+        dictionary = made(config(d_sae=N, unpenalised_latents=5, **options, **{weight: value}))
+        dictionary.loss(x, x, 0.5).total.backward()
+        name = "relative_threshold" if config is JumpReLUConfig else "b_enc"
+        grads.append(dictionary.get_parameter(name).grad)
+    asked = (grads[1] - grads[0]).abs()
+    assert float(asked[:5].max()) <= 1e-5 * float(asked[5:].max()) and float(asked[5:].max()) > 0
+    assert dictionary.penalised.tolist() == [0.0] * 5 + [1.0] * (N - 5)
+
+
+def test_unpenalised_latents_start_as_all_others_and_are_not_counted():
+    dictionary, x = made(JumpReLUConfig(d_sae=N, target_l0=3.0, unpenalised_latents=5)), sample()
+    started = dictionary.relative_threshold.detach()
+    assert float(started[:5].min()) > 0.2 * float(started[5:].mean())
+    steered, x = made(ReLUConfig(d_sae=N, target_l0=5, unpenalised_latents=7)), sample()
+    loss = steered.loss(x, x, 0.5)
+    steered.after_step(loss.encoded)
+    seen = (loss.encoded.to_dense()[:, 7:] != 0).sum(1).float().mean()
+    assert float(steered.l0_average) == pytest.approx(float(seen))
+
+
+def test_all_latents_but_one_may_be_unpenalised():
+    dictionaries.build(ReLUConfig(d_sae=N, unpenalised_latents=N - 1), D, D)
+    with pytest.raises(
+        ConfigError, match=r"unpenalised_latents must be less than d_sae=40.*got 40\. Lower it"
+    ):
+        dictionaries.build(ReLUConfig(d_sae=N, unpenalised_latents=N), D, D)
+
+
 # -- a non-negative decoder ------------------------------------------------------------------------
 
 
@@ -423,6 +459,17 @@ def test_norms_are_free_when_weighted_and_the_sign_is_not():
         ),
         (ReLUConfig, {"constant_latent": True}, r"constant_latent must go without a decoder bias"),
         (TiedConfig, CONSTANT, r"constant_latent must be false when weights are tied"),
+        (
+            ReLUConfig,
+            {**CONSTANT, "unpenalised_latents": 1},
+            r"unpenalised_latents must be more than 1 beside constant_latent.*got 1\. Drop it",
+        ),
+        (
+            ReLUConfig,
+            {"l1_coefficient": 0, "unpenalised_latents": 3},
+            r"unpenalised_latents must be left out when every weight of the penalty is 0",
+        ),
+        (VariationalConfig, {"unpenalised_latents": 3}, r"unpenalised_latents must be 0: the prior"),
         (ReLUConfig, {"l1_coefficient": -1.0}, r"l1_coefficient must be >= 0, got -1.0. Raise it."),
     ],
 )

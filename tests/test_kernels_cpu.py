@@ -17,7 +17,7 @@ from sememe.dictionaries.relu import ReLUConfig
 from sememe.dictionaries.topk import TopKConfig
 from sememe.encoded import Encoded
 from sememe.kernels import cpu, reference
-from sememe.kernels.cpu import buffers, encode, pool, sparse_loops
+from sememe.kernels.cpu import buffers, encode, pool, sparse_loops, sums
 from sememe.kernels.cpu import rough as rough_products
 from sememe.kernels.cpu.sums import Transposed
 
@@ -383,12 +383,71 @@ def test_entries_are_sorted_again_once_they_are_others():
         check()
 
 
+@pytest.mark.parametrize("width", [5, 64])
+def test_vectors_kept_at_hand_change_no_sum(width, monkeypatch):
+    """Many entries: blocks of rows for the gradients, tiles of latents for the encoder; against single ones."""
+    p = case(70, width, 90, 3)
+    with torch.no_grad():
+        p["b_enc"].add_(1.0)
+    found = []
+    monkeypatch.setattr(sums, "CACHED", 4 * width * 16)
+    for many in (10**9, 0):
+        monkeypatch.setattr(sums, "MANY", many)
+        monkeypatch.setattr(encode, "MANY", many)
+        monkeypatch.setattr(encode, "DENSE_SHARE", 1.0)
+        encoded = kernels.encode_threshold(**p, threshold=None)
+        found.append((encoded.to_dense(), gradients(weighted(encoded.to_dense()), p)))
+    (one, slow), (other, fast) = found
+    torch.testing.assert_close(one, other)
+    for name in slow:
+        torch.testing.assert_close(fast[name], slow[name], msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("ascending", [True, False])
+def test_reconstruction_by_tiles_is_the_plain_one_in_any_order(ascending, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    W, b, target = (torch.randn(*shape, generator=generator) for shape in ((90, 7), (7,), (40, 7)))
+    indices = torch.stack([torch.randperm(90, generator=generator)[:30] for _ in range(40)])
+    indices = (indices.sort(1).values if ascending else indices).to(torch.int32)
+    monkeypatch.setattr(sums, "CACHED", 4 * 7 * 16)
+    monkeypatch.setattr(kernels, "DENSE_SHARE", 2.0)
+    found = []
+    for many in (10**9, 0):
+        monkeypatch.setattr(sums, "MANY", many)
+        acts = torch.rand(40, 30, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        W_dec = W.clone().requires_grad_()
+        encoded = Encoded(acts.view(-1), indices.view(-1), torch.arange(0, 1201, 30), 90)
+        mse, _, error = kernels.reconstruct(encoded, W_dec, b, target)
+        found.append((mse.detach(), error.detach(), *torch.autograd.grad(mse, (acts, W_dec))))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, one)
+
+
+@pytest.mark.parametrize("n_rows", [0, 1, 300])
+def test_blocks_sort_and_mark_as_one(n_rows, monkeypatch):
+    generator = torch.Generator().manual_seed(n_rows)
+    counts = torch.randint(0, 9, (n_rows,), generator=generator)
+    ptr = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    indices = torch.randint(0, 40, (int(ptr[-1]),), generator=generator).int()
+    acts = torch.randint(0, 2, indices.shape, generator=generator).float()
+    encoded = Encoded(acts, indices, ptr, 60)
+    assert torch.equal(kernels.fired(encoded), reference.fired(encoded))
+    assert int(kernels.fired(encoded).sum()) == len(set(indices[acts != 0].tolist()))
+    order = np.argsort(indices.numpy(), kind="stable")
+    for least in (1, 100, 10**6):
+        monkeypatch.setattr(sums, "LEAST_BLOCK", least)
+        found = Transposed._sorted(indices.numpy(), ptr.numpy(), 60)
+        np.testing.assert_array_equal(found.entries, order)
+        np.testing.assert_array_equal(found.rows, encoded.row_ids().numpy()[order])
+        np.testing.assert_array_equal(found.starts[1:], np.bincount(indices, minlength=60).cumsum())
+
+
 @pytest.mark.parametrize(
     "config", [TopKConfig(k=3, d_sae=40), ReLUConfig(d_sae=400)], ids=lambda config: config.kind
 )
 def test_a_step_sorts_its_entries_once(config, monkeypatch):
-    counted, by_latent = [], sparse_loops.by_latent
-    monkeypatch.setattr(sparse_loops, "by_latent", lambda *parts: (counted.append(1), by_latent(*parts)))
+    counted, place = [], sparse_loops.place_entries
+    monkeypatch.setattr(sparse_loops, "place_entries", lambda *parts: (counted.append(1), place(*parts)))
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(64, 16, generator=generator)
     dictionary = dictionaries.build(config, 16, 16)

@@ -20,7 +20,7 @@ LAYERS = [
     ["metrics", "tracking", "checkpoint", "registry"],
     ["kernels"],
     ["dictionaries"],
-    ["text", "pairs", "toy", "formats", "atlas", "graph", "lm", "optimiser"],
+    ["text", "pairs", "toy", "formats", "atlas", "graph", "lm", "needs", "optimiser"],
     ["store", "splice", "figures", "collect", "judge", "tuned", "labelled", "sae_bench"],
     ["capture", "join", "downstream", "edits", "foreign"],
     ["source", "end_to_end", "measure", "continuations"],

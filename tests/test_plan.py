@@ -131,7 +131,8 @@ def test_a_dictionary_that_cannot_fit_is_refused_with_the_width_that_does(place,
     wide = next(e for e in plan(recipe, out=tmp_path / "out").estimates if e.stage.verb == "train")
     knob = next(knob for knob in wide.knobs if knob.name == "d_sae")
     free = plan(recipe, out=tmp_path / "out").machine.memory
-    assert knob.bytes_at(fits).memory <= free < knob.bytes_at(int(1.2 * fits)).memory
+    # others on the machine may have taken or given back some meanwhile
+    assert knob.bytes_at(fits).memory <= 1.1 * free and free < 1.1 * knob.bytes_at(int(1.2 * fits)).memory
 
 
 def test_memory_is_asked_per_stage_and_disk_for_all_of_them_together(place, tmp_path):
@@ -181,7 +182,7 @@ def test_a_sweep_is_planned_as_one_stage_with_all_its_dictionaries(place, tmp_pa
     assert few.memory == default.memory and few.disk < default.disk
     assert many["train"].needs.disk == pytest.approx(3 * one["train"].needs.disk)
     assert many["train"].needs.memory > one["train"].needs.memory
-    assert {knob.name for knob in many["train"].knobs} == {"d_sae", "batch_size"}
+    assert {knob.name for knob in many["train"].knobs} == {"d_sae", "batch_size", "the dictionaries"}
 
 
 def test_training_on_a_gpu_takes_the_memory_of_the_gpu(place, tmp_path):
@@ -214,6 +215,15 @@ def test_training_on_a_gpu_takes_the_memory_of_the_gpu(place, tmp_path):
     assert planned('"cuda"', fits)[1].needs.gpu <= 10**10 < planned('"cuda"', int(1.2 * fits))[1].needs.gpu
 
 
+def test_a_crosscoder_whose_norms_are_taken_site_by_site_is_planned(place, tmp_path):
+    names = '["resid_post.0", "mlp_out.1"]'
+    recipe = changed(place, tmp_path, 'hookpoints = ["resid_post.0"]', f"hookpoints = {names}")
+    text = recipe.read_text().replace("k = 4\n", 'k = 4\nsite_norms = "l1"\n', 1)
+    recipe.write_text(text.replace("epochs = 3", f"epochs = 3\ninputs = {names}"))
+    found = estimates(stages(read_recipe(recipe), tmp_path / "out")).stages
+    assert found[1].stage.verb == "train" and found[1].needs is not None
+
+
 def test_a_comparison_of_directions_needs_no_model(place, tmp_path):
     recipe = changed(place, tmp_path, "k = 4\n", "")
     text = recipe.read_text().replace("epochs = 3", "epochs = 3\nsweep = {k = [2, 4]}") + "[compare]\n"
@@ -232,7 +242,8 @@ def products(kind: str, l0: int, start: float | None = None, settles: float = 0.
     """A planned step over an encoder product, at the shapes and on the machine of docs/benchmarks.md."""
     speed = Speed(encoder=370e9, model=381e9, dense=168e9, bandwidth=31e9)
     size = costs.Dictionary(kind, 512, 512, 8192, 8192 * 1025 + 512, l0, start, settles)
-    step = costs.train_seconds([size], speed, 4096, 1) - costs.START
+    one, two = (costs.train_seconds([size], speed, 4096, n) for n in (1, 2))
+    step = two - one
     return step / (4096 * size.product / speed.encoder)
 
 
@@ -307,10 +318,42 @@ def test_rows_that_are_streamed_are_not_planned_as_held():
     assert held - many > 2**20 * 512 * 4 and learned - held > 2 * 4 * 2**20 * 4096
 
 
+def test_rows_that_nulls_are_fitted_on_are_planned(place, tmp_path):
+    """24 bytes for each feature of a shard's rows; and as long as a forward takes, where there is no store."""
+    few, many = (
+        estimated(place, tmp_path, f"n_fit_rows = {n}\n")["evaluate"] for n in (5_000, 1_000_000_000)
+    )
+    n_rows = (6000 // 32 + 1) * 31
+    assert many[0].memory - few[0].memory == pytest.approx(24 * 32 * (n_rows - 5000))
+    outline_, size = (
+        outline(ModelConfig(model=str(place / "model"))),
+        costs.Dictionary("topk", 32, 32, 64, 4192, 4),
+    )
+    stored, forwards = (
+        costs.evaluate_seconds(
+            outline_, size, SPEED, 1000, costs.Arms(1), 1, 32, costs.FitRows(10**6, 512, n)
+        )
+        for n in (0, 1)
+    )
+    assert forwards - stored > 10**6 * costs.TEXT_SECONDS
+
+
+def test_a_run_pays_for_its_reading_its_log_and_its_checkpoints():
+    size = costs.Dictionary("topk", 512, 512, 8192, 8192 * 1025 + 512, 32)
+    rarely, often = (costs.train_seconds([size], SPEED, 4096, 10**4, n) for n in (10**6, 1))
+    assert often - rarely == pytest.approx(10**4 * 4096 * 40 * 512 / 31e9, rel=0.01)
+    once, thrice = (costs.reading_seconds(1e9, n, SPEED) for n in (1, 3))
+    assert once > 1 and thrice - once == pytest.approx(2 * 6e9 / 31e9)
+    assert costs.checkpoint_seconds([size], SPEED, 600, 60) == pytest.approx(
+        2 * costs.checkpoint_seconds([size], SPEED, 600, 120)
+    )
+
+
 def test_every_arm_of_an_evaluation_is_planned(place, tmp_path):
     def evaluated(more: str) -> tuple[float, float]:
         nulls = "" if "nulls" in more else "nulls = []\n"
-        needs, seconds = estimated(place, tmp_path, nulls + more)["evaluate"]
+        few = "n_fit_rows = 16\n"  # so that the pass is what takes most
+        needs, seconds = estimated(place, tmp_path, nulls + few + more)["evaluate"]
         return needs.memory - costs.BASE, seconds
 
     bare = evaluated("")
@@ -331,11 +374,11 @@ def test_every_arm_of_an_evaluation_is_planned(place, tmp_path):
 
 def test_a_twin_is_planned_as_another_model_beside_the_first(place, tmp_path):
     lm = outline(ModelConfig(model=str(place / "model"), dtype="float32"))
-    twins = 'twins = ["one", "another"]\n'
-    none, both = (estimated(place, tmp_path, "nulls = []\n" + more)["evaluate"] for more in ("", twins))
+    twins, few = 'twins = ["one", "another"]\n', "nulls = []\nn_fit_rows = 16\n"
+    none, both = (estimated(place, tmp_path, few + more)["evaluate"] for more in ("", twins))
     assert both[0].memory - none[0].memory > lm.n_bytes
     assert both[1] - none[1] > costs.MODEL_START
-    swept = "[compare]\nnulls = []\n"
+    swept = f"[compare]\n{few}"
     fits = '[fit.pca]\nbaseline = {kind = "pca"}\n'
     none, both = (estimated(place, tmp_path, fits + swept + more)["compare"] for more in ("", twins))
     assert both[0].memory - none[0].memory > lm.n_bytes

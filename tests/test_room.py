@@ -60,9 +60,9 @@ def capacities(monkeypatch) -> list[int | None]:
     given: list[int | None] = []
     plain = kernels.encode_threshold
 
-    def noted(*arguments):
+    def noted(*arguments, **options):
         given.append(arguments[5] if len(arguments) > 5 else None)
-        return plain(*arguments)
+        return plain(*arguments, **options)
 
     monkeypatch.setattr(kernels, "encode_threshold", noted)
     return given

@@ -169,9 +169,8 @@ def live_config(world: Path, out: Path, objective: str = "local") -> TrainConfig
     )
 
 
-def killed_and_resumed(arguments: list[str], out: Path, kill_at: tuple[int, ...]) -> None:
-    code = RESUME.format(tests=str(Path(__file__).parent))
-    command = [sys.executable, "-c", code, *arguments]
+def killed_and_resumed(arguments: list[str], out: Path, kill_at: tuple[int, ...], code: str = RESUME) -> None:
+    command = [sys.executable, "-c", code.format(tests=str(Path(__file__).parent)), *arguments]
     last = 0
     for steps in kill_at:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)

@@ -12,7 +12,8 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from sememe.dictionaries.base import Sites
+from sememe.dictionaries.base import Loss, Sites
+from sememe.dictionaries.chunks import Chunk, Rows
 from sememe.dictionaries.random_state import RandomState
 from sememe.dictionaries.sparse_start import SparseStart, SparseStartConfig
 from sememe.encoded import Encoded
@@ -73,35 +74,47 @@ class ActivationPenalty(SparseStart, abc.ABC):
         if self.config.noise:
             self._random.start(generator)
 
-    def _encode_noisy(self, x: Float[Tensor, "batch d_in"], factor: float | Float[Tensor, ""]) -> Encoded:
-        """As `encode`, with noise of `noise * factor` on pre-activations; some entries may be 0."""
+    def _lowest(self, factor: float | Float[Tensor, ""]) -> Float[Tensor, " d_sae"] | None:
+        """What a pre-activation must exceed to be able to fire, with noise of `noise * factor`; None for 0."""
         if not self.config.noise:
-            return self._encode_above(x, None)
-        size = self.b_enc.detach().new_ones(()) * self.config.noise * factor
-        lowest = (-NOISE_CUT * size).expand(self.d_sae)
-        near = self._encode_above(x, lowest)
-        generator = self._random.generator(near.acts.device)
+            return None
+        return (-NOISE_CUT * self.config.noise * factor * self.b_enc.detach().new_ones(())).expand(self.d_sae)
+
+    def _encode_noisy(
+        self, rows: Rows, lowest: Float[Tensor, " d_sae"] | None, factor: float | Float[Tensor, ""]
+    ) -> Encoded:
+        """As `encode`, with noise of `noise * factor` on pre-activations above `lowest`; some entries may be 0."""
+        near = self._encode_above(rows.x, lowest, rows.dense)
+        if lowest is None:
+            return near
+        generator = self._random.generator(near.acts.device, rows.start)
         drawn = torch.randn(
             near.acts.shape, generator=generator, device=near.acts.device, dtype=near.acts.dtype
         )
-        acts = torch.relu(near.acts + size * drawn.clamp(-NOISE_CUT, NOISE_CUT))
+        acts = torch.relu(near.acts + self.config.noise * factor * drawn.clamp(-NOISE_CUT, NOISE_CUT))
         return near.with_acts(near.only_stored(acts))
 
-    def _penalty(
-        self, acts: Float[Tensor, " nnz"], encoded: Encoded
-    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        """The weighted sum of the parts, and each part, for activations at the entries of `encoded`."""
+    def _penalty(self, acts: Float[Tensor, " nnz"], encoded: Encoded) -> dict[str, Float[Tensor, ""]]:
+        """The parts of the penalty, for activations at the entries of `encoded`."""
         config = self.config
         acts = self._seen(acts, encoded)
         parts = {"l1": acts.sum() / encoded.n_rows}
-        total = config.l1_coefficient * parts["l1"]
         if config.sqrt_coefficient:
             parts["sqrt"] = root_sum(acts, encoded.n_rows, config.sqrt_eps)
-            total = total + config.sqrt_coefficient * parts["sqrt"]
         if config.entropy_coefficient:
             parts["entropy"] = entropy(encoded.with_acts(acts))
-            total = total + config.entropy_coefficient * parts["entropy"]
-        return total, {name: part.detach() for name, part in parts.items()}
+        return parts
+
+    def _loss_of(self, chunk: Chunk, factor: float | Float[Tensor, ""]) -> Loss:
+        """The error, and the weighted sum of the penalty's parts times a factor."""
+        config, means = self.config, chunk.means
+        penalty = config.l1_coefficient * means["l1"]
+        if config.sqrt_coefficient:
+            penalty = penalty + config.sqrt_coefficient * means["sqrt"]
+        if config.entropy_coefficient:
+            penalty = penalty + config.entropy_coefficient * means["entropy"]
+        terms = {name: mean.detach() for name, mean in means.items()} | self._steering_terms()
+        return Loss(means["mse"] + factor * penalty, terms, chunk.encoded, chunk.error)
 
     def after_step(self, encoded: Encoded) -> None:
         """New noise for the next step, beside the bookkeeping."""

@@ -424,11 +424,8 @@ class Trainable(Dictionary):
 
     def after_step(self, encoded: Encoded) -> None:
         """Bookkeeping after the optimiser's step: which latents fired. Never waits for the device."""
-        fired = torch.zeros(self.d_sae, dtype=torch.int32, device=encoded.acts.device)
-        active = (encoded.acts.detach() != 0).to(torch.int32)  # an entry of activation 0 did not fire
-        fired.index_add_(0, encoded.indices.long(), active)
         self.tokens_since_fired += encoded.n_rows
-        self.tokens_since_fired.masked_fill_(fired > 0, 0)
+        self.tokens_since_fired.masked_fill_(kernels.fired(encoded), 0)
         if encoded.overflow is not None:
             self.overflow_steps += encoded.overflow
 

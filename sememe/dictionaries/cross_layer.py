@@ -16,6 +16,7 @@ from sememe.dictionaries.base import Constraints, LatentGroup, Loss, Resampling,
 from sememe.dictionaries.dead import DeadLatents
 from sememe.dictionaries.initial import geometric_median, unit_rows
 from sememe.dictionaries.jumprelu import Jump
+from sememe.dictionaries.levels import levels
 from sememe.dictionaries.resampling import ResamplingConfig
 from sememe.encoded import Encoded
 from sememe.errors import ConfigError
@@ -23,7 +24,7 @@ from sememe.errors import ConfigError
 __all__ = ["CrossLayer", "CrossLayerConfig"]
 
 N_THRESHOLD_ROWS = 1024
-"""Rows of the sample that set the first thresholds: it holds their pre-activations densely."""
+"""Rows of the sample that set the first thresholds."""
 
 
 class CrossLayerConfig(ResamplingConfig):
@@ -285,12 +286,11 @@ class CrossLayer(Trainable):
         """Quantiles of the sample at which l0 is 4 x the target."""
         x = x[:N_THRESHOLD_ROWS]
         share = min(0.5, 4 * self.config.target_l0 / self.d_sae)
-        n_above = max(1, round(share * x.shape[0]))
         lengths, lowest = [], []
         for number in range(len(self.layers)):
             x_l, W_enc, b_enc, b_pre = self._reads(x, number)
             lengths.append((x_l - b_pre).norm(dim=1).mean())
-            lowest.append(((x_l - b_pre) @ W_enc + b_enc).topk(n_above, dim=0).values[-1])
+            lowest.append(levels(x_l - b_pre, W_enc, b_enc, share))
         self.threshold_unit.copy_(torch.stack(lengths).mean().clamp_min(1e-12))
         self.relative_threshold.copy_((torch.cat(lowest) / self.threshold_unit).clamp_min(0))
 

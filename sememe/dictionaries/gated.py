@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sememe import kernels
 from sememe.dictionaries.base import Loss, Sites
+from sememe.dictionaries.chunks import Chunk, Rows
 from sememe.dictionaries.sparse_start import SparseStart, SparseStartConfig
 from sememe.encoded import Encoded
 
@@ -71,18 +72,26 @@ class Gated(SparseStart):
         self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], progress: float
     ) -> Loss:
         """`mse + l1_coefficient * mean_rows sum_i relu(gate_i) + mse of relu(gate) through the frozen decoder`."""
-        gates = self._encode_above(x, None)
-        encoded = self._magnitudes(gates)
-        error = self.decode(encoded, x) - target
-        mse = error.square().mean()
-        l1 = self._per_row(gates.acts, gates)
-        through_gates = kernels.decode_encoded(gates, self.W_dec.detach(), self.b_dec.detach())
-        if self.config.skip:
-            through_gates = through_gates + x @ self.W_skip.detach()
-        auxiliary = (target - through_gates).square().mean()
-        total = mse + self._factor(progress) * self.config.l1_coefficient * l1 + auxiliary
-        terms = {"mse": mse.detach(), "l1": l1.detach(), "auxiliary": auxiliary.detach()}
-        return Loss(total, terms | self._steering_terms(), encoded.detach(), error)
+
+        def of_rows(rows: Rows) -> Chunk:
+            gates = self._encode_above(rows.x, None, rows.dense)
+            encoded = self._magnitudes(gates)
+            error = self.decode(encoded, rows.x) - rows.target
+            through_gates = kernels.decode_encoded(gates, self.W_dec.detach(), self.b_dec.detach())
+            if self.config.skip:
+                through_gates = through_gates + rows.x @ self.W_skip.detach()
+            means = {
+                "mse": error.square().mean(),
+                "l1": self._per_row(gates.acts, gates),
+                "auxiliary": (rows.target - through_gates).square().mean(),
+            }
+            return Chunk(means, encoded.detach(), error)
+
+        means, encoded, error = self._in_chunks(of_rows, x, target, None)
+        penalty = self._factor(progress) * self.config.l1_coefficient * means["l1"]
+        total = means["mse"] + penalty + means["auxiliary"]
+        terms = {name: mean.detach() for name, mean in means.items()}
+        return Loss(total, terms | self._steering_terms(), encoded, error)
 
     def reset_latents(
         self,

@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from sememe import kernels
 from sememe.dictionaries.base import Constraints, Loss, Sites
+from sememe.dictionaries.chunks import Chunk, Rows
+from sememe.dictionaries.levels import levels
 from sememe.dictionaries.penalised import Penalised, PenalisedConfig, moved
 from sememe.encoded import Encoded
 
 __all__ = ["Jump", "JumpReLU", "JumpReLUConfig"]
 
 N_THRESHOLD_ROWS = 1024
-"""Rows of the sample that set the first thresholds: it holds their pre-activations densely."""
+"""Rows of the sample that set the first thresholds."""
 
 
 class JumpReLUConfig(PenalisedConfig):
@@ -103,10 +105,11 @@ class JumpReLU(Penalised):
         with torch.no_grad():
             centred = x - self.b_pre
             self.threshold_unit.copy_(centred.norm(dim=1).mean().clamp_min(1e-12))
-            pre_acts = centred[:N_THRESHOLD_ROWS] @ self.W_enc + self.b_enc
-            n_above = max(1, round(self.start_l0() / self.d_sae * pre_acts.shape[0]))
-            lowest = pre_acts.topk(n_above, dim=0).values[-1]
-            self.relative_threshold.copy_((lowest / self.threshold_unit).clamp_min(0) * self.penalised)
+            share = self.start_l0() / self.d_sae
+            lowest = levels(centred[:N_THRESHOLD_ROWS], self.W_enc, self.b_enc, share)
+            self.relative_threshold.copy_((lowest / self.threshold_unit).clamp_min(0))
+            if self.config.constant_latent:
+                self.relative_threshold[0] = 0.0
 
     def loss(
         self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], progress: float
@@ -118,12 +121,17 @@ class JumpReLU(Penalised):
         config = self.config
         threshold, width = self.threshold, config.bandwidth * self.threshold_unit
         lower = (threshold.detach() - width / 2).clamp_min(0)
-        near = self._encode_above(x, lower)
-        per_entry = near.only_stored(threshold.index_select(0, near.indices), torch.inf)
-        acts, open_ = Jump.apply(near.acts, per_entry, width)  # type: ignore[no-untyped-call]
-        encoded = near.with_acts(acts)
-        mse, _, error = self._reconstruct(encoded, x, target)
-        l0 = self._per_row(open_, encoded)
+
+        def of_rows(rows: Rows) -> Chunk:
+            near = self._encode_above(rows.x, lower, rows.dense)
+            per_entry = near.only_stored(threshold.index_select(0, near.indices), torch.inf)
+            acts, open_ = Jump.apply(near.acts, per_entry, width)  # type: ignore[no-untyped-call]
+            encoded = near.with_acts(acts)
+            mse, _, error = self._reconstruct(encoded, rows.x, rows.target)
+            return Chunk({"mse": mse, "l0": self._per_row(open_, encoded)}, encoded.detach(), error)
+
+        means, encoded, error = self._in_chunks(of_rows, x, target, lower)
+        mse, l0 = means["mse"], means["l0"]
         goal, coefficient = config.target_l0, config.l0_coefficient
         if goal is None:
             penalty = l0
@@ -132,7 +140,7 @@ class JumpReLU(Penalised):
         if coefficient is None:
             coefficient = 1e-3 if goal is None else 1.0
         total = mse + coefficient * self._warmed(progress) * penalty
-        return Loss(total, {"mse": mse.detach(), "penalty": penalty.detach()}, encoded.detach(), error)
+        return Loss(total, {"mse": mse.detach(), "penalty": penalty.detach()}, encoded, error)
 
     def constraints(self) -> Constraints:
         """Thresholds stay >= 0, beside what every linear dictionary keeps."""

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from sememe.dictionaries.base import Loss, Sites
+from sememe.dictionaries.chunks import Chunk, Rows
 from sememe.dictionaries.sparse_start import SparseStart, SparseStartConfig
 from sememe.encoded import Encoded
 
@@ -71,20 +72,27 @@ class PAnneal(SparseStart):
         As p changes, `penalty_scale` is multiplied by the old penalty over the new one, on the same activations.
         """
         config = self.config
-        encoded = self._encode_above(x, None)
-        mse, _, error = self._reconstruct(encoded, x, target)
         done = (progress - config.anneal_from) / (config.anneal_until - config.anneal_from)
         p = torch.full_like(self.p, 1 - (1 - config.p_end) * min(1.0, max(0.0, done)))
-        penalty = self._per_row(_power(encoded.acts, p), encoded)
+
+        def of_rows(rows: Rows) -> Chunk:
+            encoded = self._encode_above(rows.x, None, rows.dense)
+            mse, _, error = self._reconstruct(encoded, rows.x, rows.target)
+            acts = encoded.acts
+            with torch.no_grad():
+                before = self._per_row(_power(acts, self.p), encoded)
+            means = {"mse": mse, "penalty": self._per_row(_power(acts, p), encoded), "before": before}
+            return Chunk(means | {"l1": self._per_row(acts.detach(), encoded)}, encoded.detach(), error)
+
+        means, encoded, error = self._in_chunks(of_rows, x, target, None)
+        penalty, before = means["penalty"], means.pop("before")
         with torch.no_grad():
-            before = self._per_row(_power(encoded.acts, self.p), encoded)
             ratio = torch.where(penalty > 0, before / penalty, torch.ones_like(penalty))
             scale = self.penalty_scale * ratio
         self._next = p, scale
-        total = mse + self._factor(progress) * config.l1_coefficient * scale * penalty
-        terms = {"mse": mse, "penalty": penalty, "l1": self._per_row(encoded.acts, encoded)}
-        terms |= self._steering_terms()
-        return Loss(total, {name: term.detach() for name, term in terms.items()}, encoded.detach(), error)
+        total = means["mse"] + self._factor(progress) * config.l1_coefficient * scale * penalty
+        terms = {name: mean.detach() for name, mean in means.items()} | self._steering_terms()
+        return Loss(total, terms, encoded, error)
 
     def after_step(self, encoded: Encoded) -> None:
         """What the step used becomes what the next one starts from, beside the bookkeeping."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from typing import Literal, Self
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from sememe import kernels
 from sememe.dictionaries.auxiliary import ghost_loss
 from sememe.dictionaries.base import Constraints, Sites
+from sememe.dictionaries.chunks import Chunk, Rows, in_chunks
 from sememe.dictionaries.dead import DeadLatents
 from sememe.dictionaries.initial import bricken_norm
 from sememe.dictionaries.linear import Linear, LinearConfig
@@ -33,6 +35,8 @@ class PenalisedConfig(LinearConfig):
     """Learn a decoder bias; else it is 0, and latents have to carry the mean."""
     constant_latent: bool = False
     """Let latent 0 start as a constant that writes the sample's centre, and leave it out of the penalty."""
+    unpenalised_latents: int = Field(default=0, ge=0)
+    """Leave the first so many latents out of the penalty, the constant one among them; they start as all others do."""
     non_negative_decoder: bool = False
     """Keep every number of the decoder's rows >= 0; the decoder bias stays free."""
     sparsity_warmup: float = Field(default=0.0, ge=0, le=1)
@@ -50,7 +54,18 @@ class PenalisedConfig(LinearConfig):
                 "decoder_bias true",
                 "Set decoder_bias to false (--no-decoder-bias), or drop constant_latent.",
             )
+        if self.constant_latent and self.unpenalised_latents == 1:
+            raise ConfigError(
+                "unpenalised_latents must be more than 1 beside constant_latent, which is the first of them",
+                1,
+                "Drop it, or raise it.",
+            )
         return self
+
+    @property
+    def n_unpenalised(self) -> int:
+        """How many latents the penalty does not see: the first ones."""
+        return max(self.unpenalised_latents, int(self.constant_latent))
 
 
 class Penalised(Linear, abc.ABC):
@@ -68,9 +83,14 @@ class Penalised(Linear, abc.ABC):
         self, config: PenalisedConfig, d_in: int, d_out: int, d_sae: int, sites: Sites | None = None
     ) -> None:
         super().__init__(config, d_in, d_out, d_sae, sites, decoder_bias=config.decoder_bias)
+        if config.unpenalised_latents >= d_sae:
+            raise ConfigError(
+                f"unpenalised_latents must be less than d_sae={d_sae}: the penalty would see none",
+                config.unpenalised_latents,
+                "Lower it, or raise d_sae.",
+            )
         penalised = torch.ones(d_sae)
-        if config.constant_latent:
-            penalised[0] = 0.0
+        penalised[: config.n_unpenalised] = 0.0
         self.register_buffer("penalised", penalised, persistent=False)
         self.register_buffer("entries", torch.full((), -1, dtype=torch.int64), persistent=False)
         self.dead, self.room = DeadLatents(), Room()
@@ -84,8 +104,20 @@ class Penalised(Linear, abc.ABC):
         of_buffer = {"entries": self.entries} if kernels.path_for(self.W_dec) == "gpu" else {}
         return super().training_buffers() | of_buffer
 
+    def _in_chunks(
+        self,
+        of_rows: Callable[[Rows], Chunk],
+        x: Float[Tensor, "batch d_in"],
+        target: Float[Tensor, "batch d_out"],
+        threshold: Float[Tensor, " d_sae"] | None,
+    ) -> Chunk:
+        """What the rows of a batch make of the loss, at once or, while too many are above the threshold, in chunks."""
+        self.check_input(x)
+        dense = kernels.is_dense(x, self.W_enc, self.b_enc, self.b_pre, threshold)
+        return in_chunks(of_rows, x, target, self.d_sae, dense)
+
     def _encode_above(
-        self, x: Float[Tensor, "batch d_in"], threshold: Float[Tensor, " d_sae"] | None
+        self, x: Float[Tensor, "batch d_in"], threshold: Float[Tensor, " d_sae"] | None, dense: bool
     ) -> Encoded:
         """Every pre-activation above its latent's threshold (0 if None), in a training step.
 
@@ -96,7 +128,9 @@ class Penalised(Linear, abc.ABC):
         self.check_input(x)
         buffered = self.training and kernels.path_for(x) == "gpu"
         capacity = self.room.capacity(self.entries, x.shape[0], self.d_sae) if buffered else None
-        encoded = kernels.encode_threshold(x, self.W_enc, self.b_enc, self.b_pre, threshold, capacity)
+        encoded = kernels.encode_threshold(
+            x, self.W_enc, self.b_enc, self.b_pre, threshold, capacity, dense=dense
+        )
         if buffered:
             self.room.note(self.entries, encoded)
         return encoded
@@ -139,7 +173,7 @@ class Penalised(Linear, abc.ABC):
 
     def _seen(self, values: Float[Tensor, " nnz"], encoded: Encoded) -> Float[Tensor, " nnz"]:
         """The values that belong to the entries of `encoded`, 0 for latents that the penalty does not see."""
-        if not self.config.constant_latent:
+        if self.config.n_unpenalised == 0:
             return values
         return values * self.penalised.index_select(0, encoded.indices)
 

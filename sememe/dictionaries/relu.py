@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sememe.dictionaries.activation_penalty import ActivationPenalty, ActivationPenaltyConfig
 from sememe.dictionaries.base import Constraints, Loss, Sites
+from sememe.dictionaries.chunks import Chunk, Rows
 from sememe.dictionaries.linear import check_crosscoder
 from sememe.errors import ConfigError
 
@@ -71,15 +72,18 @@ class ReLU(ActivationPenalty):
         And the other parts of the penalty, if they have a weight.
         """
         factor = self._factor(progress)
-        encoded = self._encode_noisy(x, factor)
-        mse, _, error = self._reconstruct(encoded, x, target)
-        acts = encoded.acts
-        if self.config.norm_weighted:
-            norms = self.W_dec.norm(dim=1) if self.config.site_norms == "l2" else self.site_norms().sum(1)
-            acts = acts * norms.index_select(0, encoded.indices)
-        penalty, parts = self._penalty(acts, encoded)
-        terms = {"mse": mse.detach(), **parts, **self._steering_terms()}
-        return Loss(mse + factor * penalty, terms, encoded.detach(), error)
+        lowest = self._lowest(factor)
+
+        def of_rows(rows: Rows) -> Chunk:
+            encoded = self._encode_noisy(rows, lowest, factor)
+            mse, _, error = self._reconstruct(encoded, rows.x, rows.target)
+            acts = encoded.acts
+            if self.config.norm_weighted:
+                norms = self.W_dec.norm(dim=1) if self.config.site_norms == "l2" else self.site_norms().sum(1)
+                acts = acts * norms.index_select(0, encoded.indices)
+            return Chunk({"mse": mse, **self._penalty(acts, encoded)}, encoded.detach(), error)
+
+        return self._loss_of(self._in_chunks(of_rows, x, target, lowest), factor)
 
     def constraints(self) -> Constraints:
         """Decoder rows keep norm 1, unless the penalty weighs their norms."""

@@ -9,12 +9,13 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
+from sememe.dictionaries.levels import levels
 from sememe.dictionaries.steered import Steered, SteeredConfig
 
 __all__ = ["SparseStart", "SparseStartConfig"]
 
 N_START_ROWS = 4096
-"""Rows of the sample that set the first biases: it holds their pre-activations densely."""
+"""Rows of the sample that set the first biases."""
 
 DENSITY = 0.025
 MANY_LATENTS = 1024
@@ -47,9 +48,8 @@ class SparseStart(Steered, abc.ABC):
             return
         with torch.no_grad():
             kept = self.b_enc[0].clone()  # of a constant latent
-            pre_acts = (x[:N_START_ROWS] - self.b_pre) @ self.W_enc
-            n_above = max(1, round(self._start_density() * pre_acts.shape[0]))
-            self.b_enc.copy_(-pre_acts.topk(n_above, dim=0).values[-1].clamp_min(0))
+            centred = x[:N_START_ROWS] - self.b_pre
+            self.b_enc.copy_(-levels(centred, self.W_enc, None, self._start_density()).clamp_min(0))
             if self.config.constant_latent:
                 self.b_enc[0] = kept
 

@@ -44,7 +44,8 @@ class SteeredConfig(PenalisedConfig):
     @model_validator(mode="after")
     def _steering_has_an_effect(self) -> Self:
         if not any(self.weights().values()):
-            self.check_inert("target_l0", "sparsity_warmup", without="every weight of the penalty is 0")
+            names = ("target_l0", "sparsity_warmup", "unpenalised_latents")
+            self.check_inert(*names, without="every weight of the penalty is 0")
         if self.target_l0 is None:
             self.check_inert("start_l0", "steering", without="target_l0 is not given")
         if self.start_l0 is None:
@@ -104,12 +105,18 @@ class Steered(Penalised, abc.ABC):
         if self.config.target_l0 is None or self._progress < self.config.sparsity_warmup:
             return
         with torch.no_grad():
-            l0 = self._per_row((encoded.acts != 0).to(self.l0_average.dtype), encoded)
+            l0 = self._l0(encoded)
             first = self.l0_average < 0
             self.l0_average.copy_(torch.where(first, l0, torch.lerp(l0, self.l0_average, L0_DECAY)))
             # where nothing is active, the logarithm is cut and not infinite
             error = (self.l0_average.clamp_min(1e-6) / self.set_point(self._progress)).log()
             self.log_factor.add_(error.clamp(-LARGEST_ERROR, LARGEST_ERROR), alpha=self.config.steering)
+
+    def _l0(self, encoded: Encoded) -> Float[Tensor, ""]:
+        """Active latents per row that the penalty sees."""
+        if self.config.n_unpenalised == 0:
+            return encoded.acts.count_nonzero().to(self.l0_average.dtype) / encoded.n_rows
+        return self._per_row((encoded.acts != 0).to(self.l0_average.dtype), encoded)
 
     def training_buffers(self) -> dict[str, Tensor]:
         """The factor and the l0 average too, where there is a target."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sememe.dictionaries.activation_penalty import ActivationPenalty, ActivationPenaltyConfig
 from sememe.dictionaries.base import Loss, Sites
+from sememe.dictionaries.chunks import Chunk, Rows
 from sememe.dictionaries.initial import geometric_median
 from sememe.dictionaries.linear import check_one_place
 from sememe.errors import ConfigError
@@ -83,15 +84,18 @@ class Tied(ActivationPenalty):
     ) -> Loss:
         """`mean (target - recon)^2 + l1_coefficient * mean_rows sum_i acts_i + bias_decay * ||b_enc||`."""
         factor = self._factor(progress)
-        encoded = self._encode_noisy(x, factor)
-        error = self.decode(encoded, x) - target
-        mse = error.square().mean()
-        penalty, parts = self._penalty(encoded.acts, encoded)
-        total = mse + factor * penalty
-        if self.config.bias_decay:
-            total = total + self.config.bias_decay * self.b_enc.norm()
-        terms = {"mse": mse.detach(), **parts, **self._steering_terms()}
-        return Loss(total, terms, encoded.detach(), error)
+        lowest = self._lowest(factor)
+
+        def of_rows(rows: Rows) -> Chunk:
+            encoded = self._encode_noisy(rows, lowest, factor)
+            error = self.decode(encoded, rows.x) - rows.target
+            parts = self._penalty(encoded.acts, encoded)
+            return Chunk({"mse": error.square().mean(), **parts}, encoded.detach(), error)
+
+        loss = self._loss_of(self._in_chunks(of_rows, x, target, lowest), factor)
+        if not self.config.bias_decay:
+            return loss
+        return loss._replace(total=loss.total + self.config.bias_decay * self.b_enc.norm())
 
     def _reset_norm(self, norms: Float[Tensor, " d_sae"], ids: Int[Tensor, " n"]) -> Float[Tensor, ""]:
         """1: the encoder's weights are the decoder's."""

@@ -57,6 +57,12 @@ class VariationalConfig(PenalisedConfig):
                 "true",
                 "Keep the decoder bias.",
             )
+        if self.unpenalised_latents:
+            raise ConfigError(
+                "unpenalised_latents must be 0: the prior is of all latents together",
+                self.unpenalised_latents,
+                "Drop it, or use relu.",
+            )
         if self.ghost_after_tokens is not None:
             raise ConfigError(
                 "ghost_after_tokens must be left out: a dead latent's mean is not what keeps its spike off",

@@ -38,7 +38,9 @@ __all__ = [
     "encode_group_max",
     "encode_threshold",
     "encode_topk",
+    "fired",
     "in_large_pages",
+    "is_dense",
     "kind_for",
     "largest",
     "matching_pursuit",
@@ -242,6 +244,10 @@ def encode_group_max(
 
     Ties go to the lower index. Differentiable in x, W_enc and b_enc.
     """
+    if path_for(x) == "cpu":
+        from sememe.kernels import cpu
+
+        return TopK(*cpu.encode_group_max(x, W_enc, b_enc, b_pre, n_groups))
     return TopK(*reference.encode_group_max(x, W_enc, b_enc, b_pre, n_groups))
 
 
@@ -252,6 +258,8 @@ def encode_threshold(
     b_pre: Float[Tensor, " d_in"],
     threshold: Float[Tensor, " d_sae"] | None,
     capacity: int | None = None,
+    *,
+    dense: bool | None = None,
 ) -> Encoded:
     """Every `(x - b_pre) @ W_enc + b_enc` that is above its latent's threshold (0 if None); acts may be negative
     where a threshold is.
@@ -266,11 +274,12 @@ def encode_threshold(
         threshold: What a latent has to exceed.
         capacity: Entries to have room for. With it, nothing waits for the device to learn how many there are (see
             `Encoded`), and a GPU holds no batch x d_sae; if there are more, some are left out and `overflow` is set.
+        dense: What `is_dense` says of a batch that these rows are of; asked of these rows if not given.
     """
     if path_for(x) == "cpu":
         from sememe.kernels import cpu
 
-        encoded = cpu.encode_threshold(x, W_enc, b_enc, b_pre, threshold)
+        encoded = cpu.encode_threshold(x, W_enc, b_enc, b_pre, threshold, dense)
         return encoded if capacity is None else reference.fit(encoded, capacity)
     if capacity is None:
         return reference.encode_threshold(x, W_enc, b_enc, b_pre, threshold)
@@ -279,6 +288,22 @@ def encode_threshold(
 
         return gpu.encode_threshold(x, W_enc, b_enc, b_pre, threshold, capacity)
     return reference.fit(reference.encode_threshold(x, W_enc, b_enc, b_pre, threshold), capacity)
+
+
+def is_dense(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    b_pre: Float[Tensor, " d_in"],
+    threshold: Float[Tensor, " d_sae"] | None,
+) -> bool:
+    """Whether `encode_threshold` will take a dense product on a CPU, because too many latents are active. Elsewhere,
+    where that is not asked, false."""
+    if path_for(x) != "cpu" or x.shape[0] == 0:
+        return False
+    from sememe.kernels import cpu
+
+    return cpu.is_dense(x, W_enc, b_enc, b_pre, threshold)
 
 
 def encode_batch_topk(
@@ -448,6 +473,15 @@ def reconstruct(
     )
     mses = torch.stack([(recon - target).square().mean() for recon in recons])
     return Reconstruction(mses.mean(), mses.detach(), recons[-1] - target)
+
+
+def fired(encoded: Encoded) -> Bool[Tensor, " d_sae"]:
+    """Which latents are active in any row: an entry of activation 0 is not. Never waits for the device."""
+    if path_for(encoded.acts) == "cpu" and encoded.indices.dtype == torch.int32:
+        from sememe.kernels import cpu
+
+        return cpu.fired(encoded)
+    return reference.fired(encoded)
 
 
 def _is_dense(encoded: Encoded) -> bool:

@@ -17,10 +17,15 @@ __all__ = [
     "encode_group_max",
     "encode_threshold",
     "encode_topk",
+    "fired",
     "fit",
     "matching_pursuit",
     "signum_step",
 ]
+
+
+DENSE_TILE = 2**22
+"""Numbers of batch x d_sae that a CPU holds at once in a dense product: 16 MB."""
 
 
 def encode_topk(
@@ -166,10 +171,22 @@ def largest(values: Float[Tensor, "batch n"], k: int, signed: bool) -> Bool[Tens
 def decode_dense(
     encoded: Encoded, W_dec: Float[Tensor, "d_sae d_out"], b_dec: Float[Tensor, " d_out"]
 ) -> Float[Tensor, "batch d_out"]:
-    """The weighted sum of decoder rows, as a dense product, for rows of any length."""
+    """The weighted sum of decoder rows, as a dense product, for rows of any length; on a CPU some rows at a time."""
+    size = max(1, DENSE_TILE // max(1, encoded.d_sae))
+    if encoded.n_rows > size and encoded.acts.device.type == "cpu":
+        starts = range(0, encoded.n_rows, size)
+        parts = [encoded.slice_rows(start, min(start + size, encoded.n_rows)) for start in starts]
+        return torch.cat([decode_dense(part, W_dec, b_dec) for part in parts])
     places = encoded.row_ids() * encoded.d_sae + encoded.indices.long()
     flat = encoded.acts.new_zeros(encoded.n_rows * encoded.d_sae).scatter_add(0, places, encoded.acts)
     return flat.view(encoded.n_rows, -1) @ W_dec.to(flat.dtype) + b_dec.to(flat.dtype)
+
+
+def fired(encoded: Encoded) -> Bool[Tensor, " d_sae"]:
+    """Latents with an entry that is not 0."""
+    counts = torch.zeros(encoded.d_sae, dtype=torch.int32, device=encoded.acts.device)
+    counts.index_add_(0, encoded.indices.long(), (encoded.acts.detach() != 0).to(torch.int32))
+    return counts > 0
 
 
 def adam_step(

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sememe.errors import ResourceError
-from sememe.plan.costs import Bytes
-from sememe.plan.machine import Machine, Speed, disk_free, gpu_free, measure, memory_free
+from sememe.needs import Bytes, disk_free, gpu_free, largest, memory_free
+from sememe.needs import refuse as refuse_bytes
+from sememe.plan.machine import Machine, Speed, measure
 from sememe.plan.stages import Estimate, estimates
 from sememe.recipe import Stage, place_of, read_recipe, stages
 from sememe.train import TrainConfig
@@ -133,30 +134,8 @@ def _disk(found: Sequence[Estimate], n_tokens: int) -> float:
 
 
 def _refuse(estimate: Estimate, what: str, free: float, of: Callable[[Bytes], float]) -> None:
-    if estimate.needs is None or of(estimate.needs) <= free:
-        return
-    options = ", ".join(f"{knob.name}={knob.value:,}" for knob in estimate.knobs)
-    remedies = []
-    for knob in estimate.knobs:
-        fits = largest(lambda n, knob=knob: of(knob.bytes_at(n)) <= free, knob.value)  # type: ignore[misc]
-        if fits:
-            remedies.append(f"{knob.name} to at most {fits:,}")
-    remedy = f"Lower {', or '.join(remedies)}." if remedies else "Use a smaller model, or a larger machine."
-    raise ResourceError(
-        f"{estimate.stage.label} must fit in the {what} that is free, {free / GB:.1f} GB",
-        f"about {of(estimate.needs) / GB:.1f} GB ({options})",
-        remedy,
-    )
-
-
-def largest(fits: Callable[[int], bool], below: int) -> int:
-    """The largest number under `below` that fits, cut to two digits as estimates are no better; 0 if none does."""
-    low, high = 0, below
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    unit = int(10 ** max(len(str(low)) - 2, 0))
-    return low // unit * unit
+    if estimate.needs is not None:
+        refuse_bytes(estimate.stage.label, what, free, estimate.needs, estimate.knobs, of)
 
 
 # -- what is printed -------------------------------------------------------------------------------

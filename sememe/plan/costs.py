@@ -11,13 +11,17 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from sememe.lm import Outline
+from sememe.needs import BASE, FAST, FLOAT32, SPARSE, Bytes, Dictionary
 from sememe.plan.machine import Speed
 
 __all__ = [
+    "BASE",
     "Arms",
     "Bytes",
     "Dictionary",
     "EffectsWork",
+    "FitRows",
+    "checkpoint_seconds",
     "directions_bytes",
     "directions_seconds",
     "effects_bytes",
@@ -34,46 +38,26 @@ __all__ = [
     "head_seconds",
     "interpret_bytes",
     "interpret_seconds",
-    "train_bytes",
+    "reading_seconds",
     "train_seconds",
     "watch_ce_seconds",
     "watch_seconds",
 ]
 
-BASE = 1_100_000_000
-"""Memory of the process itself: the interpreter, torch, transformers, compiled loops, what earlier stages left."""
 ROW_IDS = 12
 """Bytes of a stored row beside its activations: token, document, position."""
 FORWARD_BYTES = 420
 """Element-wise bytes per token, layer and feature of the residual."""
 LOGIT_BYTES = 48
 """Element-wise bytes per prediction and vocabulary entry: softmax, cross-entropy, KL."""
-FAST = frozenset({"topk", "multi_topk", "abs_topk", "batch_topk", "matryoshka"})
-"""Architectures whose selection runs in the encoder's dtype and whose gradients are sparse."""
-SPARSE = frozenset({"relu", "gated", "tied", "p_anneal", "jumprelu"})
-"""Architectures that are as fast once few latents are active, and dense until then."""
-DENSE_SHARE = 0.05
-"""Share of active latents above which they are dense."""
 FAST_PRODUCTS = 1.2
 """Encoder products per step of a fast architecture, and of a sparse one."""
-_DENSE = 24.0
-"""Bytes per row and latent of a dense step."""
-STACKED = frozenset({"topk", "batch_topk"})
-"""Architectures of which several step as one on a GPU."""
-TILE = 4096
-"""Latents whose pre-activations a GPU holds at once, in bfloat16."""
-CANDIDATE_BYTES = 100.0
-"""Of a GPU's step, per row and kept latent: candidates with their spare ones, entries, their order by latent."""
-GPU_BASE = 600_000_000
-"""Memory of a GPU before anything is put there: context, libraries, workspace."""
 DENSE_PRODUCTS = 8.0
 """Float32 products per step of the others."""
 SETTLING_PRODUCTS = 14.0
 """Float32 products per step of a sparse architecture while it is dense: measured with half of the latents active."""
 SPARSE_ENTRY_BYTES = 7.5
 """As ENTRY_BYTES, of entries above a threshold: the slope between l0 30, 91 and 320 (docs/benchmarks.md)."""
-N_MOMENTS = 50
-"""Moments of a run at which its l0 is asked for."""
 ENTRY_BYTES = 24
 """Bytes per active latent and feature in a training step: decoding and both sparse gradients."""
 PARAMETER_BYTES = 145
@@ -96,65 +80,28 @@ ATLAS_BYTES = 6500
 """On disk, per latent."""
 MAP_START, MAP_SECONDS = 12.0, 1.5e-3
 """Of the map's library to load and compile, and of each latent on it."""
+SAMPLE_ROWS = 8192
+"""Rows from which dictionaries, and their untrained nulls, start."""
+MEDIAN_STEPS = 40
+"""Passes over these until their geometric median has settled."""
+FIT_BYTES = 24.0
+"""Per feature of rows whose covariance is summed: as they are stored, in float32, in float64, centred."""
+MEASURED_BYTES = 200.0
+"""Per feature and row of each arm: squared errors and spreads in float64, of kept rows and of all."""
+WATCHED_BYTES = 60.0
+"""Per feature and held-out row: the error in float64."""
+READ_BYTES = 20.0
+"""Per feature and training row: gathered from a shuffled group, widened, scaled."""
+LOGGED_BYTES = 40.0
+"""Per feature and row of a step that is logged: how far its targets spread."""
+HASHED = 1e9
+"""Bytes per second of checking a file's hash."""
 TWIN_ROWS = 8192
 """Rows of the shuffled model of which a twin's mean is taken."""
 PAIR_COUNTS = 2**26
 """Pairs of latents counted at once."""
 SITE_BYTES = 4000
 """On disk, per latent."""
-
-
-class Bytes(NamedTuple):
-    """What a stage takes at its peak."""
-
-    memory: float
-    disk: float = 0.0
-    gpu: float = 0.0
-
-
-class Dictionary(NamedTuple):
-    """A dictionary to be trained, as numbers."""
-
-    kind: str
-    d_in: int
-    d_out: int
-    d_sae: int
-    n_parameters: int
-    l0: int
-    """Active latents per row: k where there is one."""
-    start_l0: float | None = None
-    """Active latents per row at the start, where that is another number."""
-    settles: float = 0.0
-    """Share of the run over which l0 moves from there, by equal factors."""
-
-    def l0s(self) -> list[float]:
-        """l0 at equally spaced moments of the run."""
-        if self.start_l0 is None or self.settles == 0:
-            return [float(self.l0)]
-        factor = self.l0 / self.start_l0
-        moments = [(i + 0.5) / N_MOMENTS for i in range(N_MOMENTS)]
-        return [self.start_l0 * factor ** min(1.0, moment / self.settles) for moment in moments]
-
-    def dense(self, l0: float) -> bool:
-        """Whether a step with so many active latents takes dense products."""
-        return self.kind not in FAST and (self.kind not in SPARSE or l0 > DENSE_SHARE * self.d_sae)
-
-    @property
-    def product(self) -> float:
-        """Floating-point operations of one encoder product, per row."""
-        return 2.0 * self.d_in * self.d_sae
-
-    @property
-    def n_bytes(self) -> float:
-        """Its weights in float32."""
-        return 4.0 * self.n_parameters
-
-    def scaled(self, d_sae: int) -> Dictionary:
-        """The same with another number of latents; parameters and the l0 of the start in proportion."""
-        factor = d_sae / self.d_sae
-        start = None if self.start_l0 is None else self.start_l0 * factor
-        n_parameters = round(self.n_parameters * factor)
-        return self._replace(d_sae=d_sae, n_parameters=n_parameters, start_l0=start)
 
 
 def forward_seconds(lm: Outline, speed: Speed, first: int, last: int, context_length: int) -> float:
@@ -176,7 +123,7 @@ def _model_bytes(lm: Outline, n_positions: int) -> tuple[float, float]:
 
 def _encode_seconds(dictionary: Dictionary, speed: Speed) -> float:
     """Per row."""
-    rate = speed.encoder if dictionary.kind in FAST else speed.dense
+    rate = speed.encoder if dictionary.kind in FAST | SPARSE else speed.dense
     return 1.3 * dictionary.product / rate
 
 
@@ -205,67 +152,34 @@ def harvest_seconds(
 # -- train -----------------------------------------------------------------------------------------
 
 
-def train_bytes(
-    sizes: Sequence[Dictionary], batch_size: int, buffer: float, devices: Sequence[str] = ()
-) -> Bytes:
-    """Args: sizes: the dictionaries trained side by side; buffer: bytes of the shards in memory at once; devices: what
-    they are spread over in turn, the CPU if none is named. A GPU's bytes are those of the fullest one."""
-    devices = devices or ("cpu",)
-    weights = sum(size.n_bytes for size in sizes)
-    host, gpu = BASE + buffer, dict.fromkeys(devices, 0.0)
-    for number, device in enumerate(devices):
-        own = sizes[number :: len(devices)]
-        rows = _row_bytes(own, batch_size)
-        if device.startswith("cuda"):
-            gpu[device] += GPU_BASE + 4 * sum(size.n_bytes for size in own) + _gpu_step_bytes(own, batch_size)
-            host += rows
-        else:
-            # One after the other, so that the largest batch x d_sae counts once.
-            selection = max(
-                (batch_size * size.d_sae * (_DENSE if _ever_dense(size) else 4.0) for size in own),
-                default=0.0,
-            )
-            # Weights, gradients, two moments.
-            host += 4 * sum(size.n_bytes for size in own) + rows + selection
-        host += BASE if len(devices) > 1 else 0.0
-    if any(gpu.values()):
-        host += 3 * weights  # a checkpoint of weights and moments passes through
-    # On the disk the dictionary and two such checkpoints.
-    return Bytes(host, 7 * weights, max(gpu.values()))
-
-
-def _row_bytes(sizes: Sequence[Dictionary], batch_size: int) -> float:
-    """A batch, its target, the reconstruction and its gradient."""
-    return 4.0 * batch_size * 4 * max((size.d_in + size.d_out for size in sizes), default=0)
-
-
-def _ever_dense(size: Dictionary) -> bool:
-    return any(map(size.dense, size.l0s()))
-
-
-def _gpu_step_bytes(sizes: Sequence[Dictionary], batch_size: int) -> float:
-    """Rows and what a step holds beside them: of all at once of those that step as one, else of the largest."""
-    together, largest_alone = 0.0, 0.0
-    for size in sizes:
-        if size.kind in FAST:
-            per_row = 2.0 * min(size.d_sae, TILE) + CANDIDATE_BYTES * (size.l0 + 8)
-        else:  # the first step of all others is dense
-            per_row = _DENSE * size.d_sae
-        step = batch_size * per_row + _row_bytes([size], batch_size)
-        if size.kind in STACKED:
-            together += step
-        largest_alone = max(largest_alone, step)
-    return max(together, largest_alone)
-
-
-def train_seconds(sizes: Sequence[Dictionary], speed: Speed, batch_size: int, n_steps: int) -> float:
-    """Every step: products, sparse entries, parameters."""
+def train_seconds(
+    sizes: Sequence[Dictionary], speed: Speed, batch_size: int, n_steps: int, log_every: int = 50
+) -> float:
+    """The start from a sample, and every step: reading, products, sparse entries, parameters, the log."""
     step = 0.0
+    width = max((size.d_in + size.d_out for size in sizes), default=0) / 2
+    read = READ_BYTES * width
+    start = START
     for size in sizes:
         l0s = size.l0s()
         step += sum(batch_size * _row_seconds(size, speed, l0) for l0 in l0s) / len(l0s)
         step += PARAMETER_BYTES * size.n_parameters / speed.bandwidth
-    return START + n_steps * step
+        step += batch_size * LOGGED_BYTES * size.d_out / log_every / speed.bandwidth
+        # the median of the inputs and that of the targets; of an architecture with thresholds, a product
+        start += 2 * MEDIAN_STEPS * 12.0 * SAMPLE_ROWS * width / speed.bandwidth
+        start += SAMPLE_ROWS / 2 * size.product / speed.dense if size.kind in SPARSE else 0.0
+    return start + n_steps * (step + batch_size * read / speed.bandwidth)
+
+
+def reading_seconds(held: float, n_passes: float, speed: Speed) -> float:
+    """Hashes are checked once. Args: held: bytes of a store at the hookpoints that are read; n_passes: over it."""
+    return held / HASHED + n_passes * 6 * held / speed.bandwidth
+
+
+def checkpoint_seconds(sizes: Sequence[Dictionary], speed: Speed, seconds: float, every: float) -> float:
+    """Weights and moments written and hashed. Args: seconds: of the run; every: seconds between two of them."""
+    n = seconds / max(every, 1.0)
+    return n * sum(3 * size.n_bytes * (1 / HASHED + 4 / speed.bandwidth) for size in sizes)
 
 
 def _row_seconds(size: Dictionary, speed: Speed, l0: float) -> float:
@@ -274,15 +188,16 @@ def _row_seconds(size: Dictionary, speed: Speed, l0: float) -> float:
         products = (SETTLING_PRODUCTS if size.kind in SPARSE else DENSE_PRODUCTS) / speed.dense
         per_entry = 0.0 if size.kind in SPARSE else ENTRY_BYTES  # the former take all of them at once
     else:
-        products = FAST_PRODUCTS / speed.encoder
+        products = FAST_PRODUCTS / (speed.dense if size.kind in FLOAT32 else speed.encoder)
         per_entry = SPARSE_ENTRY_BYTES if size.kind in SPARSE else ENTRY_BYTES
     entries = per_entry * l0 * (size.d_in + size.d_out) / 2
     return products * size.product + entries / speed.bandwidth
 
 
 def watch_seconds(sizes: Sequence[Dictionary], speed: Speed, n_rows: int) -> float:
-    """Encoding and decoding held-out rows, of all looks together."""
-    return n_rows * sum(_encode_seconds(size, speed) for size in sizes)
+    """Encoding and decoding held-out rows, and their errors, of all looks together."""
+    decoded = sum((8.0 * size.l0 + WATCHED_BYTES) * size.d_out for size in sizes) / speed.bandwidth
+    return n_rows * (sum(_encode_seconds(size, speed) for size in sizes) + decoded)
 
 
 def watch_ce_seconds(
@@ -317,10 +232,20 @@ class Arms(NamedTuple):
         return self.n_whole + self.n_parts
 
 
+class FitRows(NamedTuple):
+    """The training rows that the mean and the nulls of an evaluation are fitted on."""
+
+    n_rows: int
+    at_once: int
+    """Of a store, those of a shard; else of a forward."""
+    n_layers: int
+    """Layers of the language model that run for them; 0 where a store is read."""
+
+
 def evaluate_bytes(
-    lm: Outline, dictionary: Dictionary, arms: Arms, batch_rows: int, context_length: int
+    lm: Outline, dictionary: Dictionary, arms: Arms, batch_rows: int, context_length: int, fit: FitRows
 ) -> Bytes:
-    """Args: arms: what is measured; all are taken to be of the dictionary's size."""
+    """Either fitting, or the pass. Args: arms: what is measured; all are taken to be of the dictionary's size."""
     n_positions = batch_rows * context_length
     host, gpu = _model_bytes(lm, n_positions)
     n_held = arms.n_whole + arms.n_twins + arms.n_unmeasured
@@ -330,13 +255,14 @@ def evaluate_bytes(
         + 4.0 * 3 * n_positions * dictionary.d_sae
     )
     logits = 4.0 * 256 * lm.vocab_size * 8
-    moments = 8.0 * 3 * dictionary.d_out**2
+    moments = 8.0 * 3 * dictionary.d_out**2 + 4.0 * SAMPLE_ROWS * (dictionary.d_in + dictionary.d_out)
+    fitting = FIT_BYTES * min(fit.at_once, fit.n_rows) * dictionary.d_out + dictionary.n_bytes
     if arms.n_twins:
         more_host, more_gpu = _model_bytes(lm, 0)
         host, gpu = host + more_host, gpu + more_gpu
     if lm.device != "cpu":
-        return Bytes(BASE + host + moments, 2e6, gpu + held + logits)
-    return Bytes(BASE + host + held + logits + moments, 2e6)
+        return Bytes(BASE + host + moments, 2e6, gpu + max(held + logits, fitting))
+    return Bytes(BASE + host + max(held + logits, fitting) + moments, 2e6)
 
 
 def evaluate_seconds(
@@ -347,20 +273,25 @@ def evaluate_seconds(
     arms: Arms,
     n_layers_above: int,
     context_length: int,
+    fit: FitRows,
 ) -> float:
-    """Args: arms: what is measured; n_layers_above: layers that run again for each arm."""
+    """Args: arms: what is measured; n_layers_above: layers that run again for each arm; fit: what comes before."""
     base = forward_seconds(lm, speed, 0, lm.n_layers, context_length) + head_seconds(lm, speed)
     first = lm.n_layers - n_layers_above
     spliced = forward_seconds(lm, speed, first, lm.n_layers, context_length) + head_seconds(lm, speed)
     encode = _encode_seconds(dictionary, speed)
     # The two: zero and mean ablation.
-    per_token = base + (arms.n_spliced + 2) * spliced + arms.n_spliced * encode + TEXT_SECONDS
-    per_token += arms.n_twins * (base + 3 * spliced + encode + TEXT_SECONDS)
+    own = encode + MEASURED_BYTES * dictionary.d_out / speed.bandwidth  # as well as sums over its rows
+    per_token = base + (arms.n_spliced + 2) * spliced + arms.n_spliced * own + TEXT_SECONDS
+    per_token += arms.n_twins * (base + 3 * spliced + own + TEXT_SECONDS)
     eigen = 30.0 * dictionary.d_out**3 / speed.dense
     start = MODEL_START
     if arms.n_twins:  # another model, and the mean of its rows for each
         start += MODEL_START + arms.n_twins * TWIN_ROWS * (base + TEXT_SECONDS)
-    return start + eigen + n_tokens * per_token
+    row = FIT_BYTES * dictionary.d_out / speed.bandwidth + 2 * 2.0 * dictionary.d_out**2 / speed.dense
+    if fit.n_layers:
+        row += forward_seconds(lm, speed, 0, fit.n_layers, context_length) + TEXT_SECONDS
+    return start + eigen + fit.n_rows * row + n_tokens * per_token
 
 
 # -- interpret, explain, export --------------------------------------------------------------------

@@ -14,7 +14,8 @@ from sememe.dictionaries.pca import PCAConfig
 from sememe.dictionaries.rica import RICAConfig
 from sememe.dictionaries.sparse_coder import MAX_GRAM, KSVDConfig
 from sememe.fit import STREAMED_ROWS
-from sememe.plan.costs import BASE, START, Bytes
+from sememe.needs import BASE, Bytes
+from sememe.plan.costs import START
 from sememe.plan.machine import Speed
 
 __all__ = ["fit_seconds", "held_bytes", "streamed_bytes"]

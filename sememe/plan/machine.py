@@ -1,19 +1,16 @@
-"""What this machine has and how fast it multiplies. Knows no recipe and no stage."""
+"""How fast this machine multiplies, and what it has. Knows no recipe and no stage."""
 
 from __future__ import annotations
 
-import re
-import shutil
 import statistics
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from sememe.kernels.cpu import native_bfloat16
 
-__all__ = ["Machine", "Speed", "disk_free", "gpu_free", "measure", "memory_free"]
+__all__ = ["Machine", "Speed", "measure"]
 
 ROWS = 2048
 LARGEST = 2048
@@ -42,52 +39,6 @@ class Machine(NamedTuple):
     disk: int
     gpu: int | None
     """None without a GPU."""
-
-
-def memory_free() -> int:
-    """Bytes of memory that a new process can have: what the system calls available, within this group's limit."""
-    free = [_available()]
-    for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
-        for folder in (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory")):
-            bound, now = _number(folder / limit), _number(folder / used)
-            if bound is not None and now is not None:
-                free.append(max(0, bound - now))
-    return min(free)
-
-
-def _available() -> int:
-    try:
-        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    except OSError:
-        found = None
-    if found:
-        return int(found.group(1)) * 1024
-    import os
-
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _number(path: Path) -> int | None:
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):  # no such group, or "max"
-        return None
-
-
-def disk_free(folder: Path) -> int:
-    """Free bytes where a folder lies or would lie."""
-    folder = folder.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
-
-
-def gpu_free(device: str) -> int | None:
-    """Free bytes of a CUDA device; None for any other, and for one that is not there."""
-    asked = torch.device(device)
-    if asked.type != "cuda" or (asked.index or 0) >= torch.cuda.device_count():
-        return None
-    return torch.cuda.mem_get_info(asked)[0]
 
 
 def measure(

@@ -10,8 +10,9 @@ from itertools import combinations
 from typing import NamedTuple
 
 from sememe.lm import Outline
+from sememe.needs import BASE, Bytes, Dictionary, train_bytes
 from sememe.plan import costs
-from sememe.plan.costs import BASE, MODEL_START, START, TEXT_SECONDS, Bytes, Dictionary
+from sememe.plan.costs import MODEL_START, START, TEXT_SECONDS
 from sememe.plan.machine import Speed
 
 __all__ = [
@@ -65,7 +66,7 @@ def pretrain_seconds(lm: Outline, speed: Speed, work: Pretraining) -> float:
 
 def planted_bytes(sizes: Sequence[Dictionary], batch_size: int, n_features: int) -> Bytes:
     """One dictionary after the other, or side by side; and a batch's codes, held densely."""
-    made = costs.train_bytes(sizes, batch_size, 0.0)
+    made = train_bytes(sizes, batch_size, 0.0)
     return made._replace(memory=made.memory + 12.0 * batch_size * n_features)
 
 

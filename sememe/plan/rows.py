@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from sememe import artifact, lm
+from sememe.dictionaries import Site, Sites
 from sememe.errors import HookpointError, nearest
 from sememe.fit import FitConfig
 from sememe.harvest import HarvestConfig
 from sememe.lm import ModelConfig, Outline
+from sememe.needs import Dictionary, size_of
 from sememe.plan import costs
-from sememe.plan.costs import Dictionary
-from sememe.plan.estimate import members_of, size_of
+from sememe.plan.estimate import members_of
 from sememe.plan.scratch import new_model
 from sememe.pretrain import PretrainConfig
 from sememe.recipe import TWIN, Stage
@@ -130,7 +132,8 @@ class Known:
     def _dictionary(self, config: TrainConfig, rows: Rows) -> Dictionary:
         inputs, outputs = self._names(config, rows)
         d_in, d_out = (sum(rows.widths[name] for name in names) for names in (inputs, outputs))
-        return size_of(config.architecture, d_in, d_out)
+        sites = Sites(inputs=_sites(inputs, rows), outputs=_sites(outputs, rows))
+        return size_of(config.architecture, d_in, d_out, sites)
 
     def _trained_in(self, paths: Sequence[Path]) -> list[TrainConfig]:
         """The dictionaries that the recipe trains in these folders; twins are counted beside them."""
@@ -160,6 +163,15 @@ class Known:
             k = min(fitted.baseline.k_in_use() or d_sae, d_sae)
             found.append(Dictionary(fitted.baseline.kind, d, d, d_sae, 2 * d * d_sae, k))
         return found
+
+
+def _sites(names: Sequence[str], rows: Rows) -> tuple[Site, ...]:
+    """Hookpoints side by side; of which model does not matter here."""
+    stops = list(itertools.accumulate(rows.widths[name] for name in names))
+    return tuple(
+        Site(model="", model_fingerprint="", hookpoint=name, start=stop - rows.widths[name], stop=stop)
+        for name, stop in zip(names, stops, strict=True)
+    )
 
 
 def _harvest(stage: Stage) -> HarvestConfig:

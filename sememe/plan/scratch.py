@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from sememe import lm
 from sememe.grid import GridConfig, trainings
 from sememe.lm import ModelConfig, Outline
+from sememe.needs import Bytes, Knob, size_of
 from sememe.plan import fitting, making
-from sememe.plan.costs import Bytes
-from sememe.plan.estimate import Estimate, Knob, members_of, size_of
+from sememe.plan.estimate import Estimate, members_of
 from sememe.plan.machine import Speed
 from sememe.pretrain import PretrainConfig
 from sememe.recipe import Stage

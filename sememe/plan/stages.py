@@ -22,9 +22,10 @@ from sememe.grid import GridConfig
 from sememe.harvest import HarvestConfig
 from sememe.interpret import RANDOMISED, InterpretConfig
 from sememe.lm import Outline
+from sememe.needs import Bytes, Knob, store_buffer, training
 from sememe.plan import costs, fitting, making
-from sememe.plan.costs import Arms, Bytes
-from sememe.plan.estimate import Estimate, Knob, members_of
+from sememe.plan.costs import Arms, FitRows
+from sememe.plan.estimate import Estimate, members_of
 from sememe.plan.machine import Speed
 from sememe.plan.rows import Known, Rows
 from sememe.plan.scratch import gridding, pretraining, recovering
@@ -36,8 +37,6 @@ from sememe.train import TrainConfig
 
 __all__ = ["Estimate", "Estimates", "Knob", "Shapes", "estimates"]
 
-GROUP_BYTES = 2**30
-"""What `StoreSource` holds in memory of a store."""
 NEEDS_MODEL = frozenset({"harvest", "evaluate", "interpret", "effects", "compare"})
 PLANNED = NEEDS_MODEL | {"train", "fit", "geometry", "explain", "export"}
 """Stages whose needs follow from a store's rows."""
@@ -161,21 +160,19 @@ class _Planner(Known):
         names = [self._names(member, rows) for member in members]
         held = rows.n_bytes(tuple(dict.fromkeys(name for both in names for name in (*both[0], *both[1]))))
         shard = held / rows.n_rows * rows.shard_rows
-        buffer = min(held, max(GROUP_BYTES, shard)) + shard
-        if config.live:
-            buffer = config.buffer_mb * 1e6
+        buffer = config.buffer_mb * 1e6 if config.live else store_buffer(held, shard)
         n_trained = config.n_tokens or int((config.epochs or 1.0) * rows.n_rows)
         n_steps = max(1, n_trained // config.batch_size)
 
-        def needs(d_sae: int | None, batch_size: int) -> Bytes:
-            wanted = sizes if d_sae is None else [size.scaled(d_sae) for size in sizes]
-            return costs.train_bytes(wanted, batch_size, buffer, config.devices)
-
+        needs, knobs = training(sizes, config.batch_size, buffer, config.devices)
         model, n_looks = self.model, 2 + n_trained // config.watch_every
 
         def seconds(speed: Speed) -> float:
-            total = costs.train_seconds(sizes, speed, config.batch_size, n_steps)
+            total = costs.train_seconds(sizes, speed, config.batch_size, n_steps, config.log_every)
             total += costs.watch_seconds(sizes, speed, n_looks * config.watch_rows)
+            total += costs.checkpoint_seconds(sizes, speed, total, config.checkpoint_every_seconds)
+            if not config.live:
+                total += costs.reading_seconds(held, n_trained / rows.n_rows, speed)
             if config.live and model is not None:
                 length, n_layers = config.policy.context_length, model.n_layers_read(tuple(rows.widths))
                 total += costs.harvest_seconds(model, speed, n_layers, n_trained, length, 0.0)
@@ -185,13 +182,10 @@ class _Planner(Known):
                 total += costs.watch_ce_seconds(model, speed, n_tokens, above, length)
             return total
 
-        batch, widths = config.batch_size, {size.d_sae for size in sizes}
-        knobs = [Knob("d_sae", widths.pop(), lambda n: needs(n, batch))] if len(widths) == 1 else []
-        knobs.append(Knob("batch_size", batch, lambda n: needs(None, n)))
         if any(device.startswith("cuda") for device in config.devices):
             note = "how long a step takes on a GPU was not measured"
-            return Estimate(stage, False, needs(None, batch), None, tuple(knobs), note)
-        return Estimate(stage, False, needs(None, batch), seconds, tuple(knobs))
+            return Estimate(stage, False, needs, None, knobs, note)
+        return Estimate(stage, False, needs, seconds, knobs)
 
     def _fit(self, stage: Stage, config: FitConfig, rows: Rows) -> Estimate:
         """A batch of rows where they are streamed, all of them where they are held."""
@@ -234,8 +228,9 @@ class _Planner(Known):
     def _evaluate(self, stage: Stage, config: EvaluateConfig, model: Outline, rows: Rows) -> Estimate:
         train = self._train_config(stage.name)
         dictionary = self._dictionary(train, rows)
-        _, outputs = self._names(train, rows)
+        inputs, outputs = self._names(train, rows)
         length, n_twins = rows.policy.context_length, self._n_twins(config)
+        fit = _fit_rows(config, model, rows, (*inputs, *outputs))
         n_parts = len(config.leave_out_above) + 2 * len(config.top_latents)
         matched = int(config.matched_in is not None)
 
@@ -244,12 +239,13 @@ class _Planner(Known):
             return Arms(1 + len(config.nulls), n_parts + 2 * matched + within, n_twins, matched)
 
         def needs(d_sae: int, batch_rows: int) -> Bytes:
-            return costs.evaluate_bytes(model, dictionary.scaled(d_sae), arms(d_sae), batch_rows, length)
+            return costs.evaluate_bytes(model, dictionary.scaled(d_sae), arms(d_sae), batch_rows, length, fit)
 
         def seconds(speed: Speed) -> float:
             above = model.n_layers_above(outputs)
             measured = arms(dictionary.d_sae)
-            found = costs.evaluate_seconds(model, dictionary, speed, config.n_tokens, measured, above, length)
+            n_tokens = config.n_tokens
+            found = costs.evaluate_seconds(model, dictionary, speed, n_tokens, measured, above, length, fit)
             budget = config.budget_seconds()
             return found if budget is None else min(found, budget)
 
@@ -267,17 +263,18 @@ class _Planner(Known):
         outputs = {name for member in members for name in self._names(member, self._member_rows(member))[1]}
         n_fitted = len(self._fitted_in(config.dictionaries))
         length, n_twins = rows.policy.context_length, self._n_twins(config)
+        fit = _fit_rows(config, model, rows, tuple(outputs))
         arms = Arms(len(members) + n_fitted + 3 * len(config.nulls), n_twins=n_twins)
 
         def needs(batch_rows: int) -> Bytes:
-            return costs.evaluate_bytes(model, widest, arms, batch_rows, length)
+            return costs.evaluate_bytes(model, widest, arms, batch_rows, length, fit)
 
         def seconds(speed: Speed) -> float:
             above = model.n_layers_above(tuple(outputs))
-            found = costs.evaluate_seconds(model, widest, speed, config.n_tokens, arms, above, length)
+            found = costs.evaluate_seconds(model, widest, speed, config.n_tokens, arms, above, length, fit)
             if config.together:  # as three arms that run all layers
                 found += costs.evaluate_seconds(
-                    model, widest, speed, config.n_tokens, Arms(3), model.n_layers, length
+                    model, widest, speed, config.n_tokens, Arms(3), model.n_layers, length, fit
                 )
             budget = config.budget_seconds()
             return found if budget is None else min(found, budget)
@@ -390,3 +387,13 @@ class _Planner(Known):
             for other in self.stages
             if isinstance(other.config, InterpretConfig) and other.name == name
         )
+
+
+def _fit_rows(
+    config: EvaluateConfig | CompareConfig, model: Outline, rows: Rows, names: Sequence[str]
+) -> FitRows:
+    """What the mean and the nulls are fitted on, and where from."""
+    if config.store is not None:
+        return FitRows(min(config.n_fit_rows, rows.n_rows), rows.shard_rows, 0)
+    at_once = config.batch_rows * rows.policy.context_length
+    return FitRows(config.n_fit_rows, at_once, model.n_layers_read(tuple(names)))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sememe.dictionaries.base import Batch, Site, Sites
 
-__all__ = ["HELD_SALT", "MOST_HELD", "Columns", "Cursor", "HoldsOut", "Source", "permutation"]
+__all__ = ["HELD_SALT", "MOST_HELD", "Buffers", "Columns", "Cursor", "HoldsOut", "Source", "permutation"]
 
 MOST_HELD = 20
 """At most one row in so many is held out."""
@@ -69,6 +69,16 @@ class HoldsOut(Protocol):
         Called before anything else. At most one row in twenty is held out, whole documents where the source
         knows them.
         """
+        ...
+
+
+@runtime_checkable
+class Buffers(Protocol):
+    """A source that will hold rows it does not hold yet."""
+
+    @property
+    def buffer_bytes(self) -> float:
+        """Bytes of them, at most, while they are read."""
         ...
 
 

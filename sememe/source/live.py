@@ -80,6 +80,11 @@ class LiveSource:
         ratio = self.policy.max_norm_ratio
         return {name: None if ratio is None else ratio * median for name, median in medians.items()}
 
+    @property
+    def buffer_bytes(self) -> float:
+        """The buffer."""
+        return 2.0 * self.capacity * sum(self.widths.values())
+
     def hold_out(self, n: int) -> Batch:
         """The first rows of the documents that are held out of the stream's split.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from sememe.dictionaries.base import Batch, Site, Sites
 from sememe.errors import HookpointError
 from sememe.join import JoinedStore
+from sememe.needs import store_buffer
 from sememe.source.base import MOST_HELD, Cursor, permutation
 from sememe.store import Store, hold_out
 
@@ -78,6 +79,12 @@ class StoreSource:
             )
             start += point.width
         return tuple(sites)
+
+    @property
+    def buffer_bytes(self) -> float:
+        """A group of shards, and the one that is being read."""
+        width = sum(self.store.info.hookpoints[name].width for name in self._names)
+        return store_buffer(2.0 * width * self.n_rows, 2.0 * width * max(self._shard_rows))
 
     def hold_out(self, n: int) -> Batch:
         """Rows of whole documents; all their rows leave the stream, at most a tenth of it."""

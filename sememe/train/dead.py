@@ -136,8 +136,9 @@ def _chosen(member: Member, resampling: Resampling) -> Bool[Tensor, " d_sae"]:
         ours = dictionary.decoder_directions().detach()
     theirs = dictionaries.load(resampling.against).decoder_directions().detach().to(ours.device)
     unlike = metrics.mcs(ours, theirs) < resampling.below
-    penalised = getattr(dictionary, "penalised", None)
-    return unlike if penalised is None else unlike & (penalised > 0)  # a constant latent is not like any
+    if getattr(dictionary.config, "constant_latent", False):
+        unlike[0] = False  # it is not like any
+    return unlike
 
 
 def _transcodes(member: Member) -> bool:

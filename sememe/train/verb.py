@@ -24,6 +24,7 @@ from sememe.tracking import read_log
 from sememe.train.config import TrainConfig
 from sememe.train.crew import Crew, Team, device_of
 from sememe.train.dead import second_dictionary
+from sememe.train.fits import check_fits
 from sememe.train.member import ALONE, Spec
 from sememe.train.objective import Objective
 from sememe.train.run import LOG, LOGS, N_PROBE_ROWS, Run
@@ -79,6 +80,7 @@ def train(
         ActivationError: the loss is NaN or infinite, or the source ended early; the last good checkpoint is kept.
         MismatchError: another dictionary, or a checkpoint of another set-up, stands at config.out.
         LockError: another run is writing there.
+        ResourceError: it cannot fit in the memory that is free; says which number would.
     """
     if config.sweep:
         raise ConfigError(
@@ -104,6 +106,7 @@ def train(
         return dictionaries.load(config.out)
     source = stream.source
     spec = Spec(ALONE, config, source.d_in, source.d_out, source.sites, None)
+    check_fits(config, [spec], source)
     with (
         _building(config, "dictionary", stream.parents, fresh) as work,
         _trained(config, [spec], {}, stream, work, probes) as team,
@@ -137,7 +140,7 @@ def train_sweep(
 
     Raises:
         ConfigError: the sweep is over an option that is unknown, shared or without effect; also as for `train`.
-        ActivationError, MismatchError, LockError: as for `train`.
+        ActivationError, MismatchError, LockError, ResourceError: as for `train`.
     """
     if not config.sweep:
         raise ConfigError(
@@ -159,6 +162,7 @@ def train_sweep(
     identity = artifact.identity_of("sweep", VERSION, config, all_parents)
     if not fresh and artifact.find(config.out, "sweep", identity, config, all_parents):
         return open_sweep(config.out)
+    check_fits(config, specs, stream.source)
     configs = {member.name: member.config for member in members}
     with (
         _building(config, "sweep", all_parents, fresh) as work,

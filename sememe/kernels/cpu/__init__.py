@@ -14,19 +14,29 @@ from __future__ import annotations
 import numba
 
 from sememe.kernels.cpu.buffers import in_large_pages
-from sememe.kernels.cpu.encode import encode_batch_topk, encode_threshold, encode_topk, largest
+from sememe.kernels.cpu.encode import (
+    encode_batch_topk,
+    encode_group_max,
+    encode_threshold,
+    encode_topk,
+    is_dense,
+    largest,
+)
 from sememe.kernels.cpu.pool import set_threads as _set_pool
 from sememe.kernels.cpu.rough import native_bfloat16, native_int8
 from sememe.kernels.cpu.steps import adam_step, signum_step
-from sememe.kernels.cpu.sums import decode, reconstruct
+from sememe.kernels.cpu.sums import decode, fired, reconstruct
 
 __all__ = [
     "adam_step",
     "decode",
     "encode_batch_topk",
+    "encode_group_max",
     "encode_threshold",
     "encode_topk",
+    "fired",
     "in_large_pages",
+    "is_dense",
     "largest",
     "native_bfloat16",
     "native_int8",

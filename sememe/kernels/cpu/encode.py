@@ -19,9 +19,17 @@ from sememe.encoded import Encoded
 from sememe.kernels import reference
 from sememe.kernels.cpu import buffers, loops, pool, rough, sparse_loops
 from sememe.kernels.cpu.rough import Int8, Wide
-from sememe.kernels.cpu.sums import CHUNK, Transposed, scatter
+from sememe.kernels.cpu.sums import CHUNK, MANY, Transposed, block_of, scatter
 
-__all__ = ["candidates_of", "encode_batch_topk", "encode_threshold", "encode_topk", "largest"]
+__all__ = [
+    "candidates_of",
+    "encode_batch_topk",
+    "encode_group_max",
+    "encode_threshold",
+    "encode_topk",
+    "is_dense",
+    "largest",
+]
 
 SPARE = 8
 """Candidates beyond k (at least; k / 4 if that is more) that are scored again in float32, so that rounding rarely
@@ -29,6 +37,9 @@ drops one of the true k. Half as many more in int8, whose rounding is about seve
 
 N_PROBE_ROWS = 32
 """Rows that tell roughly where a batch's threshold lies, or how many entries there will be."""
+
+N_PROBE_LATENTS = 2048
+"""Latents of which these rows' pre-activations are looked at."""
 
 DENSE_SHARE = 0.06
 """Above this share of active latents a dense float32 product is faster than settling each entry."""
@@ -97,7 +108,10 @@ def _above(
     indices = np.concatenate(pool.run(find, batch, product.rows_per_tile))
     near = _starts(counts)
     acts = np.empty(indices.shape, np.float32)
-    parts = (rows, W, b, threshold, near, indices, acts, counts)
+    tile = block_of(x.shape[1])
+    if not training or indices.shape[0] < MANY * batch * (d_sae / tile):
+        tile = 0  # as are rows outside training: what else is in their batch must not change how they are added up
+    parts = (rows, W, b, threshold, near, indices, acts, counts, tile)
 
     def settle(start: int, stop: int) -> slice:
         first = int(near[start])
@@ -111,6 +125,22 @@ def _above(
     )
 
 
+def _group_max(x: Tensor, weights: Tensor, b_enc: Tensor, training: bool, n_groups: int) -> _Entries:
+    """In float32 from the first: in a group every latent is near its largest, and rounding would choose among them."""
+    batch, d_sae = x.shape[0], weights.shape[0]
+    acts, indices = np.empty((batch, n_groups), np.float32), np.empty((batch, n_groups), np.int32)
+    right, b = weights.T, b_enc.numpy()
+
+    def choose(start: int, stop: int) -> None:
+        tile = pool.scratch("product", (stop - start) * d_sae, torch.float32).view(stop - start, -1)
+        torch.mm(x[start:stop], right, out=tile)
+        loops.group_max(tile.numpy(), b, n_groups, acts[start:stop], indices[start:stop])
+
+    pool.run(choose, batch, max(32, rough.TILE_FLOAT32 // d_sae))
+    ptr = np.arange(0, batch * n_groups + 1, n_groups)[: batch + 1]
+    return _Entries(acts.reshape(-1), indices.reshape(-1), ptr)
+
+
 def _starts(counts: NDArray[np.int64]) -> NDArray[np.int64]:
     """Where each row's entries start; one longer than there are rows."""
     ptr = np.zeros(counts.shape[0] + 1, np.int64)
@@ -119,12 +149,14 @@ def _starts(counts: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 @torch.no_grad()
-def _share_above(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, threshold: Tensor | None) -> float:
-    """Roughly which share of all pre-activations is above the threshold, from some rows."""
+def is_dense(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, threshold: Tensor | None) -> bool:
+    """Whether so large a share of all pre-activations is above the threshold, in some rows, that a dense product is
+    faster than settling each."""
     probe = x[:: max(1, x.shape[0] // N_PROBE_ROWS)] - b_pre
+    some = slice(None, None, max(1, W_enc.shape[1] // N_PROBE_LATENTS))
     dtype = torch.bfloat16 if rough.native_bfloat16() else torch.float32
-    pre_acts = (probe.to(dtype) @ W_enc.to(dtype)).float() + b_enc
-    return float((pre_acts > (0.0 if threshold is None else threshold)).float().mean())
+    pre_acts = (probe.to(dtype) @ W_enc[:, some].to(dtype)).float() + b_enc[some]
+    return float((pre_acts > (0.0 if threshold is None else threshold[some])).float().mean()) > DENSE_SHARE
 
 
 def _batch_top(x: Tensor, weights: Tensor, b_enc: Tensor, training: bool, n_kept: int) -> _Entries:
@@ -235,14 +267,30 @@ def encode_threshold(
     b_enc: Float[Tensor, " d_sae"],
     b_pre: Float[Tensor, " d_in"],
     threshold: Float[Tensor, " d_sae"] | None,
+    dense: bool | None = None,
 ) -> Encoded:
-    """See `kernels.encode_threshold`."""
+    """See `kernels.encode_threshold`. While dense, some rows at a time, so that only entries are held of all."""
     d_sae = W_enc.shape[1]
-    if not len(x) or _share_above(x, W_enc, b_enc, b_pre, threshold) > DENSE_SHARE:
-        return reference.encode_threshold(x, W_enc, b_enc, b_pre, threshold)
+    if not len(x) or (is_dense(x, W_enc, b_enc, b_pre, threshold) if dense is None else dense):
+        parts = torch.split(x, max(1, reference.DENSE_TILE // d_sae)) if x.shape[0] else (x,)
+        found = [reference.encode_threshold(part, W_enc, b_enc, b_pre, threshold) for part in parts]
+        return found[0] if len(found) == 1 else Encoded.cat(found)
     least = np.zeros(d_sae, np.float32) if threshold is None else threshold.detach().contiguous().numpy()
     chosen = functools.partial(_above, threshold=least)
     return Encoded(*_apply(x, W_enc, b_enc, b_pre, chosen, False), d_sae)
+
+
+def encode_group_max(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    b_pre: Float[Tensor, " d_in"],
+    n_groups: int,
+) -> tuple[Float[Tensor, "batch n_groups"], Int[Tensor, "batch n_groups"]]:
+    """See `kernels.encode_group_max`."""
+    chosen = functools.partial(_group_max, n_groups=n_groups)
+    acts, indices, _ = _apply(x, W_enc, b_enc, b_pre, chosen, True)
+    return acts.view(-1, n_groups), indices.view(-1, n_groups)
 
 
 def encode_batch_topk(

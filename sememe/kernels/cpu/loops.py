@@ -12,9 +12,9 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-from sememe.kernels.cpu.sparse_loops import dots, dots_of_row, jit
+from sememe.kernels.cpu.sparse_loops import dots, dots_by_tiles, dots_of_row, jit
 
-__all__ = ["above", "mark_largest", "near", "quantise", "rescore", "select"]
+__all__ = ["above", "group_max", "mark_largest", "near", "quantise", "rescore", "select"]
 
 INFINITE = 0x7F800000
 """The bits of an infinite float32; those of NaN are above."""
@@ -253,6 +253,31 @@ def mark_largest(start: int, stop: int, values: Any, k: int, signed: bool, marks
 
 
 @jit
+def group_max(product: Any, bias: Any, n_groups: int, acts: Any, indices: Any) -> None:
+    """The largest `product + bias` in each of n_groups runs of columns; ties go to the lower one, NaN is the largest.
+
+    Args:
+        product: (rows, columns) of float32.
+        bias: (columns,).
+        n_groups: A divisor of the columns.
+        acts: (rows, n_groups), written.
+        indices: (rows, n_groups), written.
+    """
+    n_rows, n_columns = product.shape
+    size = n_columns // n_groups
+    for row in range(n_rows):
+        entries = product[row]
+        for group in range(n_groups):
+            place = group * size
+            best = entries[place] + bias[place]
+            for j in range(place + 1, (group + 1) * size):
+                value = entries[j] + bias[j]
+                if value > best or (value != value and best == best):
+                    best, place = value, j
+            acts[row, group], indices[row, group] = best, place
+
+
+@jit
 def rescore(
     x: Any, weights: Any, bias: Any, candidates: Any, k: int, signed: bool, acts: Any, indices: Any
 ) -> None:
@@ -351,7 +376,7 @@ def near(
 @jit
 def above(
     start: int, stop: int, x: Any, weights: Any, bias: Any, threshold: Any, ptr: Any, indices: Any, acts: Any,
-    counts: Any,
+    counts: Any, tile: int,
 ) -> int:  # fmt: skip
     """Float32 pre-activations of the entries; those above their latent's threshold move to the front.
 
@@ -365,11 +390,15 @@ def above(
         indices: The latent of each entry; those that are kept, from ptr[start] on, written.
         acts: Written: theirs.
         counts: (rows,), written: how many each row keeps.
+        tile: Latents whose weights stay in the cache, for many entries in ascending order; 0 for few.
 
     Returns:
         How many these rows keep.
     """
-    dots(start, stop, x, indices, ptr, weights, acts)
+    if tile > 0:
+        dots_by_tiles(start, stop, x, indices, ptr, weights, tile, acts)
+    else:
+        dots(start, stop, x, indices, ptr, weights, acts)
     n_kept = ptr[start]
     for row in range(start, stop):
         before = n_kept

@@ -15,14 +15,19 @@ import numpy as np
 from numba import njit
 
 __all__ = [
-    "by_latent",
+    "count_latents",
     "decode",
     "dots",
+    "dots_by_tiles",
     "dots_of_row",
     "jit",
+    "mark_fired",
+    "place_entries",
     "reconstruct",
+    "reconstruct_by_tiles",
     "reconstruct_prefixes",
     "scatter",
+    "scatter_by_blocks",
 ]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -106,6 +111,23 @@ def dots(start: int, stop: int, vectors: Any, indices: Any, ptr: Any, weights: A
 
 
 @jit
+def dots_by_tiles(
+    start: int, stop: int, vectors: Any, indices: Any, ptr: Any, weights: Any, tile: int, out: Any
+) -> None:
+    """As `dots`, `tile` latents at a time for all rows, so that their weights stay in the cache. Rows are ascending."""
+    cursor = ptr[start:stop].copy()
+    for first in range(0, weights.shape[0], tile):
+        for row in range(start, stop):
+            begin, end = cursor[row - start], ptr[row + 1]
+            last = begin
+            while last < end and indices[last] < first + tile:
+                last += 1
+            if last > begin:
+                dots_of_row(vectors[row], weights, indices[begin:last], out[begin:last])
+                cursor[row - start] = last
+
+
+@jit
 def reconstruct(
     start: int, stop: int, acts: Any, indices: Any, ptr: Any, weights: Any, bias: Any, target: Any, error: Any,
     pull: Any,
@@ -129,6 +151,42 @@ def reconstruct(
             kept[d] = left[d]
         squares += float(square)
         dots_of_row(left, weights, indices[first:last], pull[first:last])
+    return squares
+
+
+@jit
+def reconstruct_by_tiles(
+    start: int, stop: int, acts: Any, indices: Any, ptr: Any, weights: Any, bias: Any, target: Any, tile: int,
+    error: Any, pull: Any,
+) -> float:  # fmt: skip
+    """As `reconstruct`, `tile` latents at a time for all rows, so that their weights stay in the cache.
+
+    Entries that are not in ascending order wait for a later tile: right all the same, but not at hand.
+    """
+    width = weights.shape[1]
+    for row in range(start, stop):
+        wanted, left = target[row], error[row]
+        for d in range(width):
+            left[d] = bias[d] - wanted[d]
+    squares = 0.0
+    for forward in (True, False):
+        cursor = ptr[start:stop].copy()
+        for first in range(0, weights.shape[0], tile):
+            for row in range(start, stop):
+                begin, end = cursor[row - start], ptr[row + 1]
+                last = begin
+                while last < end and indices[last] < first + tile:
+                    last += 1
+                if last > begin and forward:
+                    _add(error[row], acts[begin:last], indices[begin:last], weights)
+                elif last > begin:
+                    dots_of_row(error[row], weights, indices[begin:last], pull[begin:last])
+                cursor[row - start] = last
+    for row in range(start, stop):
+        square, left = np.float32(0.0), error[row]
+        for d in range(width):
+            square += left[d] * left[d]
+        squares += float(square)
     return squares
 
 
@@ -190,27 +248,40 @@ def reconstruct_prefixes(
 
 
 @jit
-def by_latent(indices: Any, ptr: Any, starts: Any, entries: Any, rows: Any) -> None:
-    """The transposed index: a counting sort of the entries by latent, in order within each.
+def count_latents(start: int, stop: int, indices: Any, ptr: Any, counts: Any) -> None:
+    """counts[latent] += the entries of rows start to stop."""
+    for e in range(ptr[start], ptr[stop]):
+        counts[indices[e]] += 1
+
+
+@jit
+def place_entries(
+    start: int, stop: int, indices: Any, ptr: Any, cursor: Any, entries: Any, rows: Any
+) -> None:
+    """The second half of a counting sort by latent: each entry of rows start to stop goes to its latent's cursor.
 
     Args:
+        start, stop: Rows.
         indices: The latent of each entry.
         ptr: Where each row starts.
-        starts: (d_sae + 1,), zeros; written: where each latent's entries start.
+        cursor: (d_sae,), where these rows' first entry of each latent goes; moved on.
         entries: Written: numbers of the entries.
         rows: Written: their rows.
     """
-    for e in range(indices.shape[0]):
-        starts[indices[e] + 1] += 1
-    for latent in range(starts.shape[0] - 1):
-        starts[latent + 1] += starts[latent]
-    cursor = starts[:-1].copy()
-    for row in range(ptr.shape[0] - 1):
+    for row in range(start, stop):
         for e in range(ptr[row], ptr[row + 1]):
             place = cursor[indices[e]]
             entries[place] = e
             rows[place] = row
             cursor[indices[e]] = place + 1
+
+
+@jit
+def mark_fired(acts: Any, indices: Any, marks: Any) -> None:
+    """marks[latent] = 1 where it has an entry that is not 0."""
+    for e in range(acts.shape[0]):
+        if acts[e] != 0:
+            marks[indices[e]] = 1
 
 
 @jit
@@ -233,3 +304,33 @@ def scatter(
             total += factor
         _add(summed, own[first:last], rows[first:last], vectors)
         totals[latent] = total
+
+
+@jit
+def scatter_by_blocks(
+    start: int, stop: int, factors: Any, scale: Any, vectors: Any, starts: Any, entries: Any, rows: Any, block: int,
+    out: Any, totals: Any,
+) -> None:  # fmt: skip
+    """As `scatter`, `block` rows at a time for all latents, so that their vectors stay in the cache."""
+    width = out.shape[1]
+    own = np.empty(rows.shape[0], dtype=np.float32)
+    cursor = starts[start:stop].copy()
+    for latent in range(start, stop):
+        summed = out[latent]
+        for d in range(width):
+            summed[d] = 0.0
+        total = np.float32(0.0)
+        for place in range(starts[latent], starts[latent + 1]):
+            factor = factors[entries[place]] * scale
+            own[place] = factor
+            total += factor
+        totals[latent] = total
+    for first in range(0, vectors.shape[0], block):
+        for latent in range(start, stop):
+            begin, end = cursor[latent - start], starts[latent + 1]
+            last = begin
+            while last < end and rows[last] < first + block:
+                last += 1
+            if last > begin:
+                _add(out[latent], own[begin:last], rows[begin:last], vectors)
+                cursor[latent - start] = last

@@ -6,17 +6,31 @@ from typing import Any, NamedTuple, Self, cast
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
 from sememe.encoded import Encoded
 from sememe.kernels.cpu import buffers, pool, sparse_loops
 
-__all__ = ["CHUNK", "Transposed", "decode", "reconstruct", "scatter"]
+__all__ = ["CHUNK", "MANY", "Transposed", "block_of", "decode", "fired", "reconstruct", "scatter"]
 
 CHUNK = 256
 """Rows or latents per task."""
+
+
+CACHED = 2**19
+"""Bytes of vectors that a core keeps at hand, beside what it writes: half of its cache."""
+MANY = 6
+"""Entries of a latent in a block of rows, or of a row in a tile of latents, from which on vectors are kept at hand."""
+
+MOST_BLOCKS, LEAST_BLOCK = 8, 2**16
+"""Blocks of rows that are sorted side by side, and entries in each at least."""
+
+
+def block_of(width: int) -> int:
+    """How many vectors of a width are kept at hand."""
+    return max(16, CACHED // (4 * width))
 
 
 class Transposed(NamedTuple):
@@ -37,10 +51,30 @@ class Transposed(NamedTuple):
         if last is not None and last.answers(indices, ptr, d_sae):
             return cast(Self, last.transposed)
         del last
-        n = indices.shape[0]
-        made = cls(np.zeros(d_sae + 1, np.int64), np.empty(n, np.int32), np.empty(n, np.int32))
-        sparse_loops.by_latent(indices.numpy(), ptr.numpy(), *made)
+        made = cls._sorted(indices.numpy(), ptr.numpy(), d_sae)
         _last = _Answer(indices, ptr.clone(), indices._version, made)
+        return made
+
+    @classmethod
+    def _sorted(cls, indices: NDArray[np.int32], ptr: NDArray[np.int64], d_sae: int) -> Self:
+        """A counting sort, stable; blocks of rows side by side, each from the place where the one before ends."""
+        n, n_rows = indices.shape[0], ptr.shape[0] - 1
+        n_blocks = max(1, min(MOST_BLOCKS, n // LEAST_BLOCK, n_rows))
+        borders = [n_rows * block // n_blocks for block in range(n_blocks + 1)]
+        counts = np.zeros((n_blocks, d_sae), np.int64)
+
+        def count(block: int, _: int) -> None:
+            sparse_loops.count_latents(borders[block], borders[block + 1], indices, ptr, counts[block])
+
+        def place(block: int, _: int) -> None:
+            rows_of = borders[block], borders[block + 1]
+            sparse_loops.place_entries(*rows_of, indices, ptr, cursors[block], made.entries, made.rows)
+
+        pool.run(count, n_blocks, 1)
+        made = cls(np.zeros(d_sae + 1, np.int64), np.empty(n, np.int32), np.empty(n, np.int32))
+        np.cumsum(counts.sum(0), out=made.starts[1:])
+        cursors = made.starts[:-1] + np.cumsum(counts, axis=0) - counts
+        pool.run(place, n_blocks, 1)
         return made
 
 
@@ -64,6 +98,14 @@ class _Answer(NamedTuple):
 
 
 _last: _Answer | None = None
+
+
+def fired(encoded: Encoded) -> Bool[Tensor, " d_sae"]:
+    """See `kernels.fired`."""
+    marks = np.zeros(encoded.d_sae, np.uint8)
+    acts, indices = encoded.acts.detach(), encoded.indices
+    sparse_loops.mark_fired(acts.contiguous().numpy(), indices.contiguous().numpy(), marks)
+    return torch.from_numpy(marks).bool()
 
 
 def scatter(
@@ -91,8 +133,18 @@ def scatter(
     if out is None:
         out = buffers.empty(d_sae, vectors.shape[1])
     totals = np.empty(d_sae, np.float32)
-    inputs = (factors.numpy(), np.float32(scale), vectors.numpy(), *transposed, out, totals)
-    pool.run(lambda a, b: sparse_loops.scatter(start + a, start + b, *inputs), stop - start, CHUNK)
+    inputs = (factors.numpy(), np.float32(scale), vectors.numpy(), *transposed)
+    block = block_of(vectors.shape[1])
+    if transposed.rows.shape[0] >= MANY * d_sae * (vectors.shape[0] / block):
+
+        def some(a: int, b: int) -> None:
+            sparse_loops.scatter_by_blocks(start + a, start + b, *inputs, block, out, totals)
+
+        pool.run(some, stop - start, CHUNK // 2)
+    else:
+        pool.run(
+            lambda a, b: sparse_loops.scatter(start + a, start + b, *inputs, out, totals), stop - start, CHUNK
+        )
     return torch.from_numpy(out), torch.from_numpy(totals)
 
 
@@ -155,9 +207,17 @@ class _Reconstruct(torch.autograd.Function):
         )
         wanted = target.detach().contiguous().numpy()
         if len(ends) == 1:
-            squares = pool.run(
-                lambda a, b: sparse_loops.reconstruct(a, b, *parts, wanted, errors[0], pull), batch, CHUNK
-            )
+            tile = block_of(d_out)
+            many = acts.shape[0] >= MANY * batch * (W_dec.shape[0] / tile)
+
+            def all_latents(start: int, stop: int) -> float:
+                if many:
+                    return sparse_loops.reconstruct_by_tiles(
+                        start, stop, *parts, wanted, tile, errors[0], pull
+                    )
+                return sparse_loops.reconstruct(start, stop, *parts, wanted, errors[0], pull)
+
+            squares = pool.run(all_latents, batch, CHUNK)
             sums = torch.tensor([sum(squares)], dtype=torch.float64)
         else:
             borders = np.array(ends, np.int64)
