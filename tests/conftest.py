@@ -1,5 +1,6 @@
 """Under test, every annotated shape and type of the package is checked at each call."""
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,12 @@ checked.install()
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, so before any test is
+
+
+def pytest_collection_finish() -> None:
+    """What is there now stays: the garbage collector, which tests ask for by name, need not walk through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

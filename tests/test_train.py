@@ -3,11 +3,10 @@
 import math
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from small_world import POLICY, load_model, text_of, write_corpus, write_model
@@ -169,22 +168,22 @@ def live_config(world: Path, out: Path, objective: str = "local") -> TrainConfig
     )
 
 
+def program() -> str:
+    return RESUME.format(tests=str(Path(__file__).parent))
+
+
 def killed_and_resumed(arguments: list[str], out: Path, kill_at: tuple[int, ...]) -> None:
-    code = RESUME.format(tests=str(Path(__file__).parent))
-    command = [sys.executable, "-c", code, *arguments]
     last = 0
     for steps in kill_at:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        assert process.stdout is not None
+        process = forked.start(program(), *arguments)
         for line in process.stdout:
             last = int(line.split()[1])
             if last >= steps:
                 break
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+        process.kill()
+        process.communicate()
         assert last >= steps and not out.exists()
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = forked.run(program(), *arguments, check=True)
     first = int(done.stdout.split()[1])
     assert first >= kill_at[-1] > 1, "it went on instead of starting again"
 
@@ -226,12 +225,8 @@ def test_a_live_run_is_killed_and_resumed_to_the_same_bits(objective, tmp_path):
 
 
 def test_ctrl_c_writes_a_checkpoint_and_loses_nothing(tmp_path):
-    code = RESUME.format(tests=str(Path(__file__).parent)).replace(
-        "checkpoint_every_seconds=0", "checkpoint_every_seconds=999"
-    )
-    command = [sys.executable, "-c", code, "topk", str(tmp_path / "d"), "stored"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
+    code = program().replace("checkpoint_every_seconds=0", "checkpoint_every_seconds=999")
+    process = forked.start(code, "topk", str(tmp_path / "d"), "stored")
     for line in process.stdout:
         if line == "step 5\n":
             break
@@ -244,12 +239,10 @@ def test_ctrl_c_writes_a_checkpoint_and_loses_nothing(tmp_path):
 
 def test_a_run_killed_before_its_first_checkpoint_is_in_no_other_configs_way(tmp_path):
     """It leaves a folder with a log and nothing to go on from."""
-    code = RESUME.format(tests=str(Path(__file__).parent)).replace(
+    code = program().replace(
         "checkpoint_every_seconds=0", "checkpoint_every_seconds=999, log_every=1"
     )
-    command = [sys.executable, "-c", code, "topk", str(tmp_path / "d"), "stored"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
+    process = forked.start(code, "topk", str(tmp_path / "d"), "stored")
     for line in process.stdout:
         if line == "step 5\n":
             break
