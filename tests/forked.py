@@ -8,6 +8,7 @@ except imports. Knows what to import, not what the programs do. They run uncheck
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import signal
@@ -40,6 +41,7 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 import forked
 code = forked.serve(int(sys.argv[1]))
 exec(code)
+forked.leave()
 """
 
 _parent: Parent | None = None
@@ -144,6 +146,7 @@ def serve(line: int) -> str:
     """In the process that is forked: answer questions; in a fork of it, the code that it is to run."""
     for name in IMPORTED:
         __import__(name)
+    gc.freeze()  # what a collection does not walk through, a fork need not copy
     with socket.socket(fileno=line) as questions:
         while True:
             start, files, _, _ = socket.recv_fds(questions, 1, 2)
@@ -172,3 +175,10 @@ def serve(line: int) -> str:
     os.environ.update(question["environment"])
     sys.argv = ["-c", *question["arguments"]]
     return str(question["code"])
+
+
+def leave() -> None:
+    """End a program that came to its end, as Python does, but for taking a whole interpreter's modules apart."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(0)
