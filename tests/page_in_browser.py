@@ -137,7 +137,7 @@ def violations(page: Any, scheme: str = "light") -> list[str]:
     if not page.evaluate("typeof window.axe === 'object'"):
         page.evaluate(AXE.read_text(encoding="utf-8"))
     found = page.evaluate(
-        "(only) => axe.run(document, { resultTypes: ['violations'], preload: false, ...only }).then((r) => r.violations)",
+        "(o) => axe.run(document, { resultTypes: ['violations'], preload: false, ...o }).then((r) => r.violations)",
         {"runOnly": {"type": "rule", "values": OF_COLOURS}} if scheme == "dark" else {},
     )
     return [

@@ -91,7 +91,7 @@ def mask_of(shape: torch.Size, indices: torch.Tensor) -> torch.Tensor:
 
 
 shapes = st.tuples(st.integers(1, 3), st.integers(1, 20), st.integers(1, 24), st.integers(0, 10_000))
-"""One or two blocks of features, one or two tiles of latents, whole ones or not; three tiles and more have their own."""
+"""One or two blocks of features, one or two tiles of latents, whole or not; three tiles and more have their own."""
 
 
 @settings(max_examples=N_EXAMPLES, deadline=None)
@@ -228,7 +228,7 @@ ENCODERS = {
 @pytest.mark.parametrize("encode", ENCODERS)
 @pytest.mark.parametrize("where", ["row", "latent"])
 def test_a_nan_is_not_lost(encode, where):
-    """Of either sign it is the largest value, in a row (it takes all that is kept) and in a latent (every row keeps it)."""
+    """Of either sign it is the largest value: it takes all that its row keeps, and every row keeps a latent of it."""
     p = case(4, 8, 40, 0)
     with torch.no_grad():
         if where == "row":

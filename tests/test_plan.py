@@ -25,7 +25,7 @@ LAST = "[interpret]\nmap = false\n[effects]\nn_latents = 4\nn_top = 2\nn_removal
 
 @pytest.fixture(autouse=True)
 def short_calibration(monkeypatch):
-    """Three products of each kind, and not as many as fit a third of a second: for every plan, it is what takes long."""
+    """Three products of each kind, and not as many as fit a third of a second: else it is what each plan takes."""
     monkeypatch.setattr(machine, "SECONDS", 0.0)
 
 

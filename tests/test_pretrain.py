@@ -221,7 +221,6 @@ def test_another_tokenizer_and_shape_and_bfloat16(
     assert model.n_layers == 2 and "mlp_act.1" in model.hookpoints()
 
 
-
 def test_two_processes_train_as_one_with_the_whole_batch(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -232,9 +232,7 @@ def test_ctrl_c_writes_a_checkpoint_and_loses_nothing(tmp_path):
 
 def test_a_run_killed_before_its_first_checkpoint_is_in_no_other_configs_way(tmp_path):
     """It leaves a folder with a log and nothing to go on from."""
-    code = program().replace(
-        "checkpoint_every_seconds=0", "checkpoint_every_seconds=999, log_every=1"
-    )
+    code = program().replace("checkpoint_every_seconds=0", "checkpoint_every_seconds=999, log_every=1")
     process = forked.start(code, "topk", str(tmp_path / "d"), "stored")
     for line in process.stdout:
         if line == "step 5\n":

@@ -101,7 +101,9 @@ def _layer_class() -> type[Any]:
                 self.keys, self.values = keys, values
                 self.is_initialized = True
 
-        def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        def update(
+            self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+        ) -> tuple[Tensor, Tensor]:
             end = self.n_padded + key_states.shape[-2]
             self.keys[:, :, self.n_padded : end] = key_states
             self.values[:, :, self.n_padded : end] = value_states
