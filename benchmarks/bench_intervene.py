@@ -1,6 +1,6 @@
 """What edits cost, how few passes trace a number to all latents, and how well that predicts real ablations.
 
-    python benchmarks/bench_intervene.py [--dictionaries artifacts/all_layers/dictionary/*] [--model smollm2-135m]
+    python benchmarks/bench_intervene.py [--dictionaries artifacts/all_layers/dictionary/*/] [--model smollm2-135m]
         [--n-tokens 120000] [--d-sae 2048] [--rounds 5] [--ways] [--only edit|passes|correlation]
 
 edit_over_plain: forwards of 16 x 128 tokens with one latent of 4,608 ablated at resid_post.8, over the same forwards

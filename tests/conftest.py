@@ -1,8 +1,10 @@
-"""Under test, every annotated shape and type of the package is checked at each call."""
+"""Under test, every annotated shape and type of the package is checked."""
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     # A core for each worker, before torch counts them: teams of threads that share cores wait for each other.
@@ -20,6 +22,51 @@ checked.install()
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, so before any test is
+
+
+OF_NUMBERS = {
+    "test_batch_invariance",
+    "test_end_to_end",
+    "test_evaluate",
+    "test_evaluate_refusals",
+    "test_experiments",
+    "test_fit",
+    "test_recipes",
+    "test_run",
+    "test_together",
+    "test_topologies",
+    "test_twins",
+}
+"""Modules whose plots nobody looks at; those of every kind of page are laid out in the others."""
+
+
+def pytest_runtest_setup() -> None:
+    checked.begin()
+
+
+def pytest_collection_finish() -> None:
+    """What is there now stays: the garbage collector, which tests ask for by name, need not walk through it again."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def plots_are_drawn_but_not_laid_out(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Where numbers of reports are looked at: finding room for labels takes half of a report's time."""
+    if request.module.__name__ not in OF_NUMBERS:
+        yield
+        return
+    from matplotlib.figure import Figure
+
+    with pytest.MonkeyPatch.context() as patch:
+        savefig = Figure.savefig
+
+        def plain(figure: Figure, *arguments: Any, **options: Any) -> None:
+            figure.set_layout_engine("none")
+            savefig(figure, *arguments, **options)
+
+        patch.setattr(Figure, "savefig", plain)
+        yield
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from sememe.browse.server import application
 AXE = Path(__file__).parent / "axe" / "axe.min.js"
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+OF_COLOURS = ["color-contrast", "link-in-text-block"]
 
 
 def chromium() -> str | None:
@@ -128,12 +129,16 @@ def ids(page: Any) -> list[int]:
     return [int(text) for text in page.locator(".rows .row .c-id").all_text_contents()]
 
 
-def violations(page: Any) -> list[str]:
-    """What axe-core has to say about the page as it stands: rule, element and why."""
+def violations(page: Any, scheme: str = "light") -> list[str]:
+    """What axe-core has to say about the page as it stands: rule, element and why.
+
+    In the dark scheme only of colours: all else is the same page, which has its own test in the light one.
+    """
     if not page.evaluate("typeof window.axe === 'object'"):
         page.evaluate(AXE.read_text(encoding="utf-8"))
     found = page.evaluate(
-        "axe.run(document, { resultTypes: ['violations'], preload: false }).then((r) => r.violations)"
+        "(o) => axe.run(document, { resultTypes: ['violations'], preload: false, ...o }).then((r) => r.violations)",
+        {"runOnly": {"type": "rule", "values": OF_COLOURS}} if scheme == "dark" else {},
     )
     return [
         f"{one['id']}: {node['html'][:160]} | {node['failureSummary'][:300]}"

@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import forked
 import pytest
 
 from sememe import artifact
@@ -308,8 +309,7 @@ try:
 except ResourceError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = forked.run(code, check=True)
     assert re.fullmatch(
         r"the disk must have room for the thing .*/a, got File too large\. Free some space .*\n", done.stdout
     )

@@ -362,7 +362,7 @@ def test_axe_finds_nothing_and_a_phone_s_width_is_enough(open_at, scheme):
                 go(page, address, hash)
                 page.wait_for_selector(".map-legend, .chosen-text")
                 settle(page)
-                assert violations(page) == []
+                assert violations(page, scheme) == []
                 assert page.evaluate("document.documentElement.scrollWidth") <= width, hash
 
 

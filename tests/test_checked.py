@@ -7,6 +7,7 @@ from types import FunctionType
 from typing import Any
 
 import checked
+import jaxtyping
 import pytest
 import torch
 from jaxtyping import TypeCheckError
@@ -84,6 +85,24 @@ def test_an_int_is_a_float_and_self_is_anything() -> None:
         *(torch.zeros(2, 2) for _ in range(4)),
         step=1, lr=1, betas=(0, 0), eps=1, grad_scale=1, unit_norm=False,
     )  # fmt: skip
+
+
+def test_of_many_calls_the_first_are_checked_and_then_some() -> None:
+    def same(x: int) -> int:
+        return x
+
+    called = jaxtyping.jaxtyped(typechecker=checked.check)(same)
+
+    def refused() -> bool:
+        try:
+            return bool(called("text") != "text")
+        except TypeCheckError:
+            return True
+
+    found = [refused() for _ in range(checked.FIRST + 3 * checked.EVERY)]
+    assert all(found[: checked.FIRST]) and sum(found) == checked.FIRST + 3
+    checked.begin()
+    assert refused(), "each test begins anew"
 
 
 @pytest.mark.usefixtures("unchecked")

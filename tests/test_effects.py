@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import duckdb
+import forked
 import numpy as np
 import pytest
 import torch
@@ -288,10 +286,7 @@ def test_killed_and_interrupted_and_run_again_gives_the_same_bits(
     work = world.root / ".killed.partial"
     for name, after, n_parts in (("SIGKILL", 3, 2), ("SIGINT", 2, 4)):
         script = STOPPED.format(config=str(path), after=after, signal=name)
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        done = subprocess.run(
-            [sys.executable, "-c", script], capture_output=True, text=True, env=env, check=False
-        )
+        done = forked.run(script)
         assert done.returncode == -signal.Signals[name], done.stderr
         assert not (world.root / "killed").exists(), "nothing half-written under the final name"
         assert len(list(work.glob("part-*.npz"))) == n_parts, "what was done is kept, and not done again"

@@ -1,14 +1,11 @@
 """Stores: what is in them, how well they are shuffled, and that a killed harvest goes on to the same bits."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -268,18 +265,14 @@ world = Path({str(world)!r})
 h.harvest(t.config_for(world, Path({str(tmp_path)!r}) / "store"), lm=t.load_model(world / "model"))
 """
     for n_shards in (1, 2):
-        process = subprocess.Popen(
-            [sys.executable, "-c", code, "0.3"], stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL
-        )
-        assert process.stdout is not None
+        process = forked.start(code, "0.3")
         for _ in range(n_shards):
             assert process.stdout.readline() == "shard\n"
         time.sleep(0.1)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+        process.kill()
+        process.communicate()
         assert not (tmp_path / "store").exists()
-    subprocess.run([sys.executable, "-c", code, "0"], check=True, capture_output=True)
+    forked.run(code, "0", check=True)
     assert open_store(tmp_path / "store").fingerprint == store.fingerprint
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -284,7 +283,7 @@ def test_killed_and_run_again_gives_the_same_atlas(world: World, atlas: Atlas, t
         script = KILLED.format(
             tests=str(Path(__file__).parent), config=str(tmp_path / "config.json"), after=after
         )
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+        done = forked.run(script)
         assert done.returncode == -9, done.stderr
         assert not (world.root / "killed").exists(), "nothing half-written under the final name"
         with np.load(world.root / ".killed.partial" / "snapshot.npz") as state:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -221,7 +220,7 @@ def test_a_pass_over_several_goes_on_and_never_with_another_s_counts(
     script = INTERRUPTED.format(
         tests=str(Path(__file__).parent), config=str(tmp_path / "config.json"), number=number
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = forked.run(script)
     assert done.returncode != 0 and list(config.out.glob(".*.partial/snapshot.npz")), done.stderr
     for second in ("two", "three"):
         out = world.root / f"stopped-{number}-{second}"

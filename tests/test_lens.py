@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from atlas_fixture import D_MODEL, POLICY, World, make_world
@@ -127,9 +126,7 @@ def test_stopped_and_run_again_gives_the_same_bits(
     config = config_of(world, f"stopped-{number}", checkpoint_seconds=0 if number == "SIGKILL" else 60)
     (tmp_path / "config.json").write_text(config.model_dump_json())
     script = KILLED.format(config=str(tmp_path / "config.json"), number=number)
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False, env=os.environ
-    )
+    done = forked.run(script)
     assert done.returncode != 0 and not config.out.exists(), done.stderr
     assert number == "SIGINT" or done.returncode == -signal.SIGKILL
     kept = list((config.out.parent / f".{config.out.name}.partial").glob("checkpoint-*"))

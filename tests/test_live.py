@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import threading
 import time
@@ -230,7 +229,7 @@ def in_thread(call: Any) -> tuple[threading.Thread, list[Any]]:
     return thread, found
 
 
-def test_a_real_child_loads_answers_reports_progress_and_is_cancelled(world: World) -> None:
+def test_a_real_child_loads_answers_reports_progress_is_cancelled_and_leaves(world: World) -> None:
     child = child_of(world)
     assert child.status()["state"] == "off"
     child.start()
@@ -253,9 +252,11 @@ def test_a_real_child_loads_answers_reports_progress_and_is_cancelled(world: Wor
         assert isinstance(answers[0], LiveError) and answers[0].refusal.value == CANCELLED
         assert child._process is process, "cancelling does not cost the model"
         assert child.ask("generate", {"prompt": "the", "n_tokens": 2})["unsteered"]["text"]
+        assert process is not None and process.stdin is not None
+        process.stdin.close()
+        assert process.wait(60) == 0, "it leaves when the server does"
     finally:
         child.close()
-    assert process is not None and process.poll() is not None, "closing ends it"
     with pytest.raises(LiveError, match="it was closed"):
         child.ask("prompt", {"text": TEXT})
 
@@ -326,9 +327,11 @@ def test_closing_answers_those_who_wait() -> None:
     child = Child(script("time.sleep(60)"))
     thread, found = in_thread(lambda: child.ask("prompt", {}, "mine"))
     wait_for(lambda: child.status()["job"])
+    process = child._process
     child.close()
     thread.join(5)
     assert not thread.is_alive() and "it was closed" in str(found[0])
+    assert process is not None and process.poll() is not None, "closing ends it"
 
 
 def test_one_at_a_time_and_only_so_many_wait() -> None:
@@ -420,11 +423,3 @@ def test_a_model_that_cannot_be_loaded_is_a_state_with_a_reason(world: World) ->
         assert failed.value.refusal.status == 422
     finally:
         child.close()
-
-
-def test_the_child_leaves_when_the_server_does(world: World) -> None:
-    child = child_of(world)
-    process = subprocess.Popen(child.command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
-    assert process.stdin is not None
-    process.stdin.close()
-    assert process.wait(60) == 0

@@ -185,9 +185,8 @@ def test_a_quadratic_is_minimised(kind):
         torch.testing.assert_close(dictionary.W_dec.norm(dim=1).detach(), torch.ones(N))
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind != "adam")) for kind in sorted(OPTIMISERS)]
-)
+@pytest.mark.slow  # test_train_optimisers recovers features by each, through `train`
+@pytest.mark.parametrize("kind", sorted(OPTIMISERS))
 def test_planted_features_are_recovered(kind):
     source = PlantedSource(ToyConfig(d=16, n_features=24, n_active=2, decay=1.0))
     dictionary = dictionaries.build(TopKConfig(d_sae=32, k=3), 16, 16)

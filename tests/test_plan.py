@@ -10,16 +10,23 @@ from sememe.cli import _run
 from sememe.dictionaries.sparse_coder import KSVDConfig, SparseCoderConfig
 from sememe.errors import ResourceError
 from sememe.lm import ModelConfig, outline
-from sememe.plan import Machine, check, costs, fitting, plan, refuse
+from sememe.plan import Machine, check, costs, fitting, machine, plan, refuse
 from sememe.plan.machine import Speed
 from sememe.plan.stages import estimates
 from sememe.recipe import read_recipe, stages
 from sememe.run import run
 
 VERBS = ["harvest", "train", "evaluate", "interpret", "effects", "explain", "export"]
+CALIBRATION = machine.SECONDS
 
 
 LAST = "[interpret]\nmap = false\n[effects]\nn_latents = 4\nn_top = 2\nn_removals = 0\n[explain]\n"
+
+
+@pytest.fixture(autouse=True)
+def short_calibration(monkeypatch):
+    """Three products of each kind, and not as many as fit a third of a second: else it is what each plan takes."""
+    monkeypatch.setattr(machine, "SECONDS", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +45,8 @@ def changed(place, tmp_path, old: str, new: str):
     return tmp_path / "changed.toml"
 
 
-def test_a_plan_has_a_number_for_every_stage_and_starts_nothing(place, tmp_path):
+def test_a_plan_has_a_number_for_every_stage_and_starts_nothing(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "SECONDS", CALIBRATION)
     started = time.monotonic()
     found = plan(place / "small.toml", out=tmp_path / "out")
     assert [estimate.stage.verb for estimate in found.estimates] == VERBS

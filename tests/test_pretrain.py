@@ -8,12 +8,11 @@ import os
 import random
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -138,10 +137,10 @@ def test_a_second_run_opens_the_first(trained: artifact.Artifact, corpus: Path) 
         pretrain(config.replace(seed=5))
 
 
-KILLED = """
+PROGRAM = """
 import sys
 from sememe.pretrain import PretrainConfig, pretrain
-pretrain(PretrainConfig.model_validate_json(sys.stdin.read()))
+pretrain(PretrainConfig.model_validate_json(sys.argv[1]))
 """
 
 
@@ -150,17 +149,14 @@ def test_killed_and_started_again_gives_the_same_bits(corpus: Path, tmp_path: Pa
     steps: dict[str, Any] = {"n_tokens": 32 * 8 * 60, "n_samples": 0, "n_validations": 2}
     pretrain(small(corpus, whole, **steps))
     config = small(corpus, broken, checkpoint_every_seconds=0, **steps)
-    process = subprocess.Popen([sys.executable, "-c", KILLED], stdin=subprocess.PIPE, text=True)
-    assert process.stdin is not None
-    process.stdin.write(config.model_dump_json())
-    process.stdin.close()
+    process = forked.start(PROGRAM, config.model_dump_json())
     scratch = tmp_path / ".broken.partial" / "scratch"
     deadline = time.monotonic() + 300
     while not list(scratch.glob("checkpoint-00000001*.safetensors")):  # ten steps or more
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
     process.kill()
-    process.wait()
+    process.communicate()
     assert not broken.exists() and list(scratch.glob("checkpoint-*.safetensors"))
     pretrain(config.replace(checkpoint_every_seconds=60))
     assert_same_bits(whole, broken)
@@ -225,13 +221,6 @@ def test_another_tokenizer_and_shape_and_bfloat16(
     assert model.n_layers == 2 and "mlp_act.1" in model.hookpoints()
 
 
-TOGETHER = """
-import sys
-from sememe.pretrain import PretrainConfig, pretrain
-pretrain(PretrainConfig.model_validate_json(sys.stdin.read()))
-"""
-
-
 def test_two_processes_train_as_one_with_the_whole_batch(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,19 +231,17 @@ def test_two_processes_train_as_one_with_the_whole_batch(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    other = os.environ | place | {"RANK": "1", "LOCAL_RANK": "1"}
-    second = subprocess.Popen([sys.executable, "-c", TOGETHER], stdin=subprocess.PIPE, text=True, env=other)
-    assert second.stdin is not None
-    second.stdin.write(config.model_dump_json())
-    second.stdin.close()
-    for name, value in (place | {"RANK": "0", "LOCAL_RANK": "0"}).items():
-        monkeypatch.setenv(name, value)
+    for rank in ("1", "0"):
+        for name, value in (place | {"RANK": rank, "LOCAL_RANK": rank}).items():
+            monkeypatch.setenv(name, value)
+        if rank == "1":
+            second = forked.start(PROGRAM, config.model_dump_json())
     try:
         results = pretrain(config).extra["results"]
         assert second.wait(120) == 0
     finally:
         second.kill()
-        second.wait()
+        second.communicate()
 
     def logged(name: str) -> list[dict[str, float]]:
         return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]

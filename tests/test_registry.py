@@ -86,6 +86,11 @@ def test_a_registry_that_lacks_a_package_is_the_callers_failure(tmp_path: Path, 
 @pytest.mark.skipif(shutil.which("npm") is None, reason="npm is not on this system")
 def test_an_npm_registry_out_of_reach_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("npm_config_registry", "http://127.0.0.1:9/")
+    monkeypatch.setenv("npm_config_fetch_retry_mintimeout", "1")  # milliseconds; ten seconds by default
+    monkeypatch.setenv("npm_config_fetch_retry_maxtimeout", "5")
+    monkeypatch.setenv(
+        "npm_config_update_notifier", "false"
+    )  # which asks the registry, too, and waits longer
     monkeypatch.setenv("npm_config_cache", str(tmp_path / "cache"))
     absent = Package("npm", "sememe-tiny", "1.0.0", "sememe-tiny-1.0.0.tgz", "0" * 64)
     with pytest.raises(

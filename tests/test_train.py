@@ -3,11 +3,10 @@
 import math
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from small_world import POLICY, load_model, text_of, write_corpus, write_model
@@ -21,7 +20,6 @@ from sememe.dictionaries.dead import DeadLatents
 from sememe.dictionaries.room import Room
 from sememe.errors import ActivationError, ConfigError, CorruptError, MismatchError
 from sememe.harvest import harvest
-from sememe.metrics import mmcs
 from sememe.source import Batch, TensorSource
 from sememe.store import open_store
 from sememe.tracking import read_log
@@ -103,12 +101,6 @@ def test_it_learns_and_writes_what_it_promises(kind, tmp_path):
     torch.testing.assert_close(dictionary.W_dec.norm(dim=1), torch.ones(64), atol=1e-4, rtol=1e-4)
 
 
-def test_topk_recovers_planted_features(tmp_path):
-    features, x = planted(8000)
-    made = train(config("topk", tmp_path / "d", n_tokens=1500 * 256), source=TensorSource(x))
-    assert mmcs(features, made.decoder_directions().detach()) > 0.95
-
-
 def test_one_row_has_no_variance_and_so_no_fvu(tmp_path):
     _, x = planted()
     made = config("topk", tmp_path / "d", batch_size=1, n_tokens=3, watch_rows=0, log_every=1)
@@ -169,21 +161,22 @@ def live_config(world: Path, out: Path, objective: str = "local") -> TrainConfig
     )
 
 
+def program(code: str = RESUME) -> str:
+    return code.format(tests=str(Path(__file__).parent))
+
+
 def killed_and_resumed(arguments: list[str], out: Path, kill_at: tuple[int, ...], code: str = RESUME) -> None:
-    command = [sys.executable, "-c", code.format(tests=str(Path(__file__).parent)), *arguments]
     last = 0
     for steps in kill_at:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        assert process.stdout is not None
+        process = forked.start(program(code), *arguments)
         for line in process.stdout:
             last = int(line.split()[1])
             if last >= steps:
                 break
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+        process.kill()
+        process.communicate()
         assert last >= steps and not out.exists()
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = forked.run(program(code), *arguments, check=True)
     first = int(done.stdout.split()[1])
     assert first >= kill_at[-1] > 1, "it went on instead of starting again"
 
@@ -225,12 +218,8 @@ def test_a_live_run_is_killed_and_resumed_to_the_same_bits(objective, tmp_path):
 
 
 def test_ctrl_c_writes_a_checkpoint_and_loses_nothing(tmp_path):
-    code = RESUME.format(tests=str(Path(__file__).parent)).replace(
-        "checkpoint_every_seconds=0", "checkpoint_every_seconds=999"
-    )
-    command = [sys.executable, "-c", code, "topk", str(tmp_path / "d"), "stored"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
+    code = program().replace("checkpoint_every_seconds=0", "checkpoint_every_seconds=999")
+    process = forked.start(code, "topk", str(tmp_path / "d"), "stored")
     for line in process.stdout:
         if line == "step 5\n":
             break
@@ -243,12 +232,8 @@ def test_ctrl_c_writes_a_checkpoint_and_loses_nothing(tmp_path):
 
 def test_a_run_killed_before_its_first_checkpoint_is_in_no_other_configs_way(tmp_path):
     """It leaves a folder with a log and nothing to go on from."""
-    code = RESUME.format(tests=str(Path(__file__).parent)).replace(
-        "checkpoint_every_seconds=0", "checkpoint_every_seconds=999, log_every=1"
-    )
-    command = [sys.executable, "-c", code, "topk", str(tmp_path / "d"), "stored"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
+    code = program().replace("checkpoint_every_seconds=0", "checkpoint_every_seconds=999, log_every=1")
+    process = forked.start(code, "topk", str(tmp_path / "d"), "stored")
     for line in process.stdout:
         if line == "step 5\n":
             break

@@ -43,8 +43,8 @@ def test_kill_9_and_resume_gives_the_same_bits(kind, tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", sorted(OPTIMISERS))
 def test_training_recovers_planted_features(kind, tmp_path):
     features, x = planted(8000)
-    made = train(config(kind, tmp_path / "d", n_tokens=1200 * 256), source=TensorSource(x))
-    assert mmcs(features, made.decoder_directions().detach()) > 0.93
+    made = train(config(kind, tmp_path / "d", n_tokens=600 * 256), source=TensorSource(x))
+    assert mmcs(features, made.decoder_directions().detach()) > (0.95 if kind == "adam" else 0.93)
     log = read_log(tmp_path / "d" / "metrics.jsonl")
     assert log[-1]["fvu"] < 0.3 * log[0]["fvu"]
     assert (log[-1]["lr"] == pytest.approx(RATES[kind])) == (kind == "signum"), "schedule-free"

@@ -1,12 +1,9 @@
 """Sweeps: each dictionary has the bits it has alone, one stream feeds all, and wrong sweeps say what is wrong."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from small_world import load_model, write_corpus, write_model
@@ -186,14 +183,12 @@ def swept(out: Path, devices: tuple[str, ...] = ()) -> None:
     train_sweep(made, source=TensorSource(planted()[1]))
 
 
-def start(out: Path, devices: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+def start(out: Path, devices: tuple[str, ...] = ()) -> forked.Program:
     code = RESUME.format(tests=str(Path(__file__).parent), devices=devices)
-    command = [sys.executable, "-c", code, str(out)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return forked.start(code, str(out))
 
 
-def run_until(process: subprocess.Popen[str], steps: int) -> None:
-    assert process.stdout is not None
+def run_until(process: forked.Program, steps: int) -> None:
     for line in process.stdout:
         if int(line.split()[1]) >= steps:
             return
@@ -205,7 +200,7 @@ def test_kill_9_and_resume_gives_the_same_bits_for_all(tmp_path):
     for steps in (7, 16):
         process = start(tmp_path / "resumed")
         run_until(process, steps)
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         process.communicate()
         assert not (tmp_path / "resumed").exists()
     process = start(tmp_path / "resumed")

@@ -7,12 +7,12 @@ front, as in batched generation.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
 
 __all__ = ["Past", "Prefix"]
 
@@ -44,11 +44,11 @@ class Past:
     """Keys and values of one forward, layer by layer."""
 
     def __init__(self) -> None:
-        self.cache = DynamicCache()
+        self.cache: Any = _empty()
 
     def forget(self) -> None:
         """Begin anew: another forward is about to leave its keys here."""
-        self.cache = DynamicCache()
+        self.cache = _empty()
 
     def keys_and_values(self) -> list[tuple[Float[Tensor, "batch heads seq d"], ...]]:
         """Of each layer."""
@@ -70,34 +70,49 @@ class Past:
         layers = []
         for number, tensors in enumerate(self.keys_and_values()):
             if number < first_layer:
-                layers.append(_Layer(None, None, n_padded))
+                layers.append(_layer_class()(None, None, n_padded))
                 continue
             keys, values = (_lefts(x, at) for x in tensors)
-            layers.append(_Layer(keys, values, n_padded))
-        cache = DynamicCache()
+            layers.append(_layer_class()(keys, values, n_padded))
+        cache = _empty()
         cache.layers = layers
         return Prefix(cache, lengths, n_padded)
 
 
-class _Layer(DynamicLayer):  # type: ignore[misc]
-    """A layer's keys and values with room for the new ones behind them, so that nothing is copied again."""
+def _empty() -> Any:
+    """A cache without layers. transformers is loaded when it is needed: training from a store needs none of it."""
+    from transformers.cache_utils import DynamicCache
 
-    def __init__(self, keys: Tensor | None, values: Tensor | None, n_padded: int) -> None:
-        super().__init__()
-        self.n_padded = n_padded
-        if keys is not None and values is not None:
-            self.dtype, self.device = keys.dtype, keys.device
-            self.keys, self.values = keys, values
-            self.is_initialized = True
+    return DynamicCache()
 
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        end = self.n_padded + key_states.shape[-2]
-        self.keys[:, :, self.n_padded : end] = key_states
-        self.values[:, :, self.n_padded : end] = value_states
-        return self.keys[:, :, :end], self.values[:, :, :end]
 
-    def get_seq_length(self, *_: Any) -> int:
-        return self.n_padded
+@functools.cache
+def _layer_class() -> type[Any]:
+    from transformers.cache_utils import DynamicLayer
+
+    class Layer(DynamicLayer):  # type: ignore[misc]
+        """A layer's keys and values with room for the new ones behind them, so that nothing is copied again."""
+
+        def __init__(self, keys: Tensor | None, values: Tensor | None, n_padded: int) -> None:
+            super().__init__()
+            self.n_padded = n_padded
+            if keys is not None and values is not None:
+                self.dtype, self.device = keys.dtype, keys.device
+                self.keys, self.values = keys, values
+                self.is_initialized = True
+
+        def update(
+            self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+        ) -> tuple[Tensor, Tensor]:
+            end = self.n_padded + key_states.shape[-2]
+            self.keys[:, :, self.n_padded : end] = key_states
+            self.values[:, :, self.n_padded : end] = value_states
+            return self.keys[:, :, :end], self.values[:, :, :end]
+
+        def get_seq_length(self, *_: Any) -> int:
+            return self.n_padded
+
+    return Layer
 
 
 def _places(

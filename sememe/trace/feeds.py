@@ -175,7 +175,6 @@ def _fed(
     base = passes.run()
     clean = readings(lm, [before], inputs, base.activations)
     table = Table([before], inputs, [shift_of(before, clean[0], "zero")], by_position=False)
-    generator = torch.Generator().manual_seed(how.seed)
     if how.method == "gradient":
         found = attribute(passes, table, base)
     else:
@@ -187,7 +186,6 @@ def _fed(
             n_steps=how.n_steps,
             n_grouped=how.n_grouped,
             reach=how.reach,
-            generator=generator,
         )
     order = found.effects.abs().argsort(descending=True, stable=True).tolist()
     checked = order[: max(how.n_checked, how.width)]
