@@ -29,6 +29,7 @@ from sememe import dictionaries
 from sememe import lm as language_models
 from sememe.atlas import labels, open_atlas
 from sememe.dictionaries.base import Dictionary
+from sememe.downstream import prompt_ids
 from sememe.edits import Intervention, LatentEdit
 from sememe.explain import ExplainConfig, explain
 from sememe.figures.plots import STYLE, svg
@@ -66,6 +67,8 @@ class Found(NamedTuple):
     node: GraphNode
     name: str
     dictionary: Dictionary
+    bos: bool
+    """Whether prompts begin with a BOS token, as the dictionary's text did."""
 
 
 def main() -> None:
@@ -85,7 +88,7 @@ def main() -> None:
     lm = language_models.load(ModelConfig(dtype="float32"))
 
     graph = traced(folders, options.out / "trace")
-    found = chosen(graph, folders, lm)
+    found = chosen(graph, folders)
     page = [f"The latent: {found.name} {found.node.latent}", ""]
     page += about(found, folders, options.out, options.n_tokens)
     page += circuit(graph, found)
@@ -93,17 +96,18 @@ def main() -> None:
     page += effects.pop("page")
     doses = dose_response(found, lm)
     page += doses.pop("page")
-    page += written(found, folders, options.out)
     facts = {"latent": found.node.latent, "place": found.name, "ablations": effects, "doses": doses}
     (options.out / "finding.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     (options.out / "finding.md").write_text("\n".join(page) + "\n", encoding="utf-8")
-    print("\n".join(page))
+    print("\n".join(page), flush=True)
     options.images.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(STYLE):
         for name, figure in (("effects", effects_plot(graph)), ("steering", steering_plot(doses))):
             path = options.images / f"finding_{name}.svg"
             path.write_text(svg(figure, f"finding-{name}"), encoding="utf-8")
             print(path)
+    written(found, folders, options.out)
+    print(options.out / "steering" / "steering.md")
 
 
 # -- from the number to latents ----------------------------------------------------------------------------
@@ -129,21 +133,19 @@ def traced(folders: Sequence[Path], out: Path) -> Graph:
     return read_graph(made.path)
 
 
-def chosen(graph: Graph, folders: Sequence[Path], lm: LanguageModel) -> Found:
-    """The latent that matters most on the way: at the subject, and not before the layers can have read it."""
-    latents = [
-        node
-        for node in graph.nodes
-        if node.kind == "latent" and node.exact is not None and node.position == subject(graph)
-    ]
-    node = min(latents, key=lambda one: one.exact or 0.0)
+def chosen(graph: Graph, folders: Sequence[Path]) -> Found:
+    """Of the latents at the subject that really make at least half as much as the strongest, the deepest."""
+    at = subject(graph)
+    latents = [n for n in graph.nodes if n.kind == "latent" and n.exact is not None and n.position == at]
+    strongest = min(node.exact or 0.0 for node in latents)
+    node = max((node for node in latents if (node.exact or 0.0) <= strongest / 2), key=lambda one: one.layer)
     number = node.dictionary or 0
     ref = graph.dictionaries[number]
-    return Found(node, ref.hookpoints[-1], dictionaries.load(folders[number]).eval())
+    return Found(node, ref.hookpoints[-1], dictionaries.load(folders[number]).eval(), at == 2)
 
 
 def subject(graph: Graph) -> int:
-    """The position of the noun: the second token, or the third after a BOS."""
+    """The position of the noun: 1, or 2 after a BOS."""
     return next(i for i, token in enumerate(graph.tokens) if token.strip() in ("keys", "key"))
 
 
@@ -206,14 +208,8 @@ class Case(NamedTuple):
 
 
 def cases(lm: LanguageModel, found: Found, are_plural: bool, pairs: Sequence[tuple[str, str]]) -> list[Case]:
-    assert found.dictionary.sites is not None
-    bos = lm.tokenizer.bos_token_id
-    out = []
-    for sentence, noun in pairs:
-        text = plural(sentence, noun) if are_plural else sentence.format(noun)
-        ids = [*([bos] if bos is not None else []), *lm.tokenizer.encode(text, add_special_tokens=False)]
-        out.append(Case(torch.tensor([ids]), 2 if bos is not None else 1))
-    return out
+    texts = [plural(sentence, noun) if are_plural else sentence.format(noun) for sentence, noun in pairs]
+    return [Case(prompt_ids(lm, text, found.bos), found.node.position) for text in texts]
 
 
 def difference(lm: LanguageModel, case: Case) -> float:
@@ -305,10 +301,10 @@ def pushed(lm: LanguageModel, case: Case, name: str, v: Float[Tensor, " d"]) -> 
         return difference(lm, case)
 
 
-def written(found: Found, folders: Sequence[Path], out: Path) -> list[str]:
+def written(found: Found, folders: Sequence[Path], out: Path) -> None:
     """What the model writes on with the latent turned up everywhere, dose by dose."""
     folder = next(one for one in folders if place_of(one) == found.name)
-    made = steer(
+    steer(
         SteerConfig(
             dictionary=folder,
             latents=(found.node.latent or 0,),
@@ -320,7 +316,6 @@ def written(found: Found, folders: Sequence[Path], out: Path) -> list[str]:
             out=out / "steering",
         )
     )
-    return (made.path / "steering.md").read_text(encoding="utf-8").splitlines()[:60]
 
 
 # -- pictures ------------------------------------------------------------------------------------------------
