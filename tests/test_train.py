@@ -161,11 +161,14 @@ def live_config(world: Path, out: Path, objective: str = "local") -> TrainConfig
     )
 
 
-def program(code: str = RESUME) -> str:
-    return code.format(tests=str(Path(__file__).parent))
+def program(code: str | None = None) -> str:
+    """RESUME as it is now, if not given: other files put their own there."""
+    return (code or RESUME).format(tests=str(Path(__file__).parent))
 
 
-def killed_and_resumed(arguments: list[str], out: Path, kill_at: tuple[int, ...], code: str = RESUME) -> None:
+def killed_and_resumed(
+    arguments: list[str], out: Path, kill_at: tuple[int, ...], code: str | None = None
+) -> None:
     last = 0
     for steps in kill_at:
         process = forked.start(program(code), *arguments)

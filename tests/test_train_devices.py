@@ -71,7 +71,8 @@ def test_a_dying_process_is_an_error_and_ctrl_c_saves(tmp_path):
     for pid in (process.pid, *others):  # a terminal sends it to all
         os.kill(pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode != 0 and errors.rstrip().endswith("KeyboardInterrupt"), errors
+    said = errors.split("nanobind:")[0]  # what triton's library says at the end of a process
+    assert process.returncode != 0 and said.rstrip().endswith("KeyboardInterrupt"), errors
     saved = load_checkpoint(tmp_path / ".d.partial")
     assert saved is not None and saved["run"]["step"] >= 12
     assert not [pid for pid in others if Path(f"/proc/{pid}").exists()]
