@@ -313,6 +313,8 @@ def written(found: Found, folders: Sequence[Path], out: Path) -> None:
             words=("are", "were", "have", "they", "their"),
             target_tokens=(ANSWER,),
             new_tokens=12,
+            n_samples=2,
+            n_random=1,
             out=out / "steering",
         )
     )
@@ -347,13 +349,11 @@ def steering_plot(doses: dict[str, Any]) -> Figure:
     for arm, values in doses["curves"].items():
         random = arm.startswith("random")
         colour = "#8c959f" if random else "#1f6feb" if arm == "the latent" else "#d1730b"
-        label = (
-            "random directions"
-            if arm == "random direction 1"
-            else None
-            if random
-            else f"{arm}, of the same length"
-        )
+        named = {
+            "random direction 1": "random directions",
+            "difference in means": "difference in means, as long",
+        }
+        label = named.get(arm, None if random else arm)
         axes.plot(
             doses["doses"],
             np.mean(values, axis=1),
@@ -371,7 +371,7 @@ def steering_plot(doses: dict[str, Any]) -> Figure:
     axes.axhline(0, color="black", linewidth=0.6)
     axes.set_xlabel("dose at a singular subject (1: what the latent had at a plural one)")
     axes.set_ylabel("logit(are) - logit(is)")
-    axes.legend(frameon=False)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
     return figure
 
 
