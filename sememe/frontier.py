@@ -97,6 +97,10 @@ class Difference(NamedTuple):
         return self.low > 0 or self.high < 0
 
 
+MOST_APART = 3
+"""Options that a group's title may be made of, where it is one dictionary with a name of its own."""
+
+
 def grouped(descriptions: Mapping[str, Mapping[str, Any]]) -> dict[str, Place]:
     """Which dictionaries make a frontier together, and which are seeds of one another.
 
@@ -120,7 +124,11 @@ def grouped(descriptions: Mapping[str, Mapping[str, Any]]) -> dict[str, Place]:
         }
     keys = {name: canonical_json(_plain(options)) for name, options in shared.items()}
     firsts = {key: shared[name] for name, key in reversed(keys.items())}
-    titles = dict(zip(firsts, _titles(list(firsts.values())), strict=True))
+    members: dict[str, list[str]] = {}
+    for name, key in keys.items():
+        members.setdefault(key, []).append(name)
+    alone = [members[key][0] if len(members[key]) == 1 else None for key in firsts]
+    titles = dict(zip(firsts, _titles(list(firsts.values()), alone), strict=True))
     return {name: Place(titles[keys[name]], _words(settings[name], settings[name])) for name in descriptions}
 
 
@@ -140,19 +148,24 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
-def _titles(groups: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Each group by its kind and what sets it apart from the others of that kind."""
+def _titles(groups: Sequence[Mapping[str, Any]], names: Sequence[str | None]) -> list[str]:
+    """Each group by its kind and what sets it apart from the others of that kind.
+
+    A group of one dictionary that it takes more than `MOST_APART` options to tell apart has that one's name.
+    """
     titles: list[str] = []
     groups = [_flat(one) for one in groups]
-    for one in groups:
+    for one, alone in zip(groups, names, strict=True):
         alike = [other for other in groups if other["kind"] == one["kind"]]
-        names = sorted({key for other in alike for key in other})
-        apart = [name for name in names if any(_of(other, name) != _of(one, name) for other in alike)]
+        every = sorted({key for other in alike for key in other})
+        apart = [name for name in every if any(_of(other, name) != _of(one, name) for other in alike)]
         if {"inputs", "outputs"} <= set(apart) and all(
             other.get("inputs") == other.get("outputs") for other in alike
         ):
             apart.remove("outputs")
         title = f"{one['kind']} {_words(one, apart)}".rstrip()
+        if alone is not None and len(apart) > MOST_APART:
+            title = alone
         again = sum(title == other or other.startswith(f"{title} (") for other in titles)
         titles.append(f"{title} ({again + 1})" if again else title)  # what a few words do not tell apart
     return titles

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -372,6 +373,14 @@ def _undescribed(opened: dict[str, Opened]) -> dict[str, Any]:
     return {"rows": rows, **nothing, "text": None, "bootstrap": None, "stopped": None, "together": None}
 
 
+ALONE = "it has one setting"
+"""How `frontier` says that a group has no range."""
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}"
+
+
 def _cautions(data: dict[str, Any]) -> list[str]:
     """What the numbers do not say."""
     found = []
@@ -388,9 +397,14 @@ def _cautions(data: dict[str, Any]) -> list[str]:
             "One seed each: intervals say how the numbers hang on the documents, not how another training "
             "would have come out."
         )
-    found += [
-        f"The means over shared l0 are without {group}: {why}." for group, why in data["left_out"].items()
-    ]
+    reasons: dict[str, list[str]] = {}
+    for group, why in data["left_out"].items():
+        reasons.setdefault("one setting, which is no range" if ALONE in why else why, []).append(group)
+    for why, groups in reasons.items():
+        told = (
+            f"{groups[0]}: {data['left_out'][groups[0]]}" if len(groups) == 1 else f"{_listed(groups)}: {why}"
+        )
+        found.append(f"The means over shared l0 are without {told}.")
     found += [f"{setting} has no place on a frontier: {why}." for setting, why in data["dropped"].items()]
     n_compared = sum(one["low"] is not None for one in data["differences"])
     if n_compared >= 20:

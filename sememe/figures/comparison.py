@@ -43,7 +43,7 @@ FRONTIERS = ("fvu", "ce_increase", "ce_recovered_mean")
 """Metrics drawn against l0."""
 TOLD = ("fvu", "ce_increase")
 """Metrics whose differences are told in words."""
-MAX_SENTENCES = 24
+MAX_SENTENCES = 12
 MAX_VALUES = 12
 """Languages, sources or values of a tag that have a column."""
 MAX_DIRECTIONS = 16
@@ -92,7 +92,8 @@ def write_comparison(folder: Path, data: Data) -> None:
         "density": partial(density_plot, data),
         "mmcs": partial(directions_plot, data),
     }
-    sections = [*_told(data), *_drawn(makers, folder), *_tables(data)]
+    tables = _tables(data)
+    sections = [*_drawn(makers, folder), *tables[:1], *_told(data), *tables[1:]]
     for title, in_markdown, in_html in sections:
         if title:
             markdown += [f"## {title}", ""]
