@@ -1,7 +1,7 @@
 """What edits cost, how few passes trace a number to all latents, and how well that predicts real ablations.
 
     python benchmarks/bench_intervene.py [--dictionaries artifacts/all_layers/dictionary/*/] [--model smollm2-135m]
-        [--n-tokens 120000] [--d-sae 2048] [--rounds 5] [--ways] [--only edit|passes|correlation]
+        [--n-tokens 120000] [--d-sae 2048] [--rounds 15] [--ways] [--only edit|passes|correlation]
 
 edit_over_plain: forwards of 16 x 128 tokens with one latent of 4,608 ablated at resid_post.8, over the same forwards
 without, taken in turns; beside it, adding a latent, which needs no encoding. The dictionary is an untrained TopK one: a
@@ -71,7 +71,7 @@ def main() -> None:
         "--n-tokens", type=int, default=120_000, help="of training, if no dictionaries are given"
     )
     parser.add_argument("--d-sae", type=int, default=2048)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--ways", action="store_true", help="print how other paths do, too")
     parser.add_argument("--only", choices=("edit", "passes", "correlation"), default=None)
     options = parser.parse_args()
