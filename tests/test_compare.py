@@ -4,6 +4,7 @@ import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from test_report import Page
 from sememe import artifact, dictionaries
 from sememe.cli import _run
 from sememe.compare import CompareConfig, Comparison, compare
+from sememe.compare.verb import _cautions
 from sememe.dictionaries.topk import TopK, TopKConfig
 from sememe.errors import ArtifactError, ConfigError, MismatchError, ShapeError, TextError
 from sememe.evaluate import EvaluateConfig, evaluate
@@ -503,3 +505,21 @@ def test_intervals_need_two_documents(world: World, tmp_path: Path) -> None:
     assert data["text"]["n_documents"] == 1
     assert all(row["metrics"]["fvu"]["low"] is None for row in data["rows"])
     assert not any(one["real"] for one in data["differences"])
+
+
+def test_groups_of_one_setting_are_named_in_one_caution():
+    def group(n: int) -> dict[str, Any]:
+        return {"points": [{"n_seeds": 2}] * n}
+
+    data = {
+        "rows": [],
+        "frontiers": {"a": group(1), "b": group(1), "far": group(3)},
+        "left_out": {"a": "it has one setting", "b": "it has one setting", "far": "its l0 do not reach"},
+        "dropped": {},
+        "differences": [],
+        "stopped": None,
+    }
+    assert _cautions(data) == [
+        "The means over shared l0 are without those of one setting: a, b.",
+        "The means over shared l0 are without far: its l0 do not reach.",
+    ]

@@ -53,6 +53,15 @@ def test_what_sets_groups_apart_is_in_their_titles():
     assert [place.group for place in found.values()] == ["topk resid_post.8", "topk resid_post.2"]
 
 
+def test_a_dictionary_that_takes_many_options_to_tell_apart_has_its_own_name():
+    training = {"lr": 0.5, "steps": 3, "decay": 0.1}
+    found = grouped({"plain": about(k=16), "mine": about(k=16, d_sae=128, training=training)})
+    assert [place.group for place in found.values()] == ["plain", "mine"]
+    found = grouped({"a": about(k=16), "b": about(k=8), "mine": about(k=16, d_sae=128, training=training)})
+    assert found["mine"].group == "mine"
+    assert found["a"].group == found["b"].group != "a", "two dictionaries are not called after one of them"
+
+
 def test_ways_to_fit_are_told_apart_by_their_own_options():
     ways = {
         name: about(kind="sparse_coder", training={"baseline": {"kind": "ksvd", "update": name, "k": k}})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -47,7 +46,7 @@ from sememe.text import TokenPolicy
 
 __all__ = ["COMPARISON", "compare"]
 
-VERSION = 6
+VERSION = 7
 COMPARISON = "comparison.json"
 SCHEMA = "comparison.schema.json"
 MAX_NULL_L0S = 3
@@ -373,14 +372,6 @@ def _undescribed(opened: dict[str, Opened]) -> dict[str, Any]:
     return {"rows": rows, **nothing, "text": None, "bootstrap": None, "stopped": None, "together": None}
 
 
-ALONE = "it has one setting"
-"""How `frontier` says that a group has no range."""
-
-
-def _listed(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:-1])} and {names[-1]}"
-
-
 def _cautions(data: dict[str, Any]) -> list[str]:
     """What the numbers do not say."""
     found = []
@@ -397,14 +388,12 @@ def _cautions(data: dict[str, Any]) -> list[str]:
             "One seed each: intervals say how the numbers hang on the documents, not how another training "
             "would have come out."
         )
-    reasons: dict[str, list[str]] = {}
-    for group, why in data["left_out"].items():
-        reasons.setdefault("one setting, which is no range" if ALONE in why else why, []).append(group)
-    for why, groups in reasons.items():
-        told = (
-            f"{groups[0]}: {data['left_out'][groups[0]]}" if len(groups) == 1 else f"{_listed(groups)}: {why}"
-        )
-        found.append(f"The means over shared l0 are without {told}.")
+    left_out = dict(data["left_out"])
+    single = [group for group in left_out if len(data["frontiers"][group]["points"]) == 1]
+    if len(single) > 1:
+        found.append(f"The means over shared l0 are without those of one setting: {', '.join(single)}.")
+        left_out = {group: why for group, why in left_out.items() if group not in single}
+    found += [f"The means over shared l0 are without {group}: {why}." for group, why in left_out.items()]
     found += [f"{setting} has no place on a frontier: {why}." for setting, why in data["dropped"].items()]
     n_compared = sum(one["low"] is not None for one in data["differences"])
     if n_compared >= 20:

@@ -102,7 +102,7 @@ __all__ = [
     "trace",
 ]
 
-VERSION = 1
+VERSION = 2
 PAGE = "trace.md"
 NODES = "nodes.json"
 """Every node's predicted effect, those that are not in the graph too, and what was checked."""

@@ -111,6 +111,14 @@ def dots(start: int, stop: int, vectors: Any, indices: Any, ptr: Any, weights: A
 
 
 @jit
+def _first_from(latent: int, indices: Any, begin: int, end: int) -> int:
+    """The first entry from `begin` on whose latent is not below this one; `end` if there is none."""
+    while begin < end and indices[begin] < latent:
+        begin += 1
+    return begin
+
+
+@jit
 def dots_by_tiles(
     start: int, stop: int, vectors: Any, indices: Any, ptr: Any, weights: Any, tile: int, out: Any
 ) -> None:
@@ -118,10 +126,8 @@ def dots_by_tiles(
     cursor = ptr[start:stop].copy()
     for first in range(0, weights.shape[0], tile):
         for row in range(start, stop):
-            begin, end = cursor[row - start], ptr[row + 1]
-            last = begin
-            while last < end and indices[last] < first + tile:
-                last += 1
+            begin = cursor[row - start]
+            last = _first_from(first + tile, indices, begin, ptr[row + 1])
             if last > begin:
                 dots_of_row(vectors[row], weights, indices[begin:last], out[begin:last])
                 cursor[row - start] = last
@@ -173,10 +179,8 @@ def reconstruct_by_tiles(
         cursor = ptr[start:stop].copy()
         for first in range(0, weights.shape[0], tile):
             for row in range(start, stop):
-                begin, end = cursor[row - start], ptr[row + 1]
-                last = begin
-                while last < end and indices[last] < first + tile:
-                    last += 1
+                begin = cursor[row - start]
+                last = _first_from(first + tile, indices, begin, ptr[row + 1])
                 if last > begin and forward:
                     _add(error[row], acts[begin:last], indices[begin:last], weights)
                 elif last > begin:
