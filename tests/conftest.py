@@ -50,6 +50,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_sessionfinish() -> None:
+    """What was kept goes: else triton's library reports every one of its objects as leaked."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True, scope="module")
 def plots_are_drawn_but_not_laid_out(request: pytest.FixtureRequest) -> Iterator[None]:
     """Where numbers of reports are looked at: finding room for labels takes half of a report's time."""
