@@ -1,6 +1,7 @@
 """Complete or absent: artifacts under crashes, damage, strangers and full disks."""
 
 import errno
+import fcntl
 import json
 import os
 import platform
@@ -327,7 +328,7 @@ def test_a_lock_file_that_its_owner_deleted_guards_nothing(tmp_path):
     """Opened by a second run just before the first one ends: it must not share the folder with a third."""
     path = tmp_path / "a"
     opened, ended = threading.Event(), threading.Event()
-    flock = artifact.fcntl.flock
+    flock = fcntl.flock
 
     def late(file, how):
         if threading.current_thread() is not threading.main_thread() and not opened.is_set():
@@ -342,7 +343,7 @@ def test_a_lock_file_that_its_owner_deleted_guards_nothing(tmp_path):
             seen.append(path.with_name(".a.lock").exists())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(artifact.fcntl, "flock", late)
+        patch.setattr(fcntl, "flock", late)
         with artifact.building(path, kind="thing", version=1, config=Plain(), parents={}):
             thread = threading.Thread(target=second)
             thread.start()
