@@ -307,3 +307,21 @@ def test_a_nan_among_rows_looked_ahead_at_is_told_with_its_own_step(tmp_path, sc
             ),
             source=TurnsBad(x, seed=0),
         )
+
+
+@pytest.mark.parametrize("kind", ["relu", "gated", "p_anneal"])
+def test_after_a_sparse_start_latents_fire_on_the_rows_they_are_pointed_at(kind):
+    """A fifth of the usual length would not reach over biases that let 2.5% of the rows through."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2048, 32, generator=generator)
+    config = TrainConfig.build(
+        {"architecture": {"kind": kind, "d_sae": 1024, "l1_coefficient": 0.05}}
+    ).architecture
+    dictionary = dictionaries.build(config, 32, 32)
+    dictionary.initialise(x, x, generator)
+    ids = torch.arange(0, 1000, 10)
+    rows = x[: len(ids)]
+    dictionary.reset_latents(ids, rows - dictionary.b_pre)
+    acts = dictionary.encode(rows).to_dense()[torch.arange(len(ids)), ids]
+    assert bool((acts > 0).all())
+    assert float(dictionary.encode(x).l0().float().mean()) == pytest.approx(0.025 * 1024, rel=0.2)

@@ -150,6 +150,30 @@ def test_a_sweeps_dictionaries_keep_their_own_copies_and_end_when_all_are_settle
     assert (sweep.path("seed1") / weights).read_bytes() == (tmp_path / "alone" / weights).read_bytes()
 
 
+def test_a_sweeps_member_that_has_settled_waits_for_the_others_as_it_is(tmp_path):
+    """The first finishes at its first comparison, the second never: neither knows of the other."""
+    _, x = planted()
+    made = config(
+        "topk", tmp_path / "s", lr=1e-3, checkpoint_every_seconds=0, sweep=("freeze_above=0.1,1.0",)
+    )
+    sweep = train_sweep(made, source=TensorSource(x))
+    for name, above in zip(sweep.names, (0.1, 1.0), strict=True):
+        train(
+            made.model_copy(update={"sweep": (), "freeze_above": above, "out": tmp_path / name}),
+            source=TensorSource(x),
+        )
+        alone = tmp_path / name
+        assert (sweep.path(name) / "weights.safetensors").read_bytes() == (
+            alone / "weights.safetensors"
+        ).read_bytes()
+        assert (
+            read_log(sweep.path(name) / "metrics.jsonl")[-1]["step"]
+            == read_log(alone / "metrics.jsonl")[-1]["step"]
+        )
+    last = [read_log(sweep.path(name) / "metrics.jsonl")[-1]["step"] for name in sweep.names]
+    assert last[0] < last[1]
+
+
 def test_no_copy_is_kept_of_a_dictionary_that_went_wrong(tmp_path):
     _, x = planted()
     x[2000:] = float("nan")

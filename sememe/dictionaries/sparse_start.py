@@ -54,11 +54,16 @@ class SparseStart(Steered, abc.ABC):
                 self.b_enc[0] = kept
 
     def _reset_encoder(self, ids: Int[Tensor, " n"], units: Float[Tensor, "n d_in"]) -> None:
-        """As every linear encoder; the bias is what is usual, for from 0 it would take long to get there."""
+        """As every linear encoder. After a sparse start the bias is what is usual: from 0, half of the rows would be
+        active again."""
         usual = self.b_enc.median()
         super()._reset_encoder(ids, units)
         if self._start_density() > 0:
             self.b_enc[ids] = usual
+
+    def _reset_norm(self, norms: Float[Tensor, " d_sae"], ids: Int[Tensor, " n"]) -> Float[Tensor, ""]:
+        """After a sparse start as long as is usual: at a fifth of that no row would reach over the bias."""
+        return norms.median() if self._start_density() > 0 else super()._reset_norm(norms, ids)
 
     def start_l0(self) -> float:
         """The density that biases start at; half of the latents where they start at 0."""

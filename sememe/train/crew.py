@@ -46,7 +46,7 @@ class Team(Protocol):
     def train_step(
         self, batch: Batch, ahead: Batch | None, logging: bool
     ) -> dict[str, dict[str, float]] | None:
-        """One step of each; their numbers by name, if asked."""
+        """One step of each that is not finished; their numbers by name, if asked."""
         ...
 
     def finished(self) -> bool:
@@ -133,8 +133,9 @@ class Crew:
         self._stack()
 
     def _stack(self) -> None:
-        """Let those of one shape step as one, where that is faster."""
-        self.stacks = stacks_of(list(self.members.values())) if stacks_on(self.device) else []
+        """Let those of one shape step as one, where that is faster; not those that have nothing left to train."""
+        going = [member for member in self.members.values() if not member.finished]
+        self.stacks = stacks_of(going) if stacks_on(self.device) else []
 
     def rows_wanted(self, step: int) -> int:
         """The most that any member wants."""
@@ -143,18 +144,22 @@ class Crew:
     def train_step(
         self, batch: Batch, ahead: Batch | None, logging: bool
     ) -> dict[str, dict[str, float]] | None:
-        """One step of each."""
+        """One step of each that has something left to train, as each would end alone; numbers of those."""
         batch = batch.to(self.device)
         ahead = None if ahead is None else ahead.to(self.device)
         values: dict[str, dict[str, float]] = {}
+        if any(self.members[name].finished for stack in self.stacks for name in stack.names):
+            self._stack()
         stacked = {name for stack in self.stacks for name in stack.names}
         for stack in self.stacks:
             values |= stack.train_step(batch, ahead, logging)
-        for name in [name for name in self.members if name not in stacked]:
-            stepped = self.members[name].train_step(batch, ahead)
+        for name, member in self.members.items():
+            if name in stacked or member.finished:
+                continue
+            stepped = member.train_step(batch, ahead)
             if logging:
-                values[name] = self.members[name].metrics(stepped)
-        return {name: values[name] for name in self.members} if logging else None
+                values[name] = member.metrics(stepped)
+        return {name: values[name] for name in self.members if name in values} if logging else None
 
     def finished(self) -> bool:
         """Whether all members are."""

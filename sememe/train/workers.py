@@ -142,7 +142,7 @@ class Workers:
         values: dict[str, dict[str, float]] = {}
         for answer in self._step_answers(self.n_sent):
             values |= answer
-        return {name: values[name] for name in self.homes}
+        return {name: values[name] for name in self.homes if name in values}
 
     def finished(self) -> bool:
         """Whether all members are."""
