@@ -31,12 +31,13 @@ RESULTS = Path("artifacts/bench/peers")
 STORE = Path("artifacts/demo/store")
 N_HELD_OUT = 16_384
 LEARNING_RATES = {
-    "sae_lens": (3e-4, 1e-3, 3e-3),
-    "sparsify": (3e-3, 1e-2, 3e-2),
-    "dictionary_learning": (4e-4, 1.2e-3, 3.6e-3),
+    "sae_lens": (3e-4, 1e-3, 3e-3, 1e-2),
+    "sparsify": (1e-3, 3e-3, 1e-2, 3e-2),
+    "dictionary_learning": (4e-4, 1.2e-3, 3.6e-3, 1e-2),
     "sememe": (None,),
 }
-"""What is tried: for the peers their default (or, for sparsify, near it), and around it; for us ours alone."""
+"""What is tried: for the peers their default (or, for sparsify, near it), and on until the best lies between others;
+for us ours alone."""
 FASTER = {"sae_lens": 10, "sparsify": 3}
 """How many times sooner than a peer's own run ends ours must have reached the best peer's final fvu."""
 
