@@ -240,7 +240,7 @@ def growths(batch: int, only: str) -> list[dict[str, Any]]:
 
 def timed(case: Case, source: Source, rounds: int) -> dict[str, Any]:
     """A step over a product, taken in turn."""
-    rounds = min(rounds, 5) if case.name.endswith("dense") else rounds
+    rounds = 10 if case.name.endswith("dense") else max(rounds, 10)
     with only_float32() if case.name.endswith("float32") else contextlib.nullcontext():
         step = step_of(case, source)
         product = product_of(source.d_in, case.architecture.width(source.d_in), case.batch)
