@@ -28,7 +28,7 @@ from sememe.text import fetch, fingerprint
 
 __all__ = ["Baselines", "PretrainConfig", "baselines", "pretrain"]
 
-VERSION = 1
+VERSION = 2
 
 
 def pretrain(config: PretrainConfig, *, fresh: bool = False) -> artifact.Artifact:

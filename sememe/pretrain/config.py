@@ -46,7 +46,8 @@ class PretrainConfig(Config):
     batch_rows: int = Field(default=32, ge=1)
     """Rows per optimiser step."""
     micro_rows: int | None = Field(default=None, ge=1)
-    """Rows per forward, whose gradients are added up to a step; batch_rows if not given."""
+    """Rows per forward, whose gradients are added up to a step. If not given, batch_rows, and on a CPU as many as keep
+    the logits below 32 MB."""
     lr: float = Field(default=2e-3, gt=0)
     """Peak learning rate."""
     lr_floor: float = Field(default=0.1, ge=0, le=1)

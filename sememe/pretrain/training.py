@@ -32,6 +32,8 @@ from sememe.tracking import Log
 __all__ = ["SCRATCH", "Run"]
 
 LOG, RESULTS, SAMPLES = "metrics.jsonl", "results.json", "samples.md"
+LOGITS = 2**23
+"""Logits of a forward on a CPU: 32 MB in float32, the most that the C library's allocator keeps for the next one."""
 SCRATCH = "scratch"
 """Folder for what a finished model does not need: rows, tokenizer, checkpoints."""
 
@@ -58,6 +60,8 @@ class Run:
         group.told(None)  # the first one has written what the others read now
         if not group.first:
             self._read()
+        if config.micro_rows is None and self.device.type == "cpu":
+            self.part = self.part._replace(micro_rows=self._at_hand())
         self.model = build_causal_lm(
             config.architecture,
             vocab_size=len(self.tokenizer),
@@ -82,6 +86,15 @@ class Run:
         self.heldout_rows = rows_of(
             config, self.tokenizer, "heldout", config.validation_tokens, self.scratch / "heldout.bin"
         )
+
+    def _at_hand(self) -> int:
+        """Rows per forward on a CPU: as many as divide a step and keep their logits below LOGITS. Larger arrays
+        are taken from the system and given back at every step, page by page, which took 40% of a step."""
+        of_row = self.config.context_length * len(self.tokenizer)
+        fitting = (
+            n for n in range(self.part.rows, 0, -1) if self.part.rows % n == 0 and n * of_row <= LOGITS
+        )
+        return next(fitting, 1)
 
     # -- state -------------------------------------------------------------------------------------
 
