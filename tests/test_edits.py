@@ -10,7 +10,7 @@ from edited_models import D, N, commonest, identity, make_lm, random_topk, sites
 from torch import Tensor
 
 from sememe.dictionaries import Sites
-from sememe.edits import Intervention, LatentEdit, editing
+from sememe.edits import Intervention, LatentEdit, _hashed, editing
 from sememe.errors import ConfigError, HookpointError, MismatchError, ShapeError
 from sememe.lm import LanguageModel
 
@@ -118,21 +118,92 @@ def test_an_identity_dictionary_patches_activations_plainly(lm: LanguageModel, t
     assert torch.equal(plain, edited)
 
 
-def test_edits_in_generation_equal_recomputation_without_a_cache(lm: LanguageModel, texts: list[str]) -> None:
+@pytest.mark.parametrize("error", ["keep", "drop"])
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"how": "zero"},
+        {"how": "mean"},
+        {"how": "resample"},
+        {"how": "clamp", "value": 3.0},
+        {"how": "scale", "value": 4.0},
+        {"how": "add", "value": 2.0},
+        {"how": "patch"},
+        {"how": "project_out"},
+    ],
+    ids=lambda edit: edit["how"],
+)
+def test_edits_in_generation_equal_recomputation_without_a_cache(
+    lm: LanguageModel, texts: list[str], edit: dict[str, Any], error: Any
+) -> None:
+    """The prompt has 5 tokens, the other run 9: four of the new ones are patched, too, and those after are not."""
     dictionary = random_topk(sites(lm, "resid_post.1"))
-    intervention = Intervention(dictionary, [LatentEdit(latents=(3,), how="add", value=6.0)])
     ids = some_ids(lm, texts, length=5)
-    plain = lm.generate(ids, 20, stop_at_eos=False)
+    other = None
+    if edit["how"] in ("mean", "resample", "patch"):
+        with torch.no_grad():
+            other = lm.capture(some_ids(lm, texts[10:], length=9), "resid_post.1")
+    edits = [LatentEdit.build({"latents": tuple(range(N)), **edit})]
+    if edit["how"] == "project_out":
+        edits = [LatentEdit(latents=(1, 2, 3), how="project_out")]
+    intervention = Intervention(dictionary, edits, error=error, other=other)
     with intervention.on(lm):
-        cached = lm.generate(ids, 20, stop_at_eos=False)
-        anew = lm.generate(ids, 20, stop_at_eos=False, use_cache=False)
-    by_hand = ids
-    for _ in range(20):
-        with intervention.on(lm), torch.no_grad():
-            logits = lm.logits(lm.hidden(by_hand))[:, -1]
-        by_hand = torch.cat([by_hand, logits.argmax(-1, keepdim=True)], dim=1)
-    assert torch.equal(cached, anew) and torch.equal(cached, by_hand)
-    assert not torch.equal(cached, plain)
+        cached = lm.generate(ids, 14, stop_at_eos=False)
+        anew = lm.generate(ids, 14, stop_at_eos=False, use_cache=False)
+    assert torch.equal(cached, anew)
+    assert not torch.equal(cached, lm.generate(ids, 14, stop_at_eos=False))
+    if edit["how"] == "patch":  # by hand, with what a forward of the whole text is given
+        acts = dictionary.encode(other["resid_post.1"].reshape(-1, D)).to_dense().reshape(3, 9, N)
+
+        def patched(x: Tensor) -> Tensor:
+            new, n = x.clone(), min(x.shape[1], 9)
+            mine = x[:, :n].reshape(-1, D)
+            theirs = acts[:, :n].reshape(-1, N) @ dictionary.W_dec
+            own = (
+                dictionary.b_dec
+                if error == "drop"
+                else mine - dictionary.encode(mine).to_dense() @ dictionary.W_dec
+            )
+            new[:, :n] = (theirs + own).reshape(3, n, D)
+            return new
+
+        with torch.no_grad(), lm.edit({"resid_post.1": patched}):
+            assert torch.equal(cached, lm.generate(ids, 14, stop_at_eos=False, use_cache=False))
+
+
+def test_a_patch_in_generation_holds_at_its_positions_only(lm: LanguageModel, texts: list[str]) -> None:
+    """One of the prompt and one of the new tokens, from a run that is longer; and from one as long as what is named."""
+    dictionary = random_topk(sites(lm, "resid_post.1"))
+    ids = some_ids(lm, texts, length=5)
+    with torch.no_grad():
+        other = lm.capture(some_ids(lm, texts[10:], length=12), "resid_post.1")
+    patch = LatentEdit(latents=tuple(range(N)), how="patch")
+    short = {"resid_post.1": other["resid_post.1"][:, :3]}
+    for theirs, positions in ((other, [2, 6]), (short, [2])):
+        with Intervention(dictionary, [patch], other=theirs, positions=positions).on(lm):
+            cached = lm.generate(ids, 10, stop_at_eos=False)
+            anew = lm.generate(ids, 10, stop_at_eos=False, use_cache=False)
+        by_hand = ids
+        for _ in range(10):
+            at = [p for p in positions if p < by_hand.shape[1]]
+            more = {"resid_post.1": torch.nn.functional.pad(theirs["resid_post.1"], (0, 0, 0, 12))}
+            with Intervention(dictionary, [patch], other=more, positions=at).on(lm), torch.no_grad():
+                logits = lm.logits(lm.hidden(by_hand))[:, -1]
+            by_hand = torch.cat([by_hand, logits.argmax(-1, keepdim=True)], dim=1)
+        assert torch.equal(cached, anew) and torch.equal(cached, by_hand)
+
+
+def test_edits_before_a_patch_stay_where_the_other_run_has_nothing(lm: LanguageModel) -> None:
+    dictionary = random_topk(sites(lm, "resid_post.1"))
+    x = torch.randn(1, 2, D, generator=torch.Generator().manual_seed(0))
+    edits = [LatentEdit(latents=(3,), how="clamp", value=2.0), LatentEdit(latents=(3, 4), how="patch")]
+    own = Intervention(dictionary, edits, other={"resid_post.1": x[:, :1]})
+    with torch.no_grad():
+        new = own.edited({"resid_post.1": x}, first=0, n_prompt=1)["resid_post.1"]
+        acts = dictionary.encode(x[0]).to_dense()
+    assert torch.equal(new[0, 0], x[0, 0])
+    expected = x[0, 1] + (2.0 - acts[1, 3]) * dictionary.W_dec[3]
+    torch.testing.assert_close(new[0, 1], expected.detach(), rtol=1e-5, atol=1e-6)
 
 
 def test_positions_over_the_norm_limit_and_outside_the_mask_keep_their_bits(
@@ -265,6 +336,57 @@ def test_resampling_takes_whole_rows_of_the_other_run_by_its_seed(
     assert torch.equal(found, resampled(0)) and not torch.equal(found, resampled(1))
 
 
+def test_draws_follow_the_place_and_not_the_forwards(lm: LanguageModel, texts: list[str]) -> None:
+    dictionary = random_topk(sites(lm, "resid_post.1"))
+    _ids, _, mine, theirs = two_runs(lm, texts, "resid_post.1")
+    two = [LatentEdit(latents=(i,), how="resample") for i in (0, 1)]
+    x = mine["resid_post.1"]
+    with torch.no_grad():
+        whole = Intervention(dictionary, two, other=theirs).edited(mine)["resid_post.1"]
+        last = Intervention(dictionary, two, other=theirs).edited({"resid_post.1": x[:, 7:]}, 7, 7)
+        assert torch.equal(whole[:, 7:], last["resid_post.1"])
+        acts = Intervention(dictionary, two, other=theirs)._acts_at(theirs, None)[1]
+    places = torch.arange(4000)
+    drawn = _hashed(0, 0, torch.zeros_like(places), places) % len(acts)
+    counts = torch.bincount(drawn, minlength=len(acts)).double()
+    assert float(((counts - 4000 / 36) ** 2 / (4000 / 36)).sum()) < 75, "chi squared of 35 degrees of freedom"
+    for other in ((0, 1, 0), (1, 0, 0), (0, 0, 1)):  # another seed, edit, text
+        again = _hashed(other[0], other[1], torch.full_like(places, other[2]), places) % len(acts)
+        assert abs(float((again == drawn).double().mean()) - 1 / 36) < 0.01
+
+
+def test_sinks_and_rows_that_are_dropped_are_in_no_mean_and_no_draw(
+    lm: LanguageModel, texts: list[str]
+) -> None:
+    _, _, _, theirs = two_runs(lm, texts, "resid_post.1")
+    y = theirs["resid_post.1"].clone()
+    limit = 1.1 * float(y.norm(dim=-1).max())
+    y[:, 0] *= 100
+    keep = torch.ones(y.shape[:2], dtype=torch.bool)
+    keep[:, 1] = False
+    dictionary = identity(sites(lm, "resid_post.1", max_norm=limit))
+    everything = tuple(range(2 * D))
+    usual = y[:, 2:].reshape(-1, D)
+    place = {"resid_post.1": torch.zeros(4, 50, D)}
+
+    def edited(how: str, **more: Any) -> Tensor:
+        edit = LatentEdit.build({"latents": everything, "how": how})
+        own = Intervention(dictionary, [edit], error="drop", other={"resid_post.1": y}, **more)
+        with torch.no_grad():
+            return own.edited(place)["resid_post.1"].reshape(-1, D)
+
+    torch.testing.assert_close(edited("mean", other_keep=keep)[0], usual.mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(edited("mean")[0], y[:, 1:].reshape(-1, D).mean(0), rtol=1e-5, atol=1e-6)
+    pool = {tuple(row.tolist()) for row in usual}
+    assert {tuple(row.tolist()) for row in edited("resample", other_keep=keep)} == pool
+    with pytest.raises(
+        ConfigError, match=r"a row of the other run that is kept and within .*, got none of 36"
+    ):
+        edited("mean", other_keep=torch.zeros_like(keep))
+    with pytest.raises(ShapeError, match=r"other run that may be taken must have the shape .*\(3, 12\)"):
+        edited("mean", other_keep=keep[:, :5])
+
+
 def test_what_is_projected_out_is_gone_and_the_rest_stays(lm: LanguageModel, texts: list[str]) -> None:
     dictionary = random_topk(sites(lm, "resid_post.1"))
     ids, _, mine, _ = two_runs(lm, texts, "resid_post.1")
@@ -338,18 +460,59 @@ def test_positions_and_other_runs_that_do_not_fit(lm: LanguageModel, texts: list
     ):
         Intervention(dictionary, [patch])
     short = {"resid_post.1": theirs["resid_post.1"][:, :9]}
+    for more, message in (
+        ({}, r"patch every position, the other run must have 12 tokens, got 9\. Give prompts of equal"),
+        (
+            {"positions": [2, 9]},
+            r"reach the positions that are patched, got 9 tokens, and positions 2, 9 of 12",
+        ),
+    ):
+        with (
+            pytest.raises(ShapeError, match=message),
+            Intervention(dictionary, [patch], other=short, **more).on(lm),
+        ):
+            lm.hidden(ids)
+    with (
+        pytest.raises(ShapeError, match=r"as many texts as this one, 2, got 3\. Give one counterpart"),
+        Intervention(dictionary, [patch], other=theirs).on(lm),
+    ):
+        lm.hidden(ids[:2])
     with (
         pytest.raises(
-            ShapeError, match=r"the shape of this one, \(3, 12\), got \(3, 9\)\. Give prompts of equal"
+            ShapeError, match=r"a whole prompt, the other run must have its 12 tokens or more, got 9"
         ),
         Intervention(dictionary, [patch], other=short).on(lm),
     ):
-        lm.hidden(ids)
+        lm.generate(ids, 3)
     with (
         pytest.raises(ShapeError, match=r"the other run must have 9 tokens, got 12\. Give prompts of equal"),
         Intervention(dictionary, [patch], other=theirs).on(lm),
     ):
         lm.hidden(ids[:, :9])
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("position", [9, 10_000, -6])
+def test_positions_that_a_generation_never_reads(
+    lm: LanguageModel, texts: list[str], position: int, use_cache: bool
+) -> None:
+    """Of 5 tokens and 5 new ones, 9 are read: nothing follows the last."""
+    ids = some_ids(lm, texts, length=5)
+    own = Intervention(
+        random_topk(sites(lm, "resid_post.1")), [LatentEdit(latents=(3,))], positions=[1, position]
+    )
+    message = (
+        rf"in \[-5, 8\], the prompt has 5 tokens and 4 of the new ones are read, got {position}\. Change"
+    )
+    with own.on(lm):
+        with pytest.raises(ConfigError, match=message):
+            lm.generate(ids, 5, stop_at_eos=False, use_cache=use_cache)
+        with (
+            pytest.raises(ConfigError, match=r"in \[-6, 5\]|got -6")
+            if position != -6
+            else pytest.raises(ConfigError, match=r"in \[-5, 4\]")
+        ):
+            lm.hidden(ids if position == -6 else some_ids(lm, texts, length=6))
 
 
 def test_a_dictionary_that_writes_before_it_reads(lm: LanguageModel, texts: list[str]) -> None:
