@@ -106,7 +106,7 @@ class Intervention:
         keep: Bool[Tensor, "batch seq"] | None = None,
         positions: Sequence[int] | None = None,
         other: Mapping[str, Float[Tensor, "rows_of other d"]] | None = None,
-        other_keep: Bool[Tensor, "rows_of other"] | None = None,
+        other_keep: Bool[Tensor, "texts tokens"] | None = None,
         seed: int = 0,
     ) -> None:
         if dictionary.sites is None:
