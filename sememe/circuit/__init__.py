@@ -229,7 +229,9 @@ def _checked_edges(
     which = chosen(links.weight, np.flatnonzero(between), config.n_checked_edges, config.seed)
     pairs = list(zip(links.source[which].tolist(), links.target[which].tolist(), strict=True))
     weights = links.weight[which].tolist()
-    held, free = (exact_edges(lm, ids, sources, pairs, config.batch_rows, held=held) for held in (True, False))
+    held, free = (
+        exact_edges(lm, ids, sources, pairs, config.batch_rows, held=held) for held in (True, False)
+    )
     return {
         "n_checked_edges": len(which),
         "correlation_edges": agreement(weights, held),

@@ -2,7 +2,7 @@
 
 Knows the model and what latents write. Attention patterns, norms, MLPs and the other latents respond here, which the
 frozen model's prediction leaves out: how well the two agree is what says whether the graph is worth reading. An edge is
-looked at in two ways: with the MLPs between its ends held, which an edge leaves to other edges, and with all of it free.
+looked at in two ways: with the MLPs between its ends held, which an edge leaves to other edges, and with all free.
 """
 
 from __future__ import annotations
