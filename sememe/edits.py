@@ -131,7 +131,10 @@ class Intervention:
                 "none",
                 "Give other=lm.capture(ids, hookpoints).",
             )
-        self._other, self._pool = (None, None) if other is None else self._acts_at(other, other_keep)
+        self._other: Tensor | None = None
+        self._pool: Tensor | None = None
+        if other is not None:
+            self._other, self._pool = self._acts_at(other, other_keep)
         self._columns = {latent: i for i, latent in enumerate(self.latents)}
         self._placed = any(edit.how in _PLACED for edit in self.edits)
         self._patches = any(edit.how == "patch" for edit in self.edits)
@@ -440,7 +443,8 @@ def _hashed(seed: int, number: int, *columns: Int[Tensor, " rows"]) -> Int[Tenso
     Draws that follow a place and not the forwards are the same with keys kept and without.
     """
     x = torch.zeros_like(columns[0])
-    for part in (seed, number, *columns):
+    parts: tuple[int | Tensor, ...] = (seed, number, *columns)
+    for part in parts:
         x = (x + part) * _GOLDEN
         for shift, factor in ((30, _FIRST), (27, _SECOND), (31, 1)):
             x = (

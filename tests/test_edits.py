@@ -292,7 +292,12 @@ def test_all_latents_of_an_identity_dictionary_are_activation_patching(
         with Intervention(dictionary, [patch], error="drop", other=theirs, positions=at).on(lm):
             assert torch.equal(lm.hidden(ids), plain)
         with Intervention(dictionary, [patch], other=theirs, positions=at).on(lm):  # the error is kept: none
-            torch.testing.assert_close(lm.hidden(ids), plain, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(lm.hidden(ids), plain, rtol=1e-5, atol=2e-6)
+            found = lm.capture(ids, hookpoint)[hookpoint]
+        x, y = lm.capture(ids, hookpoint)[hookpoint], theirs[hookpoint]
+    assert bool(((found - y).abs() <= 2**-22 * (x.abs() + y.abs()))[:, at].all()), "x + (y - x) is rounded"
+    rest = [i for i in range(ids.shape[1]) if i not in (2, ids.shape[1] - 1)]
+    assert torch.equal(found[:, rest], x[:, rest])
 
 
 def test_some_latents_move_by_what_they_differ(lm: LanguageModel, texts: list[str]) -> None:
