@@ -1,11 +1,13 @@
 """What edits cost, how few passes trace a number to all latents, and how well that predicts real ablations.
 
     python benchmarks/bench_intervene.py [--dictionaries artifacts/all_layers/dictionary/*/] [--model smollm2-135m]
-        [--n-tokens 120000] [--d-sae 2048] [--rounds 15] [--ways] [--only edit|passes|correlation]
+        [--n-tokens 120000] [--d-sae 2048] [--rounds 15] [--ways] [--only edit|passes|correlation|ioi]
 
 edit_over_plain: forwards of 16 x 128 tokens with one latent of 4,608 ablated at resid_post.8, over the same forwards
 without, taken in turns; beside it, adding a latent, which needs no encoding. The dictionary is an untrained TopK one: a
-trained one of the same shape costs the same.
+trained one of the same shape costs the same. edit_drop_over_plain: the same latent with the error dropped, where every
+row is encoded and decoded; edit_patch_over_plain: it is what it is in another run; edit_many_over_plain: 256 latents
+are ablated; edit_several_over_plain: one latent each of several dictionaries, at every quarter of the layers, at once.
 
 attribution_passes: forwards, each with its backward, that give the effects of all latents and errors of all layers
 on the loss of a 64-token text, counted by a hook in the model, beside the peak of memory over what the model and the
@@ -14,11 +16,17 @@ dictionaries (untrained, 32 of 2,048 active, at every layer) hold.
 ig_exact_correlation: integrated gradients (10 passes for all layers together) against really ablating the 200 largest
 nodes, one at a time: mean over the prompts below and over 64-token texts, for dictionaries that were trained (given, or
 made here from --n-tokens tokens at every third layer). --ways prints how other paths do.
+
+ioi_patches_over_pca: how many latents `sememe patch` has to take from the clean run, in the order of attribution, until
+the model says what it says with 100 principal components taken, over these 100: of the dictionary that needs fewest.
+Of the dictionaries given (or made) those at the hookpoint in the middle are patched. A dictionary that never gets there
+counts with all of its candidates, and the row says so.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 import time
@@ -33,8 +41,9 @@ from sememe import lm as language_models
 from sememe.dictionaries import Site, Sites
 from sememe.dictionaries.base import Dictionary
 from sememe.dictionaries.topk import TopK, TopKConfig
-from sememe.edits import Intervention, LatentEdit
+from sememe.edits import Intervention, LatentEdit, editing
 from sememe.lm import LanguageModel, ModelConfig
+from sememe.patch import PATCHING, PatchConfig, patch
 from sememe.text import TextConfig, TokenPolicy, token_blocks
 from sememe.trace import (
     Inputs,
@@ -73,20 +82,29 @@ def main() -> None:
     parser.add_argument("--d-sae", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--ways", action="store_true", help="print how other paths do, too")
-    parser.add_argument("--only", choices=("edit", "passes", "correlation"), default=None)
+    parser.add_argument("--only", choices=("edit", "passes", "correlation", "ioi"), default=None)
     options = parser.parse_args()
     figures = []
     if options.only in (None, "edit"):
         figures += edit_figures(options)
-    lm = language_models.load(ModelConfig(model=options.model, dtype="float32"))
-    texts = some_texts(lm, 3)
-    if options.only in (None, "passes"):
-        figures.append(passes_figure(options, lm, texts[0]))
-    if options.only in (None, "correlation"):
+    if options.only != "edit":
+        lm = language_models.load(ModelConfig(model=options.model, dtype="float32"))
         with tempfile.TemporaryDirectory() as folder:
-            paths = options.dictionaries or train(options, Path(folder))
-            figures.append(correlation_figure(options, lm, paths, texts))
+            figures += traced_figures(options, lm, Path(folder))
     finish("intervene", figures)
+
+
+def traced_figures(options: argparse.Namespace, lm: LanguageModel, folder: Path) -> list[dict[str, Any]]:
+    figures = []
+    if options.only in (None, "passes"):
+        figures.append(passes_figure(options, lm, some_texts(lm, 1)[0]))
+    if options.only in (None, "correlation", "ioi"):
+        paths = options.dictionaries or train(options, folder)
+        if options.only != "ioi":
+            figures.append(correlation_figure(options, lm, paths, some_texts(lm, 3)))
+        if options.only != "correlation":
+            figures.append(ioi_figure(options, lm, paths, folder))
+    return figures
 
 
 def untrained(lm: LanguageModel, hookpoint: str, d_sae: int, seed: int = 0) -> TopK:
@@ -118,37 +136,43 @@ def some_texts(lm: LanguageModel, n: int) -> list[Inputs]:
 
 def edit_figures(options: argparse.Namespace) -> list[dict[str, Any]]:
     lm = language_models.load(ModelConfig(model=options.model))
-    ids = torch.randint(0, lm.vocab_size, (16, 128), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    ids, others = (torch.randint(0, lm.vocab_size, (16, 128), generator=generator) for _ in range(2))
     dictionary = untrained(lm, "resid_post.8", 4608)
-    edits = {
-        "ablate": [LatentEdit(latents=(7,))],
-        "add": [LatentEdit(latents=(7,), how="add", value=1.0)],
-    }
+    layers = range(2, lm.n_layers, max(lm.n_layers // 4, 1))
+    several = {f"resid_post.{layer}": untrained(lm, f"resid_post.{layer}", 4608, layer) for layer in layers}
+    zero = [LatentEdit(latents=(7,))]
+    with torch.inference_mode():
+        other = lm.capture(others, "resid_post.8")
+        # made before the clock runs: a patch encodes the other run once, however many forwards it serves
+        edits: dict[str, list[Intervention]] = {
+            "ablate": [Intervention(dictionary, zero)],
+            "add": [Intervention(dictionary, [LatentEdit(latents=(7,), how="add", value=1.0)])],
+            "drop": [Intervention(dictionary, zero, error="drop")],
+            "patch": [Intervention(dictionary, [LatentEdit(latents=(7,), how="patch")], other=other)],
+            "many": [Intervention(dictionary, [LatentEdit(latents=tuple(range(256)))])],
+            "several": [Intervention(one, zero) for one in several.values()],
+        }
 
     def forward() -> None:
         with torch.inference_mode():
             lm.logits(lm.hidden(ids))
 
     def edited(name: str) -> None:
-        with Intervention(dictionary, edits[name]).on(lm):
+        with editing(lm, *edits[name]):
             forward()
 
-    times = interleaved(
-        {"plain": forward, "ablate": lambda: edited("ablate"), "add": lambda: edited("add")}, options.rounds
-    )
-    context = {name: round(ratio(times, name, "plain"), 4) for name in edits}
-    return [
-        row(
-            "edit_over_plain",
-            context["ablate"],
-            "<= 1.1",
-            "ratio",
-            tokens=2048,
-            d_sae=4608,
-            dtype=str(lm.dtype),
-            **context,
+    ways = {name: (lambda name=name: edited(name)) for name in edits}
+    times = interleaved({"plain": forward, **ways}, options.rounds)
+    costs = {name: round(ratio(times, name, "plain"), 4) for name in edits}
+    about = {"tokens": ids.numel(), "d_sae": 4608, "dtype": str(lm.dtype)}
+    more = {"many": {"latents": 256}, "several": {"hookpoints": list(several)}}
+    figures = [row("edit_over_plain", costs["ablate"], "<= 1.1", "ratio", **about, **costs)]
+    for name in ("drop", "patch", "many", "several"):
+        figures.append(
+            row(f"edit_{name}_over_plain", costs[name], "<= 1.1", "ratio", **about, **more.get(name, {}))
         )
-    ]
+    return figures
 
 
 # -- passes --------------------------------------------------------------------------------------------
@@ -298,6 +322,50 @@ def correlations(setting: Setting, *, ways: bool) -> dict[str, float | None]:
             out["groups, ranks"] = found.spearman
             out["groups, slope"] = found.slope
     return out
+
+
+# -- patches -------------------------------------------------------------------------------------------
+
+
+def ioi_figure(
+    options: argparse.Namespace, lm: LanguageModel, paths: list[Path], folder: Path
+) -> dict[str, Any]:
+    by_place: dict[str, list[Path]] = {}
+    for path in paths:
+        sites = dictionaries.load(path).sites
+        assert sites is not None
+        by_place.setdefault(" ".join(sites.hookpoints), []).append(path)
+    places = sorted(by_place, key=lambda name: lm.written_layer(name.split()[-1]))
+    place = places[len(places) // 2]
+    config = PatchConfig(
+        dictionaries=tuple(by_place[place]),
+        model=ModelConfig(model=options.model, dtype="float32"),
+        out=folder / "patching",
+        orders=("attribution",),
+        baselines=("pca",),
+    )
+    found = json.loads((patch(config, lm=lm).path / PATCHING).read_text(encoding="utf-8"))
+    reference = found["reference"]
+    arms = {arm["name"]: arm for arm in found["arms"] if arm["is_dictionary"]}
+    needed = {name: arm["orders"]["attribution"]["n_needed"] for name, arm in arms.items()}
+    counts = {
+        name: arm["n_candidates"] if needed[name]["value"] is None else needed[name]["value"]
+        for name, arm in arms.items()
+    }
+    best = min(counts, key=lambda name: counts[name])
+    return row(
+        "ioi_patches_over_pca",
+        counts[best] / reference["n"],
+        "<= 0.5",
+        "ratio",
+        hookpoint=place,
+        dictionary=best,
+        needed=needed[best],
+        kl_of_pca=reference["kl"],
+        least_kl=arms[best]["orders"]["attribution"]["least"]["kl"],
+        share_right=found["prompts"].get("share_right"),
+        n_pairs=found["prompts"]["n"],
+    )
 
 
 if __name__ == "__main__":

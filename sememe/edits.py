@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -31,8 +31,12 @@ __all__ = ["Intervention", "LatentEdit", "check", "editing"]
 
 _WITH_VALUE = ("clamp", "scale", "add")
 _FROM_OTHER = ("mean", "resample", "patch")
+_PLACED = ("resample", "patch")
 _BLIND = ("add", "project_out")
 """Edits that need not know which latents fire: nothing is encoded for them."""
+_GOLDEN, _FIRST, _SECOND = (
+    constant - (1 << 64) for constant in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+)
 
 
 class LatentEdit(Config):
@@ -42,9 +46,11 @@ class LatentEdit(Config):
     """Which latents."""
     how: Literal["zero", "mean", "resample", "clamp", "scale", "add", "patch", "project_out"] = "zero"
     """zero: ablate. mean: set to the latent's mean over the other activations. resample: set to what the latents are
-    in a row of the other activations, drawn anew for every row. clamp: set to value. scale: multiply by value. add: add
-    value, active or not (steering). patch: set to what they are at the same place of the other activations.
-    project_out: leave nothing along the latents' directions, whatever wrote it."""
+    together in a row of the other activations, drawn for every text and position anew, and there always the same: a
+    forward and its continuation from cached keys see one draw. clamp: set to value. scale: multiply by value. add: add
+    value, active or not (steering). patch: set to what they are at the same place of the other activations; new tokens
+    of a generation that the other run does not have are left alone. project_out: leave nothing along the latents'
+    directions, whatever wrote it."""
     value: float | None = None
     """In activation units (clamp, add) or as a factor (scale); the others take none."""
 
@@ -60,6 +66,15 @@ class LatentEdit(Config):
         return self
 
 
+class Places(NamedTuple):
+    """Where some rows stand."""
+
+    text: Int[Tensor, " rows"]
+    """Which text of the batch."""
+    position: Int[Tensor, " rows"]
+    """Which of its tokens, those before a cached forward counted."""
+
+
 class Intervention:
     """Edits of one dictionary's latents.
 
@@ -71,12 +86,15 @@ class Intervention:
         positions: The same for all rows: token numbers, those below 0 from the end of the prompt. In generation new
             tokens count on after the prompt.
         other: Activations of another run at the dictionary's inputs, by hookpoint, for mean, resample and patch; patch
-            wants them in the shape of the run that is edited.
+            wants them in the shape of the run that is edited (in generation: of the prompt, or longer).
+        other_keep: Rows of the other run that mean and resample may take; those over the norm limit they never do. All
+            others if not given: leave out what the token policy drops.
         seed: Of the rows that resample draws.
 
     Raises:
-        ConfigError: a latent does not exist, or an edit lacks the other activations.
+        ConfigError: a latent does not exist, an edit lacks the other activations, or none of their rows may be taken.
         MismatchError: the dictionary does not know its hookpoints.
+        ShapeError: `other_keep` is of another shape than the other activations.
     """
 
     def __init__(
@@ -88,6 +106,7 @@ class Intervention:
         keep: Bool[Tensor, "batch seq"] | None = None,
         positions: Sequence[int] | None = None,
         other: Mapping[str, Float[Tensor, "rows_of other d"]] | None = None,
+        other_keep: Bool[Tensor, "texts tokens"] | None = None,
         seed: int = 0,
     ) -> None:
         if dictionary.sites is None:
@@ -112,52 +131,66 @@ class Intervention:
                 "none",
                 "Give other=lm.capture(ids, hookpoints).",
             )
-        self._other = None if other is None else self._acts_at(other)
+        self._other: Tensor | None = None
+        self._pool: Tensor | None = None
+        if other is not None:
+            self._other, self._pool = self._acts_at(other, other_keep)
         self._columns = {latent: i for i, latent in enumerate(self.latents)}
-        self._generator = torch.Generator().manual_seed(seed)
+        self._placed = any(edit.how in _PLACED for edit in self.edits)
+        self._patches = any(edit.how == "patch" for edit in self.edits)
         outside = [latent for edit in self.edits if edit.how == "project_out" for latent in edit.latents]
         self._basis = {site.hookpoint: self._span(site, outside) for site in self.sites.outputs}
         self._blind = error == "keep" and all(edit.how in _BLIND for edit in self.edits)
 
     # -- the arithmetic ----------------------------------------------------------------------------
 
-    def after(
-        self,
-        before: Float[Tensor, "rows n"],
-        same_place: Float[Tensor, "rows n"] | None = None,
-    ) -> Float[Tensor, "rows n"]:
-        """What the edits make of the activations of `latents`, in their order; `same_place` is the other run's."""
+    def after(self, before: Float[Tensor, "rows n"], places: Places | None = None) -> Float[Tensor, "rows n"]:
+        """What the edits make of the activations of `latents`, in their order; two of them ask for the rows' places."""
         after = before.clone()
-        for edit in self.edits:
+        for number, edit in enumerate(self.edits):
             chosen = [self._columns[latent] for latent in edit.latents]
             if edit.how == "scale":
                 after[:, chosen] *= edit.value or 0.0
             elif edit.how == "add":
                 after[:, chosen] += edit.value or 0.0
             elif edit.how in _FROM_OTHER:
-                after[:, chosen] = self._from_other(edit, len(before), same_place)[:, chosen].to(after)
+                after[:, chosen] = self._from_other(number, after, places)[:, chosen].to(after)
             elif edit.how != "project_out":
                 after[:, chosen] = edit.value or 0.0
         return after
 
     def _from_other(
-        self, edit: LatentEdit, n_rows: int, same_place: Float[Tensor, "rows n"] | None
+        self, number: int, mine: Float[Tensor, "rows n"], places: Places | None
     ) -> Float[Tensor, "rows n"]:
-        assert self._other is not None
-        rows = self._other.flatten(0, 1)
-        if edit.how == "mean":
-            return rows.mean(0, keepdim=True).expand(n_rows, -1)
-        if edit.how == "resample":
-            return rows[torch.randint(len(rows), (n_rows,), generator=self._generator).to(rows.device)]
-        assert same_place is not None
-        return same_place
+        assert self._other is not None and self._pool is not None
+        if self.edits[number].how == "mean":
+            return self._pool.mean(0, keepdim=True).expand(len(mine), -1)
+        assert places is not None
+        text, position = (column.to(self._other.device) for column in places)
+        if self.edits[number].how == "resample":
+            return self._pool[_hashed(self.seed, number, text, position) % len(self._pool)]
+        last = self._other.shape[1] - 1
+        theirs = self._other[text, position.clamp(max=last)]
+        return torch.where((position <= last)[:, None], theirs, mine.to(theirs))
 
-    def _acts_at(self, activations: Mapping[str, Tensor]) -> Float[Tensor, "batch seq n"]:
-        """What `latents` are on recorded activations."""
+    def _acts_at(
+        self, activations: Mapping[str, Tensor], keep: Tensor | None
+    ) -> tuple[Float[Tensor, "batch seq n"], Float[Tensor, "rows n"]]:
+        """What `latents` are on recorded activations: all of them, and the rows that stand for what is usual."""
         x, lead = self._rows(activations)
+        usual = self.sites.admit(x)
+        if keep is not None:
+            _check_shape(keep, lead, "rows of the other run that may be taken")
+            usual &= keep.reshape(-1).to(x.device)
         with torch.no_grad():
             acts = self.dictionary.encode_latents(x, self.latents)
-        return acts.reshape(1 if len(lead) == 1 else lead[0], -1, len(self.latents))
+        if any(edit.how in ("mean", "resample") for edit in self.edits) and not bool(usual.any()):
+            raise ConfigError(
+                "mean and resample must find a row of the other run that is kept and within the norm limit",
+                f"none of {len(usual)}",
+                "Capture more text, or keep more of its rows (other_keep).",
+            )
+        return acts.reshape(1 if len(lead) == 1 else lead[0], -1, len(self.latents)), acts[usual]
 
     def _rows(self, activations: Mapping[str, Tensor]) -> tuple[Float[Tensor, "rows d_in"], torch.Size]:
         inputs = [activations[site.hookpoint] for site in self.sites.inputs]
@@ -179,6 +212,7 @@ class Intervention:
         activations: Mapping[str, Float[Tensor, "batch seq d"]],
         first: int = 0,
         n_prompt: int | None = None,
+        n_read: int | None = None,
     ) -> dict[str, Tensor]:
         """What each output hookpoint becomes, from the activations at all inputs and outputs of one forward.
 
@@ -186,59 +220,87 @@ class Intervention:
             activations: By hookpoint.
             first: The number of the first position among all tokens.
             n_prompt: Tokens of the prompt, where this is a generation; else the forward is the whole of it.
+            n_read: Of a generation: tokens that it reads at most, prompt and all; unknown if not given.
 
         Raises:
             ShapeError: `keep` is of another shape, or the other run is.
-            ConfigError: a position is outside the prompt.
+            ConfigError: a position is outside the prompt, or after the last token that a generation reads.
             ActivationError: an edit gave NaN or infinity.
         """
         x, lead = self._rows(activations)
-        here = self._acts_here(x, lead, first, n_prompt)
+        here = self._acts_here(x, lead, first, n_prompt, n_read)
+        if self._patches:
+            self._check_other(here, lead, first, n_prompt)
+            if all(edit.how == "patch" for edit in self.edits):
+                here &= self._places(None, lead, first, x.device).position < self._other_length
         rows = None if bool(here.all()) else here.nonzero()[:, 0]
-        base, moved = self._moved(x if rows is None else x[rows], rows, lead, first)
+        places = self._places(rows, lead, first, x.device) if self._placed else None
+        base, moved = self._moved(x if rows is None else x[rows], places)
         return {
             site.hookpoint: self._write(site, activations, base, moved, rows) for site in self.sites.outputs
         }
 
     def _moved(
-        self, x: Float[Tensor, "rows d_in"], rows: Int[Tensor, " rows"] | None, lead: torch.Size, first: int
+        self, x: Float[Tensor, "rows d_in"], places: Places | None
     ) -> tuple[Float[Tensor, "rows d_out"] | None, Float[Tensor, "#rows d_out"]]:
         """What the rows are replaced by (None: they stay), and what is added."""
         directions = self.dictionary.decoder_directions()[list(self.latents)].float()
         if self._blind:
             before = directions.new_zeros(1, len(self.latents))
             return None, self.after(before) @ directions
-        same_place = self._same_place(rows, lead, first)
         if self.error == "keep":
             before = self.dictionary.encode_latents(x, self.latents)
-            return None, (self.after(before, same_place) - before) @ directions
+            return None, (self.after(before, places) - before) @ directions
         encoded = self.dictionary.encode(x)
-        after = self.after(encoded.columns(self.latents), same_place)
+        after = self.after(encoded.columns(self.latents), places)
         # the edited latents are decoded once, with their new activations
         others = encoded.with_acts(torch.where(self._is_edited(encoded), 0.0, encoded.acts))
         return self.dictionary.decode(others, x), after @ directions
 
-    def _same_place(
-        self, rows: Int[Tensor, " rows"] | None, lead: torch.Size, first: int
-    ) -> Float[Tensor, "rows n"] | None:
-        if not any(edit.how == "patch" for edit in self.edits):
-            return None
+    @property
+    def _other_length(self) -> int:
+        assert self._other is not None
+        return self._other.shape[1]
+
+    @staticmethod
+    def _places(
+        rows: Int[Tensor, " rows"] | None, lead: torch.Size, first: int, device: torch.device
+    ) -> Places:
+        flat = torch.arange(lead.numel(), device=device) if rows is None else rows
+        return Places(flat // lead[-1], first + flat % lead[-1])
+
+    def _check_other(
+        self, here: Bool[Tensor, " rows"], lead: torch.Size, first: int, n_prompt: int | None
+    ) -> None:
+        """That the other run has what is to be patched; of a generation, that it is not shorter than the prompt."""
         assert self._other is not None
         batch, seq = (1, lead[0]) if len(lead) == 1 else (lead[0], lead[1])
-        if self._other.shape[0] != batch or self._other.shape[1] < first + seq:
+        if len(self._other) != batch:
             raise ShapeError(
-                f"to patch, the other run must have the shape of this one, {(batch, first + seq)}",
-                tuple(self._other.shape[:2]),
-                "Give prompts of equal length (in tokens) in each pair.",
+                f"to patch, the other run must have as many texts as this one, {batch}",
+                len(self._other),
+                "Give one counterpart for each prompt.",
             )
-        if first == 0 and self._other.shape[1] != seq and self.positions is None:
+        n = self._other_length
+        if n_prompt is not None:
+            if self.positions is None and n < n_prompt:
+                raise ShapeError(
+                    f"to patch a whole prompt, the other run must have its {n_prompt} tokens or more",
+                    n,
+                    "Give prompts of equal length (in tokens) in each pair, or positions.",
+                )
+        elif self.positions is None and n != seq:
             raise ShapeError(
                 f"to patch every position, the other run must have {seq} tokens",
-                self._other.shape[1],
+                n,
                 "Give prompts of equal length (in tokens) in each pair, or positions.",
             )
-        place = self._other[:, first : first + seq].flatten(0, 1)
-        return place if rows is None else place[rows]
+        elif bool((here & (self._places(None, lead, first, here.device).position >= n)).any()):
+            raise ShapeError(
+                "the other run must reach the positions that are patched",
+                f"{n} tokens, and positions {', '.join(map(str, self.positions or ()))} of {seq}",
+                "Give prompts of equal length (in tokens) in each pair, or other positions.",
+            )
 
     def _is_edited(self, encoded: Encoded) -> Bool[Tensor, " nnz"]:
         edited = torch.zeros(encoded.d_sae, dtype=torch.bool, device=encoded.indices.device)
@@ -274,31 +336,34 @@ class Intervention:
         return new.reshape(old.shape).to(old.device)
 
     def _acts_here(
-        self, x: Float[Tensor, "rows d_in"], lead: torch.Size, first: int, n_prompt: int | None
+        self,
+        x: Float[Tensor, "rows d_in"],
+        lead: torch.Size,
+        first: int,
+        n_prompt: int | None,
+        n_read: int | None,
     ) -> Bool[Tensor, " rows"]:
         here = self.sites.admit(x.detach())
         if self.keep is not None:
-            if self.keep.shape != lead:
-                raise ShapeError(
-                    f"the positions to edit must have the shape of the batch {tuple(lead)}",
-                    tuple(self.keep.shape),
-                    "Give one value per token, or none for generation.",
-                )
+            _check_shape(self.keep, lead, "positions to edit")
             here &= self.keep.reshape(-1).to(x.device)
         if self.positions is not None:
-            here &= self._at(lead[-1], first, n_prompt).to(x.device).repeat(x.shape[0] // lead[-1])
+            here &= self._at(lead[-1], first, n_prompt, n_read).to(x.device).repeat(x.shape[0] // lead[-1])
         return here
 
-    def _at(self, seq: int, first: int, n_prompt: int | None) -> Bool[Tensor, " seq"]:
+    def _at(self, seq: int, first: int, n_prompt: int | None, n_read: int | None) -> Bool[Tensor, " seq"]:
         """Which of the positions from `first` on are named."""
         n = seq if n_prompt is None else n_prompt
+        end = seq if n_prompt is None else n_read
         at = torch.zeros(seq, dtype=torch.bool)
         for position in self.positions or ():
-            if position < -n or (position >= n and n_prompt is None):
+            if position < -n or (end is not None and position >= end):
+                new = "" if end is None or end == n else f" and {end - n} of the new ones are read"
+                last = "..." if end is None else str(end - 1)
                 raise ConfigError(
-                    f"a position must be in [{-n}, {n - 1}], the prompt has {n} tokens",
+                    f"a position must be in [{-n}, {last}], the prompt has {n} tokens{new}",
                     position,
-                    "Change positions; those below 0 count from the end.",
+                    "Change positions; those below 0 count from the end of the prompt.",
                 )
             place = (position + n if position < 0 else position) - first
             if 0 <= place < seq:
@@ -317,7 +382,6 @@ class Intervention:
         """
         check(self.dictionary, lm)
         seen: dict[str, Tensor] = {}
-        self._generator.manual_seed(self.seed)
         with lm.edit({name: self._hook(name, seen, lm) for name in self.sites.hookpoints}):
             yield
 
@@ -340,11 +404,13 @@ class Intervention:
                     f"{', '.join(missing)} still to come",
                     "Edit it on recorded activations (Intervention.edited), or a dictionary of one layer.",
                 )
-            first, cached = lm.running.first, lm.running.cached
-            prompt[0] = x.shape[1] if first == 0 else prompt[0]
+            run = lm.running
+            prompt[0] = x.shape[1] if run.first == 0 else prompt[0]
+            # keys that are kept may be gone on from by hand, and then nobody knows how far
+            n_prompt = prompt[0] if run.n_prompt is None and run.cached else run.n_prompt
             outputs = {site.hookpoint: seen.get(site.hookpoint, x) for site in self.sites.outputs}
             now = {**outputs, **seen, name: x}
-            return self.edited(now, first, prompt[0] if cached else None)[name]
+            return self.edited(now, run.first, n_prompt, run.n_read)[name]
 
         return hook
 
@@ -360,6 +426,31 @@ def editing(lm: LanguageModel, *interventions: Intervention) -> Iterator[None]:
         for intervention in interventions:
             stack.enter_context(intervention.on(lm))
         yield
+
+
+def _check_shape(keep: Tensor, lead: torch.Size, what: str) -> None:
+    if keep.shape != lead:
+        raise ShapeError(
+            f"the {what} must have the shape of the batch {tuple(lead)}",
+            tuple(keep.shape),
+            "Give one value per token, or none for generation.",
+        )
+
+
+def _hashed(seed: int, number: int, *columns: Int[Tensor, " rows"]) -> Int[Tensor, " rows"]:
+    """Well-mixed numbers from 0 to 2^62, of a seed, an edit and a place (splitmix64's finaliser after each).
+
+    Draws that follow a place and not the forwards are the same with keys kept and without.
+    """
+    x = torch.zeros_like(columns[0])
+    parts: tuple[int | Tensor, ...] = (seed, number, *columns)
+    for part in parts:
+        x = (x + part) * _GOLDEN
+        for shift, factor in ((30, _FIRST), (27, _SECOND), (31, 1)):
+            x = (
+                x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))
+            ) * factor  # >> keeps the sign, which is masked away
+    return x & ((1 << 62) - 1)
 
 
 def check(dictionary: Dictionary, lm: LanguageModel) -> None:

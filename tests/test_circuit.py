@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import D_MODEL, N_LAYERS, tiny_lm
+from traced_models import linear_lm
 
 from sememe import artifact, kernels
 from sememe.circuit import CircuitConfig, circuit
+from sememe.circuit.exact import exact_edges
 from sememe.circuit.rows import Rows, Targets
 from sememe.circuit.sources import Sources
 from sememe.dictionaries import CrossLayerConfig, Dictionary, Site, Sites
@@ -198,6 +200,70 @@ def test_what_no_dictionary_reconstructs_is_an_error_node(models):
     assert not torch.allclose(sources.errors[1, 1], frozen.mlp_out[1][1])
 
 
+# ---- edges against the real model ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["transcoders", "skip", "cross_layer"])
+def test_where_nothing_but_mlps_could_move_held_edges_are_exact(kind):
+    """Without norms, and with attention that looks at all tokens alike."""
+    frozen, sources = placed(linear_lm(), kind)
+    rows = Rows(frozen, sources, sources.n_latents).of(all_targets(sources)).weights.detach()
+    links = torch.nonzero(rows[:, : sources.n_latents]).tolist()[::11]
+    edges = [(source, target) for target, source in links]
+    weights = [float(rows[target, source]) for source, target in edges]
+    held, free = (exact_edges(frozen.lm, IDS, sources, edges, 7, held=held) for held in (True, False))
+    assert len(edges) > 10 and held == pytest.approx(weights, rel=1e-3, abs=1e-4)
+    layer = sources.latents.layer
+    between = [
+        int(layer[target]) > 1 + min(sources.written(source)) for source, target in edges
+    ]  # MLPs that answer when they are free
+    assert any(between) and not all(between)
+    for across, one, other in zip(between, held, free, strict=True):
+        assert across or other == pytest.approx(one, rel=1e-3, abs=1e-4)
+    assert any(abs(one - other) > 1e-2 for one, other in zip(held, free, strict=True))
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_an_edge_by_plain_hooks(models, held):
+    """From layer 0 to layer 2, over the MLP of layer 1."""
+    lm = models["llama"]
+    _, sources = placed(lm, "transcoders")
+    found, last = sources.latents, sources.seq - 1
+    source = int(torch.nonzero((found.layer == 0) & (found.position == 2))[0, 0])
+    target = int(torch.nonzero((found.layer == 2) & (found.position == last))[0, 0])
+    written, seen, kept = sources.written(source)[0], [], []
+
+    def run(*, without: bool) -> float:
+        def first(_, __, output):
+            output[0, 2] -= written * without
+            return output
+
+        def second(_, __, output):
+            kept.append(output.clone())
+            return kept[0] if held else output
+
+        def third(_, args):
+            seen.append(float(args[0][0, last] @ sources.reads(torch.tensor([target]))[0]))
+
+        layers = [layer.mlp for layer in lm.hf.model.layers]
+        hooks = [
+            layers[0].register_forward_hook(first),
+            layers[1].register_forward_hook(second),
+            layers[2].register_forward_pre_hook(third),
+        ]
+        try:
+            with torch.no_grad():
+                lm.hf(IDS)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return seen[-1]
+
+    lost = run(without=False) - run(without=True)
+    assert abs(lost) > 1e-3
+    assert exact_edges(lm, IDS, sources, [(source, target)], 4, held=held) == pytest.approx([lost], abs=1e-4)
+
+
 # ---- the verb ------------------------------------------------------------------------------------------------
 
 
@@ -233,7 +299,14 @@ def test_a_graph_is_made_kept_and_agrees_with_itself(saved):
         [float(probabilities[node.latent]) for node in logits], rel=1e-3
     )
     assert sum(node.exact is not None for node in found.nodes) == found.checks["n_checked"]
-    assert "correlation with exact ablations" in made.file("circuit.md").read_text()
+    page = made.file("circuit.md").read_text()
+    assert "correlation with exact ablations" in page
+    assert 0 < found.checks["n_checked_edges"] <= 64 and found.checks["correlation_edges"] > 0.5
+    assert (
+        f"({found.checks['n_checked_edges']}), MLPs in between held | {found.checks['correlation_edges']:+.4f}"
+        in page
+    )
+    assert -1 <= found.checks["correlation_edges_free"] <= 1
     assert circuit(config_of(saved), lm=lm).fingerprint == made.fingerprint
     with pytest.raises(MismatchError, match="n_logits 10 there, 2 now"):
         circuit(config_of(saved, n_logits=2), lm=lm)
@@ -347,6 +420,8 @@ def test_dictionaries_that_make_no_circuit_are_refused(models):
 def test_options_without_effect_are_refused():
     with pytest.raises(ConfigError, match="n_logits must be left out when tokens are named"):
         CircuitConfig.build({"prompt": "a", "tokens": ["a"], "n_logits": 3})
+    with pytest.raises(ConfigError, match="seed must be left out when nothing is checked"):
+        CircuitConfig.build({"prompt": "a", "n_checked": 0, "n_checked_edges": 0, "seed": 1})
     with pytest.raises(ConfigError, match="explanations must be one for each atlas, got 1 for 0 atlases"):
         CircuitConfig.build({"prompt": "a", "explanations": ["e"]})
     assert CircuitConfig(prompt="a").model.dtype == "float32"

@@ -10,7 +10,7 @@ from edited_models import D, N, commonest, identity, make_lm, random_topk, sites
 from torch import Tensor
 
 from sememe.dictionaries import Sites
-from sememe.edits import Intervention, LatentEdit, editing
+from sememe.edits import Intervention, LatentEdit, _hashed, editing
 from sememe.errors import ConfigError, HookpointError, MismatchError, ShapeError
 from sememe.lm import LanguageModel
 
@@ -118,23 +118,6 @@ def test_an_identity_dictionary_patches_activations_plainly(lm: LanguageModel, t
     assert torch.equal(plain, edited)
 
 
-def test_edits_in_generation_equal_recomputation_without_a_cache(lm: LanguageModel, texts: list[str]) -> None:
-    dictionary = random_topk(sites(lm, "resid_post.1"))
-    intervention = Intervention(dictionary, [LatentEdit(latents=(3,), how="add", value=6.0)])
-    ids = some_ids(lm, texts, length=5)
-    plain = lm.generate(ids, 20, stop_at_eos=False)
-    with intervention.on(lm):
-        cached = lm.generate(ids, 20, stop_at_eos=False)
-        anew = lm.generate(ids, 20, stop_at_eos=False, use_cache=False)
-    by_hand = ids
-    for _ in range(20):
-        with intervention.on(lm), torch.no_grad():
-            logits = lm.logits(lm.hidden(by_hand))[:, -1]
-        by_hand = torch.cat([by_hand, logits.argmax(-1, keepdim=True)], dim=1)
-    assert torch.equal(cached, anew) and torch.equal(cached, by_hand)
-    assert not torch.equal(cached, plain)
-
-
 def test_positions_over_the_norm_limit_and_outside_the_mask_keep_their_bits(
     lm: LanguageModel, texts: list[str]
 ) -> None:
@@ -221,7 +204,12 @@ def test_all_latents_of_an_identity_dictionary_are_activation_patching(
         with Intervention(dictionary, [patch], error="drop", other=theirs, positions=at).on(lm):
             assert torch.equal(lm.hidden(ids), plain)
         with Intervention(dictionary, [patch], other=theirs, positions=at).on(lm):  # the error is kept: none
-            torch.testing.assert_close(lm.hidden(ids), plain, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(lm.hidden(ids), plain, rtol=1e-5, atol=2e-6)
+            found = lm.capture(ids, hookpoint)[hookpoint]
+        x, y = lm.capture(ids, hookpoint)[hookpoint], theirs[hookpoint]
+    assert bool(((found - y).abs() <= 2**-22 * (x.abs() + y.abs()))[:, at].all()), "x + (y - x) is rounded"
+    rest = [i for i in range(ids.shape[1]) if i not in (2, ids.shape[1] - 1)]
+    assert torch.equal(found[:, rest], x[:, rest])
 
 
 def test_some_latents_move_by_what_they_differ(lm: LanguageModel, texts: list[str]) -> None:
@@ -265,6 +253,57 @@ def test_resampling_takes_whole_rows_of_the_other_run_by_its_seed(
     assert torch.equal(found, resampled(0)) and not torch.equal(found, resampled(1))
 
 
+def test_draws_follow_the_place_and_not_the_forwards(lm: LanguageModel, texts: list[str]) -> None:
+    dictionary = random_topk(sites(lm, "resid_post.1"))
+    _ids, _, mine, theirs = two_runs(lm, texts, "resid_post.1")
+    two = [LatentEdit(latents=(i,), how="resample") for i in (0, 1)]
+    x = mine["resid_post.1"]
+    with torch.no_grad():
+        whole = Intervention(dictionary, two, other=theirs).edited(mine)["resid_post.1"]
+        last = Intervention(dictionary, two, other=theirs).edited({"resid_post.1": x[:, 7:]}, 7, 7)
+        assert torch.equal(whole[:, 7:], last["resid_post.1"])
+        acts = Intervention(dictionary, two, other=theirs)._acts_at(theirs, None)[1]
+    places = torch.arange(4000)
+    drawn = _hashed(0, 0, torch.zeros_like(places), places) % len(acts)
+    counts = torch.bincount(drawn, minlength=len(acts)).double()
+    assert float(((counts - 4000 / 36) ** 2 / (4000 / 36)).sum()) < 75, "chi squared of 35 degrees of freedom"
+    for other in ((0, 1, 0), (1, 0, 0), (0, 0, 1)):  # another seed, edit, text
+        again = _hashed(other[0], other[1], torch.full_like(places, other[2]), places) % len(acts)
+        assert abs(float((again == drawn).double().mean()) - 1 / 36) < 0.01
+
+
+def test_sinks_and_rows_that_are_dropped_are_in_no_mean_and_no_draw(
+    lm: LanguageModel, texts: list[str]
+) -> None:
+    _, _, _, theirs = two_runs(lm, texts, "resid_post.1")
+    y = theirs["resid_post.1"].clone()
+    limit = 1.1 * float(y.norm(dim=-1).max())
+    y[:, 0] *= 100
+    keep = torch.ones(y.shape[:2], dtype=torch.bool)
+    keep[:, 1] = False
+    dictionary = identity(sites(lm, "resid_post.1", max_norm=limit))
+    everything = tuple(range(2 * D))
+    usual = y[:, 2:].reshape(-1, D)
+    place = {"resid_post.1": torch.zeros(4, 50, D)}
+
+    def edited(how: str, **more: Any) -> Tensor:
+        edit = LatentEdit.build({"latents": everything, "how": how})
+        own = Intervention(dictionary, [edit], error="drop", other={"resid_post.1": y}, **more)
+        with torch.no_grad():
+            return own.edited(place)["resid_post.1"].reshape(-1, D)
+
+    torch.testing.assert_close(edited("mean", other_keep=keep)[0], usual.mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(edited("mean")[0], y[:, 1:].reshape(-1, D).mean(0), rtol=1e-5, atol=1e-6)
+    pool = {tuple(row.tolist()) for row in usual}
+    assert {tuple(row.tolist()) for row in edited("resample", other_keep=keep)} == pool
+    with pytest.raises(
+        ConfigError, match=r"a row of the other run that is kept and within .*, got none of 36"
+    ):
+        edited("mean", other_keep=torch.zeros_like(keep))
+    with pytest.raises(ShapeError, match=r"other run that may be taken must have the shape .*\(3, 12\)"):
+        edited("mean", other_keep=keep[:, :5])
+
+
 def test_what_is_projected_out_is_gone_and_the_rest_stays(lm: LanguageModel, texts: list[str]) -> None:
     dictionary = random_topk(sites(lm, "resid_post.1"))
     ids, _, mine, _ = two_runs(lm, texts, "resid_post.1")
@@ -282,23 +321,6 @@ def test_what_is_projected_out_is_gone_and_the_rest_stays(lm: LanguageModel, tex
 
 
 # -- where -------------------------------------------------------------------------------------------
-
-
-def test_positions_count_over_the_whole_text_in_generation(lm: LanguageModel, texts: list[str]) -> None:
-    """Positions 2, the prompt's last and the second new one, cached and by hand."""
-    dictionary = random_topk(sites(lm, "resid_post.1"))
-    ids = some_ids(lm, texts, length=5)
-    edit = LatentEdit(latents=(3,), how="add", value=25.0)
-    with Intervention(dictionary, [edit], positions=[2, -1, 6]).on(lm):
-        cached = lm.generate(ids, 12, stop_at_eos=False)
-    by_hand = ids
-    for _ in range(12):
-        at = [p for p in (2, 4, 6) if p < by_hand.shape[1]]
-        with Intervention(dictionary, [edit], positions=at).on(lm), torch.no_grad():
-            logits = lm.logits(lm.hidden(by_hand))[:, -1]
-        by_hand = torch.cat([by_hand, logits.argmax(-1, keepdim=True)], dim=1)
-    assert torch.equal(cached, by_hand)
-    assert not torch.equal(cached, lm.generate(ids, 12, stop_at_eos=False))
 
 
 def test_several_dictionaries_at_once_are_edits_one_after_another(
@@ -338,13 +360,30 @@ def test_positions_and_other_runs_that_do_not_fit(lm: LanguageModel, texts: list
     ):
         Intervention(dictionary, [patch])
     short = {"resid_post.1": theirs["resid_post.1"][:, :9]}
+    for more, message in (
+        ({}, r"patch every position, the other run must have 12 tokens, got 9\. Give prompts of equal"),
+        (
+            {"positions": [2, 9]},
+            r"reach the positions that are patched, got 9 tokens, and positions 2, 9 of 12",
+        ),
+    ):
+        with (
+            pytest.raises(ShapeError, match=message),
+            Intervention(dictionary, [patch], other=short, **more).on(lm),
+        ):
+            lm.hidden(ids)
+    with (
+        pytest.raises(ShapeError, match=r"as many texts as this one, 2, got 3\. Give one counterpart"),
+        Intervention(dictionary, [patch], other=theirs).on(lm),
+    ):
+        lm.hidden(ids[:2])
     with (
         pytest.raises(
-            ShapeError, match=r"the shape of this one, \(3, 12\), got \(3, 9\)\. Give prompts of equal"
+            ShapeError, match=r"a whole prompt, the other run must have its 12 tokens or more, got 9"
         ),
         Intervention(dictionary, [patch], other=short).on(lm),
     ):
-        lm.hidden(ids)
+        lm.generate(ids, 3)
     with (
         pytest.raises(ShapeError, match=r"the other run must have 9 tokens, got 12\. Give prompts of equal"),
         Intervention(dictionary, [patch], other=theirs).on(lm),

@@ -59,6 +59,7 @@ nulls = []
 dictionaries = ["resid"]
 prompts = ["the cat sat on a mat"]
 metric = "loss"
+ablation = "zero"
 n_steps = 2
 max_nodes = 8
 max_edges = 8

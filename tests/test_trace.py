@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from small_world import text_of, write_corpus
-from tiny_models import tiny_lm
+from tiny_models import D_MODEL, tiny_lm
 from torch import Tensor
 from traced_models import (
     OTHER,
@@ -26,6 +26,7 @@ from traced_models import (
 )
 
 from sememe.edits import Intervention, LatentEdit
+from sememe.errors import ConfigError
 from sememe.lm import LanguageModel
 from sememe.trace import (
     ERROR,
@@ -48,7 +49,7 @@ from sememe.trace import (
     prepare,
 )
 from sememe.trace.circuit import curves, sizes
-from sememe.trace.places import means_of, padded
+from sememe.trace.places import Means, means_of, padded
 from sememe.trace.table import Shift, Table
 
 
@@ -311,6 +312,35 @@ def test_a_circuit_of_everything_is_everything(llama: LanguageModel, ablation: s
         assert shares["m_nothing"] == pytest.approx(found.patched, abs=1e-4)
 
 
+def test_circuits_against_mean_ablation_by_hand() -> None:
+    """Latents 0 and 1 hold 1 and 2 at the last token and reach the logit with weights 1 and 3: 7 in all. At their
+    means, 0.25 and 0.5, and with the errors' mean in it, 0.5, it is 2.25."""
+    lm = by_hand()
+    with torch.no_grad():
+        lm.hf.model.layers[1].mlp.weight[2, 0] = 1.0
+    places = at_places(lm, {"first": unit(lm, "resid_post.0")})
+    inputs = padded([[lm.tokenizer(text).input_ids[0] for text in "ba"]])
+    latents, error = torch.zeros(D_MODEL), torch.zeros(D_MODEL)
+    latents[0], latents[1], error[2] = 0.25, 0.5, 0.5
+    metric = of_logits(inputs, lambda z: z[:, 5])
+    found = prepare(lm, places, inputs, metric, ablation="mean", means=[Means(latents, error)])
+    effects = attribute(found.passes, found.table, found.base).effects
+    does = {found.table.describe(i): float(effects[i]) for i in torch.nonzero(effects)[:, 0].tolist()}
+    assert does == {(0, 0, 1): -0.75, (0, 1, 1): -4.5, (0, ERROR, 1): 0.5}
+    shares = curves(found.circuits, found.base, effects, n_random=1)
+    assert shares is not None and shares["n_nodes"] == [0, 1, 2, 3]
+    assert (shares["m_everything"], shares["m_nothing"]) == (7.0, 2.25)
+    whole = 7 - 2.25
+    expected = {  # the latents at 1 and 0.25 and 0.5 and 2, the mean error in the logit or out of it
+        "faithfulness": [1.75, 6.25, 7, 7],
+        "faithfulness_without_errors": [2.25, 6.75, 7.5, 7.5],
+        "completeness": [7, 2.5, 1.75, 1.75],
+    }
+    for name, values in expected.items():
+        assert shares[name] == pytest.approx([(value - 2.25) / whole for value in values], abs=1e-6), name
+    assert shares["faithfulness_random"][-1] == pytest.approx(1, abs=1e-6)
+
+
 def test_one_latent_alone_and_all_but_it_by_plain_hooks(llama: LanguageModel) -> None:
     places = at(llama, "resid_post.1")
     found = setting(llama, places)
@@ -337,6 +367,43 @@ def test_one_latent_alone_and_all_but_it_by_plain_hooks(llama: LanguageModel) ->
     assert float(circuits.values([chosen], errors=False)) == pytest.approx(only, abs=1e-4)
     assert float(circuits.values([chosen], errors=True)) == pytest.approx(with_errors, abs=1e-4)
     assert float(circuits.values([chosen], without=True)) == pytest.approx(but, abs=1e-4)
+
+
+# -- numbers without a gradient ----------------------------------------------------------------------
+
+
+def test_what_is_least_where_nothing_is_changed_is_traced_by_layers_only(llama: LanguageModel) -> None:
+    """The divergence from the unedited predictions: its gradient there is rounding."""
+    inputs = inputs_of(llama, [PROMPT], bos=False)
+    places = at(llama, "resid_post.0", "resid_post.2")
+    found = setting(llama, places, metric=kl(llama, inputs, inputs))
+    passes, table, base = found.passes, found.table, found.base
+    for refused in (
+        lambda: attribute(passes, table, base),
+        lambda: integrate(passes, table, base),
+        lambda: edges_of(passes, table, base, torch.arange(3)),
+    ):
+        with pytest.raises(
+            ConfigError, match=r"which is least there, .* is rounding\. Set --path layers, or"
+        ):
+            refused()
+    effects = integrate(passes, table, base, path="layers", n_steps=5).effects
+    exact = exact_effects(passes, table, base, range(table.n_nodes))
+    best = exact.argsort(descending=True)[:20].tolist()
+    assert len(set(best) & set(effects.argsort(descending=True)[:40].tolist())) > 10
+    other = setting(llama, places, "patch", metric=kl(llama, inputs, inputs_of(llama, [OTHER], bos=False)))
+    assert float(integrate(other.passes, other.table, other.base).effects.abs().max()) > 0.01
+
+
+@pytest.mark.parametrize("path", ["groups", "layers", "inputs"])
+def test_a_flat_metric_is_refused_whatever_the_path(llama: LanguageModel, path: Any) -> None:
+    inputs = inputs_of(llama, [PROMPT], bos=False)
+    flat = of_logits(inputs, lambda z: 0 * z[:, 0])
+    found = setting(llama, at(llama, "resid_post.0", "resid_post.2"), "patch", metric=flat)
+    with pytest.raises(
+        ConfigError, match=r"must depend on what is at resid_post\.0, got own, whose gradient is 0"
+    ):
+        integrate(found.passes, found.table, found.base, path=path, n_steps=2, embedded=found.embedded)
 
 
 # -- metrics -----------------------------------------------------------------------------------------

@@ -66,7 +66,9 @@ def test_a_metric_that_does_not_depend_on_a_place_is_refused(llama: LanguageMode
         ConfigError, match=r"must depend on what is at resid_post\.2, got the activation of latent 3"
     ):
         setting(llama, places, metric=early)
-    with pytest.raises(ConfigError, match="must have a gradient where nothing is changed"):
+    with pytest.raises(
+        ConfigError, match=r"resid_post\.1, got own, whose gradient is 0 where nothing is changed"
+    ):
         found = setting(llama, at(llama, "resid_post.1"), metric=of_logits(inputs, lambda z: 0 * z[:, 0]))
         attribute(found.passes, found.table, found.base)
 
@@ -104,10 +106,27 @@ def test_places_prompts_and_tokens_that_do_not_fit(llama: LanguageModel, linear:
     ("options", "message"),
     [
         ({"ablation": "patch"}, "ablation patch must go with patched prompts"),
-        ({"patched": ("a", "b"), "ablation": "zero"}, "must go with patched prompts"),
+        ({"patched": ("a", "b")}, "must go with patched prompts"),
         ({"path": "inputs"}, "the path inputs leads to patched prompts"),
         ({"method": "gradient", "n_steps": 5}, "n_steps must be left out when the method is gradient"),
-        ({"metric": "kl", "method": "gradient"}, "its gradient is 0 there"),
+        (
+            {"metric": "kl", "method": "gradient"},
+            r"its gradient is 0 there.*got method gradient, max_edges 2000\. Set --path layers --max-edges 0, or",
+        ),
+        ({"metric": "kl"}, "its gradient is 0 there.*got path groups"),
+        ({"metric": "kl", "path": "layers"}, "its gradient is 0 there.*got path layers, max_edges 2000"),
+        ({"metric": "loss", "position": 3}, "position must be left out when the metric is loss"),
+        ({"metric": "loss", "answers": (" x",)}, "answers must be left out when the metric is loss"),
+        ({"metric": "logit", "wrong": (" x",)}, "wrong must be left out when the metric is logit"),
+        ({"ablation": "zero", "split": "train"}, "split must be left out when the ablation is zero"),
+        ({"ablation": "zero", "n_tokens": 5}, "n_tokens must be left out when the ablation is zero"),
+        ({"max_edges": 0, "edges": "total"}, "edges must be left out when max_edges is 0"),
+        ({"max_edges": 0, "n_checked_edges": 7}, "n_checked_edges must be left out when max_edges is 0"),
+        ({"max_edges": 0, "edge_threshold": 1.0}, "edge_threshold must be left out when max_edges is 0"),
+        (
+            {"max_edges": 0, "n_checked_random": 0, "n_random": 0, "seed": 3},
+            "seed must be left out when nothing is drawn",
+        ),
         ({"latent": 3}, "there must be at least 2 dictionaries"),
         ({"depth": 3}, "depth must be left out when no latent is named"),
         ({"answers": ("a", "b", "c")}, "answers must be one for all 2 prompts, or one for each"),
@@ -118,6 +137,32 @@ def test_places_prompts_and_tokens_that_do_not_fit(llama: LanguageModel, linear:
 def test_options_that_do_not_go_together(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         TraceConfig.build(options)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("edges", "total"),
+        ("max_edges", 5),
+        ("edge_threshold", 1.0),
+        ("node_threshold", 1.0),
+        ("n_checked_edges", 7),
+        ("n_checked_random", 3),
+        ("metric", "kl"),
+    ],
+)
+def test_options_that_a_latent_has_no_use_for(option: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{option} must be left out when a latent is traced back"):
+        TraceConfig.build({"latent": 3, "dictionaries": ("a", "b"), option: value})
+
+
+def test_how_many_are_checked_and_what_kl_goes_with() -> None:
+    assert TraceConfig().n_largest == 200 and TraceConfig(n_checked=300).n_largest == 300
+    of_latent = {"latent": 3, "dictionaries": ("a", "b")}
+    assert TraceConfig.build(of_latent).n_largest == 50
+    assert TraceConfig.build(of_latent | {"n_checked": 200}).n_largest == 200
+    TraceConfig.build({"metric": "kl", "path": "layers", "max_edges": 0})
+    TraceConfig.build({"metric": "kl", "ablation": "patch", "patched": ("a", "b")})
 
 
 def test_the_largest_are_dealt_out_those_of_one_position_apart() -> None:
@@ -151,6 +196,7 @@ def test_the_folder_of_a_trace(llama: LanguageModel, tmp_path: Path) -> None:
         "prompts": (PROMPT,),
         "answers": ("a",),
         "wrong": ("b",),
+        "ablation": "zero",
         "max_nodes": 30,
         "max_edges": 50,
         "n_checked": 20,
@@ -199,3 +245,19 @@ def test_a_latent_traced_back_by_the_verb(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"a latent must be in \[0, 31\], got 99"):
         trace(TraceConfig.build(options | {"latent": 99, "out": tmp_path / "none"}), lm=lm)
     assert not (tmp_path / "none").exists()
+
+
+def test_means_are_the_default_and_all_of_a_latents_sources_are_checked(tmp_path: Path) -> None:
+    lm = by_hand()
+    folders = tuple(save(lm, unit(lm, f"resid_post.{i}"), tmp_path / f"d{i}") for i in (0, 1))
+    text = {"corpus": (str(write_corpus(tmp_path / "corpus.jsonl", 40)),)}
+    read = {"dictionaries": folders, "text": text, "split": "all", "n_tokens": 600}
+    of_latent = read | {"out": tmp_path / "latent", "latent": 2, "n_contexts": 2, "n_checked": 60}
+    trace(TraceConfig.build(of_latent), lm=lm)
+    fed = json.loads((tmp_path / "latent" / "nodes.json").read_text())["feeds"][0]
+    assert all(source["exact"] is not None for source in fed["sources"]) and fed["sources"]
+    asked = {"out": tmp_path / "mean", "prompts": ("b a",), "metric": "logit", "answers": (lm.token_text(5),)}
+    done = trace(TraceConfig.build(read | asked | {"max_edges": 5}), lm=lm)
+    found = read_graph(done.path)
+    assert found.pair is not None and found.pair["ablation"] == "mean"
+    assert found.scores["curves"]["completeness"][0] == pytest.approx(1, abs=1e-6)

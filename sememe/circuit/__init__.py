@@ -27,7 +27,7 @@ from sememe import artifact, dictionaries, graph
 from sememe import lm as language_models
 from sememe.atlas import dictionary_of, labels, open_atlas
 from sememe.circuit.config import CircuitConfig
-from sememe.circuit.exact import agreement, chosen, exact_effects
+from sememe.circuit.exact import agreement, chosen, exact_edges, exact_effects
 from sememe.circuit.growth import Grown, grow
 from sememe.circuit.rows import Targets
 from sememe.circuit.sources import Sources
@@ -40,7 +40,7 @@ from sememe.text import TokenPolicy
 
 __all__ = ["CircuitConfig", "circuit"]
 
-VERSION = 1
+VERSION = 2
 PAGE = "circuit.md"
 
 
@@ -210,8 +210,33 @@ def _make(config: CircuitConfig, lm: LanguageModel, loaded: list[_Loaded], known
             "n_strongest": n_strongest,
             "correlation": agreement(predicted, exact),
             "correlation_strongest": agreement(predicted[:n_strongest], exact[:n_strongest]),
+            **_checked_edges(config, lm, ids, sources, grown, pruned.edges),
         },
     )
+
+
+def _checked_edges(
+    config: CircuitConfig,
+    lm: LanguageModel,
+    ids: Int[Tensor, "1 seq"],
+    sources: Sources,
+    grown: Grown,
+    kept: graph.Mask,
+) -> dict[str, Any]:
+    """How some of the kept edges between latents agree with what their targets really lose."""
+    links = grown.links
+    between = kept & (links.source < sources.n_latents) & (links.target < sources.n_latents)
+    which = chosen(links.weight, np.flatnonzero(between), config.n_checked_edges, config.seed)
+    pairs = list(zip(links.source[which].tolist(), links.target[which].tolist(), strict=True))
+    weights = links.weight[which].tolist()
+    held, free = (
+        exact_edges(lm, ids, sources, pairs, config.batch_rows, held=held) for held in (True, False)
+    )
+    return {
+        "n_checked_edges": len(which),
+        "correlation_edges": agreement(weights, held),
+        "correlation_edges_free": agreement(weights, free),
+    }
 
 
 def _explained(config: CircuitConfig, lm: LanguageModel, frozen: Frozen) -> _Explained:

@@ -46,6 +46,8 @@ class CircuitConfig(Config):
     """The share of the kept nodes' edges' influence that is kept."""
     n_checked: int = Field(default=64, ge=0)
     """Latents that are also taken out of the real model, to compare: half of them the strongest, half drawn."""
+    n_checked_edges: int = Field(default=64, ge=0)
+    """Edges between latents in the graph that are compared with the real model, too: half of them the heaviest."""
     batch_rows: int = Field(default=32, ge=1)
     """Rows of one backward or forward."""
     atlases: tuple[Path, ...] = ()
@@ -64,7 +66,7 @@ class CircuitConfig(Config):
     def _no_inert_option(self) -> CircuitConfig:
         if self.tokens:
             self.check_inert("n_logits", "probability", without="tokens are named")
-        if self.n_checked == 0:
+        if self.n_checked == 0 and self.n_checked_edges == 0:
             self.check_inert("seed", without="nothing is checked")
         if self.explanations and len(self.explanations) != len(self.atlases):
             raise ConfigError(

@@ -35,6 +35,9 @@ def page(graph: Graph) -> str:
         f"| largest deviation of a sum from its target | {checks['sum_off']:.2g} |",
         f"| correlation with exact ablations ({checks['n_checked']}) | {_number(checks['correlation'])} |",
         f"| the same, of the strongest ({checks['n_strongest']}) | {_number(checks['correlation_strongest'])} |",
+        f"| correlation of edges with what their targets really lose ({checks['n_checked_edges']}), MLPs in between "
+        f"held | {_number(checks['correlation_edges'])} |",
+        f"| the same, all of the model free to follow | {_number(checks['correlation_edges_free'])} |",
         "",
         f"The {min(N_SHOWN, len(latents))} latents with the largest effects on the metric:",
         "",

@@ -36,6 +36,10 @@ class Running(NamedTuple):
     """The number of the first: in KV-cached generation, how many came before."""
     cached: bool
     """Whether keys and values are kept: then more tokens may follow."""
+    n_prompt: int | None = None
+    """Inside `generate`: tokens of the prompt."""
+    n_read: int | None = None
+    """Inside `generate`: tokens that are read at most; the last new one is not."""
 
 
 class Forwards:
@@ -61,6 +65,8 @@ class Forwards:
         self._cache_name = "cache" if "cache" in self._arguments else "past_key_values"
         self.running = Running(0, False)
         """The forward that edits see now."""
+        self._generating: tuple[int, int] | tuple[None, None] = (None, None)
+        """`n_prompt` and `n_read` of the generation that is going on."""
         self._counted: tuple[Any, Tensor, int] | None = None
         """A cache that does not know its length, the tokens last given, and how many there were before them."""
         self._edits_off = False
@@ -301,7 +307,7 @@ class Forwards:
             cache: Any = kwargs.get(self._cache_name)
             given = args[0] if args else kwargs.get("input_ids")
             given = kwargs.get("inputs_embeds") if given is None else given
-            self.running = Running(self._tokens_before(cache, given), cache is not None)
+            self.running = Running(self._tokens_before(cache, given), cache is not None, *self._generating)
             lead[0] = (given.shape[0], given.shape[1]) if given is not None else None
 
         hooks.callback(self.hf.register_forward_pre_hook(see, with_kwargs=True).remove)

@@ -226,6 +226,7 @@ class LanguageModel(Forwards):
         devices = [self.device] if self.device.type == "cuda" else []
         # transformers fills what is not set here from the model's own advice (a repetition penalty, a top_k).
         advice, self.hf.generation_config = self.hf.generation_config, GenerationConfig()
+        self._generating = ids.shape[1], ids.shape[1] + max_new_tokens - 1
         try:
             with torch.random.fork_rng(devices=devices), torch.no_grad():
                 torch.manual_seed(seed)
@@ -239,6 +240,7 @@ class LanguageModel(Forwards):
                 )
         finally:
             self.hf.generation_config = advice
+            self._generating = None, None
         return made
 
     # ---- directions and tokens ------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ __all__ = [
     "trace",
 ]
 
-VERSION = 2
+VERSION = 3
 PAGE = "trace.md"
 NODES = "nodes.json"
 """Every node's predicted effect, those that are not in the graph too, and what was checked."""
@@ -279,8 +279,8 @@ def _prompts(config: TraceConfig, lm: LanguageModel, places: Sequence[Placed]) -
         order = attribution.effects.abs().argsort(descending=True, stable=True)
         loud = order[attribution.effects[order].abs() >= config.node_threshold]
         nodes = loud[: config.max_nodes]
-        checked = order[: config.n_checked].tolist()
-        others = order[config.n_checked :]
+        checked = order[: config.n_largest].tolist()
+        others = order[config.n_largest :]
         checked += others[
             torch.randperm(len(others), generator=generator)[: config.n_checked_random]
         ].tolist()
@@ -384,7 +384,7 @@ def _feeds(config: TraceConfig, lm: LanguageModel, places: Sequence[Placed]) -> 
         n_steps=config.n_steps,
         n_grouped=config.n_grouped,
         reach=config.reach,
-        n_checked=min(config.n_checked, 50),
+        n_checked=config.n_largest,
         seed=config.seed,
         batch_rows=config.batch_rows,
     )

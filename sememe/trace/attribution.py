@@ -18,6 +18,9 @@ Ways through which ig goes, with n_steps passes for all places together unless s
                passes for each. What circuits are usually found with (Marks et al. 2024, arXiv:2403.19647); here the
                slow reference.
 
+A number that is least where nothing is changed (the divergence from the unedited predictions) has no gradient there but
+rounding: only `layers` can trace it.
+
 Knows no dictionary but as directions, and no text.
 """
 
@@ -38,10 +41,11 @@ from sememe.trace.metric import Metric
 from sememe.trace.places import Inputs, Placed
 from sememe.trace.table import Table
 
-__all__ = ["Attribution", "Pass", "Passes", "attribute", "integrate"]
+__all__ = ["Attribution", "Pass", "Passes", "attribute", "check_slope", "integrate"]
 
 EMBEDDED = "resid_pre.0"
 """Where a prompt's embeddings enter the layers."""
+LEAST_REMEDY = "Set --path layers, or compare with a counterpart (--ablation patch --patched)."
 Change = Callable[[Tensor], Tensor]
 
 
@@ -191,16 +195,36 @@ def attribute(passes: Passes, table: Table, base: Pass) -> Attribution:
         table: What is changed.
         base: The run in which nothing is.
     Raises:
-        ConfigError: all gradients are 0.
+        ConfigError: the number is flat where nothing is changed.
     """
+    check_slope(passes, base)
     effects = table.per_node(table.effects(base.gradients))
-    if not any(bool((g != 0).any()) for g in base.gradients):
+    return _result(passes, table, base, effects, base.gradients)
+
+
+def check_slope(passes: Passes, base: Pass) -> None:
+    """That the number has a gradient where nothing is changed, and not only rounding.
+
+    Raises:
+        ConfigError: it does not depend on a place, or is as small as it can be.
+    """
+    if passes.metric.is_least:
         raise ConfigError(
             "the metric must have a gradient where nothing is changed",
-            f"{passes.metric.text}, flat there",
-            "Use --method ig, or another metric.",
+            f"{passes.metric.text}, which is least there, so that its gradient is rounding",
+            LEAST_REMEDY,
         )
-    return _result(passes, table, base, effects, base.gradients)
+    _check_gradients(passes, base.gradients, "where nothing is changed")
+
+
+def _check_gradients(passes: Passes, gradients: Sequence[Tensor], where: str) -> None:
+    for placed, gradient in zip(passes.places, gradients, strict=True):
+        if not bool((gradient != 0).any()):
+            raise ConfigError(
+                f"the metric must depend on what is at {placed.writes}",
+                f"{passes.metric.text}, whose gradient is 0 {where}",
+                "Choose another metric, or dictionaries of other hookpoints.",
+            )
 
 
 def integrate(
@@ -225,6 +249,8 @@ def integrate(
         n_grouped: How many nodes `groups` moves.
         reach: How far along the other paths gradients are taken, 1: to the end.
         embedded: With `inputs`: the counterpart's embeddings minus the prompt's.
+    Raises:
+        ConfigError: the number does not depend on a place; with `groups`: it is flat where nothing is changed.
     """
     if path == "groups":
         return _groups(passes, table, base, n_steps, n_grouped)
@@ -240,12 +266,13 @@ def integrate(
             gradients.append(
                 torch.stack([passes.run({i: point * whole}).gradients[i] for point in points]).mean(0)
             )
+    _check_gradients(passes, gradients, "all along the path")
     return _result(passes, table, base, table.per_node(table.effects(gradients)), gradients)
 
 
 def _groups(passes: Passes, table: Table, base: Pass, n_steps: int, n_grouped: int) -> Attribution:
-    entries = table.effects(base.gradients)
-    effects = table.per_node(entries)
+    check_slope(passes, base)
+    effects = table.per_node(table.effects(base.gradients))
     for nodes in dealt_out(effects, table.node_position, n_grouped, n_steps - 1):
         mine = table.entries_of(nodes)
         moved = {

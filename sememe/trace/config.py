@@ -61,8 +61,8 @@ class TraceConfig(Config):
     """The token it is compared with by logit_difference: one for all prompts, or one for each."""
     position: int = -1
     """Whose prediction the metric reads, counted from the end where negative; loss reads all of them."""
-    ablation: Ablation = "zero"
-    """What a latent is set to when it is taken out: zero; its mean over the text; or what it is in the counterpart."""
+    ablation: Ablation = "mean"
+    """What a latent is set to when it is taken out: its mean over the text; zero; or what it is in the counterpart."""
     method: Literal["gradient", "ig"] = "ig"
     """gradient: attribution patching, one backward in all. ig: gradients averaged over n_steps points of a path."""
     path: PathName = "groups"
@@ -86,8 +86,9 @@ class TraceConfig(Config):
     """The smallest |weight| of an edge, in units of the metric."""
     edges: Literal["direct", "total"] = "direct"
     """direct: what goes through a dictionary in between does not count. total: it does."""
-    n_checked: int = Field(default=200, ge=0)
-    """Nodes, of the largest effects, that are really taken out one at a time, to see how well effects are predicted."""
+    n_checked: int | None = Field(default=None, ge=0)
+    """Nodes, of the largest effects, that are really taken out one at a time, to see how well effects are predicted. If
+    not given 200, and with latent 50 for each latent that is traced back."""
     n_checked_random: int = Field(default=50, ge=0)
     """Further nodes, drawn at random, that are."""
     n_checked_edges: int = Field(default=30, ge=0)
@@ -103,7 +104,7 @@ class TraceConfig(Config):
     n_contexts: int = Field(default=20, ge=1)
     """With latent: contexts of each latent, drawn from those in which it reaches half of its largest activation."""
     text: TextConfig = TextConfig()
-    """Where means are taken, and contexts of latents looked for."""
+    """Where means are taken, and contexts of latents looked for; not read for ablation zero and patch."""
     split: Literal["train", "heldout", "all"] = "heldout"
     """Which documents of it."""
     n_tokens: int = Field(default=20_000, ge=1)
@@ -112,6 +113,13 @@ class TraceConfig(Config):
     """Of random circuits and samples."""
     batch_rows: int = Field(default=16, ge=1)
     """Rows of tokens in a forward."""
+
+    @property
+    def n_largest(self) -> int:
+        """Nodes of the largest effects that are really taken out: `n_checked`, or what stands for it."""
+        if self.n_checked is not None:
+            return self.n_checked
+        return 200 if self.latent is None else 50
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -143,6 +151,8 @@ class TraceConfig(Config):
             self.check_inert("reach", without="the path is groups")
         else:
             self.check_inert("n_grouped", without=f"the path is {self.path}")
+        if self.latent is None:
+            self._check_kl()
         return self
 
     def _check_latent(self, latent: int) -> None:
@@ -157,7 +167,9 @@ class TraceConfig(Config):
         if self.path == "inputs":
             raise ConfigError("the path inputs leads to patched prompts", "a latent", "Set --path groups.")
         inert = ("prompts", "patched", "metric", "answers", "wrong", "position", "ablation", "by_position")
-        self.check_inert(*inert, "max_nodes", "n_random", without="a latent is traced back")
+        graph = ("max_nodes", "node_threshold", "max_edges", "edge_threshold", "edges", "n_random")
+        checks = ("n_checked_random", "n_checked_edges")
+        self.check_inert(*inert, *graph, *checks, without="a latent is traced back")
 
     def _check_prompts(self) -> None:
         if not self.prompts or not all(self.prompts) or not all(self.patched):
@@ -180,12 +192,6 @@ class TraceConfig(Config):
                 f"ablation {self.ablation}",
                 "Give --patched, or set --path groups.",
             )
-        if self.metric == "kl" and self.method == "gradient" and self.ablation != "patch":
-            raise ConfigError(
-                "kl from the unedited predictions is flat where nothing is edited: its gradient is 0 there",
-                "method gradient",
-                "Set --method ig.",
-            )
         needed = {"logit_difference": ("answers", "wrong"), "logit": ("answers",), "log_prob": ("answers",)}
         for name in needed.get(self.metric, ()):
             if len(getattr(self, name)) not in (1, len(self.prompts)):
@@ -194,6 +200,29 @@ class TraceConfig(Config):
                     len(getattr(self, name)),
                     f"Change --{name}.",
                 )
+        for name in ("answers", "wrong"):
+            if name not in needed.get(self.metric, ()):
+                self.check_inert(name, without=f"the metric is {self.metric}")
+        if self.metric == "loss":
+            self.check_inert("position", without="the metric is loss")
+        if self.ablation != "mean":
+            self.check_inert("split", "n_tokens", without=f"the ablation is {self.ablation}")
+        if not self.max_edges:
+            self.check_inert("edges", "edge_threshold", "n_checked_edges", without="max_edges is 0")
+        if not (self.n_random or self.n_checked_random or (self.max_edges and self.n_checked_edges > 1)):
+            self.check_inert("seed", without="nothing is drawn")
+
+    def _check_kl(self) -> None:
+        if self.metric != "kl" or self.ablation == "patch":
+            return
+        if self.method == "gradient" or self.path == "groups" or self.max_edges:
+            way = "method gradient" if self.method == "gradient" else f"path {self.path}"
+            raise ConfigError(
+                "kl from the unedited predictions is least where nothing is edited: its gradient is 0 there, which "
+                "method gradient, path groups and edges go by",
+                f"{way}, max_edges {self.max_edges}",
+                "Set --path layers --max-edges 0, or compare with a counterpart (--ablation patch --patched).",
+            )
 
 
 def _list(values: tuple[object, ...]) -> str:

@@ -225,7 +225,7 @@ def _share(sizes: Any, chosen: Any) -> float | None:
 
 def _checks(found: Traced) -> dict[str, Any]:
     """How well predictions hold: the largest, the random ones, latents and errors apart, edges."""
-    effects, n = found.attribution.effects.tolist(), found.config.n_checked
+    effects, n = found.attribution.effects.tolist(), found.config.n_largest
     predicted = [effects[node] for node in found.checked]
     is_error = (found.setting.table.node_latent == ERROR).tolist()
     out = {
@@ -274,7 +274,7 @@ def details(found: Traced) -> dict[str, Any]:
     checked = {
         "predicted": [effects[node] for node in found.checked],
         "exact": found.exact,
-        "n_largest": found.config.n_checked,
+        "n_largest": found.config.n_largest,
     }
     return {"nodes": nodes, "checked": checked, "checked_edges": edges}
 

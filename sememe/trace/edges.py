@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sememe.trace.attribution import Pass, Passes, frozen
+from sememe.trace.attribution import Pass, Passes, check_slope, frozen
 from sememe.trace.places import Inputs, Placed, along, kept
 from sememe.trace.table import ERROR, Table
 
@@ -65,7 +65,10 @@ def edges_of(
         nodes: Between which.
         direct: Whether what goes through a dictionary in between is left out.
         batch_rows: Rows of tokens in a backward: as many targets at once as there is room for.
+    Raises:
+        ConfigError: the number is flat where nothing is changed: edges weigh its gradient there.
     """
+    check_slope(passes, base)
     n = table.n_prompts
     times = max(min(batch_rows, TOKENS_AT_ONCE // table.seq) // n, 1)
     chosen = table.entries_of(nodes)

@@ -31,6 +31,10 @@ from sememe.trace.table import ERROR, Table, shift_of
 __all__ = ["Context", "Fed", "How", "contexts_of", "feeds"]
 
 
+N_SHOWN = 50
+"""Nodes that are listed for each latent at least, really taken out or not."""
+
+
 class Context(NamedTuple):
     """A stretch of text that ends where a latent fires."""
 
@@ -53,7 +57,7 @@ class How(NamedTuple):
     n_steps: int = 10
     n_grouped: int = 256
     reach: float = 1.0
-    n_checked: int = 10
+    n_checked: int = 50
     seed: int = 0
     batch_rows: int = 16
 
@@ -196,7 +200,7 @@ def _fed(
             strict=True,
         )
     )
-    shown = sorted(order[:50], key=lambda node: -abs(exact.get(node, 0.0)))
+    shown = sorted(order[: max(len(checked), N_SHOWN)], key=lambda node: -abs(exact.get(node, 0.0)))
     offsets = _offsets(table, inputs, base.gradients[0])
     mean = float(base.value.mean())
     sources = [

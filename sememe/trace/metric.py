@@ -40,6 +40,8 @@ class Metric(abc.ABC):
     """What it is, for people."""
     positions: Int[Tensor, " n"]
     """Where each prompt's number is read; the last position of those that are, if several."""
+    is_least: bool = False
+    """Whether it is as small as it can be where nothing is changed: its gradient there is 0 but for rounding."""
 
     @abc.abstractmethod
     def forward(self, lm: LanguageModel, inputs: Inputs) -> Float[Tensor, " batch"]:
@@ -61,6 +63,7 @@ class PredictionMetric(Metric):
         text: What it is.
         positions: Where each prompt's number is read.
         of: The model, hidden states (batch, seq, d) and the prompts' tokens to one number per row.
+        is_least: Whether nothing can make it smaller than it is where nothing is changed.
     """
 
     def __init__(
@@ -69,8 +72,11 @@ class PredictionMetric(Metric):
         text: str,
         positions: Int[Tensor, " n"],
         of: Callable[[LanguageModel, Float[Tensor, "batch seq d"], Inputs], Float[Tensor, " batch"]],
+        *,
+        is_least: bool = False,
     ) -> None:
         self.name, self.text, self.positions, self._of = name, text, positions, of
+        self.is_least = is_least
 
     def forward(self, lm: LanguageModel, inputs: Inputs) -> Float[Tensor, " batch"]:
         """By a whole forward."""
@@ -199,7 +205,10 @@ def kl(lm: LanguageModel, inputs: Inputs, reference: Inputs, position: int = -1)
         own = truth.to(z.device)[r]
         return (own.exp() * (own - z.log_softmax(1))).sum(1)
 
-    return PredictionMetric("kl", "KL of the predictions from the reference's", at, _read_at(at, of))
+    same = torch.equal(inputs.ids, reference.ids) and torch.equal(inputs.mask, reference.mask)
+    return PredictionMetric(
+        "kl", "KL of the predictions from the reference's", at, _read_at(at, of), is_least=same
+    )
 
 
 def of_logits(
