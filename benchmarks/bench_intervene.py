@@ -15,7 +15,8 @@ dictionaries (untrained, 32 of 2,048 active, at every layer) hold.
 
 ig_exact_correlation: integrated gradients (10 passes for all layers together) against really ablating the 200 largest
 nodes, one at a time: mean over the prompts below and over 64-token texts, for dictionaries that were trained (given, or
-made here from --n-tokens tokens at every third layer). --ways prints how other paths do.
+made here from --n-tokens tokens at every third layer). Ablated is to the mean, as `sememe trace` does it. --ways prints
+how other paths do.
 
 ioi_patches_over_pca: how many latents `sememe patch` has to take from the clean run, in the order of attribution, until
 the model says what it says with 100 principal components taken, over these 100: of the dictionary that needs fewest.
@@ -30,8 +31,9 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from common import finish, interleaved, ratio, row
@@ -61,6 +63,7 @@ from sememe.trace import (
     of_logits,
     prepare,
 )
+from sememe.trace.places import Means, means_of
 
 N_NODES, N_TEXT_TOKENS = 200, 64
 PAIRS = (
@@ -82,6 +85,12 @@ def main() -> None:
     parser.add_argument("--d-sae", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--ways", action="store_true", help="print how other paths do, too")
+    parser.add_argument(
+        "--ablation",
+        choices=("mean", "zero"),
+        default="mean",
+        help="of the correlation, as `sememe trace` has it",
+    )
     parser.add_argument("--only", choices=("edit", "passes", "correlation", "ioi"), default=None)
     options = parser.parse_args()
     figures = []
@@ -243,7 +252,13 @@ def train(options: argparse.Namespace, folder: Path) -> list[Path]:
     return sorted(path.parent for path in (folder / "dictionaries").glob("*/meta.json"))
 
 
-def settings_of(lm: LanguageModel, places: tuple[Placed, ...], texts: list[Inputs]) -> dict[str, Setting]:
+def settings_of(
+    lm: LanguageModel,
+    places: tuple[Placed, ...],
+    texts: list[Inputs],
+    ablation: Literal["mean", "zero"],
+    means: Sequence[Means] | None,
+) -> dict[str, Setting]:
     """Numbers to trace: logit differences of prompts; of the likeliest two tokens after texts; a text's loss."""
     metrics: dict[str, tuple[Inputs, Metric]] = {}
     for prompt, answer, wrong in PAIRS:
@@ -254,7 +269,10 @@ def settings_of(lm: LanguageModel, places: tuple[Placed, ...], texts: list[Input
             first, second = lm.logits(lm.hidden(inputs.ids)[:, -1:])[0, 0].topk(2).indices.tolist()
         metrics[f"text {i}"] = inputs, of_logits(inputs, lambda z, a=first, b=second: z[:, a] - z[:, b])
     metrics["loss of text 0"] = texts[0], loss(lm, texts[0])
-    return {name: prepare(lm, places, inputs, metric) for name, (inputs, metric) in metrics.items()}
+    return {
+        name: prepare(lm, places, inputs, metric, ablation=ablation, means=means)
+        for name, (inputs, metric) in metrics.items()
+    }
 
 
 def correlation_figure(
@@ -263,7 +281,8 @@ def correlation_figure(
     loaded: dict[str, Dictionary] = {str(path): dictionaries.load(path) for path in paths}
     places = at_places(lm, loaded, policies={name: TokenPolicy() for name in loaded})
     found: dict[str, dict[str, float | None]] = {}
-    for name, setting in settings_of(lm, places, texts).items():
+    means = means_of(lm, places, TextConfig()) if options.ablation == "mean" else None
+    for name, setting in settings_of(lm, places, texts, options.ablation, means).items():
         found[name] = correlations(setting, ways=options.ways)
         print(
             name,
@@ -271,20 +290,21 @@ def correlation_figure(
             file=sys.stderr,
         )
     ways = list(next(iter(found.values())))
-    means = {way: mean([one[way] for one in found.values()]) for way in ways}
-    for way, value in means.items():
+    over_all = {way: mean([one[way] for one in found.values()]) for way in ways}
+    for way, value in over_all.items():
         print(f"{way:<24}{value:.4f}", file=sys.stderr)
     own = {name: one["groups"] for name, one in found.items()}
     return row(
         "ig_exact_correlation",
-        means["groups"],
+        over_all["groups"],
         ">= 0.9",
         "Pearson's r",
         nodes=N_NODES,
         places=[placed.writes for placed in places],
         smallest=min(v for v in own.values() if v is not None),
-        gradient=means["gradient"],
-        spearman=means["groups, ranks"],
+        ablation=options.ablation,
+        gradient=over_all["gradient"],
+        spearman=over_all["groups, ranks"],
         by_prompt=own,
     )
 

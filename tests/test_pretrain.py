@@ -23,7 +23,7 @@ from sememe.cli import _run
 from sememe.errors import ConfigError, MismatchError, ModelError, TextError
 from sememe.interrupt import stop_requests
 from sememe.lm.build import PRESETS, GPT2Shape, LlamaShape, build_causal_lm, train_tokenizer
-from sememe.pretrain import PretrainConfig, baselines, pretrain
+from sememe.pretrain import PretrainConfig, baselines, pretrain, training
 from sememe.pretrain.group import Group
 from sememe.pretrain.training import Run
 from sememe.text import TextConfig
@@ -191,6 +191,10 @@ def test_gradient_accumulation_gives_the_same_model(corpus: Path, tmp_path: Path
     left, right = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     for name in left:
         torch.testing.assert_close(left[name], right[name], rtol=1e-3, atol=1e-5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "LOGITS", 32 * 300 * 3)  # three rows, of which two divide eight
+        pretrain(small(corpus, tmp_path / "fitting", **short))
+    assert_same_bits(tmp_path / "fitting", tmp_path / "parts")
 
 
 def test_another_tokenizer_and_shape_and_bfloat16(
