@@ -31,9 +31,13 @@ from sememe.errors import ConfigError, MismatchError, SememeError, nearest
 
 __all__ = ["RESULTS", "ResultsConfig", "results"]
 
-VERSION = 1
+VERSION = 2
 RESULTS = "results.json"
 SQL = "SELECT "
+NEVER = "never reached"
+"""The cause of a number that was measured and has no end: more than any other."""
+NOT_ALWAYS = "not reached in"
+"""How the cause begins of a number whose interval has no upper end."""
 Verdict = Literal["holds", "does not hold", "undecided", "not measured"]
 
 
@@ -282,7 +286,7 @@ def _data(config: ResultsConfig, reader: _Reader) -> dict[str, Any]:
         "settings": [setting.resolved() for setting in config.settings],
         "tables": tables,
         "claims": claims,
-        "n_missing": sum(cell["value"] is None for cell in cells),
+        "n_missing": sum(map(_missing, cells)),
     }
 
 
@@ -291,9 +295,12 @@ def _data(config: ResultsConfig, reader: _Reader) -> dict[str, Any]:
 
 def _verdict(claim: Claim, values: Sequence[dict[str, Any]]) -> Verdict:
     """Whether our numbers are as was said; undecided where the intervals of the two overlap."""
-    numbers = [value["value"] for value in values]
-    if any(number is None for number in numbers):
+    if any(_missing(value) for value in values):
         return "not measured"
+    values = [_endless(value) for value in values]
+    numbers = [value["value"] for value in values]
+    if all(math.isinf(number) for number in numbers) and claim.than is None:
+        return "undecided"
     if claim.relation in ("rising", "falling"):
         rho = _rank_correlation(numbers)
         return _word(rho >= RISING if claim.relation == "rising" else rho <= -RISING)
@@ -306,6 +313,20 @@ def _verdict(claim: Claim, values: Sequence[dict[str, Any]]) -> Verdict:
         return "undecided"
     above = left["value"] > right["value"]
     return _word(above if claim.relation == "above" else left["value"] < right["value"])
+
+
+def _missing(statistic: dict[str, Any]) -> bool:
+    """Whether there is no number because none was measured."""
+    return statistic["value"] is None and statistic.get("cause") != NEVER
+
+
+def _endless(statistic: dict[str, Any]) -> dict[str, Any]:
+    """The same with the ends that JSON cannot hold: what is never reached is above everything that is."""
+    cause = str(statistic.get("cause", ""))
+    if cause == NEVER:
+        low = statistic.get("low")
+        return {"value": math.inf, "low": math.inf if low is None else low, "high": math.inf}
+    return {**statistic, "high": math.inf} if cause.startswith(NOT_ALWAYS) else statistic
 
 
 RISING = 0.5
@@ -365,12 +386,13 @@ class _Reader:
         if isinstance(found, dict) and not {"value", "mean"} & set(found):
             return {"value": None, "cause": f"{path} is no number"}
         if isinstance(found, dict):
-            value = found.get("value", found.get("mean"))
+            value, ends = found.get("value", found.get("mean")), ("low", "high")
             if value is None:
-                return {"value": None, "cause": str(found.get("cause", "no number"))}
-            return {"value": float(value)} | {
-                k: found[k] for k in ("low", "high") if found.get(k) is not None
-            }
+                ends = ends if found.get("cause") == NEVER else ()
+            about = {k: found[k] for k in ends if found.get(k) is not None}
+            cause = str(found.get("cause", "" if value is not None else "no number"))
+            about |= {"cause": cause} if cause else {}
+            return {"value": None if value is None else float(value)} | about
         if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
             return {"value": None, "cause": f"{path} is no number"}
         return {"value": float(found)}
