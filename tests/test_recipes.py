@@ -373,6 +373,17 @@ def test_numbers_are_taken_from_dictionaries_that_there_will_be(path, scale, tmp
             assert name in arms[place], f"{name} is not among {sorted(arms[place])}"
 
 
+def test_explanations_of_nulls_are_named_as_they_will_lie(tmp_path):
+    """Beside those of the atlas, as its folder is called: NAME-null-pca, which the page would miss under NAME-pca."""
+    recipe = next(path for path in RUNS if path.stem == "monosemanticity").read_text()
+    assert "explanations-null-identity/" in recipe
+    (tmp_path / "m.toml").write_text(recipe.replace("explanations-null-identity/", "explanations-identity/"))
+    with pytest.raises(
+        ConfigError, match=r"must come from what a stage .*, got 'explanations-identity/meta\.json'"
+    ):
+        stages(read_recipe(tmp_path / "m.toml"), tmp_path / "out")
+
+
 def test_wrong_names_would_be_seen(tmp_path):
     way = "comparison/comparison.json#rows/name=sizes~1d_sae512/metrics/fvu"
     assert list(named_in(tmp_path, [way, "report/report.json#metrics/l0"])) == [
