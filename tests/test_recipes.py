@@ -37,9 +37,7 @@ def test_every_recipe_resolves_and_can_be_planned_at_every_scale(path, scale, tm
         assert not estimate.done and (estimate.note or (estimate.needs and estimate.seconds_at))
     if path.stem in PUBLISHED:
         assert recipe.scale == scale and found[-1].verb == "results"
-        assert found[-1].config.title and (
-            found[-1].config.settings or path.stem in ("modern", "sparse_coding_log")
-        )
+        assert found[-1].config.title and found[-1].config.settings
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

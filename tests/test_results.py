@@ -136,6 +136,34 @@ def test_claims_hold_or_do_not(base, said, verdict):
     assert verdict in (found.path / "results.md").read_text()
 
 
+def test_a_choice_is_the_option_with_the_largest_number(base):
+    among = {"0.001": "rows/0/recall", "0.003": "rows/1/recall", "0.01": "rows/2/recall"}
+    among = {option: f"report/report.json#{path}" for option, path in among.items()}
+    choices = [
+        {"name": "best", "among": among},
+        {"name": "none", "among": among | {"0.1": "report/report.json#x"}},
+    ]
+    columns = table("CHOICE#best", "CHOICE#none")
+    said = [
+        claim("apart", "CHOICE#best", than=0.001, within=1e-6),
+        claim("near", "CHOICE#best", than=0.003, within=1e-6),
+        claim("apart", "CHOICE#best", than=0.003, within=1e-6) | {"claim": "it moves"},
+    ]
+    data, _ = made(base, tables=[columns], choices=choices, claims=said)
+    best, none = data["tables"][0]["rows"][0]["here"]
+    assert best == {"value": 0.003} and none == {
+        "value": None,
+        "cause": "0.1: no x; Known: metrics, plain, rows.",
+    }
+    assert [one["verdict"] for one in data["claims"]] == ["holds", "holds", "does not hold"]
+    with pytest.raises(ConfigError, match=r"a choice must be one of .*, got 'bets'\. Did you mean 'best'"):
+        made(base, tables=[table("CHOICE#bets")], choices=choices)
+    with pytest.raises(
+        ConfigError, match=r"an option of the choice 'best' must be a number, got 'low'\. Write"
+    ):
+        made(base, tables=[columns], choices=[{"name": "best", "among": {"low": among["0.01"], "1": "a#b"}}])
+
+
 def test_what_was_never_reached_was_measured_and_says_so(base):
     data, found = made(base, tables=[table("metrics/n_never")], claims=[])
     assert data["n_missing"] == 0 and "missing" not in (found.path / "results.md").read_text()
