@@ -371,6 +371,15 @@ def test_numbers_are_taken_from_dictionaries_that_there_will_be(path, scale, tmp
             assert name in arms[place], f"{name} is not among {sorted(arms[place])}"
 
 
+def test_effects_may_be_of_fewer_dictionaries_than_are_interpreted(tmp_path):
+    path = next(path for path in RUNS if path.stem == "cunningham")
+    labels = [stage.label for stage in stages(read_recipe(path, "small"), tmp_path / "out")]
+    assert sum(label.startswith("interpret") for label in labels) == 3
+    assert [label for label in labels if label.startswith("effects")] == [
+        "effects resid/resid_post.15-target_l024.0-d_sae1152"
+    ]
+
+
 def test_explanations_of_nulls_are_named_as_they_will_lie(tmp_path):
     """Beside those of the atlas, as its folder is called: NAME-null-pca, which the page would miss under NAME-pca."""
     recipe = next(path for path in RUNS if path.stem == "monosemanticity").read_text()
