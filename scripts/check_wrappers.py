@@ -1,8 +1,8 @@
 """Asks the real TransformerLens and nnsight, where they are installed, for what sememe.source reads from them.
 
 A tiny Llama with random weights, on this machine alone: each library's rows must be what the model itself computes at
-that place, and a dictionary must train on them. Neither package is needed by `make test`, so they have an environment of
-their own, which sees Sememe's packages behind its own ones:
+that place, and a dictionary must train on them. Neither package is needed by `make test`, so they have an environment
+of their own, which sees Sememe's packages behind its own ones:
 
     make wrappers-check
 """
