@@ -83,4 +83,4 @@ def test_what_is_not_there_says_so():
     assert sum("**no**" in row for row in rows) >= 5 and "**open**" not in PAGE, "a command, or a refusal"
     for row in rows:
         if "**no**" in row:
-            assert re.search(r"\*\*no\*\*: \w+.{20}", row), f"a refusal needs a reason: {row}"
+            assert re.search(r"\*\*no\*\*(: | option \w+ )\w+.{20}", row), f"a refusal needs a reason: {row}"

@@ -151,10 +151,7 @@ def test_a_choice_is_the_option_with_the_largest_number(base):
     ]
     data, _ = made(base, tables=[columns], choices=choices, claims=said)
     best, none = data["tables"][0]["rows"][0]["here"]
-    assert best == {"value": 0.003} and none == {
-        "value": None,
-        "cause": "0.1: no x; Known: metrics, plain, rows.",
-    }
+    assert best == {"value": 0.003} and none["value"] is None and none["cause"].startswith("0.1: no x")
     assert [one["verdict"] for one in data["claims"]] == ["holds", "holds", "does not hold"]
     with pytest.raises(ConfigError, match=r"a choice must be one of .*, got 'bets'\. Did you mean 'best'"):
         made(base, tables=[table("CHOICE#bets")], choices=choices)

@@ -171,17 +171,21 @@ def assemble(parts: Parts, path: Path) -> Dictionary:
 def _check_not_turned(parts: Parts, path: Path) -> None:
     """Shapes cannot tell a square matrix from its transpose; what a latent reads is like what it writes, though.
 
+    With both turned it is, too; then what should be the decoder's rows of norm 1, where it has such, are its columns.
+
     Raises:
-        FormatError: it is so only once one of the two, or both, are turned.
+        FormatError: it is so only once one of the two is turned, or columns have norm 1 and rows do not.
     """
     encoder, decoder = parts.W_enc.T, parts.W_dec
+    if _unit(decoder.T) and not _unit(decoder):
+        raise FormatError(
+            f"the square matrices in {path} must not be transposed: directions have norm 1",
+            "a decoder whose columns have norm 1 and whose rows, the directions, do not",
+            "Transpose it in the file, or fetch the file again.",
+        )
     if _alike(encoder, decoder) >= UNLIKE:
         return
-    turned = {
-        "the encoder": _alike(encoder.T, decoder),
-        "the decoder": _alike(encoder, decoder.T),
-        "both": _alike(encoder.T, decoder.T),
-    }
+    turned = {"the encoder": _alike(encoder.T, decoder), "the decoder": _alike(encoder, decoder.T)}
     which = max(turned, key=lambda name: turned[name])
     if turned[which] >= ALIKE:
         raise FormatError(
@@ -190,6 +194,11 @@ def _check_not_turned(parts: Parts, path: Path) -> None:
             f"{_alike(encoder, decoder):.2f} as they lie",
             "Transpose it in the file, or fetch the file again.",
         )
+
+
+def _unit(rows: Float[Tensor, "n d"]) -> bool:
+    """Whether all of them have norm 1, as far as half precision goes."""
+    return bool((rows.float().norm(dim=1) - 1).abs().max() < 5e-3)
 
 
 def _alike(read: Float[Tensor, "d_sae d"], written: Float[Tensor, "d_sae d"]) -> float:
