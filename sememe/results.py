@@ -431,9 +431,9 @@ class _Reader:
         if isinstance(found, dict) and not {"value", "mean"} & set(found):
             return {"value": None, "cause": f"{path} is no number"}
         if isinstance(found, dict):
-            value, ends = found.get("value", found.get("mean")), ("low", "high")
-            if value is None:
-                ends = ends if found.get("cause") == NEVER else ()
+            value = found.get("value", found.get("mean"))
+            measured = value is not None or found.get("cause") == NEVER
+            ends = ("low", "high") if measured else ()
             about = {k: found[k] for k in ends if found.get(k) is not None}
             cause = str(found.get("cause", "" if value is not None else "no number"))
             about |= {"cause": cause} if cause else {}

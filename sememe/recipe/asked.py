@@ -168,12 +168,13 @@ def release(places: Places, made: Sequence[Stage]) -> list[Stage]:
 
 def _made(stages: Sequence[Stage]) -> list[Path]:
     """The folders that stages make: of explanations, those of the atlas's nulls lie beside its own."""
-    nulls = {stage.name: stage.config.nulls for stage in stages if stage.verb == "interpret"}
+    configs: dict[tuple[str, str], Any] = {(stage.verb, stage.name): stage.config for stage in stages}
     found = []
     for stage in stages:
         found.append(stage.path)
-        if stage.verb == "explain" and stage.config.nulls is None:
-            found += [stage.path.with_name(f"{stage.path.name}-null-{null}") for null in nulls[stage.name]]
+        if stage.verb == "explain" and configs["explain", stage.name].nulls is None:
+            nulls = configs["interpret", stage.name].nulls
+            found += [stage.path.with_name(f"{stage.path.name}-null-{null}") for null in nulls]
     return found
 
 
