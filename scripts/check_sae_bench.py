@@ -7,12 +7,7 @@ HookedTransformer, and the batches. What it measures is compared with what our o
 It wants older packages than Sememe (numpy below 2), so it has an environment of its own, which sees Sememe's packages
 behind its own ones; the torchvision that it brings is of another build than torch, and transformers does without:
 
-    python -m venv .venv-peers-sae_bench
-    .venv-peers-sae_bench/bin/pip install --constraint constraints.txt sae-bench==0.6.0
-    .venv-peers-sae_bench/bin/pip uninstall --yes torchvision
-    SITE=$(echo .venv-peers-sae_bench/lib/python3.*/site-packages)
-    echo "$PWD"/.venv/lib/python3.*/site-packages > $SITE/zz_sememe.pth
-    PYTHONPATH=. .venv-peers-sae_bench/bin/python scripts/check_sae_bench.py
+    make sae-bench-check
 """
 
 from __future__ import annotations

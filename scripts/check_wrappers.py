@@ -1,11 +1,10 @@
 """Asks the real TransformerLens and nnsight, where they are installed, for what sememe.source reads from them.
 
 A tiny Llama with random weights, on this machine alone: each library's rows must be what the model itself computes at
-that place, and a dictionary must train on them. Neither package is needed by `make test`, so this is run by hand in an
-environment that has them:
+that place, and a dictionary must train on them. Neither package is needed by `make test`, so they have an environment
+of their own, which sees Sememe's packages behind its own ones:
 
-    pip install transformer-lens nnsight      # beside Sememe's own packages
-    PYTHONPATH=. python scripts/check_wrappers.py
+    make wrappers-check
 """
 
 from __future__ import annotations

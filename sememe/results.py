@@ -8,6 +8,7 @@ A number is named by where it is, `FILE#PATH`: a JSON file in the recipe's folde
     comparison/comparison.json#rows/name=small~1k16/metrics/fvu    a / inside a name is written ~1
     atlas/small#SELECT count(*) FROM latents WHERE n_active > 0    an atlas, asked in SQL; effects and explanations
                                                                    of the same name are opened with it
+    CHOICE#best penalty                                the option that a [[expected.choices]] of this name finds best
 
 A number that is not there stands as missing, with its cause; nothing is guessed. Knows artifacts' files and no verb.
 """
@@ -31,9 +32,15 @@ from sememe.errors import ConfigError, MismatchError, SememeError, nearest
 
 __all__ = ["RESULTS", "ResultsConfig", "results"]
 
-VERSION = 1
+VERSION = 2
 RESULTS = "results.json"
 SQL = "SELECT "
+CHOICE = "CHOICE"
+"""What stands for a file where a number is that of a choice."""
+NEVER = "never reached"
+"""The cause of a number that was measured and has no end: more than any other."""
+NOT_ALWAYS = "not reached in"
+"""How the cause begins of a number whose interval has no upper end."""
 Verdict = Literal["holds", "does not hold", "undecided", "not measured"]
 
 
@@ -103,6 +110,28 @@ class Table(Config):
         return value if "#" in value else f"{self.file.replace('{at}', row.at)}#{value}"
 
 
+class Choice(Config):
+    """Which of several numbers, options of one another, is the largest: a best penalty."""
+
+    name: str
+    """How columns and claims call it: CHOICE#NAME."""
+    among: dict[str, str] = Field(min_length=2)
+    """The options, numbers, each with the FILE#PATH of what it is judged by."""
+
+    @model_validator(mode="after")
+    def _options_are_numbers(self) -> Self:
+        for option in self.among:
+            try:
+                float(option)
+            except ValueError:
+                raise ConfigError(
+                    f"an option of the choice {self.name!r} must be a number",
+                    repr(option),
+                    "Write it as one.",
+                ) from None
+        return self
+
+
 class Claim(Config):
     """A sentence that was published, as a relation of numbers."""
 
@@ -114,12 +143,12 @@ class Claim(Config):
     """Their numbers."""
     values: tuple[str, ...] = Field(min_length=1)
     """Our numbers, each a FILE#PATH."""
-    relation: Literal["above", "below", "rising", "falling", "near"]
-    """above, below, near: the first value and `than`, or the second value. rising, falling: all of them, in order."""
+    relation: Literal["above", "below", "rising", "falling", "near", "apart"]
+    """above, below, near, apart: the first value and `than`, or the second value. rising, falling: all, in order."""
     than: float | None = None
     """What the only value is compared with."""
     within: float | None = Field(default=None, gt=0)
-    """Of near: how far away is near."""
+    """Of near and apart: how far away is near."""
 
     @model_validator(mode="after")
     def _enough_values(self) -> Self:
@@ -131,9 +160,9 @@ class Claim(Config):
                 n,
                 "Add values." if series else "Give two values, or one and than.",
             )
-        if (self.relation == "near") != (self.within is not None):
+        if (self.relation in ("near", "apart")) != (self.within is not None):
             raise ConfigError(
-                f"the claim {self.claim!r} must say within if and only if its relation is near",
+                f"the claim {self.claim!r} must say within if and only if its relation is near or apart",
                 self.within,
                 "Set within, or take another relation." if self.within is None else "Drop within.",
             )
@@ -163,6 +192,8 @@ class ResultsConfig(Config):
     """Published tables."""
     claims: tuple[Claim, ...] = ()
     """Published sentences."""
+    choices: tuple[Choice, ...] = ()
+    """Numbers that are options: which of them is best."""
 
     @model_validator(mode="after")
     def _something_is_expected(self) -> Self:
@@ -181,7 +212,21 @@ class ResultsConfig(Config):
     def references(self) -> list[str]:
         """Every number's FILE#PATH."""
         cells = [t.reference(row, column) for t in self.tables for row in t.rows for column in t.columns]
-        return list(dict.fromkeys([*cells, *(value for claim in self.claims for value in claim.values)]))
+        found = [*cells, *(value for claim in self.claims for value in claim.values)]
+        return list(dict.fromkeys(one for reference in found for one in self._read(reference)))
+
+    def _read(self, reference: str) -> list[str]:
+        """What has to be read for a number: itself, or all that a choice is among."""
+        file, mark, name = reference.partition("#")
+        if file != CHOICE or not mark:
+            return [reference]
+        chosen = next((choice for choice in self.choices if choice.name == name), None)
+        if chosen is None:
+            known = [choice.name for choice in self.choices]
+            raise ConfigError(
+                "a choice must be one of [[expected.choices]]", repr(name), nearest(name, known)
+            )
+        return list(chosen.among.values())
 
     def files(self) -> list[str]:
         """Every file that a number is read from."""
@@ -207,7 +252,7 @@ def results(config: ResultsConfig, *, fresh: bool = False) -> artifact.Artifact:
         if there is not None:
             return there
     with (
-        _Reader(config.base) as reader,
+        _Reader(config.base, config.choices) as reader,
         artifact.building(
             config.out, kind="results", version=VERSION, config=config, parents=parents, fresh=True
         ) as work,
@@ -282,7 +327,7 @@ def _data(config: ResultsConfig, reader: _Reader) -> dict[str, Any]:
         "settings": [setting.resolved() for setting in config.settings],
         "tables": tables,
         "claims": claims,
-        "n_missing": sum(cell["value"] is None for cell in cells),
+        "n_missing": sum(map(_missing, cells)),
     }
 
 
@@ -291,21 +336,39 @@ def _data(config: ResultsConfig, reader: _Reader) -> dict[str, Any]:
 
 def _verdict(claim: Claim, values: Sequence[dict[str, Any]]) -> Verdict:
     """Whether our numbers are as was said; undecided where the intervals of the two overlap."""
-    numbers = [value["value"] for value in values]
-    if any(number is None for number in numbers):
+    if any(_missing(value) for value in values):
         return "not measured"
+    values = [_endless(value) for value in values]
+    numbers = [value["value"] for value in values]
+    if all(math.isinf(number) for number in numbers) and claim.than is None:
+        return "undecided"
     if claim.relation in ("rising", "falling"):
         rho = _rank_correlation(numbers)
         return _word(rho >= RISING if claim.relation == "rising" else rho <= -RISING)
     left = values[0]
     right = {"value": claim.than} if claim.than is not None else values[1]
-    if claim.relation == "near":
+    if claim.relation in ("near", "apart"):
         assert claim.within is not None
-        return _word(abs(left["value"] - right["value"]) <= claim.within)
+        near = abs(left["value"] - right["value"]) <= claim.within
+        return _word(near == (claim.relation == "near"))
     if _low(left) <= _high(right) and _low(right) <= _high(left) and left["value"] != right["value"]:
         return "undecided"
     above = left["value"] > right["value"]
     return _word(above if claim.relation == "above" else left["value"] < right["value"])
+
+
+def _missing(statistic: dict[str, Any]) -> bool:
+    """Whether there is no number because none was measured."""
+    return statistic["value"] is None and statistic.get("cause") != NEVER
+
+
+def _endless(statistic: dict[str, Any]) -> dict[str, Any]:
+    """The same with the ends that JSON cannot hold: what is never reached is above everything that is."""
+    cause = str(statistic.get("cause", ""))
+    if cause == NEVER:
+        low = statistic.get("low")
+        return {"value": math.inf, "low": math.inf if low is None else low, "high": math.inf}
+    return {**statistic, "high": math.inf} if cause.startswith(NOT_ALWAYS) else statistic
 
 
 RISING = 0.5
@@ -345,8 +408,9 @@ class _Missing(NamedTuple):
 class _Reader:
     """Files and atlases of a recipe's folder, each opened once."""
 
-    def __init__(self, base: Path) -> None:
+    def __init__(self, base: Path, choices: Sequence[Choice] = ()) -> None:
         self.base = base
+        self.choices = {choice.name: choice for choice in choices}
         self._files: dict[str, Any] = {}
         self._stack = contextlib.ExitStack()
 
@@ -359,6 +423,8 @@ class _Reader:
     def statistic(self, reference: str) -> dict[str, Any]:
         """{"value", and "low" and "high" where there is an interval}; a value of None has its "cause"."""
         file, _, path = reference.partition("#")
+        if file == CHOICE:
+            return self._choose(self.choices[path])
         found = self._ask(file, path) if path.startswith(SQL) else self._walk(file, path)
         if isinstance(found, _Missing):
             return {"value": None, "cause": found.cause}
@@ -366,14 +432,24 @@ class _Reader:
             return {"value": None, "cause": f"{path} is no number"}
         if isinstance(found, dict):
             value = found.get("value", found.get("mean"))
-            if value is None:
-                return {"value": None, "cause": str(found.get("cause", "no number"))}
-            return {"value": float(value)} | {
-                k: found[k] for k in ("low", "high") if found.get(k) is not None
-            }
+            measured = value is not None or found.get("cause") == NEVER
+            ends = ("low", "high") if measured else ()
+            about = {k: found[k] for k in ends if found.get(k) is not None}
+            cause = str(found.get("cause", "" if value is not None else "no number"))
+            about |= {"cause": cause} if cause else {}
+            return {"value": None if value is None else float(value)} | about
         if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
             return {"value": None, "cause": f"{path} is no number"}
         return {"value": float(found)}
+
+    def _choose(self, choice: Choice) -> dict[str, Any]:
+        """The option with the largest number; of equal ones the first. All must be there."""
+        found = {option: self.statistic(reference) for option, reference in choice.among.items()}
+        for option, statistic in found.items():
+            if _missing(statistic):
+                return {"value": None, "cause": f"{option}: {statistic['cause']}"}
+        best = max(found, key=lambda option: _endless(found[option])["value"])
+        return {"value": float(best)}
 
     def _walk(self, file: str, path: str) -> Any:
         if file not in self._files:

@@ -1,7 +1,7 @@
 """A dictionary as SAEBench takes one: dense `encode` and `decode`, unit decoder rows, and its `cfg`.
 
 Imports nothing of SAEBench: it asks for attributes, not for a class. Knows dictionaries; knows no language model.
-Checked against the real package by scripts/check_sae_bench.py.
+Checked against the real package by scripts/check_sae_bench.py (docs/sae_bench.md).
 
     from sememe.sae_bench import BenchSAE
     sae = BenchSAE(dictionaries.load("my/dictionary"))

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from sememe.cli import VERBS
-from sememe.dictionaries import REGISTRY
+from sememe.dictionaries import REGISTRY, TRAINABLE
+from sememe.fit import KINDS
+from sememe.lm.build import PRESETS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -45,6 +47,45 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
         if not re.match(r"[a-z]+:", target):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+KINDS_OF = {
+    "train": set(TRAINABLE),
+    "toy": {*TRAINABLE, "fitted", "superposed", "layered"},
+    "fit": set(KINDS),
+    "pretrain": {"gpt2", "llama", *PRESETS},
+}
+"""Verbs whose first word is a kind."""
+COMMAND = re.compile(r"^(?:\s*|.*`)sememe ([a-z]+)(?: ([^\s`]+))?", re.M)
+
+
+def commands_that_are_not_there(text):
+    """Lines of code whose verb, or whose verb's kind, the command line does not know."""
+    code = "\n".join(
+        [*re.findall(r"^ {4}(sememe .*)$", text, re.M), *re.findall(r"`(sememe [^`\n]+)`", text)]
+        + [
+            line
+            for block in re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S)
+            for line in block.splitlines()
+        ]
+    )
+    found = []
+    for verb, kind in COMMAND.findall(code):
+        named = verb in KINDS_OF and kind and re.fullmatch(r"[a-z]\w*", kind)
+        if verb not in VERBS or (named and kind not in KINDS_OF[verb]):
+            found.append(f"sememe {verb} {kind}".strip())
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_commands_are_there(page):
+    assert not commands_that_are_not_there(page.read_text(encoding="utf-8"))
+
+
+def test_a_wrong_command_would_be_seen():
+    text = "    sememe pretrain gpt --track wandb\n`sememe evalute x`\n"
+    text += "```sh\nsememe train topk\nsememe fit pcaa\n```\n"
+    assert commands_that_are_not_there(text) == ["sememe pretrain gpt", "sememe evalute x", "sememe fit pcaa"]
 
 
 PLACEHOLDER = re.compile(r"\b[A-Z][A-Z0-9_-]*-FIGURES\b")

@@ -95,6 +95,11 @@ SAE_LENS_CASES: dict[str, tuple[dict[str, object], str | None, str]] = {
         None,
         "must be one of standard, .*, got 'temporal'. It reads whole sequences",
     ),
+    "an architecture without an equal": (
+        {"architecture": "phase_multiplexed"},
+        None,
+        "must be one of standard, .*, got 'phase_multiplexed'. It has no counterpart here",
+    ),
     "an architecture that is almost one": (
         {"architecture": "jump_relu"},
         None,
@@ -191,12 +196,50 @@ def test_a_dictionary_learning_folder_that_lies(tmp_path: Path) -> None:
     write_dictionary_learning(tmp_path / "d", "AutoEncoder", {"activation_dim": N, "dict_size": D})
     with pytest.raises(FormatError, match=r"encoder.weight in .* got \(40, 12\), its transpose"):
         formats.read(tmp_path / "d")
+    write_dictionary_learning(tmp_path / "e", "AutoEncoder", {"encoder_power": 2})
+    with pytest.raises(FormatError, match=r"config.json must hold known fields only, got 'encoder_power'\. "):
+        formats.read(tmp_path / "e")
+    (tmp_path / "e" / "config.json").write_text('{"trainer": {"dict_class": "AutoEncoder"}, "bufer": {}}')
+    with pytest.raises(FormatError, match=r"known fields only, got 'bufer'\. Did you mean 'buffer'"):
+        formats.read(tmp_path / "e")
     (tmp_path / "d" / "config.json").unlink()
     with pytest.raises(FormatError, match=r"must hold config.json, got no such file. Name the whole folder"):
         formats.read(tmp_path / "d")
     (tmp_path / "d" / "config.json").write_text("[]")
     with pytest.raises(FormatError, match="must be a JSON object, got list"):
         formats.read(tmp_path / "d")
+
+
+def test_whitened_inputs_are_refused(tmp_path: Path) -> None:
+    write_sae_lens(tmp_path, {})
+    edit_json(tmp_path / "cfg.json", None, normalize_activations="expected_average_only_in")
+    (tmp_path / "activation_scaler.json").write_text('{"scaling_factor": 2.0, "has_whitening": true}')
+    with pytest.raises(FormatError, match=r"must scale inputs by one factor, got whitening\. Fold it"):
+        formats.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("turned", "unit", "message"),
+    [
+        ("W_enc", False, "with the encoder turned"),
+        ("W_dec", False, "with the decoder turned"),
+        ("W_enc W_dec", True, "columns have norm 1"),
+    ],
+)
+def test_transposed_square_weights_are_found_by_what_latents_read_and_write(
+    tmp_path: Path, turned: str, unit: bool, message: str
+) -> None:
+    """As many latents as dimensions: shapes say nothing. Encoders of trained dictionaries look like their decoders."""
+    decoder = torch.nn.functional.normalize(rand(D, D), dim=1) * (1 if unit else 1 + rand(D, 1).abs())
+    encoder = (decoder + 0.1 * rand(D, D, seed=3)).T
+    tensors = {"W_enc": encoder, "W_dec": decoder, "b_enc": rand(D), "b_dec": rand(D)}
+    (tmp_path / "cfg.json").write_text(json.dumps({"architecture": "standard", "d_in": D, "d_sae": D}))
+    save_file({n: t.contiguous() for n, t in tensors.items()}, tmp_path / "sae_weights.safetensors")
+    assert formats.read(tmp_path).dictionary.d_sae == D
+    tensors |= {name: tensors[name].T for name in turned.split()}
+    save_file({n: t.contiguous() for n, t in tensors.items()}, tmp_path / "sae_weights.safetensors")
+    with pytest.raises(FormatError, match=rf"must not be transposed: .*{message}"):
+        formats.read(tmp_path)
 
 
 def test_detect_says_what_it_found(tmp_path: Path) -> None:

@@ -37,9 +37,7 @@ def test_every_recipe_resolves_and_can_be_planned_at_every_scale(path, scale, tm
         assert not estimate.done and (estimate.note or (estimate.needs and estimate.seconds_at))
     if path.stem in PUBLISHED:
         assert recipe.scale == scale and found[-1].verb == "results"
-        assert found[-1].config.title and (
-            found[-1].config.settings or path.stem in ("modern", "sparse_coding_log")
-        )
+        assert found[-1].config.title and found[-1].config.settings
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -371,6 +369,26 @@ def test_numbers_are_taken_from_dictionaries_that_there_will_be(path, scale, tmp
     for place, name in named_in(tmp_path, found[-1].config.references()):
         if place in arms:
             assert name in arms[place], f"{name} is not among {sorted(arms[place])}"
+
+
+def test_effects_may_be_of_fewer_dictionaries_than_are_interpreted(tmp_path):
+    path = next(path for path in RUNS if path.stem == "cunningham")
+    labels = [stage.label for stage in stages(read_recipe(path, "small"), tmp_path / "out")]
+    assert sum(label.startswith("interpret") for label in labels) == 3
+    assert [label for label in labels if label.startswith("effects")] == [
+        "effects resid/resid_post.15-target_l024.0-d_sae1152"
+    ]
+
+
+def test_explanations_of_nulls_are_named_as_they_will_lie(tmp_path):
+    """Beside those of the atlas, as its folder is called: NAME-null-pca, which the page would miss under NAME-pca."""
+    recipe = next(path for path in RUNS if path.stem == "monosemanticity").read_text()
+    assert "explanations-null-identity/" in recipe
+    (tmp_path / "m.toml").write_text(recipe.replace("explanations-null-identity/", "explanations-identity/"))
+    with pytest.raises(
+        ConfigError, match=r"must come from what a stage .*, got 'explanations-identity/meta\.json'"
+    ):
+        stages(read_recipe(tmp_path / "m.toml"), tmp_path / "out")
 
 
 def test_wrong_names_would_be_seen(tmp_path):

@@ -258,6 +258,18 @@ def test_llama_scope(tmp_path: Path, kind: str) -> None:
     assert (foreign.hookpoint, foreign.hookpoint_out) == ("mlp_in.8", "mlp_out.8")
 
 
+def test_the_first_release_says_how_it_was_trained_too(tmp_path: Path) -> None:
+    """The fields that its folders have beside those that decide the map."""
+    more = {
+        "device": "cuda:0", "seed": 42, "dtype": "torch.bfloat16", "expansion_factor": 3, "use_glu_encoder": False,
+        "bias_init_method": "all_zero", "decoder_exactly_fixed_norm": False, "init_decoder_norm": 0.5,
+        "init_encoder_norm": None, "init_encoder_with_decoder_transpose": True, "lp": 1, "l1_coefficient": 8e-05,
+        "l1_coefficient_warmup_steps": 78125, "k_warmup_steps": 78125, "use_batch_norm_mse": True,
+        "use_ghost_grads": False, "tp_size": 1, "ddp_size": 1,
+    }  # fmt: skip
+    assert formats.read(llama(tmp_path, **more)).dictionary.kind == "jumprelu"
+
+
 def test_later_llama_scopes_learn_their_thresholds_and_keep_norms_among_the_tensors(tmp_path: Path) -> None:
     place = "blocks.3.hook_resid_post"
     config = {
@@ -304,6 +316,10 @@ def test_llama_scope_folders_that_lie(tmp_path: Path) -> None:
         ),
         ({"d_sae": N + 1}, r"encoder.weight in .* must have shape \(25, 8\), got \(24, 8\). Correct"),
         ({"act_fn": 3}, "act_fn in .* must be of type str, got 3"),
+        (
+            {"jump_relu_treshold": 7},
+            r"known fields only, got 'jump_relu_treshold'\. Did you mean 'jump_relu_thr",
+        ),
     ):
         with pytest.raises(FormatError, match=message):
             formats.read(llama(tmp_path, **changes))

@@ -2,17 +2,24 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from sememe import artifact
 from sememe.errors import ConfigError
-from sememe.results import ResultsConfig, results
+from sememe.patch.verb import _statistic
+from sememe.results import NEVER, NOT_ALWAYS, ResultsConfig, results
 
 REPORT = {
     "metrics": {
         "l0": {"value": 9.5, "low": 9.0, "high": 10.0},
         "rmse": {"value": 0.5},
         "kl": {"value": None, "cause": "no predictions"},
+        "n_never": {"value": None, "low": None, "high": None, "cause": "never reached"},
+        "n_mostly": {"value": None, "low": 40.0, "high": None, "cause": "never reached"},
+        "n_half": {"value": 50.0, "low": 30.0, "high": None, "cause": "not reached in 40% of the draws"},
+        "n_100": {"value": 100.0, "low": 90.0, "high": 110.0},
+        "n_20": {"value": 20.0, "low": 10.0, "high": 25.0},
     },
     "rows": [
         {"name": "a/b", "penalty": 0.1, "recall": 0.5, "score": {"mean": 0.25, "low": 0.2, "high": 0.3}},
@@ -107,6 +114,18 @@ def test_what_is_not_there_says_why_and_is_not_guessed(base):
         (claim("falling", "rows/0/penalty", "rows/1/penalty", "rows/2/penalty"), "does not hold"),
         (claim("rising", "plain", "plain", "plain"), "does not hold"),
         (claim("above", "metrics/kl", than=0.0), "not measured"),
+        (claim("below", "metrics/n_never", "metrics/kl"), "not measured"),
+        (claim("below", "metrics/n_never", "metrics/n_100"), "does not hold"),
+        (claim("below", "metrics/n_100", "metrics/n_never"), "holds"),
+        (claim("above", "metrics/n_never", than=7.0), "holds"),
+        (claim("near", "metrics/n_never", than=7.0, within=1.0), "does not hold"),
+        (claim("below", "metrics/n_never", "metrics/n_never"), "undecided"),
+        (claim("below", "metrics/n_mostly", "metrics/n_100"), "undecided"),
+        (claim("below", "metrics/n_mostly", "metrics/n_20"), "does not hold"),
+        (claim("below", "metrics/n_half", "metrics/n_100"), "undecided"),
+        (claim("above", "metrics/n_half", "metrics/n_20"), "holds"),
+        (claim("falling", "metrics/n_never", "metrics/n_100", "metrics/n_20"), "holds"),
+        (claim("falling", "metrics/n_20", "metrics/n_100", "metrics/n_never"), "does not hold"),
     ],
 )
 def test_claims_hold_or_do_not(base, said, verdict):
@@ -115,6 +134,43 @@ def test_claims_hold_or_do_not(base, said, verdict):
     assert data["claims"][0]["verdict"] == verdict
     assert found.extra["verdicts"] == {said["claim"]: verdict}
     assert verdict in (found.path / "results.md").read_text()
+
+
+def test_a_choice_is_the_option_with_the_largest_number(base):
+    among = {"0.001": "rows/0/recall", "0.003": "rows/1/recall", "0.01": "rows/2/recall"}
+    among = {option: f"report/report.json#{path}" for option, path in among.items()}
+    choices = [
+        {"name": "best", "among": among},
+        {"name": "none", "among": among | {"0.1": "report/report.json#x"}},
+    ]
+    columns = table("CHOICE#best", "CHOICE#none")
+    said = [
+        claim("apart", "CHOICE#best", than=0.001, within=1e-6),
+        claim("near", "CHOICE#best", than=0.003, within=1e-6),
+        claim("apart", "CHOICE#best", than=0.003, within=1e-6) | {"claim": "it moves"},
+    ]
+    data, _ = made(base, tables=[columns], choices=choices, claims=said)
+    best, none = data["tables"][0]["rows"][0]["here"]
+    assert best == {"value": 0.003} and none["value"] is None and none["cause"].startswith("0.1: no x")
+    assert [one["verdict"] for one in data["claims"]] == ["holds", "holds", "does not hold"]
+    with pytest.raises(ConfigError, match=r"a choice must be one of .*, got 'bets'\. Did you mean 'best'"):
+        made(base, tables=[table("CHOICE#bets")], choices=choices)
+    with pytest.raises(
+        ConfigError, match=r"an option of the choice 'best' must be a number, got 'low'\. Write"
+    ):
+        made(base, tables=[columns], choices=[{"name": "best", "among": {"low": among["0.01"], "1": "a#b"}}])
+
+
+def test_what_was_never_reached_was_measured_and_says_so(base):
+    data, found = made(base, tables=[table("metrics/n_never")], claims=[])
+    assert data["n_missing"] == 0 and "missing" not in (found.path / "results.md").read_text()
+    assert "never reached" in (found.path / "results.md").read_text()
+
+
+def test_the_cause_is_what_patching_writes():
+    infinite = np.full(3, np.inf)
+    assert _statistic(infinite)["cause"] == NEVER
+    assert _statistic(np.array([5.0, 4.0, np.inf]))["cause"].startswith(NOT_ALWAYS)
 
 
 def test_a_page_of_the_same_numbers_is_kept_and_of_others_written_again(base):

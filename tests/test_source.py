@@ -29,11 +29,18 @@ def store(world, lm):
     return harvest(config_for(world, world / "store"), lm=lm)
 
 
-@pytest.fixture(params=["tensor", "store", "small_groups", "live"])
+@pytest.fixture(params=["tensor", "store", "small_groups", "live", "live_few"])
 def make(request, store, lm, world):
-    def live() -> LiveSource:
+    def live(positions_per_context: int | None = None) -> LiveSource:
         return LiveSource(
-            lm, text_of(world / "corpus.jsonl"), POLICY, ("resid_post.0",), seed=3, buffer_mb=1, batch_rows=8
+            lm,
+            text_of(world / "corpus.jsonl"),
+            POLICY,
+            ("resid_post.0",),
+            seed=3,
+            buffer_mb=1,
+            batch_rows=8,
+            positions_per_context=positions_per_context,
         )
 
     def small() -> StoreSource:
@@ -48,6 +55,7 @@ def make(request, store, lm, world):
         "store": lambda: StoreSource(store, ("resid_post.0",), seed=3),
         "small_groups": small,
         "live": live,
+        "live_few": lambda: live(5),
     }[request.param]
 
 
@@ -119,6 +127,24 @@ def test_live_rows_are_rows_of_the_store(lm, world, tmp_path):
     ]
     known = {tuple(row) for row in torch.cat(shards).float().tolist()}
     assert all(tuple(row) in known for row in live.next_batch(500).x.tolist())
+
+
+def test_live_rows_of_a_few_positions_of_each_context(lm, world):
+    made = {
+        n: LiveSource(
+            lm,
+            text_of(world / "corpus.jsonl"),
+            POLICY,
+            ("resid_post.0",),
+            buffer_mb=1,
+            batch_rows=8,
+            positions_per_context=n,
+        )
+        for n in (None, 5)
+    }
+    everything, few = (source._next_forward()["resid_post.0"] for source in made.values())
+    assert few.shape[0] == 8 * 5 < everything.shape[0]
+    assert bool((few[:, None] == everything[None]).all(2).any(1).all()), "some of the same rows"
 
 
 def test_errors(store, lm, world):

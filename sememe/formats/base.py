@@ -30,6 +30,9 @@ SELECTING = ("topk", "batch_topk", "matryoshka", "group_max", "abs_topk")
 SAME_MAP = {"multi_topk": "topk", "p_anneal": "relu", "tied": "relu"}
 """Kinds that differ from another one in how they are trained only."""
 KINDS = ("relu", "jumprelu", "gated", *SELECTING)
+UNLIKE, ALIKE = 0.1, 0.3
+"""Mean cosine of encoder and decoder directions below which a square matrix is suspected of lying the other way, and
+the one from which, turned, it is found to. A trained dictionary's are alike; of unrelated directions it is about 0."""
 
 
 class Foreign(NamedTuple):
@@ -122,9 +125,11 @@ def assemble(parts: Parts, path: Path) -> Dictionary:
         path: The file to name in errors.
 
     Raises:
-        FormatError: k or the nested dictionaries do not fit the number of latents.
+        FormatError: k or the nested dictionaries do not fit the number of latents, or a square matrix is transposed.
     """
     assert parts.kind in KINDS, parts.kind
+    if parts.d_in == parts.d_sae == parts.d_out:
+        _check_not_turned(parts, path)
     options: dict[str, Any] = {"kind": parts.kind, "d_sae": parts.d_sae, "skip": parts.W_skip is not None}
     if parts.kind in SELECTING:
         if parts.k is None or not 1 <= parts.k <= parts.d_sae:
@@ -161,6 +166,44 @@ def assemble(parts: Parts, path: Path) -> Dictionary:
             assert parts.threshold is not None
             made.threshold.copy_(parts.threshold[0].clamp_min(0))
     return made.eval()
+
+
+def _check_not_turned(parts: Parts, path: Path) -> None:
+    """Shapes cannot tell a square matrix from its transpose; what a latent reads is like what it writes, though.
+
+    With both turned it is, too; then what should be the decoder's rows of norm 1, where it has such, are its columns.
+
+    Raises:
+        FormatError: it is so only once one of the two is turned, or columns have norm 1 and rows do not.
+    """
+    encoder, decoder = parts.W_enc.T, parts.W_dec
+    if _unit(decoder.T) and not _unit(decoder):
+        raise FormatError(
+            f"the square matrices in {path} must not be transposed: directions have norm 1",
+            "a decoder whose columns have norm 1 and whose rows, the directions, do not",
+            "Transpose it in the file, or fetch the file again.",
+        )
+    if _alike(encoder, decoder) >= UNLIKE:
+        return
+    turned = {"the encoder": _alike(encoder.T, decoder), "the decoder": _alike(encoder, decoder.T)}
+    which = max(turned, key=lambda name: turned[name])
+    if turned[which] >= ALIKE:
+        raise FormatError(
+            f"the square matrices in {path} must not be transposed: latents would write what they read only with "
+            f"{which} turned (mean cosine {turned[which]:.2f})",
+            f"{_alike(encoder, decoder):.2f} as they lie",
+            "Transpose it in the file, or fetch the file again.",
+        )
+
+
+def _unit(rows: Float[Tensor, "n d"]) -> bool:
+    """Whether all of them have norm 1, as far as half precision goes."""
+    return bool((rows.float().norm(dim=1) - 1).abs().max() < 5e-3)
+
+
+def _alike(read: Float[Tensor, "d_sae d"], written: Float[Tensor, "d_sae d"]) -> float:
+    """Mean cosine of rows; those of zeros count as 0."""
+    return float(torch.nn.functional.cosine_similarity(read.float(), written.float(), dim=1).mean())
 
 
 def normed(parts: Parts, norm: str, path: Path) -> Dictionary:

@@ -32,7 +32,7 @@ from sememe.dictionaries.base import Dictionary
 from sememe.dictionaries.identity import Identity, IdentityConfig
 from sememe.errors import FormatError, nearest
 from sememe.formats.base import Foreign, Parts, assemble, has_own_outputs, parts_of
-from sememe.formats.files import check_shapes, read_json, read_pickle, take
+from sememe.formats.files import check_shapes, read_json, read_pickle, require_fields, take
 from sememe.formats.names import folder_name, only_site, translate
 
 __all__ = ["CHECKPOINTS", "CLASSES", "CONFIG", "WEIGHTS", "read", "write"]
@@ -56,6 +56,17 @@ CLASSES: dict[str, frozenset[str]] = {
 }
 """The tensors of each of their classes."""
 _OPTIONAL = {"threshold"}
+_TABLES = {"trainer", "buffer"}
+"""A run's config: what was trained, and what it was fed with, which changes nothing about the map."""
+_TRAINER = {
+    "trainer_class", "dict_class", "activation_dim", "dict_size", "k", "group_sizes", "layer", "lm_name",
+    "submodule_name", "wandb_name", "device", "seed", "steps", "lr", "warmup_steps", "decay_start",
+    "sparsity_warmup_steps", "resample_steps", "l1_penalty", "sparsity_penalty", "sparsity_function", "p_start",
+    "p_end", "anneal_start", "anneal_end", "n_sparsity_updates", "sparsity_queue_length", "target_l0", "bandwidth",
+    "auxk_alpha", "top_k_aux", "threshold_beta", "threshold_start_step", "k_anneal_steps", "group_fractions",
+    "group_weights", "ghost_threshold",
+}  # fmt: skip
+"""Fields of their trainers' configs; all but the first six describe the place or the training."""
 _CENTRED = {"AutoEncoder": "bias", "AutoEncoderTopK": "b_dec", "BatchTopKSAE": "b_dec"}
 """Which tensor is both ends' bias."""
 _FROM_OURS = {
@@ -97,6 +108,9 @@ def read(folder: Path) -> Foreign:
     trainer = config.get("trainer") or {}
     if not isinstance(trainer, dict):
         raise FormatError(f"trainer in {path} must be an object", repr(trainer), "Fetch the file again.")
+    if "trainer" in config:  # the first releases' configs have none, and nothing that is read
+        require_fields(config, _TABLES, path)
+    require_fields(trainer, _TRAINER, path)
     tensors, _ = read_pickle(weights_path)
     if "_orig_mod.encoder.weight" in tensors:  # saved while compiled
         tensors = {name.removeprefix("_orig_mod."): tensor for name, tensor in tensors.items()}

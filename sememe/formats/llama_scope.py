@@ -26,7 +26,14 @@ from torch import Tensor
 
 from sememe.errors import FormatError, nearest
 from sememe.formats.base import Foreign, Parts, assemble
-from sememe.formats.files import read_json, read_safetensors, require_plain, require_tensors, take
+from sememe.formats.files import (
+    read_json,
+    read_safetensors,
+    require_fields,
+    require_plain,
+    require_tensors,
+    take,
+)
 from sememe.formats.names import from_transformer_lens
 
 __all__ = ["CHECKPOINT", "CONFIG", "CONFIG_2", "WEIGHTS", "read"]
@@ -39,6 +46,22 @@ _THRESHOLDS = ("log_jumprelu_threshold", "activation_function.log_jumprelu_thres
 _KINDS = {"relu": "relu", "topk": "topk", "jumprelu": "jumprelu"}
 _RENAMED = {"W_E": "encoder.weight", "b_E": "encoder.bias", "W_D": "decoder.weight", "b_D": "decoder.bias"}
 _PLAIN = {"use_glu_encoder": False, "sae_type": "sae"}
+_EFFECT = {
+    "sae_type", "hook_point_in", "hook_point_out", "d_model", "d_sae", "expansion_factor", "use_decoder_bias",
+    "use_glu_encoder", "act_fn", "jump_relu_threshold", "apply_decoder_bias_to_pre_encoder", "norm_activation",
+    "sparsity_include_decoder_norm", "top_k", _NORM, "model_name",
+}  # fmt: skip
+"""What decides the map, and where it belongs."""
+_NOTES = {
+    "device", "seed", "dtype", "sae_pretrained_name_or_path", "strict_loading", "use_triton_kernel",
+    "sparsity_threshold_for_triton_spmm_kernel", "sparsity_threshold_for_csr", "promote_act_fn_dtype",
+    "force_unit_decoder_norm", "decoder_exactly_fixed_norm", "jumprelu_threshold_window",
+    "jumprelu_threshold_grad_scale", "bias_init_method", "init_decoder_norm", "init_encoder_norm",
+    "init_encoder_with_decoder_transpose", "init_search", "lp", "l1_coefficient", "l1_coefficient_warmup_steps",
+    "sparsity_loss_type", "tanh_stretch_coefficient", "p", "initial_k", "k_warmup_steps", "use_batch_norm_mse",
+    "use_ghost_grads", "tp_size", "ddp_size", "run_name", "exp_name", "version",
+}  # fmt: skip
+"""What describes the training: fields of their configs over the versions, first release to last."""
 _WHY_NOT = {
     "use_glu_encoder": "An encoder with a second, multiplicative path has no equal here.",
     "sae_type": "Only autoencoders and transcoders of one place each are read.",
@@ -57,6 +80,7 @@ def read(folder: Path) -> Foreign:
     )
     config = read_json(path)
     require_plain(config, _PLAIN, path, _WHY_NOT)
+    require_fields(config, _EFFECT | _NOTES, path)
     d, d_sae = take(config, "d_model", int, path), _d_sae(config, path)
     act_fn = str(take(config, "act_fn", str, path)).lower()
     if act_fn not in _KINDS:

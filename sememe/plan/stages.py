@@ -175,7 +175,8 @@ class _Planner(Known):
                 total += costs.reading_seconds(held, n_trained / rows.n_rows, speed)
             if config.live and model is not None:
                 length, n_layers = config.policy.context_length, model.n_layers_read(tuple(rows.widths))
-                total += costs.harvest_seconds(model, speed, n_layers, n_trained, length, 0.0)
+                n_read = n_trained * length // min(config.positions_per_context or length, length)
+                total += costs.harvest_seconds(model, speed, n_layers, n_read, length, 0.0)
             if config.watch_ce_tokens and model is not None:
                 n_tokens, length = n_looks * config.watch_ce_tokens, rows.policy.context_length
                 above = [model.n_layers_above(outputs) for _, outputs in names]

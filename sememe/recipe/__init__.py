@@ -20,8 +20,8 @@ all numbers. With a `[compare]` table all of them are compared at the end, and
 
 Of `[harvest]`, `[compare]`, `[geometry]`, `[toy]`, `[grid]` and of the verbs about one dictionary there may be several,
 named likewise. `[evaluate]` and `[interpret]` may name which of the `dictionaries` they are about (effects,
-explanations and pages are of those interpreted), and `[interpret]` dictionaries of the recipe `against` which to look
-for near latents.
+explanations and pages are of those interpreted; `[effects]` may name fewer of them), and `[interpret]` dictionaries of
+the recipe `against` which to look for near latents.
 
     tables.py   the file: its tables, scales, names
     stages.py   the stages they stand for, each with its verb's config

@@ -166,6 +166,18 @@ def release(places: Places, made: Sequence[Stage]) -> list[Stage]:
     return [Stage("publish", "", about["out"], PublishConfig.build({**table, **about}, places.where))]
 
 
+def _made(stages: Sequence[Stage]) -> list[Path]:
+    """The folders that stages make: of explanations, those of the atlas's nulls lie beside its own."""
+    configs: dict[tuple[str, str], Any] = {(stage.verb, stage.name): stage.config for stage in stages}
+    found = []
+    for stage in stages:
+        found.append(stage.path)
+        if stage.verb == "explain" and configs["explain", stage.name].nulls is None:
+            nulls = configs["interpret", stage.name].nulls
+            found += [stage.path.with_name(f"{stage.path.name}-null-{null}") for null in nulls]
+    return found
+
+
 # -- the published numbers -----------------------------------------------------------------------------------------
 
 
@@ -179,10 +191,9 @@ def results(places: Places, made: Sequence[Stage]) -> list[Stage]:
     out = places.base / "results"
     about = {"base": places.base, "out": out, "name": places.recipe.name, "scale": places.recipe.scale}
     config = ResultsConfig.build({**table, **about}, places.where)
-    known = [str(stage.path.relative_to(places.base)) for stage in made]
+    known = [str(path.relative_to(places.base)) for path in _made(made)]
     for file in config.files():
-        # of an atlas's nulls, explanations lie beside its own
-        if not any(file == path or file.startswith((f"{path}/", f"{path}-")) for path in known):
+        if not any(file == path or file.startswith(f"{path}/") for path in known):
             raise ConfigError(
                 "a number of [expected] must come from what a stage of the recipe makes",
                 repr(file),

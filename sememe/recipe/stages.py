@@ -199,11 +199,12 @@ def _after_training(places: Places, name: str) -> list[Stage]:
         made["against"] = tuple(places.dictionary(other) for other in others if other != name)
     interpret = InterpretConfig.build({**origin, **interpret_table, **made}, where)
     found.append(Stage("interpret", name, paths["atlas"], interpret))
-    if recipe.effects is not None:
+    affected, effects_table = _about(places, "effects", name)
+    if affected:
         from sememe.effects import EffectsConfig
 
         read = {"atlas": paths["atlas"], "dictionary": paths["dictionary"], "out": paths["effects"]}
-        effects = EffectsConfig.build({"model": places.model, **recipe.effects, **read}, where)
+        effects = EffectsConfig.build({"model": places.model, **effects_table, **read}, where)
         found.append(Stage("effects", name, paths["effects"], effects))
     if recipe.explain is not None:
         from sememe.explain import ExplainConfig

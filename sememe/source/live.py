@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sememe.capture import Rows, captured_rows, first_norms, sites_along
+from sememe.capture import PositionChoice, Rows, captured_rows, first_norms, sites_along
 from sememe.dictionaries.base import Batch, Sites
 from sememe.errors import ConfigError, TextError
 from sememe.source.buffer import ShuffleBuffer
@@ -37,6 +37,7 @@ class LiveSource:
         batch_rows: Contexts per forward.
         split: Which documents.
         max_norms: Largest norm kept, per hookpoint; measured on the first contexts if not given.
+        positions_per_context: At most this many of a context's kept positions, at random; all if not given.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class LiveSource:
         batch_rows: int = 16,
         split: Split = "train",
         max_norms: dict[str, float | None] | None = None,
+        positions_per_context: int | None = None,
     ) -> None:
         self.lm, self.text, self.policy, self.split = lm, text, policy, split
         self.inputs, self.outputs = lm.expand(inputs), lm.expand(outputs or inputs)
@@ -65,6 +67,7 @@ class LiveSource:
                 f"{buffer_mb} MB ({self.capacity} rows)",
                 "Raise buffer_mb or lower batch_rows.",
             )
+        self._choice = PositionChoice(positions_per_context, seed=seed)
         self._buffer = ShuffleBuffer(self.widths, self.capacity, seed)
         self._n_forwards = 0  # in this pass over the text
         self._forwards: Iterator[Rows] | None = None
@@ -117,7 +120,13 @@ class LiveSource:
                     self.text, self.lm.tokenizer, self.policy, split=self.split, n_tokens=None
                 )
                 self._forwards = captured_rows(
-                    self.lm, blocks, self.names, self.batch_rows, self.max_norms, skip=self._n_forwards
+                    self.lm,
+                    blocks,
+                    self.names,
+                    self.batch_rows,
+                    self.max_norms,
+                    skip=self._n_forwards,
+                    choice=self._choice,
                 )
             rows = next(self._forwards, None)
             if rows is not None:

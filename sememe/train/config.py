@@ -35,7 +35,16 @@ class TrainConfig(Config):
         {
             *("store", "join", "out", "n_tokens", "epochs", "batch_size", "data_seed", "log_every"),
             *("checkpoint_every_seconds", "track", "threads", "devices", "sweep"),
-            *("live", "buffer_mb", "batch_rows", "model", "text", "policy", "end_to_end"),
+            *(
+                "live",
+                "buffer_mb",
+                "batch_rows",
+                "positions_per_context",
+                "model",
+                "text",
+                "policy",
+                "end_to_end",
+            ),
             *("watch_rows", "watch_every", "watch_ce_tokens"),
         }
     )
@@ -106,6 +115,8 @@ class TrainConfig(Config):
     """Memory of the shuffle buffer of a live run."""
     batch_rows: int = Field(default=16, ge=1)
     """Contexts per forward of a live run."""
+    positions_per_context: int | None = Field(default=None, ge=1)
+    """Of a live run, at most this many of a context's positions, at random; all that the policy keeps if not given."""
     model: ModelConfig = ModelConfig()
     """The language model of a live run."""
     text: TextConfig = TextConfig()
@@ -205,7 +216,15 @@ class TrainConfig(Config):
                     "inputs must be given when live", "nothing", "Name a hookpoint: --inputs resid_post.8."
                 )
         else:
-            inert = ("buffer_mb", "batch_rows", "model", "text", "policy", "end_to_end")
+            inert = (
+                "buffer_mb",
+                "batch_rows",
+                "positions_per_context",
+                "model",
+                "text",
+                "policy",
+                "end_to_end",
+            )
             for name, value in changed(self, *inert):
                 raise ConfigError(
                     f"{name} must be left out unless live is set", value, "A store brings its own; drop it."
@@ -214,8 +233,15 @@ class TrainConfig(Config):
             self._check_end_to_end()
         return self
 
+    def identity(self) -> dict[str, Any]:
+        """As every config's, less an option that came later where it has no effect: old artifacts stay found."""
+        out = super().identity()
+        if self.positions_per_context is None:
+            del out["positions_per_context"]
+        return out
+
     def _check_end_to_end(self) -> None:
-        for name in ("buffer_mb", "batch_rows", "data_seed"):
+        for name in ("buffer_mb", "batch_rows", "positions_per_context", "data_seed"):
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ConfigError(
                     f"{name} must be left out when the objective is {self.end_to_end.objective}",

@@ -235,6 +235,7 @@ def _stream(
         seed=seed,
         buffer_mb=config.buffer_mb,
         batch_rows=config.batch_rows,
+        positions_per_context=config.positions_per_context,
     )
     return _Stream(live, parents, about)
 
