@@ -283,6 +283,26 @@ def test_clusters_are_explained_from_their_members(
         "cluster": 0, "label": "even", "explanation": "things of one kind", "n_latents": 3, "n_shown": 2,
     }  # fmt: skip
     assert rows[1]["explanation"] is None and rows[1]["n_shown"] == 0 and rows[2]["explanation"] is None
+    assert asked.summary["clusters"] == {"n_asked": 1, "n_unexplained": 0}
+    with JudgeServer(chat=lambda request: "") as silent:
+        options = config(
+            path, tmp_path / "silent", silent, latents=(KING,), scorers=["fuzzing"],
+            explainer={"answers": tmp_path / "silent.sqlite"},
+        )  # fmt: skip
+        assert explain(options).summary["clusters"] == {"n_asked": 0, "n_unexplained": 0}, "nothing to ask of"
+
+    def chat(request: dict[str, Any]) -> str:
+        return "" if "one group" in request["messages"][-1]["content"] else rule_judge.chat(request)
+
+    with JudgeServer(chat=chat, top=rule_judge.top) as mute:
+        made = explain(
+            config(
+                path, tmp_path / "mute", mute, latents=(KING, NUMBERS), scorers=["fuzzing"],
+                explainer={"answers": tmp_path / "mute.sqlite"},
+            )
+        )  # fmt: skip
+    assert made.summary["clusters"] == {"n_asked": 1, "n_unexplained": 1}
+    assert "It was asked about 1 clusters; 1 of those answers could not be read." in made.page()
     by_rule = explain(ExplainConfig(atlas=path, out=tmp_path / "rules", n_bootstrap=10))
     rows = pq.read_table(by_rule.artifact.file("clusters.parquet")).to_pylist()
     assert "a number" in rows[0]["explanation"] and "Cyrillic letters" in rows[1]["explanation"]

@@ -27,6 +27,7 @@ from sememe.lm import LanguageModel
 from sememe.progress import track
 from sememe.prompt.config import PromptConfig
 from sememe.prompt.view import LatentRow, OutputToken, PromptView, TokenRow, print_prompt
+from sememe.shuffled import at_home, model_for
 from sememe.text import TokenPolicy
 
 __all__ = [
@@ -68,8 +69,8 @@ def prompt(
         if not 0 <= latent < dictionary.d_sae:
             raise ConfigError(f"a latent must be in [0, {dictionary.d_sae - 1}]", latent, "Change --latents.")
     known = known if known is not None else Known.of(config.atlas, config.explanations, saved)
-    lm = lm if lm is not None else language_models.load(config.model)
-    reruns = Reruns(lm, dictionary)
+    lm = lm if lm is not None else language_models.load(model_for(saved, config.model))
+    reruns = Reruns(lm, at_home(dictionary, saved, lm))
     policy = TokenPolicy.build(saved.extra["policy"]) if saved.extra.get("policy") else TokenPolicy()
     ids = prompt_ids(lm, config.prompt, policy.bos)
     with torch.inference_mode():
