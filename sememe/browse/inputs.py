@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from sememe import artifact
-from sememe.atlas import EFFECTS, REMOVALS, Atlas, open_atlas
+from sememe.atlas import EFFECTS, REMOVALS, Atlas, dictionary_of, open_atlas
 from sememe.browse.data import Data, EffectFiles, Explained
 from sememe.browse.data.graphs import read_graphs
 from sememe.browse.data.reports import frontier_point
@@ -44,7 +44,7 @@ class Inputs(Config):
     effects: Path | None = None
     """The folder of its latents' effects: what taking them out does to the predictions, token by token."""
     prompts: tuple[Path, ...] = ()
-    """Chosen texts: files that `sememe prompt --out FILE.json` wrote, or folders of them."""
+    """Chosen texts: folders that `sememe prompts` wrote, or files of `sememe prompt --out FILE.json`."""
     graph: tuple[Path, ...] = ()
     """Graphs of prompts: folders that `sememe circuit` or `sememe trace` wrote, or their graph.json."""
 
@@ -104,6 +104,7 @@ def opened(inputs: Inputs) -> Iterator[Opened]:
             }
             if len(reports) > 1:
                 frontier = [frontier_point(one.path.name, _report(one), one is own) for one in reports]
+        _check_prompts(inputs.prompts, atlas)
         files = text_files(inputs.prompts)
         parents |= fingerprints(files)
         data = Data(atlas, explained, report, frontier=frontier, effects=effects)
@@ -111,6 +112,20 @@ def opened(inputs: Inputs) -> Iterator[Opened]:
         data.graphs, fingerprints_of_graphs = read_graphs(inputs.graph)
         parents |= fingerprints_of_graphs
         yield Opened(data, parents)
+
+
+def _check_prompts(paths: tuple[Path, ...], atlas: Atlas) -> None:
+    """That folders which `sememe prompts` made are of the atlas's dictionary; bare files do not say whose they are."""
+    for path in paths:
+        if not artifact.exists(path):
+            continue
+        found = str(artifact.load(path, "prompts").meta["parents"]["dictionary"])
+        if found != dictionary_of(atlas):
+            raise MismatchError(
+                f"the texts {path} must be of the atlas's dictionary (fingerprint {dictionary_of(atlas)[:16]})",
+                f"texts of {found[:16]}",
+                "Run `sememe prompts` on the atlas's dictionary.",
+            )
 
 
 def _reports(path: Path) -> list[artifact.Artifact]:

@@ -52,7 +52,7 @@
       if (place >= overview.texts.length) { setState({ text: null, error: null, place }); return undefined; }
       S.source.text(place).then((text) => {
         if (stale) return;
-        model.tokens.learn(text.tokens.token, text.tokens.text);
+        model.tokens.learn(text.tokens.token, text.tokens.text, text.tokens.bytes);
         setState({ text, error: null, place });
       }, (error) => { if (!stale) setState({ text: null, error, place }); });
       return () => { stale = true; };
