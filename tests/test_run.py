@@ -162,11 +162,14 @@ def test_what_a_page_shows_is_what_the_recipe_made_or_what_it_names(place, tmp_p
         return next(stage.config for stage in found if stage.verb == verb)
 
     everything = config("[prompts]\n[effects]\n[explain]\n[export]\nlatents_per_shard = 8\n")
-    assert (everything.effects, everything.explanations) == (Path("out/effects"), Path("out/explanations"))
-    assert everything.prompts == (Path("out/prompts"),) and everything.report == Path("out/report")
+    assert (everything.effects, everything.explanations) == (
+        (Path("out/effects"),),
+        (Path("out/explanations"),),
+    )
+    assert everything.prompts == (Path("out/prompts"),) and everything.report == (Path("out/report"),)
     assert everything.latents_per_shard == 8
     mine = config("[effects]\n[explain]\n[export]\nexplanations = 'mine'\nprompts = ['a', 'b.json']\n")
-    assert mine.explanations == Path("mine") and mine.prompts == (Path("a"), Path("b.json"))
+    assert mine.explanations == (Path("mine"),) and mine.prompts == (Path("a"), Path("b.json"))
     with pytest.raises(ConfigError, match=r"atlas must be left out of \[export\].*got 'x'\. Drop it, or run"):
         config("[export]\natlas = 'x'\n")
     asking = "[explain]\neffects = true\nexplainer = {kind = 'endpoint', model = 'm'}\n"
