@@ -49,7 +49,7 @@ class Inputs(Config):
     prompts: tuple[Path, ...] = ()
     """Chosen texts: folders that `sememe prompts` wrote, or files of `sememe prompt --out FILE.json`."""
     graph: tuple[Path, ...] = ()
-    """Graphs of the first atlas's prompts: folders that `sememe circuit` or `sememe trace` wrote, or their graph.json."""
+    """Graphs of prompts, of the first atlas: folders of `sememe circuit` or `sememe trace`, or their graph.json."""
 
     @field_validator("explanations", "report", "effects", mode="before")
     @classmethod
