@@ -21,9 +21,8 @@ from sememe.atlas import Atlas, open_atlas
 from sememe.dictionaries.folders import checkpoints_in
 from sememe.errors import ActivationError, ConfigError, MismatchError
 from sememe.interpret import interpret, interpret_all
-from sememe.interpret.relations import Neighbours, relations
 from sememe.interpret.clusters import layout, make_map, named
-from sememe.interpret.relations import Neighbours
+from sememe.interpret.relations import Neighbours, relations
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +213,6 @@ import signal, os, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from sememe.interpret import InterpretConfig, interpret_all
-from sememe.interpret.relations import Neighbours, relations
 from sememe.interpret.stream import Pass
 step, calls = Pass.step, [0]
 def dying(self, *args):
