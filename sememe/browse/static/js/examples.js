@@ -70,9 +70,9 @@
     }, [text]);
     const back = html`<p class="crumb"><a href=${route.format("list", null, route.listParams(params))}>← All latents</a>
       <span class="steps">${place > 0 ? html`<a class="step" href=${route.format("text", place - 1, { ...params, at: "", mark: "", open: "" })} aria-label="Previous text">←</a>` : null}${place + 1 < overview.texts.length ? html`<a class="step" href=${route.format("text", place + 1, { ...params, at: "", mark: "", open: "" })} aria-label="Next text">→</a>` : null}</span></p>`;
-    if (place >= overview.texts.length) return html`<article class="chosen">${back}<p class="problem" role="alert">There is no text ${place}. ${overview.texts.length ? `Texts are numbered 0 to ${overview.texts.length - 1}.` : "This page was made without chosen texts."}</p></article>`;
-    if (error) return html`<article class="chosen">${back}<p class="problem" role="alert">${error.message}</p></article>`;
-    if (!text || state.place !== place) return html`<article class="chosen" aria-busy="true">${back}<p class="empty" role="status">Reading the text…</p></article>`;
+    if (place >= overview.texts.length) return html`<article class="chosen">${back}<h1>Text ${place + 1}</h1><p class="problem" role="alert">There is no text ${place}. ${overview.texts.length ? `Texts are numbered 0 to ${overview.texts.length - 1}.` : "This page was made without chosen texts."}</p></article>`;
+    if (error) return html`<article class="chosen">${back}<h1>Text ${place + 1}</h1><p class="problem" role="alert">${error.message}</p></article>`;
+    if (!text || state.place !== place) return html`<article class="chosen" aria-busy="true">${back}<h1>Text ${place + 1}</h1><p class="empty" role="status">Reading the text…</p></article>`;
     const marked = /^\d+$/.test(params.mark) ? Number(params.mark) : null;
     const acts = text.latents.map((here) => { const i = here && marked !== null ? here.latent.indexOf(marked) : -1; return i < 0 ? 0 : here.act[i]; });
     const fires = text.latents.map((here, i) => text.tokens.n_active[i] || (here ? here.latent.length : 0));
