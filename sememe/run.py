@@ -104,6 +104,7 @@ def _do(stage: Stage, fresh: bool) -> None:
     from sememe.harvest import harvest
     from sememe.interpret import interpret
     from sememe.pretrain import pretrain
+    from sememe.prompt import prompts
     from sememe.recover import recover
     from sememe.results import results
     from sememe.train import TrainConfig, train, train_sweep
@@ -121,6 +122,7 @@ def _do(stage: Stage, fresh: bool) -> None:
         "geometry": geometry,
         "grid": grid,
         "pretrain": pretrain,
+        "prompts": prompts,
         "results": results,
         "toy": recover,
     }

@@ -11,7 +11,7 @@ import shutil
 
 import pytest
 from served_atlases import SMALL, client_of, two_atlases
-from synthetic_atlas import build
+from synthetic_atlas import SyntheticConfig, build, build_effects, build_explanations, build_report
 
 from sememe import artifact
 from sememe.atlas import open_atlas
@@ -279,6 +279,47 @@ def test_a_null_s_atlas_is_looked_at_with_the_dictionary_it_keeps(tmp_path):
     with (
         pytest.raises(MismatchError, match=r"the atlas of a null.*Run `sememe interpret` again, which keeps"),
         served(BrowseConfig(atlas=null, dictionary=world.dictionary)),
+    ):
+        pass
+
+
+def test_each_atlas_has_explanations_effects_and_a_report_of_its_own(atlases, tmp_path):
+    made = [artifact.load(path, "atlas") for path in atlases]
+    labels = [{3: "rivers"}, {4: "towns", 5: "salt"}]
+    for i, (atlas, words) in enumerate(zip(made, labels, strict=True)):
+        build_explanations(tmp_path / f"words-{i}", atlas, words)
+        build_effects(tmp_path / f"effects-{i}", atlas, [2])
+    build_report(tmp_path / "report")
+    named = {
+        "atlas": atlases[0],
+        "against": atlases[1:],
+        "explanations": (tmp_path / "words-1", tmp_path / "words-0"),
+        "effects": (tmp_path / "effects-1",),
+        "report": tmp_path / "report",
+    }
+    with served(BrowseConfig(**named)) as shown:
+        assert [one.data.explanations for one in shown] == labels
+        assert [one.data.overview()["effects"] for one in shown] == [False, True]
+        assert all(one.data.overview()["report"] for one in shown), "one dictionary, two atlases"
+    site = export(ExportConfig(**named, out=tmp_path / "site"))
+    assert {"explanations", "against 0", "against 0 explanations", "against 0 effects"} <= set(
+        site.meta["parents"]
+    )
+    assert "effects" not in site.meta["parents"]
+    build_explanations(tmp_path / "more", made[1], {1: "more"})
+    twice = (tmp_path / "words-1", tmp_path / "more")
+    with (
+        pytest.raises(
+            ConfigError, match=r"explanations must name one folder for each atlas, got .*Leave out"
+        ),
+        served(BrowseConfig(**named | {"explanations": twice})),
+    ):
+        pass
+    stranger = build(tmp_path / "stranger", SyntheticConfig(n_latents=20, n_contexts=30, seed=9))
+    build_explanations(tmp_path / "theirs", stranger, {1: "x"})
+    with (
+        pytest.raises(MismatchError, match="theirs"),
+        served(BrowseConfig(**named | {"explanations": (tmp_path / "words-1", tmp_path / "theirs")})),
     ):
         pass
 

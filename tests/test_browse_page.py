@@ -104,6 +104,44 @@ def test_sorting(page, address):
         assert "sort=" in page.url and ends[0] != ends[1]
 
 
+def test_sorting_by_top_token_language_and_script(page, address):
+    go(page, address, "#/?status=all")
+    for by in ("token", "language", "script"):
+        page.locator(".sorts select").select_option(by)
+        settle(page)
+        assert f"sort={by}" in page.url
+        if by == "language":
+            spoken = page.locator(".rows .row .c-lang").all_text_contents()
+            assert spoken == sorted(spoken) and "–" not in spoken and len(spoken) > 5
+            page.locator(".c-lang button").click()
+            settle(page)
+            assert "dir=desc" in page.url
+            again = page.locator(".rows .row .c-lang").all_text_contents()
+            assert again == sorted(again, reverse=True) and again[0] != spoken[0]
+    tokens = page.evaluate(
+        """async () => { const { source, text } = Sememe, tokens = new text.Tokens(await source.tokens());
+        const model = new Sememe.Model(await source.index(), tokens);
+        const { rows } = model.query({ ...Sememe.route.DEFAULTS, status: "all", sort: "token" });
+        return rows.map((row) => Sememe.fields.WORDS.token.of(model, row).toLowerCase()); }"""
+    )
+    named = [token for token in tokens if token]
+    in_order = sorted(named, key=lambda token: token.encode("utf-16-be"))  # as JavaScript compares
+    assert named == in_order and len(set(named)) > 3 and tokens[: len(named)] == named
+
+
+def test_more_examples_stay_after_a_reload(page, address):
+    go(page, address, "#/latent/30")
+    page.wait_for_selector(".latent[aria-busy=false]")
+    before = page.locator("#top .example").count()
+    page.locator("#top .more").click()
+    settle(page)
+    after = page.locator("#top .example").count()
+    assert after > before and "open=top" in page.url
+    page.reload()
+    page.wait_for_selector(".latent[aria-busy=false]")
+    assert page.locator("#top .example").count() == after
+
+
 def test_sorting_by_label_is_alphabetical(page, address):
     go(page, address, "#/?sort=label&q=river&in=label")
     labels = [text.lower() for text in page.locator(".rows .row .names").all_inner_texts()]

@@ -152,6 +152,39 @@ def test_hovering_tells_quantile_loss_and_predictions(page, address, data):
     assert f"{abs(share) * 100:.3g}%" in tip.inner_text()
 
 
+def test_tokens_are_reached_by_the_keyboard_alone(page, address, data):
+    latent_page(page, address, 30)
+    example = page.locator("#top .example").first
+    assert example.locator(".tok[tabindex]").count() == 1, "one stop in each example"
+    page.locator(".legend input").focus()
+    page.keyboard.press("Tab")
+    focused = "document.activeElement.dataset.i"
+    peak = data.latent(30)["examples"]["position"][0]
+    assert page.evaluate(focused) == str(peak)
+    tip = page.get_by_role("tooltip")
+    assert "quantile" in tip.inner_text() and "loss without the latent" in tip.inner_text()
+    assert page.evaluate("document.activeElement.getAttribute('aria-describedby')") == tip.get_attribute("id")
+    removed = data.latent(30)["examples"]["removals"][0]["removed"]
+    for step in range(peak - max(removed)):
+        page.keyboard.press("ArrowLeft")
+        settle(page)
+        assert (
+            page.evaluate(focused) == str(peak - step - 1) and example.locator(".tok[tabindex]").count() == 1
+        )
+    assert "peak without it" in tip.inner_text()
+    page.keyboard.press("End")
+    settle(page)
+    assert int(page.evaluate(focused)) == data.latent(30)["examples"]["stop"][0] - 1
+    page.keyboard.press("ArrowRight")
+    assert "#/latent/30" in page.url, "arrows stay among the tokens"
+    page.keyboard.press("Escape")
+    assert tip.count() == 0 and "#/latent/30" in page.url
+    page.keyboard.press("Tab")
+    assert tip.count() == 0
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function("!location.hash.startsWith('#/latent/30')")
+
+
 def test_a_quantile_is_the_share_of_smaller_activations(page, address, data):
     latent_page(page, address, 30)
     found = data.latent(30)
@@ -208,6 +241,21 @@ def test_axe_finds_nothing_and_a_phone_s_width_is_enough(open_at, scheme):
             assert violations(page, scheme) == []
             assert page.evaluate("document.documentElement.scrollWidth") <= width
             page.screenshot()
+            for hash in ("#/about", "#/latent/99999", "#/text/99"):
+                go(page, address, hash)
+                settle(page)
+                assert violations(page, scheme) == [], hash
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_on_a_page_that_cannot_be_shown(open_at, inputs, tmp_path, scheme):
+    address = exported(inputs, tmp_path / "site")
+    (tmp_path / "site" / "data" / "overview.js").unlink()
+    page = open_at[0].new_page(color_scheme=scheme)
+    page.goto(address)
+    assert "could not be loaded" in page.locator(".failed .problem").inner_text()
+    assert violations(page, scheme) == []
+    page.close()
 
 
 def test_a_latent_s_page_does_not_shift(open_at, address):

@@ -22,6 +22,8 @@ from sememe.atlas import open_atlas
 from sememe.browse import BrowseConfig, Data, ExportConfig, browse, export
 from sememe.browse.inputs import Inputs, opened
 from sememe.browse.server import application
+from sememe.browse.together import Served
+from sememe.browse.whole import Whole
 from sememe.errors import ConfigError, CorruptError, ServerError
 
 CONFIG = SyntheticConfig()
@@ -289,3 +291,23 @@ def test_ports_out_of_range_are_config_errors(port):
 def test_importing_browse_loads_no_torch():
     code = "import sememe.browse, sys; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'datasets')))"
     assert subprocess.run([sys.executable, "-c", code], env=os.environ, timeout=60).returncode == 0
+
+
+def test_the_first_look_is_made_before_anybody_asks(atlas_path, monkeypatch):
+    calls: list[str] = []
+    for name in ("index", "search"):
+        made = getattr(Data, name)
+        monkeypatch.setattr(Data, name, lambda self, made=made, name=name: calls.append(name) or made(self))
+    with contextlib.closing(open_atlas(atlas_path)) as atlas:
+        whole = Whole([Served(Data(atlas))])
+        with whole.ahead():
+            assert calls[:1] == ["index"], "when the address is said"
+            with TestClient(application(whole), base_url="http://127.0.0.1:8000") as client:
+                assert client.get("/api/index").json()["id"] and client.get("/api/search").json()
+        assert calls == ["index", "search"], "once"
+    broken = CorruptError("the atlas must be readable", "nothing", "Make it again.")
+    with (
+        Whole([Served(broken)]).ahead(),
+        TestClient(application(broken), base_url="http://127.0.0.1:8000") as client,
+    ):
+        assert "Make it again" in client.get("/api/index").json()["error"]

@@ -406,7 +406,12 @@ def test_which_latents_fire_on_a_text(tried, live):
     assert "over" in inside.inner_text() and "fire" in inside.inner_text()
     tokens.nth(4).hover()
     page.get_by_role("button", name="Shade by latent").first.click()
-    assert "Shaded by latent" in page.locator(".fired > p").inner_text()
+    shaded = page.locator(".fired > p").inner_text()
+    assert "Shaded by latent" in shaded and "at=3" in page.url and "lit=" in page.url
+    page.reload()
+    page.wait_for_selector(".fires li")
+    assert page.locator(".fired > p").inner_text() == shaded
+    assert page.locator(".try-text button.tok[aria-pressed=true]").count() == 1
     page.get_by_label("what each does to the loss").check()
     page.get_by_role("button", name="Show latents").click()
     wait_until(page, "!document.querySelector('.progress')")

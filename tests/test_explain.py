@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,10 @@ from sklearn.metrics import roc_auc_score
 from sememe.atlas import open_atlas
 from sememe.errors import ArtifactError, MismatchError, TextError
 from sememe.explain import ExplainConfig, Explanations, explain, side_of
-from sememe.explain.lexical.classes import CLASSES, classes_of
-from sememe.explain.lexical.loops import CURRENT, N_CLASSES
-from sememe.explain.lexical.rules import _strangers
+from sememe.explain.examples import EXPLAIN, read
+from sememe.explain.lexical.classes import CLASSES, POSITIONS, classes_of
+from sememe.explain.lexical.loops import CURRENT, N_CLASSES, N_OF_TOKENS
+from sememe.explain.lexical.rules import _fit, _places, _score, _strangers
 from sememe.explain.lexical.words import Rule, as_json, in_words
 from sememe.interpret import interpret
 
@@ -84,7 +87,7 @@ def test_a_stranger_always_has_a_rule() -> None:
     assert _strangers(np.zeros(3, bool), 0).tolist() == [0, 1, 2]
 
 
-def says(row: dict[str, Any], current: int, previous: int, recent: list[int]) -> bool:
+def says(row: dict[str, Any], at: int, current: int, previous: int, recent: list[int]) -> bool:
     """A rule's JSON, followed word by word: the slow truth of what `loops.score` computes."""
     rule = json.loads(row["rule"])
 
@@ -97,7 +100,9 @@ def says(row: dict[str, Any], current: int, previous: int, recent: list[int]) ->
     yes |= [previous, current] in [pair["ids"] for pair in rule.get("pairs", ())]
     yes |= "class" in rule and has(current, rule["class"])
     for condition in rule.get("conditions", ()):
-        if condition["token"] == "current":
+        if condition["class"] in POSITIONS:
+            holds = at < POSITIONS[condition["class"]]
+        elif condition["token"] == "current":
             holds = has(current, condition["class"])
         elif condition["token"] == "previous":
             holds = has(previous, condition["class"]) if previous >= 0 else condition["class"] == CLASSES[-1]
@@ -126,7 +131,7 @@ def test_scores_are_the_auroc_of_the_rule_on_documents_it_did_not_see(
                 ids = e["token_ids"]
                 truth.append(p in active)
                 acts.append(active.get(p, 0.0))
-                guess.append(says(rows[latent], ids[p], ids[p - 1] if p else -1, ids[max(0, p - 8) : p]))
+                guess.append(says(rows[latent], p, ids[p], ids[p - 1] if p else -1, ids[max(0, p - 8) : p]))
                 weight.append(2 if truth[-1] else int(e["kind"] == "random"))
         truth_, guess_, weight_ = np.array(truth), np.array(guess, float), np.array(weight)
         sizes = np.bincount(weight_, minlength=3)
@@ -137,10 +142,7 @@ def test_scores_are_the_auroc_of_the_rule_on_documents_it_did_not_see(
 
 
 def test_rules_come_from_documents_on_which_they_are_not_scored(tmp_path: Path) -> None:
-    """Changing every held-out document changes no rule; changing the others changes no held-out score's basis.
-
-    Whole books lie on one side: pieces of one share a key.
-    """
+    """Changing every held-out document changes no rule. Whole books lie on one side: pieces of one share a key."""
     a, b = plant(tmp_path / "a", pieces=3), plant(tmp_path / "b", pieces=3)
     opened = open_atlas(b.path)
     keys = {row["id"]: row["key"] for row in opened.query("SELECT id, key FROM document_keys")}
@@ -163,6 +165,55 @@ def test_rules_come_from_documents_on_which_they_are_not_scored(tmp_path: Path) 
         row["auroc_train"] for row in other if row["n_train"]
     ]
     assert sum(row["auroc"] != row2["auroc"] for row, row2 in zip(one, other, strict=True)) >= 8
+
+
+def test_a_latent_of_a_position_gets_a_rule_of_it(atlas: Planted, tmp_path: Path) -> None:
+    path = tmp_path / "atlas"
+    shutil.copytree(atlas.path, path)
+    edit(
+        path,
+        ("DELETE FROM examples WHERE latent = 7 AND kind = 'random' AND start < 8", []),
+        ("UPDATE examples SET positions = list_filter(range(start, stop), lambda p: p < 8) "
+         "WHERE latent = 7 AND kind <> 'random'", []),
+        ("UPDATE examples SET acts = list_transform(positions, lambda p: 1.0) WHERE latent = 7", []),
+    )  # fmt: skip
+    made = explain(ExplainConfig(atlas=path, out=tmp_path / "out", n_bootstrap=10))
+    row = made.rows()[7]
+    assert row["rule_words"] == "one of the first 8 tokens of a context" and row["category"] == "a position"
+    assert row["auroc"] == pytest.approx(1, abs=0.02)
+    assert json.loads(row["rule"]) == {
+        "conditions": [{"token": "current", "class": "one of the first 8 tokens of a context", "not": False}]
+    }
+
+
+def test_rules_are_scored_without_the_documents_they_come_from(atlas: Planted, tmp_path: Path) -> None:
+    """The other way round: changing every explaining document changes no score of a rule that is there."""
+    other = tmp_path / "atlas"
+    shutil.copytree(atlas.path, other)
+    sides = []
+    for path in (atlas.path, other):
+        with closing(open_atlas(path)) as opened:
+            keys = {row["id"]: row["key"] for row in opened.query("SELECT id, key FROM document_keys")}
+        if path == other:
+            shown = [i for i, key in keys.items() if side_of(key, 0.4, 0) == EXPLAIN]
+            edit(
+                other,
+                ("UPDATE examples SET positions = [start + 1], acts = [100.0] WHERE document IN (SELECT unnest(?))",
+                 [shown]),
+                ("UPDATE contexts SET token_ids = list_transform(token_ids, lambda t: (t * 7 + 3) % ?) "
+                 "WHERE id IN (SELECT unnest(?))", [len(ID), shown]),
+            )  # fmt: skip
+        with closing(open_atlas(path)) as opened:
+            sides.append(read(opened, 0.4, 0))
+    one, two = sides
+    own, places = np.arange(one.d_sae), (_places(one), _places(two))
+    rules, gain, _ = _fit(one, places[0], 8, 0.02, -1, "rules")
+    assert (gain != _fit(two, places[1], 8, 0.02, -1, "rules")[1]).sum() >= 8, "they would be other rules"
+    for decile in (None, 3, 9):
+        scores = [_score(e, p, rules, own, decile=decile) for e, p in zip(sides, places, strict=True)]
+        for before, after in zip(*scores, strict=True):
+            np.testing.assert_array_equal(before, after)
+    assert np.nanmax(_score(one, places[0], rules, own).gain) > 0.9
 
 
 def test_explanations_join_the_atlas(atlas: Planted, found: Explanations) -> None:
@@ -244,6 +295,7 @@ def test_classes_of_tokens(text: str, expected: set[str]) -> None:
 
 
 def test_rules_know_every_class() -> None:
+    assert len(CLASSES) - len(POSITIONS) - 1 == N_OF_TOKENS and set(CLASSES[N_OF_TOKENS:-1]) == set(POSITIONS)
     assert len(CLASSES) == N_CLASSES and CLASSES[-1] == "the start of the document"
     of_dates = Rule(CURRENT, (), CLASSES.index(DATES), ())
     assert "dates" in in_words(of_dates, {}) and "month" in in_words(of_dates, {})

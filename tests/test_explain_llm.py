@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import rule_judge
@@ -18,11 +19,11 @@ import torch
 from atlas_fixture import make_world
 from explain_world import CYRILLIC, ENDINGS, KING, NOISE, NUMBERS, WORDS, config, whole
 from judge_server import JudgeServer
-from planted_atlas import ID, TUNED, Planted, edit, plant
+from planted_atlas import ID, TUNED, Planted, PlantedConfig, edit, plant
 from rule_judge import RuleJudge
 
-from sememe import dictionaries
-from sememe.atlas import labels, open_atlas
+from sememe import artifact, dictionaries
+from sememe.atlas import EFFECTS, REMOVALS, labels, open_atlas
 from sememe.effects import EffectsConfig, effects
 from sememe.errors import MismatchError
 from sememe.explain import ExplainConfig, explain, side_of
@@ -215,6 +216,66 @@ def test_effects_texts_for_the_encoder_and_generation_share_no_document(
     assert other_scores[2] == original[2] == other_explains[2], "texts are written from the words alone"
 
 
+def test_clusters_are_named_without_the_scoring_side(
+    atlas: Planted, tmp_path: Path, server: JudgeServer
+) -> None:
+    def asked(path: Path, name: str) -> list[str]:
+        edit(
+            path,
+            ("UPDATE latents SET cluster = id % 2", []),
+            ("INSERT INTO clusters VALUES (0, 'even', 5, []), (1, 'odd', 5, [])", []),
+        )
+        judge = RuleJudge()
+        explain(config(path, tmp_path / name, server, n_latents=7, scorers=["fuzzing"]), judge=judge)
+        questions = [json.dumps(q.messages) for q in judge.asked if isinstance(q, Question)]
+        return sorted(text for text in questions if "what a group is about" in text)
+
+    shutil.copytree(atlas.path, tmp_path / "same")
+    original = asked(tmp_path / "same", "original")
+    assert len(original) == 2 and "the tokens" in original[0]
+    assert asked(_changed(atlas, tmp_path / "scoring", SCORE), "changed scoring") == original
+    assert asked(_changed(atlas, tmp_path / "explaining", EXPLAIN), "changed explaining") != original
+
+
+def test_removals_are_told_of_the_explaining_side_alone(
+    atlas: Planted, tmp_path: Path, server: JudgeServer
+) -> None:
+    """From the table of effects to the prompt: each example is given a token that says which side it is of."""
+    marks = {EXPLAIN: " x", SCORE: "%"}
+    opened = open_atlas(atlas.path)
+    rows = opened.query(
+        "SELECT e.latent, rank, context, position, key FROM examples e JOIN document_keys k ON k.id = document "
+        "WHERE kind = 'top'"
+    )
+    fingerprint = opened.artifact.fingerprint
+    opened.close()
+    sides = [side_of(row.pop("key"), 0.4, 0) for row in rows]
+    assert set(sides) == {EXPLAIN, SCORE}
+    gone = [
+        row | {"removed": 0, "token": ID[marks[side]], "act": 1.0, "act_without": 0.25}
+        for row, side in zip(rows, sides, strict=True)
+    ]
+    with artifact.building(
+        tmp_path / "effects",
+        kind="effects",
+        version=1,
+        config=PlantedConfig(),
+        parents={"atlas": fingerprint},
+    ) as work:
+        pq.write_table(pa.Table.from_pylist(gone), work.path / REMOVALS)
+        pq.write_table(pa.Table.from_pylist(rows), work.path / EFFECTS)
+    judge = RuleJudge()
+    options = config(
+        atlas.path, tmp_path / "out", server, n_latents=7, scorers=["fuzzing", "detection"],
+        effects=tmp_path / "effects",
+    )  # fmt: skip
+    explain(options, judge=judge)
+    said = [m.content for q in judge.asked if isinstance(q, Question) for m in q.messages]
+    told = [text for text in said if f'without "{marks[EXPLAIN]}" the activation changes by -75%' in text]
+    assert len(told) >= 6
+    assert not [text for text in said if f'without "{marks[SCORE]}"' in text]
+
+
 def test_windows_of_the_sides_share_no_document(atlas: Planted) -> None:
     opened = open_atlas(atlas.path)
     examples = read(opened, 0.4, 0)
@@ -283,6 +344,26 @@ def test_clusters_are_explained_from_their_members(
         "cluster": 0, "label": "even", "explanation": "things of one kind", "n_latents": 3, "n_shown": 2,
     }  # fmt: skip
     assert rows[1]["explanation"] is None and rows[1]["n_shown"] == 0 and rows[2]["explanation"] is None
+    assert asked.summary["clusters"] == {"n_asked": 1, "n_unexplained": 0}
+    with JudgeServer(chat=lambda request: "") as silent:
+        options = config(
+            path, tmp_path / "silent", silent, latents=(KING,), scorers=["fuzzing"],
+            explainer={"answers": tmp_path / "silent.sqlite"},
+        )  # fmt: skip
+        assert explain(options).summary["clusters"] == {"n_asked": 0, "n_unexplained": 0}, "nothing to ask of"
+
+    def chat(request: dict[str, Any]) -> str:
+        return "" if "one group" in request["messages"][-1]["content"] else rule_judge.chat(request)
+
+    with JudgeServer(chat=chat, top=rule_judge.top) as mute:
+        made = explain(
+            config(
+                path, tmp_path / "mute", mute, latents=(KING, NUMBERS), scorers=["fuzzing"],
+                explainer={"answers": tmp_path / "mute.sqlite"},
+            )
+        )  # fmt: skip
+    assert made.summary["clusters"] == {"n_asked": 1, "n_unexplained": 1}
+    assert "It was asked about 1 clusters; 1 of those answers could not be read." in made.page()
     by_rule = explain(ExplainConfig(atlas=path, out=tmp_path / "rules", n_bootstrap=10))
     rows = pq.read_table(by_rule.artifact.file("clusters.parquet")).to_pylist()
     assert "a number" in rows[0]["explanation"] and "Cyrillic letters" in rows[1]["explanation"]

@@ -170,6 +170,27 @@ def test_a_dry_run_asks_nothing_and_foretells_the_calls(
         preview(ExplainConfig(atlas=with_nulls))
 
 
+def test_a_dry_run_counts_the_questions_about_clusters_too(
+    with_nulls: Path, tmp_path: Path, server: JudgeServer
+) -> None:
+    """Of the atlas and of each null: one for every cluster with a member that is explained."""
+    path = tmp_path / "atlas"
+    shutil.copytree(with_nulls, path)
+    for one in (path, *path.glob("null-*")):
+        edit(
+            one,
+            ("UPDATE latents SET cluster = id % 2", []),
+            ("INSERT INTO clusters VALUES (0, 'even', 3, []), (1, 'odd', 3, [])", []),
+        )
+    options = config(path, tmp_path / "out", server, n_latents=4, scorers=["fuzzing"])
+    cost = preview(options)
+    plain = preview(options.replace(atlas=with_nulls)).n_calls
+    assert plain < cost.n_calls <= plain + 6
+    found = explain(options)
+    assert found.summary["clusters"]["n_asked"] == 2
+    assert plain < server.n_requests <= cost.n_calls
+
+
 def test_a_run_that_was_stopped_goes_on_and_ends_the_same(
     atlas: Planted, tmp_path: Path, server: JudgeServer
 ) -> None:

@@ -22,7 +22,7 @@ from sememe.dictionaries.folders import checkpoints_in
 from sememe.errors import ActivationError, ConfigError, MismatchError
 from sememe.interpret import interpret, interpret_all
 from sememe.interpret.clusters import layout, make_map, named
-from sememe.interpret.relations import Neighbours
+from sememe.interpret.relations import Neighbours, relations
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +114,28 @@ def test_neighbours_are_the_nearest(atlas: Atlas, world: World) -> None:
         assert found["mcs"] == pytest.approx(float((own[latent] @ other.T).max()), abs=1e-5)
 
 
+def test_another_dictionary_is_searched_by_what_latents_read_where_it_reads_the_same(world: World) -> None:
+    one, two = dictionaries.load(world.dictionary), dictionaries.load(world.dictionary)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        two.W_enc += 0.3 * torch.randn(two.W_enc.shape, generator=generator)
+        one.W_dec[:, 5] *= 30
+
+    def by_encoder() -> list[Neighbours]:
+        found = relations(one, 3, {"two": two}, None)
+        assert found.outliers.tolist() == [5], "the dimension that holds most, by its number"
+        return [n for n in found.neighbours if n.kind == "encoder" and n.dictionary == "two"]
+
+    (near,) = by_encoder()
+    read, theirs = (metrics.unit_rows(d.encoder_directions().detach()) for d in (one, two))
+    truth = (read @ theirs.T).topk(3)
+    assert near.others.tolist() == truth.indices.tolist()
+    np.testing.assert_allclose(near.cosines, truth.values, atol=1e-5)
+    elsewhere = sites(world.lm, "resid_post.1")
+    two.sites = elsewhere.replace(outputs=two.sites.outputs)
+    assert by_encoder() == [], "what is read elsewhere cannot be compared"
+
+
 def test_shapes_are_numpys(atlas: Atlas, world: World) -> None:
     dictionary = dictionaries.load(world.dictionary)
     W = dictionary.decoder_directions().detach().double().numpy()
@@ -128,6 +150,8 @@ def test_shapes_are_numpys(atlas: Atlas, world: World) -> None:
     np.testing.assert_allclose([row["bias"] for row in rows], dictionary.b_enc.detach(), rtol=1e-6)
     assert all(row["self_similarity"] is None and row["cluster"] is None and row["x"] is None for row in rows)
     assert not atlas.query("SELECT * FROM history"), "there are no checkpoints"
+    outliers = metrics.outlier_dimensions(dictionary.decoder_directions().detach())
+    assert atlas.meta["outlier_dimensions"] == outliers.tolist()
     neurons = atlas.query("SELECT neuron, weight FROM neurons WHERE latent = 3 ORDER BY rank")
     assert neurons[0]["weight"] == pytest.approx(W[3, neurons[0]["neuron"]] / np.linalg.norm(W[3]), rel=1e-5)
 

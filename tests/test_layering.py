@@ -21,7 +21,7 @@ LAYERS = [
     ["kernels"],
     ["dictionaries"],
     ["text", "pairs", "toy", "formats", "atlas", "graph", "lm", "needs", "optimiser"],
-    ["store", "splice", "figures", "collect", "judge", "tuned", "labelled", "sae_bench"],
+    ["store", "splice", "figures", "collect", "judge", "tuned", "labelled", "sae_bench", "shuffled"],
     ["capture", "join", "downstream", "edits", "foreign"],
     ["source", "end_to_end", "measure", "continuations"],
     ["probes"],

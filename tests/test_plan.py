@@ -16,11 +16,11 @@ from sememe.plan.stages import estimates
 from sememe.recipe import read_recipe, stages
 from sememe.run import run
 
-VERBS = ["harvest", "train", "evaluate", "interpret", "effects", "explain", "export"]
+VERBS = ["harvest", "train", "evaluate", "interpret", "prompts", "effects", "explain", "export"]
 CALIBRATION = machine.SECONDS
 
 
-LAST = "[interpret]\nmap = false\n[effects]\nn_latents = 4\nn_top = 2\nn_removals = 0\n[explain]\n"
+LAST = "[interpret]\nmap = false\n[prompts]\n[effects]\nn_latents = 4\nn_top = 2\nn_removals = 0\n[explain]\n"
 
 
 @pytest.fixture(autouse=True)

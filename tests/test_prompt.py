@@ -13,10 +13,12 @@ from atlas_fixture import POLICY, World, make_world, save_dictionary, sites
 
 from sememe import dictionaries
 from sememe.atlas import open_atlas
+from sememe.browse.data.texts import text_files
+from sememe.browse.inputs import Inputs, opened
 from sememe.errors import ArtifactError, ConfigError, MismatchError, ModelError
 from sememe.explain import ExplainConfig, explain
 from sememe.interpret import interpret
-from sememe.prompt import PromptConfig, PromptView, print_prompt, prompt
+from sememe.prompt import CHOSEN, PromptConfig, PromptsConfig, PromptView, print_prompt, prompt, prompts
 
 TEXT = "the river runs past the old town <b>"
 
@@ -46,6 +48,47 @@ def config_of(world: World, **changes: Any) -> PromptConfig:
 @pytest.fixture(scope="module")
 def view(world: World) -> PromptView:
     return prompt(config_of(world, n_latents=3), lm=world.lm)
+
+
+def test_chosen_texts_hold_every_latent_on_every_token(world: World, tmp_path: Path) -> None:
+    config = PromptsConfig(
+        dictionary=world.dictionary, model=world.model, atlas=world.root / "atlas", out=tmp_path / "prompts"
+    )
+    made = prompts(config, lm=world.lm)
+    files = text_files([made.path])
+    assert len(files) == len(CHOSEN) >= 20 and "meta.json" not in [file.name for file in files]
+    with opened(Inputs(atlas=world.root / "atlas", prompts=(made.path,))) as (data, _):
+        texts = data.texts
+    cut = 0
+    for text, (name, whole) in zip(texts, CHOSEN.items(), strict=True):
+        assert whole.startswith(text["prompt"]), name
+        cut += whole != text["prompt"]
+        assert len(text["tokens"]["token"]) <= 64 and not text["ablated"]
+        for here, n in zip(text["latents"], text["tokens"]["n_active"], strict=True):
+            assert len(here["latent"] if here else ()) == (n or 0), "every latent"
+    assert 0 < cut < len(CHOSEN), "this model spells Japanese in bytes, and has room for 64 of them"
+    odd = next(text for text in texts if any(text["tokens"]["bytes"]))
+    raw = b"".join(
+        bytes.fromhex(exact) if exact else piece.encode()
+        for exact, piece in zip(odd["tokens"]["bytes"], odd["tokens"]["text"], strict=True)
+    )
+    assert raw.decode(errors="replace") == odd["prompt"], "tokens that are part of a letter keep their bytes"
+    before = made.meta
+    assert prompts(config, lm=world.lm).meta == before, "made once"
+    one = prompts(config.replace(texts=(TEXT,), out=tmp_path / "mine"), lm=world.lm)
+    assert [file.name for file in text_files([one.path])] == ["00-1.json"]
+    save_dictionary(world.root / "another", sites(world.lm), k=3)
+    other = prompts(PromptsConfig.build({"dictionary": world.root / "another", "model": world.model,
+        "texts": (TEXT,), "out": tmp_path / "other"}), lm=world.lm)  # fmt: skip
+    with (
+        pytest.raises(
+            MismatchError, match=r"the texts .*other must be of the atlas's dictionary.*sememe prompts"
+        ),
+        opened(Inputs(atlas=world.root / "atlas", prompts=(other.path,))),
+    ):
+        pass
+    with pytest.raises(ConfigError, match="n_latents must be left out when every latent is shown"):
+        config_of(world, every=True, n_latents=3)
 
 
 def test_rows_are_what_whole_forwards_give(world: World, view: PromptView) -> None:

@@ -14,7 +14,7 @@ from sememe.explain.results import SHAPE
 from sememe.recipe import place_of, read_recipe, stages
 from sememe.run import print_report, run
 
-INTERPRET = "[interpret]\nn_tokens = 6000\nmap = false\nnulls = ['pca']\nn_fit_rows = 500\n"
+INTERPRET = "[interpret]\nn_tokens = 6000\nmap = false\nnulls = ['pca']\nn_fit_rows = 500\n[prompts]\n"
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def place(tmp_path_factory) -> Path:
 
 
 def test_everything_lands_where_the_docs_say(place):
-    for kind in ("store", "dictionary", "report", "atlas", "site"):
+    for kind in ("store", "dictionary", "report", "atlas", "prompts", "site"):
         assert (place / "out" / kind / "meta.json").is_file(), kind
     assert (place / "out" / "atlas" / "null-pca" / "meta.json").is_file()
     report = json.loads((place / "out" / "report" / "report.json").read_text())
@@ -84,6 +84,12 @@ def test_a_sweep_makes_a_dictionary_and_a_report_for_each(place, tmp_path):
     assert all(result.reused for result in results)
     stages = [result.stage for result in results if not result.stage.startswith(("interpret", "export"))]
     assert stages == ["harvest", "train", "evaluate k2", "evaluate k4"]
+    assert [result.stage for result in results][-2:] == ["export k2", "export k4"], "after the last report"
+    for name in ("k2", "k4"):
+        site = artifact.load(tmp_path / "out" / "site" / name, "site")
+        assert {"report", "report.0", "report.1"} <= set(site.meta["parents"]), (
+            "it stands on its sweep's frontier"
+        )
 
 
 def test_a_recipe_can_end_in_a_comparison(place, tmp_path, capsys):
@@ -148,6 +154,31 @@ def test_baselines_and_coders_are_fitted_and_compared(place, tmp_path):
         run(file, out=tmp_path / "out")
 
 
+def test_what_a_page_shows_is_what_the_recipe_made_or_what_it_names(place, tmp_path):
+    def config(last: str, verb: str = "export"):
+        text = (place / "small.toml").read_text().replace("[prompts]\n", "")
+        (tmp_path / "named.toml").write_text(text + last)
+        found = stages(read_recipe(tmp_path / "named.toml"), Path("out"))
+        return next(stage.config for stage in found if stage.verb == verb)
+
+    everything = config("[prompts]\n[effects]\n[explain]\n[export]\nlatents_per_shard = 8\n")
+    assert (everything.effects, everything.explanations) == (
+        (Path("out/effects"),),
+        (Path("out/explanations"),),
+    )
+    assert everything.prompts == (Path("out/prompts"),) and everything.report == (Path("out/report"),)
+    assert everything.latents_per_shard == 8
+    mine = config("[effects]\n[explain]\n[export]\nexplanations = 'mine'\nprompts = ['a', 'b.json']\n")
+    assert mine.explanations == (Path("mine"),) and mine.prompts == (Path("a"), Path("b.json"))
+    with pytest.raises(ConfigError, match=r"atlas must be left out of \[export\].*got 'x'\. Drop it, or run"):
+        config("[export]\natlas = 'x'\n")
+    asking = "[explain]\neffects = true\nexplainer = {kind = 'endpoint', model = 'm'}\n"
+    assert config("[effects]\n" + asking, "explain").effects == Path("out/effects")
+    assert config("[effects]\n" + asking.replace("true", "'e'"), "explain").effects == Path("e")
+    with pytest.raises(ConfigError, match=r"effects of \[explain\] can be told where .*Add \[effects\]"):
+        config(asking)
+
+
 TWINS = """
 [train.main]
 keep_checkpoints = true
@@ -197,6 +228,8 @@ def test_an_atlas_is_made_against_another_and_what_follows_is_of_it_alone(place,
     summary = artifact.load(out / "explanations" / "main", "explanations").extra["summary"]
     found = {row["property"] for row in summary["correlations"] if row["rho"] is not None}
     assert found == set(SHAPE)
+    shown = artifact.load(out / "site" / "main", "site").meta["parents"]
+    assert {"report", "effects", "explanations"} <= set(shown)
     assert all(result.reused for result in run(file, out=out))
 
 

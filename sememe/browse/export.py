@@ -25,7 +25,7 @@ from sememe import artifact
 from sememe.browse import page
 from sememe.browse.compared import Compared, Side, dictionary_folder
 from sememe.browse.data import Data
-from sememe.browse.inputs import Inputs, named_once, opened
+from sememe.browse.inputs import Inputs, one_by_one, opened
 from sememe.browse.together import Served, name_of, session
 from sememe.browse.written import dump
 from sememe.progress import track
@@ -66,14 +66,17 @@ def export(config: ExportConfig, *, fresh: bool = False) -> artifact.Artifact:
         CorruptError: the atlas is damaged.
         MismatchError: config.out is a site made from something else; or explanations or report are of another atlas.
     """
-    out, paths = config.out, named_once(config)
+    out, each = config.out, one_by_one(config)
     with contextlib.ExitStack() as stack:
-        data, parents = stack.enter_context(opened(config))
-        others = [stack.enter_context(opened(Inputs(atlas=path))) for path in config.against]
-        parents |= {f"against {i}": other.parents["atlas"] for i, other in enumerate(others)}
+        (data, parents), *others = [stack.enter_context(opened(inputs)) for inputs in each]
+        for i, other in enumerate(others):
+            parents |= {
+                f"against {i}" if role == "atlas" else f"against {i} {role}": fingerprint
+                for role, fingerprint in other.parents.items()
+            }
         shown = [
-            Served(data, dictionary=dictionary_folder(data.atlas), name=name_of(path))
-            for data, path in zip((data, *(other.data for other in others)), paths, strict=True)
+            Served(data, dictionary=dictionary_folder(data.atlas), name=name_of(inputs.atlas))
+            for data, inputs in zip((data, *(other.data for other in others)), each, strict=True)
         ]
         compared = _compared(shown)
         # By directions or by tokens depends on whether dictionaries are still where they were: another site.

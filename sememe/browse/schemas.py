@@ -215,6 +215,7 @@ TEXT = full(
         kept=array(BOOLEAN),
         n_active=array(MAYBE_INTEGER),
         loss_of_next=array(MAYBE_NUMBER),
+        bytes=described(array(MAYBE_STRING), "Hex, where a token is not UTF-8 by itself."),
     ),
     latents=array(
         maybe(

@@ -8,7 +8,6 @@ the start, so that no request ever becomes a path. What needs a model goes to a 
 from __future__ import annotations
 
 import asyncio
-import gzip
 import threading
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
@@ -30,6 +29,7 @@ from sememe.browse.guard import Door, Guard, body_of, json_response, refused
 from sememe.browse.live import VERBS, Live, LiveError, Refusal
 from sememe.browse.notes import NotesFile
 from sememe.browse.together import Served, session
+from sememe.browse.whole import WHOLE, Whole
 from sememe.browse.written import dump
 from sememe.errors import ConfigError, SememeError
 
@@ -41,28 +41,24 @@ Answer = Callable[[Request], Awaitable[Response]]
 
 
 def application(
-    data: Data | SememeError | Sequence[Served], *, live: Live | None = None, door: Door | None = None
+    data: Data | SememeError | Sequence[Served] | Whole, *, live: Live | None = None, door: Door | None = None
 ) -> ASGIApp:
     """The server as an ASGI application, for tests and for other servers.
 
     Args:
-        data: The atlas, or several.
+        data: The atlas, or several; or their answers, some of which may be made already.
         live: Who answers what needs a model.
         door: What a request must show; a server of this machine alone if not given.
     """
-    served = list(data) if isinstance(data, Sequence) else [Served(data)]
-    api = _Api(served, live)
+    if not isinstance(data, Whole):
+        data = Whole(list(data) if isinstance(data, Sequence) else [Served(data)])
+    api = _Api(data, live)
     routes = [
         Route("/", api.page),
         Route("/static/{name:path}", api.static),
         Route("/api/openapi.json", api.openapi),
         Route("/api/session", api.session),
-        Route("/api/overview", api.whole("overview")),
-        Route("/api/index", api.whole("index")),
-        Route("/api/tokens", api.whole("tokens")),
-        Route("/api/search", api.whole("search")),
-        Route("/api/details", api.whole("details")),
-        Route("/api/embeddings", api.whole("embeddings")),
+        *(Route(f"/api/{name}", api.whole(name)) for name in WHOLE),
         Route("/api/texts/{text}", api.text),
         Route("/api/graphs/{graph}", api.graph),
         Route("/api/latents/{latent}", api.latent),
@@ -89,13 +85,12 @@ def application(
 
 
 class _Api:
-    """Answers requests. The answers that describe a whole atlas are made once."""
+    """Answers requests."""
 
-    def __init__(self, served: list[Served], live: Live | None) -> None:
-        self.served, self.live = served, live
+    def __init__(self, whole: Whole, live: Live | None) -> None:
+        self._whole, self.served, self.live = whole, whole.served, live
         self.html = page.index_html("served").encode()
         self.files = page.static_files()
-        self._whole: dict[tuple[int, str], tuple[bytes, bytes]] = {}
         self._compared: dict[tuple[int, int], Compared] = {}
         self._lock = threading.Lock()
 
@@ -133,26 +128,16 @@ class _Api:
         return number
 
     def _data(self, number: int) -> Data:
-        found = self.served[number].data
-        if isinstance(found, SememeError):
-            raise found
-        return found
+        return self._whole.data(number)
 
     def whole(self, name: str) -> Answer:
         async def answer(request: Request) -> Response:
-            plain, packed = await run_in_threadpool(self._made, self._number(request), name)
+            plain, packed = await run_in_threadpool(self._whole.made, self._number(request), name)
             if "gzip" in request.headers.get("accept-encoding", ""):
                 return json_response(packed, {"content-encoding": "gzip", "vary": "accept-encoding"})
             return json_response(plain, {"vary": "accept-encoding"})
 
         return answer
-
-    def _made(self, number: int, name: str) -> tuple[bytes, bytes]:
-        with self._lock:
-            if (number, name) not in self._whole:
-                plain = dump(getattr(self._data(number), name)())
-                self._whole[number, name] = plain, gzip.compress(plain, compresslevel=4)
-            return self._whole[number, name]
 
     async def latent(self, request: Request) -> Response:
         return await self._one(request, self._data(self._number(request)).latent)

@@ -23,11 +23,12 @@ from sememe import artifact
 from sememe.browse.compared import dictionary_folder
 from sememe.browse.data import Data
 from sememe.browse.guard import Door, door_of
-from sememe.browse.inputs import Inputs, named_once, opened
+from sememe.browse.inputs import Inputs, one_by_one, opened
 from sememe.browse.live import Live
 from sememe.browse.notes import NotesFile
 from sememe.browse.server import application
 from sememe.browse.together import Served, name_of
+from sememe.browse.whole import Whole
 from sememe.errors import ArtifactError, MismatchError, SememeError, ServerError
 
 __all__ = ["BrowseConfig", "browse", "served"]
@@ -75,6 +76,8 @@ def browse(config: BrowseConfig, *, live: Live | None = None) -> None:
         broken = [one.data for one in atlases if isinstance(one.data, SememeError)]
         for error in broken:
             print(f"sememe: {error}", file=sys.stderr, flush=True)
+        whole = Whole(atlases)
+        stack.enter_context(whole.ahead())
         url = _url(config.host, listening.getsockname()[1], door)
         names = ", ".join(str(path) for path in (config.atlas, *config.against))
         print(f"Serving {names} at {url} (Ctrl+C stops it)", flush=True)
@@ -82,7 +85,7 @@ def browse(config: BrowseConfig, *, live: Live | None = None) -> None:
             threading.Timer(0.5, webbrowser.open, [url]).start()
         server = uvicorn.Server(
             uvicorn.Config(
-                application(atlases, live=live, door=door),
+                application(whole, live=live, door=door),
                 log_level="warning",
                 access_log=False,
                 server_header=False,
@@ -122,9 +125,8 @@ def served(config: BrowseConfig) -> Iterator[list[Served]]:
     """
     with contextlib.ExitStack() as stack:
         found = []
-        for number, path in enumerate(named_once(config)):
-            shown = {name: getattr(config, name) for name in Inputs.model_fields if name != "against"}
-            inputs = Inputs(**shown) if number == 0 else Inputs(atlas=path)
+        for number, inputs in enumerate(one_by_one(config)):
+            path = inputs.atlas
             try:
                 data = stack.enter_context(opened(inputs)).data
             except MismatchError:

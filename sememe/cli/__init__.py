@@ -54,6 +54,7 @@ VERBS: dict[str, Verb] = {
         "Draw what feeds what on a prompt: the attribution graph through transcoders.", "circuit"
     ),
     "prompt": Verb("Show which latents fire on a text, how strongly, and what each does there.", "prompt"),
+    "prompts": Verb("Run some twenty chosen texts through a dictionary, for a site to show.", "prompts"),
     "browse": Verb("Look at an atlas in the web browser, or export it as a site.", "browse"),
     "erase": Verb("Take a labelled concept out of the activations, and count what that costs.", "erase"),
     "steer": Verb(

@@ -208,6 +208,22 @@ def _prompt() -> Any:
     )
 
 
+def _prompts() -> Any:
+    from sememe.prompt import PromptsConfig, prompts
+
+    def verb(config: PromptsConfig, fresh: bool = False) -> None:
+        prompts(config, fresh=fresh)
+        say("prompts", config.out)
+
+    return command(
+        PromptsConfig,
+        verb,
+        positional=("dictionary",),
+        extra=FRESH,
+        doc="Run some twenty chosen texts through a dictionary: every latent that fires, token by token.",
+    )
+
+
 def _circuit() -> Any:
     from sememe.circuit import CircuitConfig, circuit
 
@@ -431,6 +447,7 @@ _MAKERS: dict[str, Callable[[], Any]] = {
     "explain": _explain,
     "effects": _effects,
     "prompt": _prompt,
+    "prompts": _prompts,
     "circuit": _circuit,
     "browse": _browse,
     "plan_recipe": _plan,

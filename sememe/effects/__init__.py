@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from sememe import artifact, dictionaries
 from sememe import lm as language_models
-from sememe.atlas import EFFECTS, REMOVALS, Atlas, dictionary_of, open_atlas
+from sememe.atlas import EFFECTS, NULL_DICTIONARY, REMOVALS, Atlas, dictionary_of, open_atlas
 from sememe.downstream import Reruns
 from sememe.effects.config import EffectsConfig
 from sememe.effects.examples import chosen_latents, groups, read_contexts, read_examples
@@ -30,8 +30,9 @@ from sememe.effects.group import measure
 from sememe.effects.parts import PARTS, Parts, summary_of, write_tables
 from sememe.errors import ActivationError, ArtifactError, MismatchError
 from sememe.interrupt import stop_requests
-from sememe.lm import LanguageModel
+from sememe.lm import LanguageModel, ModelConfig
 from sememe.progress import track
+from sememe.shuffled import at_home, fingerprint_for, model_for
 
 __all__ = ["Effects", "EffectsConfig", "effects"]
 
@@ -88,9 +89,10 @@ def effects(config: EffectsConfig, *, lm: LanguageModel | None = None, fresh: bo
     atlas = open_atlas(config.atlas)
     try:
         chosen = chosen_latents(atlas, config)
-        path = _dictionary_of(atlas, config)
-        fingerprint = lm.fingerprint if lm else language_models.fingerprint_of(config.model)
-        _check_model(atlas, config, fingerprint)
+        saved = artifact.load(_dictionary_of(atlas, config), "dictionary")
+        model = model_for(saved, config.model)
+        fingerprint = lm.fingerprint if lm else language_models.fingerprint_of(model)
+        _check_model(atlas, saved, model, fingerprint)
         parents = {
             "atlas": atlas.artifact.fingerprint,
             "dictionary": dictionary_of(atlas),
@@ -99,9 +101,8 @@ def effects(config: EffectsConfig, *, lm: LanguageModel | None = None, fresh: bo
         identity = artifact.identity_of("effects", VERSION, config, parents)
         if not fresh and (found := artifact.find(config.out, "effects", identity, config, parents)):
             return Effects(found)
-        dictionary = dictionaries.load(path)
-        lm = lm if lm is not None else language_models.load(config.model)
-        reruns = Reruns(lm, dictionary)
+        lm = lm if lm is not None else language_models.load(model)
+        reruns = Reruns(lm, at_home(dictionaries.load(saved.path), saved, lm))
         with artifact.building(
             config.out,
             kind="effects",
@@ -176,17 +177,20 @@ def _dictionary_of(atlas: Atlas, config: EffectsConfig) -> Path:
 
 
 def _recorded(atlas: Atlas) -> list[Path]:
-    """Where the dictionaries of the run that made an atlas were, and may be now: beside it."""
+    """Where the dictionaries of the run that made an atlas were, and may be now: beside it. A null's is inside it."""
+    own = atlas.artifact.path / NULL_DICTIONARY
+    if artifact.exists(own):
+        return [own]
     recorded = [Path(path) for path in atlas.artifact.meta["config"].get("dictionaries", ())]
     near = atlas.artifact.place.parent
     return list(dict.fromkeys((*recorded, *(near / path.name for path in recorded), near / "dictionary")))
 
 
-def _check_model(atlas: Atlas, config: EffectsConfig, fingerprint: str) -> None:
-    wanted = atlas.artifact.meta["parents"].get("model")
+def _check_model(atlas: Atlas, saved: artifact.Artifact, model: ModelConfig, fingerprint: str) -> None:
+    wanted = fingerprint_for(saved, str(atlas.artifact.meta["parents"].get("model")))
     if wanted != fingerprint:
         raise MismatchError(
-            f"the model {config.model.model} (fingerprint {fingerprint[:16]}) must be the atlas's",
-            f"an atlas of {atlas.meta['dictionary'].get('model', 'another')} ({str(wanted)[:16]})",
+            f"the model {model.name()} (fingerprint {fingerprint[:16]}) must be the atlas's",
+            f"an atlas of {atlas.meta['dictionary'].get('model', 'another')} ({wanted[:16]})",
             f"Pass --model {atlas.meta['dictionary'].get('model', '')}.",
         )

@@ -15,7 +15,7 @@ from sememe.explain.lexical import Lexical
 from sememe.explain.scorers import Encode
 from sememe.judge import Judge
 
-__all__ = ["clusters_table", "embeddings_table", "latents_table", "tally"]
+__all__ = ["clusters_table", "count_clusters", "embeddings_table", "latents_table", "tally"]
 
 MAX_MEMBERS = 10
 """Explanations of a cluster's latents that are shown to whoever names it."""
@@ -129,6 +129,17 @@ def clusters_table(
             ),
         }
     )
+
+
+def count_clusters(table: pa.Table | None, judge: Judge | None) -> dict[str, int]:
+    """How many clusters a judge was asked about, and how many of its answers could not be read."""
+    if table is None or judge is None:
+        return {"n_asked": 0, "n_unexplained": 0}
+    shown = [n > 0 for n in table["n_shown"].to_pylist()]
+    silent = [
+        asked and said is None for asked, said in zip(shown, table["explanation"].to_pylist(), strict=True)
+    ]
+    return {"n_asked": sum(shown), "n_unexplained": sum(silent)}
 
 
 def embeddings_table(table: pa.Table, encode: Encode) -> pa.Table:

@@ -21,14 +21,14 @@ from sememe.explain.lexical import Lexical, find_rules
 from sememe.explain.rehearsal import Rehearsal
 from sememe.explain.results import SHAPE, Scores, correlations, lifts, mean_of, strata, summarise
 from sememe.explain.scorers import Encode, contrasted, generation
-from sememe.explain.tables import clusters_table, embeddings_table, latents_table, tally
+from sememe.explain.tables import clusters_table, count_clusters, embeddings_table, latents_table, tally
 from sememe.explain.written import Reader
 from sememe.figures import write_explanations
 from sememe.judge import EndpointConfig, Judge, LocalConfig, Preview, open_judge
 
 __all__ = ["CLUSTERS", "SCORES", "Explanations", "explain", "preview"]
 
-VERSION = 5
+VERSION = 6
 SCORES = "scores.parquet"
 CLUSTERS = "clusters.parquet"
 EMBEDDINGS = "embeddings.parquet"
@@ -149,12 +149,13 @@ def _make(
         ) as work:
             made = _explain(chosen, config, judge, encode, reader)
             shape = _shape(atlas, chosen.examples.d_sae)
+            clusters = clusters_table(atlas, made.table, judge, config)
             summary = made.summary | {
+                "clusters": count_clusters(clusters, judge),
                 "lifts": _lifts(made.scores, others, config),
                 "no_lift": _no_lift(config),
                 "correlations": correlations(made.scores, shape, config.n_bootstrap, config.seed),
             }
-            clusters = clusters_table(atlas, made.table, judge, config)
             if clusters is not None:
                 pq.write_table(clusters, work.path / CLUSTERS)
             pq.write_table(made.table, work.path / EXPLANATIONS)
@@ -232,7 +233,8 @@ def preview(config: ExplainConfig) -> Preview:
         atlas = open_atlas(one.atlas, effects=one.effects)
         try:
             chosen = _choose(atlas, one)
-            ask_about(chosen.latents, chosen.facts, one, rehearsal, _encoder(one, rehearsal=True))
+            found = ask_about(chosen.latents, chosen.facts, one, rehearsal, _encoder(one, rehearsal=True))
+            clusters_table(atlas, latents_table(chosen.examples, chosen.lexical, found, one), rehearsal, one)
         finally:
             atlas.close()
     return rehearsal.preview()

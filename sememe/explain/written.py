@@ -14,12 +14,13 @@ from jaxtyping import Float
 
 from sememe import artifact, dictionaries
 from sememe import lm as language_models
-from sememe.atlas import RANDOMISED, Atlas
+from sememe.atlas import Atlas
 from sememe.capture import captured_rows
 from sememe.dictionaries import Dictionary
 from sememe.errors import MismatchError
 from sememe.lm import LanguageModel, ModelConfig
 from sememe.progress import track
+from sememe.shuffled import at_home, model_for
 from sememe.text import TokenBlock, TokenPolicy
 
 __all__ = ["Reader"]
@@ -49,16 +50,12 @@ class Reader:
                 "Pass the dictionary that the atlas was made from.",
             )
         self.policy = TokenPolicy.build(saved.extra["policy"]) if saved.extra.get("policy") else TokenPolicy()
-        shuffled = null == RANDOMISED
-        if shuffled:
-            seed = atlas.artifact.meta["config"]["seed"]
-            model = model.replace(randomise="layers", randomise_seed=seed)
-        self.lm: LanguageModel = language_models.load(model)
-        dictionary: Dictionary = dictionaries.load(folder)
+        self.lm: LanguageModel = language_models.load(model_for(saved, model))
+        dictionary: Dictionary = at_home(dictionaries.load(folder), saved, self.lm)
         assert dictionary.sites is not None
         self.sites = dictionary.sites.inputs
         for site in self.sites:
-            if site.model_fingerprint != self.lm.fingerprint and not shuffled:
+            if site.model_fingerprint != self.lm.fingerprint:
                 raise MismatchError(
                     f"the dictionary must belong to the model {self.lm.name}",
                     f"one that reads {site.model}",

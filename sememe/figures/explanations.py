@@ -37,6 +37,11 @@ def write_explanations(folder: Path, data: Data) -> None:
             f"{data['judge']} was asked about {data['n_asked']:,} latents; {data['n_unexplained']:,} of its "
             f"explanations could not be read."
         )
+    if data["clusters"]["n_asked"]:
+        counts.append(
+            f"It was asked about {data['clusters']['n_asked']:,} clusters; {data['clusters']['n_unexplained']:,} of "
+            "those answers could not be read."
+        )
     lines = ["# Explanations and their scores", "", " ".join(counts), "", "![scores](explanations.svg)", ""]
     lines += ["## Scores", "", markdown_table(lift_table(data)), "", LEGEND, ""]
     for heading, table in (

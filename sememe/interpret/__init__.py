@@ -2,9 +2,9 @@
 
 Knows models, text and dictionaries, and the atlas's schema; how latents are followed is `collect`'s. One
 forward per token for all dictionaries, stopped after their last input; or none, where a store holds what it
-would give. Memory does not grow with the text: the collectors are bounded (see `collect`), and token rows,
-documents and active latents go to disk until they are picked out and counted. Interrupted and started again, it
-goes on from its last snapshot with the same result.
+would give. Memory grows with the text by 8 bytes a document and no more: the collectors are bounded (see
+`collect`), and token rows, documents and active latents go to disk until they are picked out and counted.
+Interrupted and started again, it goes on from its last snapshot with the same result.
 
     config.py     the options
     stream.py     the pass over the text, its snapshots
@@ -44,7 +44,7 @@ from sememe.tuned import Lens, open_lens
 
 __all__ = ["RANDOMISED", "InterpretConfig", "interpret", "interpret_all", "parents_of"]
 
-VERSION = 4
+VERSION = 5
 NULL_FOLDER = "null-{}"
 
 

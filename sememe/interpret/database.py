@@ -87,6 +87,7 @@ def write_database(
                     -(-(band + 1) * run.policy.context_length // N_PLACES) for band in range(N_PLACES)
                 ],
                 "coactive_tokens": n_paired,
+                "outlier_dimensions": found.outliers.tolist(),
                 "lenses": list(logits.lenses),
                 "logit_edges": np.linspace(-LOGIT_LIMIT, LOGIT_LIMIT, LOGIT_BINS + 1).tolist(),
                 "attributions": [dict(a._asdict()) for a in attributions(run.text)],

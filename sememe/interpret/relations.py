@@ -56,6 +56,8 @@ class Relations(NamedTuple):
     weights: np.ndarray
     """Of the unit direction, at those."""
     history: History
+    outliers: np.ndarray
+    """Dimensions that hold far more of the directions' square than others, most first."""
 
 
 @torch.no_grad()
@@ -67,7 +69,8 @@ def relations(
     Args:
         dictionary: In raw units.
         n_neighbours: Nearest directions kept, of each kind and dictionary.
-        others: Dictionaries that write to the same place; their directions are looked at too.
+        others: Dictionaries that write to the same place; their decoder directions are looked at too, and their
+            encoder directions where they also read the same place.
         folder: Where the dictionary came from: checkpoints kept there tell which latents have settled.
 
     Raises:
@@ -91,6 +94,10 @@ def relations(
         nearest = metrics.nearest_directions(W_dec, rows, min(n_neighbours, rows.shape[0]))
         found.append(Neighbours("decoder", name, nearest.cosines.numpy(), nearest.indices.numpy()))
         columns["mcs"] = np.fmax(columns["mcs"], found[-1].cosines[:, 0])
+        theirs = _read_alike(dictionary, other)
+        if read is not None and theirs is not None and not (_tied(read, W_dec) and _tied(theirs, rows)):
+            nearest = metrics.nearest_directions(read, theirs, min(n_neighbours, theirs.shape[0]))
+            found.append(Neighbours("encoder", name, nearest.cosines.numpy(), nearest.indices.numpy()))
     b_enc = getattr(dictionary, "b_enc", None)
     if isinstance(b_enc, Tensor) and b_enc.shape == (d_sae,):
         columns["bias"] = b_enc.detach().float().cpu().numpy()
@@ -103,7 +110,7 @@ def relations(
     columns |= _shape(W_dec)
     neurons, weights = _neurons(W_dec)
     columns["top_neuron_share"] = weights[:, 0] ** 2
-    return Relations(columns, found, neurons, weights, history)
+    return Relations(columns, found, neurons, weights, history, metrics.outlier_dimensions(W_dec).numpy())
 
 
 def _history(W_dec: Float[Tensor, "d_sae d"], checkpoints: Sequence[Path]) -> History:
@@ -135,6 +142,18 @@ def _among_own(kind: str, rows: Float[Tensor, "d_sae d"], n: int) -> list[Neighb
             indices.append(nearest.indices[kept].view(part.shape[0], n))
             progress.advance(part.shape[0])
     return [Neighbours(kind, None, torch.cat(cosines).numpy(), torch.cat(indices).numpy())]
+
+
+def _read_alike(dictionary: Dictionary, other: Dictionary) -> Float[Tensor, "d_sae d"] | None:
+    """The other's encoder directions, if it has any and reads the same place; there alone can they be compared."""
+    places = [
+        None if one.sites is None else [(site.model_fingerprint, site.hookpoint) for site in one.sites.inputs]
+        for one in (dictionary, other)
+    ]
+    W_enc = other.encoder_directions()
+    if W_enc is None or places[0] is None or places[0] != places[1]:
+        return None
+    return W_enc.detach().float().cpu()
 
 
 def _tied(read: Tensor, W_dec: Tensor) -> bool:

@@ -25,6 +25,7 @@ from sememe.live.config import LiveConfig
 from sememe.live.lines import Json, Progress
 from sememe.lm import LanguageModel, ModelConfig
 from sememe.prompt import Known, PromptConfig, prompt
+from sememe.shuffled import at_home, model_for
 from sememe.text import TokenPolicy
 
 __all__ = ["EmbedArguments", "GenerateArguments", "PromptArguments", "Session", "SteerArguments"]
@@ -149,8 +150,8 @@ class Session:
         config = self.config
         saved = artifact.load(config.dictionary, "dictionary")
         known = Known.of(config.atlas, None, saved)
-        dictionary = dictionaries.load(config.dictionary)
-        lm = self._lm if self._lm is not None else language_models.load(self._model())
+        lm = self._lm if self._lm is not None else language_models.load(model_for(saved, self._model()))
+        dictionary = at_home(dictionaries.load(config.dictionary), saved, lm)
         policy = TokenPolicy.build(saved.extra["policy"]) if saved.extra.get("policy") else TokenPolicy()
         return _Loaded(lm, dictionary.eval().to(lm.device), policy, known)
 

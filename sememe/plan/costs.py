@@ -38,6 +38,8 @@ __all__ = [
     "head_seconds",
     "interpret_bytes",
     "interpret_seconds",
+    "prompts_bytes",
+    "prompts_seconds",
     "reading_seconds",
     "train_seconds",
     "watch_ce_seconds",
@@ -403,6 +405,25 @@ def effects_seconds(
         + n_ablations * work.n_new * again
         + n_removed * removal
     )
+
+
+PROMPT_TOKENS, PROMPT_BYTES = 40, 450_000.0
+"""Of a chosen text: its tokens, and its file with a few dozen latents on each."""
+
+
+def prompts_bytes(lm: Outline, dictionary: Dictionary, n_texts: int) -> Bytes:
+    """The model, the dictionary, and a text at a time."""
+    host, gpu = _model_bytes(lm, PROMPT_TOKENS)
+    held = dictionary.n_bytes + LOGIT_BYTES / 8 * PROMPT_TOKENS * lm.vocab_size
+    if lm.device != "cpu":
+        return Bytes(BASE + host, PROMPT_BYTES * n_texts, gpu + held)
+    return Bytes(BASE + host + held, PROMPT_BYTES * n_texts)
+
+
+def prompts_seconds(lm: Outline, speed: Speed, n_texts: int) -> float:
+    """One forward of each text, with its predictions."""
+    token = forward_seconds(lm, speed, 0, lm.n_layers, PROMPT_TOKENS) + head_seconds(lm, speed)
+    return MODEL_START + n_texts * PROMPT_TOKENS * token
 
 
 def explain_bytes(d_sae: int, n_nulls: int = 0) -> Bytes:

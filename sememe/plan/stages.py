@@ -30,6 +30,7 @@ from sememe.plan.machine import Speed
 from sememe.plan.rows import Known, Rows
 from sememe.plan.scratch import gridding, pretraining, recovering
 from sememe.pretrain import PretrainConfig
+from sememe.prompt import CHOSEN, PromptsConfig
 from sememe.recipe import Stage
 from sememe.recover import RecoverConfig
 from sememe.results import ResultsConfig
@@ -37,7 +38,7 @@ from sememe.train import TrainConfig
 
 __all__ = ["Estimate", "Estimates", "Knob", "Shapes", "estimates"]
 
-NEEDS_MODEL = frozenset({"harvest", "evaluate", "interpret", "effects", "compare"})
+NEEDS_MODEL = frozenset({"harvest", "evaluate", "interpret", "prompts", "effects", "compare"})
 PLANNED = NEEDS_MODEL | {"train", "fit", "geometry", "explain", "export"}
 """Stages whose needs follow from a store's rows."""
 
@@ -110,6 +111,8 @@ class _Planner(Known):
             return self._interpret(stage, config, model, rows)
         if model is not None and isinstance(config, EffectsConfig):
             return self._effects(stage, config, model, rows)
+        if model is not None and isinstance(config, PromptsConfig):
+            return self._prompts(stage, config, model, rows)
         d_sae = self._dictionary(self._train_config(stage.name), rows).d_sae
         if isinstance(config, ExplainConfig):
             return self._explain(stage, config, d_sae)
@@ -366,6 +369,12 @@ class _Planner(Known):
 
         knobs = (Knob("batch_rows", config.batch_rows, needs),)
         return Estimate(stage, False, needs(config.batch_rows), seconds, knobs)
+
+    def _prompts(self, stage: Stage, config: PromptsConfig, model: Outline, rows: Rows) -> Estimate:
+        dictionary = self._dictionary(self._train_config(stage.name), rows)
+        n_texts = len(config.texts or CHOSEN)
+        needs = costs.prompts_bytes(model, dictionary, n_texts)
+        return Estimate(stage, False, needs, lambda speed: costs.prompts_seconds(model, speed, n_texts))
 
     def _explain(self, stage: Stage, config: ExplainConfig, d_sae: int) -> Estimate:
         """The atlas and its nulls, one after the other."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
@@ -11,7 +12,7 @@ from sememe.errors import ConfigError
 from sememe.foreign import opens
 from sememe.lm import ModelConfig
 
-__all__ = ["PromptConfig"]
+__all__ = ["PromptConfig", "PromptsConfig"]
 
 
 class PromptConfig(Config):
@@ -33,6 +34,8 @@ class PromptConfig(Config):
     """Show only these latents, wherever they fire."""
     n_latents: int = Field(default=5, ge=1)
     """Latents shown at each token: those that write most, by activation times the decoder direction's norm."""
+    every: bool = False
+    """Every latent that fires, at each token."""
     ablate: bool = True
     """Run the model again without each latent that is shown, at its token."""
     n_after: int | None = Field(default=None, ge=0)
@@ -58,7 +61,9 @@ class PromptConfig(Config):
     @model_validator(mode="after")
     def _no_inert_option(self) -> PromptConfig:
         if self.latents:
-            self.check_inert("n_latents", without="latents are named")
+            self.check_inert("n_latents", "every", without="latents are named")
+        if self.every:
+            self.check_inert("n_latents", without="every latent is shown")
         if not self.ablate:
             self.check_inert("n_after", "n_shown", "n_likeliest", without="nothing is ablated")
         if self.explanations is not None and self.atlas is None:
@@ -66,3 +71,22 @@ class PromptConfig(Config):
                 "explanations must go with the atlas they are of", self.explanations, "Pass --atlas as well."
             )
         return self
+
+
+class PromptsConfig(Config):
+    """Which dictionary some twenty chosen texts, or your own, are run through."""
+
+    not_identity: ClassVar[frozenset[str]] = frozenset({"out", "dictionary", "atlas"})
+
+    _opens = opens("dictionary")
+
+    out: Path = Path("artifacts/prompts")
+    """The folder to make."""
+    dictionary: Path = Path("artifacts/dictionary")
+    """The dictionary's folder."""
+    model: ModelConfig = ModelConfig()
+    """The language model, the one the dictionary was trained on."""
+    atlas: Path | None = None
+    """An atlas of the dictionary: says how strong an activation is for its latent."""
+    texts: tuple[str, ...] = ()
+    """Your own texts. None: the chosen ones, in several languages, with code, numbers, dates and quotations."""

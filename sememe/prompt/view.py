@@ -34,6 +34,8 @@ class TokenRow:
     """Latents that fire here, shown or not."""
     loss_of_next: float | None
     """The unedited model's loss of the token after this one, in nats."""
+    bytes: str | None = None
+    """Its bytes as hex, where they are no text by themselves: half a Japanese letter."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +83,9 @@ class PromptView:
     def as_json(self) -> dict[str, Any]:
         """Plain data."""
         data = dataclasses.asdict(self)
+        for token in data["tokens"]:
+            if token["bytes"] is None:
+                del token["bytes"]
         for row in data["rows"]:
             for end in ("raised", "lowered"):
                 row[end] = [OutputToken(*item)._asdict() for item in row[end]]

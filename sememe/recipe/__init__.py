@@ -1,12 +1,13 @@
 """A recipe as it is written: its tables, and the stages they stand for. Runs nothing.
 
 A recipe is a TOML file with a `name`, the shared tables `[model]`, `[text]` and `[policy]`, and one table per
-stage: `[pretrain]`, `[harvest]`, `[train]`, `[fit]`, `[evaluate]`, `[interpret]`, `[effects]`, `[explain]`, `[export]`,
-`[compare]`, `[geometry]`, `[toy]`, `[grid]`, `[publish]`, `[expected]`, and any verb about finished dictionaries
-(`[concepts]`). A stage's table holds its verb's options; where it reads and writes follows from the name:
+stage: `[pretrain]`, `[harvest]`, `[train]`, `[fit]`, `[evaluate]`, `[interpret]`, `[prompts]`, `[effects]`,
+`[explain]`, `[export]`, `[compare]`, `[geometry]`, `[toy]`, `[grid]`, `[publish]`, `[expected]`, and any verb about
+finished dictionaries (`[concepts]`). A stage's table holds its verb's options; where it reads and writes follows from
+the name:
 
-    artifacts/NAME/{model, toy, grid, store, dictionary, baseline, report, atlas, effects, explanations, site,
-                    comparison, geometry, concepts, release, results}
+    artifacts/NAME/{model, toy, grid, store, dictionary, baseline, report, atlas, prompts, effects, explanations,
+                    site, comparison, geometry, concepts, release, results}
 
 `[scale.SCALE]` tables hold what is otherwise at that scale; the result of a recipe with scales lies in
 artifacts/NAME/SCALE.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ def stages(recipe: Recipe, base: Path) -> list[Stage]:
     # All dictionaries before the first atlas, which may look into them.
     for label in places.trained:
         found += _after_training(places, label)
+    # All reports of a sweep before its first page, which shows them.
+    for label in places.trained:
+        found += _page(places, label)
     found += _baselines(places)
     found += comparisons(places, found)
     found += geometries(places)
@@ -167,11 +171,14 @@ def _baselines(places: Places) -> list[Stage]:
 # -- what is told of each dictionary -----------------------------------------------------------------------------------
 
 
+KINDS = ("dictionary", "report", "atlas", "prompts", "effects", "explanations", "site")
+"""Folders with a place in each for every dictionary."""
+
+
 def _after_training(places: Places, name: str) -> list[Stage]:
-    """What happens to one dictionary, each result at its place in the folder of its kind."""
+    """What happens to one dictionary before its page, each result at its place in the folder of its kind."""
     recipe, where, own = places.recipe, places.where, places.trained[name]
-    kinds = ("dictionary", "report", "atlas", "effects", "explanations", "site")
-    paths = {kind: places.base / kind / own.place for kind in kinds}
+    paths = _paths(places, name)
     found: list[Stage] = []
     reported, evaluate_table = _about(places, "evaluate", name)
     if reported:
@@ -182,6 +189,7 @@ def _after_training(places: Places, name: str) -> list[Stage]:
             "store": own.store,
             "out": paths["report"],
         }
+        _check_free(evaluate_table, about, "evaluate")
         beside = places.twins_beside(name)
         evaluate = EvaluateConfig.build({**places.shared, **evaluate_table, **about, **beside}, where)
         found.append(Stage("evaluate", name, paths["report"], evaluate))
@@ -194,35 +202,99 @@ def _after_training(places: Places, name: str) -> list[Stage]:
     elsewhere = own.store is None or {"n_tokens", "split", "text"} & set(interpret_table)
     origin = places.shared if elsewhere else {"model": places.model, "store": own.store}
     made: dict[str, Any] = {"dictionaries": (paths["dictionary"],), "out": paths["atlas"]}
+    _check_free(interpret_table, made, "interpret")
     if "against" in interpret_table:
         others = places.named("against", interpret_table["against"])
         made["against"] = tuple(places.dictionary(other) for other in others if other != name)
     interpret = InterpretConfig.build({**origin, **interpret_table, **made}, where)
     found.append(Stage("interpret", name, paths["atlas"], interpret))
+    seen = {"atlas": paths["atlas"], "dictionary": paths["dictionary"]}
+    if recipe.prompts is not None:
+        from sememe.prompt import PromptsConfig
+
+        read = {**seen, "out": paths["prompts"]}
+        _check_free(recipe.prompts, read, "prompts")
+        prompts = PromptsConfig.build({"model": places.model, **recipe.prompts, **read}, where)
+        found.append(Stage("prompts", name, paths["prompts"], prompts))
     affected, effects_table = _about(places, "effects", name)
     if affected:
         from sememe.effects import EffectsConfig
 
-        read = {"atlas": paths["atlas"], "dictionary": paths["dictionary"], "out": paths["effects"]}
+        read = {**seen, "out": paths["effects"]}
+        _check_free(effects_table, read, "effects")
         effects = EffectsConfig.build({"model": places.model, **effects_table, **read}, where)
         found.append(Stage("effects", name, paths["effects"], effects))
     if recipe.explain is not None:
-        from sememe.explain import ExplainConfig
-
-        read = {"atlas": paths["atlas"], "out": paths["explanations"]}
-        explain = ExplainConfig.build({**recipe.explain, **read}, where)
-        found.append(Stage("explain", name, paths["explanations"], explain))
-    if recipe.export is not None:
-        from sememe.browse import ExportConfig
-
-        shown = {
-            "report": paths["report"] if reported else None,
-            "explanations": paths["explanations"] if recipe.explain is not None else None,
-        }
-        read = {"atlas": paths["atlas"], "out": paths["site"]}
-        export = ExportConfig.build({**recipe.export, **shown, **read}, where)
-        found.append(Stage("export", name, paths["site"], export))
+        found.append(_explain(places, name))
     return found
+
+
+def _explain(places: Places, name: str) -> Stage:
+    """`effects = true` tells the explainer the recipe's own effects."""
+    from sememe.explain import ExplainConfig
+
+    table, paths = dict(places.recipe.explain or {}), _paths(places, name)
+    read = {"atlas": paths["atlas"], "out": paths["explanations"]}
+    _check_free(table, read, "explain")
+    if isinstance(table.get("effects"), bool):
+        told = table.pop("effects")
+        if told and not _about(places, "effects", name)[0]:
+            raise ConfigError(
+                "effects of [explain] can be told where the recipe measures them",
+                "true",
+                f"Add [effects], or {name} to its dictionaries.",
+            )
+        if told:
+            table["effects"] = paths["effects"]
+    config = ExplainConfig.build({**table, **read}, places.where)
+    return Stage("explain", name, paths["explanations"], config)
+
+
+def _page(places: Places, name: str) -> list[Stage]:
+    """The page of one dictionary's atlas, with all that the recipe makes of it; options of [export] come before that.
+
+    Of a sweep all reports are shown, so that each of its dictionaries stands on the frontier of all.
+    """
+    recipe = places.recipe
+    if recipe.export is None or not _about(places, "interpret", name)[0]:
+        return []
+    from sememe.browse import ExportConfig
+
+    paths = _paths(places, name)
+    read = {"atlas": paths["atlas"], "out": paths["site"]}
+    _check_free(recipe.export, read, "export")
+    shown: dict[str, Any] = {}
+    if _about(places, "evaluate", name)[0]:
+        shown["report"] = (
+            paths["report"].parent if places.trained[name].table.get("sweep") else paths["report"]
+        )
+    if recipe.prompts is not None:
+        shown["prompts"] = (paths["prompts"],)
+    if _about(places, "effects", name)[0]:
+        shown["effects"] = paths["effects"]
+    if recipe.explain is not None:
+        shown["explanations"] = paths["explanations"]
+    config = ExportConfig.build({**shown, **recipe.export, **read}, places.where)
+    return [Stage("export", name, paths["site"], config)]
+
+
+def _paths(places: Places, name: str) -> dict[str, Path]:
+    return {kind: places.base / kind / places.trained[name].place for kind in KINDS}
+
+
+def _check_free(table: dict[str, Any], decided: Iterable[str], stage: str) -> None:
+    """That a stage's table leaves alone what follows from the recipe.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    for key in decided:
+        if key in table:
+            raise ConfigError(
+                f"{key} must be left out of [{stage}]: where that is follows from the recipe's name",
+                repr(table[key]),
+                f"Drop it, or run `sememe {'browse --export' if stage == 'export' else stage}` by hand.",
+            )
 
 
 def _about(places: Places, stage: str, name: str) -> tuple[bool, dict[str, Any]]:

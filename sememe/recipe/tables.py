@@ -15,8 +15,8 @@ __all__ = ["ASKED", "TWIN", "Recipe", "Table", "read_recipe"]
 Table = dict[str, Any]
 
 SHARED = ("model", "text", "policy")
-PER_DICTIONARY = ("evaluate", "interpret", "effects", "explain", "export")
-ON_DEMAND = ("effects", "explain")
+PER_DICTIONARY = ("evaluate", "interpret", "prompts", "effects", "explain", "export")
+ON_DEMAND = ("prompts", "effects", "explain")
 """Of those, what happens only where its table is there."""
 ASKED = ("circuit", "concepts", "erase", "intervene", "patch", "scrub", "steer", "trace")
 """Verbs that ask something of finished dictionaries: a table for each, if this version has the verb."""
@@ -55,6 +55,7 @@ class Recipe(NamedTuple):
     """Fit tables."""
     evaluate: Table | None
     interpret: Table | None
+    prompts: Table | None
     effects: Table | None
     explain: Table | None
     export: Table | None

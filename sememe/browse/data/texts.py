@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from sememe.artifact import file_sha256
+from sememe.artifact import META, file_sha256
 from sememe.browse.data.values import number
 from sememe.errors import ArtifactError, CorruptError
 
@@ -29,12 +29,19 @@ def text_files(paths: Iterable[Path]) -> list[Path]:
     """
     out: list[Path] = []
     for path in paths:
-        found = sorted(path.glob("*.json")) if path.is_dir() else [path] if path.is_file() else []
+        # A folder that `sememe prompts` made has a meta.json, too.
+        found = (
+            sorted(p for p in path.glob("*.json") if p.name != META)
+            if path.is_dir()
+            else [path]
+            if path.is_file()
+            else []
+        )
         if not found:
             raise ArtifactError(
                 "prompts must be .json files that `sememe prompt --out` wrote, or folders of them",
                 f"{path}" + (", a folder without any" if path.is_dir() else ", which is not there"),
-                'Make some: `sememe prompt "a text" --n-latents 100 --out prompts/a.json`.',
+                "Make some: `sememe prompts DICTIONARY --out prompts`.",
             )
         out += found
     return out
@@ -75,6 +82,7 @@ def _text(file: Path, known: set[int]) -> Json:
                     [[int(o["token"]), str(o["text"]), number(o["change"], 3)] for o in row[end]]
                 )
         out = {"prompt": str(view["prompt"]), "model": str(view["model"]), "ablated": bool(view["ablated"])}
+        tokens["bytes"] = [token.get("bytes") for token in view["tokens"]]
         tokens["loss_of_next"] = [number(loss, 3) for loss in tokens["loss_of_next"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CorruptError(

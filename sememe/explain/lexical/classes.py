@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 import unicodedata
 
-__all__ = ["CLASSES", "NOTHING", "SPECIAL", "classes_of"]
+__all__ = ["CLASSES", "NOTHING", "POSITIONS", "SPECIAL", "classes_of"]
+
+POSITIONS = {f"one of the first {n} tokens of a context": n for n in (8, 32, 128)}
+"""Bands of positions, each within the next, by the position at which it ends."""
 
 CLASSES = (
     "the start of a word",
@@ -40,9 +43,11 @@ CLASSES = (
     "a word of dates (a month, weekday, century or era)",
     "a mathematical or currency sign",
     "a special token",
+    *POSITIONS,
     "the start of the document",
 )
-"""In words, by number. The last is not a token's: it stands for "nothing" where a previous token is asked for."""
+"""In words, by number. Those of POSITIONS are a place's and not its token's. Neither is the last: it stands for
+"nothing" where a previous token is asked for."""
 
 _NUMBER = {name: number for number, name in enumerate(CLASSES)}
 SPECIAL = _NUMBER["a special token"]

@@ -1,8 +1,8 @@
 """The numba loops that find a latent's rule and score it. Knows arrays only.
 
 A *place* is a position of a stored context. `current`, `previous` are its token and the one before it in the same
-document (-1: none); `classes` holds, for each place, three numbers whose bits are the classes of the current token,
-of the previous one, and of any of the few before it.
+document (-1: none); `classes` holds, for each place, three numbers whose bits are the classes of the current token
+and of its position, of the previous one, and of any of the few before it.
 
 The gain of a set of places is the share of the latent's active places that it holds minus the share of its silent
 ones: hit rate minus false-alarm rate, from -1 to 1. Gains of disjoint sets add. The silent places of windows in
@@ -14,9 +14,10 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
-__all__ = ["CURRENT", "N_CLASSES", "PAIR", "PREVIOUS", "fit", "score"]
+__all__ = ["CURRENT", "N_CLASSES", "N_OF_TOKENS", "PAIR", "PREVIOUS", "fit", "score"]
 
-N_CLASSES = 33
+N_CLASSES, N_OF_TOKENS = 36, 32
+"""All, and those before them that a token has by itself: only these can be what a rule lists tokens beyond."""
 CURRENT, PREVIOUS, PAIR = 1, 2, 3
 """What the listed items of a rule are: current tokens, previous tokens, or pairs (previous << 32 | current)."""
 SIDES = 2
@@ -194,11 +195,11 @@ def _fit_one(  # type: ignore[no-untyped-def]
             items[:m] = found[:m]
         if kind == CURRENT:
             # A class of the current token, with listed tokens beyond it.
-            of_class = np.zeros(N_CLASSES, np.float64)
+            of_class = np.zeros(N_OF_TOKENS, np.float64)
             for i in range(n):
                 bits = classes[place[i], 0]
                 c = 0
-                while bits:
+                while bits and c < N_OF_TOKENS:
                     if bits & 1:
                         of_class[c] += gain[i]
                     bits >>= 1
@@ -211,7 +212,7 @@ def _fit_one(  # type: ignore[no-untyped-def]
                         break
                 if gains[m] <= min_gain:
                     break
-            for c in range(N_CLASSES):
+            for c in range(N_OF_TOKENS):
                 value = of_class[c] - min_gain
                 taken = 0
                 for m in range(found.shape[0]):

@@ -13,7 +13,7 @@ import numpy as np
 
 from sememe.explain.examples import Examples
 from sememe.explain.lexical import loops
-from sememe.explain.lexical.classes import CLASSES, NOTHING, SPECIAL, classes_of
+from sememe.explain.lexical.classes import CLASSES, NOTHING, POSITIONS, SPECIAL, classes_of
 from sememe.explain.lexical.words import Rule, as_json, in_words
 from sememe.progress import track
 
@@ -118,6 +118,8 @@ def _places(examples: Examples) -> _Places:
     usable = docs >= 0
     if examples.drop_special:
         usable &= (current_bits >> SPECIAL & 1) == 0
+    for name, end in POSITIONS.items():
+        current_bits[:, :end] |= 1 << CLASSES.index(name)  # of the place: those before it have none
     bits = np.stack([current_bits.ravel(), previous_bits.ravel(), recent_bits.ravel()], axis=1)
     return _Places(
         ids.shape[1], examples.skip, usable.ravel(), ids.astype(np.int32).ravel(), previous.ravel(), bits
@@ -217,6 +219,7 @@ def kind_of(rule: Rule) -> str:
     if rule.base >= 0:
         return CLASSES[rule.base]
     if not rule.items:
-        return "a context"
+        at = [CLASSES[number] in POSITIONS for which, number, _ in rule.conditions if which == 0]
+        return "a position" if any(at) else "a context"
     many = "a token" if len(rule.items) == 1 else "several tokens"
     return {1: many, 2: f"{many} before", 3: "a pair of tokens"}[rule.family]

@@ -34,7 +34,7 @@
       <p>A latent is one direction of a dictionary learned from a language model's activations. The text it is most active on, and the tokens it makes likelier, say what it stands for. Tokens are shaded by the latent's activation, from none to its maximum on this text; the strongest token of an example is underlined.</p>
       <p>What cannot be seen is shown in a lighter ink: <span class="mark">·</span> a space, <span class="mark">↵</span> a line's end, <span class="mark">⇥</span> a tab, and escapes such as <span class="mark escape">\\u200B</span> or <span class="mark escape">\\xE6</span> for invisible letters and bytes. A letter that the tokenizer cuts into several tokens stands in the first of them; the others are thin gaps.</p>
       <h2>Keys</h2>
-      <p class="keys"><kbd>←</kbd> <kbd>→</kbd> previous and next latent in the list's order; <kbd>Esc</kbd> back to the list; <kbd>/</kbd> search.</p>
+      <p class="keys"><kbd>←</kbd> <kbd>→</kbd> previous and next latent in the list's order; <kbd>Esc</kbd> back to the list; <kbd>/</kbd> search. <kbd>Tab</kbd> comes to each example's strongest token; there <kbd>←</kbd> <kbd>→</kbd> <kbd>Home</kbd> <kbd>End</kbd> move from token to token and show what is known of it.</p>
       <h2 id="attributions">Text sources</h2>
       ${attributions.length === 0 ? html`<p>The atlas names no sources.</p>` : html`<ul class="sources">${attributions.map((a, i) => html`<li key=${i}>
         <b>${safe(a.url) ? html`<a href=${a.url} rel="noopener noreferrer" target="_blank">${a.title || a.source}</a>` : a.title || a.source}</b>

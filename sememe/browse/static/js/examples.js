@@ -13,22 +13,21 @@
   const beginning = (text, length = 70) => { const flat = S.text.flat(text.slice(0, 400)).replace(/·/g, " "); return flat.length > length ? flat.slice(0, length) + "…" : flat; };
 
   function TextList({ overview, params }) {
-    const [all, setAll] = useState(false);
     const { texts } = overview;
     if (!texts.length) return null;
-    const shown = all ? texts : texts.slice(0, 6);
+    const shown = params.open === "texts" ? texts : texts.slice(0, 6);
     return html`<section class="texts"><h2>Texts <span class="muted">which latents fire on them, token by token</span></h2>
       <ul>${shown.map((text, i) => html`<li key=${i}><a href=${route.format("text", i, route.listParams(params))}><span class="quote" dir="auto">${beginning(text.prompt)}</span></a> <span class="muted">${count(text.n_tokens)} tokens</span></li>`)}</ul>
-      ${shown.length < texts.length && html`<button type="button" class="link" onClick=${() => setAll(true)}>Show ${texts.length - shown.length} more</button>`}
+      ${shown.length < texts.length && html`<button type="button" class="link" onClick=${() => route.replace(route.format("list", null, { ...params, open: "texts" }))}>Show ${texts.length - shown.length} more</button>`}
     </section>`;
   }
 
   const signed = (value) => (value === null || value === undefined ? "–" : (value > 0 ? "+" : "") + number(value));
 
   // The latents of a token, or of the whole text, as a table.
-  function Rows({ model, rows, columns, marked, params, place, caption }) {
-    const [all, setAll] = useState(false);
-    const shown = all ? rows : rows.slice(0, FIRST_SHOWN);
+  function Rows({ model, rows, columns, marked, params, place, caption, name }) {
+    const open = params.open.split(",");
+    const shown = open.includes(name) ? rows : rows.slice(0, FIRST_SHOWN);
     const has = (name) => columns.includes(name);
     return html`<div class="scroll" tabindex="0" role="region" aria-label=${caption}><table class="fires"><caption class="sr">${caption}</caption><thead><tr><th scope="col">latent</th><th scope="col">label</th><th scope="col">${has("tokens") ? "tokens" : "activation"}</th>
       ${has("most") && html`<th scope="col">largest</th>`}${has("quantile") && html`<th scope="col" title="Share of its activations in the atlas that are smaller">quantile</th>`}
@@ -41,7 +40,7 @@
         ${has("loss_change") && html`<td class="value">${signed(row.loss_change)}</td><td><${Output} raised=${row.raised} lowered=${row.lowered} /></td>`}
         <td><button type="button" class="link" aria-pressed=${row.latent === marked} aria-label=${`Shade the text by latent ${row.latent}`} onClick=${() => route.replace(route.format("text", place, { ...params, mark: row.latent === marked ? "" : String(row.latent) }))}>shade</button></td>
       </tr>`; })}</tbody></table>
-      ${shown.length < rows.length && html`<button type="button" class="link" onClick=${() => setAll(true)}>Show ${rows.length - shown.length} more</button>`}</div>`;
+      ${shown.length < rows.length && html`<button type="button" class="link" onClick=${() => route.replace(route.format("text", place, { ...params, open: [...open.filter(Boolean), name].join(",") }))}>Show ${rows.length - shown.length} more</button>`}</div>`;
   }
 
   function ChosenText({ model, overview, place, params }) {
@@ -52,7 +51,7 @@
       if (place >= overview.texts.length) { setState({ text: null, error: null, place }); return undefined; }
       S.source.text(place).then((text) => {
         if (stale) return;
-        model.tokens.learn(text.tokens.token, text.tokens.text);
+        model.tokens.learn(text.tokens.token, text.tokens.text, text.tokens.bytes);
         setState({ text, error: null, place });
       }, (error) => { if (!stale) setState({ text: null, error, place }); });
       return () => { stale = true; };
@@ -70,10 +69,10 @@
       return [...found.values()].sort((a, b) => b.tokens - a.tokens || b.act - a.act);
     }, [text]);
     const back = html`<p class="crumb"><a href=${route.format("list", null, route.listParams(params))}>← All latents</a>
-      <span class="steps">${place > 0 ? html`<a class="step" href=${route.format("text", place - 1, { ...params, at: "", mark: "" })} aria-label="Previous text">←</a>` : null}${place + 1 < overview.texts.length ? html`<a class="step" href=${route.format("text", place + 1, { ...params, at: "", mark: "" })} aria-label="Next text">→</a>` : null}</span></p>`;
-    if (place >= overview.texts.length) return html`<article class="chosen">${back}<p class="problem" role="alert">There is no text ${place}. ${overview.texts.length ? `Texts are numbered 0 to ${overview.texts.length - 1}.` : "This page was made without chosen texts."}</p></article>`;
-    if (error) return html`<article class="chosen">${back}<p class="problem" role="alert">${error.message}</p></article>`;
-    if (!text || state.place !== place) return html`<article class="chosen" aria-busy="true">${back}<p class="empty" role="status">Reading the text…</p></article>`;
+      <span class="steps">${place > 0 ? html`<a class="step" href=${route.format("text", place - 1, { ...params, at: "", mark: "", open: "" })} aria-label="Previous text">←</a>` : null}${place + 1 < overview.texts.length ? html`<a class="step" href=${route.format("text", place + 1, { ...params, at: "", mark: "", open: "" })} aria-label="Next text">→</a>` : null}</span></p>`;
+    if (place >= overview.texts.length) return html`<article class="chosen">${back}<h1>Text ${place + 1}</h1><p class="problem" role="alert">There is no text ${place}. ${overview.texts.length ? `Texts are numbered 0 to ${overview.texts.length - 1}.` : "This page was made without chosen texts."}</p></article>`;
+    if (error) return html`<article class="chosen">${back}<h1>Text ${place + 1}</h1><p class="problem" role="alert">${error.message}</p></article>`;
+    if (!text || state.place !== place) return html`<article class="chosen" aria-busy="true">${back}<h1>Text ${place + 1}</h1><p class="empty" role="status">Reading the text…</p></article>`;
     const marked = /^\d+$/.test(params.mark) ? Number(params.mark) : null;
     const acts = text.latents.map((here) => { const i = here && marked !== null ? here.latent.indexOf(marked) : -1; return i < 0 ? 0 : here.act[i]; });
     const fires = text.latents.map((here, i) => text.tokens.n_active[i] || (here ? here.latent.length : 0));
@@ -97,9 +96,9 @@
       <div class="text chosen-text" dir="auto" ref=${box} role="group" aria-label="The text's tokens; left and right arrows move" onKeyDown=${keys}>${pieces.map((piece, i) => html`<button type="button" key=${i} tabindex=${i === at ? 0 : -1} class=${"tok" + (shade(i) ? " on" : "") + (acts[i] < 0 ? " negative" : "") + (i === at ? " peak" : "") + (piece.continues ? " continues" : "") + (text.tokens.kept[i] ? "" : " outside")} style=${{ "--a": shade(i).toFixed(3) }}
         aria-pressed=${i === at} title=${text.tokens.kept[i] ? `${fires[i]} fire` : "not looked at"} onClick=${() => choose(i)}><${Runs} parts=${piece.parts} breaks /></button>`)}</div>
       <section class="at-token"><h2>On <span class="chip strong" dir="auto"><${Runs} parts=${model.tokens.alone(text.tokens.token[at])} /></span> <span class="muted">token ${at}${text.tokens.kept[at] ? `, ${count(fires[at])} fire${rows.length < fires[at] ? `, ${rows.length} shown` : ""}` : ": not looked at"}${text.tokens.loss_of_next[at] === null ? "" : `, loss of the next token ${number(text.tokens.loss_of_next[at])}`}</span></h2>
-        ${rows.length ? html`<${Rows} key=${at} model=${model} rows=${rows} columns=${["act", ...["quantile", "loss_change"].filter((name) => name in here)]} marked=${marked} params=${params} place=${place} caption=${`Latents that fire on token ${at}`} />` : html`<p class="empty">No latent is shown here.</p>`}</section>
+        ${rows.length ? html`<${Rows} key=${at} name="token" model=${model} rows=${rows} columns=${["act", ...["quantile", "loss_change"].filter((name) => name in here)]} marked=${marked} params=${params} place=${place} caption=${`Latents that fire on token ${at}`} />` : html`<p class="empty">No latent is shown here.</p>`}</section>
       <section class="in-text"><h2>In the whole text <span class="muted">by the number of tokens they fire on</span></h2>
-        <${Rows} model=${model} rows=${whole} columns=${["tokens", "most"]} marked=${marked} params=${params} place=${place} caption="Latents that fire in this text" /></section>
+        <${Rows} name="text" model=${model} rows=${whole} columns=${["tokens", "most"]} marked=${marked} params=${params} place=${place} caption="Latents that fire in this text" /></section>
     </article>`;
   }
 

@@ -122,14 +122,13 @@
 
   function Examples({ title, note, id, examples, shared, limit, level = "h2" }) {
     const { model, latent, contexts, documents, open, toggle, edges, largestLoss, underlined } = shared;
-    const [all, setAll] = useState(false);
     if (!examples.length) return null;
-    const shown = all || !limit ? examples : examples.slice(0, limit);
+    const shown = open.has(id) || !limit ? examples : examples.slice(0, limit);
     return html`<section class="examples" id=${id}>
       <${level}>${title} <span class="muted">${note}</span><//>
       <ol>${shown.map((example) => html`<${Example} key=${example.key} model=${model} latent=${latent} example=${example} context=${contexts.get(example.context)} documents=${documents}
         edges=${edges} largestLoss=${largestLoss} underlined=${underlined} open=${open.has(example.key)} onToggle=${() => toggle(example.key)} name=${`${title.toLowerCase()}, example ${example.rank + 1}`} />`)}</ol>
-      ${shown.length < examples.length && html`<button type="button" class="link more" onClick=${() => setAll(true)}>Show ${examples.length - shown.length} more</button>`}
+      ${shown.length < examples.length && html`<button type="button" class="link more" onClick=${() => toggle(id)}>Show ${examples.length - shown.length} more</button>`}
     </section>`;
   }
 

@@ -7,7 +7,7 @@
   const { number, percent, count } = S.charts;
   const { Chip, Label } = S.tokenViews;
   const { route } = S;
-  const { FIELDS, parseRanges, formatRanges } = S.fields;
+  const { FIELDS, WORDS, parseRanges, formatRanges } = S.fields;
 
   // Draws the rows between first and last; scrolls with the window, or within itself (`own`).
   function Virtual({ n, height, draw, own, current, label, columns, children }) {
@@ -60,7 +60,7 @@
     ["language", "Language", "The commonest language of its examples' documents"],
   ];
 
-  const UNSORTED = new Set(["promotes", "language"]);
+  const UNSORTED = new Set(["promotes"]);
 
   // The box leads and the address follows, letter by letter; only an address that the box did not write changes it.
   function SearchBox({ params, change, model }) {
@@ -208,7 +208,7 @@
       const places = found.places ? model.placeNames(found.places[row]) : [];
       return html`<div key=${row} class="row" role="row" aria-rowindex=${place + 1} style=${style}>
         <span role="cell" class="c-id">${id}</span>
-        <span role="cell" class="c-label"><a class="cover" data-place=${place} href=${route.format("latent", id, params)}><span class="names"><${Label} model=${model} row=${row} /></span></a>${places.length > 0 && html`<span class="where">${places.join(" · ")}</span>`}</span>
+        <span role="cell" class="c-label"><a class="cover" data-place=${place} href=${route.format("latent", id, route.listParams(params))}><span class="names"><${Label} model=${model} row=${row} /></span></a>${places.length > 0 && html`<span class="where">${places.join(" · ")}</span>`}</span>
         <span role="cell" class="c-promotes"><span class="names">${index.promoted[row].map((id) => html`<${Chip} key=${id} tokens=${model.tokens} id=${id} />`)}</span></span>
         <span role="cell" class="c-share">${index.top_token[row] === null ? "–" : percent(index.top_token_share[row], 2)}</span>
         <span role="cell" class="c-density"><span class="meter" aria-hidden="true"><i style=${{ width: densityShare(index.density[row]) * 100 + "%" }}></i></span><span>${percent(index.density[row])}</span></span>
@@ -220,9 +220,9 @@
       <${Toolbar} model=${model} overview=${overview} params=${params} change=${change} found=${model ? rows.length : null} />
       <div class="sorts"><label class="field"><span>sort by</span><select name="sort" onChange=${(e) => change({ sort: e.target.value, dir: "" })}>
         ${params.q && html`<option value="match" selected=${order.by === "match"}>best match</option>`}
-        <option value="id" selected=${order.by === "id"}>number</option><option value="label" selected=${order.by === "label"}>label</option>
+        <option value="id" selected=${order.by === "id"}>number</option>${Object.keys(WORDS).map((key) => html`<option key=${key} value=${key} selected=${order.by === key}>${WORDS[key].name}</option>`)}
         ${Object.keys(FIELDS).filter((key) => !model || model.has(key) || key === order.by || (FIELDS[key].detail && !model.details && key !== "score")).map((key) => html`<option key=${key} value=${key} selected=${order.by === key}>${FIELDS[key].name}</option>`)}</select></label>
-        <button type="button" class="link" onClick=${() => sortBy(order.by)}>${order.dir === "desc" ? "high to low" : "low to high"}</button></div>
+        <button type="button" class="link" onClick=${() => sortBy(order.by)}>${order.by in WORDS ? (order.dir === "desc" ? "z to a" : "a to z") : order.dir === "desc" ? "high to low" : "low to high"}</button></div>
       <${Virtual} n=${rows.length} height=${wide ? 42 : 66} draw=${draw} label="Latents" columns=${COLUMNS.length}>
         <div class="head" role="rowgroup"><div class="row" role="row">
           ${columns.map(([by, name, title]) => html`<span key=${by} role="columnheader" class=${by === extra ? "c-max" : { id: "c-id", label: "c-label", promotes: "c-promotes", share: "c-share", density: "c-density", max: "c-max", language: "c-lang" }[by]}

@@ -32,6 +32,13 @@
     logits: { name: "logit spread", title: "Standard deviation of its direct effect over the vocabulary", detail: "logit_std" },
     cluster: { name: "cluster", title: "Its group on the map", detail: "cluster" },
   };
+  // What is sorted as words: a latent without any comes last, whichever way.
+  const WORDS = {
+    label: { name: "label", of: (model, row) => model.label(row) },
+    token: { name: "top token", of: (model, row) => { const id = model.index.top_token[row]; return id === null ? "" : model.tokens.text(id).trim() || model.tokens.flat(id); } },
+    language: { name: "language", of: (model, row) => (model.index.language[row] < 0 ? "" : model.index.languages[model.index.language[row]]) },
+    script: { name: "script", of: (model, row) => model.scriptRows()[row] },
+  };
   const DESCENDING_FIRST = new Set(Object.keys(FIELDS).filter((key) => key !== "cluster"));
 
   // The writing system of a token's letters; what has none is digits, blanks or signs.
@@ -103,7 +110,7 @@
       this.last = null;
       this.explanations = Object.keys(index.explanation).map(Number);
       this.lowerTokens = null;
-      this.labelKeys = null;
+      this.wordKeys = {}; // by what they sort
     }
 
     // By hand before any other: S.notes fills byHand, by row.
@@ -285,7 +292,7 @@
     }
 
     sortOf(params) {
-      const wanted = params.sort === "match" || params.sort === "id" || params.sort === "label" || params.sort in FIELDS ? params.sort : "";
+      const wanted = params.sort === "match" || params.sort === "id" || params.sort in WORDS || params.sort in FIELDS ? params.sort : "";
       const by = wanted || (params.q ? "match" : "density");
       const dir = params.dir || (by === "match" || DESCENDING_FIRST.has(by) ? "desc" : "asc");
       return { by, dir };
@@ -305,9 +312,9 @@
         sortByKey(rows, keys, this.n);
       }
       else {
-        if (!this.labelKeys) this.labelKeys = Array.from({ length: this.n }, (_, row) => this.label(row).toLowerCase());
-        const keys = this.labelKeys;
-        // Nameless latents last, whichever way.
+        const kind = by in WORDS ? by : "label";
+        if (!this.wordKeys[kind]) this.wordKeys[kind] = Array.from({ length: this.n }, (_, row) => WORDS[kind].of(this, row).toLowerCase());
+        const keys = this.wordKeys[kind];
         rows.sort((a, b) => (keys[a] === "") - (keys[b] === "") || sign * (keys[a] < keys[b] ? -1 : keys[a] > keys[b] ? 1 : 0) || a - b);
       }
     }
@@ -318,5 +325,5 @@
   }
 
   S.Model = Model;
-  S.fields = { FIELDS, RARE, ALIGNED, parseRanges, formatRanges, parseLasso, formatLasso, inside };
+  S.fields = { FIELDS, WORDS, RARE, ALIGNED, parseRanges, formatRanges, parseLasso, formatLasso, inside };
 })((window.Sememe = window.Sememe || {}));

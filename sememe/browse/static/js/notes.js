@@ -88,7 +88,7 @@
         model.byHand = new Map();
         for (const [latent, { explanation }] of this.latents) if (explanation && model.rowOf.has(latent)) model.byHand.set(model.rowOf.get(latent), explanation);
         model.explanations = [...new Set([...Object.keys(model.index.explanation).map(Number), ...model.byHand.keys()])];
-        model.labelKeys = null;
+        model.wordKeys.label = null;
         model.lowerExplanations = null;
         model.last = null;
       }

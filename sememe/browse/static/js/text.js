@@ -140,8 +140,12 @@
       return text === undefined ? "<token " + id + ">" : text;
     }
     // Tokens that occur nowhere in the atlas, by what somebody else calls them.
-    learn(ids, texts) {
-      ids.forEach((id, i) => { if (!this.place.has(id)) this.learned.set(id, texts[i]); });
+    learn(ids, texts, bytes) {
+      ids.forEach((id, i) => {
+        if (this.place.has(id)) return;
+        this.learned.set(id, texts[i]);
+        if (bytes && bytes[i]) this.bytes.set(id, hexBytes(bytes[i]));
+      });
     }
     // One token by itself: half letters are escapes, every space is a dot.
     alone(id) {

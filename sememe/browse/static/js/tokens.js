@@ -67,7 +67,15 @@
   // One example: the window around its peak, or the whole row when open.
   function Example({ model, latent, context, documents, example, open, onToggle, name, edges, largestLoss, underlined }) {
     const [tip, setTip] = useState(null);
+    // The one token that Tab comes to, the peak at first; arrows move it, and what is known of it is shown.
+    const [stop, setStop] = useState(null);
     const box = useRef(null);
+    const moved = useRef(false);
+    useEffect(() => {
+      if (!moved.current) return;
+      moved.current = false;
+      box.current?.querySelector(`[data-i="${stop}"]`)?.focus();
+    }, [stop]);
     const pieces = useMemo(() => (context ? model.tokens.row(context.tokens) : []), [context]);
     const docs = useMemo(() => {
       const out = [];
@@ -95,6 +103,19 @@
       const left = Math.max(0, Math.min(place.left - area.left, area.width - 190));
       setTip({ position: Number(target.dataset.i), left, top: place.bottom - area.top + 6 });
     };
+    const within = (i) => i !== null && i >= from && i < to;
+    const at = within(stop) ? stop : within(example.position) ? example.position : from;
+    const keys = (event) => {
+      if (event.altKey || event.ctrlKey || event.metaKey || event.shiftKey) return;
+      if (event.key === "Escape" && tip) { event.preventDefault(); event.stopPropagation(); setTip(null); return; }
+      const next = { ArrowLeft: at - 1, ArrowRight: at + 1, Home: from, End: to - 1 }[event.key];
+      if (next === undefined) return;
+      event.preventDefault();
+      event.stopPropagation(); // outside of the tokens, arrows step through latents
+      if (!within(next) || next === at) return;
+      moved.current = true;
+      setStop(next);
+    };
     const source = documents.get(example.document);
     const spans = [];
     for (let i = from; i < to; i++) {
@@ -118,17 +139,18 @@
         const drop = 1 - without.get(i) / example.act;
         if (Math.abs(drop) >= 0.05) { classes.push(drop > 0 ? "needed" : "against"); style = { ...style, "--r": Math.min(1, Math.abs(drop)).toFixed(3) }; }
       }
-      spans.push(h("span", { key: i, "data-i": i, class: classes.join(" "), style }, drawn(pieces[i].parts, open)));
+      const reached = i === at ? { tabindex: 0, "aria-describedby": tip && tip.position === i ? `tip-${example.key}` : undefined } : null;
+      spans.push(h("span", { key: i, "data-i": i, class: classes.join(" "), style, ...reached }, drawn(pieces[i].parts, open)));
     }
     const tipToken = tip && context.tokens[tip.position];
     const recorded = tip && tip.position >= example.start && tip.position < example.stop;
     return html`<li class=${"example" + (open ? " open" : "")}>
       <div class="act" title=${"Largest activation: " + number(example.act, 4)}>${example.kind === "random" ? "silent" : number(example.act)}</div>
       <div class="body" ref=${box} onPointerOver=${(e) => e.pointerType !== "touch" && show(e)} onPointerLeave=${() => setTip(null)} onClick=${show}>
-        <div class="text" dir="auto">
+        <div class="text" dir="auto" role="group" aria-label=${`Tokens of ${name}; left and right arrows move`} onKeyDown=${keys} onFocusCapture=${show} onBlurCapture=${() => setTip(null)}>
           ${!open && from > 0 && html`<span class="cut">…</span>`}${spans}${!open && to < context.tokens.length && html`<span class="cut">…</span>`}
         </div>
-        ${tip && html`<div class="tip" role="tooltip" style=${{ left: tip.left + "px", top: tip.top + "px" }}>
+        ${tip && html`<div class="tip" role="tooltip" id=${`tip-${example.key}`} style=${{ left: tip.left + "px", top: tip.top + "px" }}>
           <div><${Chip} tokens=${model.tokens} id=${tipToken} strong /> <span class="muted">id ${tipToken}</span></div>
           <dl>
             <dt>activation</dt><dd>${recorded ? number(acts.get(tip.position) || 0, 4) : "not recorded"}</dd>

@@ -86,12 +86,17 @@
     return [...found.values()].sort((a, b) => (b.best.share_of_max || 0) - (a.best.share_of_max || 0) || b.writes - a.writes);
   }
 
-  function Fired({ model, answer, steer }) {
+  // `start`: the token and the latent that the address names, for the first answer; `remember` writes them there.
+  function Fired({ model, answer, steer, start, remember }) {
     const { tokens, ablated } = answer;
     const pieces = useMemo(() => S.foreignTokens(tokens), [answer]);
-    const [picked, setPicked] = useState(null); // a token
-    const [lit, setLit] = useState(null); // a latent
-    useEffect(() => { setPicked(null); setLit(null); }, [answer]);
+    const wanted = (text) => (/^\d{1,9}$/.test(text || "") ? Number(text) : null);
+    const [picked, setPicked] = useState(wanted(start.at) < tokens.length ? wanted(start.at) : null); // a token
+    const [lit, setLit] = useState(wanted(start.lit)); // a latent
+    const first = useRef(answer);
+    useEffect(() => { if (first.current !== answer) { first.current = null; setPicked(null); setLit(null); } }, [answer]);
+    const pick = (i) => { setPicked(i); remember({ at: i }); };
+    const light = (latent) => { setLit(latent); remember({ lit: latent }); };
     const all = useMemo(() => summed(tokens), [answer]);
     const share = (token) => {
       const rows = lit === null ? token.latents : token.latents.filter(({ latent }) => latent === lit);
@@ -101,8 +106,8 @@
     const said = (token, i) => `${token.text.trim() || "blank"}: ${token.kept ? `${token.n_active} latents fire` : "not looked at"}`;
     return html`<div class="fired">
       <div class="try-text" role="group" aria-label="Tokens" dir="auto">${tokens.map((token, i) => html`<button type="button" key=${i} class=${"tok" + (share(token) > 0 ? " on" : "") + (i === picked ? " picked" : "") + (token.kept ? "" : " other")} aria-pressed=${i === picked} aria-label=${said(token, i)}
-        style=${share(token) > 0 ? { "--a": (0.1 + 0.9 * Math.min(1, share(token))).toFixed(3) } : null} onMouseEnter=${() => setPicked(i)} onFocus=${() => setPicked(i)} onClick=${() => setPicked(i)}><${S.tokenViews.Runs} parts=${pieces[i].parts} breaks /></button>`)}</div>
-      <p class="muted">${lit === null ? "A token is shaded by the latent that is nearest to its own maximum there." : html`Shaded by latent ${lit}. <button type="button" class="link" onClick=${() => setLit(null)}>Shade by all</button>`}</p>
+        style=${share(token) > 0 ? { "--a": (0.1 + 0.9 * Math.min(1, share(token))).toFixed(3) } : null} onMouseEnter=${() => setPicked(i)} onFocus=${() => pick(i)} onClick=${() => pick(i)}><${S.tokenViews.Runs} parts=${pieces[i].parts} breaks /></button>`)}</div>
+      <p class="muted">${lit === null ? "A token is shaded by the latent that is nearest to its own maximum there." : html`Shaded by latent ${lit}. <button type="button" class="link" onClick=${() => light(null)}>Shade by all</button>`}</p>
       <div class="fired-columns">
         <section aria-label="Latents at the token"><h3>${at ? html`At <span class="chip"><${S.tokenViews.Runs} parts=${pieces[picked].parts} /></span>` : "At a token"} <span class="muted">${at ? (at.kept ? `${at.n_active} fire${at.loss_of_next !== null && at.loss_of_next !== undefined ? `, loss of the next token ${number(at.loss_of_next)}` : ""}` : "the dictionary does not look here") : "point at one, or go through them with Tab"}</span></h3>
           ${at && html`<ol class="fires">${at.latents.map((row) => html`<li key=${row.latent}><a href=${S.route.format("latent", row.latent, {})}>${row.latent}</a>${rowLabel(model, row.latent)}
@@ -110,7 +115,7 @@
         <section aria-label="Latents on the text"><h3>On the text <span class="muted">${all.length} latents, those nearest to their maximum first</span></h3>
           <ol class="fires">${all.slice(0, 40).map((row) => html`<li key=${row.latent} class=${lit === row.latent ? "lit" : ""}><a href=${S.route.format("latent", row.latent, {})}>${row.latent}</a>${rowLabel(model, row.latent)}
             <span class="figures">${row.n}× <span class="muted">up to ${number(row.best.act)}${row.best.share_of_max ? `, ${Math.round(row.best.share_of_max * 100)}% of its maximum` : ""}</span></span>
-            <span class="acts"><button type="button" class="link" aria-pressed=${lit === row.latent} aria-label=${`Shade by latent ${row.latent}`} onClick=${() => setLit(lit === row.latent ? null : row.latent)}>shade</button> <button type="button" class="link" aria-label=${`Steer with latent ${row.latent}`} onClick=${() => steer(row.latent)}>steer</button></span></li>`)}</ol></section>
+            <span class="acts"><button type="button" class="link" aria-pressed=${lit === row.latent} aria-label=${`Shade by latent ${row.latent}`} onClick=${() => light(lit === row.latent ? null : row.latent)}>shade</button> <button type="button" class="link" aria-label=${`Steer with latent ${row.latent}`} onClick=${() => steer(row.latent)}>steer</button></span></li>`)}</ol></section>
       </div></div>`;
   }
 
@@ -144,7 +149,7 @@
       asked.current = { ...asked.current, ...changes };
       S.route.replace(S.pageAddress("try", asked.current));
     };
-    const ask = (event) => { if (event) event.preventDefault(); if (!text) return; remember({ text, k: perToken === 5 ? "" : perToken, loss: ablate ? "1" : "" }); fired.run({ text, n_latents: perToken, ablate }); };
+    const ask = (event) => { if (event) event.preventDefault(); if (!text) return; remember({ text, k: perToken === 5 ? "" : perToken, loss: ablate ? "1" : "", at: "", lit: "" }); fired.run({ text, n_latents: perToken, ablate }); };
     const write = (event) => {
       if (event) event.preventDefault();
       if (!prompt) return;
@@ -169,7 +174,7 @@
             <label class="field"><span>latents per token</span><input type="number" name="k" min="1" max="50" value=${perToken} onChange=${(e) => setPerToken(Math.max(1, Math.min(50, Math.round(Number(e.target.value)) || 5)))} /></label>
             <label class="field check"><input type="checkbox" name="loss" checked=${ablate} onChange=${(e) => setAblate(e.target.checked)} /><span>what each does to the loss (slower)</span></label></div></form>
         <${Progress} question=${fired} status=${status} name="Latents" />
-        ${fired.answer && html`<div class=${fired.running ? "stale" : ""}><${Fired} model=${model} answer=${fired.answer} steer=${(latent) => { add(latent); if (!prompt) setPrompt(fired.answer.asked.text); document.getElementById("steer").scrollIntoView({ block: "start" }); }} /></div>`}
+        ${fired.answer && html`<div class=${fired.running ? "stale" : ""}><${Fired} model=${model} answer=${fired.answer} start=${asked.current} remember=${remember} steer=${(latent) => { add(latent); if (!prompt) setPrompt(fired.answer.asked.text); document.getElementById("steer").scrollIntoView({ block: "start" }); }} /></div>`}
       </section>
       <section aria-label="Steer" id="steer"><h2>What does the model write with latents turned up?</h2>
         <form onSubmit=${write}><label class="wide-field"><span class="sr">Prompt</span><textarea name="prompt" rows="2" maxlength="20000" value=${prompt} onInput=${(e) => setPrompt(e.target.value)} onKeyDown=${submit(write)} placeholder="The model goes on from here" dir="auto"></textarea></label>
