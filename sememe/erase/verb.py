@@ -34,7 +34,7 @@ from sememe.text import attributions, fetch, fingerprint, split_of
 
 __all__ = ["ERASURE", "erase"]
 
-VERSION = 1
+VERSION = 2
 ERASURE = "erasure.json"
 LEAST_EACH = 10
 """Texts of every class to choose on, and to score on."""
@@ -216,7 +216,7 @@ def _scored(config: EraseConfig, texts: _Split, arms: list[Arm], neutral: Neutra
         found = metrics.class_scores(answers, texts.labels[test], texts.units[test], **options)
         return {name: one.to_json() for name, one in found.items()}
 
-    before = fit_probes(texts.x[train], texts.labels[train], spread, seed=config.seed)
+    before = fit_probes(texts.x[train], texts.labels[train], spread, texts.units[train], seed=config.seed)
     base = {"probe": scores(before.answers(texts.x[test]))}
     base["cost"] = {"ce": neutral.loss.compute(BASE, **options)["ce"].to_json()}
     found = []
@@ -224,7 +224,7 @@ def _scored(config: EraseConfig, texts: _Split, arms: list[Arm], neutral: Neutra
         for arm in arms:
             acts = torch.from_numpy(texts.acts[:, list(arm.erasure.latents)])
             rows = arm.erasure.rows(torch.from_numpy(texts.x), acts).numpy()
-            anew = fit_probes(rows[train], texts.labels[train], spread, seed=config.seed)
+            anew = fit_probes(rows[train], texts.labels[train], spread, texts.units[train], seed=config.seed)
             cost = neutral.loss.compute(arm.name, **options)
             found.append(
                 {
