@@ -136,7 +136,8 @@ def _without_a_kind(app: App) -> Callable[..., Any]:
         if "--grid" in words:
             return app([GRID_KIND, *words], exit_on_error=False, print_error=False)
         if not words:
-            return app.help_print([])
+            app.help_print([])
+            return None
         kinds = [name for name in app if not name.startswith("-")]
         raise ConfigError(
             "`sememe toy` must go with one of its kinds", repr(words[0]), nearest(words[0], kinds)

@@ -122,7 +122,7 @@ def on_rows(
     options: dict[str, Any] = {"n_bootstrap": n_bootstrap, "seed": seed}
     found = sparsity.compute(**options)
     alive, n = found["frac_alive"], dictionary.d_sae
-    dead = Statistic(*(n * (1 - share) for share in (alive.value, alive.high, alive.low)), alive.cause)
+    dead = Statistic(n * (1 - alive.value), n * (1 - alive.high), n * (1 - alive.low), alive.cause)
     measured = {"dead": dead, "l0": found["l0"], "fvu": sums.compute(**options)["fvu"]}
     return {
         name: one._replace(cause=one.cause.replace("documents", "rows")) for name, one in measured.items()
@@ -222,7 +222,7 @@ def absorption(
     broken = _broken(learned)
     if broken:
         names = Absorption._fields[:-1]
-        return Absorption(*(math.nan for _ in names), causes=dict.fromkeys(names, broken))
+        return Absorption(**dict.fromkeys(names, math.nan), causes=dict.fromkeys(names, broken))
     cosines = truth.features @ learned.T
     if getattr(dictionary, "signed", False):
         cosines = cosines.abs()
