@@ -130,7 +130,7 @@ def toy_app() -> App:
 def _without_a_kind(app: App) -> Callable[..., Any]:
     """What `sememe toy` does where its first word is an option: a grid has a kind of its own, the original's."""
 
-    def command(
+    def first_word(
         *words: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
     ) -> Any:
         if "--grid" in words:
@@ -143,7 +143,7 @@ def _without_a_kind(app: App) -> Callable[..., Any]:
             "`sememe toy` must go with one of its kinds", repr(words[0]), nearest(words[0], kinds)
         )
 
-    return command
+    return first_word
 
 
 def _experiments(app: App) -> None:
