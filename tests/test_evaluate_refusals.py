@@ -238,7 +238,10 @@ def test_too_little_text_is_an_error_and_leaves_nothing(tmp_path: Path, lm: Lang
             0.0,
             r"the heldout split of .*short\.txt must hold a document, got none with heldout_fraction=0\. Give",
         ),
-        (0.99, "MESSAGE"),
+        (
+            0.99,
+            r"must hold at least one row of context_length=16 tokens, got \d+ tokens\. Give more text, lower",
+        ),
     ):
         config = config_for(
             path, short, tmp_path / "r", text=text_config(short, heldout_fraction=fraction), nulls=()
