@@ -130,7 +130,7 @@ def _asked(
     labels = np.array(
         [labelled.classes.index(name) if name in labelled.classes else -1 for name in labelled.labels]
     )
-    units = metrics.numbered_units(np.array(labelled.groups), len(labels))
+    units = labelled.units()
     weights = {
         name: one.decoder_directions().detach().cpu().double().numpy() for name, (one, _) in arms.items()
     }

@@ -171,8 +171,7 @@ def split(labelled: Labelled, share: float) -> Bool[np.ndarray, " n"]:
 
 def _split_rows(labelled: Labelled, pooled: Pooled, heldout: Bool[np.ndarray, " n"]) -> _Split:
     labels = np.array([labelled.classes.index(name) for name in labelled.labels])
-    units = np.unique(np.array(labelled.groups), return_inverse=True)[1].reshape(-1)
-    return _Split(pooled.target.astype(np.float64), pooled.acts, labels, units, heldout)
+    return _Split(pooled.target.astype(np.float64), pooled.acts, labels, labelled.units(), heldout)
 
 
 def make_arms(config: EraseConfig, dictionary: Dictionary, texts: _Split) -> tuple[Ranking, list[Arm]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from sememe import text
 from sememe.errors import TextError
@@ -35,6 +36,11 @@ class Labelled(NamedTuple):
     """Texts of classes that are not asked about."""
     groups: tuple[str, ...]
     """What each text is of: texts of one group are never split. The text itself, if nothing else is said."""
+
+    def units(self) -> Int[np.ndarray, " n"]:
+        """The groups as numbers, in the order of their first texts."""
+        numbers: dict[str, int] = {}
+        return np.array([numbers.setdefault(group, len(numbers)) for group in self.groups], dtype=np.int64)
 
 
 def read_labelled(
