@@ -286,8 +286,10 @@ def test_whether_a_broken_dictionary_cheats_is_not_known(lm: LanguageModel, tmp_
     assert said == (
         "Whether it reconstructs without having found features is not known: activations are NaN or infinite."
     )
-    dictionary.decoder_directions().data[2, 1] = math.nan
-    (said,) = Measured.cheats(measured, "dictionary", dictionary, "k4")  # type: ignore[arg-type]
+    rows = torch.eye(D)
+    rows[2, 1] = math.nan
+    broken = SimpleNamespace(decoder_directions=lambda: rows)
+    (said,) = Measured.cheats(measured, "dictionary", broken, "k4")  # type: ignore[arg-type]
     assert said.startswith("Whether k4 reconstructs") and said.endswith(
         "not known: 1 decoder rows are NaN or infinite."
     )
