@@ -273,7 +273,9 @@ def test_a_width_to_stop_at_needs_a_budget(tmp_path: Path, corpus: Path) -> None
     assert config_for(tmp_path / "d", corpus, tmp_path / "r", narrow_enough=0.2, budget="1s").budget == "1s"
 
 
-def test_whether_a_broken_dictionary_cheats_is_not_known(lm: LanguageModel, tmp_path: Path) -> None:
+def test_whether_a_broken_dictionary_cheats_is_not_known(
+    lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = identity(lm, tmp_path / "d")
     dictionary = dictionaries.load(path)
     sparsity = metrics.Sparsity(dictionary.d_sae)
@@ -288,8 +290,8 @@ def test_whether_a_broken_dictionary_cheats_is_not_known(lm: LanguageModel, tmp_
     )
     rows = torch.eye(D)
     rows[2, 1] = math.nan
-    broken = SimpleNamespace(decoder_directions=lambda: rows)
-    (said,) = Measured.cheats(measured, "dictionary", broken, "k4")  # type: ignore[arg-type]
+    monkeypatch.setattr(Identity, "decoder_directions", lambda self: rows)
+    (said,) = Measured.cheats(measured, "dictionary", dictionary, "k4")  # type: ignore[arg-type]
     assert said.startswith("Whether k4 reconstructs") and said.endswith(
         "not known: 1 decoder rows are NaN or infinite."
     )
