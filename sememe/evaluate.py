@@ -59,7 +59,7 @@ from sememe.text import TokenPolicy
 
 __all__ = ["NULLS", "EvaluateConfig", "evaluate", "powers_below"]
 
-VERSION = 6
+VERSION = 7
 
 
 class EvaluateConfig(MeasureConfig):
@@ -190,7 +190,7 @@ def evaluate(config: EvaluateConfig, *, lm: LanguageModel | None = None, fresh: 
             "store": None if store is None else {"path": str(config.store), "fingerprint": store.fingerprint},
             "notices": [
                 *notices,
-                *(f"It may be {cheat}." for cheat in measured.cheats("dictionary", dictionary)),
+                *measured.cheats("dictionary", dictionary),
             ],
             "stopped": stopped,
             **_smallest_within(config, measured, arms),
@@ -252,8 +252,8 @@ DRAWN = "drawn_"
 
 
 def powers_below(d_sae: int) -> list[int]:
-    """How many latents the arms of `within` keep: 2, 4, 8 ... fewer than all."""
-    return [2**i for i in range(1, d_sae.bit_length()) if 2**i < d_sae]
+    """How many latents the arms of `within` keep: 1, 2, 4, 8 ... fewer than all."""
+    return [2**i for i in range(d_sae.bit_length()) if 2**i < d_sae]
 
 
 @torch.inference_mode()
@@ -291,7 +291,10 @@ def _smallest_within(config: EvaluateConfig, measured: Measured, arms: Arms) -> 
 
 
 def _fewest(config: EvaluateConfig, measured: Measured, base: float, sizes: dict[int, str]) -> dict[str, Any]:
-    """The smallest of some sets of latents that keeps the perplexity, with its interval over documents."""
+    """The smallest of some sets of latents that keeps the perplexity, with its interval over documents.
+
+    Sizes between were not tried: the answer is more than `more_than`, the size before, and at most `n_latents`.
+    """
     assert config.within is not None
     found = {n: measured.loss.compute(name)["perplexity"].value for n, name in sorted(sizes.items())}
     enough = [n for n, perplexity in found.items() if perplexity <= (1 + config.within) * base]
@@ -302,6 +305,7 @@ def _fewest(config: EvaluateConfig, measured: Measured, base: float, sizes: dict
     low, high = _drawn_within(config, measured, sizes) if enough else (None, None)
     return {
         "n_latents": smallest,
+        "more_than": None if smallest is None else max((n for n in found if n < smallest), default=0),
         "low": low,
         "high": high,
         "perplexity": None if smallest is None else found[smallest],

@@ -12,7 +12,7 @@ runs no language model.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -260,18 +260,7 @@ def _written(
     ) as work:
         lines, plots = made()
         artifact.write_json(work.path / TABLE, {"format_version": 1, "rows": lines})
-        (work.path / "table.csv").write_text(_csv(lines), encoding="utf-8")
+        (work.path / "table.csv").write_text(figures.csv_of(lines), encoding="utf-8")
         for name, picture in plots.items():
             (work.path / f"{name}.svg").write_text(picture, encoding="utf-8")
     return artifact.load(config.out, kind)
-
-
-def _csv(lines: Sequence[Mapping[str, Any]]) -> str:
-    def cell(value: Any) -> str:
-        if value is None:
-            return ""
-        return f'"{value}"' if isinstance(value, str) else f"{value:g}"
-
-    names = list(lines[0])
-    rows = [",".join(names), *(",".join(cell(line[name]) for name in names) for line in lines)]
-    return "\n".join(rows) + "\n"

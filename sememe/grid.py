@@ -27,12 +27,12 @@ from sememe import artifact, dictionaries, figures, metrics
 from sememe.config import Config, sha256_of
 from sememe.dictionaries import Dictionary
 from sememe.errors import ConfigError, MismatchError
-from sememe.toy import PlantedSource, ToyConfig, on_rows, recovery
+from sememe.toy import PlantedSource, ToyConfig, scores
 from sememe.train import TrainConfig, train
 
 __all__ = ["GRID", "GridConfig", "grid", "trainings"]
 
-VERSION = 2
+VERSION = 3
 GRID = "grid.json"
 PENALTIES, RATIOS, N_TOKENS = (0.1, 10**-0.5, 1.0, 10**0.5), (0.5, 1.0, 2.0), 500_000
 """A part of the published grid, and rows of each training, where none are asked for."""
@@ -136,10 +136,8 @@ def grid(config: GridConfig, *, fresh: bool = False) -> artifact.Artifact:
     with artifact.building(
         plots, kind="grid", version=VERSION, config=config, parents=parents, fresh=True
     ) as work:
-        artifact.write_json(work.path / GRID, {"format_version": 2, "dictionaries": lines})
-        names = list(lines[0])
-        rows = [",".join("" if line[name] is None else f"{line[name]:g}" for name in names) for line in lines]
-        (work.path / "grid.csv").write_text("\n".join([",".join(names), *rows, ""]), encoding="utf-8")
+        artifact.write_json(work.path / GRID, {"format_version": 3, "dictionaries": lines})
+        (work.path / "grid.csv").write_text(figures.csv_of(lines), encoding="utf-8")
         for name, picture in figures.grid_plots(lines, config.planted.n_features).items():
             (work.path / f"{name}.svg").write_text(picture, encoding="utf-8")
     return artifact.load(plots, "grid")
@@ -225,21 +223,16 @@ def _measure(cells: list[_Cell], source: PlantedSource) -> list[dict[str, Any]]:
         assert following is not None
         dictionary = following
         following = None if after is None else dictionaries.load(after.config.out)
-        scores = recovery(source.planted, dictionary)
-        in_larger = None
+        in_larger = metrics.Statistic(float("nan"))
         if following is not None and after is not None and after.penalty == cell.penalty:
             both = dictionary.decoder_directions(), following.decoder_directions()
-            in_larger = float(metrics.mmcs(*both))
+            in_larger = metrics.over_latents(metrics.mcs(*both), cause="a direction is NaN or infinite")
         lines.append(
             {
                 "penalty": cell.penalty,
                 "l1_coefficient": cell.coefficient,
                 "d_sae": cell.d_sae,
-                "recall": scores.recall,
-                "precision": scores.precision,
-                "found": scores.found,
-                **on_rows(dictionary, rows.x),
-                "next_larger": in_larger,
+                **scores(source.planted, dictionary, rows.x, next_larger=in_larger),
             }
         )
     return lines

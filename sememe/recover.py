@@ -16,12 +16,12 @@ from sememe import artifact, dictionaries
 from sememe.config import Config, sha256_of
 from sememe.errors import ConfigError, MismatchError
 from sememe.fit import FitConfig, fit
-from sememe.toy import PlantedSource, ToyConfig, on_rows, recovery
+from sememe.toy import PlantedSource, ToyConfig, scores
 from sememe.train import TrainConfig, swept_names, train, train_sweep
 
 __all__ = ["RECOVERY", "RecoverConfig", "recover"]
 
-VERSION = 1
+VERSION = 2
 RECOVERY = "recovery.json"
 
 
@@ -58,8 +58,8 @@ def recover(config: RecoverConfig, *, fresh: bool = False) -> artifact.Artifact:
     """Train or fit on planted features and write what was found, or open the table if it is there.
 
     The artifact holds recovery.json, a row per dictionary: recall and precision (mmcs planted -> learned and back),
-    `found` (share of the planted features above a cosine of 0.9), `random` (the recall of as many random directions),
-    `dead`, `l0` and `fvu` on fresh rows.
+    `found` (share of the planted features above a cosine of 0.9), each with its interval and that of as many random
+    directions; `dead`, `l0` and `fvu` on fresh rows. A number that there is not is null, and `cause` says why.
 
     Args:
         config: What learns what.
@@ -84,13 +84,12 @@ def recover(config: RecoverConfig, *, fresh: bool = False) -> artifact.Artifact:
     lines: list[dict[str, Any]] = []
     for name, path in made.items():
         dictionary = dictionaries.load(path)
-        found = recovery(source.planted, dictionary)._asdict()
         about = {"name": name, "kind": dictionary.kind, "d_sae": dictionary.d_sae}
-        lines.append({**about, **found, **on_rows(dictionary, rows)})
+        lines.append({**about, **scores(source.planted, dictionary, rows)})
     with artifact.building(
         out, kind="recovery", version=VERSION, config=config, parents=parents, fresh=True
     ) as work:
-        artifact.write_json(work.path / RECOVERY, {"format_version": 1, "rows": lines})
+        artifact.write_json(work.path / RECOVERY, {"format_version": 2, "rows": lines})
     return artifact.load(out, "recovery")
 
 

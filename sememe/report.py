@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from sememe import artifact, figures, frontier
 from sememe.config import Config, canonical_json
-from sememe.errors import ConfigError
+from sememe.errors import ConfigError, MismatchError
 from sememe.figures.schema import PAGE_FORMAT, Page
 from sememe.frontier import Point
 
@@ -21,12 +21,14 @@ PAGE, SCHEMA = "page.json", "page.schema.json"
 class ReportConfig(Config):
     """Which reports, and where the page goes."""
 
-    not_identity: ClassVar[frozenset[str]] = frozenset({"reports", "out"})
+    not_identity: ClassVar[frozenset[str]] = frozenset({"reports", "out", "across_models"})
 
     reports: tuple[Path, ...]
     """Reports that `sememe evaluate` made, or folders of such (a sweep's); a row and a section each."""
     out: Path = Path("artifacts/page")
     """The folder to make: report.html, report.md with its plots, page.json with its schema, page.csv."""
+    across_models: bool = False
+    """Show reports of different models on one page, side by side; nothing is compared then."""
 
 
 def report(config: ReportConfig, *, fresh: bool = False) -> artifact.Artifact:
@@ -40,7 +42,8 @@ def report(config: ReportConfig, *, fresh: bool = False) -> artifact.Artifact:
         ConfigError: no report is named, or one twice.
         ArtifactError: a folder is not a report.
         CorruptError: a report is damaged.
-        MismatchError: another page stands at config.out.
+        MismatchError: the reports are of different models, and across_models is not set; or another page stands at
+            config.out.
     """
     if not config.reports:
         raise ConfigError(
@@ -52,6 +55,14 @@ def report(config: ReportConfig, *, fresh: bool = False) -> artifact.Artifact:
         raise ConfigError(
             "each report must be named once", ", ".join(map(str, config.reports)), "Leave the repeats out."
         )
+    titled = _titled(opened)
+    models = _models(titled)
+    if len(models) > 1 and not config.across_models:
+        raise MismatchError(
+            "reports on one page must be of one model: numbers of different models do not compare",
+            "; ".join(f"{about} ({fingerprint[:16]})" for fingerprint, about in models.items()),
+            "Leave some out, or pass --across-models to see them side by side.",
+        )
     identity = artifact.identity_of("page", VERSION, config, parents)
     found = None if fresh else artifact.find(config.out, "page", identity)
     if found is not None:
@@ -59,7 +70,6 @@ def report(config: ReportConfig, *, fresh: bool = False) -> artifact.Artifact:
     with artifact.building(
         config.out, kind="page", version=VERSION, config=config, parents=parents, fresh=fresh
     ) as work:
-        titled = _titled(opened)
         data = {title: one.data for title, one in titled.items()}
         compared = _compared(titled)
         notes = _notes(titled, compared)
@@ -123,10 +133,7 @@ def _notes(opened: dict[str, figures.Report], compared: dict[str, Any] | None) -
         return [
             f"{setting} has no place on a frontier: {why}." for setting, why in compared["dropped"].items()
         ]
-    models = {
-        one.data["dictionary"]["model_fingerprint"]: f"{title} of {one.data['dictionary']['model']}"
-        for title, one in opened.items()
-    }
+    models = _models(opened)
     if len(models) > 1:
         return [
             f"These reports are of different models ({', '.join(models.values())}): their numbers stand side by side, "
@@ -135,6 +142,15 @@ def _notes(opened: dict[str, figures.Report], compared: dict[str, Any] | None) -
     return [
         "These reports are not of the same documents, draws and token policy, or keep no draws: no difference is told."
     ]
+
+
+def _models(opened: dict[str, figures.Report]) -> dict[str, str]:
+    """The models that reports are of, by fingerprint: a report of each and the model's name."""
+    found: dict[str, str] = {}
+    for title, one in opened.items():
+        about = one.data["dictionary"]
+        found.setdefault(about["model_fingerprint"], f"{title} of {about['model']}")
+    return found
 
 
 def _documents_of(one: figures.Report) -> str | None:

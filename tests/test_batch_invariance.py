@@ -432,7 +432,7 @@ EXEMPT = {
         "coincide correlations mean_directions outlier_dimensions over_latents over_pairs probe_rank"
         " random_moments random_rows rare_cluster"
     ),
-    "no number: an error": "check_finite",
+    "no number: an error, or a cut of labels": "check_finite numbered_units shuffled_labels",
     "a regression on all texts at once: has no batches; how these are read is below": (
         "absorption class_scores dense_probe linear_probe over_halvings probe_scores sparse_probe spurious_removal"
         " targeted_perturbation"

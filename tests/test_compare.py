@@ -172,6 +172,28 @@ def test_the_command_prints_directions_where_nothing_was_measured(
     assert f"comparison: {tmp_path / 'out' / 'comparison.html'}" in said.replace("\n", "")
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("nulls", ("pca",)),
+        ("n_tokens", 100),
+        ("n_fit_rows", 100),
+        ("budget", "1min"),
+        ("store", "a/store"),
+        ("batch_rows", 2),
+        ("model", {"model": "other"}),
+        ("policy", {"context_length": 8}),
+    ],
+)
+def test_options_of_text_are_refused_where_directions_alone_are_compared(tmp_path, option, value) -> None:
+    with pytest.raises(
+        ConfigError,
+        match=rf"{option} must be left out when no language model runs \(directions_only\): it has no effect "
+        r"then, got .*\. Drop it\.",
+    ):
+        config_for(tmp_path, **{option: value})
+
+
 def test_the_second_run_opens_it(tmp_path: Path, pair: object) -> None:
     first = compare(config_for(tmp_path))
     assert compare(config_for(tmp_path)).fingerprint == first.fingerprint

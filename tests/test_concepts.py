@@ -173,7 +173,9 @@ def test_three_classes_are_perturbed(world: World, tmp_path: Path) -> None:
 
 
 def test_first_letters_come_from_the_vocabulary(world: World, tmp_path: Path) -> None:
-    with pytest.raises(TextError, match=r"at least two classes of 20 texts or more"):  # of 300 tokens
+    with pytest.raises(
+        TextError, match=r"at least two classes of 20 different texts or more"
+    ):  # of 300 tokens
         concepts(config_for(world, tmp_path / "c", first_letter=True), lm=world.lm)
     from sememe.labelled import first_letters
 
@@ -265,14 +267,34 @@ def test_a_corpus_is_labelled_by_what_is_known_of_its_documents(world: World, tm
     assert data["mean_balanced_accuracy"]["activations"]["dense"]["value"] > 0.8
 
 
+def test_texts_that_occur_again_are_not_known_again(world: World, tmp_path: Path) -> None:
+    """Labels that were drawn: a probe that has seen a text in training would still tell them."""
+    rng = np.random.default_rng(0)
+    english = WORDS["english"].split()
+    lines = [
+        json.dumps({"text": " ".join(rng.choice(english, 8)), "label": "xy"[number % 2], "of": number // 2})
+        for number in range(48)
+    ]
+    path = tmp_path / "again.jsonl"
+    path.write_text("\n".join(lines * 3), encoding="utf-8")
+    few = {"labelled": (path,), "ks": (1,), "n_ablated": (2,), "max_per_class": 72, "n_bootstrap": 20}
+    data = read(concepts(config_for(world, tmp_path / "c", **few), lm=world.lm))
+    assert data["n_texts"] == 144 and data["n_units"] == 48
+    assert data["mean_balanced_accuracy"]["activations"]["dense"]["value"] < 0.62
+    assert read_labelled(config_for(world, tmp_path / "c", **few), group_field="of").groups[:2] == ("0", "0")
+    with pytest.raises(TextError, match=r"two classes of 20 different texts or more, got x 10, y 10"):
+        path.write_text("\n".join(lines[:20] * 3), encoding="utf-8")
+        read_labelled(config_for(world, tmp_path / "c", **few))
+
+
 def test_labels_that_cannot_be_asked_about(world: World, tmp_path: Path) -> None:
     one = write(tmp_path / "one.jsonl", label="same")
-    with pytest.raises(TextError, match=r"at least two classes of 20 texts or more, got same 160"):
+    with pytest.raises(TextError, match=r"at least two classes of 20 different texts or more, got same 160"):
         concepts(config_for(world, tmp_path / "c", labelled=(one,)), lm=world.lm)
     with pytest.raises(TextError, match=r"labelled texts must be a JSONL file, got .*no\.jsonl"):
         concepts(config_for(world, tmp_path / "c", labelled=(tmp_path / "no.jsonl",)), lm=world.lm)
     three = tmp_path / "three.jsonl"
-    lines = [{"text": "a b c d", "label": "xyz"[i % 3], "long": i % 2 == 0} for i in range(90)]
+    lines = [{"text": f"a b c {i}", "label": "xyz"[i % 3], "long": i % 2 == 0} for i in range(90)]
     three.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     with pytest.raises(TextError, match=r"with spurious_field, label must have two classes, got x, y, z"):
         concepts(config_for(world, tmp_path / "c", labelled=(three,), spurious_field="long"), lm=world.lm)
@@ -293,7 +315,7 @@ def test_labels_that_cannot_be_asked_about(world: World, tmp_path: Path) -> None
     with pytest.raises(ConfigError, match=r"label_field must be left out with first_letter"):
         config_for(world, tmp_path / "c", first_letter=True, label_field="x")
     short = tmp_path / "short.jsonl"
-    texts = [{"text": "a", "label": "xy"[i % 2]} for i in range(60)]
+    texts = [{"text": f"the cat sat {i}" if i else "a", "label": "xy"[i % 2]} for i in range(60)]
     short.write_text("\n".join(map(json.dumps, texts)), encoding="utf-8")
     with pytest.raises(TextError, match=r"must have a token that the token policy keeps, got 'a'"):
         concepts(config_for(world, tmp_path / "c", labelled=(short,)), lm=world.lm)

@@ -319,6 +319,9 @@ def test_groups_average_to_the_whole(report: Report) -> None:
             fvu = group["nulls"][null]["fvu"]
             assert fvu["low"] <= fvu["value"] <= fvu["high"]
             assert group["nulls"][null]["ce_base"] == group["metrics"]["ce_base"]
+            for own in (group["metrics"], group["nulls"][null]):
+                assert own["perplexity_base"]["value"] == pytest.approx(math.exp(own["ce_base"]["value"]))
+                assert own["fvu_all_rows"]["value"] != own["fvu"]["value"] and "frac_alive" not in own
     markdown = (report.path / "report.md").read_text()
     by_language = markdown[markdown.index("**By language**") :]
     assert by_language.index("| german |") < by_language.rindex("| null: untrained |")
@@ -466,26 +469,29 @@ def test_the_smallest_set_of_latents_within_a_share_of_the_perplexity(
     path = world.place / "topk"
     found = evaluate(config_for(path, corpus, tmp_path / "r", store=store, within=1e9, nulls=()), lm=lm).data
     parts = found["parts"]
-    assert sorted(parts) == sorted(f"{how}_{n}" for n in (2, 4, 8, 16) for how in ("strongest", "drawn"))
+    assert sorted(parts) == sorted(f"{how}_{n}" for n in (1, 2, 4, 8, 16) for how in ("strongest", "drawn"))
     for how in ("strongest", "drawn"):
-        l0 = [parts[f"{how}_{n}"]["l0"]["value"] for n in (2, 4, 8, 16)]
+        l0 = [parts[f"{how}_{n}"]["l0"]["value"] for n in (1, 2, 4, 8, 16)]
         assert l0 == sorted(l0)
     assert parts["strongest_4"]["fvu"]["value"] < parts["drawn_4"]["fvu"]["value"], "they write more"
-    assert found["smallest_within"]["n_latents"] == 2  # anything is within so much
+    assert found["smallest_within"]["n_latents"] == 1  # anything is within so much
+    assert found["smallest_within"]["more_than"] == 0
     base = found["smallest_within"]["perplexity_base"]
     assert base == found["metrics"]["perplexity_base"]["value"]
-    perplexity = {n: parts[f"strongest_{n}"]["perplexity"]["value"] for n in (2, 4, 8, 16)}
+    perplexity = {n: parts[f"strongest_{n}"]["perplexity"]["value"] for n in (1, 2, 4, 8, 16)}
     perplexity[32] = found["metrics"]["perplexity"]["value"]
     for share in (0.001, 0.02, 0.3):
         config = config_for(path, corpus, tmp_path / f"r{share}", store=store, within=share, nulls=())
         own = evaluate(config, lm=lm).data["smallest_within"]
-        by_chance = {n: parts[f"drawn_{n}"]["perplexity"]["value"] for n in (2, 4, 8, 16)} | {
+        by_chance = {n: parts[f"drawn_{n}"]["perplexity"]["value"] for n in (1, 2, 4, 8, 16)} | {
             32: perplexity[32]
         }
         drawn_enough = [n for n, value in by_chance.items() if value <= (1 + share) * base]
         assert own["random"]["n_latents"] == (min(drawn_enough) if drawn_enough else None)
         enough = [n for n, value in perplexity.items() if value <= (1 + share) * base]
         assert own["n_latents"] == (min(enough) if enough else None)
+        before = [n for n in (0, *perplexity) if enough and n < min(enough)]
+        assert own["more_than"] == (max(before) if enough else None)
         assert ("cause" in own) == (not enough)
         if own["low"] is not None:
             assert own["low"] <= own["n_latents"]
@@ -493,7 +499,7 @@ def test_the_smallest_set_of_latents_within_a_share_of_the_perplexity(
             draws = dict(file)
         # the base's own draws follow from an arm's: its cross-entropy less what it adds
         most = (1 + share) * np.exp(draws["dictionary/ce"] - draws["dictionary/ce_increase"])
-        kept = {n: draws[f"strongest_{n}/perplexity"] <= most for n in (2, 4, 8, 16)}
+        kept = {n: draws[f"strongest_{n}/perplexity"] <= most for n in (1, 2, 4, 8, 16)}
         kept[32] = draws["dictionary/perplexity"] <= most
         fewest = [min((n for n in kept if kept[n][i]), default=math.inf) for i in range(1, len(most))]
         low, high = np.sort(fewest)[[math.ceil(q * len(fewest)) - 1 for q in (0.025, 0.975)]]

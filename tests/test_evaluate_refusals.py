@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,15 +20,17 @@ from evaluate_world import (
     zeros,
 )
 
-from sememe import text
+from sememe import dictionaries, metrics, text
 from sememe.dictionaries.base import Sites
 from sememe.dictionaries.identity import Identity
 from sememe.dictionaries.topk import TopKConfig
+from sememe.encoded import Encoded
 from sememe.errors import ActivationError, ConfigError, MismatchError, ShapeError, TextError
 from sememe.evaluate import evaluate
 from sememe.figures import Report
 from sememe.harvest import HarvestConfig, harvest
 from sememe.lm import LanguageModel, ModelConfig
+from sememe.measure import Measured
 from sememe.run import print_report
 from sememe.text import Split
 from sememe.train import TrainConfig, train
@@ -230,13 +233,68 @@ def test_too_little_text_is_an_error_and_leaves_nothing(tmp_path: Path, lm: Lang
     short = tmp_path / "short.txt"
     short.write_text("the cat sat", encoding="utf-8")
     path = identity(lm, tmp_path / "d")
-    for fraction in (0.0, 0.99):
+    for fraction, message in (
+        (
+            0.0,
+            r"the heldout split of .*short\.txt must hold a document, got none with heldout_fraction=0\. Give",
+        ),
+        (
+            0.99,
+            r"must hold at least one row of context_length=16 tokens, got \d+ tokens\. Give more text, lower",
+        ),
+    ):
         config = config_for(
             path, short, tmp_path / "r", text=text_config(short, heldout_fraction=fraction), nulls=()
         )
-        with pytest.raises(TextError):
+        with pytest.raises(TextError, match=message):
             evaluate(config, lm=lm)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["d", "short.txt"]
+
+
+def test_text_of_which_nothing_is_held_out_says_so(tmp_path: Path, corpus: Path, lm: LanguageModel) -> None:
+    """As much text as elsewhere here, all of it on the side that was trained on."""
+    about = text_config(corpus, heldout_fraction=1e-9)
+    config = config_for(identity(lm, tmp_path / "d"), corpus, tmp_path / "r", text=about, nulls=())
+    with pytest.raises(
+        TextError,
+        match=r"the heldout split of .*corpus\.jsonl must hold a document, got none with heldout_fraction=1e-09\. "
+        r"Give more documents, change heldout_fraction, or set split_by to 'piece' for one long file\.",
+    ):
+        evaluate(config, lm=lm)
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_width_to_stop_at_needs_a_budget(tmp_path: Path, corpus: Path) -> None:
+    with pytest.raises(
+        ConfigError,
+        match=r"narrow_enough must be left out when there is no budget: it has no effect then, got 0\.2\. Drop it\.",
+    ):
+        config_for(tmp_path / "d", corpus, tmp_path / "r", narrow_enough=0.2)
+    assert config_for(tmp_path / "d", corpus, tmp_path / "r", narrow_enough=0.2, budget="1s").budget == "1s"
+
+
+def test_whether_a_broken_dictionary_cheats_is_not_known(
+    lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = identity(lm, tmp_path / "d")
+    dictionary = dictionaries.load(path)
+    sparsity = metrics.Sparsity(dictionary.d_sae)
+    acts = torch.ones(4, dictionary.d_sae)
+    sparsity.update(Encoded.from_dense(acts))
+    measured = SimpleNamespace(sparsity={"dictionary": sparsity})
+    assert "It may be the identity" in Measured.cheats(measured, "dictionary", dictionary)[0]  # type: ignore[arg-type]
+    sparsity.update(Encoded.from_dense(torch.full_like(acts, math.nan)))
+    (said,) = Measured.cheats(measured, "dictionary", dictionary)  # type: ignore[arg-type]
+    assert said == (
+        "Whether it reconstructs without having found features is not known: activations are NaN or infinite."
+    )
+    rows = torch.eye(D)
+    rows[2, 1] = math.nan
+    monkeypatch.setattr(Identity, "decoder_directions", lambda self: rows)
+    (said,) = Measured.cheats(measured, "dictionary", dictionary, "k4")  # type: ignore[arg-type]
+    assert said.startswith("Whether k4 reconstructs") and said.endswith(
+        "not known: 1 decoder rows are NaN or infinite."
+    )
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

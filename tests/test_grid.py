@@ -53,20 +53,26 @@ def test_every_cell_is_what_its_dictionary_does(tmp_path, capsys):
         assert line["fvu"] == pytest.approx(float(error), rel=0.1)
         fresh = dictionary.encode(source.hold_out(N_ROWS).x).to_dense()
         assert line["dead"] == int((fresh > 0).any(0).logical_not().sum())
-        assert line["precision"] == recovery(source.planted, dictionary).precision
+        found_there = recovery(source.planted, dictionary)
+        assert line["precision"] == found_there.precision and line["random"] == found_there.random
+        assert line["random_precision"] == found_there.random_precision < line["precision"]
+        for name in ("recall", "precision", "found", "l0", "fvu"):
+            assert line[f"{name}_low"] <= line[name] <= line[f"{name}_high"], name
+        assert line["cause"] == ""
         if line["d_sae"] == 40:
-            assert line["next_larger"] is None
+            assert line["next_larger"] is line["next_larger_low"] is None
         else:
             larger = dictionaries.load(folder / f"penalty{line['penalty']:g}-d_sae40").decoder_directions()
-            assert line["next_larger"] == mmcs(dictionary.decoder_directions(), larger)
+            assert line["next_larger"] == pytest.approx(mmcs(dictionary.decoder_directions(), larger))
+            assert line["next_larger_low"] < line["next_larger"] < line["next_larger_high"]
     found = {(line["penalty"], line["d_sae"]): line for line in lines}
     assert found[0.5, 40]["recall"] > found[0.5, 10]["recall"]
     assert found[50.0, 40]["fvu"] > 2 * found[0.5, 40]["fvu"], "the larger penalty costs more"
     picture = (made.path / "grid.svg").read_text()
     assert picture.count("penalty") == 4 and "2 x" in picture and "Dead latents" in picture
-    assert (
-        (made.path / "grid.csv").read_text().splitlines()[0].startswith("penalty,l1_coefficient,d_sae,recall")
-    )
+    header, *cells = (made.path / "grid.csv").read_text().splitlines()
+    assert header.startswith("penalty,l1_coefficient,d_sae,recall,recall_low,recall_high,precision")
+    assert len(cells) == 4 and all(cell.count(",") == header.count(",") for cell in cells)
     before = made.fingerprint
     capsys.readouterr()
     assert grid(config(tmp_path / "g")).fingerprint == before, "it is there"
@@ -155,6 +161,22 @@ def test_the_command_draws_a_grid(tmp_path, capsys):
     assert "--ratios must go with --grid, got 1.0 2.0. Drop it, or pass --grid." in capsys.readouterr().err
     assert _run([*command, "--published"]) == 2
     assert "--published must go with --grid" in capsys.readouterr().err
+
+
+def test_a_grid_without_a_kind_is_of_tied_weights(tmp_path, capsys):
+    options = ["--planted-d", "12", "--planted-n-features", "20", "--planted-n-active", "2"]
+    options += ["--planted-decay", "1", "--n-tokens", "512", "--batch-size", "256", "--threads", "1"]
+    options += ["--penalties", "0.1", "--ratios", "1"]
+    assert _run(["toy", "--grid", *options, "--out", str(tmp_path / "g")]) == 0
+    (made,) = (tmp_path / "g" / "dictionaries").iterdir()
+    assert dictionaries.load(made).kind == "tied"
+    capsys.readouterr()
+    assert _run(["toy", "--k", "3"]) == 2
+    said = capsys.readouterr().err
+    assert "`sememe toy` must go with one of its kinds, got '--k'." in said
+    assert _run(["toy", "topkk"]) == 2
+    assert "must go with one of its kinds, got 'topkk'. Did you mean 'topk'" in capsys.readouterr().err
+    assert _run(["toy"]) == 0 and "superposed" in capsys.readouterr().out
 
 
 def test_families_are_reported(tmp_path, capsys):

@@ -124,6 +124,27 @@ def test_nan_is_reported_with_its_cause() -> None:
     assert in_batches(x, recon, 8, ~recon.isnan().any(1)).compute()["fvu"].value == 0
 
 
+def test_where_the_broken_row_stands_does_not_count() -> None:
+    """Units without it have the numbers that they have alone, and no cause that is another's."""
+    x, units = rows(40, offset=1e3), torch.arange(40) // 10
+    recon = x + 0.1 * rows(40, seed=1)
+    chosen = np.array([False, True, True, True])
+    whole = metrics.Reconstruction()
+    whole.update(x, recon, None, units)
+    expected = whole.compute(units=chosen)
+    for at in (0, 7):
+        broken = x.clone()
+        broken[at, 3] = math.nan
+        quality = metrics.Reconstruction()
+        for part in torch.split(torch.arange(40), 1 if at == 0 else 8):
+            quality.update(broken[part], recon[part], None, units[part])
+        found = quality.compute()
+        assert all(math.isnan(one.value) and one.cause.startswith("1 rows of") for one in found.values())
+        others = quality.compute(units=chosen)
+        for name, one in expected.items():
+            assert others[name].value == pytest.approx(one.value, rel=1e-9) and not others[name].cause, name
+
+
 def test_rows_without_variance_have_no_fvu() -> None:
     x = torch.full((10, 3), 0.1)
     found = in_batches(x, x + 1, 4).compute()

@@ -50,11 +50,11 @@ def test_random_directions_break_no_probe_in_particular():
 
 
 def test_perturbation_is_that_of_a_slow_version():
-    from sememe.metrics.concepts import _halves
+    from sememe.metrics.cuts import halves
 
     x, acts, W_dec, labels = world(n=120, n_classes=3)
     found = metrics.targeted_perturbation(x, acts, W_dec, labels, (2,), seed=3)[2]
-    train, test = _halves(labels, 3)
+    train, test = halves(labels, 3)
     assert set(train) | set(test) == set(range(120)) and not set(train) & set(test)
 
     def accuracy(probe, rows, truth):
@@ -194,6 +194,36 @@ def test_halvings_are_averaged_and_drawn_as_a_plain_bootstrap_does():
         drawn.append(np.mean(losses))
     assert found["own"][1:3] == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])))
     assert found["own"].low < found["own"].value < found["own"].high
+
+
+def test_halves_and_draws_keep_equal_texts_together():
+    x, acts, W_dec, labels = world(n=120, n_classes=3)
+    units = np.tile(np.arange(120), 2)
+    again = [np.concatenate([rows, rows]) for rows in (x, acts, labels)]
+    found = metrics.targeted_perturbation(again[0], again[1], W_dec, again[2], (2,), units=units)[2].tested
+    absorbed = metrics.absorption(again[0], again[1], W_dec, again[2] == 0, units=units).tested
+    for tested in (found, absorbed):
+        assert np.array_equal(tested.sums["n"][:120], tested.sums["n"][120:])
+        assert 110 <= tested.sums["n"].sum() <= 130
+    once = metrics.targeted_perturbation(x, acts, W_dec, labels, (2,))[2].tested
+    twice = once._replace(
+        sums={name: np.concatenate([rows, rows]) for name, rows in once.sums.items()}, units=units
+    )
+    plain, doubled = (metrics.over_halvings([one], n_bootstrap=40, seed=2) for one in (once, twice))
+    for name in ("score", "own", "others"):
+        assert doubled[name][:3] == pytest.approx(plain[name][:3]), name
+
+
+def test_a_draw_without_anything_to_score_is_no_score_of_0():
+    x, acts, W_dec, labels = world(n=120, n_classes=3)
+    tested = metrics.absorption(x, acts, W_dec, labels == 0).tested
+    rare = {name: np.zeros_like(values) for name, values in tested.sums.items()}
+    rare["n"] += 1
+    for name in ("said", "labelled", "both", "recognised"):
+        rare[name][0] = 1
+    found = metrics.over_halvings([tested._replace(sums=rare)], n_bootstrap=50)["f1"]
+    assert found.value == 1 and np.isnan(found.low)
+    assert found.cause == "some draws of texts leave it undefined"
 
 
 @pytest.mark.slow  # hundreds of bootstraps

@@ -103,6 +103,9 @@ def broken(n: int, d: int) -> torch.Tensor:
         lambda bad, good, few: metrics.rare_cluster(bad.T, few),
         lambda bad, good, few: metrics.neuron_sparsity(bad),
         lambda bad, good, few: metrics.outlier_dimensions(bad),
+        lambda bad, good, few: metrics.token_match(bad, good),
+        lambda bad, good, few: metrics.token_match(good, bad),
+        lambda bad, good, few: metrics.probe_rank(bad, good[0]),
     ],
 )
 def test_a_choice_refuses_nan_which_its_answer_could_not_show(ask):
@@ -193,6 +196,14 @@ def test_cheats_are_named():
     ]
     sparse_neurons = metrics.cheats(torch.eye(32), torch.full((32,), 0.01), 0.3)
     assert sparse_neurons.named == (), "single neurons, few at a time, are no cheat"
+
+
+def test_opposite_pairs_are_named_from_a_small_share_on():
+    rare = torch.full((100,), 0.01)
+    for n_pairs, said in ((2, []), (3, ["opposite pairs: 6% of the latents have one, so signs are free"])):
+        W = rows(100, 32)
+        W[:n_pairs] = -2 * W[n_pairs : 2 * n_pairs]
+        assert list(metrics.cheats(W, rare, 1.0).named) == said
 
 
 def test_dense_latents_are_told_apart_from_a_long_tail():

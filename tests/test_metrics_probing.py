@@ -55,6 +55,49 @@ def test_random_labels_are_not_told_however_many_latents_there_are():
     assert np.mean(leaking) > 0.85, "so large the leak would be"
 
 
+def test_equal_texts_do_not_leak_through_folds():
+    """Of drawn labels no more can be told than where each text is there once; else a text is known again."""
+    generator = torch.Generator().manual_seed(0)
+    x, labels = torch.randn(40, 60, generator=generator), torch.randperm(40, generator=generator) < 20
+    again, truth, units = x.repeat(3, 1), labels.repeat(3), np.tile(np.arange(40), 3)
+    names = np.array([f"text {unit}" for unit in units])
+    for once, leaking, probe in (
+        (
+            metrics.dense_probe(x, labels),
+            metrics.dense_probe(again, truth),
+            metrics.dense_probe(again, truth, units=units),
+        ),
+        (
+            metrics.sparse_probe(x, labels, (5,))[5],
+            metrics.sparse_probe(again, truth, (5,))[5],
+            metrics.sparse_probe(again, truth, (5,), units=names)[5],
+        ),
+    ):
+        assert leaking.scores.auroc > once.scores.auroc + 0.1, "so large the leak would be"
+        assert probe.scores.auroc == pytest.approx(once.scores.auroc, abs=0.08)
+        assert np.array_equal(probe.folds[:40], probe.folds[40:80]) and len(set(probe.folds)) == 5
+    shuffled = metrics.shuffled_labels(truth.numpy(), units, 3)
+    assert np.array_equal(shuffled[:40], shuffled[80:]) and not np.array_equal(shuffled, truth.numpy())
+    assert shuffled.sum() == 60
+    with pytest.raises(ConfigError) as raised:
+        metrics.dense_probe(again, truth, units=units % 15 + 100 * truth.numpy() * (units % 9 == 0))
+    assert "at least 10 texts, those of one unit (equal ones, say) counted once, got " in str(raised.value)
+
+
+def test_texts_that_occur_again_make_no_interval_narrower():
+    acts, labels = labelled(n=60)
+    once = metrics.sparse_probe(acts, labels, (1,))[1]
+    thrice = metrics.Probe(
+        once.scores, (), np.tile(once.answers, 3), np.tile(once.folds, 3), np.tile(np.arange(60), 3)
+    )
+    found = [
+        metrics.probe_scores(probe, truth, n_bootstrap=40)
+        for probe, truth in ((once, labels), (thrice, labels.repeat(3)))
+    ]
+    for name in found[0]:
+        assert found[1][name][:3] == pytest.approx(found[0][name][:3]), name
+
+
 def test_always_answering_one_class_is_worth_a_half():
     uneven = metrics.sparse_probe(torch.zeros(53, 3), torch.arange(53) < 13, (1,))[1].scores
     assert uneven.auroc == 0.5, "folds with other shares of the classes are not compared"
@@ -149,7 +192,7 @@ def test_a_score_of_one_has_a_bound_that_holds_where_it_is_a_matter_of_chance(n_
     y = np.arange(n_one + n_other) < n_one
     folds = np.zeros(len(y), dtype=np.int64)
     answers = np.where(y, 1.0, -1.0)
-    probe = metrics.Probe(metrics.ProbeScores(1.0, 1.0, 1.0), (), answers, folds)
+    probe = metrics.Probe(metrics.ProbeScores(1.0, 1.0, 1.0), (), answers, folds, np.arange(len(y)))
     found = metrics.probe_scores(probe, torch.from_numpy(y), n_bootstrap=20)
     # one class always right, the other's rows right with chance p: all are, in 2.5% of the samples
     p = 0.025 ** (1 / n_one)
@@ -157,7 +200,7 @@ def test_a_score_of_one_has_a_bound_that_holds_where_it_is_a_matter_of_chance(n_
     alike = 0.025 ** (1 / (n_one + n_other))  # both classes' rows right with one chance
     assert found["balanced_accuracy"].low <= alike + 1e-12
     assert found["auroc"].low == pytest.approx(0.025 ** (1 / 10)) and found["auroc"].high == 1
-    wrong = metrics.Probe(metrics.ProbeScores(0.0, 0.0, 0.0), (), -answers, folds)
+    wrong = metrics.Probe(metrics.ProbeScores(0.0, 0.0, 0.0), (), -answers, folds, np.arange(len(y)))
     mirrored = metrics.probe_scores(wrong, torch.from_numpy(y), n_bootstrap=20)
     for name in ("balanced_accuracy", "auroc"):
         assert (mirrored[name].low, mirrored[name].high) == (0.0, pytest.approx(1 - found[name].low)), name

@@ -233,8 +233,19 @@ def test_draws_of_other_documents_models_or_seeds_are_not_paired(tmp_path: Path,
     with artifact.building(tmp_path / "other", kind="report", version=1, config=Config(), parents={}) as work:
         artifact.write_json(work.path / figures.REPORT, data)
         figures.write_draws(work.path, {"dictionary": {"l0": np.full(8, 32.0), "fvu": np.full(8, 0.5)}})
-    done = report(ReportConfig(reports=(tmp_path / "one", tmp_path / "other"), out=tmp_path / "page"))
-    text = (done.path / "report.md").read_text()
+    config = ReportConfig(reports=(tmp_path / "one", tmp_path / "other"), out=tmp_path / "page")
+    if name == "model_fingerprint":
+        with pytest.raises(MismatchError) as raised:
+            report(config)
+        assert re.fullmatch(
+            r"reports on one page must be of one model: numbers of different models do not compare, "
+            r"got a of .* \([0-9a-f]{16}\); b of .* \(7777777777777777\)\. "
+            r"Leave some out, or pass --across-models to see them side by side\.",
+            str(raised.value),
+        )
+        assert not (tmp_path / "page").exists()
+        config = config.replace(across_models=True)
+    text = (report(config).path / "report.md").read_text()
     assert "frontier_fvu" not in text
     why = (
         "of different models (a of"

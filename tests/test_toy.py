@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
+from sememe import metrics
 from sememe.dictionaries.base import Dictionary
 from sememe.encoded import Encoded
 from sememe.errors import ConfigError, CorruptError, ShapeError
-from sememe.toy import Planted, PlantedSource, ToyConfig, planted, recovery
+from sememe.toy import Planted, PlantedSource, ToyConfig, on_rows, planted, recovery, scores
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -175,6 +178,50 @@ def test_recovery_tells_recall_from_precision() -> None:
     assert flipped.found == 0 and flipped.precision < 0.5
 
 
+def test_recovery_has_intervals_and_nulls() -> None:
+    toy = planted(ToyConfig(d=64, n_features=32, n_active=2))
+    learned = torch.cat([toy.features[:16], torch.randn(8, 64, generator=generator())])
+    found = recovery(toy, Directions(learned))
+    for name in ("recall", "precision", "found"):
+        value, low, high = (getattr(found, f"{name}{end}") for end in ("", "_low", "_high"))
+        assert low < value < high, name
+    assert found.precision_high - found.precision_low < 0.3  # of 24 directions, 8 of them anything
+    assert found.random < 0.5 and found.random_precision < 0.5 and found.random_found == 0
+    assert found.random == pytest.approx(
+        recovery(toy, Directions(metrics.random_rows(24, 64))).recall, abs=1e-6
+    )
+    assert math.isnan(recovery(toy, Directions(learned), n_bootstrap=0).recall_low)
+
+
+def test_a_direction_that_is_nan_makes_no_score_of_0() -> None:
+    toy = planted(ToyConfig(d=64, n_features=32, n_active=2))
+    broken = toy.features.clone()
+    broken[3, 5] = math.nan
+    found = recovery(toy, Directions(broken))
+    assert math.isnan(found.found) and math.isnan(found.recall) and math.isnan(found.precision)
+    assert found.cause == "1 of 32 learned directions are NaN or infinite" and found.random < 0.5
+    x = toy.batch(300, generator()).x
+    line = scores(toy, Directions(broken), x, next_larger=metrics.Statistic(0.5, 0.4, 0.6))
+    assert json.loads(json.dumps(line, allow_nan=False)) == line
+    assert [line[name] for name in ("recall", "found_low", "dead", "l0", "fvu")] == [None] * 5
+    assert (line["next_larger"], line["next_larger_high"]) == (0.5, 0.6)
+    assert line["cause"] == (
+        "1 of 32 learned directions are NaN or infinite; dead: activations are NaN or infinite in 300 rows; "
+        "l0: activations are NaN or infinite; fvu: 300 rows of the reconstruction or its target are NaN or infinite"
+    )
+
+
+def test_what_a_dictionary_does_with_rows_has_intervals() -> None:
+    toy = planted(ToyConfig(d=64, n_features=32, n_active=2))
+    x, dictionary = toy.batch(3000, generator()).x, Directions(toy.features)
+    found, dense = on_rows(dictionary, x), dictionary.encode(x).to_dense()
+    assert found["l0"].value == pytest.approx(float((dense != 0).sum(1).double().mean()))
+    assert found["l0"].low < found["l0"].value < found["l0"].high < found["l0"].low + 1
+    assert found["fvu"].low < found["fvu"].value < found["fvu"].high
+    half = on_rows(Directions(torch.cat([toy.features, torch.zeros(32, 64)])), x)["dead"]
+    assert half.low <= half.value == 32 <= half.high
+
+
 def test_recovery_of_another_width_is_an_error() -> None:
     toy = planted(ToyConfig(d=8, n_features=16, n_active=2))
     with pytest.raises(ShapeError, match=r"d_out=8 like the planted one, got 5\. Compare it"):
@@ -208,7 +255,9 @@ def test_the_command_trains_and_says_what_was_found(
     toy = planted(ToyConfig(d=16, n_features=24, n_active=1.5))
     found = recovery(toy, dictionaries.load(tmp_path / "learned"))
     printed = capsys.readouterr().out
-    assert f"{found.recall:.4f}" in printed and f"{found.found:.1%}" in printed
+    assert f"{found.recall:.4f} ({found.recall_low:.4f} to {found.recall_high:.4f})" in printed
+    assert f"{found.found:.1%}" in printed and f"{found.random_precision:.4f}" in printed
+    assert printed.count("of as many random directions") == 3
     chance = recovery(toy, Directions(torch.randn(32, 16, generator=generator())))
     assert chance.random == pytest.approx(chance.recall, abs=0.05) and found.random == chance.random
     assert found.recall > 0.9 > chance.recall

@@ -133,6 +133,30 @@ def test_a_parent_that_only_its_children_stand_for_is_split():
     children = toy.features.view(8, 4, 32)[:, 1:].flatten(0, 1)
     found = absorption(toy, Directions(children), n_rows=1000)
     assert (found.split, found.n_found) == (1, 0) and math.isnan(found.silent_with_child)
+    assert found.causes == dict.fromkeys(("silent_with_child", "silent_alone"), "no parent was found")
+
+
+def test_nan_in_a_dictionary_is_no_absence_of_absorption():
+    toy = planted(FAMILIES)
+    rows = toy.features.clone()
+    rows[3] = torch.nan
+    found = absorption(toy, Directions(rows), n_rows=1000)
+    assert all(math.isnan(value) for value in found[:-1])
+    assert set(found.causes.values()) == {"1 of 32 learned directions are NaN or infinite"}
+
+    class Broken(Directions):
+        def encode(self, x: torch.Tensor) -> Encoded:
+            acts = (x @ self.W_dec.T).relu()
+            acts[:2] = torch.nan
+            return Encoded.from_dense(acts)
+
+    found = absorption(toy, Broken(toy.features), n_rows=1000)
+    assert math.isnan(found.silent_alone) and found.n_found == 8 and found.split == 0
+    assert found.causes["silent_with_child"] == "activations are NaN or infinite in 2 rows"
+    always = planted(FAMILIES.replace(child_share=1.0))
+    alone = absorption(always, Directions(always.features), n_rows=1000)
+    assert alone.silent_with_child == 0
+    assert alone.causes == {"silent_alone": "no row has a parent that was found without a child"}
 
 
 def test_lengths_of_learned_rows_do_not_count():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,10 +12,12 @@ from cyclopts import App, Parameter
 
 from sememe.cli.flags import command
 from sememe.cli.kinds import FRESH, architectures, say
-from sememe.errors import ConfigError
+from sememe.errors import ConfigError, nearest
 
 __all__: list[str] = []
 
+GRID_KIND = "tied"
+"""What a grid trains where no kind is named: tied weights, as the original did."""
 _MANY = Annotated[tuple[float, ...], Parameter(consume_multiple=True)]
 GRID: dict[str, tuple[Any, Any, str]] = {
     "draw_grid": (
@@ -76,15 +80,29 @@ def toy_app() -> App:
 
     def show(source: PlantedSource, dictionary: Dictionary) -> None:
         found = recovery(source.planted, dictionary)
-        print(f"recall (mmcs planted -> learned)     {found.recall:.4f}")
-        print(f"  of as many random directions       {found.random:.4f}")
-        print(f"precision (mmcs learned -> planted)  {found.precision:.4f}")
-        print(f"planted features found (> 0.9)       {found.found:.1%}")
+        random = {"recall": found.random, "precision": found.random_precision, "found": found.random_found}
+        for name, what, style in (
+            ("recall", "recall (mmcs planted -> learned)", ".4f"),
+            ("precision", "precision (mmcs learned -> planted)", ".4f"),
+            ("found", "planted features found (> 0.9)", ".1%"),
+        ):
+            value, low, high = (getattr(found, f"{name}{end}") for end in ("", "_low", "_high"))
+            if math.isnan(value):
+                print(f"{what:<36} NaN: {found.cause}")
+                continue
+            between = "" if math.isnan(low) else f" ({low:{style}} to {high:{style}})"
+            print(f"{what:<36} {value:{style}}{between}")
+            print(f"{'  of as many random directions':<36} {random[name]:{style}}")
         if source.planted.config.n_children:
             families = absorption(source.planted, dictionary)
-            print(f"parents silent beside a child        {families.silent_with_child:.1%}")
-            print(f"parents silent when alone            {families.silent_alone:.1%}")
-            print(f"parents split into their children    {families.split:.1%}")
+            for name, what in (
+                ("silent_with_child", "parents silent beside a child"),
+                ("silent_alone", "parents silent when alone"),
+                ("split", "parents split into their children"),
+            ):
+                value = getattr(families, name)
+                said = f"NaN: {families.causes[name]}" if math.isnan(value) else f"{value:.1%}"
+                print(f"{what:<36} {said}")
 
     planted_options = {
         f"planted_{name}": (field.annotation, field.default, field.description or "")
@@ -105,7 +123,27 @@ def toy_app() -> App:
             name=kind,
         )
     _experiments(app)
+    app.default(_without_a_kind(app))
     return app
+
+
+def _without_a_kind(app: App) -> Callable[..., Any]:
+    """What `sememe toy` does where its first word is an option: a grid has a kind of its own, the original's."""
+
+    def first_word(
+        *words: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+    ) -> Any:
+        if "--grid" in words:
+            return app([GRID_KIND, *words], exit_on_error=False, print_error=False)
+        if not words:
+            app.help_print([])
+            return None
+        kinds = [name for name in app if not name.startswith("-")]
+        raise ConfigError(
+            "`sememe toy` must go with one of its kinds", repr(words[0]), nearest(words[0], kinds)
+        )
+
+    return first_word
 
 
 def _experiments(app: App) -> None:

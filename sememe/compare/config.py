@@ -14,6 +14,13 @@ from sememe.measure import MeasureConfig
 __all__ = ["CompareConfig"]
 
 
+OF_TEXT = (
+    *("model", "text", "policy", "store", "n_tokens", "n_fit_rows", "nulls", "twins", "batch_rows"),
+    *("budget", "narrow_enough"),
+)
+"""What only a comparison on text reads."""
+
+
 class CompareConfig(MeasureConfig):
     """Which dictionaries, on what, against what."""
 
@@ -44,5 +51,5 @@ class CompareConfig(MeasureConfig):
                 "Drop one of the two.",
             )
         if self.directions_only:
-            self.check_inert("twins", without="no language model runs (directions_only)")
+            self.check_inert(*OF_TEXT, without="no language model runs (directions_only)")
         return self

@@ -46,7 +46,7 @@ from sememe.text import TokenPolicy
 
 __all__ = ["COMPARISON", "compare"]
 
-VERSION = 7
+VERSION = 8
 COMPARISON = "comparison.json"
 SCHEMA = "comparison.schema.json"
 MAX_NULL_L0S = 3
@@ -246,9 +246,7 @@ def _measured(
         for name in arms.dictionaries:
             points[name] = Point(places[name], measured.drawn(name))
             if name not in arms.controls:
-                cheats += [
-                    f"{name} may be {cheat}." for cheat in measured.cheats(name, arms.dictionaries[name])
-                ]
+                cheats += measured.cheats(name, arms.dictionaries[name], name)
             rows.append(
                 {
                     "name": name,

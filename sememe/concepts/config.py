@@ -33,6 +33,9 @@ class ConceptsConfig(LabelledConfig):
     """The folder to make."""
     spurious_field: str | None = None
     """Where a second, binary label is that the first shall not be confused with; both must have two classes."""
+    group_field: str | None = None
+    """Where it stands what a text is of, a document's name, say: no fold and no half splits the texts of one. If not
+    given, texts that are equal are of one."""
     model: ModelConfig = ModelConfig()
     """The language model that the dictionary belongs to."""
     policy: TokenPolicy | None = None
@@ -63,7 +66,7 @@ class ConceptsConfig(LabelledConfig):
             )
         if self.corpus:
             self.check_inert("text_field", without="texts are a corpus's documents")
-        fields = ("text_field", "label_field", "spurious_field")
+        fields = ("text_field", "label_field", "spurious_field", "group_field")
         for name in fields if self.first_letter else ():
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ConfigError(

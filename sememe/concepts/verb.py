@@ -23,7 +23,7 @@ from sememe.progress import track
 
 __all__ = ["CONCEPTS", "concepts"]
 
-VERSION = 3
+VERSION = 4
 CONCEPTS = "concepts.json"
 N_HALVINGS = 3
 """Draws of a training and a test half for what is fitted on one and scored on the other."""
@@ -35,8 +35,8 @@ class _Side(NamedTuple):
 
     right: np.ndarray
     truth: np.ndarray
-    rows: np.ndarray
-    """Which texts these were: classes share them."""
+    units: np.ndarray
+    """What these texts were of: classes share them."""
 
 
 def concepts(
@@ -69,10 +69,11 @@ def concepts(
     policy = policy_of(config.policy, saved, None)
     model_fingerprint = lm.fingerprint if lm else language_models.fingerprint_of(config.model)
     check_model(sites, model_fingerprint)
-    labelled = None if config.first_letter else read_labelled(config, spurious_field=config.spurious_field)
+    fields = {"spurious_field": config.spurious_field, "group_field": config.group_field}
+    labelled = None if config.first_letter else read_labelled(config, **fields)
     parents = {"dictionary": saved.fingerprint, "model": model_fingerprint}
     if labelled is not None:
-        parents["texts"] = sha256_of([labelled.texts, labelled.labels, labelled.spurious])
+        parents["texts"] = sha256_of([labelled.texts, labelled.labels, labelled.spurious, labelled.groups])
     identity = artifact.identity_of("concepts", VERSION, config, parents)
     found = None if fresh else artifact.find(config.out, "concepts", identity)
     if found is not None:
@@ -96,6 +97,7 @@ def concepts(
             "pooling": pooling,
             "labels": "first letters" if config.first_letter else named(config),
             "n_texts": len(labelled.texts),
+            "n_units": len(set(labelled.groups)),
             "n_cut": own.n_cut,
             "left_out": labelled.left_out,
             "policy": policy.resolved(),
@@ -128,6 +130,7 @@ def _asked(
     labels = np.array(
         [labelled.classes.index(name) if name in labelled.classes else -1 for name in labelled.labels]
     )
+    units = labelled.units()
     weights = {
         name: one.decoder_directions().detach().cpu().double().numpy() for name, (one, _) in arms.items()
     }
@@ -139,8 +142,7 @@ def _asked(
         for name in asked:
             rows = _beside(labels == labelled.classes.index(name), config.max_per_class, config.seed)
             truth = torch.from_numpy(labels[rows] == labelled.classes.index(name))
-            shuffled = truth[torch.randperm(len(truth), generator=torch.Generator().manual_seed(config.seed))]
-            probes = _probes(config, arms, rows, truth, shuffled)
+            probes, shuffled = _probes(config, arms, rows, units[rows], truth)
             asked_for = {arm: shuffled if arm == SHUFFLED else truth for arm in probes}
             classes[name] = {
                 "n_with": int(truth.sum()),
@@ -150,14 +152,14 @@ def _asked(
                     for arm, own in probes.items()
                 },
                 "absorption": {
-                    arm: _absorbed(config, one, weights[arm], rows, truth.numpy())
+                    arm: _absorbed(config, one, weights[arm], rows, units, truth.numpy())
                     for arm, (_, one) in arms.items()
                 },
             }
             for arm, own in probes.items():
                 label = asked_for[arm].numpy()
                 for k, one in own.items():
-                    side = _Side((one.answers > 0) == label, label, rows)
+                    side = _Side((one.answers > 0) == label, label, units[rows])
                     right.setdefault(arm, {}).setdefault(k, []).append(side)
             progress.advance(1)
     means = {
@@ -167,11 +169,11 @@ def _asked(
     known = labels >= 0
     if len(labelled.classes) > 2:
         found["targeted_perturbation"] = {
-            arm: _perturbed(config, one, weights[arm], labels, known) for arm, (_, one) in arms.items()
+            arm: _perturbed(config, one, weights[arm], labels, units, known) for arm, (_, one) in arms.items()
         }
     if labelled.spurious is not None:
         found["spurious_removal"] = {
-            arm: _cleaned(config, one, weights[arm], labels, labelled.spurious)
+            arm: _cleaned(config, one, weights[arm], labels, units, labelled.spurious)
             for arm, (_, one) in arms.items()
         }
     return found
@@ -188,14 +190,16 @@ def _probes(
     config: ConceptsConfig,
     arms: Mapping[str, tuple[Dictionary, Pooled]],
     rows: np.ndarray,
+    units: np.ndarray,
     truth: torch.Tensor,
-    shuffled: torch.Tensor,
-) -> dict[str, dict[str, metrics.Probe]]:
+) -> tuple[dict[str, dict[str, metrics.Probe]], torch.Tensor]:
     """By arm and number of latents; what all of the activations tell is "dense".
 
-    The one of the shuffled labels is what choosing among many latents finds in nothing.
+    The one of the shuffled labels, which come second, is what choosing among many latents finds in nothing.
     """
-    options: dict[str, Any] = {"n_folds": config.n_folds, "seed": config.seed}
+    options: dict[str, Any] = {"units": units, "n_folds": config.n_folds, "seed": config.seed}
+    numbered = metrics.numbered_units(units, len(units))
+    shuffled = torch.from_numpy(metrics.shuffled_labels(truth.numpy(), numbered, config.seed))
     own = arms["dictionary"][1]
     x = torch.from_numpy(own.x[rows])
     found = {
@@ -206,7 +210,7 @@ def _probes(
     found["neurons"] = metrics.sparse_probe(x, truth, few, **options)
     found[SHUFFLED] = metrics.sparse_probe(torch.from_numpy(own.acts[rows]), shuffled, config.ks, **options)
     by_arm = {arm: {str(k): one for k, one in own.items()} for arm, own in found.items()}
-    return by_arm | {"activations": {"dense": metrics.dense_probe(x, truth, **options)}}
+    return by_arm | {"activations": {"dense": metrics.dense_probe(x, truth, **options)}}, shuffled
 
 
 def _scored(config: ConceptsConfig, probe: metrics.Probe, label: torch.Tensor) -> dict[str, Any]:
@@ -222,19 +226,19 @@ def _scored(config: ConceptsConfig, probe: metrics.Probe, label: torch.Tensor) -
 
 def _mean_accuracy(config: ConceptsConfig, sides: list[_Side]) -> dict[str, float | str | None]:
     """The mean over classes of balanced accuracies; its interval over draws of texts, the same in every class."""
-    n_texts = 1 + max(int(side.rows.max()) for side in sides)
+    n_units = 1 + max(int(side.units.max()) for side in sides)
     weights = np.random.default_rng(config.seed).multinomial(
-        n_texts, np.full(n_texts, 1 / n_texts), size=config.n_bootstrap
+        n_units, np.full(n_units, 1 / n_units), size=config.n_bootstrap
     )
     values, draws = [], []
     for side in sides:
         groups = [
-            (side.right[side.truth], side.rows[side.truth]),
-            (side.right[~side.truth], side.rows[~side.truth]),
+            (side.right[side.truth], side.units[side.truth]),
+            (side.right[~side.truth], side.units[~side.truth]),
         ]
         values.append(float(np.mean([right.mean() for right, _ in groups])))
         with np.errstate(all="ignore"):
-            drawn = [weights[:, rows] @ right / weights[:, rows].sum(1) for right, rows in groups]
+            drawn = [weights[:, of] @ right / weights[:, of].sum(1) for right, of in groups]
         draws.append(np.mean(drawn, axis=0))
     found: dict[str, float | str | None] = {"value": float(np.mean(values)), "low": None, "high": None}
     if config.n_bootstrap > 1:
@@ -246,13 +250,16 @@ def _mean_accuracy(config: ConceptsConfig, sides: list[_Side]) -> dict[str, floa
 
 
 def _absorbed(
-    config: ConceptsConfig, one: Pooled, W_dec: np.ndarray, rows: np.ndarray, truth: np.ndarray
+    config: ConceptsConfig,
+    one: Pooled,
+    W_dec: np.ndarray,
+    rows: np.ndarray,
+    units: np.ndarray,
+    truth: np.ndarray,
 ) -> dict[str, Any]:
+    x, acts = one.target[rows].astype(np.float64), one.acts[rows].astype(np.float64)
     found = [
-        metrics.absorption(
-            one.target[rows].astype(np.float64), one.acts[rows].astype(np.float64), W_dec, truth, seed=seed
-        )
-        for seed in _seeds(config)
+        metrics.absorption(x, acts, W_dec, truth, units=units[rows], seed=seed) for seed in _seeds(config)
     ]
     return {
         **_over_halvings(config, found, ("full", "fraction", "f1")),
@@ -262,11 +269,18 @@ def _absorbed(
 
 
 def _perturbed(
-    config: ConceptsConfig, one: Pooled, W_dec: np.ndarray, labels: np.ndarray, known: np.ndarray
+    config: ConceptsConfig,
+    one: Pooled,
+    W_dec: np.ndarray,
+    labels: np.ndarray,
+    units: np.ndarray,
+    known: np.ndarray,
 ) -> dict[str, Any]:
     x, acts = one.target[known].astype(np.float64), one.acts[known].astype(np.float64)
     found = [
-        metrics.targeted_perturbation(x, acts, W_dec, labels[known], config.n_ablated, seed=seed)
+        metrics.targeted_perturbation(
+            x, acts, W_dec, labels[known], config.n_ablated, units=units[known], seed=seed
+        )
         for seed in _seeds(config)
     ]
     names = ("score", "own", "others")
@@ -274,12 +288,19 @@ def _perturbed(
 
 
 def _cleaned(
-    config: ConceptsConfig, one: Pooled, W_dec: np.ndarray, labels: np.ndarray, spurious: tuple[str, ...]
+    config: ConceptsConfig,
+    one: Pooled,
+    W_dec: np.ndarray,
+    labels: np.ndarray,
+    units: np.ndarray,
+    spurious: tuple[str, ...],
 ) -> dict[str, Any]:
     x, acts = one.target.astype(np.float64), one.acts.astype(np.float64)
     second = np.array(spurious) == sorted(set(spurious))[1]
     found = [
-        metrics.spurious_removal(x, acts, W_dec, labels == 0, second, config.n_ablated, seed=seed)
+        metrics.spurious_removal(
+            x, acts, W_dec, labels == 0, second, config.n_ablated, units=units, seed=seed
+        )
         for seed in _seeds(config)
     ]
     names = ("score", "biased", "clean", "ablated")

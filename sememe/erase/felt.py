@@ -37,6 +37,7 @@ def fit_probes(
     x: Float[np.ndarray, "n d"],
     labels: Int[np.ndarray, " n"],
     spread: Float[np.ndarray, " d"],
+    units: Int[np.ndarray, " n"],
     *,
     seed: int = 0,
 ) -> Probes:
@@ -46,6 +47,7 @@ def fit_probes(
         x: Rows of the training texts, edited.
         labels: Their classes, 0 to classes - 1.
         spread: Standard deviation of each column before the edit.
+        units: What each row is of: no fold splits those of one.
         seed: Of the folds.
     """
     read = x.std(0) > ROUNDING * spread
@@ -55,5 +57,6 @@ def fit_probes(
     n_classes = int(labels.max()) + 1
     asked = range(1) if n_classes == 2 else range(n_classes)
     return Probes(
-        tuple(metrics.linear_probe(x[:, read], labels == number, seed=seed) for number in asked), read
+        tuple(metrics.linear_probe(x[:, read], labels == number, units=units, seed=seed) for number in asked),
+        read,
     )

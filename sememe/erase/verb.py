@@ -34,7 +34,7 @@ from sememe.text import attributions, fetch, fingerprint, split_of
 
 __all__ = ["ERASURE", "erase"]
 
-VERSION = 1
+VERSION = 2
 ERASURE = "erasure.json"
 LEAST_EACH = 10
 """Texts of every class to choose on, and to score on."""
@@ -171,8 +171,7 @@ def split(labelled: Labelled, share: float) -> Bool[np.ndarray, " n"]:
 
 def _split_rows(labelled: Labelled, pooled: Pooled, heldout: Bool[np.ndarray, " n"]) -> _Split:
     labels = np.array([labelled.classes.index(name) for name in labelled.labels])
-    units = np.unique(np.array(labelled.groups), return_inverse=True)[1].reshape(-1)
-    return _Split(pooled.target.astype(np.float64), pooled.acts, labels, units, heldout)
+    return _Split(pooled.target.astype(np.float64), pooled.acts, labels, labelled.units(), heldout)
 
 
 def make_arms(config: EraseConfig, dictionary: Dictionary, texts: _Split) -> tuple[Ranking, list[Arm]]:
@@ -216,7 +215,7 @@ def _scored(config: EraseConfig, texts: _Split, arms: list[Arm], neutral: Neutra
         found = metrics.class_scores(answers, texts.labels[test], texts.units[test], **options)
         return {name: one.to_json() for name, one in found.items()}
 
-    before = fit_probes(texts.x[train], texts.labels[train], spread, seed=config.seed)
+    before = fit_probes(texts.x[train], texts.labels[train], spread, texts.units[train], seed=config.seed)
     base = {"probe": scores(before.answers(texts.x[test]))}
     base["cost"] = {"ce": neutral.loss.compute(BASE, **options)["ce"].to_json()}
     found = []
@@ -224,7 +223,7 @@ def _scored(config: EraseConfig, texts: _Split, arms: list[Arm], neutral: Neutra
         for arm in arms:
             acts = torch.from_numpy(texts.acts[:, list(arm.erasure.latents)])
             rows = arm.erasure.rows(torch.from_numpy(texts.x), acts).numpy()
-            anew = fit_probes(rows[train], texts.labels[train], spread, seed=config.seed)
+            anew = fit_probes(rows[train], texts.labels[train], spread, texts.units[train], seed=config.seed)
             cost = neutral.loss.compute(arm.name, **options)
             found.append(
                 {

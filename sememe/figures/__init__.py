@@ -26,7 +26,7 @@ from sememe.figures.patching import write_patching
 from sememe.figures.results import claims_table, results_tables, write_results
 from sememe.figures.scrubbing import write_scrubbing
 from sememe.figures.steering import write_steering
-from sememe.figures.tables import BETTER, GROUPED, headline_table, markdown_table
+from sememe.figures.tables import BETTER, GROUPED, csv_of, headline_table, markdown_table
 from sememe.figures.toys import layers_plot, superposition_plot
 from sememe.figures.traces import agreement_plot, circuit_plot
 
@@ -39,6 +39,7 @@ __all__ = [
     "agreement_plot",
     "circuit_plot",
     "claims_table",
+    "csv_of",
     "grid_plots",
     "headline_table",
     "layers_plot",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sememe.figures.data import HEADLINE, Data, arms_of, number
@@ -15,6 +15,7 @@ __all__ = [
     "MEANINGS",
     "Table",
     "cell_note",
+    "csv_of",
     "density_table",
     "group_table",
     "headline_table",
@@ -173,3 +174,16 @@ def html_table(table: Table) -> str:
     return (
         f"<div class='wide'><table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
     )
+
+
+def csv_of(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Lines of one set of columns as CSV; what is None is left empty."""
+
+    def cell(value: Any) -> str:
+        if value is None:
+            return ""
+        return f'"{value}"' if isinstance(value, str) else f"{value:g}"
+
+    names = list(lines[0])
+    rows = [",".join(names), *(",".join(cell(line[name]) for name in names) for line in lines)]
+    return "\n".join(rows) + "\n"

@@ -28,7 +28,7 @@ from sememe.store import Store, open_store
 
 __all__ = ["GEOMETRY", "geometry"]
 
-VERSION = 2
+VERSION = 3
 GEOMETRY = "geometry.json"
 LATENTS = "latents"
 

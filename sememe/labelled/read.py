@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from sememe import text
 from sememe.errors import TextError
@@ -18,7 +19,7 @@ from sememe.labelled.config import LabelledConfig
 __all__ = ["Labelled", "choose", "first_letters", "named", "read_labelled"]
 
 LEAST = 20
-"""Texts that a class must have."""
+"""Different texts that a class must have."""
 MAX_CLASSES = 12
 """Classes that are taken from files, if nothing else is said."""
 
@@ -35,6 +36,11 @@ class Labelled(NamedTuple):
     """Texts of classes that are not asked about."""
     groups: tuple[str, ...]
     """What each text is of: texts of one group are never split. The text itself, if nothing else is said."""
+
+    def units(self) -> Int[np.ndarray, " n"]:
+        """The groups as numbers, in the order of their first texts."""
+        numbers: dict[str, int] = {}
+        return np.array([numbers.setdefault(group, len(numbers)) for group in self.groups], dtype=np.int64)
 
 
 def read_labelled(
@@ -70,11 +76,11 @@ def read_labelled(
                 ", ".join(sorted(values)[:5]) or "none",
                 "Leave spurious_field out, or keep lines of two classes.",
             )
-    together = Counter(zip(labels, spurious, strict=True))
+    together = Counter((label, other) for _, label, other in set(zip(texts, labels, spurious, strict=True)))
     least = min(together.values()) if len(together) == 4 else 0
     if least < LEAST:
         raise TextError(
-            f"with spurious_field, each combination of the two labels must have {LEAST} texts",
+            f"with spurious_field, each combination of the two labels must have {LEAST} different texts",
             f"{least}",
             "Give more labelled texts, or leave spurious_field out.",
         )
@@ -203,11 +209,12 @@ def choose(
         TextError: fewer than two classes are large enough.
     """
     counts = Counter(labels)
-    big = [name for name, count in counts.most_common() if count >= LEAST]
+    different = Counter(label for _, label in set(zip(texts, labels, strict=True)))
+    big = [name for name, _ in counts.most_common() if different[name] >= LEAST]
     if len(big) < 2:
-        found = ", ".join(f"{name} {count}" for name, count in counts.most_common(5))
+        found = ", ".join(f"{name} {count}" for name, count in different.most_common(5))
         raise TextError(
-            f"labels must have at least two classes of {LEAST} texts or more",
+            f"labels must have at least two classes of {LEAST} different texts or more",
             found or "no labels",
             "Give more labelled texts.",
         )

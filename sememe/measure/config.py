@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from sememe.config import Config
 from sememe.errors import ConfigError
@@ -65,6 +65,12 @@ class MeasureConfig(Config):
         if value is not None:
             seconds_of(value)
         return value
+
+    @model_validator(mode="after")
+    def _narrow_enough_has_an_effect(self) -> Self:
+        if self.budget is None:
+            self.check_inert("narrow_enough", without="there is no budget")
+        return self
 
     def budget_seconds(self) -> float | None:
         """The budget as a number."""

@@ -5,7 +5,6 @@ Fills the sums of `metrics.py` and turns them into report.json. Knows arms, not 
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -333,14 +332,26 @@ class Measured:
         found["fvu_all_rows"] = self.all_rows[name].drawn(**options)["fvu"]
         return found | self.loss.drawn(name, **options)
 
-    def cheats(self, name: str, dictionary: Dictionary) -> tuple[str, ...]:
-        """Known ways of reconstructing without finding features that an arm shows, in words."""
+    def cheats(self, name: str, dictionary: Dictionary, called: str = "") -> list[str]:
+        """Known ways of reconstructing without finding features that an arm shows, a sentence each; or why they are
+        not known.
+
+        Args:
+            name: The arm.
+            dictionary: What it is.
+            called: What the sentences call it; "it" if empty.
+        """
         found = self.sparsity[name]
-        l0 = found.compute()["l0"].value
+        l0 = found.compute()["l0"]
         W_dec = dictionary.decoder_directions().detach()
-        if not (math.isfinite(l0) and bool(torch.isfinite(W_dec).all())):
-            return ()  # NaN stands in the numbers, with its cause
-        return metrics.cheats(W_dec, found.density().to(W_dec.device), l0).named
+        n_bad = int((~torch.isfinite(W_dec).all(1)).sum())
+        if n_bad or l0.cause:
+            why = f"{n_bad:,} decoder rows are NaN or infinite" if n_bad else l0.cause
+            return [
+                f"Whether {called or 'it'} reconstructs without having found features is not known: {why}."
+            ]
+        named = metrics.cheats(W_dec, found.density().to(W_dec.device), l0.value).named
+        return [f"{called or 'It'} may be {cheat}." for cheat in named]
 
     # -- the report --------------------------------------------------------------------------------
 
@@ -515,11 +526,13 @@ class Measured:
         for value in sorted({tags[axis] for tags in self.units.tags}):
             units = self.units.where(axis, value)
             options = self._options(units)
-            base = self.loss.compute("base", **options)["ce"]
+            base = {f"{key}_base": one for key, one in self.loss.compute("base", **options).items()}
             arms = {}
             for name in names:
                 statistics = self.kept[name].compute(**options) | self.sparsity[name].compute(**options)
-                statistics |= self.loss.compute(name, **options) | {"ce_base": base}
+                statistics["fvu_all_rows"] = self.all_rows[name].compute(**options)["fvu"]
+                statistics |= self.loss.compute(name, **options) | base
+                # counted by latent, and that for groups of documents of any value (docs/evaluate.md)
                 del statistics["frac_alive"], statistics["frac_alive_8192"]
                 counts = self.sparsity[name].sums.arrays(len(units)).get("n", np.zeros(len(units)))
                 arms[name] = {

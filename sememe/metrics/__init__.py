@@ -37,6 +37,7 @@ from sememe.metrics.concepts import (
     spurious_removal,
     targeted_perturbation,
 )
+from sememe.metrics.cuts import numbered_units, shuffled_labels
 from sememe.metrics.directions import Nearest, check_finite, mcs, mmcs, nearest_directions, unit_rows
 from sememe.metrics.geometry import (
     Correlations,
@@ -144,6 +145,7 @@ __all__ = [
     "nearest_directions",
     "neuron_sparsity",
     "null_space_share",
+    "numbered_units",
     "opposites",
     "outlier_dimensions",
     "over_halvings",
@@ -156,6 +158,7 @@ __all__ = [
     "random_rows",
     "rare_cluster",
     "self_similarity",
+    "shuffled_labels",
     "sparse_probe",
     "splits",
     "spurious_removal",

@@ -6,7 +6,8 @@ not reconstruct stays, and no row is moved across a probe's threshold merely bec
 exact for means over positions, as decoding is linear.
 
 Everything is fitted and chosen on one half and scored on the other. `over_halvings` averages over several such cuts,
-and draws the scored rows again for an interval: nothing is fitted or chosen anew, least of all on them.
+and draws the scored rows again for an interval: nothing is fitted or chosen anew, least of all on them. Rows of one
+unit (equal texts, say) lie in one half, and are drawn together.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 from sememe.errors import ConfigError
-from sememe.metrics.probing import LEAST_PER_CLASS, LinearProbe, linear_probe
+from sememe.metrics.cuts import halves, numbered_units
+from sememe.metrics.probing import LinearProbe, linear_probe
 from sememe.metrics.sums import Array, Formula, Statistic, Totals, bootstrap, undrawn_share
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
 Rows = Float[np.ndarray, "n d"]
 Acts = Float[np.ndarray, "n d_sae"]
 Weights = Float[np.ndarray, "d_sae d"]
+Units = Shaped[np.ndarray, " n"]
 
 
 class Tested(NamedTuple):
@@ -46,21 +49,26 @@ class Tested(NamedTuple):
     """From sums with leading axes (draws, halvings) to each score (draws,)."""
     cause: str
     """What it means when a score is not a number."""
+    units: Int[np.ndarray, " n"]
+    """What each row is of: those of one unit are drawn together."""
 
 
 def over_halvings(parts: Sequence[Tested], *, n_bootstrap: int = 1000, seed: int = 0) -> dict[str, Statistic]:
     """Scores averaged over several cuts into halves, with intervals from drawing the examples again.
 
-    An example is drawn for every half in which it was tested. The interval says how the scores hang on the examples
+    A unit is drawn for every half in which it was tested. The interval says how the scores hang on the examples
     they were measured on, with probes and latents as they were fitted; another cut's are beside it in `parts`.
 
     Args:
         parts: The same examples cut into halves by several seeds.
         n_bootstrap: Draws; 0 gives no intervals.
-        seed: Of the draws. Equal seeds draw equal examples, so that a null's interval is paired.
+        seed: Of the draws. Equal seeds draw equal units, so that a null's interval is paired.
     """
     first = parts[0]
-    sums = {name: np.stack([part.sums[name] for part in parts], axis=1) for name in first.sums}
+    sums = {
+        name: _by_unit(np.stack([part.sums[name] for part in parts], axis=1), first.units)
+        for name in first.sums
+    }
     sums["n"] = sums["n"].sum(1)
     causes = dict.fromkeys(first.formulas, first.cause)
     found = bootstrap(sums, first.formulas, n=n_bootstrap, seed=seed, causes=causes)
@@ -71,6 +79,13 @@ def over_halvings(parts: Sequence[Tested], *, n_bootstrap: int = 1000, seed: int
             counted = sums[OF[name]].reshape(len(sums["n"]), -1) > 0
             shown[name] = undrawn_share(shown[name], int(counted.any(1).sum()))
     return shown
+
+
+def _by_unit(values: Array, units: Int[np.ndarray, " n"]) -> Array:
+    """Sums over the rows of each unit."""
+    found: Array = np.zeros((int(units.max(initial=-1)) + 1, *values.shape[1:]))
+    np.add.at(found, units, values)
+    return found
 
 
 def _accuracy(right: Array, side: Array) -> Array:
@@ -112,7 +127,7 @@ REMOVAL: dict[str, Formula] = {
 ABSORPTION: dict[str, Formula] = {
     "full": lambda t: (t["full"] / t["recognised"]).mean(-1),
     "fraction": lambda t: (t["fraction"] / t["recognised"]).mean(-1),
-    "f1": lambda t: (2 * t["both"] / np.maximum(t["said"] + t["labelled"], 1)).mean(-1),
+    "f1": lambda t: (2 * t["both"] / (t["said"] + t["labelled"])).mean(-1),
 }
 
 
@@ -179,6 +194,7 @@ def targeted_perturbation(
     labels: Int[np.ndarray, " n"],
     n_ablated: tuple[int, ...],
     *,
+    units: Units | None = None,
     seed: int = 0,
 ) -> dict[int, TargetedPerturbation]:
     """Targeted probe perturbation: probes are trained, and latents chosen, on one half; scored on the other.
@@ -193,6 +209,7 @@ def targeted_perturbation(
         labels: Class of each row, 0 and up; at least two classes.
         n_ablated: Numbers of latents to ablate per class: those with the largest product of the difference of their
             means and what their decoder row adds to the class's probe.
+        units: What each row is of: no half, and no fold, splits those of one. Each row for itself, if not given.
         seed: Of the halves and folds.
 
     Raises:
@@ -203,11 +220,12 @@ def targeted_perturbation(
         raise ConfigError(
             "targeted perturbation needs at least two classes", len(classes), "Give more labels."
         )
-    train, test = _halves(labels, seed)
+    of = numbered_units(units, len(labels))
+    train, test = halves(labels, seed, units=of)
     probes, latents = [], []
     for one in classes:
         mine = labels[train] == one
-        probe = linear_probe(x[train], mine, seed=seed)
+        probe = linear_probe(x[train], mine, units=of[train], seed=seed)
         probes.append(probe)
         latents.append(_most_telling(acts[train], mine, W_dec, probe, max(n_ablated)))
     truth = np.stack([labels[test] == one for one in classes], axis=1)
@@ -233,7 +251,7 @@ def targeted_perturbation(
         others -= own / (k - 1)
         sums = shared | _at(test, len(x), {"own": own, "others": others})
         score = {"own": float(np.diag(losses).mean()), "others": float(losses[~np.eye(k, dtype=bool)].mean())}
-        tested = Tested(sums, PERTURBATION, "no text of a class was tested")
+        tested = Tested(sums, PERTURBATION, "no text of a class was tested", of)
         found[n] = TargetedPerturbation(score["own"] - score["others"], **score, losses=losses, tested=tested)
     return found
 
@@ -246,6 +264,7 @@ def spurious_removal(
     spurious: Bool[np.ndarray, " n"],
     n_ablated: tuple[int, ...],
     *,
+    units: Units | None = None,
     seed: int = 0,
 ) -> dict[int, SpuriousRemoval]:
     """Spurious correlation removal: a probe for the concept is trained where the spurious label goes with it.
@@ -263,18 +282,20 @@ def spurious_removal(
         concept: The label that is wanted.
         spurious: The other.
         n_ablated: Numbers of latents to ablate.
+        units: What each row is of: no half, and no fold, splits those of one. Each row for itself, if not given.
         seed: Of the halves, draws and folds.
 
     Raises:
         ConfigError: one of the four combinations has too few rows.
     """
     four = 2 * concept.astype(np.int64) + spurious
-    train, test = _halves(four, seed, n_classes=4)
+    of = numbered_units(units, len(four))
+    train, test = halves(four, seed, n_classes=4, units=of)
     balanced, held_out = _balance(four, train, seed), _balance(four, test, seed)
     agreeing = train[concept[train] == spurious[train]]
-    biased = linear_probe(x[agreeing], concept[agreeing], seed=seed)
-    clean = linear_probe(x[balanced], concept[balanced], seed=seed)
-    about = linear_probe(x[balanced], spurious[balanced], seed=seed)
+    biased = linear_probe(x[agreeing], concept[agreeing], units=of[agreeing], seed=seed)
+    clean = linear_probe(x[balanced], concept[balanced], units=of[balanced], seed=seed)
+    about = linear_probe(x[balanced], spurious[balanced], units=of[balanced], seed=seed)
     ordered = _most_telling(acts[balanced], spurious[balanced], W_dec, about, max(n_ablated))
     truth = concept[held_out]
     side = np.stack([truth, ~truth], axis=-1).astype(np.float64)
@@ -291,6 +312,7 @@ def spurious_removal(
             _at(held_out, len(x), sums | {"ablated": right(biased, left)}),
             REMOVAL,
             "the probe trained where the labels agree was as good as the balanced one",
+            of,
         )
         scores = over_halvings([tested], n_bootstrap=0)
         found[n] = SpuriousRemoval(**{name: one.value for name, one in scores.items()}, tested=tested)
@@ -303,6 +325,7 @@ def absorption(
     W_dec: Weights,
     label: Bool[np.ndarray, " n"],
     *,
+    units: Units | None = None,
     seed: int = 0,
     f1_gain: float = 0.03,
     max_latents: int = 10,
@@ -325,6 +348,7 @@ def absorption(
         acts: Latents.
         W_dec: Decoder rows.
         label: Whether the example has the concept.
+        units: What each row is of: no half, and no fold, splits those of one. Each row for itself, if not given.
         seed: Of the halves and folds.
         f1_gain: See above.
         max_latents: At most so many stand for the concept.
@@ -335,12 +359,13 @@ def absorption(
     Raises:
         ConfigError: too few rows with or without the concept.
     """
-    train, test = _halves(label.astype(np.int64), seed)
-    probe = linear_probe(x[train], label[train], seed=seed)
+    of = numbered_units(units, len(label))
+    train, test = halves(label.astype(np.int64), seed, units=of)
+    probe = linear_probe(x[train], label[train], units=of[train], seed=seed)
     size = float(np.linalg.norm(probe.weights))
     direction = probe.weights / max(size, 1e-12)
     order = _most_telling(acts[train], label[train], W_dec, probe, max_latents)
-    own, said = _split_latents(acts, label, train, test, order, f1_gain, seed)
+    own, said = _split_latents(acts, label, of, train, test, order, f1_gain, seed)
     known = (probe.answers(x[test]) > 0) & label[test]
     rows = test[known]
     sums = {"said": said, "labelled": label[test], "both": said & label[test], "recognised": known}
@@ -353,7 +378,7 @@ def absorption(
             sums[name] = np.zeros(len(test))
             sums[name][known] = values
         cause = "the probe recognised no text, or the concept's own latents never fire"
-        tested = Tested(_at(test, len(x), sums), ABSORPTION, cause)
+        tested = Tested(_at(test, len(x), sums), ABSORPTION, cause, of)
         scores = {name: one.value for name, one in over_halvings([tested], n_bootstrap=0).items()}
         return Absorption(scores["full"], scores["fraction"], len(rows), own, scores["f1"], tested=tested)
 
@@ -384,6 +409,7 @@ def absorption(
 def _split_latents(
     acts: Acts,
     label: Bool[np.ndarray, " n"],
+    units: Int[np.ndarray, " n"],
     train: Int[np.ndarray, " n_train"],
     test: Int[np.ndarray, " n_test"],
     order: Int[np.ndarray, " k"],
@@ -392,19 +418,18 @@ def _split_latents(
 ) -> tuple[tuple[int, ...], Bool[np.ndarray, " n_test"]]:
     """As many latents of an order as each raise F1 on the training half by more than `gain`, and which test rows a
     probe on them says have the concept."""
+
+    def on(latents: Int[np.ndarray, " k"]) -> LinearProbe:
+        return linear_probe(acts[train][:, latents], label[train], units=units[train], seed=seed)
+
     taken, best = 1, -1.0
     for k in range(1, len(order) + 1):
-        f1 = _f1(
-            linear_probe(acts[train][:, order[:k]], label[train], seed=seed),
-            acts[train][:, order[:k]],
-            label[train],
-        )
+        f1 = _f1(on(order[:k]), acts[train][:, order[:k]], label[train])
         if k > 1 and f1 - best <= gain:
             break
         taken, best = k, f1
     own = order[:taken]
-    probe = linear_probe(acts[train][:, own], label[train], seed=seed)
-    return tuple(int(latent) for latent in own), probe.answers(acts[test][:, own]) > 0
+    return tuple(int(latent) for latent in own), on(own).answers(acts[test][:, own]) > 0
 
 
 def _f1(probe: LinearProbe, x: np.ndarray, label: Bool[np.ndarray, " n"]) -> float:
@@ -436,24 +461,6 @@ def _most_telling(
     difference = acts[label].mean(0) - acts[~label].mean(0)
     effect = np.abs(difference * (W_dec @ probe.weights))
     return np.argsort(-effect, kind="stable")[:n]
-
-
-def _halves(
-    labels: Int[np.ndarray, " n"], seed: int, n_classes: int | None = None
-) -> tuple[Int[np.ndarray, " train"], Int[np.ndarray, " test"]]:
-    """Rows for training and for testing, half of each class in either."""
-    from sklearn.model_selection import train_test_split
-
-    counts = np.bincount(labels, minlength=n_classes or 0)
-    counts = counts if n_classes else counts[counts > 0]
-    if len(counts) < 2 or counts.min() < 2 * LEAST_PER_CLASS:
-        raise ConfigError(
-            f"each class (or combination of classes) must have at least {2 * LEAST_PER_CLASS} texts",
-            ", ".join(str(int(count)) for count in counts),
-            "Give more labelled texts, or leave that class out.",
-        )
-    train, test = train_test_split(np.arange(len(labels)), test_size=0.5, random_state=seed, stratify=labels)
-    return np.sort(train), np.sort(test)
 
 
 def _balance(

@@ -211,7 +211,12 @@ def token_match(
     """The (un)embedding row that is nearest to each latent: its cosine, its token.
 
     Source: asked by the sparse-coding project: is layer 0 just tokens? Rows are centred first, as they share a part.
+
+    Raises:
+        ActivationError: a row is NaN or infinite.
     """
+    check_finite(W_dec, "decoder rows")
+    check_finite(rows, "embedding rows")
     nearest = nearest_directions(W_dec, rows - rows.mean(0), block=block)
     return nearest.cosines[:, 0], nearest.indices[:, 0]
 
@@ -222,11 +227,13 @@ def probe_rank(
     """Latents by cosine to a probe's direction, largest first: the cosines, the latents.
 
     Raises:
-        ConfigError: the probe is 0.
+        ConfigError: the probe is 0, NaN or infinite.
+        ActivationError: a decoder row is NaN or infinite.
     """
     length = float(probe.norm())
     if not math.isfinite(length) or length == 0:
         raise ConfigError("a probe must be a direction", f"a vector of length {length:g}", "Fit it again.")
+    check_finite(W_dec, "decoder rows")
     rows = unit_rows(W_dec)
     cosines = rows @ (probe / length).to(rows)
     order = cosines.argsort(descending=True, stable=True)

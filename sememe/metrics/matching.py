@@ -41,6 +41,8 @@ __all__ = [
 STABLE, LOST = 0.9, 0.6
 COINCIDE = 0.95
 ONE_HOT = 0.9
+PAIRED = 0.05
+"""Share of the latents in opposite pairs above which these are named: directions found one by one have none."""
 
 
 class Match(NamedTuple):
@@ -208,7 +210,8 @@ def cheats(
     """Look for the known ways of reconstructing without finding features.
 
     Source: the sparse-coding project, whose MLP dictionaries had high mcs to one another with 400 to 800 of 2,048
-    latents active: they were the identity. Thresholds are ours.
+    latents active: they were the identity, and which looked for
+    pairs at a cosine of -1. Thresholds are ours.
 
     Args:
         W_dec: Decoder rows.
@@ -233,7 +236,7 @@ def cheats(
         named.append(
             f"the identity: {one_hot:.0%} of the decoder rows are single dimensions, and {l0:.0f} latents are active"
         )
-    if paired > 0.5:
+    if paired > PAIRED:
         named.append(f"opposite pairs: {paired:.0%} of the latents have one, so signs are free")
     if dense > 0.1:
         apart = ", apart from the others (two modes of density)" if bimodal else ""

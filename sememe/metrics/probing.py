@@ -1,7 +1,7 @@
 """What a few latents say about a label, beside what everything together says. Knows a matrix and labels.
 
 Nothing is chosen on test data: in every outer fold, latents are chosen and the regression's strength is set on the
-training part alone.
+training part alone, and rows of one unit (equal texts, say) are never on both sides.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from sememe.errors import ActivationError, ConfigError
+from sememe.metrics.cuts import LEAST_PER_CLASS, folds, numbered_units, once_each, units_per_class
 from sememe.metrics.sums import Statistic, undrawn_share
 
 __all__ = [
@@ -29,7 +30,6 @@ __all__ = [
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 """Inverse regularisation strengths that are tried on the training part."""
-LEAST_PER_CLASS = 10
 
 
 class ProbeScores(NamedTuple):
@@ -52,6 +52,8 @@ class Probe(NamedTuple):
     """Log-odds of each row by the fold that did not see it."""
     folds: Int[np.ndarray, " n"]
     """Which fold tested each row."""
+    units: Int[np.ndarray, " n"]
+    """What each row is of: rows of one unit share a fold, and are drawn together."""
 
 
 class LinearProbe(NamedTuple):
@@ -71,6 +73,7 @@ def sparse_probe(
     labels: Bool[Tensor, " n"],
     ks: tuple[int, ...] = (1, 2, 5, 10),
     *,
+    units: Shaped[np.ndarray, " n"] | None = None,
     n_folds: int = 5,
     seed: int = 0,
 ) -> dict[int, Probe]:
@@ -84,55 +87,68 @@ def sparse_probe(
         acts: A row per text: e.g. the largest activation of each latent in it.
         labels: Its class.
         ks: How many columns.
+        units: What each row is of: no fold, outer or inner, splits those of one. Each row for itself, if not given.
         n_folds: Outer folds, each stratified; at most three inner ones.
         seed: Of the folds.
 
     Raises:
-        ConfigError: a class with fewer than 10 rows, or a k outside the columns.
+        ConfigError: a class with fewer than 10 units, or a k outside the columns.
         ActivationError: a row is NaN or infinite.
     """
-    x, y = _checked(acts, labels, n_folds)
+    x, y, of = _checked(acts, labels, units, n_folds)
     for k in ks:
         if not 1 <= k <= x.shape[1]:
             raise ConfigError(f"k must be in [1, {x.shape[1]}], the number of latents", k, "Lower k.")
     found = {}
     for k in ks:
         answers, chosen = np.zeros(len(y)), []
-        for train, test in _folds(y, n_folds, seed):
+        for train, test in folds(y, n_folds, seed, of):
             columns = _most_different(x[train], y[train], k)
             chosen.append(tuple(int(column) for column in columns))
-            answers[test] = _answers(x[train][:, columns], y[train], x[test][:, columns], n_folds, seed)
-        found[k] = _probe(answers, y, n_folds, seed, tuple(chosen))
+            probe = linear_probe(x[train][:, columns], y[train], units=of[train], n_folds=n_folds, seed=seed)
+            answers[test] = probe.answers(x[test][:, columns])
+        found[k] = _probe(answers, y, of, n_folds, seed, tuple(chosen))
     return found
 
 
 def dense_probe(
-    acts: Float[Tensor, "n d"], labels: Bool[Tensor, " n"], *, n_folds: int = 5, seed: int = 0
+    acts: Float[Tensor, "n d"],
+    labels: Bool[Tensor, " n"],
+    *,
+    units: Shaped[np.ndarray, " n"] | None = None,
+    n_folds: int = 5,
+    seed: int = 0,
 ) -> Probe:
     """The same on all columns: what a probe on the activations themselves gives. Arguments and errors as there."""
-    x, y = _checked(acts, labels, n_folds)
+    x, y, of = _checked(acts, labels, units, n_folds)
     answers = np.zeros(len(y))
-    for train, test in _folds(y, n_folds, seed):
-        answers[test] = _answers(x[train], y[train], x[test], n_folds, seed)
-    return _probe(answers, y, n_folds, seed)
+    for train, test in folds(y, n_folds, seed, of):
+        probe = linear_probe(x[train], y[train], units=of[train], n_folds=n_folds, seed=seed)
+        answers[test] = probe.answers(x[test])
+    return _probe(answers, y, of, n_folds, seed)
 
 
 def _probe(
-    answers: np.ndarray, y: np.ndarray, n_folds: int, seed: int, chosen: tuple[tuple[int, ...], ...] = ()
+    answers: np.ndarray,
+    y: np.ndarray,
+    units: np.ndarray,
+    n_folds: int,
+    seed: int,
+    chosen: tuple[tuple[int, ...], ...] = (),
 ) -> Probe:
-    folds = np.zeros(len(y), dtype=np.int64)
-    for number, (_, test) in enumerate(_folds(y, n_folds, seed)):
-        folds[test] = number
+    tested = np.zeros(len(y), dtype=np.int64)
+    for number, (_, test) in enumerate(folds(y, n_folds, seed, units)):
+        tested[test] = number
     scores = {
-        name: float(draws[0]) for name, draws in _drawn(answers, y, folds, np.ones((1, len(y)))).items()
+        name: float(draws[0]) for name, draws in _drawn(answers, y, tested, np.ones((1, len(y)))).items()
     }
-    return Probe(ProbeScores(**scores), chosen, answers, folds)
+    return Probe(ProbeScores(**scores), chosen, answers, tested, units)
 
 
 def probe_scores(
     probe: Probe, labels: Bool[Tensor, " n"], *, n_bootstrap: int = 1000, seed: int = 0
 ) -> dict[str, Statistic]:
-    """A probe's scores with 95% intervals from drawing its rows again; no probe is fitted anew.
+    """A probe's scores with 95% intervals from drawing its units again; no probe is fitted anew.
 
     Where a score is exactly 0 or 1 every draw is, too: an accuracy then has Wilson's interval, the others the bound of
     disjoint pairs (`_undrawn_pairs`, with its sources).
@@ -141,10 +157,11 @@ def probe_scores(
         probe: As `sparse_probe` or `dense_probe` made it.
         labels: Those it was made with.
         n_bootstrap: Draws; 0 gives no intervals.
-        seed: Of the draws. Equal seeds draw equal rows, so that a null's interval is paired.
+        seed: Of the draws. Equal seeds draw equal units, so that a null's interval is paired.
     """
     y = labels.detach().cpu().numpy().astype(bool)
-    weights = np.random.default_rng(seed).multinomial(len(y), np.full(len(y), 1 / len(y)), size=n_bootstrap)
+    n = int(probe.units.max()) + 1
+    weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_bootstrap)[:, probe.units]
     found = {}
     for name, draws in _drawn(probe.answers, y, probe.folds, weights).items():
         value = getattr(probe.scores, name)
@@ -154,9 +171,9 @@ def probe_scores(
             low, high = (float(q) for q in np.quantile(draws, [0.025, 0.975]))
             drawn = Statistic(value, low, high)
             if name == "accuracy":
-                found[name] = undrawn_share(drawn, len(y))
+                found[name] = undrawn_share(drawn, n)
             else:
-                found[name] = _undrawn_pairs(drawn, _n_pairs(y, probe.folds, name))
+                found[name] = _undrawn_pairs(drawn, _n_pairs(y, probe, name))
         else:
             found[name] = Statistic(
                 value, cause="some draws of texts hold none with, or none without, the label"
@@ -225,11 +242,15 @@ def _interval(draws: Float[np.ndarray, " draws"]) -> Statistic:
     return Statistic(value, low, high)
 
 
-def _n_pairs(y: Bool[np.ndarray, " n"], folds: Int[np.ndarray, " n"], name: str) -> int:
+def _n_pairs(y: Bool[np.ndarray, " n"], probe: Probe, name: str) -> int:
     """How many independent answers stand behind a score that is right, or wrong, of everything."""
+
+    def least(among: Bool[np.ndarray, " n"]) -> int:
+        return min(len(np.unique(probe.units[side & among])) for side in (y, ~y))
+
     if name == "balanced_accuracy":
-        return 2 * min(int(y.sum()), int((~y).sum()))
-    return sum(min(int((y & (folds == f)).sum()), int((~y & (folds == f)).sum())) for f in np.unique(folds))
+        return 2 * least(np.ones_like(y))
+    return sum(least(probe.folds == fold) for fold in np.unique(probe.folds))
 
 
 def _undrawn_pairs(found: Statistic, n: int) -> Statistic:
@@ -281,13 +302,17 @@ def _drawn(
         }
 
 
-def _checked(acts: Tensor, labels: Tensor, n_folds: int) -> tuple[np.ndarray, np.ndarray]:
+def _checked(
+    acts: Tensor, labels: Tensor, units: np.ndarray | None, n_folds: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     x, y = acts.detach().cpu().double().numpy(), labels.detach().cpu().numpy().astype(bool)
-    smaller = int(min(y.sum(), (~y).sum()))
-    if smaller < max(LEAST_PER_CLASS, n_folds):
+    of = numbered_units(units, len(y))
+    without, with_it = units_per_class(y, of, 2)
+    least = max(LEAST_PER_CLASS, n_folds)
+    if min(without, with_it) < least:
         raise ConfigError(
-            f"each class must have at least {max(LEAST_PER_CLASS, n_folds)} texts",
-            f"{int(y.sum())} and {int((~y).sum())}",
+            f"each class must have at least {least} texts{once_each(of)}",
+            f"{with_it} and {without}",
             "Give more labelled texts.",
         )
     finite = np.isfinite(x).all(1)
@@ -297,14 +322,7 @@ def _checked(acts: Tensor, labels: Tensor, n_folds: int) -> tuple[np.ndarray, np
             f"NaN or infinity in row {int(np.argmin(finite))}",
             "Look at that text.",
         )
-    return x, y
-
-
-def _folds(y: np.ndarray, n_folds: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    from sklearn.model_selection import StratifiedKFold
-
-    cut = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
-    return [(train, test) for train, test in cut.split(np.zeros(len(y)), y)]
+    return x, y, of
 
 
 def _most_different(x: np.ndarray, y: np.ndarray, k: int) -> np.ndarray:
@@ -317,20 +335,21 @@ def _most_different(x: np.ndarray, y: np.ndarray, k: int) -> np.ndarray:
     return np.argsort(-score, kind="stable")[:k]
 
 
-def _answers(x: np.ndarray, y: np.ndarray, test: np.ndarray, n_folds: int, seed: int) -> np.ndarray:
-    """Log-odds of the test rows by a regression whose strength inner folds have chosen."""
-    return linear_probe(x, y, n_folds=n_folds, seed=seed).answers(test)
-
-
 def linear_probe(
-    x: Float[np.ndarray, "n d"], y: Bool[np.ndarray, " n"], *, n_folds: int = 3, seed: int = 0
+    x: Float[np.ndarray, "n d"],
+    y: Bool[np.ndarray, " n"],
+    *,
+    units: Shaped[np.ndarray, " n"] | None = None,
+    n_folds: int = 3,
+    seed: int = 0,
 ) -> LinearProbe:
     """Logistic regression whose strength folds of these rows have chosen; its weights are for rows as they come.
 
     Args:
         x: Rows.
         y: Their label.
-        n_folds: At most three are used.
+        units: What each row is of: no fold splits those of one. Each row for itself, if not given.
+        n_folds: At most three are used, and no more than a class has units; with one alone, the strength is 1.
         seed: Of the folds.
     """
     from sklearn.linear_model import LogisticRegression
@@ -343,14 +362,19 @@ def linear_probe(
     def fitted(strength: float, rows: np.ndarray) -> LogisticRegression:
         return LogisticRegression(C=strength, max_iter=1000).fit(x[rows], y[rows])
 
-    inner = _folds(y, min(n_folds, 3), seed + 1)
-    losses = [
-        sum(
-            log_loss(y[out], fitted(strength, into).predict_proba(x[out]), labels=[False, True])
-            for into, out in inner
-        )
-        for strength in STRENGTHS
-    ]
-    model = fitted(STRENGTHS[int(np.argmin(losses))], np.arange(len(y)))
+    of = numbered_units(units, len(y))
+    n_inner = min(n_folds, 3, int(units_per_class(y, of, 2).min()))
+    best = 1.0
+    if n_inner > 1:
+        inner = folds(y, n_inner, seed + 1, of)
+        losses = [
+            sum(
+                log_loss(y[out], fitted(strength, into).predict_proba(x[out]), labels=[False, True])
+                for into, out in inner
+            )
+            for strength in STRENGTHS
+        ]
+        best = STRENGTHS[int(np.argmin(losses))]
+    model = fitted(best, np.arange(len(y)))
     weights = model.coef_[0] / std
     return LinearProbe(weights, float(model.intercept_[0] - mean @ weights))

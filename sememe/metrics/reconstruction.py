@@ -26,7 +26,6 @@ class Reconstruction:
         self.sums = Sums()
         self.d_out = 0
         self._shift: Tensor | None = None
-        self._n_bad = torch.zeros((), dtype=torch.int64)
 
     def update(
         self,
@@ -55,19 +54,20 @@ class Reconstruction:
         if target.shape[0] == 0:
             return
         target, recon = target.detach().to(torch.float64), recon.detach().to(torch.float64)
+        self.d_out = target.shape[1]
         if self._shift is None:
             # Variance is taken about this row and corrected at the end: no cancellation at a large offset.
-            self._shift, self.d_out = target[0].clone(), target.shape[1]
-            self._n_bad = self._n_bad.to(target.device)
-        shifted = target - self._shift
+            finite = torch.nonzero(torch.isfinite(target).all(1)).view(-1)
+            self._shift = target[finite[0]].clone() if finite.numel() else None
+        shifted = target if self._shift is None else target - self._shift
         norms = target.norm(dim=1) * recon.norm(dim=1)
         cosine = torch.where(norms == 0, 0.0, (target * recon).sum(1) / norms)
         error = (target - recon).square().sum(1)
-        self._n_bad += (~torch.isfinite(error)).sum()
         self.sums.add(
             units,
             {
                 "n": torch.ones_like(error),
+                "bad": (~torch.isfinite(error)).to(torch.float64),
                 "error": error,
                 "square": shifted.square().sum(1),
                 "sum": shifted,
@@ -83,8 +83,8 @@ class Reconstruction:
         sums = select(self.sums.arrays(), units)
         if not sums:
             return dict.fromkeys(self._formulas(), Statistic(math.nan, cause="there were no rows"))
+        n_bad = int(sums.pop("bad").sum())
         self._about_the_mean(sums)
-        n_bad = int(self._n_bad)
         if n_bad:
             why = f"{n_bad} rows of the reconstruction or its target are NaN or infinite"
             causes = dict.fromkeys(self._formulas(), why)
@@ -97,6 +97,7 @@ class Reconstruction:
         sums = self.sums.arrays(n_units)
         if not sums:
             return {name: np.full(1 + n, math.nan) for name in self._formulas()}
+        del sums["bad"]
         self._about_the_mean(sums)
         return drawn(sums, self._formulas(), n=n, seed=seed, n_units=n_units)
 

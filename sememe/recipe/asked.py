@@ -38,11 +38,15 @@ def comparisons(places: Places, made: Sequence[Stage]) -> list[Stage]:
             paths = tuple(places.dictionary(label) for label in labels)
         else:  # folders: a sweep as a whole
             paths = tuple(s.path for s in made if s.verb in ("train", "fit") and s.name != TWIN)
-        beside = {"twins": (places.twin_path(),)} if places.recipe.twin is not None else {}
+        on_text = not rest.get("directions_only")  # else nothing of it has an effect
+        shared = places.shared if on_text else {}
+        twin = on_text and places.recipe.twin is not None
+        beside = {"twins": (places.twin_path(),)} if twin else {}
         out = places.base / "comparison" / name
         about: dict[str, Any] = {"dictionaries": paths, "out": out}
-        about["store"] = _store(places, table, labels)
-        config = CompareConfig.build({**places.shared, **rest, **about, **beside}, places.where)
+        if on_text or "store" in table:
+            about["store"] = _store(places, table, labels)
+        config = CompareConfig.build({**shared, **rest, **about, **beside}, places.where)
         found.append(Stage("compare", name, out, config))
     return found
 

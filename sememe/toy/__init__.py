@@ -14,7 +14,7 @@ from sememe.toy.config import ToyConfig
 from sememe.toy.fitted import Fitted, FittedSource, differences, statistics
 from sememe.toy.layered import Layered, LayeredConfig, layered
 from sememe.toy.planted import Planted, PlantedSource, planted
-from sememe.toy.recovery import Absorption, Recovery, absorption, on_rows, recovery
+from sememe.toy.recovery import Absorption, Recovery, absorption, on_rows, recovery, scores
 from sememe.toy.stream import PlantedBatch, Stream, Truth
 from sememe.toy.superposed import Superposed, SuperposedConfig, SuperposedSource, Superposition, superpose
 
@@ -41,6 +41,7 @@ __all__ = [
     "on_rows",
     "planted",
     "recovery",
+    "scores",
     "statistics",
     "superpose",
 ]
