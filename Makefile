@@ -8,6 +8,8 @@
 #                   browse, toy, intervene, pretrain)
 #   make bench-peers  the same rows through SAELens, sparsify and dictionary_learning: an environment for each
 #   make exchange-check  dictionaries to and from SAELens, sparsify and dictionary_learning themselves
+#   make wrappers-check  nnsight's and TransformerLens' activations against the model's own
+#   make sae-bench-check  SAEBench's core evaluation on a dictionary of ours
 #   make install    .venv with the `sememe` command
 
 PYTHON ?= python3
@@ -19,7 +21,7 @@ PIP    := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
 WORKERS := --numprocesses logical --maxprocesses 8 --dist worksteal
 
 .DELETE_ON_ERROR:
-.PHONY: install demo demo-run test test-all check format bench bench-browse bench-peers exchange-check clean
+.PHONY: install demo demo-run test test-all check format bench bench-browse bench-peers exchange-check wrappers-check sae-bench-check clean
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -79,6 +81,8 @@ PEERS := sae_lens sparsify dictionary_learning
 PEER_sae_lens := sae-lens==6.54.12
 PEER_sparsify := eai-sparsify==1.3.3
 PEER_dictionary_learning := dictionary-learning==0.1.0
+PEER_wrappers := transformer-lens nnsight
+PEER_sae_bench := sae-bench==0.6.0
 
 .venv-peers-%/.installed: constraints.txt
 	@echo "Installing $(PEER_$*) into .venv-peers-$* ..."
@@ -95,6 +99,20 @@ bench-peers: install $(PEERS:%=.venv-peers-%/.installed)
 # Every architecture in both directions, each package in its own environment.
 exchange-check: install $(PEERS:%=.venv-peers-%/.installed)
 	@$(BIN)/python scripts/exchange_check.py $(ARGS)
+
+# These need Sememe's own packages too: the environment sees them behind its own (a second numpy, say, goes first).
+.venv-peers-%/.beside: .venv-peers-%/.installed install
+	@for site in .venv-peers-$*/lib/python3.*/site-packages; do \
+	  ls -d "$(CURDIR)"/$(VENV)/lib/python3.*/site-packages > $$site/zz_sememe.pth; done
+	@touch $@
+
+.PRECIOUS: .venv-peers-%/.installed
+
+wrappers-check: .venv-peers-wrappers/.beside
+	@PYTHONPATH=. .venv-peers-wrappers/bin/python scripts/check_wrappers.py
+
+sae-bench-check: .venv-peers-sae_bench/.beside
+	@PYTHONPATH=. .venv-peers-sae_bench/bin/python scripts/check_sae_bench.py
 
 bench: bench-harvest bench-train bench-selection bench-evaluate bench-atlas bench-browse bench-toy bench-intervene bench-pretrain
 
