@@ -221,6 +221,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(world, tmp_path):
     assert source.state_dict()["n_read"] > 0
     weights = [(tmp_path / out / "weights.safetensors").read_bytes() for out in ("whole", "resumed")]
     assert weights[0] == weights[1]
+    watched = [(tmp_path / out / "watched.jsonl").read_bytes() for out in ("whole", "resumed")]
+    assert watched[0] == watched[1]
 
 
 def test_the_command_line(world, tmp_path, capsys):
@@ -245,7 +247,12 @@ def test_the_command_line(world, tmp_path, capsys):
     ]
     rest = ["--k", "4", "--d-sae", "64", "--batch-size", "256", "--threads", "1", "--objective", "kl"]
     rest += ["--downstream", "resid_post.3", "--log-every", "5", "--out", str(tmp_path / "d")]
+    rest += ["--watch-rows", "100", "--watch-every", "2560", "--watch-ce-tokens", "400"]
     assert _run(["train", "topk", *live, *rest]) == 0
+    watched = read_log(tmp_path / "d" / "watched.jsonl")
+    assert [line["tokens"] for line in watched] == [0, 2560, 5120]
+    assert watched[-1]["ce_increase"] < watched[0]["ce_increase"] and watched[-1]["frac_dead"] <= 1
+    assert watched[-1]["ce_recovered_zero"] > watched[0]["ce_recovered_zero"]
     last = read_log(tmp_path / "d" / "metrics.jsonl")[-1]
     assert last["step"] == 20 and {"kl", "downstream", "mse", "fvu"} <= set(last)
     assert artifact.load(tmp_path / "d").extra["policy"]["context_length"] == 16
