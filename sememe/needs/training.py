@@ -57,6 +57,8 @@ _DENSE = 24.0
 """Bytes per row and latent of a dense step."""
 CHUNK = 2**22
 """Pre-activations of a dense step that are held at once, by architectures that are dense some rows at a time."""
+CHUNKED = frozenset({"lista", "variational"})
+"""Architectures that are dense some rows at a time however few latents are active."""
 STACKED = frozenset({"topk", "batch_topk"})
 """Architectures of which several step as one on a GPU."""
 TILE = 4096
@@ -202,7 +204,7 @@ def _row_bytes(sizes: Sequence[Dictionary], n_rows: int) -> float:
 
 def _step_bytes(size: Dictionary, batch_size: int) -> float:
     """What a step on a CPU holds beside rows and parameters."""
-    if size.kind not in FAST | FLOAT32 | SPARSE:
+    if size.kind not in FAST | FLOAT32 | SPARSE | CHUNKED:
         return _DENSE * batch_size * size.d_sae
     most = max(float(size.l0), size.start_l0 or 0.0)
     if size.dense(most):
