@@ -342,7 +342,7 @@ class CrossLayer(Trainable):
         self,
         x: Float[Tensor, "batch d_in"],
         error: Float[Tensor, "batch d_out"],
-        dead: list[Int[Tensor, " n"]],
+        dead: Sequence[Int[Tensor, " _"]],
     ) -> Float[Tensor, ""]:
         """As `dictionaries.auxiliary.auxk_loss`: each dead latent reads its layer and may write to later ones.
 
