@@ -207,11 +207,11 @@ def _reconstructed():
     return [found.mse.detach(), found.error.detach(), *gradients(found.mse, leaves).values()]
 
 
-def _stepped(step, n_slots, **options):
+def _stepped(function, n_slots, **options):
     generator = torch.Generator().manual_seed(0)
     param, grad, *slots = (torch.rand(3000, 40, generator=generator) for _ in range(2 + n_slots))
-    weight = (torch.rand(3000, generator=generator),) if step is kernels.signum_step else ()
-    step(param, grad, *slots, *weight, lr=0.01, unit_norm=True, **options)
+    weight = (torch.rand(3000, generator=generator),) if function is kernels.signum_step else ()
+    function(param, grad, *slots, *weight, lr=0.01, unit_norm=True, **options)
     return [param, *slots]
 
 
