@@ -51,9 +51,9 @@ ENTRY_BYTES = 60.0
 """Of a step, per row and active latent: activations, indices, their gradients, their order by latent."""
 HELD_BYTES = 12.0
 """The same while a step is dense, where only activations and indices are held of all rows, and put together."""
-CHUNKED_BYTES = 40.0
-"""The same of lista and variational, while half of the latents are active: measured, 560 MB of lista at a batch of
-4,096 and d_sae 4,096."""
+CHUNKED_BYTES = 70.0
+"""The same of lista and variational, while half of the latents are active: measured at a batch of 4,096 and d_sae
+4,096, where this makes 890 MB of a step, 560 MB of lista and 840 MB of variational."""
 STEP_BYTES = 2e8
 """Beside these: the threads' tiles of pre-activations, and those of dead latents."""
 _DENSE = 24.0
