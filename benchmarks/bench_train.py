@@ -25,13 +25,24 @@ from common import finish, interleaved, ratio, row
 
 from sememe import kernels
 from sememe.dictionaries import Architecture, Trainable
+from sememe.dictionaries.abs_topk import AbsTopKConfig
 from sememe.dictionaries.batch_topk import BatchTopKConfig
+from sememe.dictionaries.cross_layer import CrossLayerConfig
+from sememe.dictionaries.gated import GatedConfig
 from sememe.dictionaries.group_max import GroupMaxConfig
 from sememe.dictionaries.jumprelu import JumpReLU, JumpReLUConfig
+from sememe.dictionaries.lista import LISTAConfig
+from sememe.dictionaries.matching_pursuit import MatchingPursuitConfig
 from sememe.dictionaries.matryoshka import MatryoshkaConfig
+from sememe.dictionaries.mlp_encoder import MLPEncoderConfig
+from sememe.dictionaries.multi_topk import MultiTopKConfig
+from sememe.dictionaries.p_anneal import PAnnealConfig
 from sememe.dictionaries.relu import ReLUConfig
+from sememe.dictionaries.tied import TiedConfig
 from sememe.dictionaries.topk import TopKConfig
+from sememe.dictionaries.variational import VariationalConfig
 from sememe.kernels.cpu import rough
+from sememe.needs import size_of
 from sememe.source import Batch, Source, StoreSource, TensorSource
 from sememe.store import open_store
 from sememe.train import TrainConfig
@@ -191,6 +202,16 @@ GROWTH = {
     "_relu_sparse": Case("", "", SPARSE, prepare=with_l0(0.01)),
     "_relu_dense": Case("", "", DENSE),
     "_group_max": Case("", "", GroupMaxConfig(k=K, d_sae=8192, auxk_coefficient=0.0)),
+    "_multi_topk": Case("", "", MultiTopKConfig(k=K, d_sae=8192)),
+    "_abs_topk": Case("", "", AbsTopKConfig(k=K, d_sae=8192)),
+    "_matching_pursuit": Case("", "", MatchingPursuitConfig(k=K, d_sae=8192)),
+    "_mlp_encoder": Case("", "", MLPEncoderConfig(k=K, d_sae=8192)),
+    "_cross_layer": Case("", "", CrossLayerConfig(k=K, d_sae=8192, n_layers=4)),
+    "_gated": Case("", "", GatedConfig(d_sae=8192, resample="none")),
+    "_tied": Case("", "", TiedConfig(d_sae=8192, resample="none")),
+    "_p_anneal": Case("", "", PAnnealConfig(d_sae=8192, resample="none")),
+    "_lista": Case("", "", LISTAConfig(d_sae=8192, resample="none")),
+    "_variational": Case("", "", VariationalConfig(d_sae=8192, resample="none")),
 }
 """Of which training's memory is measured, by the end of the figure's name."""
 
@@ -224,9 +245,10 @@ def growth_mb(name: str, batch: int) -> float:
 
 def growths(batch: int, only: str) -> list[dict[str, Any]]:
     """How much memory training adds: the median of three processes, which differ by up to 60 MB."""
-    state = 3 * 2 * D_IN * 8192 * 4 / 2**20  # gradients and two moments of two matrices
     figures = []
-    for end in GROWTH:
+    for end, case in GROWTH.items():
+        # gradients and two moments of all parameters
+        state = 3 * size_of(case.architecture, D_IN, D_IN).n_bytes / 2**20
         name = f"train_growth_mb{end}"
         if only not in name:
             continue

@@ -15,14 +15,14 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from sememe.dictionaries.base import Site
-from sememe.errors import ActivationError, TextError
+from sememe.errors import ActivationError, ConfigError, TextError
 from sememe.text import Split, TextConfig, TokenBlock, TokenPolicy, token_blocks
 
 if TYPE_CHECKING:
     from sememe.lm import LanguageModel
     from sememe.splice import SeveralModels
 
-__all__ = ["PositionChoice", "Rows", "captured_rows", "first_norms", "sites_along"]
+__all__ = ["PositionChoice", "Rows", "captured_rows", "first_norms", "heldout_rows", "sites_along"]
 
 N_FIRST_CONTEXTS = 128
 """Contexts from which the median norm is estimated: 16,384 tokens at a length of 128."""
@@ -173,6 +173,46 @@ def first_norms(
     if not medians or not next(iter(medians.values())).numel():
         raise TextError("the text must hold a position that the policy keeps", "none", "Change the policy.")
     return {name: float(values.median()) for name, values in medians.items()}
+
+
+def heldout_rows(
+    lm: LanguageModel,
+    text: TextConfig,
+    policy: TokenPolicy,
+    hookpoints: Sequence[str],
+    n: int,
+    batch_rows: int,
+    max_norms: dict[str, float | None],
+    split: Split,
+) -> dict[str, Tensor]:
+    """The first n kept rows, per hookpoint, of the documents that are held out of a stream.
+
+    Args:
+        lm: The language model.
+        text: The corpus.
+        policy: Which positions are kept.
+        hookpoints: Where to read.
+        n: How many rows, at most.
+        batch_rows: Contexts per forward.
+        max_norms: Largest norm kept at each hookpoint.
+        split: The stream's own.
+
+    Raises:
+        ConfigError: the stream is of held-out documents itself, or the corpus holds none out.
+        TextError: the held-out text is shorter than one context.
+    """
+    if split != "train" or text.heldout_fraction == 0:
+        raise ConfigError(
+            "heldout_fraction must be > 0, and the split train, for rows to be held out",
+            f"{text.heldout_fraction:g} and {split}",
+            "Raise heldout_fraction, or watch no rows (--watch-rows 0).",
+        )
+    n_tokens = n + batch_rows * policy.context_length
+    blocks = token_blocks(text, lm.tokenizer, policy, split="heldout", n_tokens=n_tokens)
+    parts = [rows.activations for rows in captured_rows(lm, blocks, hookpoints, batch_rows, max_norms)]
+    if not parts:
+        raise TextError("the held-out text must hold at least one context", "none", "Give more text.")
+    return {name: torch.cat([part[name] for part in parts])[:n] for name in hookpoints}
 
 
 def sites_along(

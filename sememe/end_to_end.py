@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 from torch.utils.checkpoint import checkpoint
 
-from sememe.capture import first_norms, sites_along
+from sememe.capture import first_norms, heldout_rows, sites_along
 from sememe.config import Config
 from sememe.dictionaries.base import Batch, Loss, Sites, Trainable
 from sememe.errors import ActivationError, ConfigError, HookpointError, TextError
@@ -39,7 +39,7 @@ __all__ = ["ContextBatch", "ContextSource", "EndToEnd", "EndToEndConfig"]
 LOGIT_ROWS = 256
 """Predictions whose logits are held at once; they are computed again on the way back."""
 NORM_ROWS = 16
-"""Contexts per forward while norms are measured."""
+"""Contexts per forward while norms are measured, or held-out rows read."""
 
 
 class EndToEndConfig(Config):
@@ -147,6 +147,19 @@ class ContextSource:
         self.d_in, self.d_out = self.sites.inputs[-1].stop, self.sites.outputs[-1].stop
         self._contexts: Iterator[_Context] | None = None
         self._n_read = 0  # contexts, in this pass over the text
+
+    def hold_out(self, n: int) -> Batch:
+        """The first rows of the documents that are held out of the stream's split, as a live run's.
+
+        Raises:
+            ConfigError, TextError: there are none, as `heldout_rows` says.
+        """
+        names = tuple(self.max_norms)
+        rows = heldout_rows(self.lm, self.text, self.policy, names, n, NORM_ROWS, self.max_norms, self.split)
+        x, target = (
+            torch.cat([rows[name] for name in some], dim=1).float() for some in (self.inputs, self.outputs)
+        )
+        return Batch(x, x if self.inputs == self.outputs else target)
 
     def _read(self) -> Iterator[_Context]:
         """The text's contexts from the first on."""

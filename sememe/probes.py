@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sememe.dictionaries.base import Site, Sites
+from sememe.end_to_end import ContextSource
 from sememe.errors import ConfigError, TextError
 from sememe.source import LiveSource, Source, StoreSource
 from sememe.splice import BaseRun, Splicer
@@ -162,7 +163,7 @@ def cross_entropy_of(
     """Probes for dictionaries that are trained on a source: on the same text, with the same model.
 
     Args:
-        source: A store or a live run.
+        source: A store, or a live run, on the dictionary's own loss or end to end.
         sites: What each dictionary reads and writes; those that agree share a probe.
         n_tokens: See `CrossEntropy`.
         batch_rows: See `CrossEntropy`.
@@ -171,7 +172,7 @@ def cross_entropy_of(
         ConfigError: the source does not come from a language model and a text.
         ModelError: the model of a store cannot be loaded.
     """
-    if isinstance(source, LiveSource):
+    if isinstance(source, LiveSource | ContextSource):
         lm, text, policy = source.lm, source.text, source.policy
     elif isinstance(source, StoreSource) and isinstance(source.store, Store):
         from sememe import lm as language_models

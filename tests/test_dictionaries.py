@@ -269,9 +269,19 @@ def test_errors():
             r"auxk must be left out when auxk_coefficient is 0.*got 8. Drop it.",
         ),
         ({"auxk_coefficient": 0.0, "dead_after_tokens": 8}, r"dead_after_tokens must be left out"),
+        ({"auxk": -5}, r"auxk must be >= 1, got -5"),
+        ({"auxk": 0}, r"auxk must be >= 1, got 0"),
+        ({"auxk_coefficient": -3}, r"auxk_coefficient must be >= 0, got -3"),
+        ({"dead_after_tokens": -1}, r"dead_after_tokens must be >= 1, got -1"),
     ]:
         with pytest.raises(ConfigError, match=message):
             TopKConfig.build(options)
+    with pytest.raises(ConfigError, match=r"l1_coefficient must be > 0, got 0"):
+        PAnnealConfig.build({"l1_coefficient": 0})
+    with pytest.raises(
+        ConfigError, match=r"k must be less than d_sae=40: else the second loss is the first, got 40. Lower k"
+    ):
+        dictionaries.build(MultiTopKConfig(k=40, d_sae=40), D, D)
     for options, message in [
         (
             {"resample": "none", "rewarmup_steps": 8},

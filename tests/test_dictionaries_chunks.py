@@ -11,6 +11,7 @@ from sememe.dictionaries import chunks
 from sememe.dictionaries.gated import GatedConfig
 from sememe.dictionaries.group_max import GroupMaxConfig
 from sememe.dictionaries.jumprelu import JumpReLUConfig
+from sememe.dictionaries.lista import LISTAConfig
 from sememe.dictionaries.p_anneal import PAnnealConfig
 from sememe.dictionaries.relu import ReLUConfig
 from sememe.dictionaries.tied import TiedConfig
@@ -25,6 +26,7 @@ DENSE = {
     "gated": GatedConfig(d_sae=N, start_density=0),
     "p_anneal": PAnnealConfig(d_sae=N, start_density=0),
     "jumprelu": JumpReLUConfig(d_sae=N, target_l0=8, start_l0=50, bandwidth=0.3),
+    "lista": LISTAConfig(d_sae=N, l1_coefficient=0.1),
 }
 
 
@@ -64,6 +66,17 @@ def test_chunks_change_neither_values_nor_gradients(kind, monkeypatch):
     monkeypatch.setattr(chunks, "ENTRIES", 20 * N)  # four of 20 rows and one of 10
     parts = stepped(DENSE[kind])
     assert whole.keys() == parts.keys()
+    for name, value in whole.items():
+        torch.testing.assert_close(
+            parts[name], value, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_lista_selects_some_rows_at_a_time_where_its_batch_is_not_dense(monkeypatch):
+    monkeypatch.setattr(kernels, "is_dense", lambda *_: False)
+    whole = stepped(DENSE["lista"])
+    monkeypatch.setattr(chunks, "ENTRIES", 20 * N)
+    parts = stepped(DENSE["lista"])
     for name, value in whole.items():
         torch.testing.assert_close(
             parts[name], value, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"

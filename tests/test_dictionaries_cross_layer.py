@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sememe import dictionaries, kernels
-from sememe.dictionaries import Site, Sites
+from sememe.dictionaries import Site, Sites, auxiliary, cross_layer
 from sememe.dictionaries.cross_layer import CrossLayer, CrossLayerConfig
 from sememe.errors import ConfigError
 from sememe.source import TensorSource
@@ -141,6 +141,41 @@ def test_every_gradient_is_that_of_the_dense_map(name):
         torch.testing.assert_close(found[key], parameter.grad, msg=key)
 
 
+def test_entries_left_in_place_decode_as_those_taken_out():
+    """What a GPU does, which cannot learn how many entries a layer has, against what a CPU does."""
+    dictionary, x = made("all"), sample(D_IN, seed=2)
+    encoded = dictionary.encode(x * dictionary.scale_in).detach()
+    found = []
+    for split in (cross_layer._masked, cross_layer._of_layer):
+        acts = encoded.acts.clone().requires_grad_()
+        parts = [split(encoded.with_acts(acts), layer.latents) for layer in dictionary.layers]
+        out = dictionary._decode(parts)
+        leaves = [acts, *dictionary.decoders]
+        grads = torch.autograd.grad((out * torch.linspace(-1, 1, out.shape[1])).sum(), leaves)
+        found.append((out, *[part.to_dense() for part in parts], *grads))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(found[0][0], dictionary.decode(encoded))
+
+
+def test_auxk_some_rows_at_a_time_is_auxk_at_once(monkeypatch):
+    found = []
+    for entries in (auxiliary.GROUP_ENTRIES, 40):  # 10 rows of 4 dead latents
+        monkeypatch.setattr(auxiliary, "GROUP_ENTRIES", entries)
+        dictionary = made("layer", dead_after_tokens=10, auxk=2).double()
+        x, target = (sample(d, seed=4).double() * s for d, s in _sides(dictionary))
+        dictionary.tokens_since_fired[torch.tensor([1, 4, 12, 29])] = 11
+        loss = dictionary.loss(x, target, 1.0)
+        loss.total.backward()
+        found.append((loss.terms["auxk"], *[parameter.grad for parameter in dictionary.parameters()]))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def _sides(dictionary):
+    return (D_IN, dictionary.scale_in), (D_OUT, dictionary.scale_out)
+
+
 def planted(
     n: int = 12000, d: int = 12, per_layer: int = 10
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -262,6 +297,9 @@ def test_errors():
         ),
         ({"resample_at": (0.5,)}, "resample_at must be left out when resample is none"),
         ({"bandwidth": 0.1}, "bandwidth must be left out when selection is topk"),
+        ({"auxk": 0}, "auxk must be >= 1, got 0"),
+        ({"auxk_coefficient": -3.0}, "auxk_coefficient must be >= 0, got -3"),
+        ({"dead_after_tokens": 0}, "dead_after_tokens must be >= 1, got 0"),
         ({"auxk_coefficient": 0.0, "auxk": 5}, "auxk must be left out when auxk_coefficient is 0"),
     ]:
         with pytest.raises(ConfigError, match=message):

@@ -15,6 +15,7 @@ from sememe.dictionaries.topk import TopKConfig
 from sememe.end_to_end import ContextBatch, ContextSource, EndToEnd, EndToEndConfig
 from sememe.errors import ConfigError, HookpointError
 from sememe.evaluate import evaluate
+from sememe.probes import CrossEntropy
 from sememe.tracking import read_log
 from sememe.train import TrainConfig, train
 
@@ -221,6 +222,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(world, tmp_path):
     assert source.state_dict()["n_read"] > 0
     weights = [(tmp_path / out / "weights.safetensors").read_bytes() for out in ("whole", "resumed")]
     assert weights[0] == weights[1]
+    watched = [(tmp_path / out / "watched.jsonl").read_bytes() for out in ("whole", "resumed")]
+    assert watched[0] == watched[1]
 
 
 def test_the_command_line(world, tmp_path, capsys):
@@ -245,7 +248,15 @@ def test_the_command_line(world, tmp_path, capsys):
     ]
     rest = ["--k", "4", "--d-sae", "64", "--batch-size", "256", "--threads", "1", "--objective", "kl"]
     rest += ["--downstream", "resid_post.3", "--log-every", "5", "--out", str(tmp_path / "d")]
+    rest += ["--watch-rows", "100", "--watch-every", "2560", "--watch-ce-tokens", "400"]
     assert _run(["train", "topk", *live, *rest]) == 0
+    watched = read_log(tmp_path / "d" / "watched.jsonl")
+    assert [line["tokens"] for line in watched] == [0, 2560, 5120]
+    assert watched[-1]["fvu"] < watched[0]["fvu"]
+    made_here = dictionaries.load(tmp_path / "d")
+    probe = CrossEntropy(world.lm, made_here.sites, text_config(world.corpus), POLICY, 400)
+    for key, value in probe(made_here).items():
+        assert watched[-1][key] == pytest.approx(value, abs=1e-3), key
     last = read_log(tmp_path / "d" / "metrics.jsonl")[-1]
     assert last["step"] == 20 and {"kl", "downstream", "mse", "fvu"} <= set(last)
     assert artifact.load(tmp_path / "d").extra["policy"]["context_length"] == 16

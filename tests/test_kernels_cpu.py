@@ -187,6 +187,55 @@ def test_nan_is_not_lost():
         assert bool(found.acts.isnan().any())
 
 
+def _selected(choose, **options):
+    """What a selection gives for 512 rows, and its gradients."""
+    p = case(512, 24, 300, 3)
+    found = choose(**p, **options)
+    acts = found.encoded.acts if isinstance(found, kernels.BatchTopK) else found.acts
+    return [acts.detach(), *gradients(weighted(acts), p).values()]
+
+
+def _reconstructed():
+    p = case(512, 24, 300, 3)
+    encoded = kernels.encode_batch_topk(
+        **{name: one.detach() for name, one in p.items()}, n_kept=4096
+    ).encoded
+    leaves = {"acts": encoded.acts.requires_grad_(), "W": p["W_enc"].detach().T.contiguous().requires_grad_()}
+    found = kernels.reconstruct(
+        encoded.with_acts(leaves["acts"]), leaves["W"], torch.zeros(24), p["x"].detach(), [100, 300]
+    )
+    return [found.mse.detach(), found.error.detach(), *gradients(found.mse, leaves).values()]
+
+
+def _stepped(function, n_slots, **options):
+    generator = torch.Generator().manual_seed(0)
+    param, grad, *slots = (torch.rand(3000, 40, generator=generator) for _ in range(2 + n_slots))
+    weight = (torch.rand(3000, generator=generator),) if function is kernels.signum_step else ()
+    function(param, grad, *slots, *weight, lr=0.01, unit_norm=True, **options)
+    return [param, *slots]
+
+
+ADAM = {"step": 3, "betas": (0.9, 0.999), "eps": 1e-8, "grad_scale": 0.5}
+TWICE = {
+    "threshold": lambda: _selected(kernels.encode_threshold, threshold=torch.full((300,), 0.5)),
+    "dense threshold": lambda: _selected(kernels.encode_threshold, threshold=None),
+    "batch_topk": lambda: _selected(kernels.encode_batch_topk, n_kept=4096),
+    "abs_topk": lambda: _selected(kernels.encode_abs_topk, k=8),
+    "group_max": lambda: _selected(kernels.encode_group_max, n_groups=10),
+    "reconstruct": _reconstructed,
+    "adam_step": lambda: _stepped(kernels.adam_step, 2, **ADAM),
+    "signum_step": lambda: _stepped(kernels.signum_step, 2, momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("name", sorted(TWICE))
+def test_same_bits_twice_with_several_threads(name):
+    cpu.set_threads(2)
+    first, second = TWICE[name](), TWICE[name]()
+    assert any(bool((one != 0).any()) for one in first)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
 def test_a_buffer_is_used_again_only_when_nobody_holds_it():
     shape = (buffers.SMALLEST // 64, 64)
     first = torch.from_numpy(buffers.empty(*shape))

@@ -87,7 +87,7 @@ def test_training_takes_it_and_says_where_it_ends(tmp_path: Path) -> None:
     assert dictionary.d_in == D
     once = train(config("once", 128), source=IteratorSource(blocks(), buffer_rows=64))
     assert once.d_sae == 8
-    with pytest.raises(ActivationError, match=r"must give the .* rows of this run.*ended at step 10 of 37"):
+    with pytest.raises(ActivationError, match=r"must give the .* rows of this run.*ended at step 9 of 37"):
         train(config("ended", 600), source=IteratorSource(blocks(), buffer_rows=64))
 
 

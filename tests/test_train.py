@@ -25,7 +25,7 @@ from sememe.store import open_store
 from sememe.tracking import read_log
 from sememe.train import TrainConfig, learning_rate, train
 from sememe.train.member import Member, Spec
-from sememe.train.schedule import Plan
+from sememe.train.schedule import Plan, count_steps
 
 _RESAMPLED = {"d_sae": 64, "resample_after_tokens": 500, "rewarmup_steps": 5}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -382,6 +382,11 @@ def test_options_without_effect_and_contradictions_are_errors():
         TrainConfig.build({"buffer_mb": 7})
     with pytest.raises(ConfigError, match="n_tokens must be given when live"):
         TrainConfig.build({"live": True, "inputs": ("resid_post.0",)})
+    with pytest.raises(
+        ConfigError, match=r"epochs must make at least batch_size=10 rows .* got 1e-06, which makes 0"
+    ):
+        count_steps(TrainConfig(epochs=1e-6, batch_size=10), 5000)
+    assert count_steps(TrainConfig(batch_size=10), 5) == 1, "one pass over a small store is a step"
     with pytest.raises(ConfigError, match="n_tokens and epochs both say how long"):
         TrainConfig.build({"n_tokens": 5, "epochs": 2})
     with pytest.raises(ConfigError, match=r"l1_coefficient must be a known option"):
@@ -481,10 +486,7 @@ SLOW = {"abs_topk", "matryoshka", "multi_topk", "p_anneal", "relu", "tied", "mlp
 
 @pytest.mark.parametrize(
     "case",
-    [
-        pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW))
-        for case in sorted({*TRAINABLE, *WAITS} - {"cross_layer"})
-    ],
+    [pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW)) for case in sorted({*TRAINABLE, *WAITS})],
 )
 def test_a_step_on_a_gpu_reads_nothing_from_the_device_but_for_the_kinds_named(case, monkeypatch):
     """By the GPU's kernels, in Triton's interpreter; a dictionary that has few active latents, as after the start."""
@@ -521,6 +523,8 @@ def test_a_step_on_a_gpu_reads_nothing_from_the_device_but_for_the_kinds_named(c
     member = Member(Spec("dictionary", made, 16, 16, None, None), 40, torch.device("cpu"))
     member.initialise(Batch(x, x))
     member.train_step(Batch(x[:4], x[:4]))
+    if kind == "cross_layer":  # whose AuxK is its own
+        member.dictionary.tokens_since_fired[::5] = 3000
     with reads:
         stepped = member.train_step(Batch(x[4:8], x[4:8]))
     assert set(reads.found) == WAITS.get(case, set())

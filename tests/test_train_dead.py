@@ -15,6 +15,7 @@ from sememe.dictionaries.topk import TopKConfig
 from sememe.errors import ActivationError, ShapeError
 from sememe.source import TensorSource
 from sememe.train import TrainConfig, dead, train
+from sememe.train.schedule import make_plan
 
 N_DEAD, D_SAE, D = 10, 40, 16
 OFF = {"resample": "none"}
@@ -325,3 +326,20 @@ def test_after_a_sparse_start_latents_fire_on_the_rows_they_are_pointed_at(kind)
     acts = dictionary.encode(rows).to_dense()[torch.arange(len(ids)), ids]
     assert bool((acts > 0).all())
     assert float(dictionary.encode(x).l0().float().mean()) == pytest.approx(0.025 * 1024, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("n_steps", "at", "wanted"), [(200, (0.75,), 50), (200, (0.25, 0.5), 50), (2000, (0.5,), 100)]
+)
+def test_the_learning_rate_is_back_before_the_run_or_the_next_resampling_ends_its_climb(n_steps, at, wanted):
+    config = TrainConfig.build(
+        {
+            "architecture": {"kind": "relu", "d_sae": 8, "resample_at": at},
+            "warmup": 0.0,
+            "decay": 0.0,
+            "lr": 1.0,
+        }
+    )
+    plan = make_plan(config, dictionaries.build(config.architecture, 4, 4), n_steps)
+    assert plan.rewarmup_steps == wanted
+    assert plan.rate(n_steps - 1, config, wanted - 2) < plan.rate(n_steps - 1, config, wanted - 1) == 1.0

@@ -9,14 +9,15 @@ from test_train import config, planted
 
 from sememe import dictionaries, metrics
 from sememe.dictionaries.topk import TopKConfig
+from sememe.end_to_end import EndToEnd, EndToEndConfig
 from sememe.errors import ConfigError
 from sememe.harvest import harvest
 from sememe.probes import CrossEntropy, cross_entropy_of
-from sememe.source import Batch, HoldsOut, LiveSource, StoreSource, TensorSource
+from sememe.source import Batch, HoldsOut, IteratorSource, LiveSource, StoreSource, TensorSource
 from sememe.store import open_store
 from sememe.toy import PlantedSource, ToyConfig
 from sememe.tracking import read_log
-from sememe.train import train, train_sweep
+from sememe.train import TrainConfig, train, train_sweep
 from sememe.train.watch import WATCHED, density_edges, measure
 
 N = 150
@@ -40,7 +41,13 @@ def store(world, lm):
     return harvest(config_for(world, world / "store"), lm=lm)
 
 
-@pytest.fixture(params=["tensor", "store", "small_groups", "live", "planted"])
+def blocks():
+    """5,000 rows in blocks of different lengths."""
+    generator = torch.Generator().manual_seed(0)
+    yield from torch.randn(5000, 6, generator=generator).split([100, 7, 893, 1, 999, 3000])
+
+
+@pytest.fixture(params=["tensor", "store", "small_groups", "live", "context", "planted", "iterator"])
 def make(request, store, lm, world):
     def small() -> StoreSource:
         source = StoreSource(store, ("resid_post.0",), seed=3)
@@ -56,8 +63,16 @@ def make(request, store, lm, world):
         "live": lambda: LiveSource(
             lm, text_of(world / "corpus.jsonl"), POLICY, ("resid_post.0",), seed=3, buffer_mb=1, batch_rows=8
         ),
+        "context": lambda: context_source(lm, world),
+        "iterator": lambda: IteratorSource(blocks, seed=3, n_rows=5000, buffer_rows=3000),
         "planted": lambda: PlantedSource(ToyConfig(d=6, n_features=12, n_active=2, seed=3)),
     }[request.param]
+
+
+def context_source(lm, world, **changes):
+    where = ("resid_post.0",)
+    objective = EndToEnd(EndToEndConfig(objective="kl"), lm, where, where)
+    return objective.source(text_of(world / "corpus.jsonl", **changes), POLICY, where)
 
 
 def keys(x: torch.Tensor) -> set[bytes]:
@@ -80,8 +95,64 @@ def test_held_out_rows_are_always_the_same_and_never_come(make):
     shared = len(seen & keys(held.x)) / len(keys(held.x))
     if isinstance(one, TensorSource):
         assert shared == 0 and len(seen) == one.n_rows == before - held.x.shape[0]
+    if isinstance(one, IteratorSource):
+        assert shared == 0 and one.n_rows == before - held.x.shape[0] and held.x.shape[0] == N
     # Elsewhere two rows may well be equal: no feature is active, or the same two tokens begin a context.
     assert shared < 0.5 and (before is None or one.n_rows <= before - held.x.shape[0])
+
+
+def test_an_iterator_gives_every_other_row_once_a_pass():
+    source = IteratorSource(blocks(), seed=1, buffer_rows=1000)  # read once, held out all the same
+    held = keys(source.hold_out(N).x)
+    given = []
+    while (batch := source.next_batch(100)).x.shape[0]:
+        given += [row.tobytes() for row in batch.x.numpy()]
+    assert len(held) == 1000 // 20 and len(given) == len(set(given)) == 5000 - len(held)
+    assert not held & set(given)
+    pairs = IteratorSource(
+        [(torch.arange(400.0)[:, None], torch.arange(400.0)[:, None] * 2)], buffer_rows=400
+    )
+    batch = pairs.hold_out(7)
+    assert batch.x.shape[0] == 7 and torch.equal(batch.target, batch.x * 2)
+
+
+def test_a_run_end_to_end_holds_out_what_a_live_run_does(lm, world):
+    text, where = text_of(world / "corpus.jsonl"), ("resid_post.0",)
+    live = LiveSource(lm, text, POLICY, where, buffer_mb=1, batch_rows=16)
+    source = context_source(lm, world)
+    assert torch.equal(source.hold_out(N).x, live.hold_out(N).x)
+    probes = [cross_entropy_of(one, [one.sites], 200, 4)[0] for one in (live, source)]
+    assert probes[0].base == probes[1].base
+    with pytest.raises(ConfigError, match="heldout_fraction must be > 0, and the split train"):
+        context_source(lm, world, heldout_fraction=0.0).hold_out(10)
+
+
+def test_what_a_source_cannot_set_aside_is_said_where_it_was_asked_for(tmp_path):
+    class Bare:
+        """A source without hold_out."""
+
+        def __init__(self):
+            self._inner = TensorSource(torch.randn(1000, 4, generator=torch.Generator().manual_seed(0)))
+
+        def __getattr__(self, name):
+            if name == "hold_out":
+                raise AttributeError(name)
+            return getattr(self._inner, name)
+
+    plain = {"out": tmp_path / "d", "n_tokens": 256, "batch_size": 64}
+    small = TrainConfig.build(plain | {"architecture": {"kind": "topk", "k": 1, "d_sae": 8}})
+    with pytest.raises(
+        ConfigError, match=r"can set no rows aside, got 100 and a Bare, which has no hold_out"
+    ):
+        train(small.replace(watch_rows=100), source=Bare())
+    with pytest.raises(
+        ConfigError, match=r"when nothing is watched, got 256 and a Bare that sets no row aside"
+    ):
+        train(small.replace(watch_every=256), source=Bare())
+    with pytest.raises(ConfigError, match="a TensorSource, which holds fewer than 20 rows"):
+        train(small.replace(watch_rows=100), source=TensorSource(torch.randn(19, 4)))
+    train(small, source=Bare())
+    assert not (tmp_path / "d" / WATCHED).exists()
 
 
 def test_a_store_holds_out_whole_documents(store):

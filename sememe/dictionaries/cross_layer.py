@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from sememe import kernels
+from sememe.dictionaries.auxiliary import auxk_loss_of
 from sememe.dictionaries.base import Constraints, LatentGroup, Loss, Resampling, Sites, Trainable
 from sememe.dictionaries.dead import DeadLatents
 from sememe.dictionaries.initial import geometric_median, unit_rows
@@ -40,11 +41,11 @@ class CrossLayerConfig(ResamplingConfig):
     """Latents kept per row, with topk: of each layer, or of all together, as `over` says; 32 if not given."""
     over: Literal["layer", "all"] = "layer"
     """Whether topk chooses within each layer, or among the latents of all layers."""
-    auxk_coefficient: float = 1 / 32
+    auxk_coefficient: float = Field(default=1 / 32, ge=0)
     """Weight of the auxiliary loss by which dead latents model the residual, with topk; 0 turns it off."""
-    auxk: int | None = None
+    auxk: int | None = Field(default=None, ge=1)
     """Dead latents used per row in the auxiliary loss; d_in / 2 if not given."""
-    dead_after_tokens: int = 10_000_000
+    dead_after_tokens: int = Field(default=10_000_000, ge=1)
     """A latent that has not been kept for this many training rows counts as dead."""
     target_l0: float = Field(default=32.0, gt=0)
     """Active latents per row, of all layers together, that the penalty of jumprelu steers to."""
@@ -127,7 +128,7 @@ class CrossLayer(Trainable):
                 for n, layer in zip(sizes, self.layers, strict=True)
             ]
         )
-        self.dead = DeadLatents()
+        self.dead = [DeadLatents() for _ in self.layers]
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.b_dec = nn.Parameter(torch.zeros(d_out))
         self.register_buffer("b_pre", torch.zeros(d_in))
@@ -187,9 +188,14 @@ class CrossLayer(Trainable):
 
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Encoded:
         """The latents of all layers that are kept; ids of layer 0 come first."""
-        self.check_input(x)
         if self.config.selection == "jumprelu":
+            self.check_input(x)
             return self._encode_above(x, self.threshold.detach())
+        return self._keep(x)[0]
+
+    def _keep(self, x: Float[Tensor, "batch d_in"]) -> tuple[Encoded, list[Encoded]]:
+        """The latents that topk keeps, together and layer by layer, there counted from the layer's first."""
+        self.check_input(x)
         k, acts, indices = self.k, [], []
         for number, layer in enumerate(self.layers):
             n = layer.latents.stop - layer.latents.start
@@ -197,10 +203,17 @@ class CrossLayer(Trainable):
             acts.append(found.acts)
             indices.append(found.indices + layer.latents.start)
         all_acts, all_indices = torch.cat(acts, dim=1), torch.cat(indices, dim=1)
-        if self.config.over == "all":
-            best = all_acts.detach().topk(k, dim=1).indices
-            all_acts, all_indices = all_acts.gather(1, best), all_indices.gather(1, best)
-        return Encoded.from_topk(all_acts, all_indices, self.d_sae)
+        if self.config.over == "layer":
+            parts = [
+                Encoded.from_topk(own, ids - layer.latents.start, layer.latents.stop - layer.latents.start)
+                for own, ids, layer in zip(acts, indices, self.layers, strict=True)
+            ]
+            return Encoded.from_topk(all_acts, all_indices, self.d_sae), parts
+        best = all_acts.detach().topk(k, dim=1).indices
+        encoded = Encoded.from_topk(all_acts.gather(1, best), all_indices.gather(1, best), self.d_sae)
+        # to know how many are whose, a GPU would have to be waited for
+        split = _masked if kernels.path_for(x) == "gpu" else _of_layer
+        return encoded, [split(encoded, layer.latents) for layer in self.layers]
 
     def _encode_above(self, x: Float[Tensor, "batch d_in"], threshold: Float[Tensor, " d_sae"]) -> Encoded:
         """Every pre-activation above its latent's threshold."""
@@ -223,11 +236,13 @@ class CrossLayer(Trainable):
         self, encoded: Encoded, x: Float[Tensor, "batch d_in"] | None = None
     ) -> Float[Tensor, "batch d_out"]:
         """What all layers write to each output, plus its bias."""
+        return self._decode([_of_layer(encoded, layer.latents) for layer in self.layers])
+
+    def _decode(self, encoded: Sequence[Encoded]) -> Float[Tensor, "batch d_out"]:
+        """`decode`, of each layer's latents by themselves."""
         parts = [
-            kernels.decode_encoded(
-                _of_layer(encoded, layer.latents), decoder, decoder.new_zeros(decoder.shape[1])
-            )
-            for layer, decoder in zip(self.layers, self.decoders, strict=True)
+            kernels.decode_encoded(own, decoder, decoder.new_zeros(decoder.shape[1]))
+            for own, decoder in zip(encoded, self.decoders, strict=True)
         ]
         out, ends = [], [*(layer.first_output for layer in self.layers[1:]), self.d_out]
         for number, (layer, end) in enumerate(zip(self.layers, ends, strict=True)):
@@ -295,10 +310,11 @@ class CrossLayer(Trainable):
         self.relative_threshold.copy_((torch.cat(lowest) / self.threshold_unit).clamp_min(0))
 
     def after_step(self, encoded: Encoded) -> None:
-        """The bookkeeping, and the number of dead latents on its way for the next step's AuxK."""
+        """The bookkeeping, and the numbers of dead latents on their way for the next step's AuxK."""
         super().after_step(encoded)
-        if self.config.auxk_coefficient > 0:
-            self.dead.send(self.tokens_since_fired, self.config.dead_after_tokens)
+        if self.config.selection == "topk" and self.config.auxk_coefficient > 0:
+            for layer, dead in zip(self.layers, self.dead, strict=True):
+                dead.send(self.tokens_since_fired[layer.latents], self.config.dead_after_tokens)
 
     def loss(
         self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], progress: float
@@ -307,36 +323,47 @@ class CrossLayer(Trainable):
         if self.config.selection == "jumprelu":
             return self._loss_jumprelu(x, target, progress)
         config = self.config
-        encoded = self.encode(x)
-        error = self.decode(encoded) - target
+        encoded, parts = self._keep(x)
+        error = self._decode(parts) - target
         mse = total = error.square().mean()
         terms = {"mse": mse.detach()}
         if config.auxk_coefficient > 0:
-            dead = self.dead.ids(self.tokens_since_fired, config.dead_after_tokens)
-            if dead.numel() > 0:
-                auxk = self._auxk(x, -error.detach(), dead)
+            dead = [
+                own.ids(self.tokens_since_fired[layer.latents], config.dead_after_tokens)
+                for layer, own in zip(self.layers, self.dead, strict=True)
+            ]
+            if any(own.numel() > 0 for own in dead):
+                auxk = self._auxk(x, error, dead)
                 terms["auxk"] = auxk.detach()
                 total = total + config.auxk_coefficient * auxk
         return Loss(total, terms, encoded.detach(), error)
 
     def _auxk(
-        self, x: Float[Tensor, "batch d_in"], residual: Float[Tensor, "batch d_out"], dead: Int[Tensor, " n"]
+        self,
+        x: Float[Tensor, "batch d_in"],
+        error: Float[Tensor, "batch d_out"],
+        dead: Sequence[Int[Tensor, " _"]],
     ) -> Float[Tensor, ""]:
-        """As `dictionaries.auxiliary.auxk_loss`: each dead latent reads its layer and may write to later ones."""
-        places = [
-            dead[(dead >= layer.latents.start) & (dead < layer.latents.stop)] - layer.latents.start
-            for layer in self.layers
-        ]
-        pre_acts = []
-        for number, of in enumerate(places):
-            x_l, W_enc, b_enc, b_pre = self._reads(x, number)
-            pre_acts.append((x_l - b_pre) @ W_enc[:, of] + b_enc[of])
-        values = torch.cat(pre_acts, dim=1)
-        k = min(self.config.auxk or max(self.d_in // 2, 1), dead.numel())
-        best = values.topk(k, dim=1, sorted=False)
-        sparse = torch.zeros_like(values).scatter(1, best.indices, torch.relu(best.values))
-        recon = sparse @ self._decoder_rows(places)
-        return (residual - recon).square().mean() / residual.square().mean().clamp_min(1e-12)
+        """As `dictionaries.auxiliary.auxk_loss`: each dead latent reads its layer and may write to later ones.
+
+        Args:
+            x: Inputs.
+            error: What the live latents reconstruct minus the target.
+            dead: Dead latents by their place within each layer.
+        """
+        read = [encoder.index_select(0, of) for encoder, of in zip(self.encoders, dead, strict=True)]
+        biases = [self.b_enc[layer.latents][of] for layer, of in zip(self.layers, dead, strict=True)]
+
+        def reads(x: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows n_dead"]:
+            centred = x - self.b_pre
+            parts = [
+                torch.addmm(bias, centred[:, layer.inputs], encoder.T)
+                for layer, encoder, bias in zip(self.layers, read, biases, strict=True)
+            ]
+            return torch.cat(parts, dim=1)
+
+        k = self.config.auxk or max(self.d_in // 2, 1)
+        return auxk_loss_of(reads, self._decoder_rows(dead), x, -error, k)
 
     def _loss_jumprelu(self, x: Tensor, target: Tensor, progress: float) -> Loss:
         config = self.config
@@ -448,3 +475,10 @@ def _of_layer(encoded: Encoded, latents: slice) -> Encoded:
     row_ptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     n = latents.stop - latents.start
     return Encoded(encoded.acts[inside], encoded.indices[inside] - latents.start, row_ptr, n)
+
+
+def _masked(encoded: Encoded, latents: slice) -> Encoded:
+    """As `_of_layer`, with nothing left out: other layers' entries stay, without activation, under any of its ids."""
+    n, local = latents.stop - latents.start, encoded.indices - latents.start
+    acts = torch.where((local >= 0) & (local < n), encoded.acts, 0.0)
+    return Encoded(acts, local.remainder(n), encoded.row_ptr, n, encoded.k)

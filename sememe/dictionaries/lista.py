@@ -10,7 +10,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from sememe import kernels
+from sememe.dictionaries import chunks
 from sememe.dictionaries.base import Loss, Sites
+from sememe.dictionaries.chunks import Chunk, Rows, in_chunks
 from sememe.dictionaries.steered import Steered, SteeredConfig
 from sememe.encoded import Encoded
 from sememe.errors import ConfigError
@@ -83,13 +85,21 @@ class LISTA(Steered):
         self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], progress: float
     ) -> Loss:
         """`mean (target - recon)^2 + l1_coefficient * mean_rows sum_i acts_i`, of the last step's activations."""
-        encoded = self.encode(x)
-        error = self.decode(encoded, x) - target
-        mse = error.square().mean()
-        l1 = self._per_row(encoded.acts, encoded)
-        total = mse + self._factor(progress) * self.config.l1_coefficient * l1
-        terms = {"mse": mse.detach(), "l1": l1.detach(), **self._steering_terms()}
-        return Loss(total, terms, encoded.detach(), error)
+        self.check_input(x)
+
+        def of_rows(rows: Rows) -> Chunk:
+            encoded = self.encode(rows.x)
+            error = self.decode(encoded, rows.x) - rows.target
+            means = {"mse": error.square().mean(), "l1": self._per_row(encoded.acts, encoded)}
+            return Chunk(means, encoded.detach(), error)
+
+        # every step keeps its own entries for the gradient: as many as there are latents, while half are active
+        width = self.d_sae * (self.config.n_steps + 1)
+        dense = kernels.is_dense(x, self.W_enc, self.b_enc, self.b_pre, None)
+        means, encoded, error = in_chunks(of_rows, x, target, width, dense)
+        total = means["mse"] + self._factor(progress) * self.config.l1_coefficient * means["l1"]
+        terms = {name: mean.detach() for name, mean in means.items()} | self._steering_terms()
+        return Loss(total, terms, encoded, error)
 
     def initialise(
         self, x: Float[Tensor, "rows d_in"], target: Float[Tensor, "rows d_out"], generator: torch.Generator
@@ -139,18 +149,32 @@ def _step(
 
 
 class _Step(torch.autograd.Function):
-    """One step that is dense only while it selects: its gradients are those of the entries it kept."""
+    """One step, dense only while it selects, some rows at a time: its gradients are those of the entries kept."""
 
     @staticmethod
     def forward(
         ctx: Any, left: Tensor, acts: Tensor, places: Tensor, W_enc: Tensor, b_enc: Tensor
     ) -> tuple[Tensor, Tensor]:
-        pre_acts = torch.addmm(b_enc, left, W_enc).view(-1)
-        pre_acts[places] += acts
-        chosen = torch.nonzero(pre_acts > 0).view(-1)
+        n_rows, d_sae = left.shape[0], W_enc.shape[1]
+        size = max(1, chunks.ENTRIES // d_sae)
+        starts = list(range(0, n_rows, size)) or [0]
+        ends = [places.shape[0]]
+        if len(starts) > 1:
+            stops = torch.tensor(starts[1:], device=places.device) * d_sae
+            ends = [*torch.searchsorted(places, stops).tolist(), *ends]
+        kept, where, begin = [], [], 0
+        for start, end in zip(starts, ends, strict=True):
+            pre_acts = torch.addmm(b_enc, left[start : start + size], W_enc).view(-1)
+            first = start * d_sae
+            pre_acts[places[begin:end] - first] += acts[begin:end]
+            own = torch.nonzero(pre_acts > 0).view(-1)
+            kept.append(pre_acts[own])
+            where.append(own + first)
+            begin = end
+        chosen = torch.cat(where)
         ctx.save_for_backward(left, places, chosen, W_enc)
         ctx.mark_non_differentiable(chosen)
-        return pre_acts[chosen], chosen
+        return torch.cat(kept), chosen
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -9,9 +9,10 @@ from pydantic import Field
 from torch import Tensor
 
 from sememe import kernels
-from sememe.dictionaries.base import Loss
+from sememe.dictionaries.base import Loss, Sites
 from sememe.dictionaries.selection import Selection, SelectionConfig, unweighed
 from sememe.encoded import Encoded
+from sememe.errors import ConfigError
 
 __all__ = ["MultiTopK", "MultiTopKConfig"]
 
@@ -39,6 +40,17 @@ class MultiTopK(Selection):
     config_class = MultiTopKConfig
     fires_only_above_zero = True
     config: MultiTopKConfig
+
+    def __init__(
+        self, config: MultiTopKConfig, d_in: int, d_out: int, d_sae: int, sites: Sites | None = None
+    ) -> None:
+        super().__init__(config, d_in, d_out, d_sae, sites)
+        if config.k == d_sae:
+            raise ConfigError(
+                f"k must be less than d_sae={d_sae}: else the second loss is the first",
+                config.k,
+                "Lower k or raise d_sae.",
+            )
 
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Encoded:
         """The k largest positive pre-activations of each row; fewer if fewer are positive (then acts are 0)."""

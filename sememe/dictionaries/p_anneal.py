@@ -25,7 +25,7 @@ class PAnnealConfig(SparseStartConfig):
 
     kind: Literal["p_anneal"] = "p_anneal"
     """Name of the architecture."""
-    l1_coefficient: float = Field(default=1e-3, ge=0)
+    l1_coefficient: float = Field(default=1e-3, gt=0)
     """Weight of the penalty while p is 1; afterwards it changes so that the penalty's value stays continuous."""
     p_end: float = Field(default=0.2, gt=0, lt=1)
     """The last exponent."""

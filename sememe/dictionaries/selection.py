@@ -36,11 +36,11 @@ class SelectionConfig(LinearConfig):
     """Latents kept per row."""
     b_dec_init: Literal["geometric_median", "mean"] = "geometric_median"
     """Where the decoder bias starts: the sample's geometric median (robust) or its mean."""
-    auxk_coefficient: float = 1 / 32
+    auxk_coefficient: float = Field(default=1 / 32, ge=0)
     """Weight of the auxiliary loss by which dead latents model the residual; 0 turns it off."""
-    auxk: int | None = None
+    auxk: int | None = Field(default=None, ge=1)
     """Dead latents used per row in the auxiliary loss; d_in / 2 if not given."""
-    dead_after_tokens: int = 10_000_000
+    dead_after_tokens: int = Field(default=10_000_000, ge=1)
     """A latent that has not been kept for this many training rows counts as dead."""
     site_norms: Literal["l2", "l1"] = "l2"
     """With several outputs, what an activation is weighed by when latents are chosen: l1, the sum of its decoder

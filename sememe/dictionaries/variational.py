@@ -20,8 +20,9 @@ from sememe.errors import ConfigError
 
 __all__ = ["Variational", "VariationalConfig"]
 
-CHUNK_ENTRIES = 1 << 21
-"""Latents x rows that are worked on at a time: a dozen dense arrays of that size exist at once, and none larger."""
+CHUNK_ENTRIES = 1 << 19
+"""Latents x rows that are worked on at a time: about a hundred dense arrays of that size (2 MB each) exist at once on
+the way back, and none larger."""
 START_LOG_VAR = -2.0
 """The slab's logarithmic variance at the start, in training units."""
 START_SPIKE = -2.0, 2.0

@@ -15,7 +15,7 @@ in raw units, and a state from which it goes on with the same bits.
 from __future__ import annotations
 
 from sememe.dictionaries.base import Batch
-from sememe.source.base import Buffers, Columns, HoldsOut, Source
+from sememe.source.base import MOST_HELD, Buffers, Columns, HoldsOut, Source
 from sememe.source.iterator import IteratorSource
 from sememe.source.live import LiveSource
 from sememe.source.stored import StoreSource
@@ -23,6 +23,7 @@ from sememe.source.tensors import TensorSource
 from sememe.source.wrappers import nnsight_rows, transformer_lens_rows
 
 __all__ = [
+    "MOST_HELD",
     "Batch",
     "Buffers",
     "Columns",

@@ -8,15 +8,17 @@ Another library's activations become a source this way; `wrappers.py` has two su
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sememe.dictionaries.base import Batch, Sites
 from sememe.errors import ActivationError, ConfigError, ShapeError
+from sememe.source.base import HELD_SALT, MOST_HELD, permutation
 from sememe.source.buffer import ShuffleBuffer
 
 __all__ = ["Block", "Blocks", "IteratorSource"]
@@ -61,13 +63,16 @@ class IteratorSource:
         n_rows: int | None = None,
         buffer_rows: int = 65_536,
     ) -> None:
-        self._blocks, self.sites, self.n_rows = blocks, sites, n_rows
+        self._blocks, self.seed, self.sites, self.n_rows = blocks, seed, sites, n_rows
         self.once = isinstance(blocks, Iterator)
         """Whether the blocks can be read only once."""
         self._open: Iterator[Block] | None = None
         self._ended = False
         self._n_blocks = self._offset = 0  # blocks read to their end in this pass, rows read of the one after
+        self._begin = 0  # rows of this pass before the current block
         self._current: dict[str, Tensor] | None = None
+        self._ahead: deque[dict[str, Tensor]] = deque()  # blocks read by `hold_out` that come next
+        self._held: Int[Tensor, " n"] | None = None  # which rows of every pass the stream leaves out
         self._mark = 0  # of the block that was begun last
         self.paired, self.d_in, self.d_out = False, 0, 0
         first = self._next_block()
@@ -88,7 +93,16 @@ class IteratorSource:
         return iter(self._blocks() if callable(self._blocks) else self._blocks)
 
     def _next_block(self) -> dict[str, Tensor] | None:
-        """The next block by name, checked; None if the blocks have ended."""
+        """The next block; None if the blocks have ended."""
+        return self._ahead.popleft() if self._ahead else self._read_block()
+
+    @property
+    def _n_seen(self) -> int:
+        """Blocks of this pass that were read, to their end or not."""
+        return self._n_blocks + (self._current is not None) + len(self._ahead)
+
+    def _read_block(self) -> dict[str, Tensor] | None:
+        """A block by name, checked; None if the blocks have ended."""
         if self._open is None:
             self._open = self._iterate()
         block = next(self._open, None)
@@ -101,7 +115,7 @@ class IteratorSource:
         if self.d_in and (target is not None) != self.paired:
             raise ShapeError(
                 "blocks must all be tensors or all be pairs (x, target)",
-                f"one of the other kind after {self._n_blocks} blocks",
+                f"one of the other kind after {self._n_seen} blocks",
                 "Give every block the same parts.",
             )
         return rows
@@ -111,7 +125,7 @@ class IteratorSource:
         if rows.shape[0] != n or n == 0 or (known and rows.shape[1] != known):
             raise ShapeError(
                 f"the {name} of a block must have shape (rows >= 1, {known or 'd'}), as many rows as its x",
-                f"{tuple(rows.shape)} after {self._n_blocks} blocks",
+                f"{tuple(rows.shape)} after {self._n_seen} blocks",
                 "Skip empty blocks, and read one place of one model.",
             )
 
@@ -120,21 +134,56 @@ class IteratorSource:
         if self._current is None:
             self._current = self._next_block()
         if self._current is None and not self.once and self._n_blocks:
-            self._open, self._n_blocks, self._offset = None, 0, 0
+            self._open, self._n_blocks, self._offset, self._begin = None, 0, 0, 0
             self._current = self._next_block()
         if self._current is None:
             self._ended = True
             return None
         if self._offset == 0:
             self._mark = _mark_of(self._current["x"])
-        stop = min(self._offset + self._buffer.room, self._current["x"].shape[0])
+        n = self._current["x"].shape[0]
+        stop = min(self._offset + self._buffer.room, n)
         rows = {name: values[self._offset : stop] for name, values in self._current.items()}
+        if self._held is not None:
+            keep = ~torch.isin(torch.arange(self._begin + self._offset, self._begin + stop), self._held)
+            rows = {name: values[keep] for name, values in rows.items()}
         self._offset = stop
-        if stop == self._current["x"].shape[0]:
+        if stop == n:
             self._current, self._offset, self._n_blocks = None, 0, self._n_blocks + 1
+            self._begin += n
         return rows
 
     # -- the contract ------------------------------------------------------------------------------
+
+    def hold_out(self, n: int) -> Batch:
+        """Rows at random of the first `buffer_rows` of a pass, one in twenty of them at most; no pass gives them.
+
+        The blocks that are read for it are kept until they are drawn from, so that an iterator that is read once
+        can hold rows out too.
+        """
+        assert self._current is not None and self._offset == self._n_blocks == 0, (
+            "called before anything else"
+        )
+        blocks = [self._current]
+        n_found = self._current["x"].shape[0]
+        while n_found < self._buffer.capacity and (block := self._read_block()) is not None:
+            self._ahead.append(block)
+            blocks.append(block)
+            n_found += block["x"].shape[0]
+        n = min(n, n_found // MOST_HELD)
+        self._held = permutation(n_found, self.seed, HELD_SALT)[:n].sort().values
+        if self.n_rows is not None:
+            self.n_rows -= n
+        parts: dict[str, list[Tensor]] = {name: [] for name in self._current}
+        begin = 0
+        for block in blocks:
+            end = begin + block["x"].shape[0]
+            own = self._held[(self._held >= begin) & (self._held < end)] - begin
+            for name, values in block.items():
+                parts[name].append(values[own].float())
+            begin = end
+        x = torch.cat(parts["x"])
+        return Batch(x, torch.cat(parts["target"]) if self.paired else x)
 
     def next_batch(self, n: int) -> Batch:
         """The next n rows; fewer only where an iterator that is read once ends."""
@@ -183,7 +232,8 @@ class IteratorSource:
                 "Pass a function that gives a fresh one, or start again with fresh=True.",
             )
         self._buffer.load_state_dict(state)
-        self._open, self._n_blocks = self._iterate(), 0
+        self._ahead.clear()
+        self._open, self._current, self._n_blocks, self._begin = self._iterate(), None, 0, 0
         last: Block | None = None
         for _ in range(state["n_blocks"]):
             last = next(self._open, None)
@@ -194,6 +244,7 @@ class IteratorSource:
                     "Give the same blocks in the same order, or start again with fresh=True.",
                 )
             self._n_blocks += 1
+            self._begin += _n_rows(last)
         self._offset = state["offset"]
         self._current = self._next_block() if self._offset else None
         x = self._current["x"] if self._current else None if last is None else _flat(_x_of(last))
@@ -208,6 +259,11 @@ class IteratorSource:
 
 def _x_of(block: Block) -> Any:
     return block[0] if isinstance(block, tuple) else block
+
+
+def _n_rows(block: Block) -> int:
+    x = torch.as_tensor(_x_of(block))
+    return x.numel() // x.shape[-1]
 
 
 def _mark_of(x: Float[Tensor, "rows d"]) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sememe.capture import PositionChoice, Rows, captured_rows, first_norms, sites_along
+from sememe.capture import PositionChoice, Rows, captured_rows, first_norms, heldout_rows, sites_along
 from sememe.dictionaries.base import Batch, Sites
 from sememe.errors import ConfigError, TextError
 from sememe.source.buffer import ShuffleBuffer
@@ -92,21 +92,11 @@ class LiveSource:
         """The first rows of the documents that are held out of the stream's split.
 
         Raises:
-            ConfigError: none are.
+            ConfigError, TextError: there are none, as `heldout_rows` says.
         """
-        if self.split != "train" or self.text.heldout_fraction == 0:
-            raise ConfigError(
-                "heldout_fraction must be > 0, and the split train, for rows to be held out",
-                f"{self.text.heldout_fraction:g} and {self.split}",
-                "Raise heldout_fraction, or watch no rows (--watch-rows 0).",
-            )
-        n_tokens = n + self.batch_rows * self.policy.context_length
-        blocks = token_blocks(self.text, self.lm.tokenizer, self.policy, split="heldout", n_tokens=n_tokens)
-        found = captured_rows(self.lm, blocks, self.names, self.batch_rows, self.max_norms)
-        parts = [rows.activations for rows in found]
-        if not parts:
-            raise TextError("the held-out text must hold at least one context", "none", "Give more text.")
-        rows = {name: torch.cat([part[name] for part in parts])[:n] for name in self.names}
+        rows = heldout_rows(
+            self.lm, self.text, self.policy, self.names, n, self.batch_rows, self.max_norms, self.split
+        )
         x, target = (
             torch.cat([rows[name] for name in names], 1).float() for names in (self.inputs, self.outputs)
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 from sememe.dictionaries import Trainable
@@ -42,6 +43,12 @@ def count_steps(config: TrainConfig, n_rows: int | None) -> int:
                 "n_tokens must be given for a stream without an end", "nothing", "Pass --n-tokens."
             )
         n_tokens = int((config.epochs or 1.0) * n_rows)
+        if config.epochs is not None and n_tokens < config.batch_size:
+            raise ConfigError(
+                f"epochs must make at least batch_size={config.batch_size} rows of the source's {n_rows:,}",
+                f"{config.epochs:g}, which makes {n_tokens:,}",
+                "Raise epochs or lower batch_size.",
+            )
     elif n_tokens < config.batch_size:
         raise ConfigError(
             f"n_tokens must be at least batch_size={config.batch_size}",
@@ -56,4 +63,8 @@ def make_plan(config: TrainConfig, dictionary: Trainable, n_steps: int) -> Plan:
     resampling = dictionary.resampling()
     at = () if resampling is None else tuple(int(share * n_steps) for share in resampling.at)
     rewarmup_steps = resampling.rewarmup_steps if resampling else 0
+    if at:  # the rate is back before it would start over, and before the run ends
+        moments = sorted({*at, n_steps})
+        gaps = [after - before for before, after in itertools.pairwise(moments)]
+        rewarmup_steps = min([rewarmup_steps, *gaps])
     return Plan(n_steps, learning_rate(config, dictionary.d_sae), at, rewarmup_steps)

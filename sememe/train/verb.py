@@ -16,7 +16,7 @@ from sememe.end_to_end import EndToEnd
 from sememe.errors import ConfigError, HookpointError, nearest
 from sememe.join import JoinedStore, open_stores
 from sememe.probes import cross_entropy_of
-from sememe.source import Columns, HoldsOut, LiveSource, Source, StoreSource
+from sememe.source import MOST_HELD, Batch, Columns, HoldsOut, LiveSource, Source, StoreSource
 from sememe.store import Store
 from sememe.text import fetch
 from sememe.text import fingerprint as text_fingerprint
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["train", "train_sweep"]
 
-VERSION = 3
+VERSION = 4
 
 
 class _Stream(NamedTuple):
@@ -363,10 +363,7 @@ def _trained(
 
 def _watch(config: TrainConfig, specs: list[Spec], source: Source, probes: Sequence[Probe]) -> Watch:
     """What is measured while dictionaries are trained; held-out rows leave the source here."""
-    held = None
-    if config.watch_rows and isinstance(source, HoldsOut):
-        held = source.hold_out(config.watch_rows)
-        held = held if held.x.shape[0] else None
+    held = _held_out(config, source) if config.watch_rows else None
     by_name: dict[str, list[Probe]] = {spec.name: list(probes) for spec in specs}
     if config.watch_ce_tokens:
         made = cross_entropy_of(
@@ -374,7 +371,32 @@ def _watch(config: TrainConfig, specs: list[Spec], source: Source, probes: Seque
         )
         for spec, probe in zip(specs, made, strict=True):
             by_name[spec.name].append(probe)
+    if held is None and not any(by_name.values()) and _is_set(config, "watch_every"):
+        raise ConfigError(
+            "watch_every must be left out when nothing is watched",
+            f"{config.watch_every} and a {type(source).__name__} that sets no row aside",
+            "Drop it, or hand in probes.",
+        )
     return Watch(held, by_name, config.watch_every, config.batch_size)
+
+
+def _held_out(config: TrainConfig, source: Source) -> Batch | None:
+    """The rows that are watched; None where a source has none to set aside and none were asked for by name."""
+    held = source.hold_out(config.watch_rows) if isinstance(source, HoldsOut) else None
+    if held is not None and held.x.shape[0]:
+        return held
+    if _is_set(config, "watch_rows"):
+        why = "has no hold_out(n)" if held is None else f"holds fewer than {MOST_HELD} rows"
+        raise ConfigError(
+            "watch_rows must be left out, or 0, for a source that can set no rows aside",
+            f"{config.watch_rows} and a {type(source).__name__}, which {why}",
+            "Drop it, hand in probes, or give the source more rows or that method.",
+        )
+    return None
+
+
+def _is_set(config: TrainConfig, name: str) -> bool:
+    return bool(getattr(config, name) != TrainConfig.model_fields[name].default)
 
 
 def _threads(config: TrainConfig) -> int | None:
