@@ -274,7 +274,7 @@ def test_the_set_point_moves_geometrically_and_stays():
 def test_the_penalty_warms_up(config):
     dictionary, x = made(config(d_sae=N, l1_coefficient=0.1, sparsity_warmup=0.5)), sample()
     plain = made(config(d_sae=N, l1_coefficient=0.1))
-    free = made(config(d_sae=N, l1_coefficient=0.0))
+    free = made(config(d_sae=N, l1_coefficient=1e-12))
     for progress, share in ((0.0, 0.0), (0.25, 0.5), (0.5, 1.0), (1.0, 1.0)):
         totals = [float(d.loss(x, x, progress).total.detach()) for d in (dictionary, plain, free)]
         assert totals[0] == pytest.approx(share * totals[1] + (1 - share) * totals[2], rel=1e-4)
@@ -434,7 +434,7 @@ def test_norms_are_free_when_weighted_and_the_sign_is_not():
         (
             PAnnealConfig,
             {"l1_coefficient": 0, "target_l0": 9},
-            r"target_l0 must be left out when every weight of the penalty is 0",
+            r"l1_coefficient must be > 0, got 0. Raise it.",
         ),
         (
             ReLUConfig,

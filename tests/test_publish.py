@@ -35,7 +35,7 @@ def statistic(value: float) -> dict[str, float]:
 def make_report(path: Path, dictionary: artifact.Artifact) -> None:
     """As `evaluate` lays it out, with numbers that are easy to find on the card."""
     data = {
-        "dictionary": {"name": "tiny"},
+        "dictionary": {"name": "tiny", "model": "owner/tiny", "model_fingerprint": "f" * 64},
         "metrics": {"fvu": statistic(0.1234), "kl": statistic(0.0567)},
         "nulls": {"pca": {"fvu": statistic(0.4321), "kl": statistic(0.9876)}},
         "text": {"n_rows_kept": 12_345, "n_documents": 67},
