@@ -369,10 +369,7 @@ def test_a_store_feeds_training_and_the_dictionary_remembers_it(tmp_path):
     assert (tmp_path / "d" / "meta.json").stat().st_mtime_ns == before, "the second run opens it"
 
 
-def test_an_option_that_came_later_leaves_older_dictionaries_found():
-    live = {"live": True, "inputs": ("resid_post.0",), "n_tokens": 100}
-    before, now = TrainConfig.build(live), TrainConfig.build(live | {"positions_per_context": 5})
-    assert "positions_per_context" not in before.identity() and now.identity()["positions_per_context"] == 5
+def test_positions_of_a_context_are_of_live_runs():
     with pytest.raises(ConfigError, match="positions_per_context must be left out unless live is set, got 5"):
         TrainConfig.build({"positions_per_context": 5})
 

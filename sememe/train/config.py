@@ -22,6 +22,10 @@ from sememe.tracking import Tracker
 __all__ = ["TrainConfig", "learning_rate"]
 
 
+OF_LIVE_RUNS = ("buffer_mb", "batch_rows", "positions_per_context", "model", "text", "policy", "end_to_end")
+"""Options that have no effect on a store, which brings its own."""
+
+
 class TrainConfig(Config):
     """What to train, on what, and for how long."""
 
@@ -35,16 +39,7 @@ class TrainConfig(Config):
         {
             *("store", "join", "out", "n_tokens", "epochs", "batch_size", "data_seed", "log_every"),
             *("checkpoint_every_seconds", "track", "threads", "devices", "sweep"),
-            *(
-                "live",
-                "buffer_mb",
-                "batch_rows",
-                "positions_per_context",
-                "model",
-                "text",
-                "policy",
-                "end_to_end",
-            ),
+            *("live", *OF_LIVE_RUNS),
             *("watch_rows", "watch_every", "watch_ce_tokens"),
         }
     )
@@ -216,29 +211,13 @@ class TrainConfig(Config):
                     "inputs must be given when live", "nothing", "Name a hookpoint: --inputs resid_post.8."
                 )
         else:
-            inert = (
-                "buffer_mb",
-                "batch_rows",
-                "positions_per_context",
-                "model",
-                "text",
-                "policy",
-                "end_to_end",
-            )
-            for name, value in changed(self, *inert):
+            for name, value in changed(self, *OF_LIVE_RUNS):
                 raise ConfigError(
                     f"{name} must be left out unless live is set", value, "A store brings its own; drop it."
                 )
         if self.end_to_end.objective != "local":
             self._check_end_to_end()
         return self
-
-    def identity(self) -> dict[str, Any]:
-        """As every config's, less an option that came later where it has no effect: old artifacts stay found."""
-        out = super().identity()
-        if self.positions_per_context is None:
-            del out["positions_per_context"]
-        return out
 
     def _check_end_to_end(self) -> None:
         for name in ("buffer_mb", "batch_rows", "positions_per_context", "data_seed"):

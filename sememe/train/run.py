@@ -235,8 +235,9 @@ class Run:
     def _write(self, whole: Log, logs: dict[str, Log], values: dict[str, dict[str, float]]) -> str:
         """Log a step; what the progress bar says of it."""
         place = {"tokens": self.step * self.config.batch_size, "seconds": self._seconds()}
-        for name in logs.keys() & values.keys():  # those that are finished have no numbers
-            logs[name].write(self.step, values[name] | place)
+        for name, log in logs.items():
+            if name in values:  # those that are finished have no numbers
+                log.write(self.step, values[name] | place)
         if logs:
             flat = {f"{name}/{key}": value for name, own in values.items() for key, value in own.items()}
             whole.write(self.step, flat | place)
