@@ -323,6 +323,9 @@ def test_a_chosen_text_shows_which_latents_fire(page, address):
         "\\u202Eesrever",
         "unseen </td>",
     ]
+    # By the latent nearest to its own maximum: not alike where as many fire on every token.
+    shades = [float(tokens.nth(i).evaluate("(e) => e.style.getPropertyValue('--a')")) for i in range(5)]
+    assert len(set(shades)) >= 3 and max(shades) <= 1
     tokens.nth(2).click()
     page.wait_for_selector(".at-token h2:has-text('bread')")
     assert "16 fire" in page.locator(".at-token h2").inner_text() and "at=2" in page.url

@@ -76,8 +76,10 @@
     const marked = /^\d+$/.test(params.mark) ? Number(params.mark) : null;
     const acts = text.latents.map((here) => { const i = here && marked !== null ? here.latent.indexOf(marked) : -1; return i < 0 ? 0 : here.act[i]; });
     const fires = text.latents.map((here, i) => text.tokens.n_active[i] || (here ? here.latent.length : 0));
-    const most = marked === null ? Math.max(1, ...fires) : Math.max(1e-9, ...acts.map(Math.abs));
-    const shade = (i) => { const value = marked === null ? fires[i] : Math.abs(acts[i]); return value ? 0.1 + 0.9 * (value / most) : 0; };
+    const most = Math.max(1e-9, ...acts.map(Math.abs));
+    // Not by how many latents fire: where k are kept on every token, all tokens would look alike.
+    const nearest = text.latents.map((here) => (here ? here.latent.reduce((best, latent, i) => { const largest = model.index.max_act[model.rowOf.get(latent)]; return Math.max(best, largest ? Math.min(1, Math.abs(here.act[i]) / largest) : 0.5); }, 0) : 0));
+    const shade = (i) => { const value = marked === null ? nearest[i] : Math.abs(acts[i]) / most; return value ? 0.1 + 0.9 * value : 0; };
     const asked = Number(params.at), first = text.latents.findIndex((here) => here);
     const at = params.at !== "" && asked >= 0 && asked < pieces.length ? asked : Math.max(first, 0);
     const here = text.latents[at];
@@ -92,7 +94,7 @@
     };
     return html`<article class="chosen">${back}
       <h1>Text ${place + 1} <span class="muted">of ${overview.texts.length}</span></h1>
-      <p class="muted">${marked === null ? "Tokens are shaded by how many latents fire on them" : html`Tokens are shaded by latent <a href=${route.format("latent", marked, route.listParams(params))}>${marked}</a>`}. Choose a token to see its latents.</p>
+      <p class="muted">${marked === null ? "A token is shaded by the latent that is nearest to its own maximum there" : html`Tokens are shaded by latent <a href=${route.format("latent", marked, route.listParams(params))}>${marked}</a>`}. Choose a token to see its latents.</p>
       <div class="text chosen-text" dir="auto" ref=${box} role="group" aria-label="The text's tokens; left and right arrows move" onKeyDown=${keys}>${pieces.map((piece, i) => html`<button type="button" key=${i} tabindex=${i === at ? 0 : -1} class=${"tok" + (shade(i) ? " on" : "") + (acts[i] < 0 ? " negative" : "") + (i === at ? " peak" : "") + (piece.continues ? " continues" : "") + (text.tokens.kept[i] ? "" : " outside")} style=${{ "--a": shade(i).toFixed(3) }}
         aria-pressed=${i === at} title=${text.tokens.kept[i] ? `${fires[i]} fire` : "not looked at"} onClick=${() => choose(i)}><${Runs} parts=${piece.parts} breaks /></button>`)}</div>
       <section class="at-token"><h2>On <span class="chip strong" dir="auto"><${Runs} parts=${model.tokens.alone(text.tokens.token[at])} /></span> <span class="muted">token ${at}${text.tokens.kept[at] ? `, ${count(fires[at])} fire${rows.length < fires[at] ? `, ${rows.length} shown` : ""}` : ": not looked at"}${text.tokens.loss_of_next[at] === null ? "" : `, loss of the next token ${number(text.tokens.loss_of_next[at])}`}</span></h2>
