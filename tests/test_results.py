@@ -8,7 +8,8 @@ import pytest
 from sememe import artifact
 from sememe.errors import ConfigError
 from sememe.patch.verb import _statistic
-from sememe.results import NEVER, NOT_ALWAYS, ResultsConfig, results
+from sememe.results import ResultsConfig, results
+from sememe.results.numbers import NEVER, NOT_ALWAYS
 
 REPORT = {
     "metrics": {
