@@ -8,7 +8,7 @@ from small_world import write_corpus, write_model, write_recipe
 
 from sememe.cli import _run
 from sememe.dictionaries.sparse_coder import KSVDConfig, SparseCoderConfig
-from sememe.errors import ResourceError
+from sememe.errors import ResourceError, ShapeError
 from sememe.lm import ModelConfig, outline
 from sememe.plan import Machine, check, costs, fitting, machine, plan, refuse
 from sememe.plan.machine import Speed
@@ -245,6 +245,25 @@ def test_a_comparison_of_directions_needs_no_model(place, tmp_path):
     # imports alone, not those of a language model
     assert 0 < bare.seconds(ours) < 5 < whole.seconds(theirs)
     assert ours.needs is not None and ours.needs.memory > 0 and ours.needs.gpu == 0
+
+
+@pytest.mark.parametrize("rest", ["", "directions_only = true\n"])
+def test_dictionaries_of_other_widths_are_not_compared_after_all_training(place, tmp_path, rest):
+    recipe = changed(place, tmp_path, '"resid_post.0"]', '"resid_post.0", "mlp_out.1"]')
+    text = recipe.read_text().replace("[evaluate]\nn_tokens = 1500\nn_bootstrap = 50\n", "")
+    one = 'kind = "topk"\nd_sae = 48\nk = 4\n'
+    wide = '[train.both]\ninputs = ["resid_post.0", "mlp_out.1"]\n[train.both.architecture]\n' + one
+    narrow = '[train.one]\ninputs = ["mlp_out.1"]\n[train.one.architecture]\n' + one
+    text = text.replace("[train.architecture]\n" + one, narrow + wide) + "[compare]\n" + rest
+    recipe.write_text(text)
+    with pytest.raises(
+        ShapeError, match=r"\[compare\] must write outputs of one width, (\d+) like one, got (\d+) of both"
+    ):
+        plan(recipe, out=tmp_path / "out")
+    recipe.write_text(text.replace("[compare]", '[compare]\ndictionaries = ["one", "both"]'))
+    with pytest.raises(ShapeError, match=r"Give the one a \[compare.NAME\] table of its own"):
+        run(recipe, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def products(kind: str, l0: int, start: float | None = None, settles: float = 0.0) -> float:

@@ -14,6 +14,7 @@ from sememe.dictionaries.relu import ReLUConfig
 from sememe.dictionaries.topk import TopKConfig
 from sememe.errors import ActivationError, ShapeError
 from sememe.source import TensorSource
+from sememe.tracking import read_log
 from sememe.train import TrainConfig, dead, train
 from sememe.train.schedule import make_plan
 
@@ -343,3 +344,65 @@ def test_the_learning_rate_is_back_before_the_run_or_the_next_resampling_ends_it
     plan = make_plan(config, dictionaries.build(config.architecture, 4, 4), n_steps)
     assert plan.rewarmup_steps == wanted
     assert plan.rate(n_steps - 1, config, wanted - 2) < plan.rate(n_steps - 1, config, wanted - 1) == 1.0
+
+
+OF_ONE_DIRECTION = {
+    "relu": {"l1_coefficient": 0.05},
+    "sparse start": {"l1_coefficient": 0.05, "start_density": 0.05},
+    "gated": {"l1_coefficient": 0.05},
+    "p_anneal": {"l1_coefficient": 0.05},
+    "jumprelu": {"target_l0": 4.0},
+}
+
+
+@pytest.mark.parametrize("name", OF_ONE_DIRECTION)
+def test_hundreds_of_latents_pointed_at_like_rows_do_not_overshoot(name, tmp_path, monkeypatch):
+    """A tenth of the rows are long and nearly alike: all rows that are drawn are of them."""
+    kind = "relu" if name == "sparse start" else name
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4000, D, generator=generator)
+    x[::10] += 40 * torch.nn.functional.normalize(torch.ones(D), dim=0)
+    initialise = TRAINABLE[kind].initialise
+
+    def mostly_dead(dictionary, x, target, generator):
+        initialise(dictionary, x, target, generator)
+        with torch.no_grad():
+            dictionary.b_enc[100:] = -1000.0
+
+    monkeypatch.setattr(TRAINABLE[kind], "initialise", mostly_dead)
+    options = {"resample": "loss", "resample_at": (0.5,), "resample_after_tokens": 1000, "rewarmup_steps": 5}
+    made = {
+        "architecture": {"kind": kind, "d_sae": 500} | options | OF_ONE_DIRECTION[name],
+        "n_tokens": 40 * 100,
+        "batch_size": 100,
+        "lr": 1e-3,
+        "watch_rows": 0,
+        "log_every": 1,
+        "threads": 1,
+    }
+
+    def rise(out: Path) -> float:
+        train(TrainConfig.build(made | {"out": out}), source=TensorSource(x, seed=0))
+        fvu = [line["fvu"] for line in read_log(out / "metrics.jsonl")]
+        return max(fvu[20:24]) / max(fvu[14:20])
+
+    assert rise(tmp_path / "tempered") < 2
+    monkeypatch.setattr(dead, "_temper", lambda *_: None)
+    left = rise(tmp_path / "as published")
+    # After a sparse start the usual bias is that of the dead: without `settle` they are born dead.
+    assert left < 1 if name == "sparse start" else left > 20
+
+
+@pytest.mark.parametrize("kind", ["relu", "gated", "jumprelu"])
+def test_a_weaker_latent_fires_on_the_same_rows(kind):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, D, generator=generator)
+    dictionary = dictionaries.build(TRAINABLE[kind].config_class(d_sae=D_SAE), D, D)
+    dictionary.initialise(x, x, generator)
+    ids = torch.tensor([3, 7])
+    dictionary.reset_latents(ids, x[:2])
+    before = dictionary.encode(x).to_dense()
+    assert bool((before[:, ids] > 0).any(0).all())
+    dictionary.weaken(ids, 0.25)
+    before[:, ids] *= 0.25
+    torch.testing.assert_close(dictionary.encode(x).to_dense(), before)

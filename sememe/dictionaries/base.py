@@ -363,6 +363,8 @@ class Trainable(Dictionary):
     """Steps since the start or the last resume in which a buffer was too small for all entries (see `Encoded`)."""
     scale_per_site: ClassVar[bool] = True
     """Whether concatenated sites are scaled one by one, so that each counts alike whatever its size."""
+    weakens: ClassVar[bool] = False
+    """Whether `weaken` is there."""
 
     def __init__(self, config: Config, d_in: int, d_out: int, d_sae: int, sites: Sites | None = None) -> None:
         super().__init__(config, d_in, d_out, d_sae, sites)
@@ -415,6 +417,13 @@ class Trainable(Dictionary):
             directions: What they write from now on.
             inputs: What they read; the directions, if not given (an autoencoder).
         """
+
+    def settle(self, ids: Int[Tensor, " n"], x: Float[Tensor, "rows d_in"]) -> None:
+        """Fit to some rows what hangs on rows in latents just pointed anew; here, nothing does."""
+
+    def weaken(self, ids: Int[Tensor, " n"], factor: float) -> None:
+        """Let latents fire on the same rows as before, so many times as strongly; only if `weakens`."""
+        raise NotImplementedError
 
     def revival_loss(
         self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], encoded: Encoded

@@ -69,6 +69,7 @@ class JumpReLU(Penalised):
     kind = "jumprelu"
     config_class = JumpReLUConfig
     fires_only_above_zero = True
+    weakens = True
     config: JumpReLUConfig
     latent_units = ("b_enc", "threshold_unit")
     threshold_unit: Tensor
@@ -157,6 +158,12 @@ class JumpReLU(Penalised):
         super().reset_latents(ids, directions, inputs)
         with torch.no_grad():
             self.relative_threshold[ids] = self.relative_threshold.median()
+
+    def weaken(self, ids: Int[Tensor, " n"], factor: float) -> None:
+        """Encoder, bias and threshold together."""
+        with torch.no_grad():
+            for weights in (self.W_enc.T, self.b_enc, self.relative_threshold):
+                weights[ids] *= factor
 
     def _reset_norm(self, norms: Float[Tensor, " d_sae"], ids: Int[Tensor, " n"]) -> Float[Tensor, ""]:
         return norms.median()

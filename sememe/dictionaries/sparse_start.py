@@ -38,6 +38,7 @@ class SparseStart(Steered, abc.ABC):
     """
 
     config: SparseStartConfig
+    weakens = True
 
     def initialise(
         self, x: Float[Tensor, "rows d_in"], target: Float[Tensor, "rows d_out"], generator: torch.Generator
@@ -64,6 +65,20 @@ class SparseStart(Steered, abc.ABC):
     def _reset_norm(self, norms: Float[Tensor, " d_sae"], ids: Int[Tensor, " n"]) -> Float[Tensor, ""]:
         """After a sparse start as long as is usual: at a fifth of that no row would reach over the bias."""
         return norms.median() if self._start_density() > 0 else super()._reset_norm(norms, ids)
+
+    def settle(self, ids: Int[Tensor, " n"], x: Float[Tensor, "rows d_in"]) -> None:
+        """After a sparse start: biases as at the start, of these rows. With those of other latents, one that is pointed
+        at what many rows share would be active on all of them."""
+        if self._start_density() > 0:
+            with torch.no_grad():
+                found = levels(x - self.b_pre, self.W_enc[:, ids], None, self._start_density())
+                self.b_enc[ids] = -found.clamp_min(0)
+
+    def weaken(self, ids: Int[Tensor, " n"], factor: float) -> None:
+        """Encoder and bias together: a ReLU follows."""
+        with torch.no_grad():
+            self.W_enc[:, ids] *= factor
+            self.b_enc[ids] *= factor
 
     def start_l0(self) -> float:
         """The density that biases start at; half of the latents where they start at 0."""

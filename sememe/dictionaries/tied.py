@@ -56,6 +56,7 @@ class Tied(ActivationPenalty):
     kind = "tied"
     config_class = TiedConfig
     config: TiedConfig
+    weakens = False  # the encoder's length is the decoder's
     scale_per_site = False  # one decoder for both ends cannot take up different scales
 
     def __init__(

@@ -14,6 +14,7 @@ import torch
 from sememe.compare import CompareConfig
 from sememe.dictionaries.folders import paths_in
 from sememe.effects import EffectsConfig
+from sememe.errors import ShapeError
 from sememe.evaluate import EvaluateConfig, powers_below
 from sememe.explain import ExplainConfig
 from sememe.fit import STREAMED, FitConfig
@@ -263,7 +264,9 @@ class _Planner(Known):
     def _compare(self, stage: Stage, config: CompareConfig, model: Outline, rows: Rows) -> Estimate:
         """As an evaluation of the widest dictionary with an arm for each of the others."""
         members = self._trained_in(config.dictionaries)
-        widest = max(map(self._size, members), key=lambda one: one.d_sae)
+        sizes = list(map(self._size, members))
+        _check_widths(stage, members, sizes)
+        widest = max(sizes, key=lambda one: one.d_sae)
         outputs = {name for member in members for name in self._names(member, self._member_rows(member))[1]}
         n_fitted = len(self._fitted_in(config.dictionaries))
         length, n_twins = rows.policy.context_length, self._n_twins(config)
@@ -289,6 +292,7 @@ class _Planner(Known):
     def _directions(self, stage: Stage, config: CompareConfig, rows: Rows) -> Estimate:
         """A comparison that runs no model."""
         sizes = self._sizes_in(config.dictionaries, rows)
+        _check_widths(stage, self._trained_in(config.dictionaries), sizes)
 
         def seconds(speed: Speed) -> float:
             return costs.directions_seconds(sizes, speed)
@@ -407,3 +411,15 @@ def _fit_rows(
         return FitRows(min(config.n_fit_rows, rows.n_rows), rows.shard_rows, 0)
     at_once = config.batch_rows * rows.policy.context_length
     return FitRows(config.n_fit_rows, at_once, model.n_layers_read(tuple(names)))
+
+
+def _check_widths(stage: Stage, members: Sequence[TrainConfig], sizes: Sequence[costs.Dictionary]) -> None:
+    """Dictionaries that are compared write outputs of one width; else the comparison would fail after all training."""
+    for member, size in zip(members, sizes, strict=False):
+        if size.d_out != sizes[0].d_out:
+            raise ShapeError(
+                f"the dictionaries of [{stage.label}] must write outputs of one width, {sizes[0].d_out} like "
+                f"{members[0].out.name}",
+                f"{size.d_out} of {member.out.name}",
+                "Give the one a [compare.NAME] table of its own.",
+            )

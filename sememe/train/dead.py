@@ -27,6 +27,10 @@ __all__ = ["resample", "revive", "rows_wanted", "second_dictionary"]
 
 N_BATCHES = 8
 """Batches among whose rows the new directions are looked for."""
+SETTLE_ROWS = 4096
+"""Rows that new biases are fitted to."""
+FAINTEST = 1e-3
+"""How weak latents are made at most: silent, they would be dead again."""
 
 
 class _Directions(NamedTuple):
@@ -123,7 +127,44 @@ def _point(member: Member, rows: Batch | None, ids: Int[Tensor, " n"], outputs: 
         directions = _badly_reconstructed(member, rows, ids.numel(), outputs, scheme == "worst")
     ids = ids[: directions.out.shape[0]]
     dictionary.reset_latents(ids, *directions)
+    if rows is not None:
+        _temper(member, rows, ids, outputs)
     member.optimiser.forget(ids)
+
+
+def _temper(member: Member, rows: Batch, ids: Int[Tensor, " n"], outputs: slice) -> None:
+    """Latents just pointed anew must not, all together, make the reconstruction worse.
+
+    Rows with the largest loss are often alike, and hundreds of latents pointed at them fire as one: the reconstruction
+    overshoots a hundred times, and a short run spends itself on coming back. Where that is so, they fire so many times
+    as strongly as reconstructs these rows best. Acts are linear in that factor, so one pass tells it. Ours: Bricken et
+    al. leave their latents to the 25,000 steps that follow.
+    """
+    dictionary, size = member.dictionary, member.config.batch_size
+    finite = torch.isfinite(rows.x).all(1) & torch.isfinite(rows.target).all(1)
+    x = rows.x[finite]
+    target = x if rows.target is rows.x else rows.target[finite]
+    if not len(x):
+        return
+    dictionary.settle(ids, x[:SETTLE_ROWS] * dictionary.scale_in)
+    if not dictionary.weakens:
+        return
+    new = torch.zeros(dictionary.d_sae, dtype=torch.bool, device=ids.device)
+    new[ids] = True
+    left = own = both = 0.0
+    for start in range(0, len(x), size):
+        some = x[start : start + size]
+        part = member.scaled(Batch(some, some if target is x else target[start : start + size]))
+        encoded = dictionary.encode(part.x)
+        theirs = encoded.with_acts(encoded.acts * new[encoded.indices.long()])
+        silent = encoded.with_acts(torch.zeros_like(encoded.acts))
+        added = (dictionary.decode(theirs, part.x) - dictionary.decode(silent, part.x))[:, outputs].double()
+        before = (part.target - dictionary.decode(encoded, part.x))[:, outputs].double() + added
+        left += float((before * before).sum())
+        own += float((added * added).sum())
+        both += float((before * added).sum())
+    if left - 2 * both + own > left and own > 0:
+        dictionary.weaken(ids, max(both / own, FAINTEST))
 
 
 def _chosen(member: Member, resampling: Resampling) -> Bool[Tensor, " d_sae"]:

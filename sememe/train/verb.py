@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["train", "train_sweep"]
 
-VERSION = 4
+VERSION = 5
 
 
 class _Stream(NamedTuple):
