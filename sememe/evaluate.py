@@ -59,7 +59,7 @@ from sememe.text import TokenPolicy
 
 __all__ = ["NULLS", "EvaluateConfig", "evaluate", "powers_below"]
 
-VERSION = 7
+VERSION = 8
 
 
 class EvaluateConfig(MeasureConfig):

@@ -21,7 +21,7 @@ from sememe.train import TrainConfig, swept_names, train, train_sweep
 
 __all__ = ["RECOVERY", "RecoverConfig", "recover"]
 
-VERSION = 2
+VERSION = 3
 RECOVERY = "recovery.json"
 
 

@@ -135,6 +135,18 @@ def test_intervals_of_densities_hold_what_other_documents_give() -> None:
     assert np.all(covered >= 30), covered  # over many more: 84% to 97%
 
 
+def test_an_interval_of_shares_holds_its_value_and_lies_in_0_to_1() -> None:
+    """One of 1,000 latents fires in two of 64 groups only: few draws miss it, and their mean lies below nearly all."""
+    dense = torch.ones(64, 1000)
+    dense[2:, 0] = 0
+    for rows in (dense, 1 - dense):
+        sparsity = metrics.Sparsity(1000)
+        sparsity.update(Encoded.from_dense(rows), None, torch.arange(64))
+        found = sparsity.compute(n_bootstrap=400)["frac_alive"]
+        assert 0 <= found.low <= found.value <= found.high <= 1
+        assert found.low < found.high
+
+
 def test_what_nobody_could_count_has_no_share() -> None:
     broken = Encoded.from_dense(torch.tensor([[1.0, torch.nan], [1.0, 0.0]]))
     found = metrics.Sparsity(2)

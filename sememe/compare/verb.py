@@ -46,7 +46,7 @@ from sememe.text import TokenPolicy
 
 __all__ = ["COMPARISON", "compare"]
 
-VERSION = 8
+VERSION = 9
 COMPARISON = "comparison.json"
 SCHEMA = "comparison.schema.json"
 MAX_NULL_L0S = 3

@@ -236,8 +236,9 @@ class Sparsity:
         drawn = torch.cat([shares(part @ table / n_rows[:, None]) for part, n_rows in parts])
         found = []
         for value, own in zip(values, drawn.unbind(1), strict=True):
+            # Of draws that pile up at 0 or 1, the mean lies beyond most of them: the ends would leave the value out.
             low, high = (value + end - float(own.mean()) for end in _ends(own))
-            one = Statistic(value, max(0.0, low), min(1.0, high))
+            one = Statistic(value, min(max(0.0, low), value), max(min(1.0, high), value))
             found.append(undrawn_share(one, density.shape[0]))
         return found
 
