@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from tiny_models import (
@@ -465,30 +463,22 @@ def test_generation_past_the_context(llama: LanguageModel) -> None:
         llama.generate(some_ids(), CONTEXT)
 
 
-OWN_KEYS = {"bloom", "falcon", "gemma2", "gemma3_text", "mistral"}
-"""Models whose attention is more than a softmax over all earlier tokens: biases by distance, windows, caps."""
-
-
 # ---- going on after some tokens -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_going_on_after_a_prefix_is_the_full_forward(lm: LanguageModel, shared: bool) -> None:
+def test_going_on_after_a_prefix_is_the_full_forward(lm: LanguageModel) -> None:
     """Rows that go on after 0, 3 and 5 tokens of two contexts, filled up at their end, edited and captured."""
     ids = some_ids(seq=9)
     rows, lengths, n_new = torch.tensor([0, 1, 0]), torch.tensor([0, 3, 5]), 4
     if not lm.goes_on():
         assert lm.hf.config.model_type == "mamba"
         return
-    if shared and not lm.shares():
-        assert lm.hf.config.model_type in OWN_KEYS
-        return
     places = lengths[:, None] + torch.arange(n_new)
     new = ids[rows[:, None], places]
     with torch.no_grad():
         with lm.remembering() as past:
             full = lm.hidden(ids)
-        with lm.after(past.prefix(rows, lengths, n_new, shared=shared)):
+        with lm.after(past.prefix(rows, lengths, n_new)):
             found = lm.hidden(new)
             captured = lm.capture(new, ["resid_post.1"])["resid_post.1"]
             assert torch.equal(lm.logits(full), lm.logits(full)), "logits go on from nothing"
@@ -497,7 +487,7 @@ def test_going_on_after_a_prefix_is_the_full_forward(lm: LanguageModel, shared: 
         assert torch.allclose(captured, whole[rows[:, None], places], rtol=1e-3, atol=1e-5)
 
         moved = noise(3, n_new, D_MODEL)
-        with lm.after(past.prefix(rows, lengths, n_new, 1 + lm.skips(1), shared=shared)):
+        with lm.after(past.prefix(rows, lengths, n_new, first_layer=1 + lm.skips(1))):
             replaced = lm.hidden_from(1, moved, new)
         for i in range(3):
             residual = whole[rows[i]].clone()
@@ -512,8 +502,8 @@ def test_a_model_whose_keys_do_not_help_says_so(monkeypatch: pytest.MonkeyPatch)
     lm = tiny_lm("llama")
     prefix = Past.prefix
 
-    def wrong(self: Past, rows: torch.Tensor, *rest: Any, **more: Any) -> Prefix:
-        return prefix(self, 1 - rows, *rest, **more)
+    def wrong(self: Past, rows: torch.Tensor, lengths: torch.Tensor, *rest: int) -> Prefix:
+        return prefix(self, rows.flip(0), lengths, *rest)
 
     monkeypatch.setattr(Past, "prefix", wrong)
     assert not lm.goes_on()

@@ -86,7 +86,6 @@ class Reruns:
         self.splicer = Splicer(lm, reads, writes)
         self.directions = dictionary.decoder_directions().detach().float()
         self.goes_on = keep_keys and lm.goes_on()
-        self.shares = self.goes_on and lm.shares()
         self.unembedding: Unembedding | None = None
         """The model's, once somebody looked at it."""
         # The lowest layer that runs in an ablated forward; skipping is tried out here, on its own.
@@ -181,8 +180,7 @@ class Reruns:
             columns, at = torch.arange(base.ids.shape[1]).expand(len(rows), -1), positions
         else:
             columns, at = places, torch.zeros_like(positions)
-            past = run.past.prefix(rows, positions, n_after + 1, self.first_layer, shared=self.shares)
-            around = self.lm.after(past)
+            around = self.lm.after(run.past.prefix(rows, positions, n_after + 1, self.first_layer))
         ids = base.ids[rows[:, None], columns]
         edits = {}
         residual = None

@@ -19,7 +19,6 @@ from sememe.lm.forwards import Forwards
 from sememe.lm.hookpoints import attach, read, unrows, write
 from sememe.lm.past import Past, Prefix
 from sememe.lm.readout import Readout, between_stack_and_head
-from sememe.lm.shared import attending, supports
 from sememe.lm.tokens import TokenTable
 
 __all__ = ["LanguageModel"]
@@ -50,7 +49,6 @@ class LanguageModel(Forwards):
         self._outputs: dict[int, Any] = {}
         self._can_skip: dict[int, bool] = {}
         self._can_go_on: bool | None = None
-        self._can_share: bool | None = None
         self._tokens: TokenTable | None = None
 
     # ---- from the middle ------------------------------------------------------------------------------------
@@ -139,44 +137,31 @@ class LanguageModel(Forwards):
         rows filled up at their end need no mask. Ask `goes_on()` first.
         """
         before, self._prefix = self._prefix, prefix
-        config = self.hf.config.get_text_config()
-        around = contextlib.nullcontext() if prefix.plan is None else attending(config, prefix.plan)
         try:
-            with around:
-                yield
+            yield
         finally:
             self._prefix = before
 
     def goes_on(self) -> bool:
         """Whether going on after a prefix gives what a full forward gives, tried once on a few tokens."""
         if self._can_go_on is None:
-            self._can_go_on = self._goes_on(shared=False)
+            n = 12 if self.context_length is None else min(12, self.context_length)
+            ids = torch.stack([torch.arange(n), torch.arange(n).flip(0)]) % self.vocab_size
+            lengths = torch.tensor([n // 4, n // 2])
+            n_new = n - n // 2
+            try:
+                with self._without_edits(), torch.no_grad():
+                    with self.remembering() as past:
+                        full = self.hidden(ids)
+                    places = lengths[:, None] + torch.arange(n_new)
+                    with self.after(past.prefix(torch.arange(2), lengths, n_new)):
+                        new = self.hidden(ids.gather(1, places)).float()
+                truth = full[torch.arange(2)[:, None].to(full.device), places.to(full.device)].float()
+                tolerance = 1e-3 if self.dtype == torch.float32 else 5e-2
+                self._can_go_on = bool((new - truth).norm() <= tolerance * truth.norm())
+            except Exception:
+                self._can_go_on = False
         return self._can_go_on
-
-    def shares(self) -> bool:
-        """Whether rows that go on from one context can share its keys (`Past.prefix`), tried once on a few tokens."""
-        if self._can_share is None:
-            able = self.goes_on() and supports(self.hf.config.get_text_config())
-            self._can_share = able and self._goes_on(shared=True)
-        return self._can_share
-
-    def _goes_on(self, shared: bool) -> bool:
-        n = 12 if self.context_length is None else min(12, self.context_length)
-        ids = torch.stack([torch.arange(n), torch.arange(n).flip(0)]) % self.vocab_size
-        rows, lengths = torch.tensor([0, 1, 0]), torch.tensor([n // 4, n // 2, n // 3])
-        n_new = n - n // 2
-        try:
-            with self._without_edits(), torch.no_grad():
-                with self.remembering() as past:
-                    full = self.hidden(ids)
-                places = lengths[:, None] + torch.arange(n_new)
-                with self.after(past.prefix(rows, lengths, n_new, shared=shared)):
-                    new = self.hidden(ids[rows].gather(1, places)).float()
-            truth = full[rows[:, None].to(full.device), places.to(full.device)].float()
-            tolerance = 1e-3 if self.dtype == torch.float32 else 5e-2
-            return bool((new - truth).norm() <= tolerance * truth.norm())
-        except Exception:
-            return False
 
     def skips(self, layer: int) -> bool:
         """Whether `hidden_from` leaves layers 0 to `layer` out, and does not run the full forward instead."""

@@ -14,8 +14,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sememe.lm.shared import Plan, plan_of
-
 __all__ = ["Past", "Prefix"]
 
 
@@ -28,12 +26,10 @@ class Prefix(NamedTuple):
     """Tokens before each row's first new one."""
     n_padded: int
     """Those of the longest: the width of the cache."""
-    plan: Plan | None = None
-    """Where the rows share their contexts' keys: which stands where."""
 
     def mask(self, n_new: int) -> Bool[Tensor, "rows padded_plus_new"] | None:
         """False at the padding in front; None where there is none."""
-        if self.plan is not None or bool((self.lengths == self.n_padded).all()):
+        if bool((self.lengths == self.n_padded).all()):
             return None
         before = torch.arange(self.n_padded) >= (self.n_padded - self.lengths)[:, None]
         return torch.cat([before, torch.ones(before.shape[0], n_new, dtype=torch.bool)], dim=1)
@@ -59,13 +55,7 @@ class Past:
         return [(layer.keys, layer.values) for layer in self.cache.layers]
 
     def prefix(
-        self,
-        rows: Int[Tensor, " rows"],
-        lengths: Int[Tensor, " rows"],
-        n_new: int,
-        first_layer: int = 0,
-        *,
-        shared: bool = False,
+        self, rows: Int[Tensor, " rows"], lengths: Int[Tensor, " rows"], n_new: int, first_layer: int = 0
     ) -> Prefix:
         """What a batch goes on from.
 
@@ -74,12 +64,8 @@ class Past:
             lengths: After how many of its tokens.
             n_new: Room for so many new tokens.
             first_layer: The lowest layer that will run; those below are not copied.
-            shared: Rows may share their contexts' keys (ask `LanguageModel.shares()` first), and do where that is
-                quicker than copies.
         """
         n_padded = int(lengths.max()) if len(lengths) else 0
-        if shared and (plan := plan_of(rows, lengths, n_new)) is not None:
-            return self._shared(plan, lengths, first_layer)
         at = _places(rows, lengths, n_padded, n_new)
         layers = []
         for number, tensors in enumerate(self.keys_and_values()):
@@ -91,12 +77,6 @@ class Past:
         cache = _empty()
         cache.layers = layers
         return Prefix(cache, lengths, n_padded)
-
-    def _shared(self, plan: Plan, lengths: Int[Tensor, " rows"], first_layer: int) -> Prefix:
-        kept = [None] * first_layer + self.keys_and_values()[first_layer:]
-        cache = _empty()
-        cache.layers = [_shared_class()(plan, tensors) for tensors in kept]
-        return Prefix(cache, lengths, plan.n_before, plan)
 
 
 def _empty() -> Any:
@@ -133,31 +113,6 @@ def _layer_class() -> type[Any]:
             return self.n_padded
 
     return Layer
-
-
-@functools.cache
-def _shared_class() -> type[Any]:
-    from transformers.cache_utils import DynamicLayer
-
-    class SharedLayer(DynamicLayer):  # type: ignore[misc]
-        """A layer's keys and values, of each context once."""
-
-        def __init__(self, plan: Plan, tensors: tuple[Tensor, ...] | None) -> None:
-            super().__init__()
-            self.plan, self.tensors = plan, tensors
-            self.is_initialized = True
-
-        def update(
-            self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
-        ) -> tuple[Tensor, Tensor]:
-            assert self.tensors is not None, "a layer that was left out runs"
-            keys, values = self.tensors
-            return self.plan.packed(keys, key_states), self.plan.packed(values, value_states)
-
-        def get_seq_length(self, *_: Any) -> int:
-            return self.plan.n_before
-
-    return SharedLayer
 
 
 def _places(
