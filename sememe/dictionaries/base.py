@@ -422,7 +422,7 @@ class Trainable(Dictionary):
         """Fit to some rows what hangs on rows in latents just pointed anew; here, nothing does."""
 
     def weaken(self, ids: Int[Tensor, " n"], factor: float) -> None:
-        """Let latents fire on the same rows as before, so many times as strongly; only if `weakens`."""
+        """Multiply the pre-activations of latents, and what they are compared with, by a factor; only if `weakens`."""
         raise NotImplementedError
 
     def revival_loss(

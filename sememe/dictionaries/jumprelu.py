@@ -69,7 +69,6 @@ class JumpReLU(Penalised):
     kind = "jumprelu"
     config_class = JumpReLUConfig
     fires_only_above_zero = True
-    weakens = True
     config: JumpReLUConfig
     latent_units = ("b_enc", "threshold_unit")
     threshold_unit: Tensor
@@ -160,10 +159,10 @@ class JumpReLU(Penalised):
             self.relative_threshold[ids] = self.relative_threshold.median()
 
     def weaken(self, ids: Int[Tensor, " n"], factor: float) -> None:
-        """Encoder, bias and threshold together."""
+        """As every linear dictionary, thresholds included."""
+        super().weaken(ids, factor)
         with torch.no_grad():
-            for weights in (self.W_enc.T, self.b_enc, self.relative_threshold):
-                weights[ids] *= factor
+            self.relative_threshold[ids] *= factor
 
     def _reset_norm(self, norms: Float[Tensor, " d_sae"], ids: Int[Tensor, " n"]) -> Float[Tensor, ""]:
         return norms.median()

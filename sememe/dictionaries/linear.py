@@ -47,6 +47,7 @@ class Linear(Trainable, abc.ABC):
 
     config_class: ClassVar[type[LinearConfig]]
     config: LinearConfig
+    weakens = True
     fires_only_above_zero: ClassVar[bool] = False
     """Whether a latent is active only where its own pre-activation is positive, whatever the others do."""
     latent_units: ClassVar[tuple[str, ...]] = ("b_enc",)
@@ -225,6 +226,12 @@ class Linear(Trainable, abc.ABC):
             self.W_dec[ids] = _units(directions)
             self._reset_encoder(ids, _units(directions if inputs is None else inputs))
             self.tokens_since_fired[ids] = 0
+
+    def weaken(self, ids: Int[Tensor, " n"], factor: float) -> None:
+        """Encoder and bias together."""
+        with torch.no_grad():
+            self.W_enc[:, ids] *= factor
+            self.b_enc[ids] *= factor
 
     def _reset_encoder(self, ids: Int[Tensor, " n"], units: Float[Tensor, "n d_in"]) -> None:
         """Make some latents read directions of norm 1."""

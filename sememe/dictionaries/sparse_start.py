@@ -38,7 +38,6 @@ class SparseStart(Steered, abc.ABC):
     """
 
     config: SparseStartConfig
-    weakens = True
 
     def initialise(
         self, x: Float[Tensor, "rows d_in"], target: Float[Tensor, "rows d_out"], generator: torch.Generator
@@ -73,12 +72,6 @@ class SparseStart(Steered, abc.ABC):
             with torch.no_grad():
                 found = levels(x - self.b_pre, self.W_enc[:, ids], None, self._start_density())
                 self.b_enc[ids] = -found.clamp_min(0)
-
-    def weaken(self, ids: Int[Tensor, " n"], factor: float) -> None:
-        """Encoder and bias together: a ReLU follows."""
-        with torch.no_grad():
-            self.W_enc[:, ids] *= factor
-            self.b_enc[ids] *= factor
 
     def start_l0(self) -> float:
         """The density that biases start at; half of the latents where they start at 0."""

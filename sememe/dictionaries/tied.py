@@ -14,6 +14,7 @@ from sememe.dictionaries.activation_penalty import ActivationPenalty, Activation
 from sememe.dictionaries.base import Loss, Sites
 from sememe.dictionaries.chunks import Chunk, Rows
 from sememe.dictionaries.initial import geometric_median
+from sememe.dictionaries.levels import levels
 from sememe.dictionaries.linear import check_one_place
 from sememe.errors import ConfigError
 
@@ -56,7 +57,8 @@ class Tied(ActivationPenalty):
     kind = "tied"
     config_class = TiedConfig
     config: TiedConfig
-    weakens = False  # the encoder's length is the decoder's
+    _reach: Tensor
+    """The largest projection of the rows last looked at, for each latent pointed anew."""
     scale_per_site = False  # one decoder for both ends cannot take up different scales
 
     def __init__(
@@ -97,6 +99,19 @@ class Tied(ActivationPenalty):
         if not self.config.bias_decay:
             return loss
         return loss._replace(total=loss.total + self.config.bias_decay * self.b_enc.norm())
+
+    def settle(self, ids: Int[Tensor, " n"], x: Float[Tensor, "rows d_in"]) -> None:
+        """As with every sparse start; `weaken` goes by how far these rows reach."""
+        super().settle(ids, x)
+        with torch.no_grad():
+            self._reach = levels(
+                x - self.b_pre, self.W_enc[:, ids], None, (1 + 1e-6) / (len(x) + 1)
+            )  # their maxima
+
+    def weaken(self, ids: Int[Tensor, " n"], factor: float) -> None:
+        """The encoder's length is the decoder's: the bias moves towards where no row reaches."""
+        with torch.no_grad():
+            self.b_enc[ids] = torch.lerp(-self._reach, self.b_enc[ids], factor)
 
     def _reset_norm(self, norms: Float[Tensor, " d_sae"], ids: Int[Tensor, " n"]) -> Float[Tensor, ""]:
         """1: the encoder's weights are the decoder's."""

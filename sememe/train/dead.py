@@ -29,8 +29,8 @@ N_BATCHES = 8
 """Batches among whose rows the new directions are looked for."""
 SETTLE_ROWS = 4096
 """Rows that new biases are fitted to."""
-FAINTEST = 1e-3
-"""How weak latents are made at most: silent, they would be dead again."""
+FAINTEST, N_WEAKENED = 1e-3, 8
+"""How weak latents are made at once at most, as silent ones would be dead again; and how often, if still too loud."""
 
 
 class _Directions(NamedTuple):
@@ -137,34 +137,43 @@ def _temper(member: Member, rows: Batch, ids: Int[Tensor, " n"], outputs: slice)
 
     Rows with the largest loss are often alike, and hundreds of latents pointed at them fire as one: the reconstruction
     overshoots a hundred times, and a short run spends itself on coming back. Where that is so, they fire so many times
-    as strongly as reconstructs these rows best. Acts are linear in that factor, so one pass tells it. Ours: Bricken et
-    al. leave their latents to the 25,000 steps that follow.
+    as strongly as reconstructs these rows best: a ReLU's acts are linear in that factor, and one pass tells it; where
+    latents compete, others may be chosen then, and it is looked again. Ours: Bricken et al. leave their latents to
+    the 25,000 steps that follow.
     """
-    dictionary, size = member.dictionary, member.config.batch_size
+    dictionary = member.dictionary
     finite = torch.isfinite(rows.x).all(1) & torch.isfinite(rows.target).all(1)
     x = rows.x[finite]
-    target = x if rows.target is rows.x else rows.target[finite]
+    looked_at = Batch(x, x if rows.target is rows.x else rows.target[finite])
     if not len(x):
         return
     dictionary.settle(ids, x[:SETTLE_ROWS] * dictionary.scale_in)
     if not dictionary.weakens:
         return
+    for _ in range(N_WEAKENED):
+        own, both = _contribution(member, looked_at, ids, outputs)
+        if own <= 2 * both or own == 0:  # (left - added)^2 <= left^2
+            return
+        dictionary.weaken(ids, max(both / own, FAINTEST))
+
+
+def _contribution(member: Member, rows: Batch, ids: Int[Tensor, " n"], outputs: slice) -> tuple[float, float]:
+    """What some latents add to the reconstruction: its square, and its product with what is left over without it."""
+    dictionary, size = member.dictionary, member.config.batch_size
     new = torch.zeros(dictionary.d_sae, dtype=torch.bool, device=ids.device)
     new[ids] = True
-    left = own = both = 0.0
-    for start in range(0, len(x), size):
-        some = x[start : start + size]
-        part = member.scaled(Batch(some, some if target is x else target[start : start + size]))
+    own = both = 0.0
+    for start in range(0, len(rows.x), size):
+        x, target = rows.x[start : start + size], rows.target[start : start + size]
+        part = member.scaled(Batch(x, x if rows.target is rows.x else target))
         encoded = dictionary.encode(part.x)
         theirs = encoded.with_acts(encoded.acts * new[encoded.indices.long()])
         silent = encoded.with_acts(torch.zeros_like(encoded.acts))
         added = (dictionary.decode(theirs, part.x) - dictionary.decode(silent, part.x))[:, outputs].double()
-        before = (part.target - dictionary.decode(encoded, part.x))[:, outputs].double() + added
-        left += float((before * before).sum())
+        left = (part.target - dictionary.decode(encoded, part.x))[:, outputs].double() + added
         own += float((added * added).sum())
-        both += float((before * added).sum())
-    if left - 2 * both + own > left and own > 0:
-        dictionary.weaken(ids, max(both / own, FAINTEST))
+        both += float((left * added).sum())
+    return own, both
 
 
 def _chosen(member: Member, resampling: Resampling) -> Bool[Tensor, " d_sae"]:
