@@ -130,7 +130,7 @@ def test_a_batch_is_chosen_from_by_weighed_activations_and_the_threshold_follows
     smallest = weighed.flatten().topk(5 * len(x)).values[-1]
     assert torch.equal(encoded.to_dense() != 0, weighed >= smallest)
     dictionary.after_step(encoded)
-    torch.testing.assert_close(dictionary.threshold, 0.99 * torch.tensor(0.4) + 0.01 * smallest)
+    torch.testing.assert_close(dictionary.threshold, 0.9 * torch.tensor(0.4) + 0.1 * smallest)
 
 
 @pytest.mark.parametrize("site_norms", ["l1", "l2"])

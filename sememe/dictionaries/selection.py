@@ -56,8 +56,9 @@ class SelectionConfig(LinearConfig):
 class BatchSelectionConfig(SelectionConfig):
     """Options of every architecture that keeps a number of latents per batch; k is the average per row."""
 
-    threshold_decay: float = Field(default=0.99, ge=0, lt=1)
-    """Share of the threshold that a step keeps: it averages over about 1 / (1 - decay) steps."""
+    threshold_decay: float = Field(default=0.9, ge=0, lt=1)
+    """Share of the threshold that a step keeps: it averages over about 1 / (1 - decay) steps. One that lags behind
+    keeps more or fewer latents than k on single rows; of a batch's many entries the smallest kept is known well."""
 
 
 class Selection(Linear, abc.ABC):
