@@ -76,7 +76,7 @@ def test_numbers_are_found_where_their_paths_say(base):
     page = (found.path / "results.html").read_text()
     for said in ("A paper", "Table 1", "9.951", "three", "9 to 10", "Published in: page 2"):
         assert said in page, said
-    assert "| row | 9.951 | 9.5 (9 to 10) | – | 3 |" in (found.path / "results.md").read_text()
+    assert "| row | 9.951 | 9.5 (9 to 10) | 3 |" in (found.path / "results.md").read_text()
 
 
 def test_what_is_not_there_says_why_and_is_not_guessed(base):

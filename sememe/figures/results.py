@@ -96,18 +96,19 @@ def _plot(about: Data) -> Figure:
 
 
 def results_tables(data: Data) -> list[Table]:
-    """Each published table: two columns for a metric, theirs and ours."""
+    """Each published table: two columns for a metric, theirs and ours; ours alone where nothing was published."""
     found = []
     for about in data["tables"]:
-        columns = [""]
-        for name in about["columns"]:
-            columns += [f"{name}, published", f"{name}, here"]
+        columns, told = [""], []
+        for place, name in enumerate(about["columns"]):
+            told.append(any(row["published"][place] != "" for row in about["rows"]))
+            columns += [f"{name}, published", f"{name}, here"] if told[-1] else [name]
         table = Table(columns, [], [])
         for row in about["rows"]:
             cells, notes = [row["name"]], [""]
-            for published, here in zip(row["published"], row["here"], strict=True):
-                cells += [_said(published), _cell(here)]
-                notes += ["", cell_note(here)]
+            for is_told, published, here in zip(told, row["published"], row["here"], strict=True):
+                cells += [_said(published)] * is_told + [_cell(here)]
+                notes += [""] * is_told + [cell_note(here)]
             table.rows.append(cells)
             table.notes.append(notes)
         found.append(table)
