@@ -15,7 +15,7 @@ from sememe import kernels
 from sememe.dictionaries.auxiliary import auxk_loss_of
 from sememe.dictionaries.base import Constraints, LatentGroup, Loss, Resampling, Sites, Trainable
 from sememe.dictionaries.dead import DeadLatents
-from sememe.dictionaries.initial import geometric_median, unit_rows
+from sememe.dictionaries.initial import geometric_median, median_of_others, unit_rows
 from sememe.dictionaries.jumprelu import Jump
 from sememe.dictionaries.levels import levels
 from sememe.dictionaries.resampling import ResamplingConfig
@@ -406,7 +406,7 @@ class CrossLayer(Trainable):
             self.encoders[number][of] = length * reads
         self.b_enc[ids] = 0.0
         if self.config.selection == "jumprelu":
-            self.relative_threshold[ids] = self.relative_threshold.median()
+            self.relative_threshold[ids] = median_of_others(self.relative_threshold, ids)
         self.tokens_since_fired[ids] = 0
 
     def resampling(self) -> Resampling | None:

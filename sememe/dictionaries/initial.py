@@ -57,3 +57,10 @@ def bricken_norm(norms: Float[Tensor, " d_sae"], ids: Int[Tensor, " n"]) -> Floa
     n_alive = alive.sum()
     mean = torch.where(n_alive > 0, (norms * alive).sum() / n_alive.clamp_min(1), torch.ones_like(norms[0]))
     return 0.2 * mean
+
+
+def median_of_others(x: Float[Tensor, " d_sae"], ids: Int[Tensor, " n"]) -> Float[Tensor, ""]:
+    """What is usual among latents that are not pointed anew: most may be dead."""
+    others = torch.ones_like(x, dtype=torch.bool)
+    others[ids] = False
+    return (x[others] if bool(others.any()) else x).median()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sememe import kernels
 from sememe.dictionaries.base import Constraints, Loss, Sites
 from sememe.dictionaries.chunks import Chunk, Rows
+from sememe.dictionaries.initial import median_of_others
 from sememe.dictionaries.levels import levels
 from sememe.dictionaries.penalised import Penalised, PenalisedConfig, moved
 from sememe.encoded import Encoded
@@ -156,12 +157,15 @@ class JumpReLU(Penalised):
         """The encoder at its usual length (a fifth would never reach a threshold), the threshold as is usual."""
         super().reset_latents(ids, directions, inputs)
         with torch.no_grad():
-            self.relative_threshold[ids] = self.relative_threshold.median()
+            self.relative_threshold[ids] = median_of_others(self.relative_threshold, ids)
 
     def weaken(self, ids: Int[Tensor, " n"], factor: float) -> None:
-        """As every linear dictionary, thresholds included."""
-        super().weaken(ids, factor)
+        """As every linear dictionary, thresholds included; not so far that all that is positive lies in the window."""
         with torch.no_grad():
+            lowest = float(self.relative_threshold[ids].min())
+            if lowest > self.config.bandwidth:
+                factor = max(factor, self.config.bandwidth / lowest)
+            super().weaken(ids, factor)
             self.relative_threshold[ids] *= factor
 
     def _reset_norm(self, norms: Float[Tensor, " d_sae"], ids: Int[Tensor, " n"]) -> Float[Tensor, ""]:

@@ -52,7 +52,6 @@ class MatchingPursuit(Selection):
     kind = "matching_pursuit"
     config_class = MatchingPursuitConfig
     config: MatchingPursuitConfig
-    weakens = False  # the encoder is the decoder, and a pursuit does not overshoot
     scale_per_site = False  # one decoder for both ends cannot take up different scales
 
     def __init__(

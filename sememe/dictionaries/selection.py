@@ -65,6 +65,7 @@ class Selection(Linear, abc.ABC):
     """A linear dictionary that keeps a number of latents."""
 
     config: SelectionConfig
+    weakens = False  # the weaker of those that compete are never chosen
     signed: ClassVar[bool] = False
     """Whether activations may be negative."""
 

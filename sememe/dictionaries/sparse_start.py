@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
+from sememe.dictionaries.initial import median_of_others
 from sememe.dictionaries.levels import levels
 from sememe.dictionaries.steered import Steered, SteeredConfig
 
@@ -54,9 +55,9 @@ class SparseStart(Steered, abc.ABC):
                 self.b_enc[0] = kept
 
     def _reset_encoder(self, ids: Int[Tensor, " n"], units: Float[Tensor, "n d_in"]) -> None:
-        """As every linear encoder. After a sparse start the bias is what is usual: from 0, half of the rows would be
-        active again."""
-        usual = self.b_enc.median()
+        """As every linear encoder. After a sparse start the bias is what is usual, until `settle`: from 0, half of the
+        rows would be active again."""
+        usual = median_of_others(self.b_enc, ids)
         super()._reset_encoder(ids, units)
         if self._start_density() > 0:
             self.b_enc[ids] = usual
@@ -70,7 +71,7 @@ class SparseStart(Steered, abc.ABC):
         at what many rows share would be active on all of them."""
         if self._start_density() > 0:
             with torch.no_grad():
-                found = levels(x - self.b_pre, self.W_enc[:, ids], None, self._start_density())
+                found = levels(x[:N_START_ROWS] - self.b_pre, self.W_enc[:, ids], None, self._start_density())
                 self.b_enc[ids] = -found.clamp_min(0)
 
     def start_l0(self) -> float:

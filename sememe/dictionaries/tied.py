@@ -14,11 +14,13 @@ from sememe.dictionaries.activation_penalty import ActivationPenalty, Activation
 from sememe.dictionaries.base import Loss, Sites
 from sememe.dictionaries.chunks import Chunk, Rows
 from sememe.dictionaries.initial import geometric_median
-from sememe.dictionaries.levels import levels
 from sememe.dictionaries.linear import check_one_place
 from sememe.errors import ConfigError
 
 __all__ = ["Tied", "TiedConfig"]
+
+REACH_ENTRIES = 2**23
+"""Projections held at once: 32 MB."""
 
 
 class TiedConfig(ActivationPenaltyConfig):
@@ -104,14 +106,14 @@ class Tied(ActivationPenalty):
         """As with every sparse start; `weaken` goes by how far these rows reach."""
         super().settle(ids, x)
         with torch.no_grad():
-            self._reach = levels(
-                x - self.b_pre, self.W_enc[:, ids], None, (1 + 1e-6) / (len(x) + 1)
-            )  # their maxima
+            some = torch.split(ids, max(1, REACH_ENTRIES // len(x)))
+            self._reach = torch.cat([((x - self.b_pre) @ self.W_enc[:, part]).amax(0) for part in some])
 
     def weaken(self, ids: Int[Tensor, " n"], factor: float) -> None:
         """The encoder's length is the decoder's: the bias moves towards where no row reaches."""
         with torch.no_grad():
-            self.b_enc[ids] = torch.lerp(-self._reach, self.b_enc[ids], factor)
+            nowhere = torch.minimum(-self._reach, self.b_enc[ids])
+            self.b_enc[ids] = torch.lerp(nowhere, self.b_enc[ids], factor)
 
     def _reset_norm(self, norms: Float[Tensor, " d_sae"], ids: Int[Tensor, " n"]) -> Float[Tensor, ""]:
         """1: the encoder's weights are the decoder's."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple, final
 
 import torch
@@ -250,6 +251,12 @@ class Variational(Penalised):
         self.b_spike[ids] = bias
         self.W_var[:, ids] = 0.0
         self.b_var[ids] = START_LOG_VAR
+
+    def weaken(self, ids: Int[Tensor, " n"], factor: float) -> None:
+        """The slab's mean, and its spread with it; spikes stay as they are."""
+        super().weaken(ids, factor)
+        with torch.no_grad():
+            self.b_var[ids] += 2 * math.log(factor)
 
     def _reset_norm(self, norms: Float[Tensor, " d_sae"], ids: Int[Tensor, " n"]) -> Float[Tensor, ""]:
         return norms.median()

@@ -5,6 +5,7 @@ Auxiliary losses (AuxK, ghost gradients) are the architectures' own; this is wha
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sememe import artifact, dictionaries, metrics
-from sememe.dictionaries import Resampling
+from sememe.dictionaries import Resampling, Trainable
 from sememe.dictionaries.initial import unit_rows
 from sememe.encoded import Encoded
 from sememe.errors import ShapeError
@@ -27,10 +28,8 @@ __all__ = ["resample", "revive", "rows_wanted", "second_dictionary"]
 
 N_BATCHES = 8
 """Batches among whose rows the new directions are looked for."""
-SETTLE_ROWS = 4096
-"""Rows that new biases are fitted to."""
 FAINTEST, N_WEAKENED = 1e-3, 8
-"""How weak latents are made at once at most, as silent ones would be dead again; and how often, if still too loud."""
+"""How weak latents are made at most, as silent ones would be dead again; and how often it is looked."""
 
 
 class _Directions(NamedTuple):
@@ -138,23 +137,29 @@ def _temper(member: Member, rows: Batch, ids: Int[Tensor, " n"], outputs: slice)
     Rows with the largest loss are often alike, and hundreds of latents pointed at them fire as one: the reconstruction
     overshoots a hundred times, and a short run spends itself on coming back. Where that is so, they fire so many times
     as strongly as reconstructs these rows best: a ReLU's acts are linear in that factor, and one pass tells it; where
-    latents compete, others may be chosen then, and it is looked again. Ours: Bricken et al. leave their latents to
-    the 25,000 steps that follow.
+    they are not quite, it is looked again. Where latents compete for k places, weaker ones would never be chosen, and
+    are left as they are. Ours: Bricken et al. leave their latents to the 25,000 steps that follow.
     """
     dictionary = member.dictionary
     finite = torch.isfinite(rows.x).all(1) & torch.isfinite(rows.target).all(1)
-    x = rows.x[finite]
-    looked_at = Batch(x, x if rows.target is rows.x else rows.target[finite])
-    if not len(x):
+    if not bool(finite.all()):  # such rows are not for a latent; their step will say what they are
+        x = rows.x[finite]
+        rows = Batch(x, x if rows.target is rows.x else rows.target[finite])
+    if not len(rows.x):
         return
-    dictionary.settle(ids, x[:SETTLE_ROWS] * dictionary.scale_in)
+    dictionary.settle(ids, rows.x * dictionary.scale_in)
     if not dictionary.weakens:
         return
+    total = 1.0
     for _ in range(N_WEAKENED):
-        own, both = _contribution(member, looked_at, ids, outputs)
-        if own <= 2 * both or own == 0:  # (left - added)^2 <= left^2
+        own, both = _contribution(member, rows, ids, outputs)
+        if not math.isfinite(own + both) or own <= 2 * both or own == 0:  # (left - added)^2 <= left^2
             return
-        dictionary.weaken(ids, max(both / own, FAINTEST))
+        factor = max(both / own, FAINTEST / total)
+        if factor >= 1:
+            return
+        dictionary.weaken(ids, factor)
+        total *= factor
 
 
 def _contribution(member: Member, rows: Batch, ids: Int[Tensor, " n"], outputs: slice) -> tuple[float, float]:
@@ -167,13 +172,19 @@ def _contribution(member: Member, rows: Batch, ids: Int[Tensor, " n"], outputs: 
         x, target = rows.x[start : start + size], rows.target[start : start + size]
         part = member.scaled(Batch(x, x if rows.target is rows.x else target))
         encoded = dictionary.encode(part.x)
-        theirs = encoded.with_acts(encoded.acts * new[encoded.indices.long()])
-        silent = encoded.with_acts(torch.zeros_like(encoded.acts))
-        added = (dictionary.decode(theirs, part.x) - dictionary.decode(silent, part.x))[:, outputs].double()
+        theirs = encoded.with_acts(encoded.acts * new[encoded.indices])
+        without = dictionary.decode(_silent(dictionary, part.x), part.x)
+        added = (dictionary.decode(theirs, part.x) - without)[:, outputs].double()
         left = (part.target - dictionary.decode(encoded, part.x))[:, outputs].double() + added
         own += float((added * added).sum())
         both += float((left * added).sum())
     return own, both
+
+
+def _silent(dictionary: Trainable, x: Float[Tensor, "rows d_in"]) -> Encoded:
+    """Rows on which no latent is active."""
+    none = torch.zeros(len(x), 1, device=x.device)
+    return Encoded.from_topk(none, none.to(torch.int32), dictionary.d_sae)
 
 
 def _chosen(member: Member, resampling: Resampling) -> Bool[Tensor, " d_sae"]:
@@ -231,7 +242,5 @@ def _badly_reconstructed(member: Member, rows: Batch, n: int, outputs: slice, wo
     picked = picked.to(rows.x.device)
     out, into = rows.target[picked], rows.x[picked]
     x, target = member.scaled(Batch(into, out))
-    none = torch.zeros(n, 1, device=x.device)
-    silent = Encoded.from_topk(none, none.to(torch.int32), dictionary.d_sae)
     read = x - getattr(dictionary, "b_pre", 0.0) if _transcodes(member) else None
-    return _Directions(target - dictionary.decode(silent, x), read)
+    return _Directions(target - dictionary.decode(_silent(dictionary, x), x), read)
