@@ -50,6 +50,8 @@ from sememe.train.crew import Crew
 from sememe.train.member import Spec
 
 D_IN, K = 512, 32
+FEWEST = 10
+"""Steps whose median is a figure, at least."""
 UNIT = "x one encoder product"
 N_STEPS, AT = 1_000_000, 510_000
 """Length of the run that steps are taken from, and the first of them: past warm-up and annealing, no resampling."""
@@ -262,7 +264,7 @@ def growths(batch: int, only: str) -> list[dict[str, Any]]:
 
 def timed(case: Case, source: Source, rounds: int) -> dict[str, Any]:
     """A step over a product, taken in turn."""
-    rounds = 10 if case.name.endswith("dense") else max(rounds, 10)
+    rounds = FEWEST if case.name.endswith("dense") else max(rounds, FEWEST)
     with only_float32() if case.name.endswith("float32") else contextlib.nullcontext():
         step = step_of(case, source)
         product = product_of(source.d_in, case.architecture.width(source.d_in), case.batch)
@@ -313,11 +315,13 @@ def main() -> None:
         if arguments.only in "sweep_8_over_one":
             case = Case("", "", TOPK, 2048)
             steps = {"one": step_of(case, source).take, "eight": step_of(case, source, 8).take}
-            times = interleaved(steps, arguments.rounds)
+            times = interleaved(steps, max(arguments.rounds, FEWEST))
             figures.append(row("sweep_8_over_one", ratio(times, "eight", "one"), "<= 8", "x a step of one"))
     if not arguments.store:
         figures += growths(8192, arguments.only)
     finish("train_store" if arguments.store else "train", figures)
+    if torch.cuda.is_available() and not arguments.store:
+        subprocess.run([sys.executable, str(Path(__file__).with_name("gpu_train.py"))], check=True)
 
 
 if __name__ == "__main__":

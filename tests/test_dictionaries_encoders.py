@@ -242,6 +242,8 @@ def test_sampled_spikes_sharpen():
     dictionary, x = made(VariationalConfig(d_sae=N, prior_l0=5, sharpness_start=1, sharpness=1e4)), sample()
     steps = [float(dictionary.loss(x, x, progress).total.detach()) for progress in (0.0, 0.25, 0.5, 1.0)]
     assert len(set(steps[:3])) == 3 and steps[2] == steps[3], "the slope grows over half of the run"
+    with pytest.raises(ConfigError, match="sharpness_start must differ from sharpness.*, got 50"):
+        VariationalConfig.build({"sharpness_start": 50.0})
     with pytest.raises(ConfigError, match="sharpness_start must be left out when sharpness_warmup is 0"):
         VariationalConfig.build({"sharpness_warmup": 0.0, "sharpness_start": 3.0})
 
@@ -282,7 +284,7 @@ def test_the_price_of_activity_warms_up(config):
         if (
             config.kind == "variational"
         ):  # whose spikes sharpen meanwhile: they change the sample, not the price
-            dictionary.config = dictionary.config.replace(sharpness_start=50.0)
+            dictionary.config = dictionary.config.replace(sharpness_start=49.999)
         loss = dictionary.loss(x, x, progress)
         extra.append(float(loss.total.detach() - loss.terms[term]))
     assert extra[0] == pytest.approx(0, abs=1e-5)
@@ -306,6 +308,7 @@ def test_tied_biases_start_at_the_density_asked_for_and_stay_usual_when_reset():
         dictionary.initialise(x, x, torch.Generator().manual_seed(0))
         share = (dictionary.encode(x).to_dense() > 0).float().mean(0)
         torch.testing.assert_close(share, torch.full((N,), density), atol=2e-3, rtol=0)
-    usual = float(torch.cat([dictionary.b_enc[:3], dictionary.b_enc[4:]]).median())
+    b_enc = dictionary.b_enc.detach()
+    usual = float(torch.cat([b_enc[:3], b_enc[4:]]).median())
     dictionary.reset_latents(torch.tensor([3]), torch.ones(1, D))
     assert float(dictionary.b_enc.detach()[3]) == usual < 0

@@ -120,6 +120,10 @@ def test_multi_topk_adds_an_eighth_of_the_error_with_four_times_as_many():
     torch.testing.assert_close(loss.total, errors[0] + errors[1] / 8)
     assert loss.encoded.k == 2 == dictionary.encode(x).k
     assert made(MultiTopKConfig(k=20, d_sae=N)).loss(x, x, 0.0).encoded.k == 20, "4k is cut to d_sae"
+    with pytest.raises(
+        ConfigError, match=r"multiple must be <= 2, at which all 40 latents are kept.*, got 3"
+    ):
+        made(MultiTopKConfig(k=20, d_sae=N, multiple=3))
 
 
 def test_group_max_keeps_one_latent_of_each_group():

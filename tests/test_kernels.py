@@ -201,11 +201,31 @@ def test_same_bits_twice_and_whatever_the_number_of_threads():
             assert torch.equal(grad, other[3][name]), name
 
 
-def test_decode_of_rows_of_different_lengths():
-    dense = torch.tensor([[0.0, 2.0, 0.0], [1.0, 0.0, 3.0], [0.0, 0.0, 0.0]])
-    W = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
-    out = kernels.decode_encoded(Encoded.from_dense(dense), W, torch.ones(5))
-    torch.testing.assert_close(out, dense @ W + 1.0)
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 70), st.integers(1, 9), st.floats(0, 1), st.integers(0, 1000))
+def test_decode_of_rows_of_different_lengths(batch, d_sae, d_out, share, seed):
+    generator = torch.Generator().manual_seed(seed)
+    dense = torch.randn(batch, d_sae, generator=generator)
+    dense *= torch.rand(batch, d_sae, generator=generator) < share
+    weights = torch.randn(d_sae, d_out, generator=generator)
+    upstream = torch.randn(batch, d_out, generator=generator)
+
+    def decoded(path: str | None) -> tuple[torch.Tensor, ...]:
+        W, b = weights.clone().requires_grad_(), torch.ones(d_out, requires_grad=True)
+        encoded = Encoded.from_dense(dense)
+        acts = encoded.acts.clone().requires_grad_()
+        if path is None:
+            out = dense.index_put(torch.nonzero(dense, as_tuple=True), acts) @ W + b
+        else:
+            with kernels.use(path):
+                out = kernels.decode_encoded(encoded.with_acts(acts), W, b)
+        out.backward(upstream)
+        return out.detach(), acts.grad, W.grad, b.grad
+
+    truth = decoded(None)
+    for path in ("reference", "auto"):
+        for found, wanted in zip(decoded(path), truth, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 @settings(max_examples=40, deadline=None)

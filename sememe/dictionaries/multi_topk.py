@@ -51,6 +51,13 @@ class MultiTopK(Selection):
                 config.k,
                 "Lower k or raise d_sae.",
             )
+        most = -(-d_sae // config.k)
+        if config.multiple > most and config.multiple != MultiTopKConfig.model_fields["multiple"].default:
+            raise ConfigError(
+                f"multiple must be <= {most}, at which all {d_sae} latents are kept: more has no effect",
+                config.multiple,
+                "Lower multiple, or raise d_sae.",
+            )
 
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Encoded:
         """The k largest positive pre-activations of each row; fewer if fewer are positive (then acts are 0)."""

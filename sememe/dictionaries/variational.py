@@ -53,6 +53,12 @@ class VariationalConfig(PenalisedConfig):
     def _options_have_an_effect(self) -> VariationalConfig:
         if self.sharpness_warmup == 0:
             self.check_inert("sharpness_start", without="sharpness_warmup is 0")
+        elif self.sharpness_start == self.sharpness:
+            raise ConfigError(
+                "sharpness_start must differ from sharpness: it has no effect else",
+                self.sharpness_start,
+                "Change one of them, or set sharpness_warmup to 0.",
+            )
         if self.constant_latent:
             raise ConfigError(
                 "constant_latent must be false: one latent cannot be told apart from the others' prior",
