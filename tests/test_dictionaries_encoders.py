@@ -242,7 +242,7 @@ def test_sampled_spikes_sharpen():
     dictionary, x = made(VariationalConfig(d_sae=N, prior_l0=5, sharpness_start=1, sharpness=1e4)), sample()
     steps = [float(dictionary.loss(x, x, progress).total.detach()) for progress in (0.0, 0.25, 0.5, 1.0)]
     assert len(set(steps[:3])) == 3 and steps[2] == steps[3], "the slope grows over half of the run"
-    with pytest.raises(ConfigError, match="sharpness_start must differ from sharpness.*, got 50"):
+    with pytest.raises(ConfigError, match=r"sharpness_start must differ from sharpness.*, got 50"):
         VariationalConfig.build({"sharpness_start": 50.0})
     with pytest.raises(ConfigError, match="sharpness_start must be left out when sharpness_warmup is 0"):
         VariationalConfig.build({"sharpness_warmup": 0.0, "sharpness_start": 3.0})
