@@ -256,6 +256,7 @@ def growths(batch: int, only: str) -> list[dict[str, Any]]:
             continue
         command = [sys.executable, __file__, "--growth", str(batch), "--of", end]
         grown = statistics.median(float(subprocess.check_output(command, text=True)) for _ in range(3))
+        print(f"{name}: {grown:.0f} MB", file=sys.stderr, flush=True)
         figures.append(
             row(name, grown, f"<= {state + 300:.0f}", "MB", batch=batch, gradients_and_moments=state)
         )
@@ -312,6 +313,7 @@ def main() -> None:
         for case in CASES:
             if arguments.only in case.name:
                 figures.append(timed(case, source, arguments.rounds))
+                print(f"{case.name}: {figures[-1]['value']}", file=sys.stderr, flush=True)
         if arguments.only in "sweep_8_over_one":
             case = Case("", "", TOPK, 2048)
             steps = {"one": step_of(case, source).take, "eight": step_of(case, source, 8).take}

@@ -118,11 +118,9 @@ def test_zoom_and_pan_are_in_the_address(page, address):
     assert "view=" in panned and "#/latent" not in panned
     page.locator(".map canvas").focus()
     page.mouse.wheel(0, -400)
-    page.wait_for_timeout(350)
-    scale = float(re.search(r"view=\d+_\d+_([\d.]+)", page.url)[1])
-    assert scale > 1.7
+    wait_until(page, r"Number(/view=\d+_\d+_([\d.]+)/.exec(location.hash)[1]) > 1.7")
     page.get_by_role("button", name="Whole map").click()
-    assert "view=" not in page.url
+    wait_until(page, "!location.hash.includes('view=')")
 
 
 def test_a_lasso_filters_the_list(page, address, data):
@@ -169,10 +167,9 @@ def test_the_map_by_keyboard(page, address):
     page.keyboard.press("ArrowLeft")
     assert first != second
     page.keyboard.press("+")
-    page.wait_for_timeout(350)
-    assert "view=" in page.url
+    wait_until(page, "location.hash.includes('view=')")
     page.keyboard.press("0")
-    assert "view=" not in page.url
+    wait_until(page, "!location.hash.includes('view=')")
     page.keyboard.press("ArrowDown")
     shown = page.locator(".map-tip .c-id").inner_text()
     assert f"Latent {shown}," in page.locator(".map [role=status]").last.inner_text()

@@ -25,6 +25,7 @@ from sememe.store import open_store
 from sememe.tracking import read_log
 from sememe.train import TrainConfig, learning_rate, train
 from sememe.train.member import Member, Spec
+from sememe.train.objective import own_loss
 from sememe.train.schedule import Plan, count_steps
 
 _RESAMPLED = {"d_sae": 64, "resample_after_tokens": 500, "rewarmup_steps": 5}
@@ -441,6 +442,23 @@ def test_the_first_bad_step_is_told_even_when_it_is_read_later(tmp_path):
     with pytest.raises(ActivationError, match=r"first at step 13, on rows 3,072 to 3,327 of the stream"):
         train(config("topk", tmp_path / "d", log_every=20), source=OneBadBatch(x))
     assert load_checkpoint(tmp_path / ".d.partial") is None
+
+
+def test_a_bad_step_on_whole_contexts_names_no_rows():
+    """They hold fewer rows than batch_size: which rows of the stream they were cannot be counted."""
+
+    def broken(dictionary, batch, x, target, progress):
+        return own_loss(dictionary, batch, x * float("nan"), target, progress)
+
+    _, x = planted(64)
+    made = config("topk", Path("nowhere"), batch_size=4)
+    member = Member(Spec("dictionary", made, 16, 16, None, None), 40, torch.device("cpu"), broken)
+    member.initialise(Batch(x, x))
+    member.train_step(Batch(x[:4], x[:4]))
+    with pytest.raises(
+        ActivationError, match="first at step 1, on a batch of whole contexts, at most 4 rows"
+    ):
+        member.check()
 
 
 class Reads(TorchDispatchMode):

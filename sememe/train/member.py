@@ -180,9 +180,12 @@ class Member:
         where = "" if self.name == ALONE else f" of {self.name}"
         if bad >= 0:
             n = self.config.batch_size
+            rows = f"on rows {bad * n:,} to {(bad + 1) * n - 1:,} of the stream"
+            if self.objective is not own_loss:  # its batches are whole contexts, as many as have no more rows
+                rows = f"on a batch of whole contexts, at most {n:,} rows"
             raise ActivationError(
                 f"the loss{where} must be finite",
-                f"NaN or infinity first at step {bad + 1}, on rows {bad * n:,} to {(bad + 1) * n - 1:,} of the stream",
+                f"NaN or infinity first at step {bad + 1}, {rows}",
                 "Lower --lr, or look at those rows; checkpoints made before it are kept.",
             )
         for name, parameter in self.dictionary.named_parameters():
