@@ -11,6 +11,7 @@ from torch import Tensor
 from sememe.dictionaries import Site, Sites, TopK, TopKConfig
 from sememe.dictionaries.base import Dictionary
 from sememe.downstream import Predictions, Reruns
+from sememe.downstream.changes import _largest
 from sememe.errors import ActivationError, MismatchError
 from sememe.lm import LanguageModel
 
@@ -329,3 +330,11 @@ def test_nan_is_an_error_wherever_it_comes_from(llama: LanguageModel) -> None:
             ),
         ):
             reruns.unedited(ids)
+
+
+@pytest.mark.parametrize("vocab", [300, 12_799, 12_800, 12_801, 30_011])
+def test_the_largest_of_a_vocabulary_are_those_of_a_sort(vocab: int) -> None:
+    x = torch.randn(5, vocab, generator=torch.Generator().manual_seed(0))
+    x[1, -50:] += 10  # all in what is left over after the last whole part
+    x[2, :50] += 10  # all in one part
+    assert torch.equal(_largest(x, 50).sort(1).values, x.topk(50, dim=1).indices.sort(1).values)

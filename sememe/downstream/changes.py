@@ -262,7 +262,7 @@ def _largest(x: Float[Tensor, "n vocab"], k: int) -> Int[Tensor, "n k"]:
     """Where the k largest of each row are.
 
     They lie in the k parts of the row that have the largest maxima, and only those are sorted: on a CPU `topk` of a
-    whole vocabulary takes several times as long.
+    whole vocabulary takes twice as long.
     """
     n, vocab = x.shape
     n_parts = vocab // PART
