@@ -3,11 +3,13 @@
     make bench-peers                                     # everything: hours on two cores
     make bench-peers ARGS="--only sae_lens --lr 3e-4"    # a part; parts are collected
     make bench-peers ARGS="--report"                     # the table of what there is
+    make bench-peers ARGS="--random-rows"                # held-out rows at random, as most packages do it
+    make bench-peers ARGS="--random-rows --every-position"  # first positions and attention sinks among the rows
 
 Each package runs in an environment of its own (.venv-peers-NAME), at a few learning rates around its own default;
 sememe at its default. The rows are activations of the demo's store (artifacts/demo/store; harvested if it is not
 there), a part of its documents held out. Every run leaves artifacts/bench/peers/NAME-lrLR-seedSEED.json, and all of
-them together artifacts/bench/peers.json.
+them together artifacts/bench/peers.json; other protocols leave theirs in a folder and a file of their own.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from common import finish, row
 from safetensors.torch import save_file
@@ -25,10 +27,13 @@ from safetensors.torch import save_file
 from sememe.harvest import HarvestConfig, harvest
 from sememe.source import StoreSource
 from sememe.store import open_store
+from sememe.text import TokenPolicy
 
 HERE = Path(__file__).parent
-RESULTS = Path("artifacts/bench/peers")
+BENCH = Path("artifacts/bench")
 STORE = Path("artifacts/demo/store")
+WHOLE_STORE = Path("artifacts/bench/every_position/store")
+"""The same text with every position: the first of each row and attention sinks, too."""
 N_HELD_OUT = 16_384
 LEARNING_RATES = {
     "sae_lens": (3e-4, 1e-3, 3e-3, 1e-2),
@@ -47,15 +52,46 @@ def python_of(name: str) -> Path:
     return Path(sys.executable) if name == "sememe" else Path(f".venv-peers-{name}/bin/python")
 
 
-def prepare(path: Path, store: Path, n_rows: int | None) -> None:
-    """The rows as one file that needs none of our code to be read: documents held out, the rest in random order."""
+class Protocol(NamedTuple):
+    """Which rows are measured, and which there are."""
+
+    random_rows: bool
+    """Hold out rows at random, so that their neighbours are trained on; else whole documents."""
+    every_position: bool
+    """Keep first positions, special tokens and attention sinks."""
+
+    @property
+    def name(self) -> str:
+        """What its files are called: `peers` is the usual one."""
+        parts = ["random_rows"] * self.random_rows + ["every_position"] * self.every_position
+        return "_".join(["peers", *parts])
+
+    @property
+    def results(self) -> Path:
+        """Where its runs leave their results."""
+        return BENCH / self.name
+
+
+def whole_store() -> Path:
+    """The store of every position, harvested if it is not there."""
+    if not (WHOLE_STORE / "meta.json").is_file():
+        policy = TokenPolicy(drop_positions=0, drop_special=False, max_norm_ratio=None)
+        harvest(HarvestConfig(out=WHOLE_STORE, hookpoints=("resid_post.8",), n_tokens=600_000, policy=policy))
+    return WHOLE_STORE
+
+
+def prepare(path: Path, store: Path, n_rows: int | None, protocol: Protocol) -> None:
+    """The rows as one file that needs none of our code to be read: some held out, the rest in random order."""
     if path.is_file():
         return
-    if not (store / "meta.json").is_file():
+    if protocol.every_position:
+        store = whole_store()
+    elif not (store / "meta.json").is_file():
         harvest(HarvestConfig(out=store, hookpoints=("resid_post.8",), n_tokens=600_000))
     source = StoreSource(open_store(store), seed=0, group_mb=4096)
-    held = source.hold_out(N_HELD_OUT)
-    rows = source.next_batch(min(source.n_rows, n_rows or source.n_rows)).x.bfloat16()
+    held = source.next_batch(N_HELD_OUT) if protocol.random_rows else source.hold_out(N_HELD_OUT)
+    left = source.n_rows - (N_HELD_OUT if protocol.random_rows else 0)
+    rows = source.next_batch(min(left, n_rows or left)).x.bfloat16()
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".tmp")
     save_file({"rows": rows, "heldout": held.x.bfloat16()}, aside)
@@ -65,7 +101,7 @@ def prepare(path: Path, store: Path, n_rows: int | None) -> None:
 def run(name: str, lr: float | None, seed: int, rows: Path, arguments: argparse.Namespace) -> None:
     """One run, unless its result is there."""
     label = "default" if lr is None else f"{lr:g}"
-    out = RESULTS / f"{name}-lr{label}-seed{seed}.json"
+    out = rows.parent / f"{name}-lr{label}-seed{seed}.json"
     if out.is_file() and not arguments.fresh and json.loads(out.read_text())["steps"] == arguments.steps:
         print(f"{out} is there")
         return
@@ -82,9 +118,9 @@ def run(name: str, lr: float | None, seed: int, rows: Path, arguments: argparse.
         print(f"{name} at lr {label} failed; the others go on", file=sys.stderr)
 
 
-def results(steps: int | None = None) -> dict[str, list[dict[str, Any]]]:
+def results(folder: Path, steps: int | None = None) -> dict[str, list[dict[str, Any]]]:
     """Finished runs by package; the longest only, where there are several lengths."""
-    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     steps = steps or max((result["steps"] for result in found), default=0)
     by_package: dict[str, list[dict[str, Any]]] = {}
     for result in found:
@@ -159,22 +195,24 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--batch", type=int, default=2048)
     parser.add_argument("--look-every", type=int, default=25, help="Steps between looks at held-out rows.")
+    parser.add_argument("--random-rows", action="store_true", help="Hold out rows, not documents.")
+    parser.add_argument("--every-position", action="store_true", help="First positions and sinks, too.")
     parser.add_argument("--store", type=Path, default=STORE)
     parser.add_argument("--n-rows", type=int, help="Only so many rows of the store.")
     parser.add_argument("--fresh", action="store_true", help="Run again what is there.")
     parser.add_argument("--report", action="store_true", help="Run nothing; the table of what is there.")
     arguments = parser.parse_args()
-    rows = RESULTS / (
-        "rows.safetensors" if arguments.n_rows is None else f"rows-{arguments.n_rows}.safetensors"
-    )
+    protocol = Protocol(arguments.random_rows, arguments.every_position)
+    few = "" if arguments.n_rows is None else f"-{arguments.n_rows}"
+    rows = protocol.results / f"rows{few}.safetensors"
     if not arguments.report:
-        prepare(rows, arguments.store, arguments.n_rows)
+        prepare(rows, arguments.store, arguments.n_rows, protocol)
         for name in arguments.only or LEARNING_RATES:
             for lr in arguments.lr or LEARNING_RATES[name]:
                 for seed in range(arguments.rounds):
                     run(name, lr, seed, rows, arguments)
-    found = figures(results(None if arguments.report else arguments.steps))
-    finish("peers", found)
+    steps = None if arguments.report else arguments.steps
+    finish(protocol.name, figures(results(protocol.results, steps)))
 
 
 if __name__ == "__main__":
