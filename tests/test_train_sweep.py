@@ -24,6 +24,7 @@ from sememe.source import TensorSource
 from sememe.store import open_store
 from sememe.tracking import read_log
 from sememe.train import TrainConfig, open_sweep, swept_names, train, train_sweep, variants
+from sememe.train.watch import WATCHED
 
 DYING = {"l1_coefficient": 3.0, "resample_after_tokens": 200}
 """Of a ReLU dictionary some of whose latents fall silent, so that resampling has something to do."""
@@ -172,7 +173,10 @@ def counted(run):
     print("step", run.step, flush=True)
     return values
 Run._one_step = counted
-t.swept(Path(sys.argv[1]), {devices})
+if len(sys.argv) > 2:
+    t.swept_live(Path(sys.argv[1]), Path(sys.argv[2]))
+else:
+    t.swept(Path(sys.argv[1]), {devices})
 """
 
 
@@ -183,9 +187,17 @@ def swept(out: Path, devices: tuple[str, ...] = ()) -> None:
     train_sweep(made, source=TensorSource(planted()[1]))
 
 
-def start(out: Path, devices: tuple[str, ...] = ()) -> forked.Program:
+def swept_live(out: Path, world: Path) -> None:
+    """Several hookpoints on one language model's forwards, each watched, under an optimiser with averages of its own."""
+    made = live_config(world, out).replace(
+        inputs=None, sweep=("inputs=resid_post.*",), optimiser={"kind": "signum"}, n_tokens=24 * 256
+    )
+    train_sweep(made.replace(watch_every=2000, watch_rows=100))
+
+
+def start(out: Path, devices: tuple[str, ...] = (), world: tuple[Path, ...] = ()) -> forked.Program:
     code = RESUME.format(tests=str(Path(__file__).parent), devices=devices)
-    return forked.start(code, str(out))
+    return forked.start(code, str(out), *map(str, world))
 
 
 def run_until(process: forked.Program, steps: int) -> None:
@@ -210,6 +222,29 @@ def test_kill_9_and_resume_gives_the_same_bits_for_all(tmp_path):
     for name in open_sweep(tmp_path / "whole").names:
         assert same(tmp_path / "whole" / name, tmp_path / "resumed" / name), name
         assert without_seconds(tmp_path / "whole" / name) == without_seconds(tmp_path / "resumed" / name)
+
+
+def test_a_live_sweep_over_hookpoints_is_killed_and_resumed_to_the_same_bits(tmp_path):
+    write_corpus(tmp_path / "corpus.jsonl")
+    write_model(tmp_path / "model")
+    swept_live(tmp_path / "whole", tmp_path)
+    process = start(tmp_path / "resumed", world=(tmp_path,))
+    run_until(process, 11)
+    process.kill()
+    process.communicate()
+    assert not (tmp_path / "resumed").exists()
+    process = start(tmp_path / "resumed", world=(tmp_path,))
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert int(out.split()[1]) >= 11, "it went on instead of starting again"
+    names = open_sweep(tmp_path / "whole").names
+    assert len(names) > 1
+    for name in names:
+        whole, resumed = tmp_path / "whole" / name, tmp_path / "resumed" / name
+        assert same(whole, resumed) and without_seconds(whole) == without_seconds(resumed), name
+        watched = read_log(whole / WATCHED)
+        assert watched == read_log(resumed / WATCHED), name
+        assert all("ce_recovered_zero" in line for line in watched) and len(watched) > 3
 
 
 def test_two_runs_into_one_folder_are_told_apart(tmp_path):

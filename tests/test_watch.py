@@ -5,7 +5,7 @@ import pytest
 import torch
 from small_world import POLICY, load_model, text_of, write_corpus, write_model
 from test_harvest import config_for
-from test_train import config, planted
+from test_train import config, live_config, planted
 
 from sememe import dictionaries, metrics
 from sememe.dictionaries.topk import TopKConfig
@@ -317,6 +317,15 @@ def test_a_store_brings_its_model(world, lm, tmp_path):
     for name, value in afterwards.items():
         assert lines[-1][name] == pytest.approx(value, abs=1e-4), name
     assert lines[-1]["ce_increase"] < lines[0]["ce_increase"] and lines[-1]["fvu"] < lines[0]["fvu"]
+
+
+def test_a_live_run_watches_cross_entropy_unless_told_otherwise(world):
+    live = live_config(world, world / "d")
+    assert live.ce_tokens == 512
+    assert live.replace(watch_ce_tokens=0).ce_tokens == live.replace(watch_rows=0).ce_tokens == 0
+    assert live.replace(watch_ce_tokens=100, watch_rows=0).ce_tokens == 100
+    assert live.replace(text=text_of(world / "corpus.jsonl", heldout_fraction=0.0)).ce_tokens == 0
+    assert config("topk", world / "d").ce_tokens == 0, "a store's model would have to be loaded"
 
 
 def test_what_cannot_be_watched_is_said(world, lm, tmp_path):

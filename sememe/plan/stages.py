@@ -181,8 +181,8 @@ class _Planner(Known):
                 length, n_layers = config.policy.context_length, model.n_layers_read(tuple(rows.widths))
                 n_read = n_trained * length // min(config.positions_per_context or length, length)
                 total += costs.harvest_seconds(model, speed, n_layers, n_read, length, 0.0)
-            if config.watch_ce_tokens and model is not None:
-                n_tokens, length = n_looks * config.watch_ce_tokens, rows.policy.context_length
+            if config.ce_tokens and model is not None:
+                n_tokens, length = n_looks * config.ce_tokens, rows.policy.context_length
                 above = [model.n_layers_above(outputs) for _, outputs in names]
                 total += costs.watch_ce_seconds(model, speed, n_tokens, above, length)
             return total

@@ -365,10 +365,9 @@ def _watch(config: TrainConfig, specs: list[Spec], source: Source, probes: Seque
     """What is measured while dictionaries are trained; held-out rows leave the source here."""
     held = _held_out(config, source) if config.watch_rows else None
     by_name: dict[str, list[Probe]] = {spec.name: list(probes) for spec in specs}
-    if config.watch_ce_tokens:
-        made = cross_entropy_of(
-            source, [spec.sites for spec in specs], config.watch_ce_tokens, config.batch_rows
-        )
+    if config.ce_tokens:
+        sites = [spec.sites for spec in specs]
+        made = cross_entropy_of(source, sites, config.ce_tokens, config.batch_rows)
         for spec, probe in zip(specs, made, strict=True):
             by_name[spec.name].append(probe)
     if held is None and not any(by_name.values()) and _is_set(config, "watch_every"):
