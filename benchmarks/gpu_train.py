@@ -7,7 +7,8 @@
 one read-and-write pass over weights and moments. `topk_gpu_extra_gb`: its peak memory beyond weights and moments.
 `sweep_gpu_8_over_one`: 8 dictionaries of one shape on one stream, as `train --sweep` steps them, over one (d_in 512,
 d_sae 8192, k 32, batch 2048: the shape of the CPU's figure). Without targets: the same 8 stepped one after the other, 8
-large ones (d_in 2304, d_sae 16,384, batch 4096), JumpReLU and BatchTopK over the product, Signum's step over Adam's.
+large ones (d_in 2304, d_sae 16,384, batch 4096), JumpReLU and BatchTopK over the product, Signum's step over Adam's;
+and the large TopK step on rows that `train` reads in the host's memory over the same on rows that lie on the device.
 
 All are measured as wall-clock time of several steps between two waits for the device, in turns, on changing rows. A
 figure that fails does not take the others with it. Without a CUDA device it says so and measures nothing;
@@ -80,7 +81,7 @@ class Bench:
 
     def drawn(self, rows: torch.Tensor, n: int) -> torch.Tensor:
         """Some of them, other ones each time."""
-        return rows[torch.randint(rows.shape[0], (n,), device=self.device)].float()
+        return rows[torch.randint(rows.shape[0], (n,), device=rows.device)].float()
 
     def wait(self) -> None:
         """Until the device has done all."""
@@ -239,6 +240,20 @@ def others(bench: Bench) -> list[dict[str, Any]]:
     ]
 
 
+def fed(bench: Bench) -> list[dict[str, Any]]:
+    """What the way from the host's memory costs: drawing rows there, and the copy."""
+    shape = bench.shape(LARGE)
+    rows = bench.rows(shape)
+    steps = {
+        "resident": bench.crew(1, shape, rows, False),
+        "from_host": bench.crew(1, shape, rows.cpu(), False),
+    }
+    times = bench.timed(steps)
+    context = {f"{key}_ms": round(median(found), 3) for key, found in times.items()}
+    unit = "x the step on rows that lie on the device"
+    return [row("topk_gpu_from_host", ratio(times, "from_host", "resident"), "", unit, **context)]
+
+
 def figures(bench: Bench) -> list[dict[str, Any]]:
     """Every figure that could be measured, the ones with a target first."""
     found: list[dict[str, Any]] = []
@@ -247,6 +262,7 @@ def figures(bench: Bench) -> list[dict[str, Any]]:
         lambda: swept(bench, "sweep_gpu_8_over_one", SWEPT, "<= 4"),
         lambda: swept(bench, "sweep_gpu_8_wide_over_one", WIDE, ""),
         lambda: others(bench),
+        lambda: fed(bench),
     ]
     for part in parts:
         started = time.monotonic()

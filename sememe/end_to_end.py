@@ -87,10 +87,9 @@ class ContextBatch(Batch):
         batch.run, batch.places = run, places
         return batch
 
-    def to(self, device: torch.device) -> Self:
-        """The rows on another device; what they are from stays where the language model is."""
-        rows = super().to(device)
-        return self.of(rows.x, rows.target, self.run, self.places)
+    def of_rows(self, x: Tensor, target: Tensor) -> Self:
+        """The same rows elsewhere; what they are from stays where the language model is."""
+        return self.of(x, target, self.run, self.places)
 
 
 class _Context(NamedTuple):

@@ -18,6 +18,7 @@ from sememe.optimiser import Adam
 from sememe.source import Batch
 from sememe.train import TrainConfig
 from sememe.train.crew import Crew
+from sememe.train.feed import Feed
 from sememe.train.member import Spec
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -86,16 +87,31 @@ def test_a_step_of_several_never_waits_either():
     data = torch.randn(4096, 64, generator=torch.Generator().manual_seed(0))
     team.initialise(Batch(data, data))
     assert [len(stack.names) for stack in team.stacks] == [2, 2]
-    rows = data.cuda()
     try:
         for step in range(6):
             if step == 2:
                 torch.cuda.set_sync_debug_mode("error")
-            x = rows[256 * step : 256 * (step + 1)]
+            x = data[256 * step : 256 * (step + 1)]  # in the host's memory, as sources give them
             team.train_step(Batch(x, x), None, False)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     team.check()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])])
+def test_batches_arrive_as_they_were_when_they_were_sent(device):
+    """More than there are slots, of several sizes, the source's memory written to as soon as each is sent."""
+    feed = Feed(torch.device(device))
+    memory, sent, arrived = torch.empty(8, 3), [], []
+    for number, n in enumerate((8, 8, 5, 8, 8, 2, 8)):
+        x = memory[:n].fill_(number) if device == "cuda" else torch.full((n, 3), float(number))
+        target = x if number % 2 else x + 0.5
+        sent.append((x.clone(), target.clone()))
+        arrived.append(feed.send(Batch(x, target)))
+        assert (arrived[-1].target is arrived[-1].x) == (target is x)
+    for (x, target), batch in zip(sent, arrived, strict=True):
+        assert torch.equal(batch.x.cpu(), x) and torch.equal(batch.target.cpu(), target)
+        assert batch.x.device.type == batch.target.device.type == device
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])])

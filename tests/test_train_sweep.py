@@ -188,7 +188,7 @@ def swept(out: Path, devices: tuple[str, ...] = ()) -> None:
 
 
 def swept_live(out: Path, world: Path) -> None:
-    """Several hookpoints on one language model's forwards, each watched, under an optimiser with averages of its own."""
+    """Several hookpoints, one model's forwards, each watched; under an optimiser with averages of its own."""
     made = live_config(world, out).replace(
         inputs=None, sweep=("inputs=resid_post.*",), optimiser={"kind": "signum"}, n_tokens=24 * 256
     )

@@ -130,7 +130,11 @@ class Batch(NamedTuple):
     def to(self, device: torch.device) -> Batch:
         """The rows on another device; the target stays x where it is."""
         x = self.x.to(device, non_blocking=True)
-        return Batch(x, x if self.target is self.x else self.target.to(device, non_blocking=True))
+        return self.of_rows(x, x if self.target is self.x else self.target.to(device, non_blocking=True))
+
+    def of_rows(self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"]) -> Batch:
+        """The same rows elsewhere, with whatever else the batch carries."""
+        return Batch(x, target)
 
 
 class Loss(NamedTuple):

@@ -8,6 +8,7 @@ beyond handing their names on (training straight from one is set up in `source`)
     objective.py what a dictionary is trained for
     dead.py      latents that are pointed anew
     snapshots.py copies of the dictionary as it was; latents that no longer change
+    feed.py      batches on their way to a device
     crew.py      the dictionaries of a run, side by side in one process
     workers.py   the same on several devices, in a process for each
     watch.py     what is measured on rows that are never trained on

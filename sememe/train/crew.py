@@ -20,6 +20,7 @@ from sememe import kernels
 from sememe.errors import ResourceError
 from sememe.source import Batch
 from sememe.train.dead import rows_wanted
+from sememe.train.feed import Feed
 from sememe.train.member import Member, Spec
 from sememe.train.objective import Objective
 from sememe.train.stacked import MemberStack, stacks_of
@@ -120,6 +121,7 @@ class Crew:
         self, specs: list[Spec], n_steps: int, device: torch.device, objective: Objective | None = None
     ) -> None:
         self.device = device
+        self.feed = Feed(device)
         self.members = {spec.name: Member(spec, n_steps, device, objective) for spec in specs}
         self.stacks: list[MemberStack] = []
         """Members that step as one; filled when they have a state."""
@@ -145,7 +147,7 @@ class Crew:
         self, batch: Batch, ahead: Batch | None, logging: bool
     ) -> dict[str, dict[str, float]] | None:
         """One step of each that has something left to train, as each would end alone; numbers of those."""
-        batch = batch.to(self.device)
+        batch = self.feed.send(batch)
         ahead = None if ahead is None else ahead.to(self.device)
         values: dict[str, dict[str, float]] = {}
         if any(self.members[name].finished for stack in self.stacks for name in stack.names):
