@@ -193,6 +193,7 @@ CASES = [
     Case("transcoder_8192_b4096", "<= 2.5", TOPK, transcoder=True),
     Case("relu_8192_b4096_sparse", "<= 3", SPARSE, prepare=with_l0(0.01)),
     Case("relu_8192_b4096_l0_320", "<= 3", SPARSE, prepare=with_l0(320 / 8192)),
+    Case("relu_8192_b4096_l0_408", "<= 3", SPARSE, prepare=with_l0(408 / 8192)),
     Case("relu_8192_b4096_dense", "", DENSE),
     Case("group_max_8192_b4096", "", GroupMaxConfig(k=K, d_sae=8192, auxk_coefficient=0.0)),
 ]

@@ -247,6 +247,24 @@ def test_a_comparison_of_directions_needs_no_model(place, tmp_path):
     assert ours.needs is not None and ours.needs.memory > 0 and ours.needs.gpu == 0
 
 
+def test_patching_is_planned_by_its_arms_pairs_and_orders(place, tmp_path):
+    text = (place / "small.toml").read_text()
+    rate = Speed(1e11, 1e11, 1e11, 1e10)
+
+    def seconds(options: str) -> float:
+        (tmp_path / "patched.toml").write_text(f"{text}[patch]\n{options}")
+        found = plan(tmp_path / "patched.toml", out=tmp_path / "out").estimates[-1]
+        assert found.stage.verb == "patch" and found.needs.memory > costs.BASE and found.seconds_at is not None
+        return found.seconds_at(rate) - costs.MODEL_START
+
+    one = seconds('baselines = []\norders = ["attribution"]\n')
+    assert seconds('baselines = []\norders = ["attribution"]\nn_pairs = 500\n') == pytest.approx(10 * one)
+    assert seconds('baselines = []\norders = ["attribution", "random"]\n') == pytest.approx(2 * one)
+    assert seconds('baselines = ["random_rotation"]\norders = ["attribution"]\n') == pytest.approx(2 * one)
+    assert seconds('baselines = []\norders = ["acdc"]\nacdc_limit = 10\n') == pytest.approx(2 * one)
+    assert seconds('baselines = ["ica"]\norders = ["attribution"]\n') > 2 * one, "which is fitted first"
+
+
 @pytest.mark.parametrize("rest", ["", "directions_only = true\n"])
 def test_dictionaries_of_other_widths_are_not_compared_after_all_training(place, tmp_path, rest):
     recipe = changed(place, tmp_path, '"resid_post.0"]', '"resid_post.0", "mlp_out.1"]')

@@ -13,7 +13,7 @@ Source: Cunningham et al. 2023, arXiv:2309.08600, section 4. Differs: orders by 
 with a part of the candidates; intervals over pairs.
 """
 
-from sememe.patch.config import PatchConfig
+from sememe.patch.config import BASELINES, PatchConfig
 from sememe.patch.verb import PATCHING, patch
 
-__all__ = ["PATCHING", "PatchConfig", "patch"]
+__all__ = ["BASELINES", "PATCHING", "PatchConfig", "patch"]

@@ -69,7 +69,7 @@ class PatchConfig(Config):
     """What the arms have to reach: the divergence with so many principal components patched, by attribution."""
     store: Path | None = None
     """The store that was trained on; baselines are fitted to its rows. Without it, to activations of the training
-    documents, computed here."""
+    documents, computed here. Not read if no baseline is fitted: a recipe names its store whatever is asked."""
     text: TextConfig = TextConfig()
     """Those documents."""
     n_fit_rows: int = Field(default=8192, ge=2)
@@ -98,5 +98,5 @@ class PatchConfig(Config):
         if not {"acdc", "attribution"} & set(self.orders):
             self.check_inert("attribution", "attribution_steps", without="nothing is ordered by attribution")
         if self.baselines is not None and not FITTED & set(self.baselines):
-            self.check_inert("store", "n_fit_rows", without="no baseline is fitted to rows")
+            self.check_inert("n_fit_rows", without="no baseline is fitted to rows")
         return self

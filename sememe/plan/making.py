@@ -1,4 +1,4 @@
-"""What pretraining, planted features and geometry take, in bytes and seconds. Pure arithmetic, as `costs.py`.
+"""What pretraining, planted features, geometry and patching take, in bytes and seconds. Pure arithmetic, as `costs.py`.
 
 Counted from shapes; unlike most of costs.py, none of it was fitted to measurements.
 """
@@ -16,9 +16,12 @@ from sememe.plan.costs import MODEL_START, START, TEXT_SECONDS
 from sememe.plan.machine import Speed
 
 __all__ = [
+    "Patching",
     "Pretraining",
     "geometry_bytes",
     "geometry_seconds",
+    "patch_bytes",
+    "patch_seconds",
     "planted_bytes",
     "planted_seconds",
     "pretrain_bytes",
@@ -101,3 +104,54 @@ def geometry_seconds(sizes: Sequence[Dictionary], speed: Speed, n_rows: int) -> 
     seconds = costs.directions_seconds(sizes, speed)
     seconds += sum(MATCHING_SECONDS * min(a.d_sae, b.d_sae) ** 3 for a, b in combinations(sizes, 2))
     return seconds + 3 * costs.watch_seconds(sizes, speed, n_rows)
+
+
+PROMPT_TOKENS = 16
+"""Of a sentence in which somebody gives something to somebody."""
+ACDC_FORWARDS = 2.2
+"""For each candidate that ACDC begins with: on SmolLM2 2.0 to 2.8 (docs/patch.md)."""
+SCORED = 22
+"""Numbers of patches at which an order is scored, of a thousand candidates or so."""
+
+
+class Patching(NamedTuple):
+    """A patching, as numbers."""
+
+    n_arms: int
+    n_pairs: int
+    n_orders: int
+    acdc_limit: int
+    """0 without that order."""
+    fits: tuple[float, ...]
+    """Seconds of fitting each baseline that is fitted."""
+
+
+def patch_bytes(lm: Outline, sizes: Sequence[Dictionary], n_pairs: int) -> Bytes:
+    """The model, all dictionaries, both runs of every pair, and what latents change in them.
+
+    Args:
+        lm: The model.
+        sizes: The dictionaries.
+        n_pairs: Pairs of prompts.
+    """
+    rows = n_pairs * PROMPT_TOKENS
+    runs = 2 * 4.0 * rows * lm.d_model * (lm.n_layers + 2) + 4.0 * n_pairs * 6 * lm.vocab_size
+    codes = 3 * 4.0 * rows * max(size.d_sae for size in sizes)
+    held = sum(size.n_bytes for size in sizes) + runs + codes
+    host = BASE + lm.n_bytes
+    return Bytes(host + held, 2e6) if lm.device == "cpu" else Bytes(BASE + 0.2 * lm.n_bytes, 2e6, lm.n_bytes + held)
+
+
+def patch_seconds(lm: Outline, speed: Speed, work: Patching, n_above: int) -> float:
+    """For each arm a forward of every pair, above the hookpoint, for every number of patches and every set ACDC tries.
+
+    Args:
+        lm: The model.
+        speed: The machine's.
+        work: What is asked for.
+        n_above: Layers above the hookpoint.
+    """
+    forward = costs.forward_seconds(lm, speed, lm.n_layers - n_above, lm.n_layers, PROMPT_TOKENS)
+    measured = work.n_pairs * (0.5 * PROMPT_TOKENS * forward + costs.head_seconds(lm, speed))
+    n_forwards = work.n_orders * SCORED + ACDC_FORWARDS * work.acdc_limit
+    return MODEL_START + sum(work.fits) + work.n_arms * n_forwards * measured

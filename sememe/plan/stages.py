@@ -12,7 +12,10 @@ from typing import NamedTuple
 import torch
 
 from sememe.compare import CompareConfig
+from sememe.config import Config
 from sememe.dictionaries.folders import paths_in
+from sememe.dictionaries.ica import ICAConfig
+from sememe.dictionaries.pca import PCAConfig
 from sememe.effects import EffectsConfig
 from sememe.errors import ShapeError
 from sememe.evaluate import EvaluateConfig, powers_below
@@ -24,6 +27,7 @@ from sememe.harvest import HarvestConfig
 from sememe.interpret import RANDOMISED, InterpretConfig
 from sememe.lm import Outline
 from sememe.needs import Bytes, Knob, store_buffer, training
+from sememe.patch import BASELINES, PatchConfig
 from sememe.plan import costs, fitting, making
 from sememe.plan.costs import Arms, FitRows
 from sememe.plan.estimate import Estimate, members_of
@@ -39,7 +43,7 @@ from sememe.train import TrainConfig
 
 __all__ = ["Estimate", "Estimates", "Knob", "Shapes", "estimates"]
 
-NEEDS_MODEL = frozenset({"harvest", "evaluate", "interpret", "prompts", "effects", "compare"})
+NEEDS_MODEL = frozenset({"harvest", "evaluate", "interpret", "prompts", "effects", "compare", "patch"})
 PLANNED = NEEDS_MODEL | {"train", "fit", "geometry", "explain", "export"}
 """Stages whose needs follow from a store's rows."""
 
@@ -114,6 +118,8 @@ class _Planner(Known):
             return self._effects(stage, config, model, rows)
         if model is not None and isinstance(config, PromptsConfig):
             return self._prompts(stage, config, model, rows)
+        if model is not None and isinstance(config, PatchConfig):
+            return self._patch(stage, config, model)
         d_sae = self._dictionary(self._train_config(stage.name), rows).d_sae
         if isinstance(config, ExplainConfig):
             return self._explain(stage, config, d_sae)
@@ -379,6 +385,27 @@ class _Planner(Known):
         n_texts = len(config.texts or CHOSEN)
         needs = costs.prompts_bytes(model, dictionary, n_texts)
         return Estimate(stage, False, needs, lambda speed: costs.prompts_seconds(model, speed, n_texts))
+
+    def _patch(self, stage: Stage, config: PatchConfig, model: Outline) -> Estimate:
+        members = self._trained_in(config.dictionaries)
+        sizes = list(map(self._size, members))
+        inputs, outputs = self._names(members[0], self._member_rows(members[0]))
+        own = BASELINES if config.baselines is None and inputs == outputs else config.baselines or ()
+        fitted: dict[str, Config] = {"pca": PCAConfig(), "pca_signs": PCAConfig(), "ica": ICAConfig()}
+        # a file of pairs is not read before its stage: as many as are made if none is given
+        n_pairs, limit = config.n_pairs, config.acdc_limit if "acdc" in config.orders else 0
+
+        def seconds(speed: Speed) -> float:
+            width = sizes[0].d_in
+            fits = tuple(
+                fitting.fit_seconds(fitted[name], speed, width, width, config.n_fit_rows)
+                for name in own
+                if name in fitted
+            )
+            work = making.Patching(len(sizes) + len(own), n_pairs, len(config.orders), limit, fits)
+            return making.patch_seconds(model, speed, work, model.n_layers_above(outputs))
+
+        return Estimate(stage, False, making.patch_bytes(model, sizes, n_pairs), seconds)
 
     def _explain(self, stage: Stage, config: ExplainConfig, d_sae: int) -> Estimate:
         """The atlas and its nulls, one after the other."""
