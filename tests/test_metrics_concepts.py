@@ -141,6 +141,46 @@ def test_absorption_is_the_share_that_was_planted(share):
     assert wider.full <= found.full and (share == 0 or wider.latents == (0, 1))
 
 
+@pytest.mark.parametrize("loudness", [0.7, 1.0, 1.5])
+def test_the_other_class_s_latent_does_not_stand_for_the_concept(loudness):
+    """Two classes, a latent for each, nothing absorbed: however loud the other one is."""
+    rng = np.random.default_rng(0)
+    n, d = 200, 8
+    label = np.arange(n) % 2 == 0
+    acts = np.zeros((n, 2))
+    acts[label, 0] = rng.uniform(0.8, 1.2, label.sum())
+    acts[~label, 1] = rng.uniform(0.8, 1.2, (~label).sum()) * loudness
+    W_dec = np.eye(d)[:2]
+    x = acts @ W_dec + 0.02 * rng.standard_normal((n, d))
+    for seed in range(3):
+        found = metrics.absorption(x, acts, W_dec, label, seed=seed)
+        assert found.latents == (0,) and found.full == 0 and found.fraction < 0.02
+    alone = metrics.absorption(x, acts[:, 1:], W_dec[1:], label)
+    assert alone.latents == () and np.isnan(alone.full) and alone.f1 == 0
+
+
+@pytest.mark.parametrize("own", [0.25, 0.5, 0.75])
+def test_partial_absorption_is_the_published_formula_on_planted_rows(own):
+    """On a third of the concept's rows its latent writes a part of the direction only, and a child's the rest."""
+    rng = np.random.default_rng(0)
+    n, d = 600, 16
+    label = np.arange(n) % 2 == 0
+    partly = label & (rng.random(n) < 0.3)
+    acts = np.zeros((n, 3))
+    acts[label, 0] = 2.0
+    acts[partly, 0] = 2 * own
+    acts[partly, 1] = 2 * (1 - own) * np.sqrt(2)
+    W_dec = np.zeros((3, d))
+    W_dec[0, 0] = W_dec[2, 5] = 1
+    W_dec[1, :2] = 2**-0.5
+    x = acts @ W_dec + 0.02 * rng.standard_normal((n, d))
+    found = metrics.absorption(x, acts, W_dec, label, max_latents=1)
+    # A / (A + M) with x . p = 2 from 0: A = min(2 (1 - own), 2 - M), and 0 where A is below 0.4 of 2
+    by_hand = (1 - own) if 1 - own >= 0.4 else 0.0
+    assert found.fraction == pytest.approx(by_hand * partly[label].mean(), abs=0.03)
+    assert found.full == 0
+
+
 def test_an_offset_that_all_rows_share_is_nobodys():
     rng = np.random.default_rng(0)
     n, d = 300, 12
@@ -266,7 +306,7 @@ def test_scores_that_are_no_number_say_why():
     nothing = metrics.absorption(np.zeros((80, 6)), np.zeros((80, 6)), np.eye(6), np.arange(80) < 30)
     found = metrics.over_halvings([nothing.tested], n_bootstrap=20)["full"]
     assert np.isnan(found.value) and np.isnan(found.low)
-    assert found.cause == "the probe recognised no text, or the concept's own latents never fire"
+    assert found.cause.startswith("the probe recognised no text, or no latent stands for the concept")
     x, acts, W_dec, concept, _ = two_labels()
     spurious = np.arange(len(x)) % 2 == 0  # in no direction at all: nothing to be freed from
     removed = metrics.spurious_removal(x, acts * 0, W_dec * 0, concept, spurious, (1,))[1]

@@ -254,7 +254,9 @@ def test_patching_is_planned_by_its_arms_pairs_and_orders(place, tmp_path):
     def seconds(options: str) -> float:
         (tmp_path / "patched.toml").write_text(f"{text}[patch]\n{options}")
         found = plan(tmp_path / "patched.toml", out=tmp_path / "out").estimates[-1]
-        assert found.stage.verb == "patch" and found.needs.memory > costs.BASE and found.seconds_at is not None
+        assert (
+            found.stage.verb == "patch" and found.needs.memory > costs.BASE and found.seconds_at is not None
+        )
         return found.seconds_at(rate) - costs.MODEL_START
 
     one = seconds('baselines = []\norders = ["attribution"]\n')

@@ -333,15 +333,16 @@ def absorption(
     """Feature absorption: rows of a concept on which its own latents are silent and others write its direction.
 
     With p the unit direction of a dense probe, a latent writes `act * (W_dec . p)` along it. Its own latents are as
-    many of the most telling ones as each raise the F1 of a probe by more than `f1_gain`. A row is fully absorbed if
+    many of those that fire more with the concept than without, and write along p, as each raise the F1 of a probe by
+    more than `f1_gain`. A row is fully absorbed if
     all of them are silent and the one other latent that writes most has a cosine of at least 0.025 with p and writes
     at least 0.4 of `x . p`. The fraction is A / (A + M): M is what its own latents write, A what the three strongest
     others write whose cosine is at least 0.1, at most `x . p - M`; 0 where M reaches `x . p` or A stays below 0.4 of
     it.
 
     Source: Chanin et al. 2024, arXiv:2409.14507; the fraction as SAEBench has it. Differs: any label and any rows, not
-    only first letters; `x . p` counts from where the probe is undecided, so that an offset that all rows share is
-    nobody's.
+    only first letters; `x . p` and what latents write count from their means over training rows without the concept,
+    so that what those have, too, is nobody's; a latent that fires where the concept is not cannot stand for it.
 
     Args:
         x: Activations, a row per example.
@@ -364,7 +365,8 @@ def absorption(
     probe = linear_probe(x[train], label[train], units=of[train], seed=seed)
     size = float(np.linalg.norm(probe.weights))
     direction = probe.weights / max(size, 1e-12)
-    order = _most_telling(acts[train], label[train], W_dec, probe, max_latents)
+    without = train[~label[train]]
+    order = _own_order(acts[train], label[train], W_dec @ direction, max_latents)
     own, said = _split_latents(acts, label, of, train, test, order, f1_gain, seed)
     known = (probe.answers(x[test]) > 0) & label[test]
     rows = test[known]
@@ -377,21 +379,22 @@ def absorption(
         for name, values in (("full", full), ("fraction", fraction)):
             sums[name] = np.zeros(len(test))
             sums[name][known] = values
-        cause = "the probe recognised no text, or the concept's own latents never fire"
+        cause = (
+            "the probe recognised no text, or no latent stands for the concept: none that fires more with it than "
+            "without writes along its direction"
+        )
         tested = Tested(_at(test, len(x), sums), ABSORPTION, cause, of)
         scores = {name: one.value for name, one in over_halvings([tested], n_bootstrap=0).items()}
         return Absorption(scores["full"], scores["fraction"], len(rows), own, scores["f1"], tested=tested)
 
     nothing = np.full(len(rows), np.nan)
-    if len(rows) == 0:
+    if len(rows) == 0 or not own:
         return found(nothing, nothing)
-    along = probe.answers(x[rows]) / max(size, 1e-12)
-    writes = acts[rows] * (W_dec @ direction)[None]
+    along = (x[rows] - x[without].mean(0)) @ direction
+    writes = (acts[rows] - acts[without].mean(0)) * (W_dec @ direction)[None]
     cosines = (W_dec @ direction) / np.maximum(np.linalg.norm(W_dec, axis=1), 1e-12)
     mine = writes[:, own].sum(1)
     silent = (acts[rows][:, own] == 0).all(1)
-    if (acts[:, own] == 0).all():  # latents that never fire stand for nothing, and so cannot be absorbed
-        return found(nothing, nothing)
     others = writes.copy()
     others[:, own] = -np.inf
     strongest = others.argmax(1)
@@ -417,7 +420,9 @@ def _split_latents(
     seed: int,
 ) -> tuple[tuple[int, ...], Bool[np.ndarray, " n_test"]]:
     """As many latents of an order as each raise F1 on the training half by more than `gain`, and which test rows a
-    probe on them says have the concept."""
+    probe on them says have the concept: none where there are no latents."""
+    if len(order) == 0:
+        return (), np.zeros(len(test), dtype=bool)
 
     def on(latents: Int[np.ndarray, " k"]) -> LinearProbe:
         return linear_probe(acts[train][:, latents], label[train], units=units[train], seed=seed)
@@ -461,6 +466,23 @@ def _most_telling(
     difference = acts[label].mean(0) - acts[~label].mean(0)
     effect = np.abs(difference * (W_dec @ probe.weights))
     return np.argsort(-effect, kind="stable")[:n]
+
+
+def _own_order(
+    acts: Acts, label: Bool[np.ndarray, " n"], along: Float[np.ndarray, " d_sae"], n: int
+) -> Int[np.ndarray, " own"]:
+    """At most n latents that may stand for a concept, those first whose more activity with it writes most along it.
+
+    Args:
+        acts: Latents.
+        label: Whether a row has the concept.
+        along: What a unit of each latent writes along the concept's direction.
+        n: At most so many.
+    """
+    more = acts[label].mean(0) - acts[~label].mean(0)
+    effect = np.where((more > 0) & (along > 0), more * along, 0.0)
+    order: np.ndarray = np.argsort(-effect, kind="stable")[:n]
+    return order[effect[order] > 0]
 
 
 def _balance(

@@ -139,7 +139,11 @@ def patch_bytes(lm: Outline, sizes: Sequence[Dictionary], n_pairs: int) -> Bytes
     codes = 3 * 4.0 * rows * max(size.d_sae for size in sizes)
     held = sum(size.n_bytes for size in sizes) + runs + codes
     host = BASE + lm.n_bytes
-    return Bytes(host + held, 2e6) if lm.device == "cpu" else Bytes(BASE + 0.2 * lm.n_bytes, 2e6, lm.n_bytes + held)
+    return (
+        Bytes(host + held, 2e6)
+        if lm.device == "cpu"
+        else Bytes(BASE + 0.2 * lm.n_bytes, 2e6, lm.n_bytes + held)
+    )
 
 
 def patch_seconds(lm: Outline, speed: Speed, work: Patching, n_above: int) -> float:
