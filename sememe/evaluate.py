@@ -59,7 +59,7 @@ from sememe.text import TokenPolicy
 
 __all__ = ["NULLS", "EvaluateConfig", "evaluate", "powers_below"]
 
-VERSION = 8
+VERSION = 9
 
 
 class EvaluateConfig(MeasureConfig):
@@ -228,7 +228,9 @@ def make_arms(
         nulls[name], configs[name] = make_null(name, k, dictionary.d_sae, config.seed, sites, fitted)
     parts = _parts(config, dictionary, found.density())
     if other is not None:
-        there = metrics.mcs(dictionary.decoder_directions(), other.decoder_directions().to(lm.device))
+        theirs = other.decoder_directions().to(lm.device)
+        signs = dictionary.signed or other.signed  # then those of directions mean nothing
+        there = metrics.mcs(dictionary.decoder_directions(), theirs, absolute=signs)
         matched = there >= config.matched_above
         parts |= {"matched": Part(dictionary, matched), "unmatched": Part(dictionary, ~matched)}
     if config.within is not None:

@@ -84,7 +84,8 @@ class FitConfig(Config):
     over: Path | None = None
     """Of sparse_coder: the dictionary over whose directions codes are searched for."""
     n_rows: int = Field(default=16_384, ge=16)
-    """Rows, drawn from the store. pca, nmf, rica, identity and random_directions stream them; others hold them all."""
+    """Rows, drawn from the store. pca, nmf, rica, identity and random_directions stream them; others hold them all.
+    sparse_coder takes directions as they are, and none."""
 
     @model_validator(mode="after")
     def _over_what(self) -> Self:
@@ -94,6 +95,8 @@ class FitConfig(Config):
                 self.over,
                 "Pass --over DICTIONARY." if self.over is None else "Drop --over.",
             )
+        if self.over is not None:
+            self.check_inert("n_rows", without="codes are searched for over given directions")
         return self
 
 
@@ -176,14 +179,15 @@ def _fitted(config: FitConfig, source: Source, n_rows: int) -> Dictionary:
         return RICA.fit_stream(_passes(source, n_rows), baseline, sites)
     if isinstance(baseline, NMFConfig):
         return NMF.fit_stream(_passes(source, n_rows), n_rows, baseline, sites)
-    x = source.next_batch(n_rows).x.float()
-    if isinstance(baseline, ICAConfig):
-        return ICA.fit(x, baseline, sites)
-    if isinstance(baseline, NeuronsConfig):
-        return Neurons.fit(x, baseline, sites)
-    if isinstance(baseline, KSVDConfig):
+    if config.over is None:
+        x = source.next_batch(n_rows).x.float()
+        if isinstance(baseline, ICAConfig):
+            return ICA.fit(x, baseline, sites)
+        if isinstance(baseline, NeuronsConfig):
+            return Neurons.fit(x, baseline, sites)
+        assert isinstance(baseline, KSVDConfig)
         return ksvd(x, baseline, sites).coder
-    assert config.over is not None
+    assert isinstance(baseline, SparseCoderConfig)
     over = dictionaries.load(config.over)
     if over.sites is not None and sites is not None and _places(over.sites) != _places(sites):
         raise MismatchError(

@@ -35,6 +35,8 @@ SPARSITY_OPTIONS = (
     "k",
     "l0_coefficient",
     "l1_coefficient",
+    "noise",
+    "penalty",
     "prior_l0",
     "sqrt_coefficient",
     "start_l0",
@@ -113,6 +115,8 @@ def grouped(descriptions: Mapping[str, Mapping[str, Any]]) -> dict[str, Place]:
     for name, about in descriptions.items():
         options = {key: value for key, value in about.get("config", {}).items() if key != "seed"}
         options |= {"d_sae": about.get("d_sae")}
+        if "encoder" in options:  # of a sparse coder, which knows both and uses one
+            options.pop("k" if options["encoder"] == "fista" else "penalty", None)
         settings[name] = {key: options[key] for key in SPARSITY_OPTIONS if options.get(key)}
         rest = {key: value for key, value in options.items() if key not in SPARSITY_OPTIONS}
         rest |= {

@@ -21,7 +21,7 @@ from sememe.train import TrainConfig, swept_names, train, train_sweep
 
 __all__ = ["RECOVERY", "RecoverConfig", "recover"]
 
-VERSION = 3
+VERSION = 4
 RECOVERY = "recovery.json"
 
 

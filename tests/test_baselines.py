@@ -48,6 +48,8 @@ def test_each_keeps_the_contract(index: int, tmp_path) -> None:
     dictionary, x = every()[index], rows(9)
     assert not isinstance(dictionary, Trainable)
     encoded = dictionary.encode(x)
+    either_side = torch.cat([rows(400), rows(400, offset=0.0)])
+    assert dictionary.signed == bool((dictionary.encode(either_side).acts < 0).any())
     k = dictionary.config.k or dictionary.d_sae
     assert encoded.k == k and encoded.d_sae == dictionary.d_sae
     for row in range(9):  # row by row, whatever the batch

@@ -16,6 +16,7 @@ from sememe import artifact, dictionaries
 from sememe.cli import _run
 from sememe.compare import CompareConfig, Comparison, compare
 from sememe.compare.verb import _cautions
+from sememe.dictionaries.abs_topk import AbsTopK, AbsTopKConfig
 from sememe.dictionaries.topk import TopK, TopKConfig
 from sememe.errors import ArtifactError, ConfigError, MismatchError, ShapeError, TextError
 from sememe.evaluate import EvaluateConfig, evaluate
@@ -69,6 +70,20 @@ def test_recall_and_precision_by_name(tmp_path: Path, pair: object) -> None:
     for name in ("mmcs", "share_above_0.9"):
         assert np.allclose(values(data["directions"][name]), [[1, 0.5], [0.8, 1]])
     assert data["directions"]["differences"] == [], "of two, each is found in one other"
+
+
+def test_signs_of_directions_do_not_count_where_activations_have_signs(tmp_path: Path, pair: object) -> None:
+    """An AbsTopK dictionary's latent may stand for the one or the other of two half-lines."""
+    signed = AbsTopK(AbsTopKConfig(k=1, d_sae=8), 8, 8, 8)
+    signed.W_dec.data.copy_(-torch.eye(8))
+    signed.save(tmp_path / "c", torch.randn(16, 8, generator=torch.Generator().manual_seed(0)))
+    data = json.loads((compare(config_for(tmp_path, "a", "c")).path / "comparison.json").read_text())
+    assert data["pair"]["mmcs_a_to_b"]["value"] == pytest.approx(1)
+    assert values(data["directions"]["mmcs"]) == pytest.approx(np.ones((2, 2)))
+    assert any("Activations of c may be below 0" in notice for notice in data["notices"])
+    whole = config_for(tmp_path, "a", "b", "c", out=tmp_path / "three")
+    table = json.loads((compare(whole).path / "comparison.json").read_text())["directions"]["mmcs"]
+    assert values(table)[0] == pytest.approx([1, 0.5, 1]), "between a and b they do count"
 
 
 def values(table: list[list[dict]]) -> list[list[float]]:

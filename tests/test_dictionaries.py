@@ -109,6 +109,11 @@ def test_some_latents_are_encoded_as_all_are(kind):
     )
 
 
+def test_only_signed_dictionaries_go_below_zero(kind):
+    dictionary = made(kind).eval()
+    assert dictionary.signed == bool((dictionary.encode(sample(seed=3)).acts < 0).any())
+
+
 @pytest.mark.parametrize("d_out", [D, 9])
 def test_folding_keeps_the_map(kind, d_out):
     if kind in ONE_PLACE and d_out != D:

@@ -45,7 +45,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 
 def config_for(world: World, out: Path, kind: str, **changes: object) -> FitConfig:
-    options = {"store": world.store, "out": out, "hookpoint": "resid_post.1", "n_rows": 1000}
+    options = {"store": world.store, "out": out, "hookpoint": "resid_post.1"}
+    options |= {"n_rows": 1000} if kind != "sparse_coder" else {}
     options |= {
         "baseline": {"kind": kind, **OPTIONS[kind]},
         "over": world.place / "topk" if kind == "sparse_coder" else None,
@@ -124,6 +125,8 @@ def test_what_cannot_be_fitted(world: World, tmp_path: Path) -> None:
         fit(config_for(world, tmp_path / "d", "pca", hookpoint="resid_post.7"))
     with pytest.raises(ConfigError, match=r"k must be in \[1, d_sae=24\], got 25"):
         fit(config_for(world, tmp_path / "d", "pca", baseline={"kind": "pca", "k": 25}))
+    with pytest.raises(ConfigError, match=r"n_rows must be left out when codes are searched for over given"):
+        config_for(world, tmp_path / "d", "sparse_coder", n_rows=1000)
     with pytest.raises(ConfigError, match=r"over must name a dictionary with sparse_coder"):
         config_for(world, tmp_path / "d", "sparse_coder", over=None)
     with pytest.raises(ConfigError, match=r"nothing else has one, got .*Drop --over"):

@@ -41,6 +41,18 @@ def test_seeds_are_one_setting_and_settings_one_group():
     assert found["d"] == Place("relu", "l1_coefficient=0.01")
 
 
+def test_a_coder_s_frontier_is_walked_by_the_option_that_its_encoder_uses():
+    def coder(encoder: str, **options):
+        return about(kind="sparse_coder", encoder=encoder, **({"k": 32, "penalty": 0.1} | options))
+
+    found = grouped({f"p{p:g}": coder("fista", penalty=p) for p in (2.0, 4.0, 8.0)})
+    assert set(found.values()) == {Place("sparse_coder", f"penalty={p:g}") for p in (2, 4, 8)}
+    found = grouped({f"k{k}": coder("omp", k=k) for k in (8, 16)})
+    assert set(found.values()) == {Place("sparse_coder", f"k={k}") for k in (8, 16)}
+    found = grouped({f"n{n}": about(kind="relu", noise=n) for n in (0.3, 0.5)})
+    assert set(found.values()) == {Place("relu", "noise=0.3"), Place("relu", "noise=0.5")}
+
+
 def test_what_sets_groups_apart_is_in_their_titles():
     found = grouped({"a": about(k=16), "b": about(k=16, d_sae=128), "c": about(k=16, training={"lr": 0.5})})
     assert [place.group for place in found.values()] == [

@@ -50,21 +50,38 @@ def test_a_matching_is_the_best_of_all(n_a, n_b, seed):
     st.floats(0, 1),
     st.integers(0, 2**31),
     st.integers(1, 50),
+    st.booleans(),
 )
-def test_a_matching_without_the_table_is_that_of_scipy_with_it(n_a, more, d, alike, seed, block):
+def test_a_matching_without_the_table_is_that_of_scipy_with_it(n_a, more, d, alike, seed, block, absolute):
     a, b = rows(n_a, d, seed), rows(n_a + more, d, seed + 1)
     twins = int(alike * n_a)
     b[:twins] = a[:twins] + 0.3 * b[:twins]
     b[-1] = b[0]  # ties
     a[0] = 0
     unit_a, unit_b = metrics.unit_rows(a), metrics.unit_rows(b)
-    columns, _ = assign(unit_a, unit_b, block=block)
+    columns, _ = assign(unit_a, unit_b, absolute=absolute, block=block)
     table = (unit_a @ unit_b.T).double().numpy()
+    table = np.abs(table) if absolute else table
     mine, theirs = linear_sum_assignment(table, maximize=True)
     assert len(set(columns.tolist())) == n_a and min(columns.tolist()) >= 0
     ours = table[np.arange(n_a), columns.numpy()].sum()
     assert ours == pytest.approx(table[mine, theirs].sum(), abs=1e-6 * n_a)
-    assert torch.equal(columns, assign(unit_a, unit_b, block=block)[0]), "the same twice"
+    again, _ = assign(unit_a, unit_b, absolute=absolute, block=block)
+    assert torch.equal(columns, again), "the same twice"
+
+
+def test_signs_do_not_count_where_absolute_is_said():
+    a = rows(20, 12)
+    signs = torch.where(torch.arange(20) % 3 == 0, -1.0, 1.0)[:, None]
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(1))
+    b = (signs * a)[order]
+    assert metrics.mcs(a, b, absolute=True).tolist() == pytest.approx([1] * 20, abs=1e-6)
+    assert metrics.mcs(a, b).min() < 0.9
+    found = metrics.match(a, b, absolute=True)
+    assert torch.equal(order[found.b], found.a) and bool((found.cosines > 1 - 1e-6).all())
+    twice = torch.cat([a[:1] + 0.05 * rows(1, 12, 2), -a[:1] + 0.05 * rows(1, 12, 3), rows(5, 12, 4)])
+    assert metrics.splits(a[:1], twice, 0.9, absolute=True).children[0].numel() == 2
+    assert metrics.splits(a[:1], twice, 0.9).parents.numel() == 0
 
 
 def test_a_matching_that_its_first_candidates_do_not_hold_is_found():
@@ -217,6 +234,11 @@ def test_dense_latents_are_told_apart_from_a_long_tail():
     two = metrics.cheats(W, apart, 20.0)
     assert two.dense == 0.2 and two.bimodal and "apart from the others (two modes of density)" in two.named[0]
     assert not metrics.cheats(W, torch.full((400,), 0.4), 20.0).bimodal, "there are no others"
+    few = torch.full((400,), 0.003)
+    few[:12] = 0.4  # 3%: far fewer than a tenth, but a mode of their own
+    assert "dense latents: 3% of the latents" in metrics.cheats(W, few, 20.0).named[0]
+    few[3:12] = 0.003
+    assert metrics.cheats(W, few, 20.0).named == (), "three dense latents are in most dictionaries"
 
 
 def test_the_rare_cluster_is_found_where_there_is_one():

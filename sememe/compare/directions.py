@@ -1,4 +1,8 @@
-"""What dictionaries find of each other's decoder directions: cosines, signed. Runs no model."""
+"""What dictionaries find of each other's decoder directions. Runs no model.
+
+Cosines are signed, but where activations of either dictionary may be below 0 (PCA, ICA, AbsTopK, sparse coders): there
+the sign of a direction means nothing, and absolute ones count.
+"""
 
 from __future__ import annotations
 
@@ -42,6 +46,7 @@ def all_pairs(config: CompareConfig, loaded: dict[str, Dictionary]) -> dict[str,
     differences: list[dict[str, Any]] = []
     pairs = list(itertools.permutations(names, 2))
     rows = {name: one.decoder_directions() for name, one in loaded.items()}
+    signed = {name: one.signed for name, one in loaded.items()}
     first = next(iter(rows.values()))
     strangers = metrics.random_rows(max(len(one) for one in rows.values()), first.shape[1]).to(first.device)
     with track("compare directions", len(pairs), "pairs") as progress, torch.inference_mode():
@@ -49,12 +54,13 @@ def all_pairs(config: CompareConfig, loaded: dict[str, Dictionary]) -> dict[str,
             found: dict[str, Float64[Tensor, " d_sae"]] = {}
             for other in names:
                 if other != one:
-                    found[other] = metrics.mcs(rows[one], rows[other]).double().cpu()
+                    absolute = signed[one] or signed[other]
+                    found[other] = metrics.mcs(rows[one], rows[other], absolute=absolute).double().cpu()
                     progress.advance(1)
             itself: Entry = {"value": 1.0, "low": None, "high": None}
             cells["mmcs"].append([_mean(config, found[name]) if name in found else itself for name in names])
             cells[above].append([_share(config, found[name]) if name in found else itself for name in names])
-            chance = metrics.mcs(rows[one], strangers).double().cpu()
+            chance = metrics.mcs(rows[one], strangers, absolute=signed[one]).double().cpu()
             random["random"].append(_mean(config, chance))
             random[f"random_{above}"].append(_share(config, chance))
             differences += _differences(config, one, found)
@@ -110,15 +116,19 @@ def one_pair(config: CompareConfig, loaded: dict[str, Dictionary], folder: Path)
     names = dict(zip("ab", loaded, strict=True))
     data: dict[str, Any] = {"a": names["a"], "b": names["b"]}
     edges = np.linspace(-1, 1, HISTOGRAM_BINS + 1)
+    absolute = any(one.signed for one in loaded.values())
     for one, other in (("a", "b"), ("b", "a")):
         with torch.inference_mode():
             ours, theirs = (loaded[names[side]].decoder_directions() for side in (one, other))
-            nearest = metrics.nearest_directions(ours, theirs, min(config.n_nearest, theirs.shape[0]))
-            random = metrics.nearest_directions(ours, metrics.random_rows(*theirs.shape).to(theirs.device))
+            n_nearest = min(config.n_nearest, theirs.shape[0])
+            nearest = metrics.nearest_directions(ours, theirs, n_nearest, absolute=absolute)
+            strangers = metrics.random_rows(*theirs.shape).to(theirs.device)
+            random = metrics.nearest_directions(ours, strangers, absolute=absolute)
         cosines, indices = nearest.cosines.cpu().numpy(), nearest.indices.cpu().numpy().astype(np.int32)
         np.savez_compressed(folder / MATCHES.format(one, other), indices=indices, cosines=cosines)
         best, chance = (
-            side.astype(np.float64) for side in (cosines[:, 0], random.cosines[:, 0].cpu().numpy())
+            (np.abs(side) if absolute else side).astype(np.float64)
+            for side in (cosines[:, 0], random.cosines[:, 0].cpu().numpy())
         )
         order = np.argsort(-best, kind="stable").tolist()
         counts, _ = np.histogram(best.clip(-1, 1), bins=edges)

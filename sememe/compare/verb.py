@@ -38,6 +38,7 @@ from sememe.measure.checks import (
     check_text,
     describe,
     policy_of,
+    sign_notice,
     splicer_for,
 )
 from sememe.measure.config import AUTOENCODER_NULLS
@@ -46,7 +47,7 @@ from sememe.text import TokenPolicy
 
 __all__ = ["COMPARISON", "compare"]
 
-VERSION = 9
+VERSION = 10
 COMPARISON = "comparison.json"
 SCHEMA = "comparison.schema.json"
 MAX_NULL_L0S = 3
@@ -103,6 +104,7 @@ def compare(
         else:
             lm = lm if lm is not None else language_models.load(config.model)
             data |= _measured(config, lm, opened, policy, store, twins)
+        notices += sign_notice({name: one.signed for name, one in loaded.items()})
         data["notices"] = notices + data.get("notices", []) + _cautions(data)
         data["attributions"] = [] if policy is None else [a._asdict() for a in text.attributions(config.text)]
         Comparison.build(data, COMPARISON)  # what is written is what is published

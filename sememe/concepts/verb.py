@@ -23,7 +23,7 @@ from sememe.progress import track
 
 __all__ = ["CONCEPTS", "concepts"]
 
-VERSION = 4
+VERSION = 5
 CONCEPTS = "concepts.json"
 N_HALVINGS = 3
 """Draws of a training and a test half for what is fitted on one and scored on the other."""

@@ -187,6 +187,9 @@ class Dictionary(nn.Module, abc.ABC):
     """Latents and how to go from activations to them and back."""
 
     kind: ClassVar[str]
+    signed: bool = False
+    """Whether activations may be below 0. Then the sign of a direction means nothing: what compares directions takes
+    absolute cosines."""
     config: Config
     sites: Sites | None
     d_in: int

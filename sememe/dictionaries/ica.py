@@ -61,6 +61,7 @@ class ICA(Fitted):
     """
 
     kind = "ica"
+    signed = True
     config: ICAConfig
 
     def __init__(
@@ -71,7 +72,6 @@ class ICA(Fitted):
         self.W_enc: Tensor
         self.register_buffer("converged", torch.tensor(True))
         self.converged: Tensor
-        self.signed = True
 
     @classmethod
     def rebuild(cls, config: dict[str, Any], d_in: int, d_out: int, d_sae: int, sites: Sites | None) -> Self:

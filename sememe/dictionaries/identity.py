@@ -63,6 +63,7 @@ class Identity(Dictionary):
             )
         if config.k is not None and not 1 <= config.k <= d_sae:
             raise ConfigError(f"k must be in [1, d_sae={d_sae}]", config.k, "Lower k.")
+        self.signed = config.signed
         self.register_buffer("b_dec", torch.zeros(d_out))
         self.b_dec: Tensor
 

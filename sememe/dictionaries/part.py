@@ -26,7 +26,7 @@ class Part(Dictionary):
 
     def __init__(self, whole: Dictionary, keep: Bool[Tensor, " d_sae"]) -> None:
         super().__init__(whole.config, whole.d_in, whole.d_out, whole.d_sae, whole.sites)
-        self.whole = whole
+        self.whole, self.signed = whole, whole.signed
         self.register_buffer("keep", keep.to(whole.decoder_directions().device))
         self.keep: Tensor
 

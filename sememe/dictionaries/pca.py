@@ -108,6 +108,7 @@ class PCA(Fitted):
     """
 
     kind = "pca"
+    signed = True
     config: PCAConfig
 
     def __init__(

@@ -46,6 +46,12 @@ class RandomDirections(Fitted):
     kind = "random_directions"
     config: RandomDirectionsConfig
 
+    def __init__(
+        self, config: RandomDirectionsConfig, d_in: int, d_out: int, d_sae: int, sites: Sites | None = None
+    ) -> None:
+        super().__init__(config, d_in, d_out, d_sae, sites)
+        self.signed = config.signed
+
     @classmethod
     def rebuild(cls, config: dict[str, Any], d_in: int, d_out: int, d_sae: int, sites: Sites | None) -> Self:
         """An empty dictionary of the given shape."""

@@ -63,6 +63,7 @@ class RowNorm(Dictionary):
         from sememe.dictionaries import TRAINABLE  # the table of all, which this is one of
 
         self.inner = TRAINABLE[config.inner["kind"]].rebuild(config.inner, d_in, d_out, d_sae, None)
+        self.signed = self.inner.signed
 
     @classmethod
     def rebuild(cls, config: dict[str, Any], d_in: int, d_out: int, d_sae: int, sites: Sites | None) -> Self:

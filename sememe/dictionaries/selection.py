@@ -66,8 +66,6 @@ class Selection(Linear, abc.ABC):
 
     config: SelectionConfig
     weakens = False  # the weaker of those that compete are never chosen
-    signed: ClassVar[bool] = False
-    """Whether activations may be negative."""
 
     def __init__(
         self, config: SelectionConfig, d_in: int, d_out: int, d_sae: int, sites: Sites | None = None

@@ -6,6 +6,7 @@ Knows matrices of directions by name.
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,16 @@ EDGES = np.linspace(-1, 1, 41)
 FOUND = 0.9
 
 
-def pairs(directions: dict[str, Float[Tensor, "n d"]], config: GeometryConfig) -> list[dict[str, Any]]:
-    """Every two, the smaller first: the larger-dictionary test, beside random directions, and splitting."""
+def pairs(
+    directions: dict[str, Float[Tensor, "n d"]], signed: dict[str, bool], config: GeometryConfig
+) -> list[dict[str, Any]]:
+    """Every two, the smaller first: the larger-dictionary test, beside random directions, and splitting.
+
+    Args:
+        directions: What latents write, by dictionary.
+        signed: Whether a dictionary's activations may be below 0: then absolute cosines count.
+        config: The verb's options.
+    """
     found = []
     names = sorted(directions, key=lambda name: directions[name].shape[0])
     both = list(itertools.combinations(names, 2))
@@ -34,26 +43,34 @@ def pairs(directions: dict[str, Float[Tensor, "n d"]], config: GeometryConfig) -
     with track("match dictionaries", len(both), "pairs") as progress, torch.inference_mode():
         for small, large in both:
             found.append(
-                {"small": small, "large": large, **_pair(directions[small], directions[large], config)}
+                {
+                    "small": small,
+                    "large": large,
+                    **_pair(directions[small], directions[large], signed[small] or signed[large], config),
+                }
             )
             progress.advance(1)
     return found
 
 
 def _pair(
-    small: Float[Tensor, "n_small d"], large: Float[Tensor, "n_large d"], config: GeometryConfig
+    small: Float[Tensor, "n_small d"],
+    large: Float[Tensor, "n_large d"],
+    absolute: bool,
+    config: GeometryConfig,
 ) -> dict[str, Any]:
     options: dict[str, Any] = {"n_bootstrap": config.n_bootstrap, "seed": config.seed}
     chance = {
         name: metrics.random_rows(rows.shape[0], rows.shape[1], config.seed)
         for name, rows in (("small", small), ("large", large))
     }
+    mcs = partial(metrics.mcs, absolute=absolute)
     compared = {
-        "mmcs_small_to_large": (metrics.mcs(small, large), metrics.mcs(small, chance["large"])),
-        "mmcs_large_to_small": (metrics.mcs(large, small), metrics.mcs(large, chance["small"])),
+        "mmcs_small_to_large": (mcs(small, large), mcs(small, chance["large"])),
+        "mmcs_large_to_small": (mcs(large, small), mcs(large, chance["small"])),
         "matched_cosine": (
-            metrics.match(small, large).cosines,
-            metrics.match(small, chance["large"]).cosines,
+            metrics.match(small, large, absolute=absolute).cosines,
+            metrics.match(small, chance["large"], absolute=absolute).cosines,
         ),
     }
     out: dict[str, Any] = {}
@@ -66,7 +83,7 @@ def _pair(
             f"share_above_{FOUND:g}": _share(own > FOUND, random > FOUND, options),
             "histogram": {"edges": EDGES.tolist(), "counts": counts.tolist()},
         }
-    split, by_chance = (metrics.splits(small, rows) for rows in (large, chance["large"]))
+    split, by_chance = (metrics.splits(small, rows, absolute=absolute) for rows in (large, chance["large"]))
     n = small.shape[0]
     order = sorted(range(len(split.children)), key=lambda i: -split.children[i].numel())
     out["splits"] = {

@@ -23,12 +23,12 @@ from sememe.geometry.history import history
 from sememe.geometry.latents import Activity, activity, nearest_to_probe, of_weights, summarised
 from sememe.geometry.rare import Direction, rare
 from sememe.lm import LanguageModel
-from sememe.measure.checks import check_model, check_store
+from sememe.measure.checks import check_model, check_store, sign_notice
 from sememe.store import Store, open_store
 
 __all__ = ["GEOMETRY", "geometry"]
 
-VERSION = 3
+VERSION = 4
 GEOMETRY = "geometry.json"
 LATENTS = "latents"
 
@@ -178,6 +178,8 @@ def _asked(
             row["history"] = past
         rows.append(row)
         columns[name] = latents.columns
+    signed = {name: one.dictionary.signed for name, one in opened.items()}
+    notices += sign_notice(signed)
     places = {tuple(row["hookpoints"]) for row in rows}
     models = {site.model_fingerprint for one in opened.values() if one.sites for site in one.sites.outputs}
     if len(places) > 1 or len(models) > 1:
@@ -188,7 +190,7 @@ def _asked(
     return {
         "format_version": VERSION,
         "rows": rows,
-        "pairs": pairs(directions, config),
+        "pairs": pairs(directions, signed, config),
         "rare_agreement": _agreement(directions_read),
         "bootstrap": {"n": config.n_bootstrap, "seed": config.seed, "level": 0.95, "unit": "latents"},
         "notices": notices,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, overload
 
@@ -26,6 +27,7 @@ __all__ = [
     "models_of",
     "open_models",
     "policy_of",
+    "sign_notice",
     "sites_of",
     "splicer_for",
 ]
@@ -331,3 +333,18 @@ def describe(saved: artifact.Artifact, dictionary: Dictionary, sites: Sites) -> 
         "outputs": [site.hookpoint for site in sites.outputs],
         "max_norms": {site.hookpoint: site.max_norm for site in (*sites.inputs, *sites.outputs)},
     }
+
+
+def sign_notice(signed: Mapping[str, bool]) -> list[str]:
+    """What a reader of cosines has to know, if a dictionary's activations may be below 0.
+
+    Args:
+        signed: Whether they may, by the dictionary's name.
+    """
+    names = [name for name, one in signed.items() if one]
+    if not names or len(signed) < 2:
+        return []
+    return [
+        f"Activations of {', '.join(names)} may be below 0, so that signs of directions mean nothing: cosines to and "
+        "from there are absolute ones (mmcs is mmacs), which by chance are larger."
+    ]

@@ -32,7 +32,7 @@ MAX_ROUNDS = 100
 
 
 def assign(
-    a: Float[Tensor, "n_a d"], b: Float[Tensor, "n_b d"], *, block: int = 2048
+    a: Float[Tensor, "n_a d"], b: Float[Tensor, "n_b d"], *, absolute: bool = False, block: int = 2048
 ) -> tuple[Int[Tensor, " n_a"], int]:
     """The column of each row in the assignment with the largest sum of cosines, and the number of looks it took.
 
@@ -41,6 +41,7 @@ def assign(
     Args:
         a: Directions of norm 1 or 0; no more of them than of b.
         b: Directions of norm 1 or 0.
+        absolute: Of absolute cosines.
         block: Rows of `a` compared at a time: memory is about 12 block n_b bytes beside the candidates.
 
     Raises:
@@ -50,19 +51,23 @@ def assign(
     if not bool(something.all()):
         columns = torch.full((a.shape[0],), -1)
         own = something.cpu()
-        columns[own], n_looks = assign(a[something], b, block=block) if own.any() else (columns[own], 0)
+        columns[own], n_looks = (
+            assign(a[something], b, absolute=absolute, block=block) if own.any() else (columns[own], 0)
+        )
         taken = torch.zeros(b.shape[0], dtype=torch.bool)
         taken[columns[own]] = True
         columns[~own] = torch.nonzero(~taken).view(-1)[: int((~own).sum())]
         return columns, n_looks
     generator = torch.Generator(a.device).manual_seed(0)
-    indices, costs = _first_candidates(a, b, block)
+    indices, costs = _first_candidates(a, b, absolute, block)
     indptr = np.arange(a.shape[0] + 1, dtype=np.int64) * indices.shape[1]
     flat, flat_costs = indices.reshape(-1), costs.reshape(-1)
     for n_looks in range(1, MAX_ROUNDS + 1):
         columns, rows_price, columns_price = cheapest_assignment(indptr, flat, flat_costs, b.shape[0], ALONE)
         n_added = min(MOST_ADDED, N_ADDED * 2 ** (n_looks - 1))
-        rows, more, more_costs = _overlooked(a, b, (rows_price, columns_price), n_added, block, generator)
+        rows, more, more_costs = _overlooked(
+            a, b, (rows_price, columns_price), n_added, absolute, block, generator
+        )
         if not rows.size:
             return torch.from_numpy(columns), n_looks
         owner = np.concatenate([np.repeat(np.arange(a.shape[0]), np.diff(indptr)), rows])
@@ -77,12 +82,17 @@ def assign(
     )
 
 
+def _cosines(rows: Float[Tensor, "n d"], b: Float[Tensor, "n_b d"], absolute: bool) -> Float[Tensor, "n n_b"]:
+    found = rows @ b.T
+    return found.abs_() if absolute else found
+
+
 def _first_candidates(
-    a: Float[Tensor, "n_a d"], b: Float[Tensor, "n_b d"], block: int
+    a: Float[Tensor, "n_a d"], b: Float[Tensor, "n_b d"], absolute: bool, block: int
 ) -> tuple[Int64[np.ndarray, "n_a n"], Float64[np.ndarray, "n_a n"]]:
     """The nearest columns of each row, and 1 - cosine."""
     n = min(N_CANDIDATES, b.shape[0])
-    found = [(rows @ b.T).topk(n, dim=1) for rows in torch.split(a, block)]
+    found = [_cosines(rows, b, absolute).topk(n, dim=1) for rows in torch.split(a, block)]
     indices = torch.cat([one.indices for one in found]).cpu().numpy()
     return indices, 1 - torch.cat([one.values for one in found]).double().cpu().numpy()
 
@@ -92,6 +102,7 @@ def _overlooked(
     b: Float[Tensor, "n_b d"],
     prices: tuple[Float64[np.ndarray, " n_a"], Float64[np.ndarray, " n_b"]],
     n_added: int,
+    absolute: bool,
     block: int,
     generator: torch.Generator,
 ) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"], Float64[np.ndarray, " n"]]:
@@ -100,7 +111,7 @@ def _overlooked(
     n = min(n_added, b.shape[0])
     rows, columns, costs = [], [], []
     for start in range(0, a.shape[0], block):
-        cosines = a[start : start + block] @ b.T
+        cosines = _cosines(a[start : start + block], b, absolute)
         gain = (cosines + v).add_(u[start : start + block, None] - 1)
         some = torch.nonzero(gain.amax(1) > TOLERANCE).view(-1)
         if some.numel() == 0:

@@ -69,12 +69,16 @@ def nearest_directions(
     return Nearest(torch.cat(cosines).clamp(-1, 1), torch.cat(indices))
 
 
-def mcs(a: Float[Tensor, "n_a d"], b: Float[Tensor, "n_b d"], *, block: int = 4096) -> Float[Tensor, " n_a"]:
+def mcs(
+    a: Float[Tensor, "n_a d"], b: Float[Tensor, "n_b d"], *, absolute: bool = False, block: int = 4096
+) -> Float[Tensor, " n_a"]:
     """Per direction of `a`, its largest cosine with any direction of `b`.
 
-    Source: Sharkey et al. 2022. Signed: an opposite direction does not count as found.
+    Source: Sharkey et al. 2022. Signed: an opposite direction does not count as found, unless `absolute` is said (what
+    directions of activations that may be below 0 want: their signs mean nothing).
     """
-    return nearest_directions(a, b, block=block).cosines[:, 0]
+    found = nearest_directions(a, b, absolute=absolute, block=block).cosines[:, 0]
+    return found.abs() if absolute else found
 
 
 def mmcs(a: Float[Tensor, "n_a d"], b: Float[Tensor, "n_b d"], *, block: int = 4096) -> float:

@@ -137,14 +137,14 @@ def effective_neurons(rows: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
     return torch.where(shares == 0, torch.nan, 1 / shares)
 
 
-def capacity(W_dec: Float[Tensor, "d_sae d"], *, block: int = 4096) -> Float[Tensor, " d_sae"]:
+def capacity(W_dec: Float[Tensor, "d_sae d"], *, block: int = 1024) -> Float[Tensor, " d_sae"]:
     """`(w_i . w_i)^2 / sum_j (w_i . w_j)^2`: how much of a dimension each latent has to itself.
 
     Source: Scherlis et al. 2022, arXiv:2210.01892, eq. 3. Sums to at most d. 0 for rows of length 0. In blocks.
     """
     rows = W_dec.detach().double()
     own = rows.square().sum(1)
-    shared = torch.cat([(part @ rows.T).square().sum(1) for part in torch.split(rows, block)])
+    shared = torch.cat([(part @ rows.T).square_().sum(1) for part in torch.split(rows, block)])
     return torch.where(own == 0, 0.0, own.square() / shared.clamp_min(1e-300))  # so written, NaN stays
 
 

@@ -45,6 +45,11 @@ PAIRED = 0.05
 """Share of the latents in opposite pairs above which these are named: directions found one by one have none."""
 
 
+DENSE_MODE = 0.01
+"""Share of the latents that are dense above which these are named if they are a mode of their own: a few dense latents
+are in most dictionaries, and a tail of them is no mode."""
+
+
 class Match(NamedTuple):
     """A one-to-one matching of the directions of two sets, as many pairs as the smaller has."""
 
@@ -53,12 +58,15 @@ class Match(NamedTuple):
     cosines: Float[Tensor, " n"]
 
 
-def match(a: Float[Tensor, "n_a d"], b: Float[Tensor, "n_b d"], *, block: int = 2048) -> Match:
+def match(
+    a: Float[Tensor, "n_a d"], b: Float[Tensor, "n_b d"], *, absolute: bool = False, block: int = 2048
+) -> Match:
     """The one-to-one matching with the largest sum of cosines (Hungarian), to 1e-6 in their mean.
 
     Args:
         a: Directions of any length; one of length zero has cosine 0 with everything.
         b: Directions of any length.
+        absolute: Signs do not count: the cosines are absolute ones.
         block: Rows of the smaller set at a time: memory is about 12 block n bytes, n the larger set's size.
 
     Raises:
@@ -69,9 +77,10 @@ def match(a: Float[Tensor, "n_a d"], b: Float[Tensor, "n_b d"], *, block: int = 
     check_finite(a, "directions that are matched")
     check_finite(b, "directions that are matched")
     few, many = (unit_rows(side) for side in ((a, b) if a.shape[0] <= b.shape[0] else (b, a)))
-    theirs, _ = assign(few, many, block=block)
+    theirs, _ = assign(few, many, absolute=absolute, block=block)
     mine = torch.arange(few.shape[0])
     cosines = (few * many[theirs.to(many.device)]).sum(1).clamp(-1, 1).cpu()
+    cosines = cosines.abs() if absolute else cosines
     if a.shape[0] <= b.shape[0]:
         return Match(mine, theirs, cosines)
     order = theirs.argsort()
@@ -83,8 +92,7 @@ def mmacs(a: Float[Tensor, "n_a d"], b: Float[Tensor, "n_b d"], *, block: int = 
 
     Source: the sparse-coding project of Cunningham, Riggs, Ewart & Huben, for K-SVD's atoms.
     """
-    found = nearest_directions(a, b, absolute=True, block=block).cosines
-    return float(found[:, 0].abs().double().mean())
+    return float(mcs(a, b, absolute=True, block=block).double().mean())
 
 
 class Stability(NamedTuple):
@@ -149,12 +157,13 @@ def splits(
     large: Float[Tensor, "n_large d"],
     least: float = 0.5,
     *,
+    absolute: bool = False,
     block: int = 4096,
 ) -> Splits:
     """Which latents of the small dictionary have become several of the large one.
 
     A latent of the large dictionary belongs to that of the small one that is nearest to it, if their cosine is at least
-    `least`; a small one's latent with two such or more is split.
+    `least` (the absolute one, where `absolute` is said); a small one's latent with two such or more is split.
 
     Source: Bricken et al. 2023, section "Feature splitting"; the assignment to the nearest is ours.
 
@@ -163,8 +172,9 @@ def splits(
     """
     check_finite(small, "the small dictionary's directions")
     check_finite(large, "the large dictionary's directions")
-    nearest = nearest_directions(large, small, block=block)
+    nearest = nearest_directions(large, small, absolute=absolute, block=block)
     cosines, parent = nearest.cosines[:, 0], nearest.indices[:, 0]
+    cosines = cosines.abs() if absolute else cosines
     counts = torch.bincount(parent[cosines >= least], minlength=small.shape[0])
     parents = torch.nonzero(counts >= 2).view(-1)
     children = []
@@ -238,7 +248,7 @@ def cheats(
         )
     if paired > PAIRED:
         named.append(f"opposite pairs: {paired:.0%} of the latents have one, so signs are free")
-    if dense > 0.1:
+    if dense > 0.1 or (bimodal and dense > DENSE_MODE):
         apart = ", apart from the others (two modes of density)" if bimodal else ""
         named.append(
             f"dense latents: {dense:.0%} of the latents are active on more than a tenth of the rows{apart}"

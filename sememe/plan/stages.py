@@ -214,7 +214,8 @@ class _Planner(Known):
                 if member.out == config.over
             )
 
-        baseline, n_rows = config.baseline, min(config.n_rows, rows.n_rows)
+        baseline = config.baseline
+        n_rows = 0 if config.over is not None else min(config.n_rows, rows.n_rows)
 
         def needs(wanted: int) -> Bytes:
             there = min(wanted, rows.n_rows)

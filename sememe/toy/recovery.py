@@ -72,7 +72,7 @@ def recovery(truth: Truth, dictionary: Dictionary, *, n_bootstrap: int = 1000, s
     """
     learned = _learned(truth, dictionary)
     broken = _broken(learned)
-    features, signed = truth.features, getattr(dictionary, "signed", False)
+    features, signed = truth.features, dictionary.signed
 
     def compared(rows: Float[Tensor, "n d"], draws: int) -> dict[str, Statistic]:
         cosines = metrics.mcs(features, torch.cat([rows, -rows]) if signed else rows)
@@ -224,7 +224,7 @@ def absorption(
         names = Absorption._fields[:-1]
         return Absorption(**dict.fromkeys(names, math.nan), causes=dict.fromkeys(names, broken))
     cosines = truth.features @ learned.T
-    if getattr(dictionary, "signed", False):
+    if dictionary.signed:
         cosines = cosines.abs()
     device = dictionary.decoder_directions().device
     best = cosines.max(dim=1)
