@@ -482,7 +482,8 @@ def _own_order(
     more = acts[label].mean(0) - acts[~label].mean(0)
     effect = np.where((more > 0) & (along > 0), more * along, 0.0)
     order: np.ndarray = np.argsort(-effect, kind="stable")[:n]
-    return order[effect[order] > 0]
+    own: np.ndarray = order[effect[order] > 0]
+    return own
 
 
 def _balance(

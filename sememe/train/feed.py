@@ -31,7 +31,7 @@ class Feed:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.pins = device.type == "cuda"
-        self._stream: Any = torch.cuda.Stream(device) if self.pins else None
+        self._stream: Any = torch.cuda.Stream(device) if self.pins else None  # type: ignore[no-untyped-call]
         self._slots: list[_Slot] = [_Slot() for _ in range(N_SLOTS)]
         self._n_sent = 0
 
@@ -78,7 +78,7 @@ class _Slot:
 
     def leave(self, stream: Any) -> None:
         """Remember the copy that has just been queued."""
-        self.event = torch.cuda.Event()
+        self.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self.event.record(stream)
 
     def wait(self) -> None:
