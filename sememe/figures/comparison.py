@@ -356,9 +356,9 @@ def _pair(pair: Data) -> list[Section]:
     """Matches of two dictionaries, both ways."""
     names = {side: pair[side] for side in "ab"}
     lead = (
-        f"a is {names['a']}, b is {names['b']}. Cosines are between decoder directions, signed unless a notice above "
-        "says that signs mean nothing here. If b is the truth, a to b is a precision (how much of a is in b) and b to a a recall (how much of b was found). Under each "
-        "number: its 95% interval over latents; random: against as many random directions."
+        f"a is {names['a']}, b is {names['b']}. Cosines are between decoder directions, signed unless a notice says "
+        "otherwise. If b is the truth, a to b is a precision (how much of a is in b), b to a a recall (how much of b "
+        "was found). Under each number: its 95% interval over latents; random: against as many random directions."
     )
     heads = [cell for head in ("mmcs", "median", "share above 0.9") for cell in (head, "random")]
     table = Table(["", *heads, "latents matched", "random"], [], [])
