@@ -352,8 +352,7 @@ def test_a_chosen_text_shows_which_latents_fire(page, address):
     assert "There is no text 99" in page.locator(".problem").inner_text()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_text_shows_how_strongly_a_latent_fires_below_zero(browser, tmp_path):
+def test_a_text_shows_how_strongly_a_latent_fires_below_zero(open_at, tmp_path):
     """PCA, AbsTopK: the largest is that of the largest size, with its sign."""
     path = build(tmp_path / "atlas", SyntheticConfig(n_latents=80, n_contexts=60)).path
     texts = build_prompts(tmp_path / "texts")
@@ -362,7 +361,7 @@ def test_a_text_shows_how_strongly_a_latent_fires_below_zero(browser, tmp_path):
         for row in view["rows"]:
             row["act"] *= -1 if row["latent"] % 2 else 1
         file.write_text(json.dumps(view))
-    with served({"atlas": path, "prompts": (texts,)}) as address, watched(browser, address) as page:
+    with served({"atlas": path, "prompts": (texts,)}) as address, watched(open_at[0], address) as page:
         go(page, address, "#/text/0")
         rows = page.locator(".in-text tbody tr").all()
         cells = [row.locator("td").all_inner_texts() for row in rows]
@@ -373,6 +372,7 @@ def test_a_text_shows_how_strongly_a_latent_fires_below_zero(browser, tmp_path):
         )
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing_and_a_phone_s_width_is_enough(open_at, scheme):
     address = open_at[1]["static"]
     for width in (1280, 360):

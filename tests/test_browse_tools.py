@@ -294,10 +294,10 @@ def test_a_latent_is_rated_by_strong_and_by_weak_examples(browser, tmp_path):
         shades = [float(peak.get_attribute("style").split("--a:")[1].strip(" ;")) for peak in peaks.all()]
         page.keyboard.press("2")
         latent = int(page.locator(".rated li a").inner_text().split()[1])
-    with open_atlas(path) as atlas:
+    with contextlib.closing(open_atlas(path)) as atlas:
         most = atlas.query("SELECT max_act FROM latents WHERE id = ?", latent)[0]["max_act"]
         rows = atlas.query(
-            "SELECT kind, act FROM examples WHERE latent = ? ORDER BY kind DESC, decile, rank", latent
+            "SELECT kind, act FROM examples WHERE latent = ? ORDER BY kind DESC, decile DESC, rank", latent
         )
     top = [row["act"] for row in rows if row["kind"] == "top"]
     spread = [row["act"] for row in rows if row["kind"] == "decile"]
