@@ -16,6 +16,7 @@ browser context with an empty cache:
                        contexts, which are stored once, not counted
     export_full_*      the same of a fifth as many latents, each with an explanation and its scores, effects of its top
                        examples, and removals of tokens before the strongest two
+    *_full             the times of that smaller atlas, with its explanations and effects
     layout_shift       cumulative layout shift of landing page and latent page, the larger
 
 Playwright and Chromium are needed; SEMEME_CHROMIUM names another one than the system's.
@@ -33,7 +34,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -53,8 +54,13 @@ MUST = {
     "export_full_latents_per_s": ">= 2000",
     "layout_shift": "<= 0.02",
 }
+TIMES = (
+    "first_paint_ms_served", "first_paint_ms_static", "first_paint_ms_cold", "ready_s", "latent_page_ms", "search_ms",
+    "layout_shift",
+)  # fmt: skip
+MUST |= {f"{name}_full": MUST[name] for name in TIMES}
 UNIT = {
-    "ready_s": "s",
+    "ready_s": "s", "ready_s_full": "s", "layout_shift_full": "",
     "export_kb_per_latent": "kB", "export_latents_per_s": "1/s",
     "export_full_kb_per_latent": "kB", "export_full_latents_per_s": "1/s", "layout_shift": "",
 }  # fmt: skip
@@ -108,7 +114,11 @@ def main() -> None:
         n_full = max(1, options.latents // FULL // BASE) * min(BASE, options.latents)
         of_full, _ = _export(Path(folder) / "full-site", n_full, **full)
         figures |= {name.replace("export", "export_full"): value for name, value in of_full.items()}
-        figures |= _times(atlas, Path(folder) / "site" / "index.html", options.latents, options.rounds)
+        alone = _times(
+            {"atlas": atlas}, Path(folder) / "site" / "index.html", options.latents, options.rounds
+        )
+        beside = _times(full, Path(folder) / "full-site" / "index.html", n_full, options.rounds)
+        figures |= alone | {f"{name}_full": value for name, value in beside.items()}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     context |= {"latents": options.latents, "rounds": options.rounds}
     finish(
@@ -145,7 +155,11 @@ def _atlases(folder: Path, n_latents: int) -> tuple[Path, dict[str, Path]]:
     scale(small, times)
     atlas = artifact.load(small, "atlas")
     full = {name: small.parent / name for name in ("atlas", "explanations", "effects")}
-    build_explanations(full["explanations"], atlas, {i: f"explanation {i}" for i in range(base * times)})
+    build_explanations(
+        full["explanations"],
+        atlas,
+        {i: f"explanation {i}" + " of rivers" * (i % 97 == 0) for i in range(base * times)},
+    )
     build_effects(full["effects"], atlas, list(range(base)))
     scale_effects(full["effects"], base, times)
     return path, full
@@ -174,14 +188,15 @@ def _export(out: Path, n_latents: int, **inputs: Path) -> tuple[dict[str, float]
 
 
 @contextlib.contextmanager
-def _served(atlas: Path) -> Iterator[tuple[str, float]]:
+def _served(inputs: Mapping[str, Path]) -> Iterator[tuple[str, float]]:
     """`sememe browse` in a process of its own, as a user runs it: where it listens, and seconds until it does."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    flags = [part for name, path in inputs.items() if name != "atlas" for part in (f"--{name}", str(path))]
     started = time.perf_counter()
     server = subprocess.Popen(
-        [sys.executable, "-m", "sememe", "browse", str(atlas), "--port", str(port)],
+        [sys.executable, "-m", "sememe", "browse", str(inputs["atlas"]), *flags, "--port", str(port)],
         stdout=subprocess.PIPE,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
@@ -194,12 +209,12 @@ def _served(atlas: Path) -> Iterator[tuple[str, float]]:
         server.wait(timeout=20)
 
 
-def _times(atlas: Path, site: Path, n_latents: int, rounds: int) -> dict[str, float]:
+def _times(inputs: Mapping[str, Path], site: Path, n_latents: int, rounds: int) -> dict[str, float]:
     from playwright.sync_api import sync_playwright
 
     path = os.environ.get("SEMEME_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
     found: dict[str, list[float]] = {}
-    with sync_playwright() as playwright, _served(atlas) as (served, ready):
+    with sync_playwright() as playwright, _served(inputs) as (served, ready):
         browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
         cold = _paint(browser, served)
         for name in ("search", "details"):  # made by now, or waited for

@@ -229,6 +229,11 @@ class Store:
         made = self.artifact.meta["config"]
         return TextConfig.build(made["text"]).separation(made["split"]) if "text" in made else None
 
+    @property
+    def n_documents(self) -> int:
+        """How many documents there are, from the table's footer alone."""
+        return int(pq.read_metadata(self.artifact.file(DOCUMENTS, verify=True)).num_rows)
+
     def documents(self) -> list[dict[str, Any]]:
         """The table of documents: id, source, language, title, tags (JSON)."""
         rows: list[dict[str, Any]] = pq.read_table(self.artifact.file(DOCUMENTS, verify=True)).to_pylist()

@@ -56,12 +56,22 @@ class Lens(NamedTuple):
         found = self._of(layer)
         return hidden + hidden @ found.A.to(hidden) + found.b.to(hidden)
 
+    def check(self, layer: int) -> None:
+        """That there is a translator for a layer.
+
+        Raises:
+            HookpointError: there is none.
+        """
+        self._of(layer)
+
     def _of(self, layer: int) -> Translator:
         if layer not in self.translators:
             raise HookpointError(
                 "the lens must have a translator for the layer",
-                f"layer {layer} of {', '.join(map(str, sorted(self.translators)))}",
-                f"Train one with `sememe lens --layers {layer}`.",
+                f"layer {layer} of {', '.join(map(str, sorted(self.translators))) or 'none'}",
+                f"Train one with `sememe lens --layers {layer}`, or leave it out."
+                if layer >= 0
+                else "Leave it out: lenses begin after layer 0.",
             )
         return self.translators[layer]
 

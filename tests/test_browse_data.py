@@ -56,6 +56,17 @@ def test_places_on_the_map_keep_their_proportions(data):
     assert details["cluster"] == [row["cluster"] for row in places]
 
 
+def test_what_fires_below_zero_is_called_by_the_tokens_it_is_strongest_on(tmp_path):
+    """PCA, AbsTopK: a label is of sizes, whatever their sign."""
+    path = build(tmp_path / "atlas", SyntheticConfig(n_latents=30, n_contexts=60)).path
+    with opened(Inputs(atlas=path)) as (before, _):
+        labels = before.index()["label_tokens"]
+    assert sum(len(tokens) == 3 for tokens in labels) > 10
+    edit(path, ("UPDATE examples SET act = -act", []))
+    with opened(Inputs(atlas=path)) as (after, _):
+        assert after.index()["label_tokens"] == labels
+
+
 def test_columns_without_a_value_are_left_out_and_scores_are_the_explanations(data, tmp_path):
     with opened(Inputs(atlas=data.atlas.artifact.path)) as (bare, _):
         assert "score" not in bare.details() and "mcs" in bare.details()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from contextlib import ExitStack
 
 import pytest
 from page_in_browser import a_browser, exported, go, ids, served, settle, violations, wait_until, watched
-from synthetic_atlas import SyntheticConfig, build, build_all, build_report
+from synthetic_atlas import SyntheticConfig, build, build_all, build_prompts, build_report
 
 from sememe.browse import ExportConfig, export
 from sememe.browse.inputs import Inputs, opened
@@ -349,6 +350,26 @@ def test_a_chosen_text_shows_which_latents_fire(page, address):
     page.wait_for_selector(".latent")
     go(page, address, "#/text/99")
     assert "There is no text 99" in page.locator(".problem").inner_text()
+
+
+def test_a_text_shows_how_strongly_a_latent_fires_below_zero(open_at, tmp_path):
+    """PCA, AbsTopK: the largest is that of the largest size, with its sign."""
+    path = build(tmp_path / "atlas", SyntheticConfig(n_latents=80, n_contexts=60)).path
+    texts = build_prompts(tmp_path / "texts")
+    for file in texts.glob("*.json"):
+        view = json.loads(file.read_text())
+        for row in view["rows"]:
+            row["act"] *= -1 if row["latent"] % 2 else 1
+        file.write_text(json.dumps(view))
+    with served({"atlas": path, "prompts": (texts,)}) as address, watched(open_at[0], address) as page:
+        go(page, address, "#/text/0")
+        rows = page.locator(".in-text tbody tr").all()
+        cells = [row.locator("td").all_inner_texts() for row in rows]
+        largest = {int(cell[0]): cell[3].replace("−", "-") for cell in cells}
+        assert largest[8] == "8" and largest[17] == "-7.8" and largest[25] == "-7.8"
+        assert [int(cell[0]) for cell in cells[:4]] == [24, 32, 25, 33], (
+            "the strongest first, whatever their sign"
+        )
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

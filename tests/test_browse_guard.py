@@ -89,11 +89,32 @@ def test_the_token_in_the_address_becomes_a_cookie(guarded):
     assert client.get("/api/overview").status_code == 200, "the cookie is enough from then on"
     client.cookies.clear()
     assert client.get("/api/overview").status_code == 401
-    client.cookies.set("sememe_token", token[:-1])
+    client.cookies.set("sememe_token_8000", token[:-1])
     assert client.get("/api/overview").status_code == 401
     client.cookies.clear()
     assert client.get("/api/overview", headers={"authorization": f"Bearer {token}"}).status_code == 200
     assert client.get(f"/?token={token}&token={token}").status_code == 401
+
+
+def test_two_servers_of_one_host_let_the_same_browser_in(atlases):
+    """A browser keeps one cookie of a name for a host, whatever the port, and sends all of them to each."""
+    doors = {port: door_of("192.168.7.7") for port in (8000, 8001)}
+    jar = {}
+    with contextlib.ExitStack() as stack:
+        clients = {
+            port: stack.enter_context(
+                client_of(BrowseConfig(atlas=atlases[0]), door=door, base_url=f"http://192.168.7.7:{port}")
+            )
+            for port, door in doors.items()
+        }
+        for port, client in clients.items():
+            answer = client.get(f"/?token={doors[port].token}", follow_redirects=False)
+            name, _, value = answer.headers["set-cookie"].partition(";")[0].partition("=")
+            jar[name] = value
+            client.cookies.clear()
+        for client in clients.values():
+            shown = {"cookie": "; ".join(f"{name}={value}" for name, value in jar.items())}
+            assert client.get("/api/overview", headers=shown).status_code == 200
 
 
 def test_with_a_token_foreign_hosts_are_refused_all_the_same(guarded, atlases):

@@ -283,6 +283,29 @@ def test_rating_by_keys_with_undo_tallies_and_the_same_queue_again(page, address
     assert page.locator(".rated").inner_text() == first
 
 
+def test_a_latent_is_rated_by_strong_and_by_weak_examples(browser, tmp_path):
+    """As many top examples as `sememe interpret` keeps by default must not hide the others."""
+    config = SyntheticConfig(n_latents=12, n_contexts=80, n_top=20, n_decile=3)
+    path = build(tmp_path / "atlas", config).path
+    with serving(BrowseConfig(atlas=path)) as address, watched(browser, address) as page:
+        page.goto(address + "#/rate?n=1&seed=2&by=none")
+        page.wait_for_selector(".rate-examples .excerpt")
+        peaks = page.locator(".rate-examples .excerpt .peak")
+        shades = [float(peak.get_attribute("style").split("--a:")[1].strip(" ;")) for peak in peaks.all()]
+        page.keyboard.press("2")
+        latent = int(page.locator(".rated li a").inner_text().split()[1])
+    with contextlib.closing(open_atlas(path)) as atlas:
+        most = atlas.query("SELECT max_act FROM latents WHERE id = ?", latent)[0]["max_act"]
+        rows = atlas.query(
+            "SELECT kind, act FROM examples WHERE latent = ? ORDER BY kind DESC, decile DESC, rank", latent
+        )
+    top = [row["act"] for row in rows if row["kind"] == "top"]
+    spread = [row["act"] for row in rows if row["kind"] == "decile"]
+    assert len(top) > 14 and len(spread) == 30
+    wanted = [*top[:7], *(spread[round(i * 29 / 6 + 1e-9)] for i in range(7))]
+    assert shades == pytest.approx([0.1 + 0.9 * act / most for act in wanted], abs=0.002)
+
+
 def test_two_dictionaries_are_mixed_and_the_source_is_told_at_the_end(page, address):
     page.goto(address + "#/rate?n=6&seed=1")
     page.locator("select[name=by]").select_option(label="mixed with two/atlas, source hidden")

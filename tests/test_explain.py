@@ -167,6 +167,23 @@ def test_rules_come_from_documents_on_which_they_are_not_scored(tmp_path: Path) 
     assert sum(row["auroc"] != row2["auroc"] for row, row2 in zip(one, other, strict=True)) >= 8
 
 
+def test_pieces_of_one_book_are_one_document(tmp_path: Path) -> None:
+    """A token that fires in one book alone is no rule, in however many of its chapters it does."""
+    path = plant(tmp_path / "atlas", pieces=N_DOCUMENTS // 20).path
+    with closing(open_atlas(path)) as opened:
+        examples = read(opened, 0.4, 0)
+    assert len(examples.keys) == len(set(examples.keys)) == 20
+    assert examples.document.max() == 19
+    rows = explain(ExplainConfig(atlas=path, out=tmp_path / "all", n_bootstrap=10)).rows()
+    assert rows[0]["rule_words"] == "“ king”" and rows[0]["n_train_documents"] < 20
+    book = next(key for key in examples.keys if side_of(key, 0.4, 0) == EXPLAIN)
+    pieces = [i for i in range(N_DOCUMENTS) if f"book {i // 6}" == book]
+    on = "latent = 0 AND kind <> 'random' AND document NOT IN (SELECT unnest(?))"
+    edit(path, (f"UPDATE examples SET positions = [], acts = [] WHERE {on}", [pieces]))
+    rows = explain(ExplainConfig(atlas=path, out=tmp_path / "one", n_bootstrap=10)).rows()
+    assert "king" not in str(rows[0]["rule"]), "it fires in several pieces of one book only"
+
+
 def test_a_latent_of_a_position_gets_a_rule_of_it(atlas: Planted, tmp_path: Path) -> None:
     path = tmp_path / "atlas"
     shutil.copytree(atlas.path, path)

@@ -10,7 +10,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from rule_judge import RuleJudge
-from scipy.stats import spearmanr
+from scipy.stats import binom, spearmanr
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 from sememe.atlas import VARIANT_OF
@@ -18,9 +18,9 @@ from sememe.browse.data import explained
 from sememe.explain import ExplainConfig
 from sememe.explain.asked import VARIANTS, Found
 from sememe.explain.examples import SCORE, Window, excerpt, side_of
-from sememe.explain.explainers import CATEGORIES, explanation_in, explanation_question
+from sememe.explain.explainers import CATEGORIES, _chosen, explanation_in, explanation_question
 from sememe.explain.prompts import flags_in, highlighted, level, number_in, records, shown
-from sememe.explain.results import Scores, correlations, lifts, strata
+from sememe.explain.results import Scores, correlations, lifts, strata, summarise
 from sememe.explain.scorers import (
     Asked,
     Evidence,
@@ -40,8 +40,17 @@ from sememe.explain.scorers import (
 from sememe.explain.scorers.base import cropped
 from sememe.explain.scorers.fuzzing import marked
 from sememe.explain.scorers.generation import texts_in
-from sememe.explain.scorers.simulation import CHOICES, EXCERPT, _unfiltered, expected_level, prompt
+from sememe.explain.scorers.simulation import (
+    CHOICES,
+    EXCERPT,
+    N_EXCERPTS,
+    _unfiltered,
+    expected_level,
+    prompt,
+)
 from sememe.explain.tables import _holds
+from sememe.figures.explanations import lift_table
+from sememe.interpret import InterpretConfig
 from sememe.judge import Answer, Question, SlotQuestion, Slots
 
 WORDS = [" a", " b", " c", " d", " e", " f", " g", " h"]
@@ -250,6 +259,33 @@ def test_excerpts_of_simulation_come_from_different_documents() -> None:
     assert math.isnan(found["random_only", None].score) and found["random_only", None].n == 0
 
 
+def test_missing_excerpts_are_counted_and_told() -> None:
+    few = by_name(asyncio.run(simulation(RIGHT, evidence(density=0.0, n_silent=3), RuleJudge())))
+    enough = by_name(asyncio.run(simulation(RIGHT, evidence(density=0.0), RuleJudge())))
+    assert {variant: score.n_missing for (variant, _), score in few.items()} == {
+        "top_only": 0,
+        "random_only": 2,
+        "top_and_random": 2,
+        "random_only_activating": 0,
+        "top_and_random_activating": 0,
+    }
+    assert {score.n_missing for score in enough.values()} == {0}
+    scores = Scores()
+    scores.add(0, few.values())
+    scores.add(1, enough.values())
+    again = Scores.of_table(scores.table())
+    rows = {row["variant"]: row for row in summarise(again, 10, 0)}
+    assert (rows["random_only"]["n_short"], rows["top_only"]["n_short"]) == (1, 0)
+    table = lift_table({"scorers": list(rows.values()), "lifts": [], "no_lift": {}})
+    told = {row[0]: note[1] for row, note in zip(table.rows, table.notes, strict=True)}
+    assert told["simulation: random only"] == "2 undefined, 1 short" and told["simulation: top only"] == ""
+
+
+def test_an_atlas_made_by_default_has_random_excerpts_enough_for_nearly_every_latent() -> None:
+    few = binom.cdf(N_EXCERPTS - 1, InterpretConfig().n_random, ExplainConfig().test_fraction)
+    assert few < 0.06
+
+
 def test_constant_predictions_score_zero_and_constant_truth_is_undefined() -> None:
     silent = evidence(density=0.0)
     found = by_name(asyncio.run(simulation(RIGHT, silent, RuleJudge())))
@@ -405,6 +441,27 @@ def test_five_strongest_and_deciles_on_request() -> None:
     assert marked_text.count("<< KEY>>") == 5 and '" KEY": 10' in marked_text and "\t" not in marked_text
 
 
+def test_with_deciles_the_weakest_is_shown_too() -> None:
+    """Three of each tenth on the explaining side, or fewer: five are shown, from the strongest to the weakest."""
+    for n in range(1, 31):
+        tenths = sorted(d % 10 for d in range(n))
+        windows = [window("decile", {5}, d, f"doc {i}", seed=i) for i, d in enumerate(tenths)]
+        shown_tenths = [w.decile for w in _chosen(windows, deciles=True)]
+        assert len(shown_tenths) == min(n, 5) and shown_tenths == sorted(shown_tenths, reverse=True), n
+        assert shown_tenths[0] == max(tenths) and shown_tenths[-1] == 0, n
+    # Of one document, it is the weakest that stays.
+    windows = [window("decile", {5}, d, f"doc {d // 2}", seed=d) for d in range(10)]
+    assert [w.decile for w in _chosen(windows, deciles=True)] == [8, 6, 4, 2, 0]
+
+
+def test_examples_shown_are_of_different_documents_where_there_are_enough() -> None:
+    pieces = [window("top", {5}, None, f"book {i // 4}", seed=i) for i in range(20)]
+    assert [w.document for w in _chosen(pieces, deciles=False)] == [f"book {i}" for i in range(5)]
+    assert [w.document for w in _chosen(pieces[:12], deciles=False)] == ["book 0", "book 1", "book 2"] + [
+        "book 0"
+    ] * 2
+
+
 def test_highlights_join_neighbours() -> None:
     assert highlighted(["a", "b", "c", "d"], {1, 2}) == "a<<bc>>d"
     assert highlighted(["a", "b", "c"], {0, 2}) == "<<a>>b<<c>>"
@@ -423,6 +480,9 @@ def test_highlights_join_neighbours() -> None:
         ("1, 0, 1", None),
         ("[1, 0, 1", None),
         ("", None),
+        ("<think>[0, 0, 0]? No.</think>\n[1, 0, 1]", [True, False, True]),
+        ("[0, 0, 0]? No.</think>[1, 0, 1]", [True, False, True]),
+        ("<think>It may be [1, 0, 1], or", None),
     ],
 )
 def test_reading_flags(answer: str, expected: list[bool] | None) -> None:
@@ -440,6 +500,8 @@ def test_reading_flags(answer: str, expected: list[bool] | None) -> None:
         ("0", None),
         ("1.5", None),
         ("", None),
+        ("<think>1, 3 or 4?</think>\n\n2", 2),
+        ("<think>2", None),
     ],
 )
 def test_reading_a_number(answer: str, expected: int | None) -> None:
@@ -454,6 +516,34 @@ def test_reading_explanations_and_texts() -> None:
     assert texts_in("1. one text\n2) another\n- third\nnoise", 5) == ["one text", "another", "third"]
     assert texts_in("I cannot.", 5) == [] and texts_in("[1, 2]", 5) == []
     assert len(set(CATEGORIES)) == len(CATEGORIES)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("<think>\nThe words are all about rain.\n</think>\n\nwords about rain.", "words about rain"),
+        ("The words are all about rain.\n</think>\nwords about rain", "words about rain"),
+        ("<think>\nThe words are all about rain", None),
+        ("<think></think>", None),
+        ("Sure! Here is a summary of what the neuron looks for: words about rain.", "words about rain"),
+        ("Sure! Here is a summary.\n\nWords about rain.", "Words about rain"),
+        ("Sure!\n\nHere's what the neuron is looking for:\n\n**words about rain**", "words about rain"),
+        ("Of course, here is the explanation:\nwords about rain", "words about rain"),
+        ("**Explanation:** the main thing this neuron does is find rain.", "rain"),
+        ("Explanation of neuron 3 behavior: the main thing this neuron does is find rain", "rain"),
+        ("sure, certain and other words of assent", "sure, certain and other words of assent"),
+        ("answers to questions: yes or no", "answers to questions: yes or no"),
+        ("here and there, words of place", "here and there, words of place"),
+        ("Sure!", None),
+    ],
+)
+def test_an_explanation_is_what_is_left_of_thoughts_and_courtesies(answer: str, expected: str | None) -> None:
+    assert explanation_in(answer) == expected
+
+
+def test_texts_are_read_after_the_thoughts() -> None:
+    assert texts_in('<think>["a"] or ["b"]?</think>["c", "d"]', 5) == ["c", "d"]
+    assert texts_in('<think>- a\n- b\n["c", "d"]', 5) == []
 
 
 # -- over latents ----------------------------------------------------------------------------------------

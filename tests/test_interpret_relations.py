@@ -15,6 +15,7 @@ import torch
 from atlas_fixture import D_MODEL, POLICY, World, make_world, save_dictionary, sites
 from sklearn.manifold import trustworthiness
 from test_interpret import TABLES, Slow, contents
+from test_lens import theirs as lens_folder
 
 from sememe import artifact, dictionaries, metrics
 from sememe.atlas import Atlas, open_atlas
@@ -298,6 +299,31 @@ def test_nulls_beside_the_atlas(world: World) -> None:
         "nulls are not the atlas"
     )
     plain.close()
+
+
+def test_nulls_are_read_through_no_lens_and_looked_for_nowhere(world: World, tmp_path: Path) -> None:
+    """Their identity says so, and the model with shuffled weights is none that the lens was trained on."""
+    wider = save_dictionary(tmp_path / "wider", sites(world.lm), d_sae=96)
+    nulls = ("random_directions", "randomised")
+    config = world.config(
+        "beside",
+        n_tokens=2000,
+        n_fit_rows=500,
+        nulls=nulls,
+        against=(wider,),
+        lens=lens_folder(tmp_path / "lens")[0],
+    )
+    own = interpret(config, lm=world.lm)
+    assert own.meta["lenses"] == ["logit", "tuned"]
+    assert own.query("SELECT count(mcs) AS n FROM latents")[0]["n"] == 48
+    own.close()
+    for null in nulls:
+        found = open_atlas(config.out / f"null-{null}")
+        assert found.meta["lenses"] == ["logit"]
+        assert found.query("SELECT DISTINCT lens FROM logits") == [{"lens": "logit"}]
+        assert found.query("SELECT count(mcs) AS n FROM latents")[0]["n"] == 0
+        assert not found.query("SELECT * FROM neighbours WHERE dictionary IS NOT NULL")
+        found.close()
 
 
 def test_the_null_on_shuffled_weights_is_the_dictionary_on_another_model(world: World) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import json
 import sys
 import time
 
@@ -69,6 +70,15 @@ def test_without_a_temperature_no_seed_is_sent_and_fields_can_be_left_out(endpoi
     with JudgeServer() as server:
         ask_all(endpoint(server, leave_out=("temperature", "stop")), [question(stop=("x",), seed=4)])
     assert set(server.seen[0].body) == {"model", "messages", "max_tokens"}
+
+
+def test_further_fields_are_sent_with_every_question(endpoint):
+    wanted = {"chat_template_kwargs": {"enable_thinking": False}, "top_k": 20}
+    for given in (wanted, json.dumps(wanted)):  # a recipe's table, a flag's text
+        with JudgeServer() as server:
+            ask_all(endpoint(server, extra_body=given), [question()])
+        assert server.seen[0].body | wanted == server.seen[0].body
+        assert server.seen[0].body["messages"][0]["content"] == "how many?"
 
 
 @pytest.mark.parametrize(
@@ -394,6 +404,12 @@ def test_a_judge_is_chosen_by_its_kind():
         ({"concurrency": 0}, "must be >= 1"),
         ({"leave_out": ["model"]}, "must be one of"),
         ({"model": ""}, "model"),
+        (
+            {"extra_body": "{thinking: off}"},
+            "extra_body must be a JSON object, got '{thinking: off}'. For instance",
+        ),
+        ({"extra_body": "[1]"}, "extra_body must be a JSON object"),
+        ({"extra_body": {"model": "x", "top_k": 3}}, "a scorer sets, got model. Drop them"),
     ],
 )
 def test_bad_options_are_refused_without_showing_secrets(options, message):

@@ -89,10 +89,14 @@ def test_a_judges_fingerprint_follows_its_model_and_not_its_speed():
         {"leave_out": ("seed",)},
         {"slots": "one_by_one"},
         {"n_log_probs": 3},
+        {"extra_body": '{"top_k": 3}'},
     ]
     fingerprint = open_judge(base).fingerprint
     assert {open_judge(base.replace(**change)).fingerprint for change in same} == {fingerprint}
-    assert len({fingerprint, *(open_judge(base.replace(**change)).fingerprint for change in others)}) == 6
+    assert len({fingerprint, *(open_judge(base.replace(**change)).fingerprint for change in others)}) == 7
+    assert "extra_body" not in base.identity(), (
+        "answers that were kept before it was an option are found again"
+    )
     touched = {name for change in [*same, *others] for name in change}
     assert touched | {"kind", "backoff_seconds", "max_wait_seconds"} == set(EndpointConfig.model_fields)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import forked
 import pytest
 import torch
-from atlas_fixture import D_MODEL, POLICY, World, make_world
+from atlas_fixture import D_MODEL, POLICY, World, make_world, save_dictionary, sites
 
 from sememe import artifact
 from sememe.atlas import open_atlas
@@ -175,6 +175,29 @@ def test_a_lens_of_the_tuned_lens_package(world: World, tmp_path: Path) -> None:
     atlas = interpret(world.config("theirs-atlas", n_tokens=2000, lens=folder), lm=world.lm)
     assert atlas.meta["lenses"] == ["logit", "tuned"]
     atlas.close()
+
+
+@pytest.mark.parametrize(
+    ("hookpoint", "n_layers", "message"),
+    [
+        ("resid_post.0", 1, r"for the layer, got layer 0 of none\. Train one with `sememe lens --layers 0`"),
+        ("resid_pre.0", 2, r"for the layer, got layer -1 of 0\. Leave it out: lenses begin after layer 0"),
+    ],
+)
+def test_a_lens_without_the_layer_is_refused_before_the_first_forward(
+    world: World, tmp_path: Path, hookpoint: str, n_layers: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = theirs(tmp_path / "few", n_layers)
+    dictionary = save_dictionary(tmp_path / "dictionary", sites(world.lm, hookpoint))
+
+    def no_forward(*_: object) -> None:
+        raise AssertionError("the model ran")
+
+    world.lm.width(hookpoint)  # is looked up with a forward of one token, once
+    monkeypatch.setattr(type(world.lm), "capture", no_forward)
+    with pytest.raises(HookpointError, match=message):
+        interpret(world.config(str(tmp_path / "x"), dictionaries=dictionary, lens=folder), lm=world.lm)
+    assert not list(tmp_path.glob("*x*")), "nothing is left behind"
 
 
 class _Evil:

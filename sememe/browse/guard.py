@@ -174,16 +174,23 @@ def _name(host: str) -> str:
     return name.lower() if colon and port.isdigit() else host.lower()
 
 
+def _cookie(scope: Scope) -> str:
+    """The name of this server's cookie: browsers send a host's cookies to every port of it, and keep one of a name."""
+    port = _values(scope, b"host")[0].rpartition(":")[2]
+    return f"{COOKIE}_{port}" if port.isdigit() else COOKIE
+
+
 def _entered(scope: Scope, door: Door) -> Response | None:
     """None where the request shows the token; else a step towards it, or why not."""
     assert door.token is not None
+    cookie = _cookie(scope)
     shown = [value.removeprefix("Bearer ") for value in _values(scope, b"authorization")]
     for line in _values(scope, b"cookie"):
         try:
             jar = SimpleCookie(line)
         except CookieError:
             continue
-        shown += [morsel.value for name, morsel in jar.items() if name == COOKIE]
+        shown += [morsel.value for name, morsel in jar.items() if name == cookie]
     if any(_same(value, door.token) for value in shown):
         return None
     query = parse_qsl(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True)
@@ -193,7 +200,7 @@ def _entered(scope: Scope, door: Door) -> Response | None:
         headers = {
             # The address without the token is what stays in the browser's history.
             "location": "." + (f"?{left}" if left else "") if scope["path"] == "/" else "/",
-            "set-cookie": f"{COOKIE}={door.token}; HttpOnly; SameSite=Strict; Path=/",
+            "set-cookie": f"{cookie}={door.token}; HttpOnly; SameSite=Strict; Path=/",
         }
         return Response(status_code=303, headers=headers)
     refusal = refused(

@@ -78,7 +78,7 @@ class Examples(NamedTuple):
     acts: np.ndarray
     side: np.ndarray
     document: np.ndarray
-    """Numbers of `keys`."""
+    """Numbers of `keys`: all pieces of one document have one."""
     keys: tuple[str, ...]
     context_ids: np.ndarray
     """(contexts, context length): the tokens."""
@@ -151,14 +151,18 @@ def read(atlas: Atlas, test_fraction: float, seed: int) -> Examples:
     }
     kinds = column["kind"].to_numpy(zero_copy_only=False).astype(str)
     kind = np.searchsorted(np.array(KINDS), kinds).astype(np.int8)
-    documents, dense = np.unique(number["document"], return_inverse=True)
+    pieces, piece = np.unique(number["document"], return_inverse=True)
     known = {row["id"]: row["key"] for row in atlas.query("SELECT id, key FROM document_keys")}
-    keys = tuple(str(known.get(int(d), d)) for d in documents)
+    found, of_piece = np.unique(
+        np.array([str(known.get(int(d), d)) for d in pieces], object), return_inverse=True
+    )
+    keys = tuple(found.tolist())
+    document = of_piece[piece].astype(np.int64)
     side_of_document = np.array([side_of(key, test_fraction, seed) for key in keys], np.int8)
     if len(set(side_of_document.tolist())) < 2:
         raise TextError(
             "the atlas must hold examples from documents on both sides of the split",
-            f"{documents.shape[0]} documents, all on one side",
+            f"{len(keys)} documents, all on one side",
             "Make the atlas over more text, or change test_fraction.",
         )
     contexts = atlas.table("SELECT id, token_ids, doc_ids FROM contexts ORDER BY id")
@@ -182,8 +186,8 @@ def read(atlas: Atlas, test_fraction: float, seed: int) -> Examples:
         offsets=column["positions"].offsets.to_numpy().astype(np.int64),
         positions=column["positions"].values.to_numpy(),
         acts=column["acts"].values.to_numpy(),
-        side=side_of_document[dense],
-        document=dense.astype(np.int64),
+        side=side_of_document[document],
+        document=document,
         keys=keys,
         context_ids=ids,
         context_docs=docs,

@@ -10,8 +10,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+import numpy as np
+
 from sememe.explain.examples import Window, excerpt
-from sememe.explain.prompts import highlighted, level, records, shown
+from sememe.explain.prompts import highlighted, level, records, shown, without_thoughts
 from sememe.judge import Question
 from sememe.judge.base import Message
 
@@ -38,6 +40,16 @@ MARKED_FROM = 0.3
 MAX_ANSWER = 60
 """Tokens of an explanation, as in OpenAI's protocol."""
 PREFIX = "the main thing this neuron does is find"
+MARKS = " \t\"'*:"
+"""What stands around an explanation and is none of it."""
+PREAMBLE = re.compile(
+    r"((sure|certainly|of course|okay|ok|absolutely|understood)( thing)?\s*([!.:*]+|,(?=\s*here\b))\s*)?"
+    r"(here('s|’s| is| are)\b[^:]*:\s*)?((explanation|summary|answer)( of neuron \d+ behavior)?\s*:\s*)?",
+    re.IGNORECASE,
+)
+"""Before an explanation, on its line."""
+ANNOUNCED = re.compile(r"here('s|’s| is| are)\b.*\b(explanation|summary|sentence|answer)\b", re.IGNORECASE)
+"""A sentence that only says that the explanation follows."""
 
 SYSTEM = {
     "activations": (
@@ -117,13 +129,28 @@ def explanation_question(
 
 
 def _chosen(windows: Sequence[Window], deciles: bool) -> list[Window]:
-    """The strongest; with deciles also some spread over them, strong and weak. Nothing twice."""
-    found = [excerpt(w, EXCERPT, LEAD) for w in windows if w.kind == "top"][:N_RECORDS]
+    """The strongest; with deciles also some spread over them, from strong to the weakest. Nothing twice.
+
+    Of different documents, as long as there are enough.
+    """
+    found = _mixed([w for w in windows if w.kind == "top"])[:N_RECORDS]
     if deciles or not found:
-        spread = sorted((w for w in windows if w.kind == "decile"), key=lambda w: -(w.decile or 0))
-        step = max(1, len(spread) // N_RECORDS)
-        found += [excerpt(w, EXCERPT, LEAD) for w in spread[::step][:N_RECORDS]]
-    return list(dict.fromkeys(found))
+        # From the weakest on, so that it is the one of its document that stays.
+        weak_first = _mixed(sorted((w for w in windows if w.kind == "decile"), key=lambda w: w.decile or 0))
+        spread = sorted(weak_first, key=lambda w: -(w.decile or 0))
+        places = np.linspace(0, len(spread) - 1, min(N_RECORDS, len(spread))).round().astype(int)
+        found += [spread[place] for place in places]
+    return list(dict.fromkeys(excerpt(w, EXCERPT, LEAD) for w in found))
+
+
+def _mixed(windows: Sequence[Window]) -> list[Window]:
+    """The first window of each document; then as many more as are missing from N_RECORDS."""
+    first: dict[str, Window] = {}
+    for window in windows:
+        first.setdefault(window.document, window)
+    chosen = list(first.values())
+    more = [window for window in windows if window is not first[window.document]]
+    return chosen + more[: max(0, N_RECORDS - len(chosen))]
 
 
 def _neuron(
@@ -164,14 +191,21 @@ def _strong(window: Window) -> set[int]:
 
 
 def explanation_in(answer: str) -> str | None:
-    """The explanation in an answer: its first sentence without the prompt's beginning or full stop; None if empty."""
-    for line in answer.splitlines():
-        text = re.split(r"(?<=\w{3}[.!?])\s+(?=[A-Z])", line.strip())[0]
-        if text.lower().startswith(PREFIX):
-            text = text[len(PREFIX) :]
-        text = text.strip(" \t\"'*:").removesuffix(".").strip()
-        if any(letter.isalnum() for letter in text):
-            return text
+    """The explanation in an answer: its first sentence without the prompt's beginning or full stop; None if empty.
+
+    What a model thinks, and what it says before it begins ("Sure! Here is a summary:"), are no part of it.
+    """
+    for line in without_thoughts(answer).splitlines():
+        said = PREAMBLE.sub("", line.strip().lstrip(MARKS), count=1)
+        for sentence in re.split(r"(?<=\w{3}[.!?])\s+(?=[A-Z])", said):
+            text = sentence.strip(MARKS)
+            if ANNOUNCED.match(text):
+                continue
+            if text.lower().startswith(PREFIX):
+                text = text[len(PREFIX) :]
+            text = text.strip(MARKS).removesuffix(".").strip()
+            if any(letter.isalnum() for letter in text):
+                return text
     return None
 
 

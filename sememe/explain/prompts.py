@@ -9,7 +9,16 @@ from collections.abc import Collection, Sequence
 
 from sememe.explain.examples import Window
 
-__all__ = ["MAX_LEVEL", "flags_in", "highlighted", "level", "number_in", "records", "shown"]
+__all__ = [
+    "MAX_LEVEL",
+    "flags_in",
+    "highlighted",
+    "level",
+    "number_in",
+    "records",
+    "shown",
+    "without_thoughts",
+]
 
 MAX_LEVEL = 10
 """Prompts tell activations as whole numbers from 0 to this one."""
@@ -55,9 +64,18 @@ def highlighted(tokens: Sequence[str], places: Collection[int]) -> str:
     return "".join(parts)
 
 
+def without_thoughts(answer: str) -> str:
+    """What a thinking model says when it has thought: what follows its last </think>.
+
+    Nothing if it was cut off while it thought. Some models' prompts end with <think>, so that answers only close it.
+    """
+    said = answer.rpartition("</think>")[2]
+    return "" if "<think>" in said else said
+
+
 def flags_in(answer: str, n: int) -> list[bool] | None:
     """The last JSON list of n zeros and ones in an answer; None if there is none, or none of that length."""
-    for text in reversed(re.findall(r"\[[^\[\]]*\]", answer)):
+    for text in reversed(re.findall(r"\[[^\[\]]*\]", without_thoughts(answer))):
         try:
             found = json.loads(text)
         except ValueError:
@@ -69,5 +87,5 @@ def flags_in(answer: str, n: int) -> list[bool] | None:
 
 def number_in(answer: str, n: int) -> int | None:
     """The only whole number from 1 to n that an answer names; None if it names none, or several."""
-    found = {int(text) for text in re.findall(r"(?<![\d.])\d+(?![\d]|\.\d)", answer)}
+    found = {int(text) for text in re.findall(r"(?<![\d.])\d+(?![\d]|\.\d)", without_thoughts(answer))}
     return found.pop() if len(found) == 1 and next(iter(found)) in range(1, n + 1) else None

@@ -48,6 +48,7 @@ class Column(NamedTuple):
     """NaN where it is not defined for a latent."""
     n: np.ndarray
     n_malformed: np.ndarray
+    n_missing: np.ndarray
 
     @property
     def defined(self) -> np.ndarray:
@@ -63,7 +64,7 @@ class Scores:
     """Every score of an artifact, by scorer, variant and decile."""
 
     def __init__(self) -> None:
-        self._rows: dict[Key, list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]] = {}
+        self._rows: dict[Key, list[tuple[np.ndarray, ...]]] = {}
 
     def add(self, latent: int, scores: Iterable[Score]) -> None:
         """The scores of one latent."""
@@ -71,6 +72,7 @@ class Scores:
             self.add_many(
                 (s.scorer, s.variant, s.decile),
                 np.array([latent]), np.array([s.score]), np.array([s.n]), np.array([s.n_malformed]),
+                np.array([s.n_missing]),
             )  # fmt: skip
 
     def add_many(
@@ -80,10 +82,12 @@ class Scores:
         score: np.ndarray,
         n: np.ndarray,
         n_malformed: np.ndarray | None = None,
+        n_missing: np.ndarray | None = None,
     ) -> None:
         """One scorer's scores of many latents."""
-        bad = np.zeros(latent.shape, np.int64) if n_malformed is None else n_malformed
-        self._rows.setdefault(key, []).append((latent, score, n, bad))
+        none = np.zeros(latent.shape, np.int64)
+        bad, missing = (none if counts is None else counts for counts in (n_malformed, n_missing))
+        self._rows.setdefault(key, []).append((latent, score, n, bad, missing))
 
     @property
     def names(self) -> list[Key]:
@@ -114,6 +118,7 @@ class Scores:
                         "score": pa.array(c.score.astype(np.float64), mask=np.isnan(c.score)),
                         "n": c.n.astype(np.int32),
                         "n_malformed": c.n_malformed.astype(np.int32),
+                        "n_missing": c.n_missing.astype(np.int32),
                     }
                 )
             )
@@ -123,16 +128,14 @@ class Scores:
     def of_table(cls, table: pa.Table) -> Scores:
         """From what `table` gave."""
         found = cls()
+        numbers = ("latent", "score", "n", "n_malformed", "n_missing")
         column = {name: table[name].to_pylist() for name in ("scorer", "variant", "decile")}
-        number = {
-            name: table[name].combine_chunks().to_numpy(zero_copy_only=False)
-            for name in ("latent", "score", "n", "n_malformed")
-        }
+        number = {name: table[name].combine_chunks().to_numpy(zero_copy_only=False) for name in numbers}
         groups: dict[Key, list[int]] = {}
         for i, key in enumerate(zip(column["scorer"], column["variant"], column["decile"], strict=True)):
             groups.setdefault(key, []).append(i)
         for key, rows in groups.items():
-            found.add_many(key, *(number[name][rows] for name in ("latent", "score", "n", "n_malformed")))
+            found.add_many(key, *(number[name][rows] for name in numbers))
         return found
 
 
@@ -156,7 +159,10 @@ def _draws(values: Values, n: int, seed: int) -> Float[np.ndarray, " draws"]:
 
 
 def summarise(scores: Scores, n_bootstrap: int, seed: int) -> list[dict[str, Any]]:
-    """A row per scorer and variant: the mean with its interval, deciles' means, undefined and malformed counted."""
+    """A row per scorer and variant: the mean with its interval, deciles' means, what is lacking counted.
+
+    `n_short` is how many latents had fewer excerpts than the scorer asks for.
+    """
     out = []
     keys = scores.names
     for scorer, variant, _ in [key for key in keys if key[2] is None]:
@@ -175,6 +181,7 @@ def summarise(scores: Scores, n_bootstrap: int, seed: int) -> list[dict[str, Any
                 "variant": variant,
                 **mean_of(column.defined, n_bootstrap, seed).as_json(),
                 "n_undefined": int(np.isnan(column.score).sum()),
+                "n_short": int((column.n_missing > 0).sum()),
                 "n": n,
                 "malformed_share": n_bad / n if n else 0.0,
                 "deciles": deciles,

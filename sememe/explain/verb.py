@@ -28,7 +28,7 @@ from sememe.judge import EndpointConfig, Judge, LocalConfig, Preview, open_judge
 
 __all__ = ["CLUSTERS", "SCORES", "Explanations", "explain", "preview"]
 
-VERSION = 6
+VERSION = 7
 SCORES = "scores.parquet"
 CLUSTERS = "clusters.parquet"
 EMBEDDINGS = "embeddings.parquet"

@@ -17,7 +17,8 @@ __all__ = ["lift_table", "write_explanations"]
 
 LEGEND = (
     "0 is guessing, 1 is perfect; in brackets 95% bootstrap intervals over latents. lift: the dictionary's mean minus "
-    "that of the null that does best. malformed: answers that could not be read; they count as guesses."
+    "that of the null that does best. malformed: answers that could not be read; they count as guesses. short: latents "
+    "with fewer excerpts than the scorer asks for, scored on those they have."
 )
 COLOUR, NULL_COLOURS = "#1f6feb", ("#57606a", "#8250df", "#bf3989", "#d1730b", "#1a7f37", "#9a6700")
 
@@ -78,7 +79,12 @@ def lift_table(data: Data) -> Table:
         lift = lifts.get((row["scorer"], row["variant"]))
         own = _statistic(row)
         cells = [_name(row), f"{row['n_latents']:,}", number(own["value"])]
-        notes = ["", f"{row['n_undefined']:,} undefined" if row["n_undefined"] else "", cell_note(own)]
+        lacking = [
+            f"{row[name]:,} {word}"
+            for name, word in (("n_undefined", "undefined"), ("n_short", "short"))
+            if row[name]
+        ]
+        notes = ["", ", ".join(lacking), cell_note(own)]
         for name in nulls:
             null = lift["nulls"].get(name) if lift else None
             cells.append(number(null["mean"]) if null else "")

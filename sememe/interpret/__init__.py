@@ -34,7 +34,7 @@ from sememe.dictionaries.folders import paths_in
 from sememe.errors import ActivationError, ConfigError, MismatchError, TextError
 from sememe.interpret.config import RANDOMISED, InterpretConfig
 from sememe.interpret.controls import controls
-from sememe.interpret.database import write_database
+from sememe.interpret.database import lens_layer, write_database
 from sememe.interpret.followed import PAIRS
 from sememe.interpret.stream import DOCUMENTS, ROWS, SNAPSHOT, Pass, enough_documents
 from sememe.lm import LanguageModel
@@ -44,7 +44,7 @@ from sememe.tuned import Lens, open_lens
 
 __all__ = ["RANDOMISED", "InterpretConfig", "interpret", "interpret_all", "parents_of"]
 
-VERSION = 5
+VERSION = 6
 NULL_FOLDER = "null-{}"
 
 
@@ -89,6 +89,7 @@ def interpret(config: InterpretConfig, *, lm: LanguageModel | None = None, fresh
         ConfigError: config names several dictionaries: `interpret_all` is for those.
         ArtifactError: config.dictionaries is not a dictionary, or another atlas stands at config.out.
         MismatchError: the dictionary belongs to another model, or does not fit the hookpoint.
+        HookpointError: the lens has no translator for the layer that the dictionary writes after.
         TextError: the text has too few documents for the examples asked for.
         ActivationError: an activation is NaN or infinite, or no latent ever fires.
     """
@@ -261,13 +262,17 @@ class _World(NamedTuple):
         if store is not None:
             for one in wanted:
                 check_store(store, one.dictionary, policies[first])
-            enough_documents(config, len(store.documents()))
+            enough_documents(config, store.n_documents)
         places = paths_in(config.against) if config.against else {}
         against = {name: dictionaries.load(path) for name, path in places.items()}
         for name, other in against.items():
             for one in wanted:
                 _check_against(one, name, other)
         lens = None if config.lens is None else open_lens(config.lens, lm)
+        if lens is not None:
+            for one in wanted:
+                if (layer := lens_layer(one.dictionary, lm)) is not None:
+                    lens.check(layer)
         return cls(lm, policies[first], store, against, places, lens)
 
     def make(self, wanted: list[_Wanted], fresh: bool) -> None:
@@ -295,8 +300,8 @@ class _World(NamedTuple):
                 if not own.collector.n_active.any():
                     silent.append(one.name)
                     continue
-                others = {name: d for name, d in self.against.items() if one.folder != self.places[name]}
-                write_database(work.path / DATABASE, run, own, one.about, others, one.folder, self.lens)
+                others, lens = self._beside(one)
+                write_database(work.path / DATABASE, run, own, one.about, others, one.folder, lens)
                 if "null" in one.about:
                     _keep(one, work.path / NULL_DICTIONARY, run.policy)
                 work.extra = {
@@ -313,6 +318,11 @@ class _World(NamedTuple):
                     if "null" in wanted[0].about
                     else "Train it longer, or check that it belongs to this model and hookpoint.",
                 )
+
+    def _beside(self, one: _Wanted) -> tuple[dict[str, Dictionary], Lens | None]:
+        """Dictionaries and lens that an atlas's own config names: those of nulls name none."""
+        others = {name: d for name, d in self.against.items() if one.folder != self.places[name]}
+        return (others if one.config.against else {}), (self.lens if one.config.lens is not None else None)
 
 
 def _keep(one: _Wanted, folder: Path, policy: TokenPolicy) -> None:

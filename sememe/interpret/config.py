@@ -56,8 +56,8 @@ class InterpretConfig(Config):
     """Largest activations shown of each latent, one per document."""
     n_decile: int = Field(default=3, ge=0)
     """Examples shown from each tenth of a latent's activations, one per document."""
-    n_random: int = Field(default=10, ge=0)
-    """Windows shown in which the latent is silent."""
+    n_random: int = Field(default=20, ge=0)
+    """Windows shown in which the latent is silent, one per document."""
     n_reservoir: int = Field(default=200, ge=10)
     """Uniform sample of each latent's activations from which the examples of the tenths are drawn."""
     n_logits: int = Field(default=15, ge=1)

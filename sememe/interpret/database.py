@@ -25,7 +25,7 @@ from sememe.lm import LanguageModel
 from sememe.text import attributions
 from sememe.tuned import Lens
 
-__all__ = ["residual_directions", "write_database"]
+__all__ = ["lens_layer", "residual_directions", "write_database"]
 
 KINDS = np.array(["top", "decile", "random"])
 LOGIT_BINS, LOGIT_LIMIT = (
@@ -197,10 +197,8 @@ def _write_logits(
     mean, std, tokens = _write_extremes(connection, run, residual, "logit")
     lenses = ["logit"]
     if lens is not None:
-        site = _last_residual(one.dictionary, run.lm)
-        assert site is not None
-        layer = run.lm.written_layer(site.hookpoint)
-        translated = residual if layer == run.lm.n_layers - 1 else lens.translate(residual, layer)
+        layer = lens_layer(one.dictionary, run.lm)
+        translated = residual if layer is None else lens.translate(residual, layer)
         _, _, more = _write_extremes(connection, run, translated, "tuned")
         tokens = np.union1d(tokens, more)
         lenses.append("tuned")
@@ -259,6 +257,13 @@ def residual_directions(
     """The part of each decoder direction that is added to the residual stream, at the last such output; or None."""
     site = _last_residual(dictionary, lm)
     return None if site is None else directions[:, site.start : site.stop]
+
+
+def lens_layer(dictionary: Dictionary, lm: LanguageModel) -> int | None:
+    """The layer whose translator of a lens a dictionary's directions are read through; None: they need none."""
+    site = _last_residual(dictionary, lm)
+    layer = None if site is None else lm.written_layer(site.hookpoint)
+    return None if layer == lm.n_layers - 1 else layer
 
 
 def _last_residual(dictionary: Dictionary, lm: LanguageModel) -> Site | None:

@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import urlsplit
 
 import pydantic
 from pydantic import Field, field_validator, model_validator
 
-from sememe.config import Config
+from sememe.config import Config, canonical_json
 from sememe.errors import ConfigError
 
 __all__ = ["EndpointConfig", "JudgeConfig", "LocalConfig"]
+
+
+TAKEN = frozenset(
+    {
+        "model",
+        "messages",
+        "prompt",
+        "max_tokens",
+        "max_completion_tokens",
+        "temperature",
+        "seed",
+        "stop",
+        "stream",
+        "n",
+        "logprobs",
+        "echo",
+    }
+)
+"""Fields of a request that are not the user's to give."""
 
 
 class EndpointConfig(Config):
@@ -54,6 +74,9 @@ class EndpointConfig(Config):
     """The longest wait; a server that asks for a longer one (a day's quota is spent) ends the run instead."""
     leave_out: tuple[Literal["temperature", "seed", "stop"], ...] = ()
     """Fields of a request that this model refuses."""
+    extra_body: str = ""
+    """Further fields of a question's request, a JSON object (a table in a recipe), for what a server knows beyond the
+    protocol: '{"chat_template_kwargs": {"enable_thinking": false}}' keeps a model from thinking (vLLM, llama.cpp)."""
     slots: Literal["echo", "one_by_one"] = "echo"
     """How the model's distributions at places of a text are read. echo: all in one request that returns the prompt with
     its log-probabilities (vLLM); one_by_one: a request for each place, on servers without (llama.cpp)."""
@@ -69,6 +92,30 @@ class EndpointConfig(Config):
     """Most questions to send in one run. What was answered before does not count."""
     answers: Path | None = None
     """The file that keeps every answer, for any number of runs; left out: one in the user's cache."""
+
+    @field_validator("extra_body", mode="before")
+    @classmethod
+    def _extra_body_is_json(cls, value: Any) -> str:
+        found = value
+        if isinstance(value, str):
+            try:
+                found = json.loads(value) if value.strip() else {}
+            except ValueError:
+                found = None
+        if not isinstance(found, dict):
+            raise ConfigError(
+                "extra_body must be a JSON object",
+                repr(value),
+                """For instance '{"chat_template_kwargs": {"enable_thinking": false}}'.""",
+            )
+        taken = sorted(TAKEN.intersection(found))
+        if taken:
+            raise ConfigError(
+                "extra_body must leave the fields alone that have options of their own or that a scorer sets",
+                ", ".join(taken),
+                "Drop them; leave_out is for fields that a model refuses.",
+            )
+        return canonical_json(found) if found else ""
 
     @field_validator("base_url", mode="after")
     @classmethod
@@ -100,6 +147,11 @@ class EndpointConfig(Config):
                 "Put the key into a variable and name that: OPENAI_API_KEY.",
             )
         return value
+
+    def identity(self) -> dict[str, Any]:
+        """As of every config; without further fields, what it was before there were any: answers are kept by it."""
+        found = super().identity()
+        return found if self.extra_body else {name: found[name] for name in found if name != "extra_body"}
 
     @model_validator(mode="after")
     def _prices_go_together(self) -> Self:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
+import json
 import os
 import random
 import re
@@ -92,6 +93,7 @@ class Endpoint:
                 messages=messages,
                 **{self._limit_field: question.max_tokens},
                 **fields,
+                extra_body=json.loads(self.config.extra_body or "null"),
             )
 
         text, finish, usage = await self._send(

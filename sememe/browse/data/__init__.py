@@ -57,7 +57,7 @@ DETAILS = (
 """Figures of the latents that the list can sort and filter by, beside those of the index."""
 
 PEAKS_SQL = """
-    SELECT e.latent AS latent, c.token_ids[e.position + 1] AS token, sum(e.act) AS mass
+    SELECT e.latent AS latent, c.token_ids[e.position + 1] AS token, sum(abs(e.act)) AS mass
     FROM examples e JOIN contexts c ON c.id = e.context
     WHERE e.kind IN ({kinds}) GROUP BY 1, 2"""
 

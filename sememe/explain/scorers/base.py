@@ -34,6 +34,8 @@ class Score(NamedTuple):
     """Things asked: windows, tokens or texts."""
     n_malformed: int
     """Of these, how many had an answer that could not be read."""
+    n_missing: int = 0
+    """Excerpts that the scorer asks for and the latent does not have."""
 
 
 class Evidence(NamedTuple):

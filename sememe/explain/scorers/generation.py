@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
+from sememe.explain.prompts import without_thoughts
 from sememe.explain.scorers.base import Score
 from sememe.explain.scorers.embedding import auroc
 from sememe.judge import Judge, Question
@@ -39,6 +40,7 @@ async def write_texts(explanation: str, judge: Judge, *, n: int = N_TEXTS) -> li
 
 def texts_in(answer: str, n: int) -> list[str]:
     """The first n texts of an answer: a JSON list of strings, or one text to each numbered or dashed line."""
+    answer = without_thoughts(answer)
     start, stop = answer.find("["), answer.rfind("]")
     if 0 <= start < stop:
         try:

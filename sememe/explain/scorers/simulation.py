@@ -73,6 +73,8 @@ async def simulation(explanation: str, evidence: Evidence, judge: Judge) -> list
     it fires in them or not, as OpenAI does; `top_and_random`: both. `random_only_activating` and
     `top_and_random_activating`: the same with random excerpts in which it fires, as Cunningham et al. 2023 do.
 
+    A latent with fewer such excerpts than asked for is scored on those it has; how many are missing stands beside.
+
     A place whose distribution names none of the numbers counts as 0, malformed. Predictions that are all equal
     correlate 0; NaN where the activations themselves are all equal, as in random excerpts without any.
     """
@@ -97,7 +99,11 @@ async def simulation(explanation: str, evidence: Evidence, judge: Judge) -> list
         said = [value for window in chosen for value in found[window]]
         guess = np.array([0.0 if value is None else value for value in said])
         n_bad = sum(value is None for value in said)
-        out.append(Score("simulation", variant, None, _correlation(guess, truth), len(said), n_bad))
+        wanted = 2 * N_EXCERPTS if variant.startswith("top_and") else N_EXCERPTS
+        n_missing = wanted - len(chosen)
+        out.append(
+            Score("simulation", variant, None, _correlation(guess, truth), len(said), n_bad, n_missing)
+        )
     return out
 
 

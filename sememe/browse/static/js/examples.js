@@ -63,10 +63,11 @@
       const found = new Map();
       if (text) for (const here of text.latents) if (here) here.latent.forEach((latent, i) => {
         const row = found.get(latent) || { latent, tokens: 0, act: 0 };
-        row.tokens += 1; row.act = Math.max(row.act, here.act[i]);
+        row.tokens += 1;
+        if (Math.abs(here.act[i]) > Math.abs(row.act)) row.act = here.act[i]; // below 0, too: PCA, AbsTopK
         found.set(latent, row);
       });
-      return [...found.values()].sort((a, b) => b.tokens - a.tokens || b.act - a.act);
+      return [...found.values()].sort((a, b) => b.tokens - a.tokens || Math.abs(b.act) - Math.abs(a.act));
     }, [text]);
     const back = html`<p class="crumb"><a href=${route.format("list", null, route.listParams(params))}>← All latents</a>
       <span class="steps">${place > 0 ? html`<a class="step" href=${route.format("text", place - 1, { ...params, at: "", mark: "", open: "" })} aria-label="Previous text">←</a>` : null}${place + 1 < overview.texts.length ? html`<a class="step" href=${route.format("text", place + 1, { ...params, at: "", mark: "", open: "" })} aria-label="Next text">→</a>` : null}</span></p>`;

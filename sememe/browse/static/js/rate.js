@@ -55,7 +55,7 @@
     const [found, setFound] = useState({ of: null });
     useEffect(() => {
       let stale = false;
-      S.readExamples(source, model, item.id, ["top", "decile"], 14).then((read) => { if (!stale) setFound({ ...read, of: item }); }, (error) => { if (!stale) setFound({ error, of: item }); });
+      S.readExamples(source, model, item.id, ["top", "decile"], 7).then((read) => { if (!stale) setFound({ ...read, of: item }); }, (error) => { if (!stale) setFound({ error, of: item }); });
       return () => { stale = true; };
     }, [item]);
     if (found.of !== item) return html`<p class="empty" role="status">Reading its text…</p>`;

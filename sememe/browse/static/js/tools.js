@@ -43,10 +43,14 @@
 
   const rowsOf = (columns) => columns.context.map((_, i) => Object.fromEntries(Object.keys(columns).map((name) => [name, columns[name][i]])));
 
-  // A latent of any of the atlases with its strongest examples: {latent, examples, contexts}.
+  // At most so many: the strongest of the top ones, of others some spread evenly, the first and the last among them.
+  const some = (rows, kind, limit) => (kind === "top" || rows.length <= limit ? rows.slice(0, limit) : Array.from({ length: limit }, (_, i) => rows[Math.round((i * (rows.length - 1)) / Math.max(1, limit - 1))]));
+
+  // A latent of any of the atlases with some of its examples, so many of each kind: {latent, examples, contexts}.
   S.readExamples = async (source, model, id, kinds = ["top"], limit = 5) => {
     const latent = await source.latent(id, model.rowOf.get(id));
-    const examples = rowsOf(latent.examples).filter(({ kind }) => kinds.includes(kind)).slice(0, limit);
+    const rows = rowsOf(latent.examples);
+    const examples = kinds.flatMap((kind) => some(rows.filter((row) => row.kind === kind), kind, limit));
     const { contexts } = await source.contexts([...new Set(examples.map(({ context }) => context))]);
     return { latent, examples, contexts };
   };
