@@ -31,7 +31,7 @@ from sememe.text import TokenPolicy, attributions, fetch, fingerprint
 
 __all__ = ["DOWNSTREAM", "SCRUBBING", "scrub"]
 
-VERSION = 1
+VERSION = 2  # before version 2 activations were taken from positions that the policy drops, too
 SCRUBBING = "scrub.json"
 DOWNSTREAM = "downstream.parquet"
 SCHEMA = pa.schema(
@@ -60,7 +60,7 @@ def scrub(config: ScrubConfig, *, lm: LanguageModel | None = None, fresh: bool =
         ConfigError: the circuit names what is not there, or an option has no effect.
         MismatchError: a dictionary belongs to another model, writes elsewhere than it reads, or shares its hookpoint or
             policy; or something else stands at config.out.
-        TextError: the text is too short.
+        TextError: the text is too short, or gives one context only.
         ActivationError: the metric is NaN or infinite.
     """
     saved = {name: artifact.load(path, "dictionary") for name, path in paths_in(config.dictionaries).items()}
