@@ -9,8 +9,10 @@ downloaded loads without conversion. Knows files, the layout of report.json and 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, NamedTuple, Self
@@ -28,7 +30,8 @@ from sememe.publish import private, several
 
 __all__ = ["LICENCES", "Publication", "PublishConfig", "PublishedFile", "publish"]
 
-VERSION = 2  # local paths were published before version 2
+VERSION = 3
+"""Before version 2 local paths were published; before 3 the card in the folder named a repository."""
 CARD, LICENCE = "README.md", "LICENSE"
 
 PLOTS = {
@@ -52,6 +55,13 @@ LICENCES = {
     "mit": ("MIT License", "https://opensource.org/license/mit"),
 }
 """Licences by the hub's name for them: title and text."""
+
+
+LOCAL_FOLDER = '"path/to/this/folder"'
+OPENED = re.compile(
+    r"(?:from huggingface_hub import snapshot_download\n)?from sememe import dictionaries\n\nfolder = Path\(.*\)\n"
+)
+"""The lines of a card that say where the release is."""
 
 
 class PublishConfig(Config):
@@ -93,6 +103,8 @@ class PublishConfig(Config):
             raise ConfigError(
                 "private must go with repo", "no repo", "Name a repository, or leave private out."
             )
+        if self.repo is not None:
+            _check_repo(self.repo)
         if self.licence not in LICENCES and self.licence_file is None:
             raise ConfigError(
                 "licence must be known, or come with licence_file",
@@ -100,6 +112,21 @@ class PublishConfig(Config):
                 nearest(self.licence, sorted(LICENCES)),
             )
         return self
+
+
+def _check_repo(repo: str) -> None:
+    """Raise a ConfigError unless the hub's client takes the name."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise ConfigError(
+            "repo must be a name that the hub takes",
+            f"{repo!r} ({str(error).rstrip('.')})",
+            "Change --repo.",
+        ) from None
 
 
 class PublishedFile(NamedTuple):
@@ -153,7 +180,7 @@ def publish(config: PublishConfig, *, fresh: bool = False) -> Publication:
     folder = _write(config, parts, contents, fresh)
     names = sorted([artifact.META, *folder.meta["files"]])
     written = tuple(PublishedFile(name, (folder.path / name).stat().st_size) for name in names)
-    url = None if config.repo is None else _upload(config, folder.path)
+    url = None if config.repo is None else _upload(config, folder)
     return Publication(written, folder.path, url)
 
 
@@ -182,7 +209,7 @@ def _finished(config: PublishConfig) -> Publication:
         publication = Publication(listed, folder.path, None)
         print(publication)
         return publication
-    return Publication(listed, folder.path, _upload(config, folder.path))
+    return Publication(listed, folder.path, _upload(config, folder))
 
 
 # -- the parts -------------------------------------------------------------------------------------
@@ -237,7 +264,9 @@ def _write(
             field: Path(value.name)
             for field in ("dictionary", "report", "atlas", "out", "licence_file")
             if (value := getattr(config, field)) is not None
-        }
+        },
+        repo=None,
+        private=False,
     )
     assert named.identity() == config.identity()
     with artifact.building(
@@ -300,7 +329,7 @@ def _card(config: PublishConfig, parts: Mapping[str, artifact.Artifact]) -> str:
     options = {k: v for k, v in architecture.items() if k not in hidden and v is not None}
     lines += ["| | |", "|---|---|"]
     lines += [f"| {name} | {_line(str(value))} |" for name, value in (facts | options).items()]
-    lines += ["", *_results(report), *_plots(parts), *_usage(config, parts)]
+    lines += ["", *_results(report), *_plots(parts), *_usage(parts)]
     lines += _credits(parts, [report] if report else [])
     return "\n".join([*lines, *_about_licence(config)])
 
@@ -335,7 +364,7 @@ def _card_of_several(config: PublishConfig, parts: Mapping[str, artifact.Artifac
     } | shared
     lines += ["| | |", "|---|---|"]
     lines += [f"| {name} | {_line(str(value))} |" for name, value in facts.items()]
-    lines += ["", *several.results(parts), *_usage(config, parts)]
+    lines += ["", *several.results(parts), *_usage(parts)]
     reports = [
         figures.open_report(part.path).data for role, part in parts.items() if role.startswith("report/")
     ]
@@ -383,20 +412,27 @@ def _plots(parts: Mapping[str, artifact.Artifact]) -> list[str]:
     ]
 
 
-def _usage(config: PublishConfig, parts: Mapping[str, artifact.Artifact]) -> list[str]:
-    source = f'snapshot_download("{config.repo}")' if config.repo else '"path/to/this/folder"'
+def _opened(source: str, *imports: str) -> str:
+    """The lines that `OPENED` finds."""
+    return "\n".join([*imports, "from sememe import dictionaries", "", f"folder = Path({source})", ""])
+
+
+def _card_for(repo: str, card: str) -> str:
+    """A release's card for those who find it in a repository."""
+    own = _opened(f'snapshot_download("{repo}")', "from huggingface_hub import snapshot_download")
+    found = list(OPENED.finditer(card))
+    return card[: found[-1].start()] + own + card[found[-1].end() :] if found else card
+
+
+def _usage(parts: Mapping[str, artifact.Artifact]) -> list[str]:
     place = next(role for role in parts if role.split("/")[0] == "dictionary")
-    first = ["from huggingface_hub import snapshot_download"] if config.repo else []
     lines = [
         "## Use",
         "",
         "```python",
         "from pathlib import Path",
         "",
-        *first,
-        "from sememe import dictionaries",
-        "",
-        f"folder = Path({source})",
+        *_opened(LOCAL_FOLDER).splitlines(),
         f'dictionary = dictionaries.load(folder / "{place}")',
         "encoded = dictionary.encode(x)            # x: (batch, d_in) float32, the model's own activations",
         "recon = dictionary.decode(encoded, x)",
@@ -442,16 +478,28 @@ def _line(text: str) -> str:
 # -- the hub ---------------------------------------------------------------------------------------
 
 
-def _upload(config: PublishConfig, folder: Path) -> str:
-    """Send the folder to the hub; files that are there already are not sent again."""
-    from huggingface_hub import HfApi
+def _sent(repo: str, release: artifact.Artifact) -> dict[str, Path | bytes]:
+    """The files of a release as they go to a repository: its card names it, and meta.json knows the card."""
+    files: dict[str, Path | bytes] = {name: release.path / name for name in release.meta["files"]}
+    card = _card_for(repo, (release.path / CARD).read_text(encoding="utf-8")).encode()
+    about = {"bytes": len(card), "sha256": hashlib.sha256(card).hexdigest()}
+    meta = {**release.meta, "files": {**release.meta["files"], CARD: about}}
+    return {**files, CARD: card, artifact.META: private.as_json(meta)}
+
+
+def _upload(config: PublishConfig, release: artifact.Artifact) -> str:
+    """Send a release to the hub; files that are there already are not sent again."""
+    from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     assert config.repo is not None
+    folder = release.path
+    files = _sent(config.repo, release)
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
     try:
         url = api.create_repo(config.repo, private=config.private, exist_ok=True)
-        api.upload_folder(repo_id=config.repo, folder_path=folder, commit_message="Upload a Sememe release")
+        operations = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
+        api.create_commit(config.repo, operations, commit_message="Upload a Sememe release")
     except HfHubHTTPError as error:
         raise ResourceError(
             f"the hub must accept the upload to {config.repo}",
