@@ -143,7 +143,8 @@ def test_commands_make_their_config(page, only_configs):
 
 
 def test_a_command_without_a_config_would_be_seen(only_configs):
-    text = "    sememe trace A B --prompts x \\\n        --ablation zero --answers y  # one\n```\nsememe trace A ...\n```\n"
+    text = "    sememe trace A B --prompts x \\\n        --ablation zero --answers y  # one\n"
+    text += "```\nsememe trace A ...\n```\n"
     (first, second) = sorted(command_lines(text), key=len, reverse=True)
     assert second == ["trace", "A"] and config_of(second).dictionaries == (Path("A"),)
     with pytest.raises(SememeError, match="wrong must be one for all 1 prompts"):
