@@ -98,7 +98,12 @@ SAE_LENS_CASES: dict[str, tuple[dict[str, object], str | None, str]] = {
     "an architecture without an equal": (
         {"architecture": "phase_multiplexed"},
         None,
-        "must be one of standard, .*, got 'phase_multiplexed'. It has no counterpart here",
+        "must be one of standard, .*, got 'phase_multiplexed'. It encodes several times, .*whatever its batch",
+    ),
+    "a pursuit with another end": (
+        {"architecture": "matching_pursuit"},
+        None,
+        "got 'matching_pursuit'. It goes on until .* residual_threshold .* k steps along rows of norm 1",
     ),
     "an architecture that is almost one": (
         {"architecture": "jump_relu"},

@@ -63,8 +63,10 @@ ARCHITECTURES = {
 """What each of theirs is here."""
 _WHY_NOT = {
     "temporal": "It reads whole sequences through attention; dictionaries here read one position at a time.",
-    "matching_pursuit": "It searches until the residual is small; matching_pursuit here takes a number of steps.",
-    "phase_multiplexed": "It has no counterpart here.",
+    "matching_pursuit": "It goes on until a row's residual is below residual_threshold or its latents stay the same, "
+    "along decoder rows of any length; matching_pursuit here takes k steps along rows of norm 1.",
+    "phase_multiplexed": "It encodes several times, each time what was left over, by a TopK over other latents, and "
+    "may stop by what a whole batch left over; dictionaries here encode a row once, whatever its batch.",
 }
 
 # what decides the map
