@@ -159,6 +159,7 @@ def test_a_second_run_keeps_the_release_and_a_dry_run_tells_its_sizes(
         ("/home/me/my texts/a b.txt", "a b.txt"),
         ("/lustre/me/set", "set"),
         ("/n/home01/me/set", "set"),
+        ("/lustre/me/my texts/set", "set"),
         ("/r/AskReddit", "/r/AskReddit"),
         ("/", "/"),
         ("//", "//"),

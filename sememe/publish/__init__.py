@@ -117,7 +117,7 @@ class PublishConfig(Config):
 def _check_repo(repo: str) -> None:
     """Raise a ConfigError unless the hub's client takes the name."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(repo)

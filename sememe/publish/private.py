@@ -43,7 +43,7 @@ LOCAL = re.compile(
     rf"""(?:(?:hf|file)://)?
     (?: /(?:{ROOTS})/[^\n]+            # a machine's own folders, with spaces and all
       | /[^/\s]{{2,}}/[^\s]+            # other roots, of more letters than /r/name has
-      | /[^/\s]+/[^/\s]+/[^\s]+         # or with more folders below
+      | /[^/\s]+/[^/\s]+/[^\n]+         # or with more folders below
       | (?:~[^/\s]*/|\.{{1,2}}/|[A-Za-z]:[\\/])[^\n]* )""",
     re.VERBOSE,
 )
