@@ -3,16 +3,13 @@
     RELEASE/README.md, LICENSE, dictionary/, report/, atlas/
 
 Several dictionaries become one release with a folder for each (`several.py`). The inner folders are the artifacts as
-they are, but for the paths of the machine (`private.py`), so what is
-downloaded loads without conversion. Knows files, the layout of report.json and the hub's client; never loads torch.
+they are, but for the paths of the machine (`private.py`), so what is downloaded loads without conversion. The hub is
+left to `uploads.py`. Knows files and the layout of report.json; never loads torch.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, NamedTuple, Self
@@ -22,17 +19,17 @@ from pydantic import Field, model_validator
 from sememe import artifact, figures
 from sememe.atlas import open_atlas
 from sememe.config import Config
-from sememe.errors import ConfigError, CorruptError, MismatchError, ResourceError, nearest
+from sememe.errors import ConfigError, CorruptError, MismatchError, nearest
 from sememe.figures.tables import MEANINGS, markdown_table
 from sememe.foreign import opens
-from sememe.hub import of_the_network
-from sememe.publish import private, several
+from sememe.publish import private, several, uploads
+from sememe.publish.uploads import CARD
 
 __all__ = ["LICENCES", "Publication", "PublishConfig", "PublishedFile", "publish"]
 
 VERSION = 3
 """Before version 2 local paths were published; before 3 the card in the folder named a repository."""
-CARD, LICENCE = "README.md", "LICENSE"
+LICENCE = "LICENSE"
 
 PLOTS = {
     "density": "How often latents are active",
@@ -55,13 +52,6 @@ LICENCES = {
     "mit": ("MIT License", "https://opensource.org/license/mit"),
 }
 """Licences by the hub's name for them: title and text."""
-
-
-LOCAL_FOLDER = '"path/to/this/folder"'
-OPENED = re.compile(
-    r"(?:from huggingface_hub import snapshot_download\n)?from sememe import dictionaries\n\nfolder = Path\(.*\)\n"
-)
-"""The lines of a card that say where the release is."""
 
 
 class PublishConfig(Config):
@@ -104,7 +94,7 @@ class PublishConfig(Config):
                 "private must go with repo", "no repo", "Name a repository, or leave private out."
             )
         if self.repo is not None:
-            _check_repo(self.repo)
+            uploads.check_repo(self.repo)
         if self.licence not in LICENCES and self.licence_file is None:
             raise ConfigError(
                 "licence must be known, or come with licence_file",
@@ -112,21 +102,6 @@ class PublishConfig(Config):
                 nearest(self.licence, sorted(LICENCES)),
             )
         return self
-
-
-def _check_repo(repo: str) -> None:
-    """Raise a ConfigError unless the hub's client takes the name."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        raise ConfigError(
-            "repo must be a name that the hub takes",
-            f"{repo!r} ({str(error).rstrip('.')})",
-            "Change --repo.",
-        ) from None
 
 
 class PublishedFile(NamedTuple):
@@ -180,7 +155,7 @@ def publish(config: PublishConfig, *, fresh: bool = False) -> Publication:
     folder = _write(config, parts, contents, fresh)
     names = sorted([artifact.META, *folder.meta["files"]])
     written = tuple(PublishedFile(name, (folder.path / name).stat().st_size) for name in names)
-    url = None if config.repo is None else _upload(config, folder)
+    url = None if config.repo is None else uploads.upload(folder, config.repo, private=config.private)
     return Publication(written, folder.path, url)
 
 
@@ -205,11 +180,11 @@ def _finished(config: PublishConfig) -> Publication:
     folder = artifact.load(config.dictionary, "release")
     files = _files(folder)
     listed = tuple(PublishedFile(name, path.stat().st_size) for name, path in sorted(files.items()))
-    if config.dry_run:
+    if config.dry_run or config.repo is None:
         publication = Publication(listed, folder.path, None)
         print(publication)
         return publication
-    return Publication(listed, folder.path, _upload(config, folder))
+    return Publication(listed, folder.path, uploads.upload(folder, config.repo, private=config.private))
 
 
 # -- the parts -------------------------------------------------------------------------------------
@@ -412,18 +387,6 @@ def _plots(parts: Mapping[str, artifact.Artifact]) -> list[str]:
     ]
 
 
-def _opened(source: str, *imports: str) -> str:
-    """The lines that `OPENED` finds."""
-    return "\n".join([*imports, "from sememe import dictionaries", "", f"folder = Path({source})", ""])
-
-
-def _card_for(repo: str, card: str) -> str:
-    """A release's card for those who find it in a repository."""
-    own = _opened(f'snapshot_download("{repo}")', "from huggingface_hub import snapshot_download")
-    found = list(OPENED.finditer(card))
-    return card[: found[-1].start()] + own + card[found[-1].end() :] if found else card
-
-
 def _usage(parts: Mapping[str, artifact.Artifact]) -> list[str]:
     place = next(role for role in parts if role.split("/")[0] == "dictionary")
     lines = [
@@ -432,7 +395,7 @@ def _usage(parts: Mapping[str, artifact.Artifact]) -> list[str]:
         "```python",
         "from pathlib import Path",
         "",
-        *_opened(LOCAL_FOLDER).splitlines(),
+        *uploads.opened(uploads.LOCAL_FOLDER).splitlines(),
         f'dictionary = dictionaries.load(folder / "{place}")',
         "encoded = dictionary.encode(x)            # x: (batch, d_in) float32, the model's own activations",
         "recon = dictionary.decode(encoded, x)",
@@ -473,55 +436,3 @@ def _credits(parts: Mapping[str, artifact.Artifact], reports: Sequence[Mapping[s
 def _line(text: str) -> str:
     """Text that stays on its line and in its table cell."""
     return " ".join(text.split()).replace("|", "\\|")
-
-
-# -- the hub ---------------------------------------------------------------------------------------
-
-
-def _sent(repo: str, release: artifact.Artifact) -> dict[str, Path | bytes]:
-    """The files of a release as they go to a repository: its card names it, and meta.json knows the card."""
-    files: dict[str, Path | bytes] = {name: release.path / name for name in release.meta["files"]}
-    card = _card_for(repo, (release.path / CARD).read_text(encoding="utf-8")).encode()
-    about = {"bytes": len(card), "sha256": hashlib.sha256(card).hexdigest()}
-    meta = {**release.meta, "files": {**release.meta["files"], CARD: about}}
-    return {**files, CARD: card, artifact.META: private.as_json(meta)}
-
-
-def _upload(config: PublishConfig, release: artifact.Artifact) -> str:
-    """Send a release to the hub; files that are there already are not sent again."""
-    from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    assert config.repo is not None
-    folder = release.path
-    files = _sent(config.repo, release)
-    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
-    try:
-        url = api.create_repo(config.repo, private=config.private, exist_ok=True)
-        operations = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
-        api.create_commit(config.repo, operations, commit_message="Upload a Sememe release")
-    except HfHubHTTPError as error:
-        raise ResourceError(
-            f"the hub must accept the upload to {config.repo}",
-            str(error).splitlines()[0],
-            f"Log in (hf auth login) and check the name; the folder {folder} is complete, so run it again.",
-        ) from None
-    except OSError as error:
-        raise _unreachable(config, folder, error) from None
-    except Exception as error:  # of a large file the client says only that it failed, and gives the cause
-        cause = next(
-            (one for one in (error, error.__cause__) if one is not None and of_the_network(one)), None
-        )
-        if cause is None:
-            raise
-        raise _unreachable(config, folder, cause) from None
-    return str(url)
-
-
-def _unreachable(config: PublishConfig, folder: Path, error: BaseException) -> ResourceError:
-    first = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return ResourceError(
-        f"the hub must be reachable to upload to {config.repo}",
-        first,
-        f"Check the network; the folder {folder} is complete, so run it again.",
-    )
