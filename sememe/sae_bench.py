@@ -19,10 +19,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sememe.dictionaries.base import Dictionary, Site
+from sememe.dictionaries.row_norm import RowNorm
 from sememe.errors import FormatError
+from sememe.foreign import probe_rows
 from sememe.formats.names import to_transformer_lens
 
 __all__ = ["BenchConfig", "BenchSAE"]
+
+RTOL = 1e-4
+"""By how much a reconstruction may differ from the dictionary's own, of its length."""
 
 
 @dataclasses.dataclass
@@ -81,7 +86,8 @@ class BenchSAE(nn.Module):
 
     Raises:
         ShapeError: the dictionary is a transcoder.
-        FormatError: its encoder is not linear, it has a skip connection, or model and place are not known.
+        FormatError: its encoder is not linear, it has a skip connection or a norm per row, model and place are not
+            known, or `acts @ W_dec + b_dec` is not what it reconstructs.
     """
 
     def __init__(
@@ -103,6 +109,12 @@ class BenchSAE(nn.Module):
             raise FormatError(
                 "a dictionary must be a linear encoder and a linear decoder for SAEBench",
                 f"{folded.kind}{' with a skip connection' if encoder is not None else ''}",
+                "Evaluate it with sememe evaluate.",
+            )
+        if isinstance(folded, RowNorm):
+            raise FormatError(
+                "a dictionary must read rows as they are for SAEBench, which decodes acts @ W_dec + b_dec",
+                f"{folded.kind}, which normalises each row and adds its own centre and spread again",
                 "Evaluate it with sememe evaluate.",
             )
         site = _only_site(folded)
@@ -137,6 +149,7 @@ class BenchSAE(nn.Module):
             activation_fn_str=folded.kind,
             prepend_bos=prepend_bos,
         )
+        self._check_same(folded)
         self.to(device=device, dtype=dtype)
 
     @property
@@ -170,6 +183,19 @@ class BenchSAE(nn.Module):
     def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_in"]:
         """decode(encode(x))."""
         return self.decode(self.encode(x))
+
+    def _check_same(self, folded: Dictionary) -> None:
+        """Raise a FormatError unless what is decoded here is what the dictionary reconstructs."""
+        x = probe_rows(folded)
+        with torch.no_grad():
+            own, here = folded(x), self(x)
+        difference = float(((here - own).norm(dim=1) / own.norm(dim=1).clamp_min(1e-12)).max())
+        if not difference <= RTOL:
+            raise FormatError(
+                f"acts @ W_dec + b_dec must be what a dictionary reconstructs, to {RTOL:g}, for SAEBench",
+                f"{folded.kind}, which differs by {difference:.3g} of a row's length",
+                "Evaluate it with sememe evaluate.",
+            )
 
 
 def _only_site(dictionary: Dictionary) -> Site | None:

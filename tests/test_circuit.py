@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import D_MODEL, N_LAYERS, tiny_lm
-from traced_models import linear_lm
+from traced_models import linear_lm, write_atlas
 
 from sememe import artifact, kernels
 from sememe.circuit import CircuitConfig, circuit
@@ -363,6 +363,29 @@ def test_where_nothing_held_would_move_prediction_and_ablation_agree(saved):
     effects = [node.effect for node in latents]
     assert [node.exact for node in latents] == pytest.approx(effects, rel=0.02, abs=3e-5)
     assert found.checks["correlation"] > 0.99
+
+
+def test_atlases_and_explanations_count(saved):
+    """They decide links and labels: others give another graph, those that moved the same."""
+    lm, paths, place = saved
+    told = write_atlas(place / "atlas", paths[0], {0: "early"})
+    config = config_of(
+        saved,
+        out=place / "told",
+        n_latents=2,
+        n_checked=0,
+        n_checked_edges=0,
+        atlases=told[:1],
+        explanations=told[1:],
+    )
+    made = circuit(config, lm=lm)
+    (place / "atlas_told").rename(place / "moved_told")
+    assert (
+        circuit(config.replace(explanations=(place / "moved_told",)), lm=lm).fingerprint == made.fingerprint
+    )
+    told = write_atlas(place / "atlas", paths[0], {0: "anew"})
+    with pytest.raises(MismatchError, match=r"or pass --fresh"):
+        circuit(config, lm=lm)
 
 
 def test_few_latents_are_looked_into_and_it_is_said_how_much_they_hold(saved):

@@ -1,12 +1,15 @@
 """The docs are true: a page per verb and dictionary, a README line per room, links that lead somewhere."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+from cyclopts import App, CycloptsError
 
-from sememe.cli import VERBS
+from sememe.cli import VERBS, flags, kinds, toys, verbs
 from sememe.dictionaries import REGISTRY, TRAINABLE
+from sememe.errors import SememeError
 from sememe.fit import KINDS
 from sememe.lm.build import PRESETS
 
@@ -86,6 +89,66 @@ def test_a_wrong_command_would_be_seen():
     text = "    sememe pretrain gpt --track wandb\n`sememe evalute x`\n"
     text += "```sh\nsememe train topk\nsememe fit pcaa\n```\n"
     assert commands_that_are_not_there(text) == ["sememe pretrain gpt", "sememe evalute x", "sememe fit pcaa"]
+
+
+WHOLE_PAGES = [page for page in PAGES if page.name not in ("CHANGELOG.md", "log.md")]
+PLACES = {"run", "plan", "models"}
+"""Verbs that have no config."""
+
+
+def command_lines(text):
+    """The words of every command in a block of code, of its whole line, without what is left out (...)."""
+    text = text.replace("\\\n", " ")
+    blocks = re.findall(r"^```[a-z]*\n(.*?)^```", text, re.M | re.S)
+    for line in [*"".join(blocks).splitlines(), *re.findall(r"^ {4}(\S.*)$", text, re.M)]:
+        if line.startswith("sememe "):
+            yield [word for word in shlex.split(line, comments=True)[1:] if word != "..."]
+
+
+def config_of(words):
+    """The config that a command line makes; its verb is not called. None for verbs without one."""
+    made = getattr(verbs, VERBS[words[0]].target)
+    if not isinstance(made, App):
+        alone, made = made, App(result_action="return_value")
+        made.default(alone)
+    # no such folder is there, and nothing is fetched
+    given = [word.replace("hf://", "theirs/") for word in words[1:]]
+    if words[0] in PLACES:
+        made.parse_args(given, exit_on_error=False, print_error=False)
+        return None
+    return made(given, exit_on_error=False, print_error=False)
+
+
+@pytest.fixture
+def only_configs(monkeypatch, tmp_path):
+    """Commands return their config in place of what their verb does."""
+
+    def command(config, verb, **options):
+        return flags.command(config, lambda built, **extra: built, **options)
+
+    for room in (kinds, toys, verbs):
+        monkeypatch.setattr(room, "command", command)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("page", WHOLE_PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_commands_make_their_config(page, only_configs):
+    wrong = []
+    for words in command_lines(page.read_text(encoding="utf-8")):
+        try:
+            assert words[0] in PLACES or config_of(words) is not None
+        except (SememeError, CycloptsError) as error:
+            wrong.append(f"{shlex.join(words)}: {error}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_command_without_a_config_would_be_seen(only_configs):
+    text = "    sememe trace A B --prompts x \\\n        --ablation zero --answers y  # one\n"
+    text += "```\nsememe trace A ...\n```\n"
+    (first, second) = sorted(command_lines(text), key=len, reverse=True)
+    assert second == ["trace", "A"] and config_of(second).dictionaries == (Path("A"),)
+    with pytest.raises(SememeError, match="wrong must be one for all 1 prompts"):
+        config_of(first)
 
 
 PLACEHOLDER = re.compile(r"\b[A-Z][A-Z0-9_-]*-FIGURES\b")

@@ -98,7 +98,12 @@ SAE_LENS_CASES: dict[str, tuple[dict[str, object], str | None, str]] = {
     "an architecture without an equal": (
         {"architecture": "phase_multiplexed"},
         None,
-        "must be one of standard, .*, got 'phase_multiplexed'. It has no counterpart here",
+        "must be one of standard, .*, got 'phase_multiplexed'. It encodes several times, .*whatever its batch",
+    ),
+    "a pursuit with another end": (
+        {"architecture": "matching_pursuit"},
+        None,
+        "got 'matching_pursuit'. It goes on until .* residual_threshold .* k steps along rows of norm 1",
     ),
     "an architecture that is almost one": (
         {"architecture": "jump_relu"},
@@ -263,3 +268,73 @@ def test_detect_says_what_it_found(tmp_path: Path) -> None:
         formats.read(tmp_path / "ours")
     with pytest.raises(FormatError, match=r"a format must be known, got 'saelens'. Did you mean 'sae_lens'"):
         formats.write(ours("topk"), tmp_path, "saelens")
+
+
+# -- values of another type --------------------------------------------------------------------------
+
+OTHER_TYPES: list[tuple[str, dict[str, object], str]] = [
+    ("dictionary_learning", {"dict_size": None}, "dict_size in .*config.json must be of type int, got None"),
+    ("dictionary_learning", {"dict_size": "8k"}, "dict_size in .*config.json must be of type int, got '8k'"),
+    (
+        "dictionary_learning",
+        {"submodule_name": ["a"]},
+        r"submodule_name in .* must be of type str, got \['a'\]",
+    ),
+    ("dictionary_learning", {"lm_name": 5}, "lm_name in .* must be of type str, got 5. Mend the file"),
+    ("sae_lens", {"metadata": "x"}, "metadata in .*cfg.json must be of type dict, got 'x'"),
+    ("sae_lens", {"hook_name": ["blocks.0.hook_resid_post"]}, "hook_name in .* must be of type str, got "),
+    ("sae_lens", {"metadata": {"hook_name": 5}}, "hook_name in .* must be of type str, got 5"),
+    ("sae_lens", {"architecture": ["topk"]}, r"architecture in .* must be of type str, got \['topk'\]"),
+    ("sae_lens", {"activation_fn": 3}, "activation_fn in .* must be of type str, got 3"),
+    ("sae_lens", {"activation_fn_str": "topk", "activation_fn_kwargs": "k"}, "must be of type dict, got 'k'"),
+    ("sae_lens", {"apply_b_dec_to_input": "false"}, "apply_b_dec_to_input in .* must be of type bool"),
+    ("sae_lens", {"normalize_activations": ["none"]}, "normalize_activations in .* must be of type str"),
+    (
+        "sae_lens",
+        {"architecture": "batchtopk", "k": float("nan")},
+        "must be a dictionary as sae_lens writes it, .*",
+    ),
+    ("sparsify", {"activation": ["topk"]}, r"activation in .* must be of type str, got \['topk'\]"),
+    ("sparsify", {"transcode": "no"}, "transcode in .* must be of type bool, got 'no'"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "message"), OTHER_TYPES)
+def test_a_value_of_another_type_is_refused(
+    tmp_path: Path, name: str, changes: dict[str, object], message: str
+) -> None:
+    if name == "dictionary_learning":
+        write_dictionary_learning(tmp_path, "AutoEncoder", changes)
+    elif name == "sae_lens":
+        write_sae_lens(tmp_path, changes)
+    else:
+        write_sparsify(tmp_path, **changes)
+    with pytest.raises(FormatError, match=message):
+        formats.read(tmp_path)
+
+
+def test_widths_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    config: dict[str, object] = {
+        "architecture": "matryoshka_batchtopk",
+        "k": 3,
+        "matryoshka_widths": ["4", 8],
+    }
+    write_sae_lens(tmp_path, config, topk_threshold=torch.tensor(0.5))
+    with pytest.raises(
+        FormatError, match=r"matryoshka_widths in .* must be whole numbers, got \['4', 8\]\. Mend"
+    ):
+        formats.read(tmp_path)
+
+
+def test_what_a_reader_trips_over_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def trip(folder: Path) -> formats.Foreign:
+        raise KeyError("norm")
+
+    write_sparsify(tmp_path)
+    monkeypatch.setitem(formats.READERS, "sparsify", trip)
+    with pytest.raises(
+        FormatError,
+        match=r"must be a dictionary as sparsify writes it, got .*KeyError: 'norm'.* Look for a value",
+    ) as caught:
+        formats.read(tmp_path)
+    assert str(tmp_path) in str(caught.value) and isinstance(caught.value.__cause__, KeyError)

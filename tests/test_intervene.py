@@ -148,6 +148,14 @@ def test_lowered_and_raised_tokens_are_the_extremes(effects: artifact.Artifact) 
     assert lowered[-1] < 0 < raised[-1] and len(lowered) == 4
 
 
+def test_the_page_draws_the_histogram(effects: artifact.Artifact) -> None:
+    alive, dead = read(effects)["latents"][:2]
+    name = f"figures/latent_{alive['latent']}.svg"
+    assert f"]({name})" in (effects.path / "effects.md").read_text() and name in effects.meta["files"]
+    assert (effects.path / name).read_text().startswith("<svg")
+    assert not (effects.path / f"figures/latent_{dead['latent']}.svg").exists()
+
+
 def test_a_dead_latent_is_said_to_be_dead(effects: artifact.Artifact) -> None:
     dead = read(effects)["latents"][1]
     assert dead["density"] == 0 and "never fired" in dead["note"] and "steering" not in dead

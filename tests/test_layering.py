@@ -21,9 +21,9 @@ LAYERS = [
     ["kernels"],
     ["dictionaries"],
     ["text", "pairs", "toy", "formats", "atlas", "graph", "lm", "needs", "optimiser"],
-    ["store", "splice", "figures", "collect", "judge", "tuned", "labelled", "sae_bench", "shuffled"],
+    ["store", "splice", "figures", "collect", "judge", "tuned", "labelled", "shuffled"],
     ["capture", "join", "downstream", "edits", "foreign"],
-    ["source", "end_to_end", "measure", "continuations"],
+    ["source", "end_to_end", "measure", "continuations", "sae_bench"],
     ["probes"],
     [
         "harvest", "train", "fit", "evaluate", "compare", "concepts", "geometry", "interpret", "explain",

@@ -194,6 +194,13 @@ def test_a_name_that_would_leave_the_folder(parts: Path) -> None:
         ({"private": True}, r"private must go with repo, got no repo"),
         ({"repo": "tiny"}, r"repo must be of the form"),
         ({"repo": "../tiny/x"}, r"repo must be of the form"),
+        (
+            {"repo": "a/b..c"},
+            r"repo must be a name that the hub takes, got 'a/b\.\.c' \(.*\)\. Change --repo",
+        ),
+        ({"repo": "a/-b"}, r"repo must be a name that the hub takes, got 'a/-b' .*Change --repo"),
+        ({"repo": "a/b.git"}, r"repo must be a name that the hub takes, got 'a/b\.git'"),
+        ({"repo": "a--b/c"}, r"repo must be a name that the hub takes, got 'a--b/c'"),
     ],
 )
 def test_bad_options_say_what_to_do(options: dict[str, Any], message: str) -> None:

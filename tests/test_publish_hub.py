@@ -61,6 +61,24 @@ def test_an_upload_brings_a_release_that_loads(parts: Path, hub: Hub, tmp_path: 
     assert torch.equal(loaded(x), dictionaries.load(parts / "dictionary")(x))
 
 
+def test_a_card_names_the_repository_that_it_is_in(parts: Path, hub: Hub, tmp_path: Path) -> None:
+    """The folder's own card names none; what is sent is written for where it goes, also of a finished release."""
+    asks = "in which one writes\n\nfrom sememe import dictionaries\n\nfolder = Path(mine)\n"
+    publish(whole(parts, repo="owner/first", description=asks))
+    publish(PublishConfig(dictionary=parts / "release", repo="owner/second"))
+    downloaded = fetched(hub, tmp_path / "first", "owner/first")
+    publish(PublishConfig(dictionary=downloaded, repo="owner/third"))
+    for name in ("first", "second", "third"):
+        card = hub.content[f"owner/{name}"]["README.md"].decode()
+        assert card.count("snapshot_download(") == card.count(f'snapshot_download("owner/{name}")') == 1
+        assert "path/to/this/folder" not in card and "folder = Path(mine)" in card
+        there = artifact.load(fetched(hub, tmp_path / f"again_{name}", f"owner/{name}"), "release")
+        there.verify()
+        assert there.meta["config"]["repo"] is None
+    card = (parts / "release" / "README.md").read_text()
+    assert 'folder = Path("path/to/this/folder")' in card and "snapshot_download" not in card
+
+
 def test_an_upload_that_is_cut_off_goes_on(parts: Path, hub: Hub, impatient: None) -> None:
     """The files that arrived are not sent again, and nothing shows until all have."""
     hub.cut_uploads = set(range(1, 50))  # the first large file arrives

@@ -17,7 +17,7 @@ from sememe.evaluate import EvaluateConfig, evaluate
 from sememe.figures import open_report
 from sememe.interpret import interpret
 from sememe.publish import Publication, PublishConfig, publish
-from sememe.publish.private import bare
+from sememe.publish.private import bare, clean, write
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,34 @@ def test_a_second_run_keeps_the_release_and_a_dry_run_tells_its_sizes(
         ("https://example.org/a", "https://example.org/a"),
         ("resid_post.8", "resid_post.8"),
         ("~5 of 10", "~5 of 10"),
+        ("/home/me/my texts/a b.txt", "a b.txt"),
+        ("/lustre/me/set", "set"),
+        ("/n/home01/me/set", "set"),
+        ("/lustre/me/my texts/set", "set"),
+        ("/r/AskReddit", "/r/AskReddit"),
+        ("/", "/"),
+        ("//", "//"),
+        ("./", "./"),
+        ("/s", "/s"),
+        ("/data.jsonl", "/data.jsonl"),
+        ("/ and then/or", "/ and then/or"),
     ],
 )
 def test_what_counts_as_a_path(text: str, left: str) -> None:
     assert bare(text) == left
+
+
+def test_a_slash_alone_is_taken_out_of_nothing(tmp_path: Path) -> None:
+    """A report that mentions "/", and its picture, whose tags end with one."""
+    picture = '<svg xmlns="http://www.w3.org/2000/svg"><g> / </g><rect / ></svg>'
+    with artifact.building(
+        tmp_path / "part", kind="report", version=1, config=PublishConfig(), parents={}
+    ) as work:
+        artifact.write_json(work.path / "report.json", {"token": "/", "corpus": "/r/AskReddit", "store": "/"})
+        (work.path / "a.svg").write_text(picture)
+    part = artifact.load(tmp_path / "part")
+    files = {name: part.path / name for name in (artifact.META, *part.meta["files"])}
+    write(clean(part, files), files, tmp_path / "released")
+    assert (tmp_path / "released" / "a.svg").read_text() == picture
+    told = json.loads((tmp_path / "released" / "report.json").read_text())
+    assert told == {"token": "/", "corpus": "/r/AskReddit", "store": "/"}

@@ -12,6 +12,7 @@ from sememe.dictionaries import Site, Sites
 from sememe.dictionaries.batch_topk import BatchTopKConfig
 from sememe.dictionaries.jumprelu import JumpReLUConfig
 from sememe.dictionaries.relu import ReLUConfig
+from sememe.dictionaries.row_norm import RowNorm
 from sememe.dictionaries.topk import TopKConfig
 from sememe.errors import FormatError, ShapeError
 from sememe.sae_bench import BenchSAE
@@ -84,3 +85,27 @@ def test_what_it_cannot_take_is_refused() -> None:
         BenchSAE(made(TopKConfig(k=3, d_sae=N), "gpt_neox.layers.3.attention"))
     with pytest.raises(ShapeError, match=r"d_in must be d_out"):
         BenchSAE(dictionaries.build(TopKConfig(k=1, d_sae=4), 3, 5))
+
+
+@pytest.mark.parametrize("norm", ["layer", "length"])
+def test_a_dictionary_of_normalised_rows_is_refused(norm: str) -> None:
+    """Its reconstruction has the row's own centre and spread, which SAEBench's `decode` knows nothing of."""
+    normed = RowNorm.around(made(TopKConfig(k=3, d_sae=N)), norm)
+    with pytest.raises(
+        FormatError,
+        match=r"must read rows as they are for SAEBench.*got row_norm, .*centre and spread.*sememe evaluate",
+    ):
+        BenchSAE(normed, "tiny", "blocks.3.hook_resid_post")
+
+
+def test_what_reconstructs_otherwise_than_it_is_decoded_there_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kind = dictionaries.TRAINABLE["topk"]
+    decode = kind.decode
+    monkeypatch.setattr(kind, "decode", lambda self, encoded, x=None: 1.01 * decode(self, encoded, x))
+    with pytest.raises(
+        FormatError,
+        match=r"must be what a dictionary reconstructs, to 0\.0001, .*got topk, which differs by 0\.0\d+ of",
+    ):
+        BenchSAE(made(TopKConfig(k=3, d_sae=N)))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sememe.dictionaries import load
 from sememe.edits import Intervention, LatentEdit
-from sememe.errors import ConfigError, MismatchError
+from sememe.errors import ConfigError, MismatchError, TextError
 from sememe.lm import LanguageModel
 from sememe.scrub import ScrubConfig, scrub
 from sememe.scrub.circuit import Circuit, Node, Place, read_circuit
@@ -94,13 +94,14 @@ def test_what_is_outside_comes_from_the_other_input(
     circuit = Circuit(tuple(Node(str(i), i, latents) for i, latents in enumerate(kept)), ())
     (group,) = made.groups
     rows = other_rows(made.n_inputs, torch.Generator().manual_seed(4))[:5]
-    batch, others = group.batches[0], [values[rows] for values in group.activations]
+    batch, others = group.batches[0], [found.of(rows) for found in group.found]
     found = made._outcome(batch, others, circuit)
     edits = []
-    for place, values, latents, here in zip(places, others, kept, batch.here, strict=True):
+    for place, other, latents, here in zip(places, others, kept, batch.here, strict=True):
         outside = tuple(i for i in range(N) if i not in latents)
         edit = LatentEdit(latents=outside, how="patch")
-        edits.append(Intervention(place.dictionary, [edit], other={place.hookpoint: values}, keep=here))
+        both = here & other.here
+        edits.append(Intervention(place.dictionary, [edit], other={place.hookpoint: other.x}, keep=both))
     with edits[0].on(lm), edits[1].on(lm):
         plain = lm.hidden(batch.run.ids, batch.run.mask)
     torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4)
@@ -116,7 +117,7 @@ def test_paths_that_are_not_in_the_circuit_are_cut(
     circuit = Circuit(nodes, ((0, 2), (1, None), (2, None)))  # c may see a, and not b; the output b and c
     (group,) = made.groups
     rows = other_rows(made.n_inputs, torch.Generator().manual_seed(4))[:5]
-    batch, others = group.batches[0], [values[rows] for values in group.activations]
+    batch, others = group.batches[0], [found.of(rows) for found in group.found]
     found = made._outcome(batch, others, circuit)
 
     low, high = (place.dictionary for place in places)
@@ -129,10 +130,11 @@ def test_paths_that_are_not_in_the_circuit_are_cut(
 
         def edit(x: Tensor) -> Tensor:
             dictionary = (low, high)[place]
-            own, new = codes(dictionary, x), codes(dictionary, others[place])
+            own, new = codes(dictionary, x), codes(dictionary, others[place].x)
             new[..., list(kept)] = own[..., list(kept)] if values is None else values
             moved = (new - own) @ dictionary.decoder_directions()
-            return torch.where(batch.here[place][:, :, None], x + moved, x)
+            both = batch.here[place] & others[place].here
+            return torch.where(both[:, :, None], x + moved, x)
 
         return edit
 
@@ -142,6 +144,31 @@ def test_paths_that_are_not_in_the_circuit_are_cut(
     with lm.edit({LOW: put(0, b, None), HIGH: put(1, c, c_values)}):
         plain = lm.hidden(ids, mask)
     torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_is_taken_from_what_the_policy_drops(lm: LanguageModel, text: TextConfig) -> None:
+    """Documents a row each: where the other one has ended, a position keeps what it has."""
+    policy = TokenPolicy(context_length=CTX, packing=False)
+    whole = (Place("a", "resid_post.2", identity(sites(lm, "resid_post.2"))),)
+    made = Scrubber(options(text, circuit="c.json"), Inputs(options(text), lm, whole, policy))
+    (group,) = made.groups
+    batch, found = group.batches[0], group.found[0]
+    lengths = found.here.sum(1)
+    assert int(lengths.min()) < int(lengths.max()), "some rows must be padded"
+    rows = torch.full((len(batch.run.ids),), int(lengths.argmin()))
+    moved = (made._outcome(batch, [found.of(rows)], NOTHING) - batch.run.hidden).abs().amax(-1) > 1e-4
+    ended = batch.here[0] & ~found.here[rows]
+    assert bool(ended.any()) and not bool(moved[ended].any())
+    assert bool(moved[batch.here[0] & found.here[rows] & (rows != torch.arange(len(rows)))[:, None]].any())
+
+
+def test_one_context_has_no_other_to_take_from(
+    lm: LanguageModel, text: TextConfig, places: tuple[Place, ...]
+) -> None:
+    with pytest.raises(
+        TextError, match=r"at least two contexts, .* got one, of 24 tokens\. Raise --n-tokens"
+    ):
+        scrubber(lm, places, options(text, circuit="c.json", n_tokens=20))
 
 
 def test_a_circuit_that_is_known_is_told_from_random_ones(lm: LanguageModel, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from traced_models import (
     random_topk,
     setting,
     unit,
+    write_atlas,
 )
 
 from sememe.dictionaries import TopK, TopKConfig
@@ -222,6 +223,42 @@ def test_the_folder_of_a_trace(llama: LanguageModel, tmp_path: Path) -> None:
     assert again.fingerprint == done.fingerprint and again.meta["files"] == done.meta["files"]
     with pytest.raises(MismatchError):
         trace(TraceConfig.build(options | {"seed": 1}), lm=llama)
+
+
+def test_atlases_and_explanations_count(tmp_path: Path) -> None:
+    """They decide the graph's links and labels, so that others give another graph; those that moved do not."""
+    lm = by_hand()
+    folders = tuple(save(lm, unit(lm, f"resid_post.{i}"), tmp_path / f"d{i}") for i in (0, 1))
+    asked = {"dictionaries": folders, "prompts": ("b a",), "metric": "logit", "answers": (lm.token_text(5),)}
+    short = {"ablation": "zero", "n_checked": 2, "n_checked_random": 0, "n_random": 0, "max_edges": 0}
+    bare = TraceConfig.build(asked | short | {"out": tmp_path / "trace"})
+    done = trace(bare, lm=lm)
+    told = write_atlas(tmp_path / "atlas", folders[0], dict.fromkeys(range(32), "early"))
+    with_labels = bare.replace(atlases=told[:1], explanations=told[1:])
+    with pytest.raises(MismatchError, match=r"or pass --fresh"):
+        trace(with_labels, lm=lm)
+    labelled = trace(with_labels, lm=lm, fresh=True)
+    graph = read_graph(labelled.path)
+    assert graph.dictionaries[0].atlas == str(told[0]) and {node.label for node in graph.nodes} >= {"early"}
+    (tmp_path / "atlas_told").rename(tmp_path / "moved")
+    moved = with_labels.replace(explanations=(tmp_path / "moved",))
+    assert trace(moved, lm=lm).fingerprint == labelled.fingerprint != done.fingerprint
+    write_atlas(tmp_path / "atlas", folders[0], dict.fromkeys(range(32), "anew"))
+    with pytest.raises(MismatchError, match=r"or pass --fresh"):
+        trace(with_labels, lm=lm)
+
+
+def test_dictionaries_of_other_policies_are_refused(tmp_path: Path) -> None:
+    lm = by_hand()
+    first = save(lm, unit(lm, "resid_post.0"), tmp_path / "d0")
+    rows, policy = torch.randn(16, D_MODEL), POLICY.replace(bos=True).resolved()
+    unit(lm, "resid_post.1").save(tmp_path / "d1", rows, extra={"policy": policy})
+    config = {"out": tmp_path / "trace", "dictionaries": (first, tmp_path / "d1"), "ablation": "zero"}
+    with pytest.raises(
+        MismatchError, match=r"one token policy, that of d0, got another of d1\. Leave it out, or"
+    ):
+        trace(TraceConfig.build(config), lm=lm)
+    assert not (tmp_path / "trace").exists()
 
 
 def test_a_latent_traced_back_by_the_verb(tmp_path: Path) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from tiny_models import D_MODEL, tiny_hf, tiny_tokenizer
 from torch import nn
 
+from sememe import artifact, atlas
 from sememe import lm as language_models
+from sememe.config import Config
 from sememe.dictionaries import ReLU, ReLUConfig, Site, Sites, TopK, TopKConfig
 from sememe.lm import LanguageModel
 from sememe.text import TokenPolicy
@@ -119,3 +124,19 @@ def setting(
         by_position=by_position,
         **more,
     )
+
+
+def write_atlas(path: Path, dictionary: Path, labels: dict[int, str]) -> tuple[Path, Path]:
+    """An atlas of nothing, and explanations of it: what graphs take labels from. Written anew where they are there."""
+    parents = {"dictionary": artifact.load(dictionary).fingerprint}
+    about: dict[str, Any] = {"version": 1, "config": Config(), "fresh": True}
+    with artifact.building(path, kind="atlas", parents=parents, **about) as work:
+        database = atlas.create(work.path / atlas.DATABASE)
+        atlas.set_meta(database, {"labels": list(labels.values())})
+        database.close()
+    parents = {"atlas": artifact.load(path).fingerprint}
+    told = path.with_name(f"{path.name}_told")
+    with artifact.building(told, kind="explanations", parents=parents, **about) as work:
+        columns = {"latent": pa.array(list(labels), pa.int32()), "label": list(labels.values())}
+        pq.write_table(pa.table(columns), work.path / atlas.EXPLANATIONS)
+    return path, told

@@ -40,7 +40,7 @@ from sememe.text import TokenPolicy
 
 __all__ = ["CircuitConfig", "circuit"]
 
-VERSION = 2
+VERSION = 3
 PAGE = "circuit.md"
 
 
@@ -85,6 +85,8 @@ def circuit(
     model_fingerprint = lm.fingerprint if lm else language_models.fingerprint_of(config.model)
     parents = {f"dictionary_{i}": one.saved.fingerprint for i, one in enumerate(loaded)}
     parents["model"] = model_fingerprint
+    for kind, paths in (("atlas", config.atlases), ("explanations", config.explanations)):
+        parents |= {f"{kind}_{i}": artifact.load(path, kind).fingerprint for i, path in enumerate(paths)}
     identity = artifact.identity_of("circuit", VERSION, config, parents)
     if not fresh and (done := artifact.find(config.out, "circuit", identity, config, parents)):
         return done

@@ -18,7 +18,7 @@ __all__ = ["CircuitConfig"]
 class CircuitConfig(Config):
     """Which prompt, which transcoders, which logits, and how much of the graph is kept."""
 
-    not_identity: ClassVar[frozenset[str]] = frozenset({"out", "dictionaries", "batch_rows"})
+    not_identity: ClassVar[frozenset[str]] = frozenset({"out", "dictionaries", "explanations", "batch_rows"})
 
     _opens = opens("dictionaries")
 

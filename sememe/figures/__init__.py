@@ -4,6 +4,7 @@ Knows the layout of report.json and nothing about how its numbers were made; nev
 the `report` verb share it.
 """
 
+from sememe.figures.changes import changes_plot
 from sememe.figures.comparison import write_comparison, write_rows
 from sememe.figures.concepts import write_concepts
 from sememe.figures.data import (
@@ -37,6 +38,7 @@ __all__ = [
     "REPORT",
     "Report",
     "agreement_plot",
+    "changes_plot",
     "circuit_plot",
     "claims_table",
     "csv_of",

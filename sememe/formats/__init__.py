@@ -192,7 +192,14 @@ def read(path: str | Path) -> Foreign:
         raise FormatError(
             f"{path} must be another tool's folder", "one of ours", "Load it with sememe.dictionaries.load."
         )
-    return READERS[name](Path(path))
+    try:
+        return READERS[name](Path(path))
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+        raise FormatError(
+            f"{path} must be a dictionary as {name} writes it",
+            f"one that could not be read ({type(error).__name__}: {error})",
+            "Look for a value of the wrong type in its config, or fetch it again.",
+        ) from error
 
 
 def write(dictionary: Dictionary, folder: str | Path, name: str) -> None:

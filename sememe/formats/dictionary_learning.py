@@ -32,7 +32,7 @@ from sememe.dictionaries.base import Dictionary
 from sememe.dictionaries.identity import Identity, IdentityConfig
 from sememe.errors import FormatError, nearest
 from sememe.formats.base import Foreign, Parts, assemble, has_own_outputs, parts_of
-from sememe.formats.files import check_shapes, read_json, read_pickle, require_fields, take
+from sememe.formats.files import check_shapes, read_json, read_pickle, require_fields, take, take_if_there
 from sememe.formats.names import folder_name, only_site, translate
 
 __all__ = ["CHECKPOINTS", "CLASSES", "CONFIG", "WEIGHTS", "read", "write"]
@@ -120,7 +120,7 @@ def read(folder: Path) -> Foreign:
         raise FormatError(
             f"the encoder in {weights_path} must be a matrix", tuple(matrix.shape), "Fetch the file again."
         )
-    hookpoint, model = _place(trainer, run)
+    hookpoint, model = _place(trainer, run, path)
     if name == "IdentityDict":
         d_in = take(trainer, "activation_dim", int, path)
         made: Dictionary = Identity(IdentityConfig(), d_in, d_in, d_in).eval()
@@ -129,10 +129,10 @@ def read(folder: Path) -> Foreign:
     return Foreign(made, model, hookpoint, config)
 
 
-def _place(trainer: Mapping[str, Any], run: Path) -> tuple[str | None, str | None]:
+def _place(trainer: Mapping[str, Any], run: Path, path: Path) -> tuple[str | None, str | None]:
     """Hookpoint and model: what the config says, else the folders' names, `MODEL/SUBMODULE_layerN/RUN`."""
-    model = trainer.get("lm_name")
-    hookpoint = translate(trainer.get("submodule_name"), _FROM_THEIRS)
+    model = take_if_there(trainer, "lm_name", str, path)
+    hookpoint = translate(take_if_there(trainer, "submodule_name", str, path), _FROM_THEIRS)
     for place in (run, run.parent):
         if hookpoint is None and (hookpoint := translate(place.name, _FROM_THEIRS)) is not None:
             model = model or folder_name(place.parent)
@@ -196,9 +196,10 @@ def _no_class(tensors: Mapping[str, Tensor], path: Path) -> FormatError:
 # -- each class's weights --------------------------------------------------------------------------
 
 
-def _sizes(trainer: Mapping[str, Any], d_sae: int, d_in: int) -> tuple[int, int]:
+def _sizes(trainer: Mapping[str, Any], d_sae: int, d_in: int, path: Path) -> tuple[int, int]:
     """What the config says, else what the encoder's shape says."""
-    return int(trainer.get("dict_size", d_sae)), int(trainer.get("activation_dim", d_in))
+    stated = {"dict_size": d_sae, "activation_dim": d_in, **trainer}
+    return take(stated, "dict_size", int, path), take(stated, "activation_dim", int, path)
 
 
 def _check(tensors: Mapping[str, Tensor], d_sae: int, d_in: int, path: Path) -> dict[str, Tensor]:
@@ -223,7 +224,7 @@ def _linear(
     tensors: Mapping[str, Tensor], trainer: Mapping[str, Any], path: Path, weights: Path, name: str
 ) -> Parts:
     matrix = tensors["encoder.weight"]
-    d_sae, d_in = _sizes(trainer, matrix.shape[0], matrix.shape[-1])
+    d_sae, d_in = _sizes(trainer, matrix.shape[0], matrix.shape[-1], path)
     found = _check(tensors, d_sae, d_in, weights)
     b_dec = found[_CENTRED.get(name, "decoder.bias")]
     parts = Parts(
@@ -260,7 +261,7 @@ def _batch_topk(t: Mapping[str, Tensor], c: Mapping[str, Any], path: Path, weigh
 
 
 def _matryoshka(t: Mapping[str, Tensor], c: Mapping[str, Any], path: Path, weights: Path) -> Parts:
-    d_sae, d_in = _sizes(c, t["W_enc"].shape[-1], t["W_enc"].shape[0])
+    d_sae, d_in = _sizes(c, t["W_enc"].shape[-1], t["W_enc"].shape[0], path)
     found = _check(t, d_sae, d_in, weights)
     return Parts(
         found["W_enc"],
@@ -276,7 +277,7 @@ def _matryoshka(t: Mapping[str, Tensor], c: Mapping[str, Any], path: Path, weigh
 
 
 def _jumprelu(t: Mapping[str, Tensor], c: Mapping[str, Any], path: Path, weights: Path) -> Parts:
-    d_sae, d_in = _sizes(c, t["W_enc"].shape[-1], t["W_enc"].shape[0])
+    d_sae, d_in = _sizes(c, t["W_enc"].shape[-1], t["W_enc"].shape[0], path)
     found = _check(t, d_sae, d_in, weights)
     return Parts(
         found["W_enc"],
@@ -290,7 +291,7 @@ def _jumprelu(t: Mapping[str, Tensor], c: Mapping[str, Any], path: Path, weights
 
 
 def _gated(t: Mapping[str, Tensor], c: Mapping[str, Any], path: Path, weights: Path) -> Parts:
-    d_sae, d_in = _sizes(c, t["encoder.weight"].shape[0], t["encoder.weight"].shape[-1])
+    d_sae, d_in = _sizes(c, t["encoder.weight"].shape[0], t["encoder.weight"].shape[-1], path)
     found = _check(t, d_sae, d_in, weights)
     return Parts(
         found["encoder.weight"].T,
@@ -306,7 +307,7 @@ def _gated(t: Mapping[str, Tensor], c: Mapping[str, Any], path: Path, weights: P
 
 def _crosscoder(t: Mapping[str, Tensor], c: Mapping[str, Any], path: Path, weights: Path) -> Parts:
     n, d, d_sae = t["encoder.weight"].shape
-    d_sae, d = _sizes(c, d_sae, d)
+    d_sae, d = _sizes(c, d_sae, d, path)
     shapes = {
         "encoder.weight": (n, d, d_sae),
         "encoder.bias": (d_sae,),

@@ -32,6 +32,7 @@ __all__ = [
     "require_plain",
     "require_tensors",
     "take",
+    "take_if_there",
 ]
 
 
@@ -199,6 +200,15 @@ def take(config: Mapping[str, Any], name: str, kind: type, path: Path) -> Any:
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise FormatError(f"{name} in {path} must be of type {kind.__name__}", repr(value), "Mend the file.")
     return value
+
+
+def take_if_there(config: Mapping[str, Any], name: str, kind: type, path: Path) -> Any:
+    """As `take`; None where the field is not there or null.
+
+    Raises:
+        FormatError: it is of another type.
+    """
+    return None if config.get(name) is None else take(config, name, kind, path)
 
 
 def require_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:

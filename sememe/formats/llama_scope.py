@@ -33,6 +33,7 @@ from sememe.formats.files import (
     require_plain,
     require_tensors,
     take,
+    take_if_there,
 )
 from sememe.formats.names import from_transformer_lens
 
@@ -45,6 +46,12 @@ _NORM = "dataset_average_activation_norm"
 _THRESHOLDS = ("log_jumprelu_threshold", "activation_function.log_jumprelu_threshold")
 _KINDS = {"relu": "relu", "topk": "topk", "jumprelu": "jumprelu"}
 _RENAMED = {"W_E": "encoder.weight", "b_E": "encoder.bias", "W_D": "decoder.weight", "b_D": "decoder.bias"}
+_SWITCHES = {
+    "apply_decoder_bias_to_pre_encoder": False,
+    "sparsity_include_decoder_norm": True,
+    "use_decoder_bias": True,
+}
+"""What decides the map, and what holds where a config does not say it."""
 _PLAIN = {"use_glu_encoder": False, "sae_type": "sae"}
 _EFFECT = {
     "sae_type", "hook_point_in", "hook_point_out", "d_model", "d_sae", "expansion_factor", "use_decoder_bias",
@@ -78,7 +85,10 @@ def read(folder: Path) -> Foreign:
     path, weights_path = (
         (folder / CONFIG, folder / CHECKPOINT) if first else (folder / CONFIG_2, folder / WEIGHTS)
     )
-    config = read_json(path)
+    stated = read_json(path)
+    config = _SWITCHES | stated
+    for switch in _SWITCHES:
+        take(config, switch, bool, path)
     require_plain(config, _PLAIN, path, _WHY_NOT)
     require_fields(config, _EFFECT | _NOTES, path)
     d, d_sae = take(config, "d_model", int, path), _d_sae(config, path)
@@ -91,14 +101,14 @@ def read(folder: Path) -> Foreign:
         )
         raise FormatError(f"act_fn in {path} must be one of {', '.join(_KINDS)}", repr(act_fn), reason)
     tensors, norms = _tensors(read_safetensors(weights_path), config, d, d_sae, weights_path)
-    places = {side: config.get(f"hook_point_{side}") for side in ("in", "out")}
+    places = {side: take_if_there(config, f"hook_point_{side}", str, path) for side in ("in", "out")}
     s_in, s_out = (_scale(config, norms, places[side], side, d, path) for side in ("in", "out"))
     W_dec, b_dec = tensors["decoder.weight"].T, tensors["decoder.bias"]
-    lengths = W_dec.norm(dim=1) if config.get("sparsity_include_decoder_norm", True) else torch.ones(d_sae)
+    lengths = W_dec.norm(dim=1) if config["sparsity_include_decoder_norm"] else torch.ones(d_sae)
     parts = Parts(
         tensors["encoder.weight"].T,
         tensors["encoder.bias"] / s_in,
-        b_dec / s_in if config.get("apply_decoder_bias_to_pre_encoder") else torch.zeros(d),
+        b_dec / s_in if config["apply_decoder_bias_to_pre_encoder"] else torch.zeros(d),
         W_dec * (s_in / s_out),
         b_dec / s_out,
     )
@@ -111,9 +121,9 @@ def read(folder: Path) -> Foreign:
     transcodes = places["in"] != places["out"]
     return Foreign(
         assemble(parts, path),
-        config.get("model_name"),
+        take_if_there(config, "model_name", str, path),
         from_transformer_lens(places["in"]),
-        config,
+        stated,
         from_transformer_lens(places["out"]) if transcodes else None,
     )
 
@@ -147,7 +157,7 @@ def _tensors(
         "encoder.bias": (d_sae,),
         "decoder.weight": (d, d_sae),
     }
-    if config.get("use_decoder_bias", True):
+    if config["use_decoder_bias"]:
         shapes["decoder.bias"] = (d,)
     if "log_threshold" in tensors:
         shapes["log_threshold"] = (d_sae,)
@@ -195,5 +205,5 @@ def _threshold(
     if "log_threshold" in tensors:
         return tensors["log_threshold"].exp() / lengths / s_in
     one: float = take(config, "jump_relu_threshold", float, path)
-    standardised = lengths * (s_in / s_out if config.get("sparsity_include_decoder_norm", True) else 1.0)
+    standardised = lengths * (s_in / s_out if config["sparsity_include_decoder_norm"] else 1.0)
     return torch.full((d_sae,), one).clamp_min(0) / standardised

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sememe.errors import FormatError
 from sememe.formats.base import Foreign, Parts, assemble, normed
-from sememe.formats.files import read_pickle, require_tensors, take
+from sememe.formats.files import read_pickle, require_tensors, take, take_if_there
 from sememe.formats.names import folder_name
 
 __all__ = ["SUFFIX", "is_it", "read"]
@@ -65,7 +65,7 @@ def read(path: Path) -> Foreign:
     if activation == "ReLU":
         dictionary = assemble(parts, path)
     else:
-        state: dict[str, Any] = others.get("activation_state_dict") or {}
+        state: dict[str, Any] = take_if_there(others, "activation_state_dict", dict, path) or {}
         after = state.get("postact_fn", "ReLU")
         if after != "ReLU":
             raise FormatError(

@@ -25,7 +25,14 @@ from sememe.artifact import write_json
 from sememe.dictionaries.base import Dictionary
 from sememe.errors import FormatError, nearest
 from sememe.formats.base import Foreign, Parts, assemble, has_own_outputs, normed, parts_of, require_kinds
-from sememe.formats.files import read_json, read_safetensors, require_fields, require_tensors, take
+from sememe.formats.files import (
+    read_json,
+    read_safetensors,
+    require_fields,
+    require_tensors,
+    take,
+    take_if_there,
+)
 from sememe.formats.names import from_transformer_lens, only_site, to_transformer_lens
 
 __all__ = ["AS_VERSION", "CONFIG", "WEIGHTS", "read", "write"]
@@ -56,8 +63,10 @@ ARCHITECTURES = {
 """What each of theirs is here."""
 _WHY_NOT = {
     "temporal": "It reads whole sequences through attention; dictionaries here read one position at a time.",
-    "matching_pursuit": "It searches until the residual is small; matching_pursuit here takes a number of steps.",
-    "phase_multiplexed": "It has no counterpart here.",
+    "matching_pursuit": "It goes on until a row's residual is below residual_threshold or its latents stay the same, "
+    "along decoder rows of any length; matching_pursuit here takes k steps along rows of norm 1.",
+    "phase_multiplexed": "It encodes several times, each time what was left over, by a TopK over other latents, and "
+    "may stop by what a whole batch left over; dictionaries here encode a row once, whatever its batch.",
 }
 
 # what decides the map
@@ -106,7 +115,7 @@ def read(folder: Path) -> Foreign:
     architecture, kind, k = _architecture(config, path)
     d_in, d_sae = take(config, "d_in", int, path), take(config, "d_sae", int, path)
     own_outputs = architecture in TRANSCODERS
-    d_out = config.get("d_out", d_in) if own_outputs else d_in
+    d_out = (take_if_there(config, "d_out", int, path) if own_outputs else None) or d_in
     tensors = read_safetensors(weights_path)
     shapes = _shapes(architecture, kind, d_in, d_sae, d_out)
     if "log_threshold" in tensors and "threshold" in shapes:  # a training run's, before 6.5x
@@ -115,14 +124,18 @@ def read(folder: Path) -> Foreign:
         shapes["scaling_factor"] = (d_sae,)
     require_tensors(tensors, shapes, weights_path)
     weights = {name: tensor.float() for name, tensor in tensors.items()}
-    parts = _parts(config, kind, k, weights, own_outputs)
+    parts = _parts(config, path, kind, k, weights, own_outputs)
     if kind == "matryoshka":
         widths = take(config, "matryoshka_widths", list, path)
+        if not all(type(width) is int for width in widths):
+            raise FormatError(
+                f"matryoshka_widths in {path} must be whole numbers", repr(widths), "Mend the file."
+            )
         parts = parts._replace(ends=tuple(widths if widths[-1:] == [d_sae] else [*widths, d_sae]))
-    if config.get("rescale_acts_by_decoder_norm"):
+    if take_if_there(config, "rescale_acts_by_decoder_norm", bool, path):
         threshold = parts.threshold  # compared with activations that are scaled already
         parts = parts.latents_scaled(parts.W_dec.norm(dim=1))._replace(threshold=threshold)
-    if config.get("finetuning_scaling_factor"):
+    if take_if_there(config, "finetuning_scaling_factor", bool, path):
         if "scaling_factor" not in weights:
             raise FormatError(
                 f"{weights_path} must hold scaling_factor",
@@ -131,9 +144,9 @@ def read(folder: Path) -> Foreign:
             )
         parts = parts._replace(W_dec=parts.W_dec * weights["scaling_factor"][:, None])
     dictionary = _normalised(parts, config, folder, own_outputs)
-    metadata = config.get("metadata") or {}
+    metadata = take_if_there(config, "metadata", dict, path) or {}
     names = {
-        name: metadata.get(name) or config.get(name)
+        name: take_if_there(metadata, name, str, path) or take_if_there(config, name, str, path)
         for name in ("model_name", "hook_name", "hook_name_out", "hook_point")
     }
     reads, writes = names["hook_name"] or names["hook_point"], names["hook_name_out"]
@@ -148,8 +161,9 @@ def read(folder: Path) -> Foreign:
 
 def _architecture(config: dict[str, Any], path: Path) -> tuple[str, str, int | None]:
     """Theirs, ours, and k. The architecture was a string beside an activation function before version 6."""
-    architecture = config.get("architecture", "standard")
-    activation = config.get("activation_fn_str") or config.get("activation_fn") or "relu"
+    architecture = take({"architecture": "standard", **config}, "architecture", str, path)
+    named = (take_if_there(config, name, str, path) for name in ("activation_fn_str", "activation_fn"))
+    activation = next(filter(None, named), "relu")
     if architecture == "standard" and activation == "topk":
         architecture = "topk"
     elif activation != "relu" and architecture != "topk":
@@ -170,7 +184,8 @@ def _architecture(config: dict[str, Any], path: Path) -> tuple[str, str, int | N
         return architecture, kind, None
     if "k" in config:
         return architecture, kind, take(config, "k", int, path)
-    return architecture, kind, take(config.get("activation_fn_kwargs") or {}, "k", int, path)
+    options = take_if_there(config, "activation_fn_kwargs", dict, path) or {}
+    return architecture, kind, take(options, "k", int, path)
 
 
 def _shapes(architecture: str, kind: str, d_in: int, d_sae: int, d_out: int) -> dict[str, tuple[int, ...]]:
@@ -189,10 +204,17 @@ def _shapes(architecture: str, kind: str, d_in: int, d_sae: int, d_out: int) -> 
 
 
 def _parts(
-    config: dict[str, Any], kind: str, k: int | None, weights: dict[str, Tensor], own_outputs: bool
+    config: dict[str, Any],
+    path: Path,
+    kind: str,
+    k: int | None,
+    weights: dict[str, Tensor],
+    own_outputs: bool,
 ) -> Parts:
     W_enc, b_dec = weights["W_enc"], weights["b_dec"]
-    centred = not own_outputs and config.get("apply_b_dec_to_input", True)
+    centred = not own_outputs and take(
+        {"apply_b_dec_to_input": True, **config}, "apply_b_dec_to_input", bool, path
+    )
     threshold = weights.get("threshold")
     if "topk_threshold" in weights:
         threshold = weights["topk_threshold"].expand(W_enc.shape[1])
@@ -217,6 +239,7 @@ def _normalised(parts: Parts, config: dict[str, Any], folder: Path, own_outputs:
     how = config.get("normalize_activations") or "none"
     if how is True:  # before version 4
         how = "expected_average_only_in"
+    take({"normalize_activations": how}, "normalize_activations", str, path)
     if how == "none":
         return assemble(parts, path)
     if own_outputs:

@@ -28,6 +28,7 @@ from sememe.formats.files import (
     require_plain,
     require_tensors,
     take,
+    take_if_there,
 )
 from sememe.formats.names import from_module
 
@@ -57,19 +58,21 @@ def read(folder: Path) -> Foreign:
     config = read_json(path)
     require_fields(config, _KNOWN, path)
     require_plain(config, _PLAIN, path, _WHY_NOT)
-    activation = config.get("activation", "topk")
+    activation = take({"activation": "topk", **config}, "activation", str, path)
     if activation not in _KINDS:
         raise FormatError(
             f"activation in {path} must be topk or groupmax",
             repr(activation),
-            nearest(str(activation), _KINDS),
+            nearest(activation, _KINDS),
         )
     kind = _KINDS[activation]
-    if config.get("signed"):
+    if take_if_there(config, "signed", bool, path):
         require_plain(config, {"activation": "topk", "transcode": False}, path)
         kind = "abs_topk"
     d_in, k = take(config, "d_in", int, path), take(config, "k", int, path)
-    d_sae = config.get("num_latents") or d_in * take(config, "expansion_factor", int, path)
+    d_sae = take_if_there(config, "num_latents", int, path) or d_in * take(
+        config, "expansion_factor", int, path
+    )
     tensors = read_safetensors(folder / WEIGHTS)
     shapes = {
         "encoder.weight": (d_sae, d_in),
@@ -77,11 +80,11 @@ def read(folder: Path) -> Foreign:
         "W_dec": (d_sae, d_in),
         "b_dec": (d_in,),
     }
-    if config.get("skip_connection"):
+    if take_if_there(config, "skip_connection", bool, path):
         shapes["W_skip"] = (d_in, d_in)
     require_tensors(tensors, shapes, folder / WEIGHTS)
     weights = {name: tensor.float() for name, tensor in tensors.items()}
-    transcodes = bool(config.get("transcode"))
+    transcodes = bool(take_if_there(config, "transcode", bool, path))
     parts = Parts(
         weights["encoder.weight"].T,
         weights["encoder.bias"],

@@ -7,7 +7,7 @@ fire most, and turned up while the model writes.
     config.py     the options
     ablation.py   what goes missing when a latent is taken out
     steering.py   what the model writes when a latent is turned up
-    pages.py      effects.json as Markdown
+    pages.py      effects.json as Markdown and histograms
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sememe.edits import check
 from sememe.errors import ConfigError, MismatchError
 from sememe.intervene.ablation import ablate, find
 from sememe.intervene.config import InterveneConfig
-from sememe.intervene.pages import page
+from sememe.intervene.pages import page, pictures
 from sememe.intervene.steering import steer
 from sememe.lm import LanguageModel
 from sememe.progress import track
@@ -30,7 +30,7 @@ from sememe.text import TokenPolicy, attributions, fetch, fingerprint
 
 __all__ = ["InterveneConfig", "intervene"]
 
-VERSION = 1
+VERSION = 2
 EFFECTS, PAGE = "effects.json", "effects.md"
 
 
@@ -44,7 +44,7 @@ def intervene(
         lm: The model, if it is loaded already; else it is loaded from config.model.
         fresh: Replace whatever stands at config.out.
     Returns:
-        The folder, with `effects.json` and `effects.md`.
+        The folder, with `effects.json`, `effects.md` and its figures.
     Raises:
         ConfigError: a latent does not exist.
         MismatchError: the dictionary belongs to another model; or other effects stand at config.out.
@@ -72,6 +72,9 @@ def intervene(
         data = _measure(config, lm, dictionary.to(lm.device), saved)
         artifact.write_json(work.path / EFFECTS, data)
         (work.path / PAGE).write_text(page(data), encoding="utf-8")
+        for name, picture in pictures(data).items():
+            (work.path / name).parent.mkdir(exist_ok=True)
+            (work.path / name).write_text(picture, encoding="utf-8")
     return artifact.load(config.out, "effects")
 
 

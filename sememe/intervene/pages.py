@@ -1,10 +1,30 @@
-"""The measured effects as a Markdown page. Knows the shape of effects.json and nothing else."""
+"""The measured effects as a Markdown page and its pictures. Knows the shape of effects.json and nothing else."""
 
 from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["page"]
+from sememe.figures import changes_plot
+
+__all__ = ["page", "pictures"]
+
+
+def pictures(data: dict[str, Any]) -> dict[str, str]:
+    """A histogram of the logit changes for each latent that fires, as SVG, by the file's name in the folder."""
+    return {
+        _picture(latent): changes_plot(
+            latent["histogram"]["edges"],
+            latent["histogram"]["counts"],
+            latent["true_logit_change"],
+            str(latent["latent"]),
+        )
+        for latent in data["latents"]
+        if "histogram" in latent
+    }
+
+
+def _picture(latent: dict[str, Any]) -> str:
+    return f"figures/latent_{latent['latent']}.svg"
 
 
 def page(data: dict[str, Any]) -> str:
@@ -43,6 +63,8 @@ def _latent(data: dict[str, Any]) -> list[str]:
         f"| KL to the unedited model | {data['kl']:.4f} |",
         f"| the same, as much taken out along a random direction | {data['kl_random_direction']:.4f} |",
         f"| cross-entropy increase at later positions | {'--' if after is None else f'{after:+.4f}'} |",
+        "",
+        f"![How the true token's logit changes, position by position]({_picture(data)})",
         "",
         "| lowered most | | raised most | |",
         "|---|---|---|---|",

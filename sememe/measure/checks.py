@@ -25,6 +25,7 @@ __all__ = [
     "check_text",
     "describe",
     "models_of",
+    "one_policy",
     "open_models",
     "policy_of",
     "sign_notice",
@@ -276,6 +277,23 @@ def policy_of(asked: TokenPolicy | None, saved: artifact.Artifact, store: Store 
                 "Leave the policy's options out, and name the store that the dictionary was trained on.",
             )
     return given[0][1] if given else TokenPolicy()
+
+
+def one_policy(policies: Mapping[str, TokenPolicy]) -> TokenPolicy:
+    """The token policy of dictionaries that are used together, by their names.
+
+    Raises:
+        MismatchError: they have several.
+    """
+    first = next(iter(policies))
+    for name, policy in policies.items():
+        if policy != policies[first]:
+            raise MismatchError(
+                f"the dictionaries must have one token policy, that of {first}",
+                f"another of {name}",
+                "Leave it out, or train it on a store of that policy.",
+            )
+    return policies[first]
 
 
 @overload

@@ -3,14 +3,13 @@
     RELEASE/README.md, LICENSE, dictionary/, report/, atlas/
 
 Several dictionaries become one release with a folder for each (`several.py`). The inner folders are the artifacts as
-they are, but for the paths of the machine (`private.py`), so what is
-downloaded loads without conversion. Knows files, the layout of report.json and the hub's client; never loads torch.
+they are, but for the paths of the machine (`private.py`), so what is downloaded loads without conversion. The hub is
+left to `uploads.py`. Knows files and the layout of report.json; never loads torch.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, NamedTuple, Self
@@ -20,16 +19,17 @@ from pydantic import Field, model_validator
 from sememe import artifact, figures
 from sememe.atlas import open_atlas
 from sememe.config import Config
-from sememe.errors import ConfigError, CorruptError, MismatchError, ResourceError, nearest
+from sememe.errors import ConfigError, CorruptError, MismatchError, nearest
 from sememe.figures.tables import MEANINGS, markdown_table
 from sememe.foreign import opens
-from sememe.hub import of_the_network
-from sememe.publish import private, several
+from sememe.publish import private, several, uploads
+from sememe.publish.uploads import CARD
 
 __all__ = ["LICENCES", "Publication", "PublishConfig", "PublishedFile", "publish"]
 
-VERSION = 2  # local paths were published before version 2
-CARD, LICENCE = "README.md", "LICENSE"
+VERSION = 3
+"""Before version 2 local paths were published; before 3 the card in the folder named a repository."""
+LICENCE = "LICENSE"
 
 PLOTS = {
     "density": "How often latents are active",
@@ -93,6 +93,8 @@ class PublishConfig(Config):
             raise ConfigError(
                 "private must go with repo", "no repo", "Name a repository, or leave private out."
             )
+        if self.repo is not None:
+            uploads.check_repo(self.repo)
         if self.licence not in LICENCES and self.licence_file is None:
             raise ConfigError(
                 "licence must be known, or come with licence_file",
@@ -153,7 +155,7 @@ def publish(config: PublishConfig, *, fresh: bool = False) -> Publication:
     folder = _write(config, parts, contents, fresh)
     names = sorted([artifact.META, *folder.meta["files"]])
     written = tuple(PublishedFile(name, (folder.path / name).stat().st_size) for name in names)
-    url = None if config.repo is None else _upload(config, folder.path)
+    url = None if config.repo is None else uploads.upload(folder, config.repo, private=config.private)
     return Publication(written, folder.path, url)
 
 
@@ -178,11 +180,11 @@ def _finished(config: PublishConfig) -> Publication:
     folder = artifact.load(config.dictionary, "release")
     files = _files(folder)
     listed = tuple(PublishedFile(name, path.stat().st_size) for name, path in sorted(files.items()))
-    if config.dry_run:
+    if config.dry_run or config.repo is None:
         publication = Publication(listed, folder.path, None)
         print(publication)
         return publication
-    return Publication(listed, folder.path, _upload(config, folder.path))
+    return Publication(listed, folder.path, uploads.upload(folder, config.repo, private=config.private))
 
 
 # -- the parts -------------------------------------------------------------------------------------
@@ -237,7 +239,9 @@ def _write(
             field: Path(value.name)
             for field in ("dictionary", "report", "atlas", "out", "licence_file")
             if (value := getattr(config, field)) is not None
-        }
+        },
+        repo=None,
+        private=False,
     )
     assert named.identity() == config.identity()
     with artifact.building(
@@ -300,7 +304,7 @@ def _card(config: PublishConfig, parts: Mapping[str, artifact.Artifact]) -> str:
     options = {k: v for k, v in architecture.items() if k not in hidden and v is not None}
     lines += ["| | |", "|---|---|"]
     lines += [f"| {name} | {_line(str(value))} |" for name, value in (facts | options).items()]
-    lines += ["", *_results(report), *_plots(parts), *_usage(config, parts)]
+    lines += ["", *_results(report), *_plots(parts), *_usage(parts)]
     lines += _credits(parts, [report] if report else [])
     return "\n".join([*lines, *_about_licence(config)])
 
@@ -335,7 +339,7 @@ def _card_of_several(config: PublishConfig, parts: Mapping[str, artifact.Artifac
     } | shared
     lines += ["| | |", "|---|---|"]
     lines += [f"| {name} | {_line(str(value))} |" for name, value in facts.items()]
-    lines += ["", *several.results(parts), *_usage(config, parts)]
+    lines += ["", *several.results(parts), *_usage(parts)]
     reports = [
         figures.open_report(part.path).data for role, part in parts.items() if role.startswith("report/")
     ]
@@ -383,20 +387,15 @@ def _plots(parts: Mapping[str, artifact.Artifact]) -> list[str]:
     ]
 
 
-def _usage(config: PublishConfig, parts: Mapping[str, artifact.Artifact]) -> list[str]:
-    source = f'snapshot_download("{config.repo}")' if config.repo else '"path/to/this/folder"'
+def _usage(parts: Mapping[str, artifact.Artifact]) -> list[str]:
     place = next(role for role in parts if role.split("/")[0] == "dictionary")
-    first = ["from huggingface_hub import snapshot_download"] if config.repo else []
     lines = [
         "## Use",
         "",
         "```python",
         "from pathlib import Path",
         "",
-        *first,
-        "from sememe import dictionaries",
-        "",
-        f"folder = Path({source})",
+        *uploads.opened(uploads.LOCAL_FOLDER).splitlines(),
         f'dictionary = dictionaries.load(folder / "{place}")',
         "encoded = dictionary.encode(x)            # x: (batch, d_in) float32, the model's own activations",
         "recon = dictionary.decode(encoded, x)",
@@ -437,43 +436,3 @@ def _credits(parts: Mapping[str, artifact.Artifact], reports: Sequence[Mapping[s
 def _line(text: str) -> str:
     """Text that stays on its line and in its table cell."""
     return " ".join(text.split()).replace("|", "\\|")
-
-
-# -- the hub ---------------------------------------------------------------------------------------
-
-
-def _upload(config: PublishConfig, folder: Path) -> str:
-    """Send the folder to the hub; files that are there already are not sent again."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    assert config.repo is not None
-    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
-    try:
-        url = api.create_repo(config.repo, private=config.private, exist_ok=True)
-        api.upload_folder(repo_id=config.repo, folder_path=folder, commit_message="Upload a Sememe release")
-    except HfHubHTTPError as error:
-        raise ResourceError(
-            f"the hub must accept the upload to {config.repo}",
-            str(error).splitlines()[0],
-            f"Log in (hf auth login) and check the name; the folder {folder} is complete, so run it again.",
-        ) from None
-    except OSError as error:
-        raise _unreachable(config, folder, error) from None
-    except Exception as error:  # of a large file the client says only that it failed, and gives the cause
-        cause = next(
-            (one for one in (error, error.__cause__) if one is not None and of_the_network(one)), None
-        )
-        if cause is None:
-            raise
-        raise _unreachable(config, folder, cause) from None
-    return str(url)
-
-
-def _unreachable(config: PublishConfig, folder: Path, error: BaseException) -> ResourceError:
-    first = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return ResourceError(
-        f"the hub must be reachable to upload to {config.repo}",
-        first,
-        f"Check the network; the folder {folder} is complete, so run it again.",
-    )

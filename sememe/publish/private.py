@@ -20,7 +20,7 @@ import duckdb
 from sememe import artifact
 from sememe.atlas import DATABASE
 
-__all__ = ["Cleaned", "bare", "clean", "write"]
+__all__ = ["Cleaned", "as_json", "bare", "clean", "write"]
 
 TEXTS = {".html", ".json", ".jsonl", ".md", ".svg", ".txt"}
 PATH_KEYS = {
@@ -36,7 +36,18 @@ PATH_KEYS = {
     "store",
 }
 """Options that are paths whatever they look like; elsewhere `owner/name` may be a name on the hub."""
-LOCAL = re.compile(r"(?:(?:hf|file)://)?(?:/|~[^/\s]*/|\.{1,2}/|[A-Za-z]:[\\/])[^\n]*")
+ROOTS = (
+    "Users|Volumes|content|data|home|kaggle|media|mnt|opt|private|root|scratch|srv|tmp|usr|var|work|workspace"
+)
+LOCAL = re.compile(
+    rf"""(?:(?:hf|file)://)?
+    (?: /(?:{ROOTS})/[^\n]+            # a machine's own folders, with spaces and all
+      | /[^/\s]{{2,}}/[^\s]+            # other roots, of more letters than /r/name has
+      | /[^/\s]+/[^/\s]+/[^\n]+         # or with more folders below
+      | (?:~[^/\s]*/|\.{{1,2}}/|[A-Za-z]:[\\/])[^\n]* )""",
+    re.VERBOSE,
+)
+"""What looks like a place on a machine. What merely begins with a slash does not: `/r/AskReddit`, `/`, ` /s`."""
 
 
 class Cleaned(NamedTuple):
@@ -48,13 +59,18 @@ class Cleaned(NamedTuple):
     def n_bytes(self, name: str, path: Path) -> int:
         """The size of a file once cleaned (an atlas's database: as it is)."""
         if name == artifact.META:
-            return len(_json(self.meta))
+            return len(as_json(self.meta))
         return len(self.texts[name]) if name in self.texts else path.stat().st_size
 
 
 def bare(text: str) -> str:
     """The last name of an absolute, home or dotted path, also behind hf:// or file://; other text as it is."""
-    return PurePosixPath(text.replace("\\", "/")).name if LOCAL.fullmatch(text) else text
+    return _last(text.replace("\\", "/"), text) if LOCAL.fullmatch(text) else text
+
+
+def _last(path: str, text: str) -> str:
+    """The last name of a path; the text itself where it has none."""
+    return PurePosixPath(path).name or text
 
 
 def clean(part: artifact.Artifact, files: Mapping[str, Path]) -> Cleaned:
@@ -67,7 +83,7 @@ def clean(part: artifact.Artifact, files: Mapping[str, Path]) -> Cleaned:
         if path.suffix in TEXTS and name != artifact.META
     }
     new = {
-        name: _json(_strip(json.loads(text), found)).decode() if name.endswith(".json") else text
+        name: as_json(_strip(json.loads(text), found)).decode() if name.endswith(".json") else text
         for name, text in contents.items()
     }
     for name, text in new.items():
@@ -90,10 +106,11 @@ def write(cleaned: Cleaned, files: Mapping[str, Path], folder: Path) -> None:
             meta["files"][name] = {"bytes": target.stat().st_size, "sha256": artifact.file_sha256(target)}
         elif name not in (artifact.META, DATABASE):
             shutil.copyfile(path, target)
-    (folder / artifact.META).write_bytes(_json(meta))
+    (folder / artifact.META).write_bytes(as_json(meta))
 
 
-def _json(value: Any) -> bytes:
+def as_json(value: Any) -> bytes:
+    """A JSON file of a release."""
     return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False).encode()
 
 
@@ -110,7 +127,7 @@ def _strip(value: Any, found: dict[str, str], key: str = "") -> Any:
         return [_strip(inner, found, key) for inner in value]
     if not isinstance(value, str):
         return value
-    new = PurePosixPath(value).name if key in PATH_KEYS else bare(value)
+    new = _last(value, value) if key in PATH_KEYS else bare(value)
     if new != value:
         found[value] = new
     return new

@@ -2,7 +2,8 @@
 
 Every input is given another one at random. Latents outside the circuit take the activation that they have there, at the
 same position; those inside stay as they come out (without edges: from whatever is left of the model below; with edges:
-from the nodes that have an edge to them, and nothing else).
+from the nodes that have an edge to them, and nothing else). Where the token policy drops the position in either of the
+two, nothing is resampled.
 
 Source: causal scrubbing, Chan et al. 2022 (Alignment Forum), in the form in which all that is outside a hypothesis is
 resampled together. Differs: latents of dictionaries instead of heads; one other input for all of them.
@@ -16,11 +17,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sememe import metrics
-from sememe.errors import ActivationError
+from sememe.errors import ActivationError, TextError
 from sememe.metrics.sums import Formula
 from sememe.progress import track
 from sememe.scrub.circuit import Circuit, Node, Place
@@ -37,11 +38,23 @@ Given = tuple[list[int], Float[Tensor, "rows n_given"]]
 NOTHING = Circuit((), ())
 
 
+class _Found(NamedTuple):
+    """What inputs have at one place."""
+
+    x: Float[Tensor, "n seq d"]
+    here: Bool[Tensor, "n seq"]
+    """Positions that may be taken: kept by the policy and within the norm limit."""
+
+    def of(self, rows: Int[Tensor, " n"]) -> _Found:
+        """What some of them have."""
+        return _Found(self.x[rows.to(self.x.device)], self.here[rows.to(self.here.device)])
+
+
 class _Group(NamedTuple):
     """Batches of one length, and what all of their inputs have at every place."""
 
     batches: list[Batch]
-    activations: list[Float[Tensor, "n seq d"]]
+    found: list[_Found]
 
 
 def other_rows(n: int, generator: torch.Generator) -> Int[Tensor, " n"]:
@@ -70,6 +83,9 @@ class Scrubber:
     Args:
         config: The metric, and what becomes of the dictionaries' errors.
         inputs: What the model reads.
+
+    Raises:
+        TextError: the text gives one context only.
     """
 
     def __init__(self, config: ScrubConfig, inputs: Inputs) -> None:
@@ -80,10 +96,25 @@ class Scrubber:
             by_length.setdefault(batch.run.ids.shape[1], []).append(batch)
         names = [place.hookpoint for place in self.places]
         self.groups = [
-            _Group(batches, [torch.cat([batch.run.activations[name] for batch in batches]) for name in names])
+            _Group(
+                batches,
+                [
+                    _Found(
+                        torch.cat([batch.run.activations[name] for batch in batches]),
+                        torch.cat([batch.here[number] for batch in batches]),
+                    )
+                    for number, name in enumerate(names)
+                ],
+            )
             for batches in by_length.values()
         ]
-        self.n_inputs = sum(group.activations[0].shape[0] for group in self.groups)
+        self.n_inputs = sum(len(group.found[0].x) for group in self.groups)
+        if self.n_inputs < 2:
+            raise TextError(
+                "the text must give at least two contexts, to take activations from one another",
+                f"one, of {self.groups[0].found[0].x.shape[1]} tokens",
+                "Raise --n-tokens, or give more text.",
+            )
 
     @torch.no_grad()
     def firing(self) -> list[list[int]]:
@@ -113,17 +144,17 @@ class Scrubber:
         return self._over(lambda batch, others: self._outcome(batch, others, circuit), seed)
 
     @torch.no_grad()
-    def _over(self, hidden_of: Callable[[Batch, list[Tensor]], Tensor], seed: int | None) -> float:
+    def _over(self, hidden_of: Callable[[Batch, list[_Found]], Tensor], seed: int | None) -> float:
         """The mean of the metric over all inputs."""
         generator = torch.Generator().manual_seed(seed or 0)
         total, n = 0.0, 0
         for group in self.groups:
-            others = other_rows(group.activations[0].shape[0], generator)
+            others = other_rows(len(group.found[0].x), generator)
             start = 0
             for batch in group.batches:
                 rows = others[start : start + len(batch.run.ids)]
                 start += len(batch.run.ids)
-                taken = [values[rows.to(values.device)] for values in group.activations]
+                taken = [found.of(rows) for found in group.found]
                 own, own_n = self._metric(batch, hidden_of(batch, taken))
                 total, n = total + own, n + own_n
         value = total / max(n, 1)
@@ -137,7 +168,7 @@ class Scrubber:
 
     # -- what stays --------------------------------------------------------------------------------------------
 
-    def _outcome(self, batch: Batch, others: list[Tensor], circuit: Circuit) -> Tensor:
+    def _outcome(self, batch: Batch, others: list[_Found], circuit: Circuit) -> Tensor:
         if not circuit.edges:
             kept = [circuit.latents_at(number) for number in range(len(self.places))]
             return self._forward(batch, others, kept, {}, len(self.places))[0]
@@ -172,7 +203,7 @@ class Scrubber:
         return out
 
     def _forward(
-        self, batch: Batch, others: list[Tensor], kept: list[list[int]], given: Mapping[int, Given], stop: int
+        self, batch: Batch, others: list[_Found], kept: list[list[int]], given: Mapping[int, Given], stop: int
     ) -> tuple[Tensor, Tensor]:
         """What the unembedding sees with all places below `stop` scrubbed; and what the place `stop` reads then."""
         read: list[Tensor] = [batch.run.hidden]
@@ -195,14 +226,14 @@ class Scrubber:
         self,
         number: int,
         x: Float[Tensor, "n seq d"],
-        other: Float[Tensor, "n seq d"],
+        other: _Found,
         batch: Batch,
         kept: Sequence[int],
         given: Given | None,
     ) -> Float[Tensor, "n seq d"]:
         """Activations whose latents are another input's, but for those that are kept or given."""
         dictionary = self.places[number].dictionary
-        rows, theirs = flat(x), flat(other)
+        rows, theirs = flat(x), flat(other.x)
         outside = torch.ones(dictionary.d_sae, dtype=torch.bool, device=rows.device)
         outside[list(kept)] = False
         own, taken = dictionary.encode(rows), dictionary.encode(theirs)
@@ -214,8 +245,7 @@ class Scrubber:
         if self.config.error == "resample":
             missing = rows - dictionary.decode(own, rows)
             moved = moved + (theirs - dictionary.decode(taken, theirs)) - missing
-        assert dictionary.sites is not None
-        here = batch.here[number].reshape(-1) & dictionary.sites.admit(theirs)
+        here = (batch.here[number] & other.here.to(batch.here[number].device)).reshape(-1)
         return torch.where(here[:, None], rows + moved, rows).to(x.dtype).reshape(x.shape)
 
     # -- the metric --------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from sememe.dictionaries.folders import paths_in
 from sememe.edits import check
 from sememe.errors import ConfigError, MismatchError, TextError
 from sememe.lm import LanguageModel
-from sememe.measure.checks import check_model, policy_of, sites_of
+from sememe.measure.checks import check_model, one_policy, policy_of, sites_of
 from sememe.scrub.circuit import Place, named, read_circuit
 from sememe.scrub.config import ScrubConfig
 from sememe.scrub.downstream import Changes, Source, downstream, most_active
@@ -31,7 +31,7 @@ from sememe.text import TokenPolicy, attributions, fetch, fingerprint
 
 __all__ = ["DOWNSTREAM", "SCRUBBING", "scrub"]
 
-VERSION = 1
+VERSION = 2  # before version 2 activations were taken from positions that the policy drops, too
 SCRUBBING = "scrub.json"
 DOWNSTREAM = "downstream.parquet"
 SCHEMA = pa.schema(
@@ -60,7 +60,7 @@ def scrub(config: ScrubConfig, *, lm: LanguageModel | None = None, fresh: bool =
         ConfigError: the circuit names what is not there, or an option has no effect.
         MismatchError: a dictionary belongs to another model, writes elsewhere than it reads, or shares its hookpoint or
             policy; or something else stands at config.out.
-        TextError: the text is too short.
+        TextError: the text is too short, or gives one context only.
         ActivationError: the metric is NaN or infinite.
     """
     saved = {name: artifact.load(path, "dictionary") for name, path in paths_in(config.dictionaries).items()}
@@ -68,7 +68,7 @@ def scrub(config: ScrubConfig, *, lm: LanguageModel | None = None, fresh: bool =
     model_print = lm.fingerprint if lm is not None else language_models.fingerprint_of(config.model)
     for name, one in saved.items():
         _check_one(name, dictionaries[name], one.path, model_print)
-    policy = _policy(saved)
+    policy = one_policy({name: policy_of(None, one, None) for name, one in saved.items()})
     parents = {f"dictionary: {name}": one.fingerprint for name, one in saved.items()}
     parents["model"] = model_print
     if config.circuit is not None:
@@ -111,20 +111,6 @@ def _check_one(name: str, dictionary: Dictionary, path: Path, model_print: str) 
             f"{name}, of {', '.join(sites.hookpoints)}",
             "Leave it out, or name an autoencoder of one layer.",
         )
-
-
-def _policy(saved: dict[str, artifact.Artifact]) -> TokenPolicy:
-    """The token policy of all the dictionaries."""
-    policies = {name: policy_of(None, one, None) for name, one in saved.items()}
-    first = next(iter(policies))
-    for name, policy in policies.items():
-        if policy != policies[first]:
-            raise MismatchError(
-                f"the dictionaries must have one token policy, that of {first}",
-                f"another of {name}",
-                "Leave it out, or train it on a store of that policy.",
-            )
-    return policies[first]
 
 
 def _reached(lm: LanguageModel, names: list[str]) -> list[str]:

@@ -102,7 +102,7 @@ __all__ = [
     "trace",
 ]
 
-VERSION = 3
+VERSION = 4
 PAGE = "trace.md"
 NODES = "nodes.json"
 """Every node's predicted effect, those that are not in the graph too, and what was checked."""
@@ -120,7 +120,8 @@ def trace(config: TraceConfig, *, lm: LanguageModel | None = None, fresh: bool =
     Raises:
         ConfigError: a position is outside its prompt, a token's text is not one token, two dictionaries stand at one
             hookpoint, or the number does not depend on them.
-        MismatchError: a dictionary belongs to another model, or something else stands at config.out.
+        MismatchError: a dictionary belongs to another model, or is of another token policy than the others; an atlas
+            is of another dictionary; or something else stands at config.out.
         ShapeError: a prompt and its counterpart are of different length.
         ActivationError: the number is NaN or infinite; a latent never fires on the text.
     """
@@ -130,6 +131,8 @@ def trace(config: TraceConfig, *, lm: LanguageModel | None = None, fresh: bool =
         fetch(config.text)
     parents = {f"dictionary {i}": one.fingerprint for i, one in enumerate(saved.values())}
     parents["model"] = lm.fingerprint if lm else language_models.fingerprint_of(config.model)
+    for kind, paths in (("atlas", config.atlases), ("explanations", config.explanations)):
+        parents |= {f"{kind} {i}": artifact.load(path, kind).fingerprint for i, path in enumerate(paths)}
     if reads_text:
         parents["text"] = fingerprint(config.text)
     identity = artifact.identity_of("graph", VERSION, config, parents)

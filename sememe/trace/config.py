@@ -31,7 +31,7 @@ class TracedModel(ModelConfig):
 class TraceConfig(Config):
     """Which dictionaries, which prompts, which number is traced back to latents, and how."""
 
-    not_identity: ClassVar[frozenset[str]] = frozenset({"out", "dictionaries", "atlases", "batch_rows"})
+    not_identity: ClassVar[frozenset[str]] = frozenset({"out", "dictionaries", "explanations", "batch_rows"})
 
     _opens = opens("dictionaries")
 

@@ -18,6 +18,7 @@ from sememe.dictionaries.base import Dictionary, Site
 from sememe.downstream import prompt_ids
 from sememe.errors import ConfigError, MismatchError
 from sememe.lm import LanguageModel
+from sememe.measure.checks import one_policy
 from sememe.splice import check_places
 from sememe.text import TextConfig, TokenPolicy, token_blocks
 
@@ -104,10 +105,12 @@ def at_places(
         fingerprints: Of their folders.
     Raises:
         ConfigError: two of them write at one hookpoint, or there are none.
-        MismatchError: one belongs to another model or hookpoint, or reads or writes several.
+        MismatchError: one belongs to another model or hookpoint, or reads or writes several; or their policies differ.
     """
     if not dictionaries:
         raise ConfigError("there must be at least one dictionary", "none", "Name one.")
+    if policies:
+        one_policy({name: policies[name] for name in dictionaries if name in policies})
     found: dict[str, Placed] = {}
     for name, dictionary in dictionaries.items():
         sites = dictionary.sites
