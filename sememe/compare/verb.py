@@ -47,7 +47,7 @@ from sememe.text import TokenPolicy
 
 __all__ = ["COMPARISON", "compare"]
 
-VERSION = 10
+VERSION = 11
 COMPARISON = "comparison.json"
 SCHEMA = "comparison.schema.json"
 MAX_NULL_L0S = 3
@@ -255,7 +255,7 @@ def _measured(
                     **places[name]._asdict(),
                     "null": name in arms.controls,
                     "description": descriptions[name],
-                    "metrics": measured.statistics(name),
+                    "metrics": measured.statistics(name) | measured.unedited(),
                     "density": measured.density(name),
                 }
             )

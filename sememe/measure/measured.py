@@ -367,7 +367,7 @@ class Measured:
         found |= {name: one.statistics(name) for name, one in beside.items()}
         ablations = {name: self._quality(name) for name in ("zero", "mean")}
         main = found["dictionary"]
-        main |= {f"{name}_base": statistic for name, statistic in self._quality("base").items()}
+        main |= self.unedited()
         main |= {f"ce_{name}": values["ce"] for name, values in ablations.items()}
         parts = {name: found[name] for name in arms.parts}
         for values in parts.values():  # what is left out of a part is not silent
@@ -422,6 +422,10 @@ class Measured:
         statistics["fvu_all_rows"] = self.all_rows[name].compute(**options)["fvu"]
         statistics |= self.loss.compute(name, **options)
         return {key: statistic.to_json() for key, statistic in statistics.items()}
+
+    def unedited(self) -> dict[str, Any]:
+        """The model's own cross-entropy and perplexity on the same predictions: `ce_base`, `perplexity_base`."""
+        return {f"{name}_base": statistic for name, statistic in self._quality("base").items()}
 
     def _by_site(self, names: Iterable[str], beside: Mapping[str, Measured]) -> dict[str, Any]:
         """The dictionary's and its nulls' reconstruction of each output, where there are several."""
