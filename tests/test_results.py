@@ -79,6 +79,14 @@ def test_numbers_are_found_where_their_paths_say(base):
     assert "| row | 9.951 | 9.5 (9 to 10) | 3 |" in (found.path / "results.md").read_text()
 
 
+def test_what_is_written_breaks_its_lines(base):
+    settings = [{"what": "model", "published": "theirs", "here": "ours"}]
+    _, found = made(base, settings=settings, claims=[claim("above", "report/report.json#plain", than=1.0)])
+    page = (found.path / "results.html").read_text()
+    assert page.count("<div class='written'><div class='wide'><table>") == 2, "settings and claims"
+    assert ".written th, .written td { white-space: normal" in page
+
+
 def test_what_is_not_there_says_why_and_is_not_guessed(base):
     paths = {
         "metrics/l9": "no l9; Known: l0, rmse",

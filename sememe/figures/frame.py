@@ -52,7 +52,7 @@ figure {{ margin: 0; flex: 1 1 460px; max-width: 560px }} figure svg {{ width: 1
 .legend, dl, .credits {{ color: #57606a; font-size: .85rem }}
 dl {{ display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem }}
 dt {{ font-weight: 600 }} dd {{ margin: 0 }}
-.written td {{ white-space: normal; text-align: left; min-width: 6rem }}
+.written th, .written td {{ white-space: normal; text-align: left; min-width: 6rem }}
 </style></head><body>
 <h1>{html.escape(title)}</h1>
 {body}

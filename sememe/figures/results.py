@@ -41,16 +41,17 @@ def write_results(folder: Path, data: Data) -> None:
         tag = f"h{heading}" if heading else "p"
         body.append(f"<{tag}>{html.escape(text)}</{tag}>")
 
-    def draw(table: Table) -> None:
+    def draw(table: Table, written: bool = False) -> None:
         markdown.extend([markdown_table(table), ""])
-        body.append(html_table(table))
+        shown = html_table(table)
+        body.append(f"<div class='written'>{shown}</div>" if written else shown)
 
     if data["scale"]:
         say(f"The recipe {data['name']} at its scale {data['scale']}.")
     if data["settings"]:
         say("What is different here", 2)
         rows = [[one["what"], one["published"], one["here"]] for one in data["settings"]]
-        draw(Table(["", "published", "here"], rows, [[""] * 3 for _ in rows]))
+        draw(Table(["", "published", "here"], rows, [[""] * 3 for _ in rows]), written=True)
     if data["conversion"]:
         say(data["conversion"])
     for place, (table, about) in enumerate(zip(results_tables(data), data["tables"], strict=True)):
@@ -67,7 +68,7 @@ def write_results(folder: Path, data: Data) -> None:
                 say(text)
     if data["claims"]:
         say("What was said", 2)
-        draw(claims_table(data))
+        draw(claims_table(data), written=True)
     if data["n_missing"]:
         say(f"{data['n_missing']} numbers are missing; each says why.")
     say(LEGEND)

@@ -32,7 +32,7 @@ from sememe.results.numbers import Reader, beside, endless, missing
 
 __all__ = ["RESULTS", "ResultsConfig", "results"]
 
-VERSION = 3
+VERSION = 4
 RESULTS = "results.json"
 RISING = 0.5
 """Rank correlation of numbers with their places, from which they count as rising."""
