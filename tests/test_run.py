@@ -113,7 +113,7 @@ def test_baselines_and_coders_are_fitted_and_compared(place, tmp_path):
     recipe = recipe.replace("[train.architecture]", "[train.one.architecture]")
     recipe = (
         recipe[: recipe.index("[evaluate]")]
-        + "[fit.coder]\nover = 'one'\nn_rows = 300\nbaseline = {kind = 'sparse_coder', k = 4}\n"
+        + "[fit.coder]\nover = 'one'\nbaseline = {kind = 'sparse_coder', k = 4}\n"
         + "[fit.axes]\nn_rows = 300\nbaseline = {kind = 'pca', k = 4}\n"
         + "[compare]\nn_tokens = 600\nn_fit_rows = 500\nnulls = ['untrained']\n"
     )
