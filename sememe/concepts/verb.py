@@ -19,7 +19,7 @@ from sememe.errors import ConfigError
 from sememe.labelled import Labelled, Pooled, first_letters, named, pooled_rows, read_labelled
 from sememe.lm import LanguageModel
 from sememe.measure.checks import check_model, describe, policy_of, sites_of, splicer_for
-from sememe.progress import track
+from sememe.progress import Progress, track
 
 __all__ = ["CONCEPTS", "concepts"]
 
@@ -168,9 +168,11 @@ def _asked(
     found: dict[str, Any] = {"classes": classes, "mean_balanced_accuracy": means}
     known = labels >= 0
     if len(labelled.classes) > 2:
-        found["targeted_perturbation"] = {
-            arm: _perturbed(config, one, weights[arm], labels, units, known) for arm, (_, one) in arms.items()
-        }
+        with track("perturb", len(arms) * N_HALVINGS, "halvings") as progress:
+            found["targeted_perturbation"] = {
+                arm: _perturbed(config, one, weights[arm], labels, units, known, progress)
+                for arm, (_, one) in arms.items()
+            }
     if labelled.spurious is not None:
         found["spurious_removal"] = {
             arm: _cleaned(config, one, weights[arm], labels, units, labelled.spurious)
@@ -275,14 +277,17 @@ def _perturbed(
     labels: np.ndarray,
     units: np.ndarray,
     known: np.ndarray,
+    progress: Progress,
 ) -> dict[str, Any]:
     x, acts = one.target[known].astype(np.float64), one.acts[known].astype(np.float64)
-    found = [
-        metrics.targeted_perturbation(
-            x, acts, W_dec, labels[known], config.n_ablated, units=units[known], seed=seed
+    found = []
+    for seed in _seeds(config):
+        found.append(
+            metrics.targeted_perturbation(
+                x, acts, W_dec, labels[known], config.n_ablated, units=units[known], seed=seed
+            )
         )
-        for seed in _seeds(config)
-    ]
+        progress.advance(1)
     names = ("score", "own", "others")
     return {str(n): _over_halvings(config, [part[n] for part in found], names) for n in config.n_ablated}
 

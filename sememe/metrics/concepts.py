@@ -231,20 +231,22 @@ def targeted_perturbation(
     truth = np.stack([labels[test] == one for one in classes], axis=1)
     side = np.stack([truth, ~truth], axis=-1).astype(np.float64)  # (rows, probes, with or without the class)
 
-    def right(rows: Rows) -> Array:
+    def right(answers: Float[np.ndarray, "n_test probes"]) -> Array:
         """Who was right, on which side."""
-        said = np.stack([probe.answers(rows) > 0 for probe in probes], axis=1)
-        found: Array = (said == truth)[..., None] * side
+        found: Array = ((answers > 0) == truth)[..., None] * side
         return found
 
-    before = right(x[test])
+    answers = np.stack([probe.answers(x[test]) for probe in probes], axis=1)
+    weights = np.stack([probe.weights for probe in probes], axis=1)
+    before = right(answers)
     shared = _at(test, len(x), {"side": side, "before": before})
     found, means, k = {}, acts[train].mean(0), len(classes)
     for n in n_ablated:
         losses = np.zeros((k, k))
         own, others = np.zeros_like(before), np.zeros_like(before)
         for i, ordered in enumerate(latents):
-            after = right(_without(x[test], acts[test] - means, W_dec, ordered[:n]))
+            gone = acts[test[:, None], ordered[:n]] - means[ordered[:n]]
+            after = right(answers - gone @ (W_dec[ordered[:n]] @ weights))  # probes are linear
             losses[i] = ((before - after).sum(0) / side.sum(0)).mean(-1)
             own[:, i] = after[:, i]
             others += after / (k - 1)
