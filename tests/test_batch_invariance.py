@@ -434,8 +434,8 @@ EXEMPT = {
     ),
     "no number: an error, or a cut of labels": "check_finite numbered_units shuffled_labels",
     "a regression on all texts at once: has no batches; how these are read is below": (
-        "absorption class_scores dense_probe linear_probe over_halvings probe_scores sparse_probe spurious_removal"
-        " targeted_perturbation"
+        "absorption class_probes class_scores concept_probe dense_probe linear_probe over_halvings probe_scores"
+        " sparse_probe spurious_removal targeted_perturbation"
     ),
 }
 

@@ -193,6 +193,28 @@ def test_an_offset_that_all_rows_share_is_nobodys():
     assert plain.fraction == pytest.approx(moved.fraction, abs=0.02) and plain.full == moved.full == 0
 
 
+def test_dictionaries_of_the_same_rows_share_their_probes():
+    x, acts, W_dec, labels = world()
+    units = np.arange(len(labels)) // 8 * 4 + labels  # two of a class each
+    shared = metrics.class_probes(x, labels, units=units, seed=3)
+    alone, together = (
+        metrics.targeted_perturbation(x, acts, W_dec, labels, (2,), units=units, seed=3, probes=probes)[2]
+        for probes in (None, shared)
+    )
+    assert np.array_equal(alone.losses, together.losses) and alone.score == together.score
+    probe = metrics.concept_probe(x, labels == 0, units=units, seed=3)
+    one, other = (
+        metrics.absorption(x, acts, W_dec, labels == 0, units=units, seed=3, probe=known)
+        for known in (None, probe)
+    )
+    assert (one.full, one.fraction, one.latents, one.f1) == (
+        other.full,
+        other.fraction,
+        other.latents,
+        other.f1,
+    )
+
+
 def test_a_concept_that_no_probe_knows_has_no_absorption():
     rng = np.random.default_rng(0)
     x = rng.standard_normal((80, 6))

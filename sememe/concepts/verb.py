@@ -144,6 +144,11 @@ def _asked(
             truth = torch.from_numpy(labels[rows] == labelled.classes.index(name))
             probes, shuffled = _probes(config, arms, rows, units[rows], truth)
             asked_for = {arm: shuffled if arm == SHUFFLED else truth for arm in probes}
+            read = arms["dictionary"][1].target[rows].astype(np.float64)  # every arm's: they know no latents
+            dense = [
+                metrics.concept_probe(read, truth.numpy(), units=units[rows], seed=seed)
+                for seed in _seeds(config)
+            ]
             classes[name] = {
                 "n_with": int(truth.sum()),
                 "n_without": int((~truth).sum()),
@@ -152,7 +157,7 @@ def _asked(
                     for arm, own in probes.items()
                 },
                 "absorption": {
-                    arm: _absorbed(config, one, weights[arm], rows, units, truth.numpy())
+                    arm: _absorbed(config, one, weights[arm], rows, units, truth.numpy(), dense)
                     for arm, (_, one) in arms.items()
                 },
             }
@@ -169,8 +174,9 @@ def _asked(
     known = labels >= 0
     if len(labelled.classes) > 2:
         with track("perturb", len(arms) * N_HALVINGS, "halvings") as progress:
+            shared: dict[int, list[metrics.LinearProbe]] = {}
             found["targeted_perturbation"] = {
-                arm: _perturbed(config, one, weights[arm], labels, units, known, progress)
+                arm: _perturbed(config, one, weights[arm], labels, units, known, shared, progress)
                 for arm, (_, one) in arms.items()
             }
     if labelled.spurious is not None:
@@ -258,10 +264,12 @@ def _absorbed(
     rows: np.ndarray,
     units: np.ndarray,
     truth: np.ndarray,
+    dense: list[metrics.LinearProbe],
 ) -> dict[str, Any]:
     x, acts = one.target[rows].astype(np.float64), one.acts[rows].astype(np.float64)
     found = [
-        metrics.absorption(x, acts, W_dec, truth, units=units[rows], seed=seed) for seed in _seeds(config)
+        metrics.absorption(x, acts, W_dec, truth, units=units[rows], seed=seed, probe=probe)
+        for seed, probe in zip(_seeds(config), dense, strict=True)
     ]
     return {
         **_over_halvings(config, found, ("full", "fraction", "f1")),
@@ -277,14 +285,18 @@ def _perturbed(
     labels: np.ndarray,
     units: np.ndarray,
     known: np.ndarray,
+    shared: dict[int, list[metrics.LinearProbe]],
     progress: Progress,
 ) -> dict[str, Any]:
     x, acts = one.target[known].astype(np.float64), one.acts[known].astype(np.float64)
     found = []
+    about: dict[str, Any] = {"units": units[known]}
     for seed in _seeds(config):
+        if seed not in shared:
+            shared[seed] = metrics.class_probes(x, labels[known], **about, seed=seed)
         found.append(
             metrics.targeted_perturbation(
-                x, acts, W_dec, labels[known], config.n_ablated, units=units[known], seed=seed
+                x, acts, W_dec, labels[known], config.n_ablated, **about, seed=seed, probes=shared[seed]
             )
         )
         progress.advance(1)

@@ -29,6 +29,8 @@ __all__ = [
     "TargetedPerturbation",
     "Tested",
     "absorption",
+    "class_probes",
+    "concept_probe",
     "over_halvings",
     "spurious_removal",
     "targeted_perturbation",
@@ -187,6 +189,29 @@ class Absorption(NamedTuple):
     """The same row by row."""
 
 
+def class_probes(
+    x: Rows, labels: Int[np.ndarray, " n"], *, units: Units | None = None, seed: int = 0
+) -> list[LinearProbe]:
+    """The dense probes of `targeted_perturbation`, a class each, from the half that is trained on.
+
+    They do not know latents: dictionaries of the same rows share them. The arguments as there.
+    """
+    of = numbered_units(units, len(labels))
+    train, _ = halves(labels, seed, units=of)
+    return [
+        linear_probe(x[train], labels[train] == one, units=of[train], seed=seed) for one in np.unique(labels)
+    ]
+
+
+def concept_probe(
+    x: Rows, label: Bool[np.ndarray, " n"], *, units: Units | None = None, seed: int = 0
+) -> LinearProbe:
+    """The dense probe of `absorption`, from the half that is trained on; shared and called as `class_probes`."""
+    of = numbered_units(units, len(label))
+    train, _ = halves(label.astype(np.int64), seed, units=of)
+    return linear_probe(x[train], label[train], units=of[train], seed=seed)
+
+
 def targeted_perturbation(
     x: Rows,
     acts: Acts,
@@ -196,6 +221,7 @@ def targeted_perturbation(
     *,
     units: Units | None = None,
     seed: int = 0,
+    probes: Sequence[LinearProbe] | None = None,
 ) -> dict[int, TargetedPerturbation]:
     """Targeted probe perturbation: probes are trained, and latents chosen, on one half; scored on the other.
 
@@ -211,6 +237,7 @@ def targeted_perturbation(
             means and what their decoder row adds to the class's probe.
         units: What each row is of: no half, and no fold, splits those of one. Each row for itself, if not given.
         seed: Of the halves and folds.
+        probes: `class_probes` of the same rows, labels, units and seed, if they are known.
 
     Raises:
         ConfigError: fewer than two classes, or one with too few rows.
@@ -222,12 +249,11 @@ def targeted_perturbation(
         )
     of = numbered_units(units, len(labels))
     train, test = halves(labels, seed, units=of)
-    probes, latents = [], []
-    for one in classes:
-        mine = labels[train] == one
-        probe = linear_probe(x[train], mine, units=of[train], seed=seed)
-        probes.append(probe)
-        latents.append(_most_telling(acts[train], mine, W_dec, probe, max(n_ablated)))
+    probes = class_probes(x, labels, units=units, seed=seed) if probes is None else probes
+    latents = [
+        _most_telling(acts[train], labels[train] == one, W_dec, probe, max(n_ablated))
+        for one, probe in zip(classes, probes, strict=True)
+    ]
     truth = np.stack([labels[test] == one for one in classes], axis=1)
     side = np.stack([truth, ~truth], axis=-1).astype(np.float64)  # (rows, probes, with or without the class)
 
@@ -331,6 +357,7 @@ def absorption(
     seed: int = 0,
     f1_gain: float = 0.03,
     max_latents: int = 10,
+    probe: LinearProbe | None = None,
 ) -> Absorption:
     """Feature absorption: rows of a concept on which its own latents are silent and others write its direction.
 
@@ -355,6 +382,7 @@ def absorption(
         seed: Of the halves and folds.
         f1_gain: See above.
         max_latents: At most so many stand for the concept.
+        probe: `concept_probe` of the same rows, label, units and seed, if it is known.
 
     Returns:
         NaN where the probe recognises no row, or the concept's own latents never fire.
@@ -364,7 +392,7 @@ def absorption(
     """
     of = numbered_units(units, len(label))
     train, test = halves(label.astype(np.int64), seed, units=of)
-    probe = linear_probe(x[train], label[train], units=of[train], seed=seed)
+    probe = concept_probe(x, label, units=units, seed=seed) if probe is None else probe
     size = float(np.linalg.norm(probe.weights))
     direction = probe.weights / max(size, 1e-12)
     without = train[~label[train]]
