@@ -263,7 +263,9 @@ def test_patching_is_planned_by_its_arms_pairs_and_orders(place, tmp_path):
     assert seconds('baselines = []\norders = ["attribution"]\nn_pairs = 500\n') == pytest.approx(10 * one)
     assert seconds('baselines = []\norders = ["attribution", "random"]\n') == pytest.approx(2 * one)
     assert seconds('baselines = ["random_rotation"]\norders = ["attribution"]\n') == pytest.approx(2 * one)
-    assert seconds('baselines = []\norders = ["acdc"]\nacdc_limit = 10\n') == pytest.approx(2 * one)
+    assert seconds('baselines = []\norders = ["acdc"]\nacdc_limit = 11\nn_thresholds = 5\n') == pytest.approx(
+        2 * one
+    )
     assert seconds('baselines = ["ica"]\norders = ["attribution"]\n') > 2 * one, "which is fitted first"
 
 

@@ -403,7 +403,8 @@ class _Planner(Known):
                 for name in own
                 if name in fitted
             )
-            work = making.Patching(len(sizes) + len(own), n_pairs, len(config.orders), limit, fits)
+            n_arms, n_orders = len(sizes) + len(own), len(config.orders)
+            work = making.Patching(n_arms, n_pairs, n_orders, limit, config.n_thresholds, fits)
             return making.patch_seconds(model, speed, work, model.n_layers_above(outputs))
 
         return Estimate(stage, False, making.patch_bytes(model, sizes, n_pairs), seconds)
