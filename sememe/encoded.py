@@ -6,10 +6,15 @@ Flat `acts` and `indices` and a `row_ptr`, as in a compressed sparse row matrix:
 Where the number of active latents varies and nothing may wait to learn it, `acts` and `indices` are a buffer of
 fixed capacity: what lies past `row_ptr[-1]` has activation 0 and index 0 and belongs to no row, the count stays on
 the device as `row_ptr[-1]`, and `overflow`, a flag on the device, says whether entries had to be left out.
+
+Where a large share of all latents is active, rows may list every latent, in order, so that `acts` is a dense matrix
+whose products are fast; `mask` says which of them are entries, and the others have activation 0. `Counts` is what is
+left to say of activations that nobody holds any more.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,7 +24,7 @@ from torch import Tensor
 
 from sememe.errors import ShapeError
 
-__all__ = ["Encoded", "TopKView"]
+__all__ = ["Counts", "Encoded", "TopKView"]
 
 
 class TopKView(NamedTuple):
@@ -27,6 +32,34 @@ class TopKView(NamedTuple):
 
     acts: Float[Tensor, "batch k"]
     indices: Int[Tensor, "batch k"]
+
+
+class Counts(NamedTuple):
+    """How many latents were active, by row and by latent: of a batch whose activations were let go of."""
+
+    per_row: Int[Tensor, " batch"]
+    """Active latents of each row."""
+    per_latent: Int[Tensor, " d_sae"]
+    """Rows in which each latent is active."""
+
+    @classmethod
+    def cat(cls, parts: Sequence[Counts]) -> Counts:
+        """Of the rows of several batches, one after the other."""
+        per_latent = torch.stack([part.per_latent for part in parts]).sum(0)
+        return cls(torch.cat([part.per_row for part in parts]), per_latent)
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows."""
+        return self.per_row.shape[0]
+
+    @property
+    def overflow(self) -> None:
+        """None: no entry was left out."""
+
+    def l0(self) -> Int[Tensor, " batch"]:
+        """Active latents per row."""
+        return self.per_row
 
 
 class Encoded:
@@ -40,9 +73,11 @@ class Encoded:
         k: Entries per row, if every row holds the same number.
         overflow: Given where acts and indices are a buffer that may be longer than `row_ptr[-1]`: whether there
             were more entries than it could take; of several dictionaries in one, each one's own.
+        mask: Given where every row lists every latent, in their order: which of them are entries. The others have
+            activation 0.
     """
 
-    __slots__ = ("acts", "d_sae", "indices", "k", "overflow", "row_ptr")
+    __slots__ = ("acts", "d_sae", "indices", "k", "mask", "overflow", "row_ptr")
 
     def __init__(
         self,
@@ -52,6 +87,7 @@ class Encoded:
         d_sae: int,
         k: int | None = None,
         overflow: Bool[Tensor, "*n"] | None = None,
+        mask: Bool[Tensor, " nnz"] | None = None,
     ) -> None:
         if acts.shape != indices.shape or acts.dim() != 1 or row_ptr.dim() != 1:
             raise ShapeError(
@@ -60,7 +96,7 @@ class Encoded:
                 "Use Encoded.from_topk or Encoded.from_dense.",
             )
         self.acts, self.indices, self.row_ptr, self.d_sae, self.k = acts, indices, row_ptr, d_sae, k
-        self.overflow = overflow
+        self.overflow, self.mask = overflow, mask
 
     @classmethod
     def from_topk(
@@ -78,6 +114,19 @@ class Encoded:
         counts = torch.bincount(rows, minlength=dense.shape[0])
         row_ptr = torch.cat([_zeros(1, rows), counts.cumsum(0)])
         return cls(dense[rows, columns], columns.to(torch.int32), row_ptr, dense.shape[1])
+
+    @classmethod
+    def of_every(cls, acts: Float[Tensor, "batch d_sae"], mask: Bool[Tensor, "batch d_sae"]) -> Encoded:
+        """Rows that list every latent: the matrix is shared, not copied.
+
+        Args:
+            acts: Activations, 0 where the mask is false.
+            mask: Which of them are entries.
+        """
+        n_rows, d_sae = acts.shape
+        encoded = cls.from_topk(acts, _every(n_rows, d_sae, acts.device), d_sae)
+        encoded.mask = mask.reshape(-1)
+        return encoded
 
     @classmethod
     def cat(cls, parts: Sequence[Encoded]) -> Encoded:
@@ -114,19 +163,27 @@ class Encoded:
         return torch.repeat_interleave(rows, self.row_counts(), output_size=self.acts.shape[0])
 
     def stored(self) -> Bool[Tensor, " nnz"]:
-        """Where entries are, and not what fills a buffer up. Never waits for the device."""
+        """Where entries are, and not what fills a buffer or a matrix up. Never waits for the device."""
+        if self.mask is not None:
+            return self.mask
         return torch.arange(self.acts.shape[0], device=self.row_ptr.device) < self.row_ptr[-1]
 
     def only_stored(self, values: Float[Tensor, " nnz"], fill: float = 0.0) -> Float[Tensor, " nnz"]:
-        """A value for each place; `fill` for what fills a buffer up, which names latent 0 and is no entry of it."""
-        return values if self.overflow is None else torch.where(self.stored(), values, fill)
+        """A value for each place; `fill` for what fills a buffer or a matrix up and is no entry."""
+        if self.overflow is None and self.mask is None:
+            return values
+        return torch.where(self.stored(), values, fill)
 
     def compact(self) -> Encoded:
-        """Without what fills a buffer up; waits for the device to learn how much that is.
+        """Without what fills a buffer or a matrix up; waits for the device to learn how much that is.
 
         Raises:
             ShapeError: entries had to be left out.
         """
+        if self.mask is not None:
+            counts = self.mask.view(self.n_rows, -1).sum(1)
+            row_ptr = torch.cat([_zeros(1, counts), counts.cumsum(0)])
+            return Encoded(self.acts[self.mask], self.indices[self.mask], row_ptr, self.d_sae)
         if self.overflow is None:
             return self
         if bool(self.overflow.any()):
@@ -193,11 +250,13 @@ class Encoded:
         """Rows start to stop; waits for the device to learn where they lie."""
         first, last = int(self.row_ptr[start]), int(self.row_ptr[stop])
         row_ptr = self.row_ptr[start : stop + 1] - first
-        return Encoded(self.acts[first:last], self.indices[first:last], row_ptr, self.d_sae, self.k)
+        mask = None if self.mask is None else self.mask[first:last]
+        part = self.acts[first:last], self.indices[first:last]
+        return Encoded(*part, row_ptr, self.d_sae, self.k, mask=mask)
 
     def select_rows(self, keep: Bool[Tensor, " batch"]) -> Encoded:
         """Only the rows where `keep` is true."""
-        if self.overflow is not None:
+        if self.overflow is not None or self.mask is not None:
             return self.compact().select_rows(keep)
         counts = self.row_counts()
         entries = torch.repeat_interleave(keep, counts)
@@ -206,6 +265,8 @@ class Encoded:
 
     def select_latents(self, keep: Bool[Tensor, " d_sae"]) -> Encoded:
         """Only the entries of latents where `keep` is true; latent ids and rows stay, and so does a buffer's length."""
+        if self.mask is not None:
+            return self.compact().select_latents(keep)
         entries = keep[self.indices.long()]
         if self.overflow is not None:
             return self._moved_up(entries)
@@ -230,7 +291,7 @@ class Encoded:
 
     def with_acts(self, acts: Float[Tensor, " nnz"]) -> Encoded:
         """The same pattern with other activations."""
-        return Encoded(acts, self.indices, self.row_ptr, self.d_sae, self.k, self.overflow)
+        return Encoded(acts, self.indices, self.row_ptr, self.d_sae, self.k, self.overflow, self.mask)
 
     def detach(self) -> Encoded:
         """Cut from the autograd graph."""
@@ -239,6 +300,7 @@ class Encoded:
     def to(self, device: torch.device | str) -> Encoded:
         """On another device."""
         overflow = None if self.overflow is None else self.overflow.to(device)
+        mask = None if self.mask is None else self.mask.to(device)
         return Encoded(
             self.acts.to(device),
             self.indices.to(device),
@@ -246,10 +308,17 @@ class Encoded:
             self.d_sae,
             self.k,
             overflow,
+            mask,
         )
 
     def __repr__(self) -> str:
         return f"Encoded(n_rows={self.n_rows}, nnz={self.acts.shape[0]}, d_sae={self.d_sae}, k={self.k})"
+
+
+@functools.lru_cache(maxsize=2)
+def _every(n_rows: int, d_sae: int, device: torch.device) -> Int[Tensor, "n_rows d_sae"]:
+    """All latents in each row; kept for the next rows, as many and of as many latents."""
+    return torch.arange(d_sae, dtype=torch.int32, device=device).repeat(n_rows, 1)
 
 
 def _zeros(n: int, like: Tensor) -> Int[Tensor, " n"]:

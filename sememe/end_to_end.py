@@ -22,12 +22,12 @@ from jaxtyping import Bool, Float, Int, Int32
 from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
-from torch.utils.checkpoint import checkpoint
 
 from sememe.capture import first_norms, heldout_rows, sites_along
 from sememe.config import Config
 from sememe.dictionaries.base import Batch, Loss, Sites, Trainable
 from sememe.errors import ActivationError, ConfigError, HookpointError, TextError
+from sememe.recompute import recomputed
 from sememe.splice import BaseRun, Splicer
 from sememe.text import Split, TextConfig, TokenPolicy, token_blocks
 
@@ -380,9 +380,7 @@ class EndToEnd:
         for start in range(0, predicting.shape[0], LOGIT_ROWS):
             part = slice(start, start + LOGIT_ROWS)
             where = predicting[part].to(spliced.device)
-            sums.append(
-                checkpoint(self._sum, spliced[where], base[where], targets[part], use_reentrant=False)
-            )
+            sums.append(recomputed(self._sum, spliced[where], base[where], targets[part]))
         return torch.stack(sums).sum() / predicting.shape[0]
 
     def _sum(self, spliced: Tensor, base: Tensor, targets: Tensor) -> Float[Tensor, ""]:

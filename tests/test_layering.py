@@ -16,7 +16,7 @@ ROOT = Path(sememe.__file__).parent
 LAYERS = [
     ["errors", "paths"],
     ["config", "progress", "interrupt", "remote", "hub"],
-    ["artifact", "encoded", "options", "frontier"],
+    ["artifact", "encoded", "options", "frontier", "recompute"],
     ["metrics", "tracking", "checkpoint", "registry"],
     ["kernels"],
     ["dictionaries"],

@@ -16,7 +16,7 @@ from sememe.dictionaries.base import Loss, Sites
 from sememe.dictionaries.chunks import Chunk, Rows
 from sememe.dictionaries.random_state import RandomState
 from sememe.dictionaries.sparse_start import SparseStart, SparseStartConfig
-from sememe.encoded import Encoded
+from sememe.encoded import Counts, Encoded
 
 __all__ = ["ActivationPenalty", "ActivationPenaltyConfig", "entropy", "root_sum"]
 
@@ -116,7 +116,7 @@ class ActivationPenalty(SparseStart, abc.ABC):
         terms = {name: mean.detach() for name, mean in means.items()} | self._steering_terms()
         return Loss(means["mse"] + factor * penalty, terms, chunk.encoded, chunk.error)
 
-    def after_step(self, encoded: Encoded) -> None:
+    def after_step(self, encoded: Encoded | Counts) -> None:
         """New noise for the next step, beside the bookkeeping."""
         super().after_step(encoded)
         self._random.next_step()

@@ -11,10 +11,10 @@ from collections.abc import Callable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from sememe import kernels
 from sememe.dictionaries.linear import Linear
+from sememe.recompute import recomputed
 
 __all__ = ["auxk_loss", "auxk_loss_of", "ghost_loss"]
 
@@ -133,7 +133,7 @@ def _over_rows(
     if n_rows >= x.shape[0]:
         return part(x, residual)
     sums = [
-        checkpoint(part, *group, use_reentrant=False, preserve_rng_state=False)
+        recomputed(part, *group)
         for group in zip(torch.split(x, n_rows), torch.split(residual, n_rows), strict=True)
     ]
     return torch.stack(sums).sum()

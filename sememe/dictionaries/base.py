@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from sememe import artifact, kernels
 from sememe.config import Config
-from sememe.encoded import Encoded
+from sememe.encoded import Counts, Encoded
 from sememe.errors import ConfigError, CorruptError, MismatchError, ShapeError
 
 __all__ = [
@@ -146,7 +146,8 @@ class Loss(NamedTuple):
 
     total: Float[Tensor, ""]
     terms: dict[str, Float[Tensor, ""]]
-    encoded: Encoded
+    encoded: Encoded | Counts
+    """What was active; counts only, where a dense batch is taken in chunks whose activations nobody keeps."""
     error: Float[Tensor, "batch d_out"] | None = None
 
 
@@ -433,12 +434,17 @@ class Trainable(Dictionary):
         raise NotImplementedError
 
     def revival_loss(
-        self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], encoded: Encoded
+        self, x: Float[Tensor, "batch d_in"], residual: Float[Tensor, "batch d_out"]
     ) -> Float[Tensor, ""] | None:
-        """What the trainer adds to `loss` for the sake of dead latents; None if nothing."""
+        """What the trainer adds to `loss` for the sake of dead latents; None if nothing.
+
+        Args:
+            x: Inputs.
+            residual: The target minus the reconstruction; a constant.
+        """
         return None
 
-    def after_step(self, encoded: Encoded) -> None:
+    def after_step(self, encoded: Encoded | Counts) -> None:
         """Bookkeeping after the optimiser's step: which latents fired. Never waits for the device."""
         self.tokens_since_fired += encoded.n_rows
         self.tokens_since_fired.masked_fill_(kernels.fired(encoded), 0)

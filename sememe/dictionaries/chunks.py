@@ -8,14 +8,15 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from sememe.encoded import Encoded
+from sememe import kernels
+from sememe.encoded import Counts, Encoded
+from sememe.recompute import recomputed
 
 __all__ = ["Chunk", "Rows", "in_chunks"]
 
-ENTRIES = 2**22
-"""Pre-activations of a chunk: what a dense step holds for each (24 bytes) makes 100 MB of them."""
+ENTRIES = 2**21
+"""Pre-activations of a chunk: what a dense step holds for each (about 24 bytes) makes 50 MB of them."""
 
 
 class Rows(NamedTuple):
@@ -34,8 +35,8 @@ class Chunk(NamedTuple):
 
     means: dict[str, Float[Tensor, ""]]
     """Means over the rows, differentiable."""
-    encoded: Encoded
-    """Detached."""
+    encoded: Encoded | Counts
+    """Detached; counts only, of a batch in chunks."""
     error: Float[Tensor, "rows d_out"]
 
 
@@ -48,7 +49,7 @@ def in_chunks(
 ) -> Chunk:
     """What all rows make: at once, or while the encoder is dense so many at a time that memory stays bounded.
 
-    Then only entries and errors are held of all rows: chunks are computed again for the gradient.
+    Then only counts and errors are held of all rows: chunks are computed again for the gradient.
 
     Args:
         of_rows: Computes what rows make; the same each time it is asked for the same rows.
@@ -62,20 +63,22 @@ def in_chunks(
         return of_rows(Rows(x, target, dense, 0))
 
     def again(x: Tensor, target: Tensor, start: int) -> Chunk:
-        return of_rows(Rows(x, target, dense, start))
+        chunk = of_rows(Rows(x, target, dense, start))
+        assert isinstance(chunk.encoded, Encoded)
+        return chunk._replace(encoded=kernels.counts(chunk.encoded))
 
-    shares, means, encoded, errors = [], [], [], []
+    shares, means, errors = [], [], []
+    counts: list[Counts] = []
     for start in range(0, n, size):
         part = slice(start, start + size)
-        chunk: Chunk = checkpoint(
-            again, x[part], target[part], start, use_reentrant=False, preserve_rng_state=False
-        )
+        chunk: Chunk = recomputed(again, x[part], target[part], start)
         shares.append(chunk.error.shape[0] / n)
         means.append(chunk.means)
-        encoded.append(chunk.encoded)
+        assert isinstance(chunk.encoded, Counts)
+        counts.append(chunk.encoded)
         errors.append(chunk.error)
     whole = {
         name: torch.stack([share * mean[name] for share, mean in zip(shares, means, strict=True)]).sum()
         for name in means[0]
     }
-    return Chunk(whole, Encoded.cat(encoded), torch.cat(errors))
+    return Chunk(whole, Counts.cat(counts), torch.cat(errors))

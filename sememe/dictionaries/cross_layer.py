@@ -19,7 +19,7 @@ from sememe.dictionaries.initial import geometric_median, median_of_others, unit
 from sememe.dictionaries.jumprelu import Jump
 from sememe.dictionaries.levels import levels
 from sememe.dictionaries.resampling import ResamplingConfig
-from sememe.encoded import Encoded
+from sememe.encoded import Counts, Encoded
 from sememe.errors import ConfigError
 
 __all__ = ["CrossLayer", "CrossLayerConfig"]
@@ -309,7 +309,7 @@ class CrossLayer(Trainable):
         self.threshold_unit.copy_(torch.stack(lengths).mean().clamp_min(1e-12))
         self.relative_threshold.copy_((torch.cat(lowest) / self.threshold_unit).clamp_min(0))
 
-    def after_step(self, encoded: Encoded) -> None:
+    def after_step(self, encoded: Encoded | Counts) -> None:
         """The bookkeeping, and the numbers of dead latents on their way for the next step's AuxK."""
         super().after_step(encoded)
         if self.config.selection == "topk" and self.config.auxk_coefficient > 0:

@@ -12,7 +12,7 @@ from torch import Tensor
 from sememe.dictionaries.base import Loss, Sites
 from sememe.dictionaries.chunks import Chunk, Rows
 from sememe.dictionaries.sparse_start import SparseStart, SparseStartConfig
-from sememe.encoded import Encoded
+from sememe.encoded import Counts, Encoded
 
 __all__ = ["PAnneal", "PAnnealConfig"]
 
@@ -94,7 +94,7 @@ class PAnneal(SparseStart):
         terms = {name: mean.detach() for name, mean in means.items()} | self._steering_terms()
         return Loss(total, terms, encoded, error)
 
-    def after_step(self, encoded: Encoded) -> None:
+    def after_step(self, encoded: Encoded | Counts) -> None:
         """What the step used becomes what the next one starts from, beside the bookkeeping."""
         super().after_step(encoded)
         if self._next is not None:

@@ -19,7 +19,7 @@ from sememe.dictionaries.dead import DeadLatents
 from sememe.dictionaries.initial import bricken_norm
 from sememe.dictionaries.linear import Linear, LinearConfig
 from sememe.dictionaries.room import Room
-from sememe.encoded import Encoded
+from sememe.encoded import Counts, Encoded
 from sememe.errors import ConfigError
 
 __all__ = ["Penalised", "PenalisedConfig", "moved"]
@@ -123,9 +123,11 @@ class Penalised(Linear, abc.ABC):
 
         On a GPU in a buffer as long as the step before needed, and a quarter more, so that nothing waits for the
         device and nothing holds batch x d_sae; the first step, and those whose l0 is above 5% of d_sae or too much
-        for the kernels, are dense, and wait.
+        for the kernels, are dense, and wait. Elsewhere, where that is `dense`, rows list every latent.
         """
         self.check_input(x)
+        if dense:
+            return kernels.encode_every(x, self.W_enc, self.b_enc, self.b_pre, threshold)
         buffered = self.training and kernels.path_for(x) == "gpu"
         capacity = self.room.capacity(self.entries, x.shape[0], self.d_sae) if buffered else None
         encoded = kernels.encode_threshold(
@@ -135,7 +137,7 @@ class Penalised(Linear, abc.ABC):
             self.room.note(self.entries, encoded)
         return encoded
 
-    def after_step(self, encoded: Encoded) -> None:
+    def after_step(self, encoded: Encoded | Counts) -> None:
         """The bookkeeping, and the number of dead latents on its way for the next step's ghost gradients."""
         super().after_step(encoded)
         if self.config.ghost_after_tokens is not None:
@@ -186,7 +188,7 @@ class Penalised(Linear, abc.ABC):
         return bricken_norm(norms, ids)
 
     def revival_loss(
-        self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], encoded: Encoded
+        self, x: Float[Tensor, "batch d_in"], residual: Float[Tensor, "batch d_out"]
     ) -> Float[Tensor, ""] | None:
         """Ghost gradients for latents that are silent for too long, if the config asks for them."""
         if self.config.ghost_after_tokens is None:
@@ -194,8 +196,6 @@ class Penalised(Linear, abc.ABC):
         dead = self.dead.ids(self.tokens_since_fired, self.config.ghost_after_tokens)
         if dead.numel() == 0:
             return None
-        with torch.no_grad():
-            residual = target - self.decode(encoded, x)
         return ghost_loss(self, x, residual, dead)
 
     def constraints(self) -> Constraints:

@@ -17,7 +17,7 @@ from sememe.dictionaries.base import Loss, Sites
 from sememe.dictionaries.dead import DeadLatents
 from sememe.dictionaries.initial import geometric_median
 from sememe.dictionaries.linear import Linear, LinearConfig, check_crosscoder
-from sememe.encoded import Encoded
+from sememe.encoded import Counts, Encoded
 from sememe.errors import ConfigError
 
 __all__ = ["BatchSelection", "BatchSelectionConfig", "Selection", "SelectionConfig", "unweighed"]
@@ -76,7 +76,7 @@ class Selection(Linear, abc.ABC):
             raise ConfigError(f"k must be in [1, d_sae={d_sae}]", config.k, "Lower k or raise d_sae.")
         self.dead = DeadLatents()
 
-    def after_step(self, encoded: Encoded) -> None:
+    def after_step(self, encoded: Encoded | Counts) -> None:
         """The bookkeeping, and the number of dead latents on its way for the next step's AuxK."""
         super().after_step(encoded)
         if self.config.auxk_coefficient > 0:
@@ -198,9 +198,10 @@ class BatchSelection(Selection, abc.ABC):
         with torch.no_grad():
             self.threshold.copy_(self._smallest(self._kept(x[:N_THRESHOLD_ROWS])))
 
-    def after_step(self, encoded: Encoded) -> None:
+    def after_step(self, encoded: Encoded | Counts) -> None:
         """The threshold follows the batch's smallest kept activation."""
         super().after_step(encoded)
+        assert isinstance(encoded, Encoded)  # a batch is chosen as a whole
         self.threshold.lerp_(self._smallest(encoded), 1 - self.config.threshold_decay)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sememe.dictionaries.base import Sites
 from sememe.dictionaries.penalised import Penalised, PenalisedConfig, moved
-from sememe.encoded import Encoded
+from sememe.encoded import Counts, Encoded
 from sememe.errors import ConfigError
 
 __all__ = ["Steered", "SteeredConfig"]
@@ -99,7 +99,7 @@ class Steered(Penalised, abc.ABC):
         """For the log: what steering multiplies the weights by."""
         return {} if self.config.target_l0 is None else {"steered_factor": self.log_factor.exp()}
 
-    def after_step(self, encoded: Encoded) -> None:
+    def after_step(self, encoded: Encoded | Counts) -> None:
         """Steering, beside the bookkeeping."""
         super().after_step(encoded)
         if self.config.target_l0 is None or self._progress < self.config.sparsity_warmup:
@@ -112,8 +112,11 @@ class Steered(Penalised, abc.ABC):
             error = (self.l0_average.clamp_min(1e-6) / self.set_point(self._progress)).log()
             self.log_factor.add_(error.clamp(-LARGEST_ERROR, LARGEST_ERROR), alpha=self.config.steering)
 
-    def _l0(self, encoded: Encoded) -> Float[Tensor, ""]:
+    def _l0(self, encoded: Encoded | Counts) -> Float[Tensor, ""]:
         """Active latents per row that the penalty sees."""
+        if isinstance(encoded, Counts):
+            seen = encoded.per_latent[self.config.n_unpenalised :].sum()
+            return seen.to(self.l0_average.dtype) / encoded.n_rows
         if self.config.n_unpenalised == 0:
             return encoded.acts.count_nonzero().to(self.l0_average.dtype) / encoded.n_rows
         return self._per_row((encoded.acts != 0).to(self.l0_average.dtype), encoded)

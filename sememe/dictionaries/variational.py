@@ -10,14 +10,15 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
-from torch.utils.checkpoint import checkpoint
 
+from sememe import kernels
 from sememe.dictionaries.base import Loss, Sites
 from sememe.dictionaries.initial import latent_major
 from sememe.dictionaries.penalised import Penalised, PenalisedConfig
 from sememe.dictionaries.random_state import RandomState
-from sememe.encoded import Encoded
+from sememe.encoded import Counts, Encoded
 from sememe.errors import ConfigError
+from sememe.recompute import recomputed
 
 __all__ = ["Variational", "VariationalConfig"]
 
@@ -184,9 +185,8 @@ class Variational(Penalised):
         parts: list[_Sampled] = []
         for start in chunks:
             rows = slice(start, start + chunks.step)
-            part = checkpoint(
+            part = recomputed(
                 self._chunk, x[rows], choice[rows], prior, sharpness, start,
-                use_reentrant=False, preserve_rng_state=False,
             )  # fmt: skip
             parts.append(part)
         error = torch.cat([part.recon for part in parts]) - target
@@ -197,10 +197,22 @@ class Variational(Penalised):
         price = self._warmed(progress) * 2 * config.decoder_variance / self.d_out
         total = sampled + price * (kl + kl_prior)
         with torch.no_grad():
-            encoded = self.encode(x)
-            mse = (target - self.decode(encoded, x)).square().mean()
+            mse, counts = self._of_mode(x, target)
         terms = {"mse": mse, "mse_sampled": sampled, "kl": kl, "kl_prior": kl_prior}
-        return Loss(total, {name: term.detach() for name, term in terms.items()}, encoded, error)
+        return Loss(total, {name: term.detach() for name, term in terms.items()}, counts, error)
+
+    def _of_mode(
+        self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"]
+    ) -> tuple[Float[Tensor, ""], Counts]:
+        """The mean squared error of the mode, and what is active in it; chunk by chunk."""
+        squares, counts = x.new_zeros(()), []
+        chunks = self._chunks(x.shape[0])
+        for start in chunks:
+            rows = slice(start, start + chunks.step)
+            encoded = self._mode(x[rows])
+            squares += (target[rows] - self.decode(encoded, x[rows])).square().sum()
+            counts.append(kernels.counts(encoded))
+        return squares / target.numel(), Counts.cat(counts)
 
     def _chunk(
         self,
@@ -221,7 +233,7 @@ class Variational(Penalised):
         recon = self._with_skip(torch.addmm(self.b_dec, acts, self.W_dec), x)
         return _Sampled(recon, (choice * _divergences(q, spike, prior)).sum())
 
-    def after_step(self, encoded: Encoded) -> None:
+    def after_step(self, encoded: Encoded | Counts) -> None:
         """Other noise for the next step, beside the bookkeeping."""
         super().after_step(encoded)
         self._noise.next_step()

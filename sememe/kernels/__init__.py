@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sememe.encoded import Encoded
+from sememe.encoded import Counts, Encoded
 from sememe.errors import ConfigError
 from sememe.kernels import reference
 from sememe.kernels.several import apart, each, each_batch_topk, each_encoded, each_topk, together
@@ -30,11 +30,13 @@ __all__ = [
     "TopK",
     "adam_step",
     "apart",
+    "counts",
     "decode",
     "decode_encoded",
     "decode_prefixes",
     "encode_abs_topk",
     "encode_batch_topk",
+    "encode_every",
     "encode_group_max",
     "encode_threshold",
     "encode_topk",
@@ -290,6 +292,24 @@ def encode_threshold(
     return reference.fit(reference.encode_threshold(x, W_enc, b_enc, b_pre, threshold), capacity)
 
 
+def encode_every(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    b_pre: Float[Tensor, " d_in"],
+    threshold: Float[Tensor, " d_sae"] | None,
+) -> Encoded:
+    """As `encode_threshold`, with every latent listed (see `Encoded`): for a few rows of which many are above.
+
+    It holds batch x d_sae, and its gradients are dense products.
+    """
+    if path_for(x) == "cpu":
+        from sememe.kernels import cpu
+
+        return cpu.encode_every(x, W_enc, b_enc, b_pre, threshold)
+    return reference.encode_every(x, W_enc, b_enc, b_pre, threshold)
+
+
 def is_dense(
     x: Float[Tensor, "batch d_in"],
     W_enc: Float[Tensor, "d_in d_sae"],
@@ -406,6 +426,8 @@ def decode_encoded(
     """
     if W_dec.dim() == 3 and path_for(encoded.acts) != "gpu":
         return each_encoded(decode_encoded, encoded, W_dec, b_dec)
+    if W_dec.dim() == 2 and encoded.mask is not None:
+        return torch.addmm(b_dec, encoded.acts.view(-1, encoded.d_sae), W_dec)
     if W_dec.dim() == 2 and _is_dense(encoded):
         return reference.decode_dense(encoded, W_dec, b_dec)
     if path_for(encoded.acts) == "cpu":
@@ -475,8 +497,19 @@ def reconstruct(
     return Reconstruction(mses.mean(), mses.detach(), recons[-1] - target)
 
 
-def fired(encoded: Encoded) -> Bool[Tensor, " d_sae"]:
+def counts(encoded: Encoded) -> Counts:
+    """How many entries are not 0, by row and by latent."""
+    if path_for(encoded.acts) == "cpu":
+        from sememe.kernels import cpu
+
+        return cpu.counts(encoded)
+    return reference.counts(encoded)
+
+
+def fired(encoded: Encoded | Counts) -> Bool[Tensor, " d_sae"]:
     """Which latents are active in any row: an entry of activation 0 is not. Never waits for the device."""
+    if isinstance(encoded, Counts):
+        return encoded.per_latent > 0
     if path_for(encoded.acts) == "cpu" and encoded.indices.dtype == torch.int32:
         from sememe.kernels import cpu
 
@@ -485,7 +518,9 @@ def fired(encoded: Encoded) -> Bool[Tensor, " d_sae"]:
 
 
 def _is_dense(encoded: Encoded) -> bool:
-    return encoded.k is None and encoded.acts.shape[0] > DENSE_SHARE * encoded.n_rows * encoded.d_sae
+    if encoded.k is not None:
+        return encoded.mask is not None
+    return encoded.acts.shape[0] > DENSE_SHARE * encoded.n_rows * encoded.d_sae
 
 
 def adam_step(

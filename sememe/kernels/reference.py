@@ -6,14 +6,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sememe.encoded import Encoded
+from sememe.encoded import Counts, Encoded
 
 __all__ = [
     "adam_step",
+    "counts",
     "decode",
     "decode_dense",
     "encode_abs_topk",
     "encode_batch_topk",
+    "encode_every",
     "encode_group_max",
     "encode_threshold",
     "encode_topk",
@@ -86,6 +88,19 @@ def encode_threshold(
     row_ptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     # masked_select and not indexing: the gradient of indexing adds up serially, this one copies
     return Encoded(pre_acts.masked_select(above), columns.to(torch.int32), row_ptr, W_enc.shape[1])
+
+
+def encode_every(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    b_pre: Float[Tensor, " d_in"],
+    threshold: Float[Tensor, " d_sae"] | None,
+) -> Encoded:
+    """As `encode_threshold`, with every latent listed."""
+    pre_acts = (x - b_pre) @ W_enc + b_enc
+    below = pre_acts.detach() <= (0.0 if threshold is None else threshold.detach())
+    return Encoded.of_every(pre_acts.masked_fill(below, 0.0), ~below)
 
 
 def fit(encoded: Encoded, capacity: int) -> Encoded:
@@ -180,6 +195,15 @@ def decode_dense(
     places = encoded.row_ids() * encoded.d_sae + encoded.indices.long()
     flat = encoded.acts.new_zeros(encoded.n_rows * encoded.d_sae).scatter_add(0, places, encoded.acts)
     return flat.view(encoded.n_rows, -1) @ W_dec.to(flat.dtype) + b_dec.to(flat.dtype)
+
+
+def counts(encoded: Encoded) -> Counts:
+    """Entries that are not 0."""
+    active = (encoded.acts.detach() != 0).long()
+    per_row, per_latent = active.new_zeros(encoded.n_rows), active.new_zeros(encoded.d_sae)
+    per_row.index_add_(0, encoded.row_ids(), active)
+    per_latent.index_add_(0, encoded.indices.long(), active)
+    return Counts(per_row, per_latent)
 
 
 def fired(encoded: Encoded) -> Bool[Tensor, " d_sae"]:

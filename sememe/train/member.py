@@ -120,7 +120,7 @@ class Member:
         x, target = self.scaled(own)
         self.dictionary.train()
         loss = self.objective(self.dictionary, own, x, target, self.step / self.plan.n_steps)
-        revival = self.dictionary.revival_loss(x, target, loss.encoded)
+        revival = None if loss.error is None else self.dictionary.revival_loss(x, -loss.error.detach())
         if revival is not None:
             loss = loss._replace(total=loss.total + revival, terms=loss.terms | {"ghost": revival.detach()})
         loss.total.backward()  # type: ignore[no-untyped-call]

@@ -16,6 +16,7 @@ import numba
 from sememe.kernels.cpu.buffers import in_large_pages
 from sememe.kernels.cpu.encode import (
     encode_batch_topk,
+    encode_every,
     encode_group_max,
     encode_threshold,
     encode_topk,
@@ -25,12 +26,14 @@ from sememe.kernels.cpu.encode import (
 from sememe.kernels.cpu.pool import set_threads as _set_pool
 from sememe.kernels.cpu.rough import native_bfloat16, native_int8
 from sememe.kernels.cpu.steps import adam_step, signum_step
-from sememe.kernels.cpu.sums import decode, fired, reconstruct
+from sememe.kernels.cpu.sums import counts, decode, fired, reconstruct
 
 __all__ = [
     "adam_step",
+    "counts",
     "decode",
     "encode_batch_topk",
+    "encode_every",
     "encode_group_max",
     "encode_threshold",
     "encode_topk",

@@ -24,6 +24,7 @@ from sememe.kernels.cpu.sums import CHUNK, MANY, Transposed, block_of, scatter
 __all__ = [
     "candidates_of",
     "encode_batch_topk",
+    "encode_every",
     "encode_group_max",
     "encode_threshold",
     "encode_topk",
@@ -278,6 +279,43 @@ def encode_threshold(
     least = np.zeros(d_sae, np.float32) if threshold is None else threshold.detach().contiguous().numpy()
     chosen = functools.partial(_above, threshold=least)
     return Encoded(*_apply(x, W_enc, b_enc, b_pre, chosen, False), d_sae)
+
+
+class _Every(torch.autograd.Function):
+    """A dense product and its gradients, in memory that the next chunk of rows uses again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, threshold: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        centred = x - b_pre
+        acts = torch.from_numpy(buffers.empty(x.shape[0], W_enc.shape[1]))
+        torch.addmm(b_enc, centred, W_enc, out=acts)
+        below = acts <= (0.0 if threshold is None else threshold)  # so written, NaN is kept
+        acts.masked_fill_(below, 0.0)
+        ctx.save_for_backward(centred, W_enc, below)
+        mask = ~below
+        ctx.mark_non_differentiable(mask)
+        return acts, mask
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        centred, W_enc, below = ctx.saved_tensors
+        grad = torch.from_numpy(buffers.empty(*below.shape)).copy_(grads[0]).masked_fill_(below, 0.0)
+        grad_x = grad @ W_enc.T if ctx.needs_input_grad[0] else None
+        return grad_x, (grad.T @ centred).T, grad.sum(0), None, None
+
+
+def encode_every(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    b_pre: Float[Tensor, " d_in"],
+    threshold: Float[Tensor, " d_sae"] | None,
+) -> Encoded:
+    """See `kernels.encode_every`."""
+    least = None if threshold is None else threshold.detach()
+    return Encoded.of_every(*cast(Any, _Every.apply)(x, W_enc, b_enc, b_pre, least))
 
 
 def encode_group_max(

@@ -15,6 +15,7 @@ import numpy as np
 from numba import njit
 
 __all__ = [
+    "count_active",
     "count_latents",
     "decode",
     "dots",
@@ -286,6 +287,16 @@ def mark_fired(acts: Any, indices: Any, marks: Any) -> None:
     for e in range(acts.shape[0]):
         if acts[e] != 0:
             marks[indices[e]] = 1
+
+
+@jit
+def count_active(acts: Any, indices: Any, ptr: Any, per_row: Any, per_latent: Any) -> None:
+    """Entries that are not 0, by row and by latent, added to what is there."""
+    for row in range(ptr.shape[0] - 1):
+        for e in range(ptr[row], ptr[row + 1]):
+            if acts[e] != 0:
+                per_row[row] += 1
+                per_latent[indices[e]] += 1
 
 
 @jit

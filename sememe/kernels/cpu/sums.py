@@ -10,10 +10,10 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sememe.encoded import Encoded
+from sememe.encoded import Counts, Encoded
 from sememe.kernels.cpu import buffers, pool, sparse_loops
 
-__all__ = ["CHUNK", "MANY", "Transposed", "block_of", "decode", "fired", "reconstruct", "scatter"]
+__all__ = ["CHUNK", "MANY", "Transposed", "block_of", "counts", "decode", "fired", "reconstruct", "scatter"]
 
 CHUNK = 256
 """Rows or latents per task."""
@@ -106,6 +106,16 @@ def fired(encoded: Encoded) -> Bool[Tensor, " d_sae"]:
     acts, indices = encoded.acts.detach(), encoded.indices
     sparse_loops.mark_fired(acts.contiguous().numpy(), indices.contiguous().numpy(), marks)
     return torch.from_numpy(marks).bool()
+
+
+def counts(encoded: Encoded) -> Counts:
+    """See `kernels.counts`."""
+    per_row, per_latent = np.zeros(encoded.n_rows, np.int64), np.zeros(encoded.d_sae, np.int64)
+    acts, indices = encoded.acts.detach().contiguous(), encoded.indices.to(torch.int32).contiguous()
+    sparse_loops.count_active(
+        acts.numpy(), indices.numpy(), encoded.row_ptr.contiguous().numpy(), per_row, per_latent
+    )
+    return Counts(torch.from_numpy(per_row), torch.from_numpy(per_latent))
 
 
 def scatter(
