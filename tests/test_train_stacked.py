@@ -305,10 +305,10 @@ def test_adam_with_a_leading_dictionary_axis_has_the_bits_of_each_alone(n, rows,
 
 def test_a_stack_is_its_dictionaries():
     """What is done to one of them is done to the stack, and the other way round."""
-    from sememe.dictionaries.stacked import Stack
+    from sememe.dictionaries.stacked import stack_of
 
     whole = [dictionaries.build(TopKConfig(k=2, d_sae=6), 4, 4) for _ in range(2)]
-    stack = Stack(whole)
+    stack = stack_of(whole)
     with torch.no_grad():
         whole[1].W_enc[:, 3] = 7.0
         whole[0].tokens_since_fired[2] = 5
