@@ -3,24 +3,37 @@
 On a machine without a GPU the device's kernels run in Triton's interpreter, as in test_kernels_gpu.py.
 """
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_train import planted
+from test_train import CONFIGS, planted
 from test_train_sweep import same, sweep_config, without_seconds
 
 pytest.importorskip("triton")
 
 from sememe import dictionaries, kernels
-from sememe.dictionaries import Site, Sites
+from sememe.dictionaries import TRAINABLE, Architecture, Site, Sites
+from sememe.dictionaries.abs_topk import AbsTopKConfig
+from sememe.dictionaries.batch_topk import BatchTopKConfig
+from sememe.dictionaries.group_max import GroupMaxConfig
+from sememe.dictionaries.jumprelu import JumpReLUConfig
+from sememe.dictionaries.matryoshka import MatryoshkaConfig
+from sememe.dictionaries.multi_topk import MultiTopKConfig
+from sememe.dictionaries.relu import ReLUConfig
+from sememe.dictionaries.stacked import stack_of, stackable
 from sememe.dictionaries.topk import TopKConfig
+from sememe.encoded import Encoded
 from sememe.kernels import gpu, reference
 from sememe.kernels.gpu import selection, sparse, varying
-from sememe.source import TensorSource
-from sememe.train import crew, train, train_sweep, variants
+from sememe.needs.training import STACKED
+from sememe.source import Batch, TensorSource
+from sememe.train import TrainConfig, crew, train, train_sweep, variants
+from sememe.train.member import Spec
 from sememe.train.stacked import MemberStack
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -67,14 +80,25 @@ ENSEMBLE = {
 """Silent latents from the second step on, so that AuxK and resampling have something to do."""
 
 
+PENALISED = {
+    "jumprelu": ({"start_l0": 20, "bandwidth": 0.3}, "target_l0=2,3"),
+    "relu": ({"start_density": 0.2, "target_l0": 2.0, "steering": 0.1}, "l1_coefficient=0.1,0.3"),
+}
+"""Options beside those of ENSEMBLE, and what is swept over."""
+
+
 def swept(out: Path, path: str, kind: str = "topk", **changes):
-    """Four dictionaries of two k by the reference; in the interpreter, which is slow, two small ones."""
+    """Four dictionaries of two k or penalties by the reference; in the interpreter, which is slow, two small ones."""
     small = path == "gpu"
-    sweep = ("lr=3e-3,1e-2",) if small else ("k=2,3", "seed=0,1")
+    sweep = ("lr=3e-3,1e-2",) if small else ("k=2,4" if kind == "group_max" else "k=2,3", "seed=0,1")
     size = {"d_sae": 10, "k": 2} if small else {"d_sae": 40}
     size |= {"kind": kind}
     lr = {} if small else {"lr": 3e-3}
     architecture = {k: v for k, v in ENSEMBLE.items() if not small or k in ("kind", "dead_after_tokens")}
+    if kind in PENALISED:
+        del architecture["dead_after_tokens"]
+        size |= PENALISED[kind][0]
+        sweep = (PENALISED[kind][1], "seed=0,1")
     options = {"architecture": architecture | size, "batch_size": 4, "n_tokens": 16, "log_every": 4}
     options |= {"n_tokens": 12, "log_every": 3, "watch_rows": 0} if small else {}
     return sweep_config(out, *sweep, kind=kind, **(options | lr | changes))
@@ -86,6 +110,8 @@ def swept(out: Path, path: str, kind: str = "topk", **changes):
         ("reference", None, "topk"),
         ("reference", 0.05, "topk"),
         ("reference", None, "batch_topk"),
+        ("reference", None, "group_max"),
+        ("reference", None, "jumprelu"),
         pytest.param("gpu", 0.05, "topk", marks=pytest.mark.slow),
     ],
     indirect=["path"],
@@ -96,7 +122,8 @@ def test_a_sweep_that_steps_as_one_gives_what_each_gives_alone(path, clip, kind,
     made = stacks_made(monkeypatch)
     config = swept(tmp_path / "s", path, kind, optimiser={"kind": "adam", "clip": clip})
     sweep = train_sweep(config, source=TensorSource(x))
-    assert made == ([sweep.names] if kind == "topk" else [sweep.names[:2], sweep.names[2:]])
+    by_k = kind in ("batch_topk", "group_max")
+    assert made == ([sweep.names[:2], sweep.names[2:]] if by_k else [sweep.names])
     n_stacks = len(made)
     terms = []
     for member in variants(config):
@@ -110,11 +137,11 @@ def test_a_sweep_that_steps_as_one_gives_what_each_gives_alone(path, clip, kind,
         for one, other in zip(*logs, strict=True):
             assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
         terms.append("auxk" in logs[0][-1])
-    assert any(terms), "AuxK had something to do"
+    assert any(terms) or kind in PENALISED, "AuxK had something to do"
     assert len(made) == n_stacks, "a dictionary alone is no stack"
 
 
-@pytest.mark.parametrize("kind", ["topk", "batch_topk"])
+@pytest.mark.parametrize("kind", ["topk", "batch_topk", "relu"])
 def test_going_on_from_a_checkpoint_gives_the_same_bits(kind, tmp_path, monkeypatch):
     path = "reference"
     monkeypatch.setattr(kernels, "path_for", lambda _: path)
@@ -122,7 +149,7 @@ def test_going_on_from_a_checkpoint_gives_the_same_bits(kind, tmp_path, monkeypa
     _, x = planted(200, 6)
     train_sweep(swept(tmp_path / "whole", path, kind), source=TensorSource(x))
     plain, n = MemberStack.train_step, 0
-    n_stacks = {"topk": 1, "batch_topk": 2}[kind]
+    n_stacks = 2 if kind == "batch_topk" else 1
 
     def stops(self, batch, ahead, logging):
         nonlocal n
@@ -164,6 +191,113 @@ def test_hookpoints_of_one_width_step_as_one_too(path, tmp_path, monkeypatch):
         alone = train(config.replace(sweep=(), out=tmp_path / name), source=own)
         for key, value in alone.state_dict().items():
             torch.testing.assert_close(sweep.load(name).state_dict()[key], value, atol=1e-4, rtol=1e-4)
+
+
+def two(
+    config: Callable[..., Architecture], one: dict[str, Any], other: dict[str, Any]
+) -> list[Architecture]:
+    return [config(d_sae=12, **options) for options in (one, other)]
+
+
+DEAD = {"dead_after_tokens": 1}
+JUMPS = {"start_l0": 3.0, "bandwidth": 0.3, "resample": "none"}
+STARTS = {"start_density": 0.2, "resample": "none"}
+UNITS = STARTS | {"decoder_bias": False, "norm_weighted": True}
+PAIRS = {
+    "topk": two(TopKConfig, DEAD | {"k": 2}, {"k": 3}),
+    "multi_topk": two(
+        MultiTopKConfig,
+        DEAD | {"k": 2, "multiple": 2},
+        DEAD | {"k": 3, "multiple": 3, "multi_coefficient": 0.5},
+    ),
+    "abs_topk": two(AbsTopKConfig, DEAD | {"k": 2}, {"k": 3}),
+    "group_max": two(GroupMaxConfig, DEAD | {"k": 3}, {"k": 3, "auxk_coefficient": 0.0}),
+    "batch_topk": two(BatchTopKConfig, DEAD | {"k": 2}, {"k": 2, "threshold_decay": 0.5}),
+    "matryoshka": two(MatryoshkaConfig, *2 * (DEAD | {"k": 2, "prefixes": (0.25, 1.0)},)),
+    "jumprelu": two(
+        JumpReLUConfig,
+        JUMPS | {"target_l0": 2.0},
+        JUMPS | {"target_l0": None, "unpenalised_latents": 2, "sparsity_warmup": 0.5, "bandwidth": 0.1},
+    ),
+    "relu": two(
+        ReLUConfig, STARTS | {"target_l0": 2.0}, STARTS | {"l1_coefficient": 0.1, "unpenalised_latents": 3}
+    ),
+    "relu, weighted": two(ReLUConfig, UNITS | {"constant_latent": True}, UNITS | {"l1_coefficient": 0.1}),
+    "relu, >= 0": two(ReLUConfig, *2 * (STARTS | {"non_negative_decoder": True},)),
+}
+"""Two of each that step as one, in as many options apart as they may be."""
+
+
+def steps_of_two(kind: str, stacked: bool, n: int, monkeypatch) -> tuple[list[Any], dict[str, Any]]:
+    """Logs and state of n steps, taken as one or in turn."""
+    taken = 0
+    plain = MemberStack.train_step
+
+    def counted(self, *arguments):
+        nonlocal taken
+        taken += 1
+        return plain(self, *arguments)
+
+    monkeypatch.setattr(MemberStack, "train_step", counted)
+    monkeypatch.setattr(crew, "stacks_on", lambda _: stacked)
+    data = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    specs = [
+        Spec(f"m{i}", TrainConfig(architecture=one, seed=i, warmup=0.0, lr=1e-3 * (1 + i)), 4, 4, None, None)
+        for i, one in enumerate(PAIRS[kind])
+    ]
+    team = crew.Crew(specs, 6, torch.device(DEVICE))
+    team.initialise(Batch(data, data))
+    logs = []
+    for step in range(n):
+        if step == 1 and kind == "jumprelu" and "entries" in team.members["m0"].dictionary.training_buffers():
+            team.members["m0"].dictionary.entries.fill_(1)  # its buffer, and only that, will be too small
+        rows = data[2 * step : 2 * step + 2]
+        logs.append(team.train_step(Batch(rows, rows), None, True))
+    assert taken == (n if stacked else 0)
+    return logs, team.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        *(("reference", kind) for kind in PAIRS),
+        *(("gpu", kind) for kind in ("abs_topk", "group_max", "jumprelu", "relu")),
+        *(
+            pytest.param("gpu", kind, marks=pytest.mark.slow)
+            for kind in ("multi_topk", "matryoshka", "relu, >= 0")
+        ),
+    ],
+    indirect=["path"],
+)
+def test_a_step_of_two_as_one_is_the_step_of_each(path, kind, monkeypatch):
+    """Parameters, moments, thresholds, counters and logs, whatever the two differ in; a buffer that is too small for
+    one is not for the other."""
+    monkeypatch.setattr(kernels, "DENSE_SHARE", 2.0)  # no dictionary is so small that it is dense at any l0
+    n = 2 if path == "gpu" else 4
+    logs, states = zip(
+        *(steps_of_two(kind, stacked, n, monkeypatch) for stacked in (False, True)), strict=True
+    )
+    for alone, together in zip(*logs, strict=True):
+        for name, values in alone.items():
+            assert together[name] == pytest.approx(values, rel=1e-5, abs=1e-6), name
+    torch.testing.assert_close(states[1], states[0], atol=1e-6, rtol=1e-5)
+    if path == "gpu" and kind == "jumprelu":
+        assert [values["overflow_steps"] for values in logs[1][-1].values()] == [1.0, 0.0]
+
+
+def test_the_plan_knows_which_architectures_step_as_one():
+    """Of each architecture one with usual options; below, options by which one steps by itself."""
+    usual = {kind: TRAINABLE[kind].rebuild(options, 4, 4, 64, None) for kind, options in CONFIGS.items()}
+    assert set(usual) == set(TRAINABLE)
+    found = {kind for kind, dictionary in usual.items() if stackable(dictionary) is not None}
+    assert found == STACKED
+    for kind, options in (
+        ("topk", {"k": 2, "skip": True}),
+        ("relu", {"noise": 0.1}),
+        ("relu", {"entropy_coefficient": 0.1}),
+        ("jumprelu", {"ghost_after_tokens": 5}),
+    ):
+        assert stackable(TRAINABLE[kind].rebuild(options | {"d_sae": 12}, 4, 3, 12, None)) is None
 
 
 def test_only_those_of_one_shape_step_as_one(tmp_path, monkeypatch):
@@ -303,10 +437,74 @@ def test_adam_with_a_leading_dictionary_axis_has_the_bits_of_each_alone(n, rows,
         assert all(torch.equal(now[i], one) for now, one in zip(state, alone[i], strict=True))
 
 
+@settings(max_examples=4, deadline=None)
+@given(
+    st.integers(1, 3), st.integers(1, 2), st.integers(1, 3), st.integers(1, 9), st.integers(0, 999), st.data()
+)
+def test_signed_and_grouped_selection_with_a_leading_dictionary_axis(n, batch, n_groups, size, seed, data):
+    """Values and gradients of each alone; an entry beyond a k of its own has no gradient."""
+    p = several(n, batch, 4, n_groups * size, seed)
+    inputs = [p[name] for name in ("x", "W_enc", "b_enc", "b_pre")]
+    ks = data.draw(st.lists(st.integers(1, n_groups * size), min_size=n, max_size=n))
+    own_k = torch.tensor(ks, device=DEVICE)
+    signed = gpu.encode_abs_topk(*inputs, max(ks), own_k)
+    grouped = gpu.encode_group_max(*inputs, n_groups)
+    weights = torch.arange(1.0, n_groups * size + 1, device=DEVICE)
+    for found, wanted in (
+        (signed, [reference.encode_abs_topk(*(one[i] for one in inputs), k) for i, k in enumerate(ks)]),
+        (grouped, [reference.encode_group_max(*(one[i] for one in inputs), n_groups) for i in range(n)]),
+    ):
+        outs = [
+            [Encoded.from_topk(acts, indices, n_groups * size).to_dense() for acts, indices in one]
+            for one in (zip(*found, strict=True), wanted)
+        ]
+        names = ("x", "W_enc", "b_enc")
+        grads = [
+            torch.autograd.grad(
+                sum((one * weights).square().sum() for one in out), [p[name] for name in names]
+            )
+            for out in outs
+        ]
+        for got, slow in zip((*outs[0], *grads[0]), (*outs[1], *grads[1]), strict=True):
+            torch.testing.assert_close(got, slow)
+
+
+@settings(max_examples=4, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 2), st.integers(1, 15), st.integers(0, 999), st.data())
+def test_thresholds_with_a_leading_dictionary_axis(n, batch, d_sae, seed, data):
+    """Each with thresholds and room of its own: what does not fit for one is missing of that one only."""
+    p = several(n, batch, 4, d_sae, seed)
+    threshold = (
+        torch.randint(-3, 4, (n, d_sae), generator=torch.Generator().manual_seed(seed)).float().to(DEVICE)
+    )
+    room = data.draw(st.lists(st.integers(1, batch * d_sae), min_size=n, max_size=n))
+    inputs = [p[name] for name in ("x", "W_enc", "b_enc", "b_pre")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(varying, "ROW_SHARE", d_sae)
+        encoded = gpu.encode_threshold(*inputs, threshold, room)
+        alone = [
+            gpu.encode_threshold(*(one[i] for one in inputs), threshold[i], capacity)
+            for i, capacity in enumerate(room)
+        ]
+    assert encoded.acts.shape == (sum(room),)
+    assert encoded.overflow is not None
+    assert encoded.overflow.tolist() == [bool(one.overflow) for one in alone]
+    on_cpu = [kernels.encode_threshold(*inputs, threshold, room)] if DEVICE == "cpu" else []
+    for whole in (encoded, *on_cpu):
+        for i, one in enumerate(alone):
+            own = kernels.apart(whole, n, i)
+            assert torch.equal(own.row_ptr, one.row_ptr) and torch.equal(own.to_dense(), one.to_dense())
+    names = ("x", "W_enc", "b_enc")
+    grads = [
+        torch.autograd.grad(sum(one.acts.square().sum() for one in parts), [p[name] for name in names])
+        for parts in ([encoded], alone)
+    ]
+    for got, slow in zip(*grads, strict=True):
+        torch.testing.assert_close(got, slow)
+
+
 def test_a_stack_is_its_dictionaries():
     """What is done to one of them is done to the stack, and the other way round."""
-    from sememe.dictionaries.stacked import stack_of
-
     whole = [dictionaries.build(TopKConfig(k=2, d_sae=6), 4, 4) for _ in range(2)]
     stack = stack_of(whole)
     with torch.no_grad():

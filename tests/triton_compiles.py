@@ -33,7 +33,7 @@ KERNELS = [
         {"TILE": [selection.TILE], "SLOTS": [128, 1024], "SIGNED": BOTH, "MARGIN": BOTH, "LAST": BOTH},
         8,
     ),
-    (groups._largest, {"RUNS": [1, 512], "SIZE": [4, 4096], "KEPT": [1, groups.KEPT]}, 8),
+    (groups._largest, {"RUNS": [1, 4], "SIZE": [1, 4096], "KEPT": [1, groups.KEPT]}, 8),
     (selection._keep, {"SLOTS": [1, 128], "SIGNED": BOTH}, 4),
     (optimiser._adam_flat, {"BLOCK": [optimiser.FLAT], "FROZEN": BOTH, "SEVERAL": BOTH}, 4),
     (optimiser._adam_rows, {"BLOCK": [1, 4096], "FROZEN": BOTH, "SEVERAL": BOTH}, 8),
