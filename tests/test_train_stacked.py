@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_train import CONFIGS, planted
+from test_train import CONFIGS, Reads, planted
 from test_train_sweep import same, sweep_config, without_seconds
 
 pytest.importorskip("triton")
@@ -33,7 +33,7 @@ from sememe.kernels.gpu import selection, sparse, varying
 from sememe.needs.training import STACKED
 from sememe.source import Batch, TensorSource
 from sememe.train import TrainConfig, crew, train, train_sweep, variants
-from sememe.train.member import Spec
+from sememe.train.member import Member, Spec
 from sememe.train.stacked import MemberStack
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -228,18 +228,10 @@ PAIRS = {
 """Two of each that step as one, in as many options apart as they may be."""
 
 
-def steps_of_two(kind: str, stacked: bool, n: int, monkeypatch) -> tuple[list[Any], dict[str, Any]]:
-    """Logs and state of n steps, taken as one or in turn."""
-    taken = 0
-    plain = MemberStack.train_step
-
-    def counted(self, *arguments):
-        nonlocal taken
-        taken += 1
-        return plain(self, *arguments)
-
-    monkeypatch.setattr(MemberStack, "train_step", counted)
+def team_of_two(kind: str, stacked: bool, monkeypatch) -> tuple[crew.Crew, list[Batch]]:
+    """They, and what they are trained on."""
     monkeypatch.setattr(crew, "stacks_on", lambda _: stacked)
+    monkeypatch.setattr(kernels, "DENSE_SHARE", 2.0)  # no dictionary is so small that it is dense at any l0
     data = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
     specs = [
         Spec(f"m{i}", TrainConfig(architecture=one, seed=i, warmup=0.0, lr=1e-3 * (1 + i)), 4, 4, None, None)
@@ -247,14 +239,8 @@ def steps_of_two(kind: str, stacked: bool, n: int, monkeypatch) -> tuple[list[An
     ]
     team = crew.Crew(specs, 6, torch.device(DEVICE))
     team.initialise(Batch(data, data))
-    logs = []
-    for step in range(n):
-        if step == 1 and kind == "jumprelu" and "entries" in team.members["m0"].dictionary.training_buffers():
-            team.members["m0"].dictionary.entries.fill_(1)  # its buffer, and only that, will be too small
-        rows = data[2 * step : 2 * step + 2]
-        logs.append(team.train_step(Batch(rows, rows), None, True))
-    assert taken == (n if stacked else 0)
-    return logs, team.state_dict()
+    assert [stack.names for stack in team.stacks] == [("m0", "m1")] * stacked
+    return team, [Batch(rows, rows) for rows in data.split(2)]
 
 
 @pytest.mark.parametrize(
@@ -272,17 +258,39 @@ def steps_of_two(kind: str, stacked: bool, n: int, monkeypatch) -> tuple[list[An
 def test_a_step_of_two_as_one_is_the_step_of_each(path, kind, monkeypatch):
     """Parameters, moments, thresholds, counters and logs, whatever the two differ in; a buffer that is too small for
     one is not for the other."""
-    monkeypatch.setattr(kernels, "DENSE_SHARE", 2.0)  # no dictionary is so small that it is dense at any l0
-    n = 2 if path == "gpu" else 4
-    logs, states = zip(
-        *(steps_of_two(kind, stacked, n, monkeypatch) for stacked in (False, True)), strict=True
-    )
+    logs, states = [], []
+    for stacked in (False, True):
+        team, batches = team_of_two(kind, stacked, monkeypatch)
+        logs.append([])
+        for number, batch in enumerate(batches[: 2 if path == "gpu" else 4]):
+            if number == 1 and path == "gpu" and kind == "jumprelu":
+                team.members["m0"].dictionary.entries.fill_(1)
+            logs[-1].append(team.train_step(batch, None, True))
+        states.append(team.state_dict())
     for alone, together in zip(*logs, strict=True):
         for name, values in alone.items():
             assert together[name] == pytest.approx(values, rel=1e-5, abs=1e-6), name
     torch.testing.assert_close(states[1], states[0], atol=1e-6, rtol=1e-5)
     if path == "gpu" and kind == "jumprelu":
         assert [values["overflow_steps"] for values in logs[1][-1].values()] == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("path", ["gpu"], indirect=True)
+@pytest.mark.parametrize("kind", ["group_max", "jumprelu", "relu"])
+def test_a_step_of_two_on_a_gpu_is_one_and_reads_nothing_from_the_device(kind, path, monkeypatch):
+    reads, taken = Reads.past_what_arrives(monkeypatch), []
+    team, batches = team_of_two(kind, True, monkeypatch)
+    plain = Member.train_step
+    monkeypatch.setattr(
+        Member, "train_step", lambda self, *rows: taken.append(self.name) or plain(self, *rows)
+    )
+    team.train_step(batches[0], None, False)
+    assert taken == ([] if kind == "group_max" else ["m0", "m1"]), (
+        "nothing tells how much room the first step needs"
+    )
+    with reads:
+        team.train_step(batches[1], None, False)
+    assert not reads.found and len(taken) < 3
 
 
 def test_the_plan_knows_which_architectures_step_as_one():
