@@ -307,6 +307,21 @@ def test_each_of_several_dictionaries_has_its_own_overflow():
     assert encoded.overflow is not None and encoded.overflow.tolist() == [False, True]
 
 
+def test_a_latents_value_has_the_gradients_of_its_entries():
+    """Of a buffer with room to spare; a latent without an entry has none."""
+    p = case(3, 5, 20, 2, whole=True)
+    encoded = gpu.encode_threshold(*inputs(p), None, 50).detach()
+    values = torch.randn(20, device=DEVICE, requires_grad=True)
+    weights = torch.randn(50, device=DEVICE).masked_fill(~encoded.stored(), 0.0)
+    found, wanted = gpu.of_entries(values, encoded.indices), values[encoded.indices.long()]
+    assert torch.equal(found, wanted)
+    grads = [torch.autograd.grad((one * weights).sum(), values)[0] for one in (found, wanted)]
+    torch.testing.assert_close(*grads)
+    absent = torch.ones(20, dtype=torch.bool, device=DEVICE)
+    absent[encoded.indices[encoded.stored()].long()] = False
+    assert bool((grads[0][absent] == 0).all())
+
+
 def test_same_bits_twice():
     p = case(3, 20, 40, 3)
     encoders = {

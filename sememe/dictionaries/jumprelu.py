@@ -125,7 +125,7 @@ class JumpReLU(Penalised):
 
         def of_rows(rows: Rows) -> Chunk:
             near = self._encode_above(rows.x, lower, rows.dense)
-            per_entry = near.only_stored(threshold.index_select(0, near.indices), torch.inf)
+            per_entry = near.only_stored(kernels.of_entries(threshold, near), torch.inf)
             acts, open_ = Jump.apply(near.acts, per_entry, width)  # type: ignore[no-untyped-call]
             encoded = near.with_acts(acts)
             mse, _, error = self._reconstruct(encoded, rows.x, rows.target)

@@ -54,6 +54,7 @@ __all__ = [
     "largest",
     "matching_pursuit",
     "native_bfloat16",
+    "of_entries",
     "path_for",
     "reconstruct",
     "signum_step",
@@ -471,6 +472,16 @@ def decode_prefixes(
         recons.append(recons[-1] + part if recons else part)
         bias, start = torch.zeros_like(b_dec), end
     return recons
+
+
+def of_entries(values: Float[Tensor, " d_sae"], encoded: Encoded) -> Float[Tensor, " nnz"]:
+    """For each entry its latent's value, differentiable in the values: their gradients are summed over entries in a
+    fixed order."""
+    if path_for(values) == "gpu":
+        from sememe.kernels import gpu
+
+        return gpu.of_entries(values, encoded.indices)
+    return values.index_select(0, encoded.indices)
 
 
 def reconstruct(

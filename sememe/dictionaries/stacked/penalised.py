@@ -91,7 +91,7 @@ class JumpReLUStack(_PenalisedStack):
         """Each dictionary's own loss (see `JumpReLU.loss`)."""
         threshold = self.parameters["relative_threshold"] * self.unit
         near = self._above(x, (threshold.detach() - self.width / 2).clamp_min(0))
-        per_entry = near.only_stored(threshold.view(-1).index_select(0, near.indices), torch.inf)
+        per_entry = near.only_stored(kernels.of_entries(threshold.view(-1), near), torch.inf)
         widths = self.width.view(-1).index_select(0, near.indices // self.d_sae)
         acts, open_ = Jump.apply(near.acts, per_entry, widths)  # type: ignore[no-untyped-call]
         encoded = near.with_acts(acts)

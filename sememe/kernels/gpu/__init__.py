@@ -13,7 +13,7 @@ from sememe.kernels.gpu.groups import encode_group_max
 from sememe.kernels.gpu.optimiser import adam_step
 from sememe.kernels.gpu.selection import encode_abs_topk, encode_topk
 from sememe.kernels.gpu.signum import signum_step
-from sememe.kernels.gpu.sparse import decode, decode_encoded
+from sememe.kernels.gpu.sparse import decode, decode_encoded, of_entries
 from sememe.kernels.gpu.varying import encode_batch_topk, encode_threshold
 
 __all__ = [
@@ -25,5 +25,6 @@ __all__ = [
     "encode_group_max",
     "encode_threshold",
     "encode_topk",
+    "of_entries",
     "signum_step",
 ]
