@@ -34,6 +34,7 @@ UNCHECKED = {
     "sememe.kernels.cpu.loops",
     "sememe.kernels.cpu.sparse_loops",
     "sememe.kernels.cpu.steps",
+    "sememe.kernels.gpu.groups",
     "sememe.kernels.gpu.optimiser",
     "sememe.kernels.gpu.selection",
     "sememe.kernels.gpu.signum",

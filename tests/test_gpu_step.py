@@ -9,6 +9,7 @@ from sememe import dictionaries, kernels
 from sememe.dictionaries import Architecture
 from sememe.dictionaries.batch_topk import BatchTopKConfig
 from sememe.dictionaries.dead import DeadLatents
+from sememe.dictionaries.group_max import GroupMaxConfig
 from sememe.dictionaries.jumprelu import JumpReLUConfig
 from sememe.dictionaries.relu import ReLUConfig
 from sememe.dictionaries.topk import TopKConfig
@@ -57,10 +58,11 @@ def steps(n: int, config: Architecture) -> list[torch.Tensor]:
         TopKConfig(k=8, d_sae=512, dead_after_tokens=1),
         TopKConfig(k=8, d_sae=512),
         BatchTopKConfig(k=8, d_sae=512),
+        GroupMaxConfig(k=8, d_sae=512),
         JumpReLUConfig(target_l0=8.0, start_l0=16.0, d_sae=512),
         ReLUConfig(start_density=0.02, d_sae=512),
     ],
-    ids=["topk, all dead", "topk", "batch_topk", "jumprelu", "relu"],
+    ids=["topk, all dead", "topk", "batch_topk", "group_max", "jumprelu", "relu"],
 )
 def test_a_step_never_waits_for_the_device_and_gives_the_same_bits_twice(config):
     runs = [steps(6, config) for _ in range(2)]
@@ -70,23 +72,19 @@ def test_a_step_never_waits_for_the_device_and_gives_the_same_bits_twice(config)
 @pytest.mark.gpu
 @needs_cuda
 def test_a_step_of_several_never_waits_either():
-    """Two shapes, so two stacks; AuxK in all."""
+    """Two shapes and another architecture, so three stacks; AuxK in two of them, buffers in one."""
+    architectures = [
+        *(TopKConfig(k=k, d_sae=d_sae, dead_after_tokens=1) for d_sae in (256, 512) for k in (4, 8)),
+        *(JumpReLUConfig(target_l0=float(k), start_l0=16.0, d_sae=512) for k in (4, 8)),
+    ]
     specs = [
-        Spec(
-            f"{d_sae}-{k}",
-            TrainConfig(architecture=TopKConfig(k=k, d_sae=d_sae, dead_after_tokens=1), seed=k, warmup=0.0),
-            64,
-            64,
-            None,
-            None,
-        )
-        for d_sae in (256, 512)
-        for k in (4, 8)
+        Spec(f"m{i}", TrainConfig(architecture=one, seed=i, warmup=0.0), 64, 64, None, None)
+        for i, one in enumerate(architectures)
     ]
     team = Crew(specs, 1000, torch.device("cuda"))
     data = torch.randn(4096, 64, generator=torch.Generator().manual_seed(0))
     team.initialise(Batch(data, data))
-    assert [len(stack.names) for stack in team.stacks] == [2, 2]
+    assert [len(stack.names) for stack in team.stacks] == [2, 2, 2]
     try:
         for step in range(6):
             if step == 2:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("triton")
@@ -21,11 +21,12 @@ from triton.runtime.jit import KernelInterface
 from sememe import dictionaries, kernels
 from sememe.dictionaries.abs_topk import AbsTopKConfig
 from sememe.dictionaries.batch_topk import BatchTopKConfig
+from sememe.dictionaries.group_max import GroupMaxConfig
 from sememe.dictionaries.matryoshka import MatryoshkaConfig
 from sememe.dictionaries.topk import TopKConfig
 from sememe.encoded import Encoded
 from sememe.kernels import gpu, reference
-from sememe.kernels.gpu import optimiser, selection, signum, sparse, varying
+from sememe.kernels.gpu import groups, optimiser, selection, signum, sparse, varying
 from sememe.optimiser import Adam
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -129,6 +130,36 @@ def test_abs_topk(shape, data):
     )
 
 
+@settings(max_examples=N_EXAMPLES // 2, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 20), st.integers(1, 7), st.integers(1, 20), st.integers(0, 10_000))
+@example(1, 3, 2, 37, 0)
+def test_group_max(batch, d_in, n_groups, size, seed):
+    """Several groups in a tile of 16, or several tiles in a group; every group has its latent, positive or not."""
+    p = case(batch, d_in, n_groups * size, seed, whole=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(groups, "ELEMENTS", 8)
+        acts, indices = gpu.encode_group_max(*inputs(p), n_groups)
+    wanted = reference.encode_group_max(*inputs(p), n_groups)
+    assert torch.equal(indices, wanted[1]) and torch.equal(acts, wanted[0])
+    keep = mask_of(pre_acts_of(p).shape, indices)
+    check(Encoded.from_topk(acts, indices, n_groups * size), keep, p, rectified=True)
+
+
+def test_the_largest_of_a_group_is_decided_in_float32():
+    """Of latents that bfloat16 cannot tell apart, and of two tiles."""
+    p = case(1, 20, 40, 5)
+    nearly = 1 + 1e-4 * torch.randn(40, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    with torch.no_grad():
+        p["W_enc"].copy_(p["W_enc"][:, :1] * nearly)
+        p["b_enc"].zero_()
+    wanted = reference.encode_group_max(*inputs(p), 2)[0]
+    few = gpu.encode_group_max(*inputs(p), 2)[0]
+    assert bool((few >= 0.99 * wanted).all()), "four of each tile lose no more than rounding"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(groups, "KEPT", 16)  # all of a tile: bfloat16 decides nothing
+        torch.testing.assert_close(gpu.encode_group_max(*inputs(p), 2)[0], wanted)
+
+
 @settings(max_examples=N_EXAMPLES, deadline=None)
 @given(shapes, st.booleans(), st.booleans(), st.data())
 def test_threshold(shape, whole, with_threshold, data):
@@ -190,7 +221,7 @@ def test_a_row_with_more_than_its_share_of_a_batch_raises_the_flag():
     assert int(encoded.row_counts()[7]) == 16
 
 
-@pytest.mark.parametrize("encode", ["topk", "abs_topk", "threshold", "batch_topk"])
+@pytest.mark.parametrize("encode", ["topk", "abs_topk", "group_max", "threshold", "batch_topk"])
 def test_rows_of_zeros_and_a_batch_of_one(encode):
     for batch in (1, 3):
         p = case(batch, 5, 40, 1)
@@ -220,6 +251,7 @@ def test_more_tiles_than_one_and_rising_latents():
 ENCODERS = {
     "topk": lambda path, p: Encoded.from_topk(*path.encode_topk(*inputs(p), 3), 40),
     "abs_topk": lambda path, p: Encoded.from_topk(*path.encode_abs_topk(*inputs(p), 3), 40),
+    "group_max": lambda path, p: Encoded.from_topk(*path.encode_group_max(*inputs(p), 4), 40),
     "threshold": lambda path, p: path.encode_threshold(*inputs(p), None, *[160] * (path is gpu)),
     "batch_topk": lambda path, p: path.encode_batch_topk(*inputs(p), 12)[0],
 }
@@ -240,7 +272,7 @@ def test_a_nan_is_not_lost(encode, where):
     encoded, wanted = (ENCODERS[encode](path, p) for path in (gpu, reference))
     found, true = (one.detach().to_dense().isnan() for one in (encoded, wanted))
     assert torch.equal(found, true)
-    of_rows = {"threshold": 80, "batch_topk": 12}.get(encode, 6)
+    of_rows = {"threshold": 80, "batch_topk": 12, "group_max": 8}.get(encode, 6)
     assert found.sum() == {"row": of_rows, "latent": 8}[where]
     loss = gpu.decode_encoded(encoded, p["W_dec"], p["b_dec"]).square().mean()
     assert bool(loss.isnan())
@@ -272,10 +304,26 @@ def test_each_of_several_dictionaries_has_its_own_overflow():
     assert encoded.overflow is not None and encoded.overflow.tolist() == [False, True]
 
 
+def test_a_latents_value_has_the_gradients_of_its_entries():
+    """Of a buffer with room to spare; a latent without an entry has none."""
+    p = case(3, 5, 20, 2, whole=True)
+    encoded = gpu.encode_threshold(*inputs(p), None, 50).detach()
+    values = torch.randn(20, device=DEVICE, requires_grad=True)
+    weights = torch.randn(50, device=DEVICE).masked_fill(~encoded.stored(), 0.0)
+    found, wanted = gpu.of_entries(values, encoded.indices), values[encoded.indices.long()]
+    assert torch.equal(found, wanted)
+    grads = [torch.autograd.grad((one * weights).sum(), values)[0] for one in (found, wanted)]
+    torch.testing.assert_close(*grads)
+    absent = torch.ones(20, dtype=torch.bool, device=DEVICE)
+    absent[encoded.indices[encoded.stored()].long()] = False
+    assert bool((grads[0][absent] == 0).all())
+
+
 def test_same_bits_twice():
     p = case(3, 20, 40, 3)
     encoders = {
         "topk": lambda: Encoded.from_topk(*gpu.encode_topk(*inputs(p), 6), 40),
+        "group_max": lambda: Encoded.from_topk(*gpu.encode_group_max(*inputs(p), 8), 40),
         "threshold": lambda: gpu.encode_threshold(*inputs(p), None, 120),
         "batch_topk": lambda: gpu.encode_batch_topk(*inputs(p), 18)[0],
     }
@@ -377,7 +425,7 @@ def test_every_kernel_compiles_for_a_gpu_even_where_there_is_none(tmp_path):
     done = subprocess.run(program, env=environment, capture_output=True, text=True)
     names = [
         name
-        for module in (optimiser, selection, signum, sparse)
+        for module in (groups, optimiser, selection, signum, sparse)
         for name, value in vars(module).items()
         if isinstance(value, KernelInterface) and value.fn.__module__ == module.__name__
     ]
@@ -390,6 +438,7 @@ def test_every_kernel_compiles_for_a_gpu_even_where_there_is_none(tmp_path):
     [
         TopKConfig(k=3, d_sae=24, dead_after_tokens=10),
         AbsTopKConfig(k=3, d_sae=24),
+        GroupMaxConfig(k=3, d_sae=24),
         BatchTopKConfig(k=3, d_sae=24, dead_after_tokens=10),
         MatryoshkaConfig(k=3, d_sae=24, prefixes=(0.25, 1.0)),
     ],

@@ -480,6 +480,25 @@ class Reads(TorchDispatchMode):
         super().__init__()
         self.found, self.aside = [], False
 
+    @classmethod
+    def past_what_arrives(cls, monkeypatch):
+        """Counts all but the numbers that on a GPU set off in the step before, and are awaited by their event."""
+        reads = cls()
+
+        def arrives(method):
+            def aside(*args):
+                reads.aside = True
+                try:
+                    return method(*args)
+                finally:
+                    reads.aside = False
+
+            return aside
+
+        monkeypatch.setattr(Room, "_arrived", arrives(Room._arrived))
+        monkeypatch.setattr(DeadLatents, "ids_of_each", arrives(DeadLatents.ids_of_each))
+        return reads
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name, kwargs = function.overloadpacket.__name__, kwargs or {}
         masks = [one for one in args[1] if one is not None] if name in self.indexing else []
@@ -510,22 +529,7 @@ def test_a_step_on_a_gpu_reads_nothing_from_the_device_but_for_the_kinds_named(c
 
     monkeypatch.setattr(selection, "TILE", 64)
     monkeypatch.setattr(kernels, "path_for", lambda _: "gpu")
-    reads = Reads()
-
-    def arrives(method):
-        """A number that on a GPU set off in the step before, and is awaited by its event."""
-
-        def aside(*args):
-            reads.aside = True
-            try:
-                return method(*args)
-            finally:
-                reads.aside = False
-
-        return aside
-
-    monkeypatch.setattr(Room, "_arrived", arrives(Room._arrived))
-    monkeypatch.setattr(DeadLatents, "ids_of_each", arrives(DeadLatents.ids_of_each))
+    reads = Reads.past_what_arrives(monkeypatch)
     _, x = planted(64)
     kind, d_sae = case.removeprefix("dense "), 64
     options: dict[str, Any] = {}

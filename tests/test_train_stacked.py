@@ -3,24 +3,33 @@
 On a machine without a GPU the device's kernels run in Triton's interpreter, as in test_kernels_gpu.py.
 """
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from test_train import planted
+from test_train import CONFIGS, Reads, planted
 from test_train_sweep import same, sweep_config, without_seconds
 
 pytest.importorskip("triton")
 
 from sememe import dictionaries, kernels
-from sememe.dictionaries import Site, Sites
+from sememe.dictionaries import TRAINABLE, Architecture, Site, Sites
+from sememe.dictionaries.abs_topk import AbsTopKConfig
+from sememe.dictionaries.batch_topk import BatchTopKConfig
+from sememe.dictionaries.group_max import GroupMaxConfig
+from sememe.dictionaries.jumprelu import JumpReLUConfig
+from sememe.dictionaries.matryoshka import MatryoshkaConfig
+from sememe.dictionaries.multi_topk import MultiTopKConfig
+from sememe.dictionaries.relu import ReLUConfig
+from sememe.dictionaries.stacked import stack_of, stackable
 from sememe.dictionaries.topk import TopKConfig
-from sememe.kernels import gpu, reference
-from sememe.kernels.gpu import selection, sparse, varying
-from sememe.source import TensorSource
-from sememe.train import crew, train, train_sweep, variants
+from sememe.kernels.gpu import selection, sparse
+from sememe.needs.training import STACKED
+from sememe.source import Batch, TensorSource
+from sememe.train import TrainConfig, crew, train, train_sweep, variants
+from sememe.train.member import Member, Spec
 from sememe.train.stacked import MemberStack
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -67,14 +76,25 @@ ENSEMBLE = {
 """Silent latents from the second step on, so that AuxK and resampling have something to do."""
 
 
+PENALISED = {
+    "jumprelu": ({"start_l0": 20, "bandwidth": 0.3}, "target_l0=2,3"),
+    "relu": ({"start_density": 0.2, "target_l0": 2.0, "steering": 0.1}, "l1_coefficient=0.1,0.3"),
+}
+"""Options beside those of ENSEMBLE, and what is swept over."""
+
+
 def swept(out: Path, path: str, kind: str = "topk", **changes):
-    """Four dictionaries of two k by the reference; in the interpreter, which is slow, two small ones."""
+    """Four dictionaries of two k or penalties by the reference; in the interpreter, which is slow, two small ones."""
     small = path == "gpu"
-    sweep = ("lr=3e-3,1e-2",) if small else ("k=2,3", "seed=0,1")
+    sweep = ("lr=3e-3,1e-2",) if small else ("k=2,4" if kind == "group_max" else "k=2,3", "seed=0,1")
     size = {"d_sae": 10, "k": 2} if small else {"d_sae": 40}
     size |= {"kind": kind}
     lr = {} if small else {"lr": 3e-3}
     architecture = {k: v for k, v in ENSEMBLE.items() if not small or k in ("kind", "dead_after_tokens")}
+    if kind in PENALISED:
+        del architecture["dead_after_tokens"]
+        size |= PENALISED[kind][0]
+        sweep = (PENALISED[kind][1], "seed=0,1")
     options = {"architecture": architecture | size, "batch_size": 4, "n_tokens": 16, "log_every": 4}
     options |= {"n_tokens": 12, "log_every": 3, "watch_rows": 0} if small else {}
     return sweep_config(out, *sweep, kind=kind, **(options | lr | changes))
@@ -86,6 +106,8 @@ def swept(out: Path, path: str, kind: str = "topk", **changes):
         ("reference", None, "topk"),
         ("reference", 0.05, "topk"),
         ("reference", None, "batch_topk"),
+        ("reference", None, "group_max"),
+        ("reference", None, "jumprelu"),
         pytest.param("gpu", 0.05, "topk", marks=pytest.mark.slow),
     ],
     indirect=["path"],
@@ -96,7 +118,8 @@ def test_a_sweep_that_steps_as_one_gives_what_each_gives_alone(path, clip, kind,
     made = stacks_made(monkeypatch)
     config = swept(tmp_path / "s", path, kind, optimiser={"kind": "adam", "clip": clip})
     sweep = train_sweep(config, source=TensorSource(x))
-    assert made == ([sweep.names] if kind == "topk" else [sweep.names[:2], sweep.names[2:]])
+    by_k = kind in ("batch_topk", "group_max")
+    assert made == ([sweep.names[:2], sweep.names[2:]] if by_k else [sweep.names])
     n_stacks = len(made)
     terms = []
     for member in variants(config):
@@ -110,11 +133,11 @@ def test_a_sweep_that_steps_as_one_gives_what_each_gives_alone(path, clip, kind,
         for one, other in zip(*logs, strict=True):
             assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
         terms.append("auxk" in logs[0][-1])
-    assert any(terms), "AuxK had something to do"
+    assert any(terms) or kind in PENALISED, "AuxK had something to do"
     assert len(made) == n_stacks, "a dictionary alone is no stack"
 
 
-@pytest.mark.parametrize("kind", ["topk", "batch_topk"])
+@pytest.mark.parametrize("kind", ["topk", "batch_topk", "relu"])
 def test_going_on_from_a_checkpoint_gives_the_same_bits(kind, tmp_path, monkeypatch):
     path = "reference"
     monkeypatch.setattr(kernels, "path_for", lambda _: path)
@@ -122,7 +145,7 @@ def test_going_on_from_a_checkpoint_gives_the_same_bits(kind, tmp_path, monkeypa
     _, x = planted(200, 6)
     train_sweep(swept(tmp_path / "whole", path, kind), source=TensorSource(x))
     plain, n = MemberStack.train_step, 0
-    n_stacks = {"topk": 1, "batch_topk": 2}[kind]
+    n_stacks = 2 if kind == "batch_topk" else 1
 
     def stops(self, batch, ahead, logging):
         nonlocal n
@@ -166,6 +189,118 @@ def test_hookpoints_of_one_width_step_as_one_too(path, tmp_path, monkeypatch):
             torch.testing.assert_close(sweep.load(name).state_dict()[key], value, atol=1e-4, rtol=1e-4)
 
 
+def two(
+    config: Callable[..., Architecture], one: dict[str, Any], other: dict[str, Any]
+) -> list[Architecture]:
+    return [config(d_sae=12, **options) for options in (one, other)]
+
+
+DEAD = {"dead_after_tokens": 1}
+JUMPS = {"start_l0": 3.0, "bandwidth": 0.3, "resample": "none"}
+STARTS = {"start_density": 0.2, "resample": "none"}
+UNITS = STARTS | {"decoder_bias": False, "norm_weighted": True}
+PAIRS = {
+    "topk": two(TopKConfig, DEAD | {"k": 2}, {"k": 3}),
+    "multi_topk": two(
+        MultiTopKConfig,
+        DEAD | {"k": 2, "multiple": 2},
+        DEAD | {"k": 3, "multiple": 3, "multi_coefficient": 0.5},
+    ),
+    "abs_topk": two(AbsTopKConfig, DEAD | {"k": 2}, {"k": 3}),
+    "group_max": two(GroupMaxConfig, DEAD | {"k": 3}, {"k": 3, "auxk_coefficient": 0.0}),
+    "batch_topk": two(BatchTopKConfig, DEAD | {"k": 2}, {"k": 2, "threshold_decay": 0.5}),
+    "matryoshka": two(MatryoshkaConfig, *2 * (DEAD | {"k": 2, "prefixes": (0.25, 1.0)},)),
+    "jumprelu": two(
+        JumpReLUConfig,
+        JUMPS | {"target_l0": 2.0},
+        JUMPS | {"target_l0": None, "unpenalised_latents": 2, "sparsity_warmup": 0.5, "bandwidth": 0.1},
+    ),
+    "relu": two(
+        ReLUConfig, STARTS | {"target_l0": 2.0}, STARTS | {"l1_coefficient": 0.1, "unpenalised_latents": 3}
+    ),
+    "relu, weighted": two(ReLUConfig, UNITS | {"constant_latent": True}, UNITS | {"l1_coefficient": 0.1}),
+    "relu, >= 0": two(ReLUConfig, *2 * (STARTS | {"non_negative_decoder": True},)),
+}
+"""Two of each that step as one, in as many options apart as they may be."""
+
+
+def team_of_two(kind: str, stacked: bool, monkeypatch) -> tuple[crew.Crew, list[Batch]]:
+    """They, and what they are trained on."""
+    monkeypatch.setattr(crew, "stacks_on", lambda _: stacked)
+    monkeypatch.setattr(kernels, "DENSE_SHARE", 2.0)  # no dictionary is so small that it is dense at any l0
+    data = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    specs = [
+        Spec(f"m{i}", TrainConfig(architecture=one, seed=i, warmup=0.0, lr=1e-3 * (1 + i)), 4, 4, None, None)
+        for i, one in enumerate(PAIRS[kind])
+    ]
+    team = crew.Crew(specs, 6, torch.device(DEVICE))
+    team.initialise(Batch(data, data))
+    assert [stack.names for stack in team.stacks] == [("m0", "m1")] * stacked
+    return team, [Batch(rows, rows) for rows in data.split(2)]
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        *(("reference", kind) for kind in PAIRS),
+        *(("gpu", kind) for kind in ("jumprelu", "relu")),
+        *(
+            pytest.param("gpu", kind, marks=pytest.mark.slow)
+            for kind in ("abs_topk", "group_max", "multi_topk", "matryoshka", "relu, >= 0")
+        ),
+    ],
+    indirect=["path"],
+)
+def test_a_step_of_two_as_one_is_the_step_of_each(path, kind, monkeypatch):
+    """Parameters, moments, thresholds, counters and logs, whatever the two differ in; a buffer that is too small for
+    one is not for the other."""
+    logs, states = [], []
+    for stacked in (False, True):
+        team, batches = team_of_two(kind, stacked, monkeypatch)
+        logs.append([])
+        for number, batch in enumerate(batches[: 2 if path == "gpu" else 4]):
+            if number == 1 and path == "gpu" and kind == "jumprelu":
+                team.members["m0"].dictionary.entries.fill_(1)
+            logs[-1].append(team.train_step(batch, None, True))
+        states.append(team.state_dict())
+    for alone, together in zip(*logs, strict=True):
+        for name, values in alone.items():
+            assert together[name] == pytest.approx(values, rel=1e-5, abs=1e-6), name
+    torch.testing.assert_close(states[1], states[0], atol=1e-6, rtol=1e-5)
+    if path == "gpu" and kind == "jumprelu":
+        assert [values["overflow_steps"] for values in logs[1][-1].values()] == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("path", ["gpu"], indirect=True)
+def test_a_step_of_two_on_a_gpu_is_one_and_reads_nothing_from_the_device(path, monkeypatch):
+    reads, taken = Reads.past_what_arrives(monkeypatch), []
+    team, batches = team_of_two("jumprelu", True, monkeypatch)
+    plain = Member.train_step
+    monkeypatch.setattr(
+        Member, "train_step", lambda self, *rows: taken.append(self.name) or plain(self, *rows)
+    )
+    team.train_step(batches[0], None, False)
+    assert taken == ["m0", "m1"], "nothing tells how much room the first step needs"
+    with reads:
+        team.train_step(batches[1], None, False)
+    assert not reads.found and len(taken) < 3
+
+
+def test_the_plan_knows_which_architectures_step_as_one():
+    """Of each architecture one with usual options; below, options by which one steps by itself."""
+    usual = {kind: TRAINABLE[kind].rebuild(options, 4, 4, 64, None) for kind, options in CONFIGS.items()}
+    assert set(usual) == set(TRAINABLE)
+    found = {kind for kind, dictionary in usual.items() if stackable(dictionary) is not None}
+    assert found == STACKED
+    for kind, options in (
+        ("topk", {"k": 2, "skip": True}),
+        ("relu", {"noise": 0.1}),
+        ("relu", {"entropy_coefficient": 0.1}),
+        ("jumprelu", {"ghost_after_tokens": 5}),
+    ):
+        assert stackable(TRAINABLE[kind].rebuild(options | {"d_sae": 12}, 4, 3, 12, None)) is None
+
+
 def test_only_those_of_one_shape_step_as_one(tmp_path, monkeypatch):
     monkeypatch.setattr(crew, "stacks_on", lambda _: True)
     _, x = planted(400, 10)
@@ -187,128 +322,10 @@ def test_on_a_cpu_each_steps_by_itself_and_where_the_gpus_kernels_serve_they_ste
     assert crew.stacks_on(cpu)
 
 
-def several(n: int, batch: int, d_in: int, d_sae: int, seed: int) -> dict[str, torch.Tensor]:
-    """Small integers: ties are common and every sum is exact."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randint(-2, 3, shape, generator=generator).float().to(DEVICE)
-
-    return {
-        "x": draw(n, batch, d_in).requires_grad_(),
-        "W_enc": draw(n, d_sae, d_in).mT.requires_grad_(),
-        "b_enc": draw(n, d_sae).requires_grad_(),
-        "b_pre": draw(n, d_in),
-        "W_dec": draw(n, d_sae, d_in).requires_grad_(),
-        "b_dec": draw(n, d_in).requires_grad_(),
-    }
-
-
-@settings(max_examples=8, deadline=None)
-@given(
-    st.integers(1, 3),
-    st.integers(1, 3),
-    st.integers(1, 20),
-    st.integers(1, 20),
-    st.integers(0, 999),
-    st.data(),
-)
-def test_kernels_with_a_leading_dictionary_axis(n, batch, d_in, d_sae, seed, data):
-    """Values and gradients per parameter, odd shapes, ties, one dictionary; each with a k of its own."""
-    p = several(n, batch, d_in, d_sae, seed)
-    ks = data.draw(st.lists(st.integers(1, d_sae), min_size=n, max_size=n))
-    own_k = torch.tensor(ks, device=DEVICE)
-    inputs = [p[name] for name in ("x", "W_enc", "b_enc", "b_pre")]
-    acts, indices = gpu.encode_topk(*inputs, max(ks), own_k)
-    assert acts.shape == indices.shape == (n, batch, max(ks))
-    recon = gpu.decode(acts, indices, p["W_dec"], p["b_dec"])
-    wanted = []
-    for i, k in enumerate(ks):
-        found = reference.encode_topk(*(tensor[i] for tensor in inputs), k)
-        assert torch.equal(acts[i].detach().sort().values[:, -k:], found[0].detach().sort().values)
-        assert bool((acts[i] > 0).sum(1).le(k).all())
-        wanted.append(reference.decode(*found, p["W_dec"][i], p["b_dec"][i]))
-    torch.testing.assert_close(recon, torch.stack(wanted))
-    names = [name for name in p if name != "b_pre"]
-    grads = [
-        torch.autograd.grad((out - 1).square().sum(), [p[name] for name in names])
-        for out in (recon, torch.stack(wanted))
-    ]
-    for name, got, slow in zip(names, *grads, strict=True):
-        torch.testing.assert_close(got, slow, msg=lambda m, n=name: f"{n}: {m}")
-
-
-@settings(max_examples=5, deadline=None)
-@given(
-    st.integers(1, 3), st.integers(1, 3), st.integers(1, 15), st.booleans(), st.integers(0, 999), st.data()
-)
-def test_batch_selection_with_a_leading_dictionary_axis(n, batch, d_sae, silent, seed, data):
-    """What each keeps of its own rows, with gradients; where fewer are positive, what fills up belongs to its own."""
-    p = several(n, batch, 4, d_sae, seed)
-    with torch.no_grad():
-        p["b_enc"].sub_(12.0 if silent else 0.0)
-    n_kept = data.draw(st.integers(1, batch * d_sae))
-    inputs = [p[name] for name in ("x", "W_enc", "b_enc", "b_pre")]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(varying, "ROW_SHARE", d_sae)
-        encoded, smallest = gpu.encode_batch_topk(*inputs, n_kept)
-    recon = gpu.decode_encoded(encoded, p["W_dec"], p["b_dec"])
-    wanted = []
-    for i in range(n):
-        found, least = reference.encode_batch_topk(*(tensor[i] for tensor in inputs), n_kept)
-        own = kernels.apart(encoded, n, i)
-        assert torch.equal(own.to_dense(), found.to_dense()) and float(smallest[i]) == float(least)
-        # Of several, what fills up counts as the last row's; one alone ends where its entries do.
-        assert (n == 1 or int(own.row_ptr[-1]) == n_kept) and int(own.indices.min()) >= 0
-        wanted.append(reference.decode_dense(found, p["W_dec"][i], p["b_dec"][i]))
-    torch.testing.assert_close(recon, torch.cat(wanted))
-    names = [name for name in p if name != "b_pre"]
-    grads = [
-        torch.autograd.grad((out - 1).square().sum(), [p[name] for name in names])
-        for out in (recon, torch.cat(wanted))
-    ]
-    for name, got, slow in zip(names, *grads, strict=True):
-        torch.testing.assert_close(got, slow, msg=lambda m, n=name: f"{n}: {m}")
-
-
-@settings(max_examples=8, deadline=None)
-@given(st.integers(1, 3), st.integers(1, 6), st.integers(1, 40), st.booleans(), st.booleans())
-def test_adam_with_a_leading_dictionary_axis_has_the_bits_of_each_alone(n, rows, columns, unit_norm, freeze):
-    generator = torch.Generator().manual_seed(rows)
-    start = torch.randn(n, rows, columns, generator=generator)
-    start = (start / start.norm(dim=2, keepdim=True)).to(DEVICE)
-    state = [start.clone(), torch.zeros_like(start), torch.zeros_like(start)]
-    alone = [[tensor[i].clone() for tensor in state] for i in range(n)]
-    rates = [1e-2 / (3 + i) for i in range(n)]
-    scale = torch.linspace(0.5, 1.0, n, device=DEVICE)
-    frozen = torch.rand(n, rows, generator=generator).to(DEVICE) < 0.5 if freeze else None
-    options = {"betas": (0.9, 0.99), "eps": 1e-8, "unit_norm": unit_norm}
-    for step in (1, 2):
-        grad = torch.randn(n, rows, columns, generator=generator).to(DEVICE)
-        lr = torch.tensor(rates, dtype=torch.float64, device=DEVICE)
-        gpu.adam_step(state[0], grad, *state[1:], step, lr, grad_scale=scale, frozen=frozen, **options)
-        for i in range(n):
-            own = None if frozen is None else frozen[i]
-            gpu.adam_step(
-                alone[i][0],
-                grad[i],
-                *alone[i][1:],
-                step,
-                rates[i],
-                grad_scale=scale[i],
-                frozen=own,
-                **options,
-            )
-    for i in range(n):
-        assert all(torch.equal(now[i], one) for now, one in zip(state, alone[i], strict=True))
-
-
 def test_a_stack_is_its_dictionaries():
     """What is done to one of them is done to the stack, and the other way round."""
-    from sememe.dictionaries.stacked import Stack
-
     whole = [dictionaries.build(TopKConfig(k=2, d_sae=6), 4, 4) for _ in range(2)]
-    stack = Stack(whole)
+    stack = stack_of(whole)
     with torch.no_grad():
         whole[1].W_enc[:, 3] = 7.0
         whole[0].tokens_since_fired[2] = 5

@@ -9,16 +9,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sememe.kernels.gpu import optimiser, selection, signum, sparse
+from sememe.kernels.gpu import groups, optimiser, selection, signum, sparse
 
 ARGUMENTS = {
     "*fp32": """acts weights bias out rows totals offset row_margin column_margin scores param grad exp_avg exp_avg_sq
         grad_scale step_sizes base average average_weights""",
-    "*i32": "indices keys latents used bounds dropped",
+    "*i32": "indices keys latents used bounds dropped n_keeps",
     "*i64": "starts stops ptr entries entry_rows",
     "*i16": "tile",
     "*u8": "frozen",
-    "i32": "width n_tile first_latent n_keep limit k n rows_each d_sae",
+    "i32": "width n_tile first_latent first_run n_runs length all_runs k n rows_each d_sae",
     "fp32": "step_size beta1 beta2 root_correction eps lr momentum",
 }
 TYPES = {name: kind for kind, names in ARGUMENTS.items() for name in names.split()}
@@ -30,9 +30,10 @@ KERNELS = [
     (sparse._scatter, BLOCKS, 4),
     (
         selection._merge,
-        {"TILE": [selection.TILE], "SLOTS": [128, 1024], "SIGNED": BOTH, "MARGIN": BOTH},
+        {"TILE": [selection.TILE], "SLOTS": [128, 1024], "SIGNED": BOTH, "MARGIN": BOTH, "LAST": BOTH},
         8,
     ),
+    (groups._largest, {"RUNS": [1, 4], "SIZE": [1, 4096], "KEPT": [1, groups.KEPT]}, 8),
     (selection._keep, {"SLOTS": [1, 128], "SIGNED": BOTH}, 4),
     (optimiser._adam_flat, {"BLOCK": [optimiser.FLAT], "FROZEN": BOTH, "SEVERAL": BOTH}, 4),
     (optimiser._adam_rows, {"BLOCK": [1, 4096], "FROZEN": BOTH, "SEVERAL": BOTH}, 8),

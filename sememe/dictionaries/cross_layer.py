@@ -370,7 +370,7 @@ class CrossLayer(Trainable):
         self.check_input(x)
         threshold, width = self.threshold, config.bandwidth * self.threshold_unit
         near = self._encode_above(x, (threshold.detach() - width / 2).clamp_min(0))
-        acts, open_ = Jump.apply(near.acts, threshold.index_select(0, near.indices), width)  # type: ignore[no-untyped-call]
+        acts, open_ = Jump.apply(near.acts, kernels.of_entries(threshold, near), width)  # type: ignore[no-untyped-call]
         encoded = near.with_acts(acts)
         error = self.decode(encoded) - target
         mse = error.square().mean()

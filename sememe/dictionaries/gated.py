@@ -64,7 +64,7 @@ class Gated(SparseStart):
         return self._magnitudes(kernels.encode_threshold(x, self.W_enc, self.b_enc, self.b_pre, None))
 
     def _magnitudes(self, gates: Encoded) -> Encoded:
-        b_enc, r_mag, b_mag = (p.index_select(0, gates.indices) for p in (self.b_enc, self.r_mag, self.b_mag))
+        b_enc, r_mag, b_mag = (kernels.of_entries(p, gates) for p in (self.b_enc, self.r_mag, self.b_mag))
         acts = torch.relu((gates.acts - b_enc) * r_mag.exp() + b_mag)
         return gates.with_acts(gates.only_stored(acts))
 

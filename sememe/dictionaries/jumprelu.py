@@ -125,7 +125,7 @@ class JumpReLU(Penalised):
 
         def of_rows(rows: Rows) -> Chunk:
             near = self._encode_above(rows.x, lower, rows.dense)
-            per_entry = near.only_stored(threshold.index_select(0, near.indices), torch.inf)
+            per_entry = near.only_stored(kernels.of_entries(threshold, near), torch.inf)
             acts, open_ = Jump.apply(near.acts, per_entry, width)  # type: ignore[no-untyped-call]
             encoded = near.with_acts(acts)
             mse, _, error = self._reconstruct(encoded, rows.x, rows.target)
@@ -133,15 +133,22 @@ class JumpReLU(Penalised):
 
         means, encoded, error = self._in_chunks(of_rows, x, target, lower)
         mse, l0 = means["mse"], means["l0"]
-        goal, coefficient = config.target_l0, config.l0_coefficient
-        if goal is None:
-            penalty = l0
-        else:
-            penalty = (l0 / moved(self.start_l0(), goal, progress / config.l0_anneal) - 1).square()
-        if coefficient is None:
-            coefficient = 1e-3 if goal is None else 1.0
-        total = mse + coefficient * self._warmed(progress) * penalty
+        goal = self.set_point(progress)
+        penalty = l0 if goal is None else (l0 / goal - 1).square()
+        total = mse + self.penalty_weight(progress) * penalty
         return Loss(total, {"mse": mse.detach(), "penalty": penalty.detach()}, encoded, error)
+
+    def set_point(self, progress: float) -> float | None:
+        """The l0 that is steered to at a share of the run; None without a target."""
+        goal = self.config.target_l0
+        return None if goal is None else moved(self.start_l0(), goal, progress / self.config.l0_anneal)
+
+    def penalty_weight(self, progress: float) -> float:
+        """The penalty's weight at a share of the run."""
+        coefficient = self.config.l0_coefficient
+        if coefficient is None:
+            coefficient = 1e-3 if self.config.target_l0 is None else 1.0
+        return coefficient * self.warmed(progress)
 
     def constraints(self) -> Constraints:
         """Thresholds stay >= 0, beside what every linear dictionary keeps."""
@@ -181,7 +188,7 @@ class Jump(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, z: Float[Tensor, " nnz"], threshold: Float[Tensor, " nnz"], width: Float[Tensor, ""]
+        ctx: Any, z: Float[Tensor, " nnz"], threshold: Float[Tensor, " nnz"], width: Float[Tensor, "*nnz"]
     ) -> tuple[Float[Tensor, " nnz"], Float[Tensor, " nnz"]]:
         above = z > threshold
         ctx.save_for_backward(above, (z - threshold).abs() < width / 2, threshold, width)

@@ -168,7 +168,7 @@ class Penalised(Linear, abc.ABC):
                 self.W_enc[:, 0] = 0.0
                 self.b_enc[0] = norm.clamp_min(SMALLEST_CONSTANT)
 
-    def _warmed(self, progress: float) -> float:
+    def warmed(self, progress: float) -> float:
         """How much of its weight the penalty has, given the share of the run that is over."""
         warmup = self.config.sparsity_warmup
         return min(1.0, progress / warmup) if warmup else 1.0

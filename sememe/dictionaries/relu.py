@@ -8,6 +8,7 @@ from jaxtyping import Float
 from pydantic import model_validator
 from torch import Tensor
 
+from sememe import kernels
 from sememe.dictionaries.activation_penalty import ActivationPenalty, ActivationPenaltyConfig
 from sememe.dictionaries.base import Constraints, Loss, Sites
 from sememe.dictionaries.chunks import Chunk, Rows
@@ -80,7 +81,7 @@ class ReLU(ActivationPenalty):
             acts = encoded.acts
             if self.config.norm_weighted:
                 norms = self.W_dec.norm(dim=1) if self.config.site_norms == "l2" else self.site_norms().sum(1)
-                acts = acts * norms.index_select(0, encoded.indices)
+                acts = acts * kernels.of_entries(norms, encoded)
             return Chunk({"mse": mse, **self._penalty(acts, encoded)}, encoded.detach(), error)
 
         return self._loss_of(self._in_chunks(of_rows, x, target, lowest), factor)

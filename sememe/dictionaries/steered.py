@@ -92,7 +92,7 @@ class Steered(Penalised, abc.ABC):
     def _factor(self, progress: float) -> float | Float[Tensor, ""]:
         """What every weight of the penalty is multiplied by, warm-up and steering together."""
         self._progress = progress
-        warmed = self._warmed(progress)
+        warmed = self.warmed(progress)
         return warmed if self.config.target_l0 is None else warmed * self.log_factor.exp()
 
     def _steering_terms(self) -> dict[str, Tensor]:
@@ -102,15 +102,21 @@ class Steered(Penalised, abc.ABC):
     def after_step(self, encoded: Encoded | Counts) -> None:
         """Steering, beside the bookkeeping."""
         super().after_step(encoded)
-        if self.config.target_l0 is None or self._progress < self.config.sparsity_warmup:
-            return
-        with torch.no_grad():
-            l0 = self._l0(encoded)
-            first = self.l0_average < 0
-            self.l0_average.copy_(torch.where(first, l0, torch.lerp(l0, self.l0_average, L0_DECAY)))
-            # where nothing is active, the logarithm is cut and not infinite
-            error = (self.l0_average.clamp_min(1e-6) / self.set_point(self._progress)).log()
-            self.log_factor.add_(error.clamp(-LARGEST_ERROR, LARGEST_ERROR), alpha=self.config.steering)
+        if self.steers(self._progress):
+            self.steer(self._l0(encoded), self._progress)
+
+    def steers(self, progress: float) -> bool:
+        """Whether a step moves the factor: not without a target, and not while the weight warms up."""
+        return self.config.target_l0 is not None and progress >= self.config.sparsity_warmup
+
+    @torch.no_grad()
+    def steer(self, l0: Float[Tensor, ""], progress: float) -> None:
+        """Move the factor, given the active latents per row of a step at a share of the run; only if it `steers`."""
+        first = self.l0_average < 0
+        self.l0_average.copy_(torch.where(first, l0, torch.lerp(l0, self.l0_average, L0_DECAY)))
+        # where nothing is active, the logarithm is cut and not infinite
+        error = (self.l0_average.clamp_min(1e-6) / self.set_point(progress)).log()
+        self.log_factor.add_(error.clamp(-LARGEST_ERROR, LARGEST_ERROR), alpha=self.config.steering)
 
     def _l0(self, encoded: Encoded | Counts) -> Float[Tensor, ""]:
         """Active latents per row that the penalty sees."""

@@ -194,7 +194,7 @@ class Variational(Penalised):
         kl = torch.stack([part.kl for part in parts]).sum() / n_rows
         mean_spike = (choice.mean(0) @ torch.sigmoid(prior.logit)).mean()
         kl_prior = self.d_sae * _bernoulli_kl(mean_spike, config.prior_l0 / self.d_sae)
-        price = self._warmed(progress) * 2 * config.decoder_variance / self.d_out
+        price = self.warmed(progress) * 2 * config.decoder_variance / self.d_out
         total = sampled + price * (kl + kl_prior)
         with torch.no_grad():
             mse, counts = self._of_mode(x, target)

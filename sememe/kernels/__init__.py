@@ -21,7 +21,16 @@ from torch import Tensor
 from sememe.encoded import Counts, Encoded
 from sememe.errors import ConfigError
 from sememe.kernels import reference
-from sememe.kernels.several import apart, each, each_batch_topk, each_encoded, each_topk, together
+from sememe.kernels.several import (
+    apart,
+    each,
+    each_batch_topk,
+    each_encoded,
+    each_threshold,
+    each_topk,
+    to_device,
+    together,
+)
 
 __all__ = [
     "BatchTopK",
@@ -47,10 +56,12 @@ __all__ = [
     "largest",
     "matching_pursuit",
     "native_bfloat16",
+    "of_entries",
     "path_for",
     "reconstruct",
     "signum_step",
     "threads",
+    "to_device",
     "together",
     "use",
 ]
@@ -214,21 +225,25 @@ def encode_topk(
 
 
 def encode_abs_topk(
-    x: Float[Tensor, "batch d_in"],
-    W_enc: Float[Tensor, "d_in d_sae"],
-    b_enc: Float[Tensor, " d_sae"],
-    b_pre: Float[Tensor, " d_in"],
+    x: Float[Tensor, "*n batch d_in"],
+    W_enc: Float[Tensor, "*n d_in d_sae"],
+    b_enc: Float[Tensor, "*n d_sae"],
+    b_pre: Float[Tensor, "*n d_in"],
     k: int,
+    own_k: Int[Tensor, "*n"] | None = None,
 ) -> TopK:
     """The k of `(x - b_pre) @ W_enc + b_enc` furthest from 0 per row, signed; ties go to the lower index.
 
-    Differentiable in x, W_enc and b_enc.
+    Differentiable in x, W_enc and b_enc. Of several dictionaries as in `encode_topk`.
     """
-    if path_for(x) == "gpu":
+    path = path_for(x)
+    if path == "gpu":
         from sememe.kernels import gpu
 
-        return TopK(*gpu.encode_abs_topk(x, W_enc, b_enc, b_pre, k))
-    if path_for(x) == "cpu":
+        return TopK(*gpu.encode_abs_topk(x, W_enc, b_enc, b_pre, k, own_k))
+    if x.dim() == 3:
+        return TopK(*each_topk(encode_abs_topk, k, own_k, x, W_enc, b_enc, b_pre))
+    if path == "cpu":
         from sememe.kernels import cpu
 
         return TopK(*cpu.encode_topk(x, W_enc, b_enc, b_pre, k, signed=True))
@@ -236,17 +251,25 @@ def encode_abs_topk(
 
 
 def encode_group_max(
-    x: Float[Tensor, "batch d_in"],
-    W_enc: Float[Tensor, "d_in d_sae"],
-    b_enc: Float[Tensor, " d_sae"],
-    b_pre: Float[Tensor, " d_in"],
+    x: Float[Tensor, "*n batch d_in"],
+    W_enc: Float[Tensor, "*n d_in d_sae"],
+    b_enc: Float[Tensor, "*n d_sae"],
+    b_pre: Float[Tensor, "*n d_in"],
     n_groups: int,
 ) -> TopK:
     """The largest of `relu((x - b_pre) @ W_enc + b_enc)` in each of n_groups runs of d_sae / n_groups latents.
 
-    Ties go to the lower index. Differentiable in x, W_enc and b_enc.
+    Ties go to the lower index. Differentiable in x, W_enc and b_enc. With a leading axis, of several dictionaries of
+    one shape.
     """
-    if path_for(x) == "cpu":
+    path = path_for(x)
+    if path == "gpu":
+        from sememe.kernels import gpu
+
+        return TopK(*gpu.encode_group_max(x, W_enc, b_enc, b_pre, n_groups))
+    if x.dim() == 3:
+        return TopK(*each_topk(encode_group_max, n_groups, None, x, W_enc, b_enc, b_pre))
+    if path == "cpu":
         from sememe.kernels import cpu
 
         return TopK(*cpu.encode_group_max(x, W_enc, b_enc, b_pre, n_groups))
@@ -254,19 +277,20 @@ def encode_group_max(
 
 
 def encode_threshold(
-    x: Float[Tensor, "batch d_in"],
-    W_enc: Float[Tensor, "d_in d_sae"],
-    b_enc: Float[Tensor, " d_sae"],
-    b_pre: Float[Tensor, " d_in"],
-    threshold: Float[Tensor, " d_sae"] | None,
-    capacity: int | None = None,
+    x: Float[Tensor, "*n batch d_in"],
+    W_enc: Float[Tensor, "*n d_in d_sae"],
+    b_enc: Float[Tensor, "*n d_sae"],
+    b_pre: Float[Tensor, "*n d_in"],
+    threshold: Float[Tensor, "*n d_sae"] | None,
+    capacity: int | Sequence[int] | None = None,
     *,
     dense: bool | None = None,
 ) -> Encoded:
     """Every `(x - b_pre) @ W_enc + b_enc` that is above its latent's threshold (0 if None); acts may be negative
     where a threshold is.
 
-    Differentiable in x, W_enc and b_enc; the threshold only selects.
+    Differentiable in x, W_enc and b_enc; the threshold only selects. With a leading axis, of several dictionaries of
+    one shape, in one `Encoded` (see `together`): entries of all one after the other, and what fills a buffer up last.
 
     Args:
         x: Inputs.
@@ -274,22 +298,28 @@ def encode_threshold(
         b_enc: Their biases.
         b_pre: Subtracted from the inputs; a constant.
         threshold: What a latent has to exceed.
-        capacity: Entries to have room for. With it, nothing waits for the device to learn how many there are (see
-            `Encoded`), and a GPU holds no batch x d_sae; if there are more, some are left out and `overflow` is set.
+        capacity: Entries to have room for; of several dictionaries, for each. With it, nothing waits for the device to
+            learn how many there are (see `Encoded`), and a GPU holds no batch x d_sae; if there are more, some are
+            left out and `overflow` is set.
         dense: What `is_dense` says of a batch that these rows are of; asked of these rows if not given.
     """
-    if path_for(x) == "cpu":
-        from sememe.kernels import cpu
-
-        encoded = cpu.encode_threshold(x, W_enc, b_enc, b_pre, threshold, dense)
-        return encoded if capacity is None else reference.fit(encoded, capacity)
-    if capacity is None:
-        return reference.encode_threshold(x, W_enc, b_enc, b_pre, threshold)
-    if path_for(x) == "gpu":
+    path = path_for(x)
+    if path == "gpu" and capacity is not None:
         from sememe.kernels import gpu
 
         return gpu.encode_threshold(x, W_enc, b_enc, b_pre, threshold, capacity)
-    return reference.fit(reference.encode_threshold(x, W_enc, b_enc, b_pre, threshold), capacity)
+    if x.dim() == 3:
+        assert not isinstance(capacity, int), "several dictionaries have a capacity each"
+        of_one = functools.partial(encode_threshold, dense=dense)
+        return each_threshold(of_one, threshold, capacity, x, W_enc, b_enc, b_pre)
+    assert capacity is None or isinstance(capacity, int)
+    if path == "cpu":
+        from sememe.kernels import cpu
+
+        encoded = cpu.encode_threshold(x, W_enc, b_enc, b_pre, threshold, dense)
+    else:
+        encoded = reference.encode_threshold(x, W_enc, b_enc, b_pre, threshold)
+    return encoded if capacity is None else reference.fit(encoded, capacity)
 
 
 def encode_every(
@@ -444,26 +474,36 @@ def decode_encoded(
 
 def decode_prefixes(
     encoded: Encoded,
-    W_dec: Float[Tensor, "d_sae d_out"],
-    b_dec: Float[Tensor, " d_out"],
+    W_dec: Float[Tensor, "*n d_sae d_out"],
+    b_dec: Float[Tensor, "*n d_out"],
     ends: Sequence[int],
-) -> list[Float[Tensor, "batch d_out"]]:
+) -> list[Float[Tensor, "rows d_out"]]:
     """For each end, the reconstruction from the latents below it: each latent's row is added once.
 
     Args:
         encoded: Activations of any latents.
-        W_dec: Decoder rows.
+        W_dec: Decoder rows; of several dictionaries as in `decode_encoded`.
         b_dec: Bias, in every reconstruction.
-        ends: Rising numbers of latents.
+        ends: Rising numbers of latents, as each dictionary counts them.
     """
     recons: list[Tensor] = []
-    latents = torch.arange(encoded.d_sae, device=encoded.indices.device)
+    latents = torch.arange(encoded.d_sae, device=encoded.indices.device) % W_dec.shape[-2]
     bias, start = b_dec, 0
     for end in ends:
         part = decode_encoded(encoded.select_latents((latents >= start) & (latents < end)), W_dec, bias)
         recons.append(recons[-1] + part if recons else part)
         bias, start = torch.zeros_like(b_dec), end
     return recons
+
+
+def of_entries(values: Float[Tensor, " d_sae"], encoded: Encoded) -> Float[Tensor, " nnz"]:
+    """For each entry its latent's value, differentiable in the values: their gradients are summed over entries in a
+    fixed order."""
+    if path_for(values) == "gpu":
+        from sememe.kernels import gpu
+
+        return gpu.of_entries(values, encoded.indices)
+    return values.index_select(0, encoded.indices)
 
 
 def reconstruct(

@@ -62,12 +62,14 @@ CHUNK = 2**22
 """Pre-activations of a dense step that are held at once, by architectures that are dense some rows at a time."""
 CHUNKED = frozenset({"lista", "variational"})
 """Architectures that are dense some rows at a time however few latents are active."""
-STACKED = frozenset({"topk", "batch_topk"})
+STACKED = frozenset({*FAST, *FLOAT32, "relu", "jumprelu"})
 """Architectures of which several step as one on a GPU."""
 TILE = 4096
 """Latents whose pre-activations a GPU holds at once, in bfloat16."""
 CANDIDATE_BYTES = 100.0
 """Of a GPU's step, per row and kept latent: candidates with their spare ones, entries, their order by latent."""
+ROW_SHARE = 16
+"""Candidates of a row where their number varies, as a multiple of the average."""
 GPU_BASE = 600_000_000
 """Memory of a GPU before anything is put there: context, libraries, workspace."""
 
@@ -220,12 +222,15 @@ def _gpu_step_bytes(sizes: Sequence[Dictionary], batch_size: int) -> float:
     """Rows and what a step holds beside them: of all at once of those that step as one, else of the largest."""
     together, largest_alone = 0.0, 0.0
     for size in sizes:
-        if size.kind in FAST:
-            per_row = 2.0 * min(size.d_sae, TILE) + CANDIDATE_BYTES * (size.l0 + 8)
-        else:  # the first step of all others is dense
-            per_row = _DENSE * size.d_sae
-        step = batch_size * per_row + _row_bytes([size], batch_size)
+        rows = _row_bytes([size], batch_size)
+        kept = float(size.l0)
+        if size.kind in SPARSE:  # a row may have many times its share, up to where a step is dense
+            most = min(max(kept, size.start_l0 or 0.0), DENSE_SHARE * size.d_sae)
+            kept = min(ROW_SHARE * most, size.d_sae)
+        sparse = batch_size * (2.0 * min(size.d_sae, TILE) + CANDIDATE_BYTES * (kept + 8)) + rows
         if size.kind in STACKED:
-            together += step
-        largest_alone = max(largest_alone, step)
+            together += sparse
+        # the first step of all others is dense, and taken one after the other
+        dense = 0.0 if size.kind in FAST | FLOAT32 else _DENSE * size.d_sae * batch_size + rows
+        largest_alone = max(largest_alone, sparse, dense)
     return max(together, largest_alone)

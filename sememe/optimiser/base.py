@@ -18,7 +18,7 @@ from sememe import kernels
 from sememe.config import Config
 from sememe.dictionaries.base import Trainable
 
-__all__ = ["BaseConfig", "Optimiser"]
+__all__ = ["BaseConfig", "Optimiser", "renormalise"]
 
 
 class BaseConfig(Config, abc.ABC):
@@ -117,9 +117,7 @@ class Optimiser(abc.ABC):
                 for tensor in (rows, *self._points(name)):
                     tensor.clamp_(min=0)
                 for tensor in (rows, *self._unit_points(name)) if name in self.unit_norm else ():
-                    norms = tensor.norm(dim=1, keepdim=True).clamp_min(1e-12)
-                    # a frozen row keeps every bit: dividing it by a norm of nearly 1 would not
-                    tensor.div_(norms if frozen is None else norms.masked_fill(frozen[:, None], 1.0))
+                    renormalise(tensor, frozen)
             param.grad = None
 
     def _points(self, name: str) -> tuple[Tensor, ...]:
@@ -183,3 +181,9 @@ class Optimiser(abc.ABC):
         for name, slots in self.slots.items():
             for slot, tensor in slots.items():
                 tensor.copy_(state[f"{slot}.{name}"])
+
+
+def renormalise(rows: Float[Tensor, "*n rows columns"], frozen: Bool[Tensor, "*n rows"] | None) -> None:
+    """Give rows norm 1 in place. A frozen row keeps every bit: dividing it by a norm of nearly 1 would not."""
+    norms = rows.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    rows.div_(norms if frozen is None else norms.masked_fill(frozen[..., None], 1.0))

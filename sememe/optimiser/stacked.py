@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sememe import kernels
 from sememe.optimiser.adam import Adam
+from sememe.optimiser.base import renormalise
 
 __all__ = ["AdamStack"]
 
@@ -30,8 +31,12 @@ class AdamStack:
         self.optimisers, self.parameters = list(optimisers), dict(parameters)
         first = self.optimisers[0]
         self.config, self.latents, self.unit_norm = first.config, first.latents, first.unit_norm
-        assert not first.non_negative, "no stacked dictionary has parameters that stay >= 0"
+        self.non_negative = first.non_negative
         assert all(one.config == first.config for one in self.optimisers)
+        assert all(
+            (one.unit_norm, one.non_negative) == (self.unit_norm, self.non_negative)
+            for one in self.optimisers
+        )
         self.frozen = torch.stack([one.frozen for one in self.optimisers])
         for one, part in zip(self.optimisers, self.frozen, strict=True):
             one.frozen = part
@@ -60,8 +65,7 @@ class AdamStack:
         """
         for one in self.optimisers:
             one.step_count += 1
-        lr = torch.tensor(rates, dtype=torch.float64, pin_memory=self.frozen.device.type == "cuda")
-        lr = lr.to(self.frozen.device, non_blocking=True)
+        lr = kernels.to_device(rates, torch.float64, self.frozen.device)
         scale = self._scale()
         any_frozen = any(one.any_frozen for one in self.optimisers)
         for name, parameter in self.parameters.items():
@@ -69,8 +73,10 @@ class AdamStack:
                 continue
             of = self.latents[name]
             slots, config = self.slots[name], self.config
+            rows = self._rows(name, parameter)
+            frozen = self.frozen[:, of] if any_frozen and of is not None else None
             kernels.adam_step(
-                self._rows(name, parameter),
+                rows,
                 self._rows(name, parameter.grad),
                 slots["exp_avg"],
                 slots["exp_avg_sq"],
@@ -80,8 +86,12 @@ class AdamStack:
                 eps=config.eps,
                 grad_scale=scale,
                 unit_norm=name in self.unit_norm,
-                frozen=self.frozen[:, of] if any_frozen and of is not None else None,
+                frozen=frozen,
             )
+            if name in self.non_negative:
+                rows.clamp_(min=0)
+                if name in self.unit_norm:
+                    renormalise(rows, frozen)
             parameter.grad = None
 
     def _scale(self) -> float | Float[Tensor, " n"]:

@@ -1,8 +1,9 @@
 """Members of one shape that take their steps as one, on a device where that is cheaper. Knows members and a batch.
 
-Each stays a member: its own plan, random numbers, resampling, freezing and state; what is one is the step. The bits
-are those of a member alone but for sums that the device takes in another order: products in bfloat16 (which select
-candidates only; what is kept is scored alike), the mean that is logged, and the decoder bias's gradient.
+Each stays a member: its own plan, random numbers, resampling, freezing and state; what is one is the step, and where
+one cannot take it with the others (see `Stack.ready`), each takes it by itself. The bits are those of a member alone
+but for sums that the device takes in another order: products in bfloat16 (which select candidates only; what is kept
+is scored alike), the mean that is logged, the sum that a penalty is made of, and the decoder bias's gradient.
 """
 
 from __future__ import annotations
@@ -14,9 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sememe.dictionaries.batch_topk import BatchTopK
-from sememe.dictionaries.stacked import Stack, stackable
-from sememe.dictionaries.topk import TopK
+from sememe.dictionaries.stacked import stack_of, stackable
 from sememe.optimiser import Adam, AdamStack
 from sememe.source import Batch
 from sememe.train.member import Member, Stepped
@@ -66,8 +65,7 @@ class MemberStack:
     def __init__(self, members: list[Member]) -> None:
         self.members = members
         self.names = tuple(member.name for member in members)
-        whole = [member.dictionary for member in members]
-        self.stack = Stack([one for one in whole if isinstance(one, (TopK, BatchTopK))])
+        self.stack = stack_of([member.dictionary for member in members])
         optimisers = [member.optimiser for member in members]
         self.optimiser = AdamStack(
             [one for one in optimisers if isinstance(one, Adam)], self.stack.parameters
@@ -84,15 +82,19 @@ class MemberStack:
             ahead: The rows that come next, likewise.
             logging: Whether to read the numbers from the device.
         """
+        if not self.stack.ready(len(batch.x)):
+            stepped = [member.train_step(batch, ahead) for member in self.members]
+            own = zip(self.members, stepped, strict=True)
+            return {member.name: member.metrics(one) for member, one in own} if logging else {}
         for member in self.members:
             member.before_step(ahead)
         x, target = self._scaled(batch)
-        loss = self.stack.loss(x, target)
+        step = self.members[0].step
+        loss = self.stack.loss(x, target, step / self.members[0].plan.n_steps)
         loss.totals.sum().backward()  # type: ignore[no-untyped-call]
         rates = [member.rate() for member in self.members]
         self.optimiser.step(rates)
         self.stack.after_step(loss)
-        step = self.members[0].step
         self.first_bad.masked_fill_(~torch.isfinite(loss.totals.detach()) & (self.first_bad < 0), step)
         for member in self.members:
             member.after_step()

@@ -9,7 +9,7 @@ value there is: a diverged run has to show.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -19,8 +19,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sememe.kernels.gpu.sparse import OPTIONS, dots, gather, scatter, transposed_index
+from sememe.kernels.several import to_device
 
 __all__ = [
+    "NAN",
     "Candidates",
     "Chosen",
     "Encoder",
@@ -28,7 +30,9 @@ __all__ = [
     "encode_abs_topk",
     "encode_by",
     "encode_topk",
+    "products",
     "scores_of",
+    "tile_of",
 ]
 
 TILE = 4096
@@ -83,16 +87,23 @@ class Encoder(NamedTuple):
 @triton.jit
 def _merge(
     tile, n_tile, first_latent, offset, row_margin, column_margin,
-    keys, latents, used, bounds, dropped, n_keep, limit, rows_each, d_sae,
-    TILE: tl.constexpr, SLOTS: tl.constexpr, SIGNED: tl.constexpr, MARGIN: tl.constexpr,
+    keys, latents, used, bounds, dropped, n_keeps, rows_each, d_sae,
+    TILE: tl.constexpr, SLOTS: tl.constexpr, SIGNED: tl.constexpr, MARGIN: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """Add to a row's candidates what its tile holds above the row's bound; the n_keep largest stay beyond the limit.
+    """Add to a row's candidates what its tile holds above the row's bound. Where they would be more than there is room
+    for, or after the last tile more than n_keep, the n_keep largest stay.
 
     Candidates stand by rising latent, so that what ties with the bound later on has a higher latent, and loses.
-    Each run of rows_each rows has d_sae latents of its own.
+    Each run of rows_each rows has d_sae latents and an n_keep of its own.
     """
     row = tl.program_id(0).to(tl.int64)
-    first = (row // rows_each).to(tl.int32) * d_sae + first_latent
+    dictionary = (row // rows_each).to(tl.int32)
+    first = dictionary * d_sae + first_latent
+    n_keep = tl.load(n_keeps + dictionary)
+    if LAST:
+        limit = n_keep
+    else:
+        limit = SLOTS
     column = tl.arange(0, TILE)
     inside = column < n_tile
     # a bfloat16 is the upper half of a float32
@@ -182,7 +193,7 @@ def _keep(
 
 def candidates_of(
     encoder: Encoder,
-    n_keep: int,
+    n_keep: int | Sequence[int],
     offset: Float[Tensor, " d_sae"],
     *,
     signed: bool = False,
@@ -192,42 +203,60 @@ def candidates_of(
 
     Args:
         encoder: Inputs and weights.
-        n_keep: Candidates per row.
+        n_keep: Candidates per row; of several dictionaries, those of each.
         offset: Added to the products, in float32.
         signed: Rank by absolute value, and let everything qualify.
         margins: Their outer product is added as well.
     """
-    x16 = encoder.centred.bfloat16()
-    batch, device, n_dictionaries = x16.shape[0], x16.device, encoder.n
-    d_sae, d_in = encoder.d_sae, encoder.W.shape[1]
-    of_each = x16.view(n_dictionaries, -1, d_in), encoder.W.view(n_dictionaries, d_sae, d_in)
-    width = min(_tile(n_dictionaries), triton.next_power_of_2(d_sae))
-    slots = triton.next_power_of_2(2 * n_keep)  # room to collect in, so that most tiles only add
-    product = torch.empty(batch * width, dtype=torch.bfloat16, device=device)
-    rounded = torch.empty(n_dictionaries * width * d_in, dtype=torch.bfloat16, device=device)
+    batch, device, d_sae = encoder.centred.shape[0], encoder.centred.device, encoder.d_sae
+    most = n_keep if isinstance(n_keep, int) else max(n_keep)
+    n_keeps = (
+        torch.full((encoder.n,), n_keep, dtype=torch.int32, device=device)
+        if isinstance(n_keep, int)
+        else to_device(n_keep, torch.int32, device)
+    )
+    width = min(tile_of(encoder.n), triton.next_power_of_2(d_sae))
+    slots = triton.next_power_of_2(2 * most)  # room to collect in, so that most tiles only add
     keys, latents = (torch.zeros(batch, slots, dtype=torch.int32, device=device) for _ in range(2))
     used, bounds, dropped = (torch.zeros(batch, dtype=torch.int32, device=device) for _ in range(3))
     row_margin, column_margin = margins if margins is not None else (offset, offset)
-    for first in range(0, d_sae, width):
-        n = min(width, d_sae - first)
-        tile = product[: batch * n].view(batch, n)
-        weights = rounded[: n_dictionaries * n * d_in].view(n_dictionaries, n, d_in)
-        weights.copy_(of_each[1][:, first : first + n])
-        if n_dictionaries == 1:
-            torch.mm(x16, weights[0].T, out=tile)
-        else:
-            torch.bmm(of_each[0], weights.transpose(1, 2), out=tile.view(n_dictionaries, -1, n))
+    spans = [(first, min(width, d_sae - first)) for first in range(0, d_sae, width)]
+    for (first, n), tile in zip(spans, products(encoder, spans), strict=True):
         _merge[(batch,)](
-            tile.view(torch.int16), n, first, offset, row_margin, column_margin,
-            keys, latents, used, bounds, dropped, n_keep, n_keep if first + n == d_sae else slots,
-            max(1, batch // n_dictionaries), d_sae,
-            TILE=width, SLOTS=slots, SIGNED=signed, MARGIN=margins is not None,
+            tile, n, first, offset, row_margin, column_margin,
+            keys, latents, used, bounds, dropped, n_keeps,
+            max(1, batch // encoder.n), d_sae,
+            TILE=width, SLOTS=slots, SIGNED=signed, MARGIN=margins is not None, LAST=first + n == d_sae,
             num_warps=8 if width >= 2048 else 4, **OPTIONS,
         )  # fmt: skip
     return Candidates(keys, latents, used, dropped)
 
 
-def _tile(n_dictionaries: int) -> int:
+def products(encoder: Encoder, spans: Sequence[tuple[int, int]]) -> Iterator[Int[Tensor, "batch n"]]:
+    """For each span of latents of every dictionary the bits of `centred @ W.T` in bfloat16, in memory that all share.
+
+    Args:
+        encoder: Inputs and weights.
+        spans: First latent, as each dictionary counts them, and number of latents.
+    """
+    x16 = encoder.centred.bfloat16()
+    batch, d_in = x16.shape
+    of_each = x16.view(encoder.n, -1, d_in), encoder.W.view(encoder.n, encoder.d_sae, d_in)
+    widest = max(n for _, n in spans)
+    product = torch.empty(batch * widest, dtype=torch.bfloat16, device=x16.device)
+    rounded = torch.empty(encoder.n * widest * d_in, dtype=torch.bfloat16, device=x16.device)
+    for first, n in spans:
+        tile = product[: batch * n].view(batch, n)
+        weights = rounded[: encoder.n * n * d_in].view(encoder.n, n, d_in)
+        weights.copy_(of_each[1][:, first : first + n])
+        if encoder.n == 1:
+            torch.mm(x16, weights[0].T, out=tile)
+        else:
+            torch.bmm(of_each[0], weights.transpose(1, 2), out=tile.view(encoder.n, -1, n))
+        yield tile.view(torch.int16)
+
+
+def tile_of(n_dictionaries: int) -> int:
     """Latents per product: fewer of each where there are many dictionaries, but enough for a product to be worth it."""
     return max(min(TILE, 1024), TILE >> (n_dictionaries - 1).bit_length())
 
@@ -305,7 +334,7 @@ def encode_by(
 # -- a number per row ------------------------------------------------------------------------------
 
 
-def _per_row(encoder: Encoder, k: int, signed: bool, own_k: Tensor | None = None) -> Chosen:
+def _per_row(encoder: Encoder, k: int, signed: bool) -> Chosen:
     n_keep = min(k + max(SPARE, k // 4), encoder.d_sae)
     candidates = candidates_of(encoder, n_keep, encoder.b, signed=signed)
     scores = scores_of(encoder, candidates)
@@ -317,12 +346,20 @@ def _per_row(encoder: Encoder, k: int, signed: bool, own_k: Tensor | None = None
         scores, candidates.latents, candidates.used, acts, indices, slots, k,
         SLOTS=triton.next_power_of_2(n_keep), SIGNED=signed, **OPTIONS,
     )  # fmt: skip
-    if own_k is not None:  # the largest come first
-        slot = torch.arange(k, device=device)
-        few = (slot < own_k[:, None]).repeat_interleave(batch // encoder.n, 0, output_size=batch)
-        acts = torch.where(few.view(-1), acts, 0.0)
     row_ptr = torch.arange(0, batch * k + 1, k, device=device)
     return Chosen(acts, indices, row_ptr, torch.zeros((), dtype=torch.bool, device=device))
+
+
+def _encode_per_row(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, k: int, own_k: Tensor | None, signed: bool
+) -> tuple[Tensor, Tensor]:
+    chosen = encode_by(x, W_enc, b_enc, b_pre, lambda e: _per_row(e, k, signed), not signed)
+    acts, indices = chosen.acts.view(*x.shape[:-1], k), chosen.indices.view(*x.shape[:-1], k)
+    if own_k is not None:  # the largest come first
+        acts = torch.where(torch.arange(k, device=x.device) < own_k[:, None, None], acts, 0.0)
+    if x.dim() == 3:  # named as each dictionary does
+        indices = indices.remainder(W_enc.shape[-1])
+    return acts, indices
 
 
 def encode_topk(
@@ -333,30 +370,17 @@ def encode_topk(
     k: int,
     own_k: Int[Tensor, "*n"] | None = None,
 ) -> tuple[Float[Tensor, "*n batch k"], Int[Tensor, "*n batch k"]]:
-    """See `kernels.encode_topk`.
-
-    Args:
-        x: Inputs.
-        W_enc: Encoder weights.
-        b_enc: Their biases.
-        b_pre: Subtracted from the inputs; a constant.
-        k: Latents per row.
-        own_k: How many of them each of several dictionaries keeps.
-    """
-    chosen = encode_by(x, W_enc, b_enc, b_pre, lambda e: _per_row(e, k, False, own_k), True)
-    acts, indices = chosen.acts.view(*x.shape[:-1], k), chosen.indices.view(*x.shape[:-1], k)
-    if x.dim() == 3:  # named as each dictionary does
-        indices = indices.remainder(W_enc.shape[-1])
-    return acts, indices
+    """See `kernels.encode_topk`."""
+    return _encode_per_row(x, W_enc, b_enc, b_pre, k, own_k, False)
 
 
 def encode_abs_topk(
-    x: Float[Tensor, "batch d_in"],
-    W_enc: Float[Tensor, "d_in d_sae"],
-    b_enc: Float[Tensor, " d_sae"],
-    b_pre: Float[Tensor, " d_in"],
+    x: Float[Tensor, "*n batch d_in"],
+    W_enc: Float[Tensor, "*n d_in d_sae"],
+    b_enc: Float[Tensor, "*n d_sae"],
+    b_pre: Float[Tensor, "*n d_in"],
     k: int,
-) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
+    own_k: Int[Tensor, "*n"] | None = None,
+) -> tuple[Float[Tensor, "*n batch k"], Int[Tensor, "*n batch k"]]:
     """See `kernels.encode_abs_topk`."""
-    chosen = encode_by(x, W_enc, b_enc, b_pre, lambda e: _per_row(e, k, True), False)
-    return chosen.acts.view(-1, k), chosen.indices.view(-1, k)
+    return _encode_per_row(x, W_enc, b_enc, b_pre, k, own_k, True)

@@ -24,6 +24,7 @@ __all__ = [
     "decode_encoded",
     "dots",
     "gather",
+    "of_entries",
     "scatter",
     "transposed_index",
 ]
@@ -226,6 +227,26 @@ class _Decode(torch.autograd.Function):
         if ctx.needs_input_grad[5]:
             grad_b = grad.view(*ctx.n, -1, grad.shape[1]).sum(-2)
         return grad_acts, None, None, None, grad_W, grad_b
+
+
+class _OfEntries(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, indices: Tensor) -> Tensor:
+        ctx.save_for_backward(indices)
+        ctx.n = values.shape[0]
+        return values.index_select(0, indices)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (indices,) = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        index = transposed_index(indices, grad, ctx.n)
+        return scatter(grad, index, torch.zeros_like(indices), grad.new_zeros(1, 1))[1], None
+
+
+def of_entries(values: Float[Tensor, " d_sae"], indices: Int[Tensor, " nnz"]) -> Float[Tensor, " nnz"]:
+    """See `kernels.of_entries`: torch's own gradient adds up in whatever order threads arrive."""
+    return cast(Tensor, cast(Any, _OfEntries.apply)(values, indices))
 
 
 def decode_encoded(

@@ -6,13 +6,23 @@ for too many entries on the device. Knows no decoder and no optimiser.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sememe.encoded import Encoded
-from sememe.kernels.gpu.selection import SPARE, Chosen, Encoder, candidates_of, encode_by, scores_of
+from sememe.kernels.gpu.selection import (
+    SPARE,
+    Chosen,
+    Encoder,
+    candidates_of,
+    encode_by,
+    scores_of,
+)
 from sememe.kernels.gpu.sparse import dots
+from sememe.kernels.several import to_device
 
 __all__ = ["encode_batch_topk", "encode_threshold"]
 
@@ -24,21 +34,23 @@ KEY_BITS = 15
 
 
 def encode_threshold(
-    x: Float[Tensor, "batch d_in"],
-    W_enc: Float[Tensor, "d_in d_sae"],
-    b_enc: Float[Tensor, " d_sae"],
-    b_pre: Float[Tensor, " d_in"],
-    threshold: Float[Tensor, " d_sae"] | None,
-    capacity: int,
+    x: Float[Tensor, "*n batch d_in"],
+    W_enc: Float[Tensor, "*n d_in d_sae"],
+    b_enc: Float[Tensor, "*n d_sae"],
+    b_pre: Float[Tensor, "*n d_in"],
+    threshold: Float[Tensor, "*n d_sae"] | None,
+    capacity: int | Sequence[int],
 ) -> Encoded:
     """See `kernels.encode_threshold`. Overflows too if a row has over 16 times its share of the capacity.
 
     What bfloat16 puts within rounding of the threshold is scored in float32 before it is dropped. The bound on
     the rounding is the worst case up to d_in 64; above, it takes errors of features for independent.
     """
-    above = None if threshold is None else threshold.detach().contiguous()
-    chosen = encode_by(x, W_enc, b_enc, b_pre, lambda encoder: _above(encoder, above, capacity), False)
-    return Encoded(chosen.acts, chosen.indices, chosen.row_ptr, W_enc.shape[1], None, chosen.overflow)
+    above = None if threshold is None else threshold.detach().reshape(-1)
+    capacities = (capacity,) if isinstance(capacity, int) else tuple(capacity)
+    chosen = encode_by(x, W_enc, b_enc, b_pre, lambda encoder: _above(encoder, above, capacities), False)
+    overflow = chosen.overflow.view(b_enc.shape[:-1])
+    return Encoded(chosen.acts, chosen.indices, chosen.row_ptr, b_enc.numel(), None, overflow)
 
 
 def encode_batch_topk(
@@ -63,24 +75,31 @@ def _per_row(encoder: Encoder, n: int) -> int:
     return min(encoder.d_sae, ROW_SHARE * -(-n // batch))
 
 
-def _above(encoder: Encoder, threshold: Float[Tensor, " d_sae"] | None, capacity: int) -> Chosen:
-    batch, d_in = encoder.centred.shape
-    per_row = _per_row(encoder, capacity)
+def _above(
+    encoder: Encoder, threshold: Float[Tensor, " latents"] | None, capacities: Sequence[int]
+) -> Chosen:
+    """Those of all dictionaries one after the other, of each as many as its capacity."""
+    d_in, device = encoder.W.shape[1], encoder.W.device
     rounding = 2**-7 * min(1.0, 8 / d_in**0.5)
     candidates = candidates_of(
         encoder,
-        per_row,
+        [_per_row(encoder, capacity) for capacity in capacities],
         encoder.b if threshold is None else encoder.b - threshold,
         margins=(rounding * encoder.centred.norm(dim=1), encoder.W.norm(dim=1)),
     )
     scores = scores_of(encoder, candidates)
-    slots = torch.arange(scores.shape[1], device=scores.device)
+    slots = torch.arange(scores.shape[1], device=device)
     limit = 0.0 if threshold is None else threshold[candidates.latents]
     kept = (slots < candidates.used[:, None]) & ~(scores <= limit)  # so written, NaN is kept
-    counted, acts, indices = _squeezed(kept.view(-1), capacity, scores.view(-1), candidates.latents.view(-1))
-    stops = counted.view(batch, -1)[:, -1]
-    row_ptr = torch.cat([stops.new_zeros(1), stops]).clamp_(max=capacity)
-    return Chosen(acts, indices, row_ptr, (stops[-1] > capacity) | (candidates.dropped > 0).any())
+    kept = kept.view(encoder.n, -1)
+    reached = kept.cumsum(1)
+    capacity = to_device(capacities, torch.int64, device)
+    fits = (kept & (reached <= capacity[:, None])).view(-1)
+    counted, acts, indices = _squeezed(fits, sum(capacities), scores.view(-1), candidates.latents.view(-1))
+    stops = counted.view(len(candidates.used), -1)[:, -1]
+    row_ptr = torch.cat([stops.new_zeros(1), stops])
+    dropped = (candidates.dropped.view(encoder.n, -1) > 0).any(1)
+    return Chosen(acts, indices, row_ptr, (reached[:, -1] > capacity) | dropped)
 
 
 def _of_batch(encoder: Encoder, n_kept: int) -> Chosen:
