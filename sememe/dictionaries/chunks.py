@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sememe import kernels
@@ -15,8 +17,8 @@ from sememe.recompute import recomputed
 
 __all__ = ["Chunk", "Rows", "in_chunks"]
 
-ENTRIES = 2**21
-"""Pre-activations of a chunk: what a dense step holds for each (about 24 bytes) makes 50 MB of them."""
+ENTRIES = 2**20
+"""Pre-activations of a chunk: what a dense step holds for each (about 24 bytes) makes 25 MB of them."""
 
 
 class Rows(NamedTuple):
@@ -68,17 +70,48 @@ def in_chunks(
         return chunk._replace(encoded=kernels.counts(chunk.encoded))
 
     shares, means, errors = [], [], []
-    counts: list[Counts] = []
+    # made before any chunk's: errors that lay where chunks leave them would part the memory that each of them needs
+    whole = np.empty(target.shape, np.float32)
+    per_row = torch.empty(n, dtype=torch.int64, device=x.device)
+    per_latent = torch.zeros(d_sae, dtype=torch.int64, device=x.device)
     for start in range(0, n, size):
         part = slice(start, start + size)
         chunk: Chunk = recomputed(again, x[part], target[part], start)
         shares.append(chunk.error.shape[0] / n)
         means.append(chunk.means)
+        errors.append(cast(Tensor, cast(Any, _Placed.apply)(chunk.error, whole, start)))
         assert isinstance(chunk.encoded, Counts)
-        counts.append(chunk.encoded)
-        errors.append(chunk.error)
-    whole = {
+        per_row[part] = chunk.encoded.per_row
+        per_latent += chunk.encoded.per_latent
+        del chunk
+    total = {
         name: torch.stack([share * mean[name] for share, mean in zip(shares, means, strict=True)]).sum()
         for name in means[0]
     }
-    return Chunk(whole, Counts.cat(counts), torch.cat(errors))
+    error = cast(Tensor, cast(Any, _Joined.apply)(whole, *errors))
+    return Chunk(total, Counts(per_row, per_latent), error)
+
+
+class _Placed(torch.autograd.Function):
+    """A chunk's error, moved to its rows of the whole."""
+
+    @staticmethod
+    def forward(ctx: Any, error: Tensor, whole: NDArray[np.float32], start: int) -> Tensor:
+        return torch.from_numpy(whole[start : start + error.shape[0]]).copy_(error)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0], None, None
+
+
+class _Joined(torch.autograd.Function):
+    """The whole, once all chunks' errors are placed."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: NDArray[np.float32], *errors: Tensor) -> Tensor:
+        ctx.sizes = [error.shape[0] for error in errors]
+        return torch.from_numpy(whole)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *grads[0].split(ctx.sizes)

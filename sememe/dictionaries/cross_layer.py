@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, Self, final
+from typing import Any, Literal, NamedTuple, Self, cast, final
 
 import torch
 from jaxtyping import Float, Int
@@ -244,14 +244,8 @@ class CrossLayer(Trainable):
             kernels.decode_encoded(own, decoder, decoder.new_zeros(decoder.shape[1]))
             for own, decoder in zip(encoded, self.decoders, strict=True)
         ]
-        out, ends = [], [*(layer.first_output for layer in self.layers[1:]), self.d_out]
-        for number, (layer, end) in enumerate(zip(self.layers, ends, strict=True)):
-            written = [
-                part[:, layer.first_output - before.first_output : end - before.first_output]
-                for part, before in zip(parts[: number + 1], self.layers, strict=False)
-            ]
-            out.append(torch.stack(written).sum(0))
-        return torch.cat(out, dim=1) + self.b_dec
+        starts = [layer.first_output for layer in self.layers]
+        return cast(Tensor, cast(Any, _Summed.apply)(self.b_dec, starts, *parts))
 
     def fold(self) -> Self:
         """Exact: activations of all layers keep one unit, so that a choice among them stays the same."""
@@ -430,6 +424,23 @@ class CrossLayer(Trainable):
             unit_norm=tuple(f"decoders.{number}" for number in range(len(self.layers))),
             non_negative=("relative_threshold",) if self.config.selection == "jumprelu" else (),
         )
+
+
+class _Summed(torch.autograd.Function):
+    """`bias` plus each part, which begins at a feature of its own: one array, and no copy for each part."""
+
+    @staticmethod
+    def forward(ctx: Any, bias: Tensor, starts: list[int], *parts: Tensor) -> Tensor:
+        ctx.starts = starts
+        out = bias.repeat(parts[0].shape[0], 1)
+        for start, part in zip(starts, parts, strict=True):
+            out[:, start:] += part
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grads[0]
+        return grad.sum(0), None, *(grad[:, start:] for start in ctx.starts)
 
 
 def _layers(

@@ -76,14 +76,15 @@ class Gated(SparseStart):
         def of_rows(rows: Rows) -> Chunk:
             gates = self._encode_above(rows.x, None, rows.dense)
             encoded = self._magnitudes(gates)
-            error = self.decode(encoded, rows.x) - rows.target
-            through_gates = kernels.decode_encoded(gates, self.W_dec.detach(), self.b_dec.detach())
+            mse, _, error = self._reconstruct(encoded, rows.x, rows.target)
+            target = rows.target
             if self.config.skip:
-                through_gates = through_gates + rows.x @ self.W_skip.detach()
+                target = target - rows.x @ self.W_skip.detach()
+            frozen = self.W_dec.detach(), self.b_dec.detach()
             means = {
-                "mse": error.square().mean(),
+                "mse": mse,
                 "l1": self._per_row(gates.acts, gates),
-                "auxiliary": (rows.target - through_gates).square().mean(),
+                "auxiliary": kernels.reconstruct(gates, *frozen, target).mse,
             }
             return Chunk(means, encoded.detach(), error)
 

@@ -81,6 +81,17 @@ class LISTA(Steered):
             encoded = _step(left, encoded.acts, _places(encoded), self.W_enc, self.b_enc)
         return encoded
 
+    def _encode_every(self, x: Float[Tensor, "rows d_in"]) -> Encoded:
+        """As `encode`, in dense products, with every latent listed: for a few rows of which many are active."""
+        encoder, zero = (self.W_enc, self.b_enc), torch.zeros_like(self.b_pre)
+        centred = x - self.b_pre
+        encoded = kernels.encode_every(centred, *encoder, zero, None)
+        for _ in range(self.config.n_steps):
+            acts = encoded.acts.view(-1, self.d_sae)
+            left = torch.addmm(centred, acts, self.W_back, alpha=-1)
+            encoded = kernels.encode_every(left, *encoder, zero, None, acts)
+        return encoded
+
     def loss(
         self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], progress: float
     ) -> Loss:
@@ -88,15 +99,13 @@ class LISTA(Steered):
         self.check_input(x)
 
         def of_rows(rows: Rows) -> Chunk:
-            encoded = self.encode(rows.x)
+            encoded = self._encode_every(rows.x) if rows.dense else self.encode(rows.x)
             error = self.decode(encoded, rows.x) - rows.target
             means = {"mse": error.square().mean(), "l1": self._per_row(encoded.acts, encoded)}
             return Chunk(means, encoded.detach(), error)
 
-        # every step keeps its own entries for the gradient: as many as there are latents, while half are active
-        width = self.d_sae * (self.config.n_steps + 1)
         dense = kernels.is_dense(x, self.W_enc, self.b_enc, self.b_pre, None)
-        means, encoded, error = in_chunks(of_rows, x, target, width, dense)
+        means, encoded, error = in_chunks(of_rows, x, target, self.d_sae, dense)
         total = means["mse"] + self._factor(progress) * self.config.l1_coefficient * means["l1"]
         terms = {name: mean.detach() for name, mean in means.items()} | self._steering_terms()
         return Loss(total, terms, encoded, error)

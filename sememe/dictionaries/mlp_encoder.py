@@ -15,11 +15,15 @@ from sememe.dictionaries.base import Sites
 from sememe.dictionaries.initial import unit_rows
 from sememe.dictionaries.selection import Selection, SelectionConfig, unweighed
 from sememe.encoded import Encoded
+from sememe.recompute import recomputed
 
 __all__ = ["MLPEncoder", "MLPEncoderConfig"]
 
 START = 0.1
 """Norm of the hidden layer's output weights at the start, per hidden unit: the direct path leads."""
+
+HIDDEN_ENTRIES = 2**20
+"""Units x rows of the hidden layer that are held at once: 4 MB, a few times over."""
 
 
 class MLPEncoderConfig(SelectionConfig):
@@ -67,6 +71,11 @@ class MLPEncoder(Selection):
         return unweighed(Encoded.from_topk(acts, indices, self.d_sae), weights)
 
     def _hidden(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
+        """What the encoder reads; of some rows at a time, as units are computed again for the gradient."""
+        parts = torch.split(x, max(1, HIDDEN_ENTRIES // self.b_in.shape[0])) if x.shape[0] else (x,)
+        return torch.cat([recomputed(self._hidden_of, part) for part in parts])
+
+    def _hidden_of(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
         centred = x - self.b_pre
         return centred + torch.relu(centred @ self.W_in + self.b_in) @ self.W_out
 

@@ -71,6 +71,9 @@ Path = Literal["reference", "cpu", "gpu"]
 DENSE_SHARE = 0.05
 """Above this share of active latents a dense product decodes faster than a sum over entries."""
 
+PURSUED_ROWS = 1024
+"""Rows of a pursuit whose steps are compared with each other at once."""
+
 _forced: list[Literal["reference"]] = []
 
 
@@ -328,16 +331,25 @@ def encode_every(
     b_enc: Float[Tensor, " d_sae"],
     b_pre: Float[Tensor, " d_in"],
     threshold: Float[Tensor, " d_sae"] | None,
+    added: Float[Tensor, "batch d_sae"] | None = None,
 ) -> Encoded:
     """As `encode_threshold`, with every latent listed (see `Encoded`): for a few rows of which many are above.
 
     It holds batch x d_sae, and its gradients are dense products.
+
+    Args:
+        x: Inputs.
+        W_enc: Encoder weights.
+        b_enc: Their biases.
+        b_pre: Subtracted from the inputs; a constant.
+        threshold: What a latent has to exceed.
+        added: Joins the pre-activations; differentiable, too.
     """
     if path_for(x) == "cpu":
         from sememe.kernels import cpu
 
-        return cpu.encode_every(x, W_enc, b_enc, b_pre, threshold)
-    return reference.encode_every(x, W_enc, b_enc, b_pre, threshold)
+        return cpu.encode_every(x, W_enc, b_enc, b_pre, threshold, added)
+    return reference.encode_every(x, W_enc, b_enc, b_pre, threshold, added)
 
 
 def is_dense(
@@ -418,9 +430,15 @@ def matching_pursuit(x: Float[Tensor, "batch d_in"], W: Float[Tensor, "d_sae d_i
         steps, indices, residual = pursuit.matching_pursuit(x, W, k)
     else:
         steps, indices, residual = reference.matching_pursuit(x, W, k)
-    again = indices[:, :, None] == indices[:, None, :]
-    first = torch.where(again, torch.arange(k, device=x.device), k).amin(dim=2)
+    first = torch.cat([_first_taken(some) for some in torch.split(indices, PURSUED_ROWS)])
     return Pursuit(torch.zeros_like(steps).scatter_add(1, first, steps), indices, residual)
+
+
+def _first_taken(indices: Int[Tensor, "rows k"]) -> Int[Tensor, "rows k"]:
+    """At which step each step's latent was taken first."""
+    k = indices.shape[1]
+    again = indices[:, :, None] == indices[:, None, :]
+    return torch.where(again, torch.arange(k, device=indices.device), k).amin(dim=2)
 
 
 def decode(

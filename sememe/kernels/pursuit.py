@@ -40,6 +40,9 @@ STALE = 0.125
 GRAM_BYTES = 1 << 30
 """The Gram matrix is used up to this size; above it, each step multiplies the residuals with every direction."""
 
+SCORES = 2**23
+"""Correlations of rows with latents that are held at once: 16 MB in bfloat16."""
+
 COLUMNS = 16
 """Columns of the input per thread come in multiples of this: a cache line."""
 
@@ -245,13 +248,18 @@ class _Pursuit(torch.autograd.Function):
         slack = np.float32(8 * (2 / 3) ** 0.5 * 2**-9 * float(W.abs().max()) if narrow else 1e-6)
         rounding = np.float32(2**-8 if narrow else 1e-6)
         options = narrow, slack, rounding, W.numpy()
-        if k * n_rows > d_sae and (2 if narrow else 4) * d_sae**2 <= GRAM_BYTES:
-            scores, gram = _product(residual, W, narrow), _product(W, W, narrow)
-            _pursue_gram(scores, gram, *options, acts.numpy(), indices.numpy(), residual.numpy())
-        else:
+        by_gram = k * n_rows > d_sae and (2 if narrow else 4) * d_sae**2 <= GRAM_BYTES
+        gram = _product(W, W, narrow) if by_gram else None
+        size = max(1, SCORES // d_sae)
+        for start in range(0, n_rows, size):
+            rows = slice(start, start + size)
+            left, own = residual[rows], (acts[rows].numpy(), indices[rows].numpy())
+            if gram is not None:
+                _pursue_gram(_product(left, W, narrow), gram, *options, *own, left.numpy())
+                continue
             for t in range(k):
-                scores = _product(residual, W, narrow)
-                _pursue_once(scores, *options, acts[:, t].numpy(), indices[:, t].numpy(), residual.numpy())
+                step = (part[:, t] for part in own)
+                _pursue_once(_product(left, W, narrow), *options, *step, left.numpy())
         ctx.save_for_backward(W, acts, indices, residual)
         ctx.mark_non_differentiable(indices)
         return acts, indices, residual
