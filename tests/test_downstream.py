@@ -111,6 +111,10 @@ def test_every_architecture(lm: LanguageModel) -> None:
     )
     if reruns.goes_on:
         assert reruns.first_layer == 2
+    if lm.packs(SEQ):  # and not only where several ablations of a context share a row
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(lm, "packs", lambda _: False)
+            check_ablations(lm, dictionary_of(lm, ["resid_post.1"]))
 
 
 @pytest.mark.parametrize(
@@ -154,7 +158,7 @@ def test_layers_below_and_tokens_before_do_not_run_again(llama: LanguageModel) -
         reruns.ablated(run, ROWS, POSITIONS, LATENTS, ACTS, N_AFTER)
         for hook in hooks:
             hook.remove()
-    assert seen == [(2, N_AFTER + 1)]
+    assert seen == [(2, 2 * (N_AFTER + 1))], "the two ablations of each context lie in one row"
 
 
 def test_nothing_taken_out_changes_nothing(llama: LanguageModel) -> None:

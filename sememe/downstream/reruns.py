@@ -5,13 +5,15 @@ ablation puts x - a d in the place of x at one position: what the dictionary doe
 dictionary writes at several places, each is set so, and whatever the change does in between is overwritten there at
 that position. Later positions are left to follow.
 
-Where a model's forwards do not go on from kept keys and values (`LanguageModel.goes_on`), whole rows run again.
+Ablations of one context lie one after the other in a row of the batch, so that its keys and values are copied once for
+all of them (`LanguageModel.packs`); where a model does not take that, each has a row and copies of its own. Where its
+forwards do not go on from kept keys and values at all (`LanguageModel.goes_on`), whole rows run again.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,7 +25,7 @@ from sememe.downstream.changes import Unembedding
 from sememe.encoded import Encoded
 from sememe.errors import ActivationError, MismatchError
 from sememe.lm import LanguageModel
-from sememe.lm.past import Past
+from sememe.lm.past import Packed, Past, Prefix
 from sememe.splice import BaseRun, Splicer, check_places
 
 __all__ = ["Reruns", "Unedited", "check_dictionary"]
@@ -31,6 +33,10 @@ __all__ = ["Reruns", "Unedited", "check_dictionary"]
 TOKENS_AT_ONCE = {"cpu": 320}
 """New tokens in one forward: on a CPU a few rows fill its units, and longer batches only fill more rows up."""
 TOKENS_ON_A_GPU = 8192
+PACKED_TOKENS = {"cpu": 768}
+"""The same where several ablations lie in a row: hardly anything is filled up."""
+TOKENS_IN_A_LINE = 96
+"""New tokens of one context in one row, each of which attends to all of them, most of them masked out."""
 ENCODE_FLOATS = 1 << 25
 """Rows are encoded in parts so that a dense (rows, d_sae) matrix holds at most this many floats."""
 
@@ -41,6 +47,46 @@ class Unedited(NamedTuple):
     base: BaseRun
     past: Past | None
     """None where forwards cannot go on from it."""
+
+
+class _Lines(NamedTuple):
+    """Where ablations lie: several of one context in a row of the batch, their tokens one after the other."""
+
+    context: Int[Tensor, " lines"]
+    """The context of each row."""
+    line: Int[Tensor, " n"]
+    slot: Int[Tensor, " n"]
+    """The how manieth of its row each ablation is."""
+    n_slots: int
+
+    @classmethod
+    def of(cls, rows: Int[Tensor, " n"], most: int) -> _Lines:
+        """Ablations of these contexts in as few rows of at most so many as there are, about equally full."""
+        contexts, which, counts = torch.unique(rows, return_inverse=True, return_counts=True)
+        order = torch.argsort(which, stable=True)
+        place = torch.empty_like(order)  # the how manieth of its context
+        place[order] = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[which[order]]
+        n_lines = (counts + most - 1) // most
+        each = (counts + n_lines - 1) // n_lines
+        first = n_lines.cumsum(0) - n_lines
+        slot = place % each[which]
+        line = first[which] + place // each[which]
+        return cls(contexts.repeat_interleave(n_lines), line, slot, int(each.max()))
+
+
+class _Layout(NamedTuple):
+    """A batch of ablations."""
+
+    contexts: Int[Tensor, " lines"]
+    """Of which context each row is."""
+    columns: Int[Tensor, "lines new"]
+    """Which of its tokens stands at each place."""
+    lines: Int[Tensor, " n"]
+    """The row of each ablation."""
+    begins: Int[Tensor, " n"]
+    """Where in it the ablation's own position is."""
+    prefix: Prefix | Packed | None
+    """What rows go on from; None where they run whole."""
 
 
 def check_dictionary(dictionary: Dictionary, lm: LanguageModel) -> None:
@@ -96,6 +142,35 @@ class Reruns:
         if not self.goes_on:
             n_new = max(n_new, 64)  # whole rows run again
         return max(TOKENS_AT_ONCE.get(self.lm.device.type, TOKENS_ON_A_GPU) // n_new, 1)
+
+    def batches(
+        self, run: Unedited, rows: Int[Tensor, " n"], positions: Int[Tensor, " n"], n_new: int
+    ) -> Iterator[Int[Tensor, " some"]]:
+        """Which of many ablations, of so many new tokens each, are best run in one forward."""
+        if not self._packs(run):
+            order = torch.argsort(positions, stable=True)  # neighbours, so that few rows are filled up
+            yield from torch.split(order, self.rows_at_once(n_new))
+            return
+        lines = _Lines.of(rows, self._slots(n_new))
+        sizes = torch.bincount(lines.line)
+        by_line = torch.split(torch.argsort(lines.line, stable=True), sizes.tolist())
+        most = PACKED_TOKENS.get(self.lm.device.type, TOKENS_ON_A_GPU)
+        some: list[Tensor] = []
+        for i in torch.argsort(sizes, descending=True, stable=True).tolist():
+            if some and (len(some) + 1) * len(some[0]) * n_new > most:
+                yield torch.cat(some)
+                some = []
+            some.append(by_line[i])
+        yield torch.cat(some)
+
+    def _packs(self, run: Unedited) -> bool:
+        """Whether ablations of a context share rows."""
+        return run.past is not None and self.lm.packs(run.base.ids.shape[1])
+
+    def _slots(self, n_new: int) -> int:
+        """How many ablations of so many new tokens lie in one row, at most."""
+        n_tokens = min(TOKENS_IN_A_LINE, self.lm.context_length or TOKENS_IN_A_LINE)
+        return max(n_tokens // n_new, 1)
 
     def unedited(self, ids: Int[Tensor, "batch seq"]) -> Unedited:
         """Whole contexts; what fills a row up at its end needs no mask, as nothing before it sees it.
@@ -171,17 +246,11 @@ class Reruns:
             n_after: Positions after it; what lies past a row's end repeats its last token and means nothing.
         """
         base = run.base
-        places = (positions[:, None] + torch.arange(n_after + 1)).clamp(max=base.ids.shape[1] - 1)
+        lay = self._lay(run, rows, positions, n_after + 1)
         contributions = (
             acts.to(self.directions)[:, None] * self.directions[latents.to(self.directions.device)]
         )
-        around: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
-        if run.past is None:
-            columns, at = torch.arange(base.ids.shape[1]).expand(len(rows), -1), positions
-        else:
-            columns, at = places, torch.zeros_like(positions)
-            around = self.lm.after(run.past.prefix(rows, positions, n_after + 1, self.first_layer))
-        ids = base.ids[rows[:, None], columns]
+        ids = base.ids[lay.contexts[:, None], lay.columns]
         edits = {}
         residual = None
         for site in self.outputs:
@@ -191,19 +260,43 @@ class Reruns:
             part = contributions[:, site.start : site.stop]
             new = (old.float() - part.to(old.device)).to(old.dtype)
             if name == self.splicer.residual_write:
-                residual = _set(_taken(whole, rows, columns), at, new)
+                residual = _set(_taken(whole, lay.contexts, lay.columns), lay, new)
             else:
-                edits[name] = _setter(at, new)
+                edits[name] = _setter(lay, new)
         if residual is None and self.splicer.start >= 0:
-            residual = _taken(base.activations[self.splicer.residual_read], rows, columns)
+            residual = _taken(base.activations[self.splicer.residual_read], lay.contexts, lay.columns)
+        around = self.lm.after(lay.prefix) if lay.prefix is not None else contextlib.nullcontext()
         with self.lm.edit(edits), around:
             if residual is None:
                 hidden = self.lm.hidden(ids)
             else:
                 hidden = self.lm.hidden_from(self.splicer.start, residual, ids)
+        wanted = (lay.begins[:, None] + torch.arange(n_after + 1)).clamp(max=ids.shape[1] - 1)
+        return hidden[lay.lines[:, None].to(hidden.device), wanted.to(hidden.device)]
+
+    def _lay(
+        self, run: Unedited, rows: Int[Tensor, " n"], positions: Int[Tensor, " n"], width: int
+    ) -> _Layout:
+        """Where ablations at some positions go, each with so many tokens from there on."""
+        last = run.base.ids.shape[1] - 1
+        alone = torch.arange(len(rows))
         if run.past is None:
-            hidden = hidden[torch.arange(len(rows))[:, None].to(hidden.device), places.to(hidden.device)]
-        return hidden
+            return _Layout(rows, torch.arange(last + 1).expand(len(rows), -1), alone, positions, None)
+        places = (positions[:, None] + torch.arange(width)).clamp(max=last)
+        if not self._packs(run):
+            prefix = run.past.prefix(rows, positions, width, self.first_layer)
+            return _Layout(rows, places, alone, torch.zeros_like(positions), prefix)
+        shared = _Lines.of(rows, self._slots(width))
+        n_new = shared.n_slots * width
+        # A slot that nobody needs reads the context's first token, and sees nothing else.
+        columns, lengths = torch.zeros(2, len(shared.context), n_new, dtype=torch.long)
+        begins = shared.slot * width
+        new = begins[:, None] + torch.arange(width)
+        columns[shared.line[:, None], new] = places
+        lengths[shared.line[:, None], new] = positions[:, None].expand_as(new)
+        first = (torch.arange(n_new) // width * width).expand_as(lengths)
+        packed = run.past.packed(shared.context, lengths, first, self.first_layer)
+        return _Layout(shared.context, columns, shared.line, begins, packed)
 
     # -- contexts without a token ----------------------------------------------------------------------
 
@@ -259,12 +352,12 @@ def _taken(
     return x[rows.to(x.device)[:, None], columns.to(x.device)]
 
 
-def _set(x: Float[Tensor, "n new d"], at: Int[Tensor, " n"], new: Float[Tensor, "n d"]) -> Tensor:
-    """A copy with one position of each row replaced."""
+def _set(x: Float[Tensor, "lines new d"], lay: _Layout, new: Float[Tensor, "n d"]) -> Tensor:
+    """A copy in which each ablation's first position is replaced."""
     x = x.clone()
-    x[torch.arange(len(at), device=x.device), at.to(x.device)] = new.to(x.device, x.dtype)
+    x[lay.lines.to(x.device), lay.begins.to(x.device)] = new.to(x.device, x.dtype)
     return x
 
 
-def _setter(at: Tensor, new: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda x: _set(x, at, new)
+def _setter(lay: _Layout, new: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda x: _set(x, lay, new)

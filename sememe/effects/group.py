@@ -52,8 +52,7 @@ def measure(
     with torch.inference_mode():
         ids = torch.from_numpy(contexts.ids)
         run = reruns.unedited(ids)
-        # Neighbours in position go through the model together, so that few rows are filled up.
-        order = np.lexsort((examples.latent, examples.context, examples.position))
+        order = np.lexsort((examples.latent, examples.position, examples.context))
         examples = examples.take(order)
         rows = torch.from_numpy(np.searchsorted(numbers, examples.context))
         scored = _scored(contexts, rows.numpy(), examples.position, config.n_after)
@@ -95,7 +94,7 @@ def _first(like: Tensor) -> Tensor:
 
 
 class _Ablations(NamedTuple):
-    """The ablations of a group of contexts, in the order in which they are made."""
+    """The ablations of a group of contexts."""
 
     reruns: Reruns
     run: Unedited
@@ -112,12 +111,12 @@ class _Ablations(NamedTuple):
         n = len(acts)
         which = torch.cat([torch.arange(n), torch.tensor([n // 2])])
         acts = torch.cat([acts, CONTROL * acts[n // 2, None]])
-        step = self.reruns.rows_at_once(self.config.n_after + 1)
-        parts = [
-            self._of(which[start : start + step], acts[start : start + step])
-            for start in range(0, n + 1, step)
-        ]
-        both = Changes(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+        batches = list(
+            self.reruns.batches(self.run, self.rows[which], self.positions[which], self.config.n_after + 1)
+        )
+        parts = [self._of(which[batch], acts[batch]) for batch in batches]
+        back = torch.argsort(torch.cat(batches))
+        both = Changes(*(torch.cat(columns)[back] for columns in zip(*parts, strict=True)))
         names = ("loss_change", "loss_change_after", "scored", "n_after")
         control = {name: getattr(both, name)[n:].numpy() for name in names}
         return Changes(*(column[:n] for column in both)), control
