@@ -35,7 +35,7 @@ TOKENS_AT_ONCE = {"cpu": 320}
 TOKENS_ON_A_GPU = 8192
 PACKED_TOKENS = {"cpu": 768}
 """The same where several ablations lie in a row: hardly anything is filled up."""
-TOKENS_IN_A_LINE = 96
+TOKENS_IN_A_LINE = 48
 """New tokens of one context in one row, each of which attends to all of them, most of them masked out."""
 ENCODE_FLOATS = 1 << 25
 """Rows are encoded in parts so that a dense (rows, d_sae) matrix holds at most this many floats."""
@@ -155,13 +155,16 @@ class Reruns:
         sizes = torch.bincount(lines.line)
         by_line = torch.split(torch.argsort(lines.line, stable=True), sizes.tolist())
         most = PACKED_TOKENS.get(self.lm.device.type, TOKENS_ON_A_GPU)
+        n_batches = -(-len(rows) * n_new // most)
+        most = -(-len(rows) // n_batches)  # about equally large
         some: list[Tensor] = []
         for i in torch.argsort(sizes, descending=True, stable=True).tolist():
-            if some and (len(some) + 1) * len(some[0]) * n_new > most:
+            some.append(by_line[i])
+            if sum(map(len, some)) >= most:
                 yield torch.cat(some)
                 some = []
-            some.append(by_line[i])
-        yield torch.cat(some)
+        if some:
+            yield torch.cat(some)
 
     def _packs(self, run: Unedited) -> bool:
         """Whether ablations of a context share rows."""
