@@ -36,7 +36,7 @@ TOKENS_ON_A_GPU = 8192
 PACKED_TOKENS = {"cpu": 768}
 """The same where several ablations lie in a row: hardly anything is filled up."""
 TOKENS_IN_A_LINE = 48
-"""New tokens of one context in one row, each of which attends to all of them, most of them masked out."""
+"""New tokens of one context in one row, if nothing asks for more: each attends to all of them, most masked out."""
 ENCODE_FLOATS = 1 << 25
 """Rows are encoded in parts so that a dense (rows, d_sae) matrix holds at most this many floats."""
 
@@ -50,41 +50,53 @@ class Unedited(NamedTuple):
 
 
 class _Lines(NamedTuple):
-    """Where ablations lie: several of one context in a row of the batch, their tokens one after the other."""
+    """Where continuations lie: several of one context in a row of the batch, their tokens one after the other."""
 
     context: Int[Tensor, " lines"]
     """The context of each row."""
     line: Int[Tensor, " n"]
-    slot: Int[Tensor, " n"]
-    """The how manieth of its row each ablation is."""
-    n_slots: int
+    """The row of each continuation."""
+    begins: Int[Tensor, " n"]
+    """Where in it the continuation begins."""
 
     @classmethod
-    def of(cls, rows: Int[Tensor, " n"], most: int) -> _Lines:
-        """Ablations of these contexts in as few rows of at most so many as there are, about equally full."""
-        contexts, which, counts = torch.unique(rows, return_inverse=True, return_counts=True)
-        order = torch.argsort(which, stable=True)
-        place = torch.empty_like(order)  # the how manieth of its context
-        place[order] = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[which[order]]
-        n_lines = (counts + most - 1) // most
-        each = (counts + n_lines - 1) // n_lines
-        first = n_lines.cumsum(0) - n_lines
-        slot = place % each[which]
-        line = first[which] + place // each[which]
-        return cls(contexts.repeat_interleave(n_lines), line, slot, int(each.max()))
+    def of(cls, rows: Int[Tensor, " n"], widths: Int[Tensor, " n"], most: int) -> _Lines:
+        """Continuations of so many tokens each in few rows of at most so many tokens, about equally full."""
+        context: list[int] = []
+        line, begins = torch.zeros(2, len(rows), dtype=torch.long)
+        for one, own in _runs(rows):
+            w = widths[own].tolist()
+            room = max(most, *w)
+            n_lines = -(-sum(w) // room)
+            room = min(-(-sum(w) // n_lines) + max(w) - 1, room)
+            size = room + 1
+            for i, width in zip(own.tolist(), w, strict=True):
+                if size + width > room:
+                    context.append(one)
+                    size = 0
+                line[i], begins[i] = len(context) - 1, size
+                size += width
+        return cls(torch.tensor(context), line, begins)
+
+
+def _runs(rows: Int[Tensor, " n"]) -> Iterator[tuple[int, Int[Tensor, " own"]]]:
+    """Each value, ascending, and where it stands."""
+    values, counts = torch.unique(rows, return_counts=True)
+    parts = torch.split(torch.argsort(rows, stable=True), counts.tolist())
+    yield from zip(values.tolist(), parts, strict=True)
 
 
 class _Layout(NamedTuple):
-    """A batch of ablations."""
+    """A batch of ablations or removals."""
 
     contexts: Int[Tensor, " lines"]
     """Of which context each row is."""
     columns: Int[Tensor, "lines new"]
     """Which of its tokens stands at each place."""
     lines: Int[Tensor, " n"]
-    """The row of each ablation."""
+    """The row of each."""
     begins: Int[Tensor, " n"]
-    """Where in it the ablation's own position is."""
+    """Where in it the ablation's own position is, or the token after the one left out."""
     prefix: Prefix | Packed | None
     """What rows go on from; None where they run whole."""
 
@@ -144,36 +156,50 @@ class Reruns:
         return max(TOKENS_AT_ONCE.get(self.lm.device.type, TOKENS_ON_A_GPU) // n_new, 1)
 
     def batches(
-        self, run: Unedited, rows: Int[Tensor, " n"], positions: Int[Tensor, " n"], n_new: int
+        self, run: Unedited, rows: Int[Tensor, " n"], lengths: Int[Tensor, " n"], n_new: Int[Tensor, " n"]
     ) -> Iterator[Int[Tensor, " some"]]:
-        """Which of many ablations, of so many new tokens each, are best run in one forward."""
+        """Which of many continuations are best run in one forward.
+
+        Args:
+            run: The contexts.
+            rows: Which of them each goes on from.
+            lengths: After how many tokens.
+            n_new: How many tokens it has.
+        """
         if not self._packs(run):
-            order = torch.argsort(positions, stable=True)  # neighbours, so that few rows are filled up
-            yield from torch.split(order, self.rows_at_once(n_new))
+            order = torch.argsort(lengths, stable=True)  # neighbours, so that few rows are filled up
+            order = order[torch.argsort(n_new[order], stable=True)]
+            start, widths = 0, n_new[order].tolist()
+            while start < len(order):
+                stop = start + 1
+                while stop < len(order) and stop - start < self.rows_at_once(widths[stop]):
+                    stop += 1
+                yield order[start:stop]
+                start = stop
             return
-        lines = _Lines.of(rows, self._slots(n_new))
-        sizes = torch.bincount(lines.line)
-        by_line = torch.split(torch.argsort(lines.line, stable=True), sizes.tolist())
+        lines = [own for _, own in _runs(_Lines.of(rows, n_new, self._room(n_new)).line)]
+        sizes = [int(n_new[own].sum()) for own in lines]
         most = PACKED_TOKENS.get(self.lm.device.type, TOKENS_ON_A_GPU)
-        n_batches = -(-len(rows) * n_new // most)
-        most = -(-len(rows) // n_batches)  # about equally large
-        some: list[Tensor] = []
-        for i in torch.argsort(sizes, descending=True, stable=True).tolist():
-            some.append(by_line[i])
-            if sum(map(len, some)) >= most:
+        if lines:
+            most = -(-sum(sizes) // -(-sum(sizes) // most))  # all batches about equally large
+        some, size = [], 0
+        for i in sorted(range(len(lines)), key=lambda i: -sizes[i]):
+            some.append(lines[i])
+            size += sizes[i]
+            if size >= most:
                 yield torch.cat(some)
-                some = []
+                some, size = [], 0
         if some:
             yield torch.cat(some)
 
     def _packs(self, run: Unedited) -> bool:
-        """Whether ablations of a context share rows."""
+        """Whether continuations of a context share rows."""
         return run.past is not None and self.lm.packs(run.base.ids.shape[1])
 
-    def _slots(self, n_new: int) -> int:
-        """How many ablations of so many new tokens lie in one row, at most."""
-        n_tokens = min(TOKENS_IN_A_LINE, self.lm.context_length or TOKENS_IN_A_LINE)
-        return max(n_tokens // n_new, 1)
+    def _room(self, n_new: Int[Tensor, " n"]) -> int:
+        """Tokens in a row that several continuations share, at most."""
+        room = max(TOKENS_IN_A_LINE, 3 * int(n_new.max())) if len(n_new) else TOKENS_IN_A_LINE
+        return min(room, self.lm.context_length or room)
 
     def unedited(self, ids: Int[Tensor, "batch seq"]) -> Unedited:
         """Whole contexts; what fills a row up at its end needs no mask, as nothing before it sees it.
@@ -248,8 +274,13 @@ class Reruns:
             acts: Its activation there.
             n_after: Positions after it; what lies past a row's end repeats its last token and means nothing.
         """
-        base = run.base
-        lay = self._lay(run, rows, positions, n_after + 1)
+        base, widths = run.base, torch.full_like(positions, n_after + 1)
+        if run.past is None:
+            whole_rows = torch.arange(base.ids.shape[1]).expand(len(rows), -1)
+            lay = _Layout(rows, whole_rows, torch.arange(len(rows)), positions, None)
+        else:
+            last = torch.full_like(positions, base.ids.shape[1] - 1)
+            lay = self._lay(run, run.past, rows, positions, widths, positions, last, self.first_layer)
         contributions = (
             acts.to(self.directions)[:, None] * self.directions[latents.to(self.directions.device)]
         )
@@ -268,8 +299,7 @@ class Reruns:
                 edits[name] = _setter(lay, new)
         if residual is None and self.splicer.start >= 0:
             residual = _taken(base.activations[self.splicer.residual_read], lay.contexts, lay.columns)
-        around = self.lm.after(lay.prefix) if lay.prefix is not None else contextlib.nullcontext()
-        with self.lm.edit(edits), around:
+        with self.lm.edit(edits), self._after(lay):
             if residual is None:
                 hidden = self.lm.hidden(ids)
             else:
@@ -278,28 +308,35 @@ class Reruns:
         return hidden[lay.lines[:, None].to(hidden.device), wanted.to(hidden.device)]
 
     def _lay(
-        self, run: Unedited, rows: Int[Tensor, " n"], positions: Int[Tensor, " n"], width: int
+        self,
+        run: Unedited,
+        past: Past,
+        rows: Int[Tensor, " n"],
+        lengths: Int[Tensor, " n"],
+        widths: Int[Tensor, " n"],
+        start: Int[Tensor, " n"],
+        last: Int[Tensor, " n"],
+        first_layer: int,
     ) -> _Layout:
-        """Where ablations at some positions go, each with so many tokens from there on."""
-        last = run.base.ids.shape[1] - 1
-        alone = torch.arange(len(rows))
-        if run.past is None:
-            return _Layout(rows, torch.arange(last + 1).expand(len(rows), -1), alone, positions, None)
-        places = (positions[:, None] + torch.arange(width)).clamp(max=last)
+        """Where continuations go: after so many tokens of their contexts, so many new ones, which are the contexts' own
+        from one column on, and the last column again where they would go beyond."""
         if not self._packs(run):
-            prefix = run.past.prefix(rows, positions, width, self.first_layer)
-            return _Layout(rows, places, alone, torch.zeros_like(positions), prefix)
-        shared = _Lines.of(rows, self._slots(width))
-        n_new = shared.n_slots * width
-        # A slot that nobody needs reads the context's first token, and sees nothing else.
-        columns, lengths = torch.zeros(2, len(shared.context), n_new, dtype=torch.long)
-        begins = shared.slot * width
-        new = begins[:, None] + torch.arange(width)
-        columns[shared.line[:, None], new] = places
-        lengths[shared.line[:, None], new] = positions[:, None].expand_as(new)
-        first = (torch.arange(n_new) // width * width).expand_as(lengths)
-        packed = run.past.packed(shared.context, lengths, first, self.first_layer)
-        return _Layout(shared.context, columns, shared.line, begins, packed)
+            n_new = int(widths.max())
+            columns = torch.minimum(start[:, None] + torch.arange(n_new), last[:, None])
+            prefix = past.prefix(rows, lengths, n_new, first_layer)
+            return _Layout(rows, columns, torch.arange(len(rows)), torch.zeros_like(lengths), prefix)
+        shared = _Lines.of(rows, widths, self._room(widths))
+        n_lines, n_new = len(shared.context), int((shared.begins + widths).max())
+        item = torch.arange(len(rows)).repeat_interleave(widths)
+        step = torch.arange(len(item)) - (widths.cumsum(0) - widths)[item]
+        at = shared.line[item], shared.begins[item] + step
+        # What nobody needs at a row's end reads the context's first token, and sees nothing but itself.
+        columns, before = torch.zeros(2, n_lines, n_new, dtype=torch.long)
+        first = torch.arange(n_new).repeat(n_lines, 1)
+        columns[at] = torch.minimum(start[item] + step, last[item])
+        before[at], first[at] = lengths[item], shared.begins[item]
+        packed = past.packed(shared.context, before, first, first_layer)
+        return _Layout(shared.context, columns, shared.line, shared.begins, packed)
 
     # -- contexts without a token ----------------------------------------------------------------------
 
@@ -322,23 +359,21 @@ class Reruns:
             removed: The position that is left out, before that.
             latents: Which latent.
         """
-        ids = run.base.ids
-        last = positions - removed - 1  # the peak's place among the tokens that run again
-        around: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        ids, widths = run.base.ids, positions - removed
         if run.past is None:
-            n_new = int(positions.max())
-            places = torch.arange(n_new).expand(len(rows), -1)
-            places = torch.minimum(places + (places >= removed[:, None]), positions[:, None])
-            last = positions - 1
+            columns = torch.arange(int(positions.max())).expand(len(rows), -1)
+            columns = torch.minimum(columns + (columns >= removed[:, None]), positions[:, None])
+            lay = _Layout(rows, columns, torch.arange(len(rows)), removed, None)
         else:
-            n_new = int(last.max()) + 1
-            places = torch.minimum(removed[:, None] + 1 + torch.arange(n_new), positions[:, None])
-            around = self.lm.after(run.past.prefix(rows, removed, n_new))
+            lay = self._lay(run, run.past, rows, removed, widths, removed + 1, positions, 0)
         names = list(dict.fromkeys(site.hookpoint for site in self.inputs))
-        with around:
-            found = self.lm.capture(ids[rows[:, None], places], names)
+        with self._after(lay):
+            found = self.lm.capture(ids[lay.contexts[:, None], lay.columns], names)
         inputs = [found[site.hookpoint] for site in self.inputs]
-        return _one_each(self._encode(inputs, torch.arange(len(rows)), last), latents)
+        return _one_each(self._encode(inputs, lay.lines, lay.begins + widths - 1), latents)
+
+    def _after(self, lay: _Layout) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext() if lay.prefix is None else self.lm.after(lay.prefix)
 
 
 def _one_each(encoded: Encoded, latents: Int[Tensor, " n"]) -> Float[Tensor, " n"]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -111,9 +110,9 @@ class _Ablations(NamedTuple):
         n = len(acts)
         which = torch.cat([torch.arange(n), torch.tensor([n // 2])])
         acts = torch.cat([acts, CONTROL * acts[n // 2, None]])
-        batches = list(
-            self.reruns.batches(self.run, self.rows[which], self.positions[which], self.config.n_after + 1)
-        )
+        rows, positions = self.rows[which], self.positions[which]
+        n_new = torch.full_like(positions, self.config.n_after + 1)
+        batches = list(self.reruns.batches(self.run, rows, positions, n_new))
         parts = [self._of(which[batch], acts[batch]) for batch in batches]
         back = torch.argsort(torch.cat(batches))
         both = Changes(*(torch.cat(columns)[back] for columns in zip(*parts, strict=True)))
@@ -151,20 +150,17 @@ def _removals(
     removed = np.concatenate(
         [np.arange(examples.start[i], examples.position[i]) for i in chosen] or [np.zeros(0, np.int64)]
     ).astype(np.int64)
-    order = np.lexsort((which, removed, examples.position[which] - removed))
-    which, removed = which[order], removed[order]
     latents = torch.from_numpy(examples.latent.astype(np.int64))
     peaks = torch.zeros(len(examples.latent))
     if len(chosen):
         at = torch.from_numpy(chosen)
         peaks[at] = reruns.acts(run, rows[at], positions[at], latents[at]).float().cpu()
     acts = np.zeros(len(which), np.float32)
-    for part in _chunks(reruns, (examples.position[which] - removed).astype(np.int64)):
-        at = torch.from_numpy(which[part])
-        found = reruns.acts_without(
-            run, rows[at], positions[at], torch.from_numpy(removed[part]), latents[at]
-        )
-        acts[part] = found.float().cpu().numpy()
+    where, gone = torch.from_numpy(which), torch.from_numpy(removed)
+    for part in reruns.batches(run, rows[where], gone, positions[where] - gone):
+        at = where[part]
+        found = reruns.acts_without(run, rows[at], positions[at], gone[part], latents[at])
+        acts[part.numpy()] = found.float().cpu().numpy()
     places = np.searchsorted(np.unique(examples.context), examples.context[which])
     return {
         **{name: getattr(examples, name)[which] for name in ("latent", "rank", "context", "position")},
@@ -173,14 +169,3 @@ def _removals(
         "act": peaks.numpy()[which],
         "act_without": acts,
     }
-
-
-def _chunks(reruns: Reruns, n_new: np.ndarray) -> Iterator[slice]:
-    """Rows that go through the model together; `n_new`, the tokens each runs, ascends."""
-    start = 0
-    while start < len(n_new):
-        stop = start + 1
-        while stop < len(n_new) and stop - start < reruns.rows_at_once(int(n_new[stop])):
-            stop += 1
-        yield slice(start, stop)
-        start = stop
