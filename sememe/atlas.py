@@ -156,7 +156,8 @@ CREATE TABLE logit_histograms (latent INTEGER NOT NULL, lens VARCHAR NOT NULL, c
 CREATE TABLE top_tokens (latent INTEGER NOT NULL, rank INTEGER NOT NULL, token INTEGER NOT NULL,
     share DOUBLE NOT NULL, n_active BIGINT NOT NULL, n_seen BIGINT NOT NULL, mean_act FLOAT NOT NULL);
 
--- Where it fired. kind 'top': its largest activations, one per document, rank 0 the largest, decile NULL.
+-- Where it fired. kind 'top': its largest activations, one per document (its pieces, of one key, together), rank 0 the
+-- largest, decile NULL.
 -- kind 'decile': from the decile of its non-zero activations (0 lowest .. 9 highest), one per document.
 -- kind 'random': a context in which the latent is verified silent in the window; act 0.
 -- [start, stop) is the window within the context, clipped to the peak's document; position is the peak;

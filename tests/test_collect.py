@@ -24,6 +24,8 @@ class Batch(NamedTuple):
     keep: np.ndarray
     ids: np.ndarray
     doc_ids: np.ndarray
+    whole_ids: np.ndarray
+    """Of what document each is a piece."""
 
 
 def make(
@@ -36,6 +38,7 @@ def make(
     vocab: int = 20,
     ties: bool = False,
     signed: bool = False,
+    pieces: int = 1,
 ) -> Batch:
     """Random rows holding documents of random lengths (some over several rows), with random sparse activations."""
     rng = np.random.default_rng(seed)
@@ -53,7 +56,9 @@ def make(
         acts *= rng.choice([-1, 1], acts.shape)
     ids = rng.integers(0, vocab, (n_rows, ctx)).astype(np.int32)
     ptr = np.arange(0, n * k + 1, k) if n else np.zeros(1, np.int64)
-    return Batch(indices.ravel().astype(np.int64), acts.ravel(), ptr, keep, ids, docs)
+    return Batch(
+        indices.ravel().astype(np.int64), acts.ravel(), ptr, keep, ids, docs, docs.astype(np.int64) // pieces
+    )
 
 
 def cut(batch: Batch, size: int) -> list[Batch]:
@@ -73,6 +78,7 @@ def cut(batch: Batch, size: int) -> list[Batch]:
                 keep,
                 batch.ids[rows],
                 batch.doc_ids[rows],
+                batch.whole_ids[rows],
             )
         )
         done += n
@@ -90,7 +96,7 @@ class Slow:
     """Everything about one text, in dictionaries and loops."""
 
     def __init__(self, batch: Batch) -> None:
-        self.docs = batch.doc_ids
+        self.docs, self.wholes = batch.doc_ids, batch.whole_ids
         self.at: dict[int, dict[tuple[int, int], float]] = defaultdict(dict)
         kept = np.argwhere(batch.keep)
         for n, (row, pos) in enumerate(kept):
@@ -116,12 +122,10 @@ class Slow:
     def top(self, latent: int, n: int) -> list[tuple[int, int, int, float]]:
         best: dict[int, tuple[float, int, int, float]] = {}
         for (row, pos), act in sorted(self.at[latent].items()):
-            doc = int(self.docs[row, pos])
-            if doc not in best or abs(act) > -best[doc][0]:
-                best[doc] = (-abs(act), row, pos, act)
-        return [(row, pos, doc, act) for doc, (_, row, pos, act) in sorted(best.items(), key=lambda x: x[1])][
-            :n
-        ]
+            whole = int(self.wholes[row, pos])
+            if whole not in best or abs(act) > -best[whole][0]:
+                best[whole] = (-abs(act), row, pos, act)
+        return [(row, pos, int(self.docs[row, pos]), act) for _, row, pos, act in sorted(best.values())][:n]
 
 
 def check(found: Collector, batch: Batch, n_decile: int = 2) -> None:
@@ -162,7 +166,11 @@ def check(found: Collector, batch: Batch, n_decile: int = 2) -> None:
             else:
                 assert window[pos] == examples.act[i]
         for kind in range(3):
-            documents = [examples.document[i] for i in mine if examples.kind[i] == kind]
+            documents = [
+                batch.whole_ids[examples.row[i], examples.position[i]]
+                for i in mine
+                if examples.kind[i] == kind
+            ]
             assert len(documents) == len(set(documents)), "one example per document"
         if len(truth) <= found.n_reservoir:  # the reservoir holds everything, so deciles are exact
             order = sorted(truth, key=lambda at: (abs(np.float32(truth[at])), at))
@@ -226,11 +234,12 @@ def check_places(found: Collector, batch: Batch, slow: Slow) -> None:
     size=st.integers(1, 5),
     ties=st.booleans(),
     signed=st.booleans(),
+    pieces=st.sampled_from([1, 3]),
 )
 def test_collector_equals_the_slow_truth(
-    seed: int, n_rows: int, ctx: int, d_sae: int, size: int, ties: bool, signed: bool
+    seed: int, n_rows: int, ctx: int, d_sae: int, size: int, ties: bool, signed: bool, pieces: int
 ) -> None:
-    batch = make(seed, n_rows, ctx, d_sae, min(3, d_sae), ties=ties, signed=signed)
+    batch = make(seed, n_rows, ctx, d_sae, min(3, d_sae), ties=ties, signed=signed, pieces=pieces)
     found = collector(d_sae)
     for part in cut(batch, size):
         found.add(*part)
@@ -256,7 +265,7 @@ def same(a: Collector, b: Collector) -> None:
 
 
 def test_batches_and_threads_do_not_change_the_result() -> None:
-    batch = make(3, 40, 16, 10, 4)
+    batch = make(3, 40, 16, 10, 4, pieces=2)
     whole, parts = collector(10), collector(10)
     whole.add(*batch)
     before = numba.get_num_threads()
@@ -270,7 +279,7 @@ def test_batches_and_threads_do_not_change_the_result() -> None:
 
 
 def test_state_goes_on_where_it_was(tmp_path: Any) -> None:
-    parts = cut(make(4, 40, 16, 10, 4), 5)
+    parts = cut(make(4, 40, 16, 10, 4, pieces=2), 5)
     whole, first, second = collector(10), collector(10), collector(10)
     for part in parts:
         whole.add(*part)
@@ -303,7 +312,7 @@ def test_memory_does_not_grow_with_the_text() -> None:
         sizes.append(found.nbytes)
     assert max(sizes[20:]) <= 1.05 * max(sizes[:20])
     n_slots, window = 24, BEFORE + AFTER + 1
-    bound = 16 * (4 * N_FINE + 16 * N_TOKENS + 12 * N_PLACES + 28 * n_slots + 14 * 3 + 60) + max(
+    bound = 16 * (4 * N_FINE + 16 * N_TOKENS + 12 * N_PLACES + 36 * n_slots + 22 * 3 + 60) + max(
         2 * 6 * 16 * n_slots * window, 6 * 4096
     )
     bound += 8 * (20 + N_PLACES)  # tokens and places counted once for all latents

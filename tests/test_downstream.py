@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny_models import ARCHITECTURES, D_MODEL, MORE, N_LAYERS, VOCAB, tiny_lm
 from torch import Tensor
 
@@ -12,8 +14,10 @@ from sememe.dictionaries import Site, Sites, TopK, TopKConfig
 from sememe.dictionaries.base import Dictionary
 from sememe.downstream import Predictions, Reruns
 from sememe.downstream.changes import _largest
+from sememe.downstream.reruns import _Lines
 from sememe.errors import ActivationError, MismatchError
 from sememe.lm import LanguageModel
+from sememe.lm.past import Packed
 
 ALL = {**ARCHITECTURES, **MORE}
 SEQ, N_AFTER = 12, 3
@@ -111,6 +115,10 @@ def test_every_architecture(lm: LanguageModel) -> None:
     )
     if reruns.goes_on:
         assert reruns.first_layer == 2
+    if lm.packs(SEQ):  # and not only where several ablations of a context share a row
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(lm, "packs", lambda _: False)
+            check_ablations(lm, dictionary_of(lm, ["resid_post.1"]))
 
 
 @pytest.mark.parametrize(
@@ -154,7 +162,7 @@ def test_layers_below_and_tokens_before_do_not_run_again(llama: LanguageModel) -
         reruns.ablated(run, ROWS, POSITIONS, LATENTS, ACTS, N_AFTER)
         for hook in hooks:
             hook.remove()
-    assert seen == [(2, N_AFTER + 1)]
+    assert seen == [(2, 2 * (N_AFTER + 1))], "the two ablations of each context lie in one row"
 
 
 def test_nothing_taken_out_changes_nothing(llama: LanguageModel) -> None:
@@ -163,6 +171,50 @@ def test_nothing_taken_out_changes_nothing(llama: LanguageModel) -> None:
         run = reruns.unedited(ids_of())
         hidden = reruns.ablated(run, ROWS, POSITIONS, LATENTS, torch.zeros(6), 0)[:, 0]
     assert torch.allclose(hidden, run.base.hidden[ROWS, POSITIONS], rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.integers(1, 12)), min_size=1, max_size=40), st.integers(1, 40)
+)
+def test_lines_hold_every_continuation_once(items: list[tuple[int, int]], most: int) -> None:
+    """Each in a row of its own context, without overlaps, and no row longer than asked for or than the longest."""
+    rows, widths = (torch.tensor(column) for column in zip(*items, strict=True))
+    lines = _Lines.of(rows, widths, most)
+    assert torch.equal(lines.context[lines.line], rows)
+    taken = [
+        (int(line), place)
+        for line, begin, width in zip(lines.line, lines.begins, widths, strict=True)
+        for place in range(int(begin), int(begin + width))
+    ]
+    assert len(taken) == len(set(taken)) == int(widths.sum())
+    assert set(lines.line.tolist()) == set(range(len(lines.context)))
+    assert max(place for _, place in taken) < max(most, int(widths.max()))
+
+
+def test_batches_hold_every_continuation_once(llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    reruns = Reruns(llama, dictionary_of(llama, ["resid_post.1"]))
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randint(3, (900,), generator=generator)
+    lengths, n_new = (torch.randint(1, 6, (900,), generator=generator) for _ in range(2))
+    with torch.inference_mode():
+        run = reruns.unedited(ids_of())
+    for packs in (True, False):
+        monkeypatch.setattr(llama, "packs", lambda _, packs=packs: packs)
+        batches = list(reruns.batches(run, rows, lengths, n_new))
+        assert sorted(torch.cat(batches).tolist()) == list(range(900))
+        assert len(batches) > 2 and max(int(n_new[batch].sum()) for batch in batches) < 900
+
+
+def test_ablations_share_rows_only_where_that_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tiny_lm("llama").packs(SEQ) and tiny_lm("gemma2").packs(4096)
+    assert not tiny_lm("gemma2").packs(4097), "some of its layers see 4,096 tokens"
+    mistral = tiny_lm("mistral")
+    assert mistral.goes_on() and not mistral.packs(SEQ), "its layers see 4 tokens"
+    mask = Packed.mask
+    monkeypatch.setattr(Packed, "mask", lambda self, n_new: torch.zeros_like(mask(self, n_new)))
+    seeing_all = tiny_lm("llama", seed=1)
+    assert seeing_all.goes_on() and not seeing_all.packs(SEQ)
 
 
 # -- contexts without a token --------------------------------------------------------------------------
@@ -221,6 +273,8 @@ def test_changes_are_those_of_two_softmaxes(name: str) -> None:
         hidden = base[ROWS[:, None], places] + torch.randn(6, N_AFTER + 1, width, generator=generator)
         predictions = Predictions(lm, ids, base, torch.ones(ids.shape, dtype=torch.bool))
         assert predictions.linear == (name != "gemma3")
+        plain = predictions.unembedding.weight is not None
+        assert plain == (name in ("llama", "opt_post_norm")), "no cap, no bias and no factor"
         changes = predictions.changes(hidden, ROWS, POSITIONS, scored, n_shown=4, n_likeliest=10)
         before = log_softmax(lm.logits(base).double().numpy())
         after = log_softmax(lm.logits(hidden).double().numpy())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import forked
 import numpy as np
 import pytest
 import torch
-from atlas_fixture import POLICY, World, corpus, make_world, save_dictionary, sites
+from atlas_fixture import ENGLISH, POLICY, World, corpus, make_world, save_dictionary, sites
 
 from sememe import dictionaries
 from sememe import lm as language_models
@@ -69,7 +71,7 @@ class Slow:
         dictionary = dictionaries.load(world.dictionary)
         blocks = token_blocks(world.text, world.lm.tokenizer, POLICY, split="all", n_tokens=n_tokens)
         self.acts: dict[int, dict[tuple[int, int], float]] = defaultdict(dict)
-        self.ids, self.docs, self.language, self.n_kept = [], [], {}, 0
+        self.ids, self.docs, self.language, self.key, self.n_kept = [], [], {}, {}, 0
         with torch.no_grad():
             for block in blocks:
                 for row in range(block.ids.shape[0]):
@@ -82,6 +84,7 @@ class Slow:
                     self.ids.append(block.ids[row])
                     self.docs.append(block.doc_ids[row])
                 self.language |= {i: d.language for i, d in block.documents.items()}
+                self.key |= {i: d.key for i, d in block.documents.items()}
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +133,57 @@ def test_top_examples_are_the_largest_of_each_document(atlas: Atlas, slow: Slow)
         assert [row["act"] for row in found] == pytest.approx(truth, rel=1e-4)
         for row in found:
             assert row["act"] == pytest.approx(best[row["document"]], rel=1e-4)
+
+
+def test_all_pieces_of_a_document_have_one_example(world: World) -> None:
+    """One document is as long as all others together and is cut: most latents are strongest in several pieces of it."""
+    path = corpus(world.root / "one-long.jsonl", n_documents=24)
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines.append({"text": " \n".join(line["text"] for line in lines), "title": "Text 24", "language": "en"})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    text = TextConfig(corpus=(str(path),), max_document_chars=300)
+    slow = Slow(world._replace(text=text), n_tokens=10_000)
+    with closing(interpret(world.config("atlas-long", text=text, n_tokens=10_000), lm=world.lm)) as atlas:
+        keys = {row["id"]: row["key"] for row in atlas.query("SELECT id, key FROM document_keys")}
+        assert len(keys) > 2 * len(set(keys.values())), "long documents are cut"
+        n_several = 0
+        for latent, acts in slow.acts.items():
+            best: dict[str, float] = {}
+            for (r, p), act in acts.items():
+                key = slow.key[int(slow.docs[r][p])]
+                best[key] = max(best.get(key, 0.0), act)
+            found = atlas.query(
+                "SELECT act, document FROM examples WHERE latent = ? AND kind = 'top' ORDER BY rank", latent
+            )
+            assert [row["act"] for row in found] == pytest.approx(
+                sorted(best.values(), reverse=True)[:5], rel=1e-4
+            )
+            for row in found:
+                assert row["act"] == pytest.approx(best[keys[row["document"]]], rel=1e-4)
+            strongest = sorted(acts, key=lambda at: -acts[at])[:5]
+            n_several += len({slow.key[int(slow.docs[r][p])] for r, p in strongest}) < len(
+                {int(slow.docs[r][p]) for r, p in strongest}
+            )
+        assert n_several > 10, "of many latents several pieces of one document are among the strongest"
+        counts = atlas.query(
+            """SELECT count(*) AS n, count(DISTINCT key) AS d FROM examples JOIN document_keys ON document = id
+            GROUP BY latent, kind"""
+        )
+        assert counts and all(row["n"] == row["d"] for row in counts), "one example of a kind"
+
+
+def test_pieces_of_one_document_are_not_documents_enough(world: World) -> None:
+    path = world.root / "book.txt"
+    words = random.Random(0).choices(ENGLISH.split(), k=5000)
+    path.write_text(" ".join(words), encoding="utf-8")
+    text = TextConfig(corpus=(str(path),), max_document_chars=400)
+    with pytest.raises(TextError, match=r"at least 5 documents.*got 1\..*set split_by to piece"):
+        interpret(world.config("atlas-book", text=text), lm=world.lm)
+    config = world.config("atlas-book", text=text.replace(split_by="piece"))
+    with closing(interpret(config, lm=world.lm)) as atlas:
+        assert (
+            atlas.query("SELECT count(DISTINCT document) AS n FROM examples WHERE kind = 'top'")[0]["n"] > 4
+        )
 
 
 def test_every_example_shows_what_the_model_did(atlas: Atlas, slow: Slow) -> None:

@@ -7,7 +7,10 @@ A batch arrives row by row and is turned latent by latent (a counting sort), so 
 handled by one thread in the order of the text: the result does not depend on the number of threads, nor on how
 the rows were cut into batches. Random choices are hashes of (seed, latent, count), not a stream of numbers.
 
-Kept per latent, with n = n_top + n_reservoir slots of 28 bytes:
+A document that was cut is several pieces with ids of their own; a window never leaves its piece, but of all pieces
+together there is one example of a kind: `whole_ids` says which belong together.
+
+Kept per latent, with n = n_top + n_reservoir slots of 36 bytes:
 
 - count, sum and largest of its activations;
 - a histogram of N_FINE equal bins from 0 to a power of two that is doubled (neighbours merged) when it is exceeded;
@@ -19,7 +22,7 @@ Kept per latent, with n = n_top + n_reservoir slots of 28 bytes:
 - n_random windows in which it is silent, one per document;
 - for each slot, the latent's activations in the window around it, 6 bytes each, in a pool that is compacted.
 
-So the bound is d_sae x (4 N_FINE + 16 N_TOKENS + 12 N_PLACES + 28 n + 14 n_random + 60) bytes, and for the pool twice
+So the bound is d_sae x (4 N_FINE + 16 N_TOKENS + 12 N_PLACES + 36 n + 22 n_random + 60) bytes, and for the pool twice
 6 x (n slots x their mean number of activations per window, at most before + after + 1).
 """
 
@@ -28,7 +31,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int, Int32
+from jaxtyping import Bool, Float32, Int, Int32, Int64
 
 from sememe.collect import loops
 from sememe.collect.loops import N_DECILES
@@ -82,7 +85,7 @@ class Collector:
 
     Args:
         d_sae: Number of latents.
-        n_top: Largest activations kept, one per document.
+        n_top: Largest activations kept, one per whole document.
         n_reservoir: Size of the uniform sample of activations.
         n_random: Silent windows kept.
         before: Window tokens before the peak.
@@ -95,8 +98,8 @@ class Collector:
     _ARRAYS = (
         "n_active", "total", "largest", "hist", "exponents", "token_keys", "token_mass", "token_count", "token_used",
         "token_lost", "place_n", "place_mass", "place_tokens", "occurrences", "filled", "act", "row", "pos", "doc",
-        "start", "stop", "off", "length", "n_silent", "silent_row", "silent_pos", "silent_doc", "silent_start",
-        "silent_stop",
+        "whole", "start", "stop", "off", "length", "n_silent", "silent_row", "silent_pos", "silent_doc", "silent_whole",
+        "silent_start", "silent_stop",
     )  # fmt: skip
 
     def __init__(
@@ -134,6 +137,7 @@ class Collector:
         self.row = np.full((d_sae, n_slots), -1, np.int32)
         self.pos = np.zeros((d_sae, n_slots), np.uint16)
         self.doc = np.full((d_sae, n_slots), -1, np.int32)
+        self.whole = np.full((d_sae, n_slots), -1, np.int64)
         self.start = np.zeros((d_sae, n_slots), np.uint16)
         self.stop = np.zeros((d_sae, n_slots), np.uint16)
         self.off = np.zeros((d_sae, n_slots), np.int64)
@@ -142,6 +146,7 @@ class Collector:
         self.silent_row = np.full((d_sae, n_random), -1, np.int32)
         self.silent_pos = np.zeros((d_sae, n_random), np.uint16)
         self.silent_doc = np.full((d_sae, n_random), -1, np.int32)
+        self.silent_whole = np.full((d_sae, n_random), -1, np.int64)
         self.silent_start = np.zeros((d_sae, n_random), np.uint16)
         self.silent_stop = np.zeros((d_sae, n_random), np.uint16)
         self.pool_pos = np.zeros(0, np.uint16)
@@ -156,6 +161,7 @@ class Collector:
         keep: Bool[np.ndarray, "rows ctx"],
         ids: Int32[np.ndarray, "rows ctx"],
         doc_ids: Int32[np.ndarray, "rows ctx"],
+        whole_ids: Int64[np.ndarray, "rows ctx"] | None = None,
     ) -> None:
         """Take in a batch of token rows and the activations at its kept positions.
 
@@ -166,6 +172,7 @@ class Collector:
             keep: Which positions were encoded.
             ids: Token ids.
             doc_ids: Document of each token.
+            whole_ids: The same for all pieces of one document, if documents may be pieces.
         """
         n_rows, ctx = ids.shape
         if ctx > np.iinfo(np.uint16).max:
@@ -174,16 +181,17 @@ class Collector:
         assert row_ptr.shape[0] == kept.shape[0] + 1, "one encoded row per kept position"
         kept_ptr = np.searchsorted(kept, np.arange(n_rows + 1) * ctx)
         flat_ids, docs = np.ascontiguousarray(ids).ravel(), np.ascontiguousarray(doc_ids).ravel()
+        wholes = np.ascontiguousarray(doc_ids if whole_ids is None else whole_ids, np.int64).ravel()
         first, last = np.empty(docs.shape, np.int32), np.empty(docs.shape, np.int32)
         loops.runs(docs, ctx, first, last)
         ptr, stops, where, value = loops.by_latent(indices, acts, row_ptr, kept, self.d_sae)
         need = np.zeros(self.d_sae, np.int64)
         loops.absorb(
-            ptr, stops, where, value, flat_ids, docs, first, last, ctx, self.n_rows, self.before, self.after,
+            ptr, stops, where, value, flat_ids, docs, wholes, first, last, ctx, self.n_rows, self.before, self.after,
             self.seed, self.n_top, self.n_active, self.total, self.largest, self.hist, self.exponents,
             self.token_keys, self.token_mass, self.token_count, self.token_used, self.token_lost, self.place_n,
-            self.place_mass, self.filled, self.act, self.row, self.pos, self.doc, self.start, self.stop, self.off,
-            self.length, need,
+            self.place_mass, self.filled, self.act, self.row, self.pos, self.doc, self.whole, self.start, self.stop,
+            self.off, self.length, need,
         )  # fmt: skip
         offsets = np.concatenate(([0], np.cumsum(need)))
         self._make_room(int(offsets[-1]))
@@ -195,9 +203,9 @@ class Collector:
         self.pool_used = int(offsets[-1])
         if self.n_random:
             loops.silent(
-                ptr, stops, where, docs, first, last, ctx, self.n_rows, self.before, self.after, self.seed + 1,
-                kept, kept_ptr, self.n_silent, self.silent_row, self.silent_pos, self.silent_doc,
-                self.silent_start, self.silent_stop,
+                ptr, stops, where, docs, wholes, first, last, ctx, self.n_rows, self.before, self.after,
+                self.seed + 1, kept, kept_ptr, self.n_silent, self.silent_row, self.silent_pos, self.silent_doc,
+                self.silent_whole, self.silent_start, self.silent_stop,
             )  # fmt: skip
         self.place_tokens += np.bincount(kept % ctx * N_PLACES // ctx, minlength=N_PLACES)
         seen = np.bincount(flat_ids[kept], minlength=self.occurrences.shape[0])
@@ -288,7 +296,7 @@ class Collector:
                 self.act,
                 self.row,
                 self.pos,
-                self.doc,
+                self.whole,
                 self.n_top,
                 self.n_active,
                 n_decile,

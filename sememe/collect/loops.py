@@ -1,7 +1,7 @@
 """The numba loops of the collector: one latent per thread, in the order of the text. Knows arrays only.
 
-Arrays over latents are (d_sae, ...); `docs`, `ids`, `first` and `last` are the batch's token rows laid end to
-end, and `where` is a place in them. Entries of latent l are [ptr[l], stops[l]).
+Arrays over latents are (d_sae, ...); `docs`, `wholes`, `ids`, `first` and `last` are the batch's token rows laid
+end to end, and `where` is a place in them. Entries of latent l are [ptr[l], stops[l]).
 """
 
 from __future__ import annotations
@@ -200,19 +200,20 @@ def _weakest(act, row, pos, latent, n):  # type: ignore[no-untyped-def]
 
 
 @njit
-def _fill(act, row, pos, doc, off, latent, slot, a, g, p, d, e):  # type: ignore[no-untyped-def]
+def _fill(act, row, pos, doc, whole, off, latent, slot, a, g, p, d, w, e):  # type: ignore[no-untyped-def]
     act[latent, slot] = a
     row[latent, slot] = g
     pos[latent, slot] = p
     doc[latent, slot] = d
+    whole[latent, slot] = w
     off[latent, slot] = -e - 1  # pending: which entry of this batch; `store` puts its window into the pool
 
 
 @njit(parallel=True, cache=True)
 def absorb(  # type: ignore[no-untyped-def]
-    ptr, stops, where, value, ids, docs, first, last, ctx, first_row, before, after, seed, n_top,
+    ptr, stops, where, value, ids, docs, wholes, first, last, ctx, first_row, before, after, seed, n_top,
     n_active, total, largest, hist, exponents, keys, mass, counts, used, lost, place_n, place_mass,
-    filled, act, row, pos, doc, begins, ends, off, length, need,
+    filled, act, row, pos, doc, whole, begins, ends, off, length, need,
 ):  # fmt: skip
     """Take a batch's entries into each latent's statistics and slots; `need` is the room its new windows want."""
     n_slots = act.shape[1]
@@ -230,7 +231,7 @@ def absorb(  # type: ignore[no-untyped-def]
             at = where[e]
             g = first_row + at // ctx
             p = at % ctx
-            d = docs[at]
+            d, w = docs[at], wholes[at]
             seen = n_active[latent]
             n_active[latent] = seen + 1
             total[latent] += strength
@@ -245,7 +246,7 @@ def absorb(  # type: ignore[no-untyped-def]
                 n = filled[latent]
                 slot = -1
                 for i in range(n):
-                    if doc[latent, i] == d:
+                    if whole[latent, i] == w:
                         slot = i
                         break
                 if slot >= 0:
@@ -258,7 +259,7 @@ def absorb(  # type: ignore[no-untyped-def]
                 else:
                     slot = _weakest(act, row, pos, latent, n)
                 if slot >= 0:
-                    _fill(act, row, pos, doc, off, latent, slot, a, g, p, d, e)
+                    _fill(act, row, pos, doc, whole, off, latent, slot, a, g, p, d, w, e)
                     if n == n_top:
                         floor = abs(act[latent, _weakest(act, row, pos, latent, n)])
 
@@ -266,7 +267,7 @@ def absorb(  # type: ignore[no-untyped-def]
             if seen >= n_reservoir:
                 slot = _below(_mix(seed, latent, seen), seen + 1)
             if slot < n_reservoir:
-                _fill(act, row, pos, doc, off, latent, n_top + slot, a, g, p, d, e)
+                _fill(act, row, pos, doc, whole, off, latent, n_top + slot, a, g, p, d, w, e)
 
         room = 0
         if high > low:
@@ -322,8 +323,8 @@ def compact(off, length, old_pos, old_act, new_pos, new_act):  # type: ignore[no
 
 @njit(parallel=True, cache=True)
 def silent(  # type: ignore[no-untyped-def]
-    ptr, stops, where, docs, first, last, ctx, first_row, before, after, seed, kept, kept_ptr,
-    n_silent, row, pos, doc, begins, ends,
+    ptr, stops, where, docs, wholes, first, last, ctx, first_row, before, after, seed, kept, kept_ptr,
+    n_silent, row, pos, doc, whole, begins, ends,
 ):  # fmt: skip
     """Offer each latent one random kept position of every row; those with a silent window enter its reservoir."""
     n_slots = row.shape[1]
@@ -352,17 +353,18 @@ def silent(  # type: ignore[no-untyped-def]
             slot = seen
             if seen >= n_slots:
                 slot = _below(_mix(bits, latent, seen), seen + 1)
-            d = docs[at]
+            w = wholes[at]
             fresh = slot < n_slots
             if fresh:
                 for i in range(min(seen, n_slots)):
-                    if i != slot and doc[latent, i] == d:
+                    if i != slot and whole[latent, i] == w:
                         fresh = False
                         break
             if fresh:
                 row[latent, slot] = g
                 pos[latent, slot] = at % ctx
-                doc[latent, slot] = d
+                doc[latent, slot] = docs[at]
+                whole[latent, slot] = w
                 begins[latent, slot] = start % ctx
                 ends[latent, slot] = (stop - 1) % ctx + 1
             if fresh or seen >= n_slots:
@@ -370,7 +372,7 @@ def silent(  # type: ignore[no-untyped-def]
 
 
 @njit(parallel=True, cache=True)
-def deciles(act, row, pos, doc, n_top, n_active, n_decile, seed, decile):  # type: ignore[no-untyped-def]
+def deciles(act, row, pos, whole, n_top, n_active, n_decile, seed, decile):  # type: ignore[no-untyped-def]
     """Mark which reservoir slots are shown, and in which decile; the others stay -1. One per document."""
     n_reservoir = act.shape[1] - n_top
     for latent in prange(act.shape[0]):
@@ -394,7 +396,7 @@ def deciles(act, row, pos, doc, n_top, n_active, n_decile, seed, decile):  # typ
             bits = _mix(seed, place[slot], latent)
             lot[slot] = np.float64(bits >> np.uint64(11))
         drawn = np.argsort(lot)
-        used = np.empty(n_decile * N_DECILES, np.int32)
+        used = np.empty(n_decile * N_DECILES, np.int64)
         n_used = 0
         for _turn in range(n_decile):
             for step in range(N_DECILES):
@@ -402,15 +404,15 @@ def deciles(act, row, pos, doc, n_top, n_active, n_decile, seed, decile):  # typ
                     slot = drawn[i]
                     if of[slot] != N_DECILES - 1 - step or decile[latent, slot] >= 0:
                         continue
-                    d = doc[latent, n_top + slot]
+                    w = whole[latent, n_top + slot]
                     known = False
                     for u in range(n_used):
-                        if used[u] == d:
+                        if used[u] == w:
                             known = True
                             break
                     if not known:
                         decile[latent, slot] = of[slot]
-                        used[n_used] = d
+                        used[n_used] = w
                         n_used += 1
                         break
 

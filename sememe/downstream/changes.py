@@ -23,8 +23,9 @@ from sememe.lm import LanguageModel
 
 __all__ = ["Changes", "Predictions", "Unembedding"]
 
-ROWS = 128
-"""Rows of logits made at once: 128 x 50,000 floats are 25 MB."""
+ROWS = 384
+"""Rows of logits made at once, so that the unembedding's matrix is read once for many: 384 x 50,000 in bfloat16 are
+38 MB."""
 CACHED_ROWS = 8
 """And looked at at once, so that on a CPU they stay in its cache."""
 
@@ -68,23 +69,49 @@ class _Found(NamedTuple):
     by: Float[Tensor, "2 n shown"]
 
 
-class Unembedding(NamedTuple):
-    """What is to be known of a model's unembedding, looked at once."""
+class Unembedding:
+    """What is to be known of a model's unembedding, looked at once; and memory for its logits, used again and again.
 
-    constant: Tensor | None
-    """Its bias, if it has one."""
-    linear: bool
-    """Whether twice the input gives twice the logits."""
+    Fresh memory for tens of megabytes costs a CPU as much as the product that fills it. `Predictions` made with one and
+    the same of these share it: only the last of them is good.
 
-    @classmethod
-    def of(cls, lm: LanguageModel, seen: Float[Tensor, "n d_hidden"]) -> Unembedding:
-        """Tried on a few rows of what it sees."""
+    Args:
+        lm: The model.
+        seen: A few rows of what its unembedding sees.
+    """
+
+    def __init__(self, lm: LanguageModel, seen: Float[Tensor, "n d_hidden"]) -> None:
+        self.lm = lm
         bias = lm.logits(torch.zeros_like(seen[:1])).float()
-        constant = bias if bool(bias.any()) else None
+        self.constant = bias if bool(bias.any()) else None
+        """Its bias, if it has one."""
         whole, half = (
-            lm.logits(x).float() - (0.0 if constant is None else constant) for x in (seen, seen / 2)
+            lm.logits(x).float() - (0.0 if self.constant is None else bias) for x in (seen, seen / 2)
         )
-        return cls(constant, bool((whole - 2 * half).norm() <= 0.02 * whole.norm()))
+        self.linear = bool((whole - 2 * half).norm() <= 0.02 * whole.norm())
+        """Whether twice the input gives twice the logits."""
+        self.weight: Tensor | None = None
+        """Its matrix, where the logits are the product with it and nothing else."""
+        weight = lm.embeddings()[1]
+        if self.linear and self.constant is None and _fits(weight, seen):
+            plain = (seen @ weight.T).float()
+            same = (plain - whole).norm() <= (1e-2 if seen.element_size() < 4 else 1e-4) * whole.norm()
+            self.weight = weight if bool(same) else None
+        self._rooms: dict[str, Tensor] = {}
+
+    def logits(self, hidden: Float[Tensor, "n d_hidden"], room: str) -> Float[Tensor, "n vocab"]:
+        """Of some rows, in the memory of that name where there is some."""
+        if self.weight is None:
+            return self.lm.logits(hidden)
+        n, vocab = len(hidden), self.weight.shape[0]
+        if room not in self._rooms or len(self._rooms[room]) < n:
+            self._rooms.pop(room, None)
+            self._rooms[room] = hidden.new_empty(n, vocab)
+        return torch.mm(hidden, self.weight.T, out=self._rooms[room][:n])
+
+
+def _fits(weight: Tensor, seen: Tensor) -> bool:
+    return weight.is_floating_point() and (weight.dtype, weight.device) == (seen.dtype, seen.device)
 
 
 class Predictions:
@@ -111,13 +138,13 @@ class Predictions:
         self.number = torch.full(wanted.shape, -1, dtype=torch.long)
         self.number[rows, positions] = torch.arange(len(rows))
         seen = hidden[rows.to(hidden.device), positions.to(hidden.device)]
-        parts, norms = [], []
-        for part in torch.split(seen, ROWS):
-            parts.append(lm.logits(part))
-            norms += [few.float().logsumexp(-1) for few in torch.split(parts[-1], CACHED_ROWS)]
-        self.logits, self.norms = torch.cat(parts), torch.cat(norms)
-        self.unembedding = unembedding if unembedding is not None else Unembedding.of(lm, seen[:8])
-        self.constant, self.linear = self.unembedding
+        self.unembedding = unembedding if unembedding is not None else Unembedding(lm, seen[:8])
+        self.constant, self.linear = self.unembedding.constant, self.unembedding.linear
+        if self.unembedding.weight is not None:
+            self.logits = self.unembedding.logits(seen, "unedited")
+        else:
+            self.logits = torch.cat([lm.logits(part) for part in torch.split(seen, ROWS)])
+        self.norms = torch.cat([few.float().logsumexp(-1) for few in torch.split(self.logits, CACHED_ROWS)])
         self.likeliest: dict[int, Tensor] = {}
         """By place: the likeliest tokens there, which many ablations ask for."""
 
@@ -164,16 +191,12 @@ class Predictions:
         )
         wanted = scored.clone()
         wanted[:, 0] = True
-        places = torch.nonzero(wanted)
         step = ROWS if self.logits.is_cuda else CACHED_ROWS
-        for part in torch.split(places, ROWS):
-            i, t = part[:, 0], part[:, 1]
-            logits = self._moved(hidden[i.to(hidden.device), t.to(hidden.device)], rows[i], positions[i] + t)
-            for start in range(0, len(part), step):
-                here = slice(start, start + step)
-                self._compare(
-                    found, logits[here], i[here], t[here], rows, positions, scored, n_shown, n_likeliest
-                )
+        for t in range(width):
+            for i in torch.split(torch.nonzero(wanted[:, t])[:, 0], ROWS):
+                logits = self._moved(hidden[i.to(hidden.device), t], rows[i], positions[i] + t)
+                for few, part in zip(torch.split(i, step), torch.split(logits, step), strict=True):
+                    self._compare(found, part, few, t, rows, positions, scored, n_shown, n_likeliest)
         return Changes(
             found.loss,
             found.changed[:, 0],
@@ -195,32 +218,38 @@ class Predictions:
         if not self.linear:
             return self.lm.logits(hidden)
         base = self.hidden[rows.to(self.hidden.device), positions.to(self.hidden.device)]
-        return self.lm.logits((hidden.float() - base.float()).to(hidden.dtype))
+        return self.unembedding.logits((hidden.float() - base.float()).to(hidden.dtype), "moved")
 
     def _compare(
         self,
         found: _Found,
         logits: Float[Tensor, "m vocab"],
         i: Int[Tensor, " m"],
-        t: Int[Tensor, " m"],
+        t: int,
         rows: Int[Tensor, " n"],
         positions: Int[Tensor, " n"],
         scored: Bool[Tensor, "n after_plus_1"],
         n_shown: int,
         n_likeliest: int,
     ) -> None:
-        """Note what some predictions change; `logits` are those of `_moved`."""
+        """Note what some predictions change, of the token `t` after the next one; `logits` are those of `_moved`."""
         row, position = rows[i], positions[i] + t
         number = self.number[row, position]
         assert bool((number >= 0).all()), "a prediction is compared that was not asked for"
         number = number.to(self.logits.device)
-        before, u = self.logits[number].float(), logits.float()
-        log_p = before - self.norms[number][:, None]
+        before, u = self.logits.index_select(0, number).float(), logits.float()
         if not self.linear:
             u -= before
         elif self.constant is not None:
             u -= self.constant
-        shift = (log_p + u).exp_().sum(1).log_()
+        log_p = before.sub_(self.norms[number][:, None])
+        after = log_p + u
+        if t == 0:
+            n_likeliest = max(min(n_likeliest, u.shape[1]), n_shown)
+            likely = torch.cat(
+                [self._likeliest(number, log_p, n_likeliest), _largest(after, n_likeliest)], dim=1
+            )
+        shift = after.exp_().sum(1).log_()
         if not bool(torch.isfinite(shift).all()):
             raise ActivationError(
                 "an ablation must leave the model's output finite",
@@ -230,21 +259,14 @@ class Predictions:
         has = scored[i, t]
         target = self.ids[row, (position + 1).clamp(max=self.ids.shape[1] - 1)].to(u.device)[:, None]
         own = u.gather(1, target)[:, 0]
-        rise = (own - shift).cpu()
-        found.changed[i[has], t[has]] = -rise[has]
-        first = t == 0
-        if not bool(first.any()):
+        found.changed[i, t] = torch.where(has, (shift - own).cpu(), 0.0)
+        if t > 0:
             return
-        here, mine = first.to(u.device), i[first]
-        log_p, u, shift, own = log_p[here], u[here], shift[here], own[here]
-        loss = -log_p.gather(1, target[here])[:, 0].cpu()
-        found.loss[mine] = torch.where(has[first], loss, 0.0)
-        found.logit[mine] = torch.where(has[first], (own - u.mean(1)).cpu(), 0.0)
-        found.kl[mine] = (shift - (log_p.exp() * u).sum(1)).clamp(min=0).cpu()
-        n_likeliest = max(min(n_likeliest, u.shape[1]), n_shown)
-        before = self._likeliest(number[here], log_p, n_likeliest)
-        for end, (ids, values) in enumerate(_extremes(before, log_p, u, shift, n_shown)):
-            found.tokens[end, mine], found.by[end, mine] = ids.cpu(), values.cpu()
+        found.loss[i] = torch.where(has, -log_p.gather(1, target)[:, 0].cpu(), 0.0)
+        found.logit[i] = torch.where(has, (own - u.mean(1)).cpu(), 0.0)
+        found.kl[i] = (shift - log_p.exp_().mul_(u).sum(1)).clamp(min=0).cpu()
+        for end, (ids, values) in enumerate(_extremes(likely, u, shift, n_shown)):
+            found.tokens[end, i], found.by[end, i] = ids.cpu(), values.cpu()
 
     def _likeliest(
         self, number: Int[Tensor, " n"], log_p: Float[Tensor, "n vocab"], n_likeliest: int
@@ -276,14 +298,9 @@ def _largest(x: Float[Tensor, "n vocab"], k: int) -> Int[Tensor, "n k"]:
 
 
 def _extremes(
-    before: Int[Tensor, "n likeliest"],
-    log_p: Float[Tensor, "n vocab"],
-    u: Float[Tensor, "n vocab"],
-    shift: Float[Tensor, " n"],
-    n_shown: int,
+    likely: Int[Tensor, "n likely"], u: Float[Tensor, "n vocab"], shift: Float[Tensor, " n"], n_shown: int
 ) -> list[tuple[Int[Tensor, "n shown"], Float[Tensor, "n shown"]]]:
     """Of the likeliest tokens before and after, those that rise most and those that fall most."""
-    likely = torch.cat([before, _largest(log_p + u, before.shape[1])], dim=1)
     likely = likely.sort(dim=1).values
     again = torch.zeros_like(likely, dtype=torch.bool)
     again[:, 1:] = likely[:, 1:] == likely[:, :-1]

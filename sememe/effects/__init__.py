@@ -36,7 +36,7 @@ from sememe.shuffled import at_home, fingerprint_for, model_for
 
 __all__ = ["Effects", "EffectsConfig", "effects"]
 
-VERSION = 3
+VERSION = 4
 
 
 class Effects:

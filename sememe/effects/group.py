@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -52,8 +51,7 @@ def measure(
     with torch.inference_mode():
         ids = torch.from_numpy(contexts.ids)
         run = reruns.unedited(ids)
-        # Neighbours in position go through the model together, so that few rows are filled up.
-        order = np.lexsort((examples.latent, examples.context, examples.position))
+        order = np.lexsort((examples.latent, examples.position, examples.context))
         examples = examples.take(order)
         rows = torch.from_numpy(np.searchsorted(numbers, examples.context))
         scored = _scored(contexts, rows.numpy(), examples.position, config.n_after)
@@ -95,7 +93,7 @@ def _first(like: Tensor) -> Tensor:
 
 
 class _Ablations(NamedTuple):
-    """The ablations of a group of contexts, in the order in which they are made."""
+    """The ablations of a group of contexts."""
 
     reruns: Reruns
     run: Unedited
@@ -112,12 +110,12 @@ class _Ablations(NamedTuple):
         n = len(acts)
         which = torch.cat([torch.arange(n), torch.tensor([n // 2])])
         acts = torch.cat([acts, CONTROL * acts[n // 2, None]])
-        step = self.reruns.rows_at_once(self.config.n_after + 1)
-        parts = [
-            self._of(which[start : start + step], acts[start : start + step])
-            for start in range(0, n + 1, step)
-        ]
-        both = Changes(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+        rows, positions = self.rows[which], self.positions[which]
+        n_new = torch.full_like(positions, self.config.n_after + 1)
+        batches = list(self.reruns.batches(self.run, rows, positions, n_new))
+        parts = [self._of(which[batch], acts[batch]) for batch in batches]
+        back = torch.argsort(torch.cat(batches))
+        both = Changes(*(torch.cat(columns)[back] for columns in zip(*parts, strict=True)))
         names = ("loss_change", "loss_change_after", "scored", "n_after")
         control = {name: getattr(both, name)[n:].numpy() for name in names}
         return Changes(*(column[:n] for column in both)), control
@@ -152,20 +150,17 @@ def _removals(
     removed = np.concatenate(
         [np.arange(examples.start[i], examples.position[i]) for i in chosen] or [np.zeros(0, np.int64)]
     ).astype(np.int64)
-    order = np.lexsort((which, removed, examples.position[which] - removed))
-    which, removed = which[order], removed[order]
     latents = torch.from_numpy(examples.latent.astype(np.int64))
     peaks = torch.zeros(len(examples.latent))
     if len(chosen):
         at = torch.from_numpy(chosen)
         peaks[at] = reruns.acts(run, rows[at], positions[at], latents[at]).float().cpu()
     acts = np.zeros(len(which), np.float32)
-    for part in _chunks(reruns, (examples.position[which] - removed).astype(np.int64)):
-        at = torch.from_numpy(which[part])
-        found = reruns.acts_without(
-            run, rows[at], positions[at], torch.from_numpy(removed[part]), latents[at]
-        )
-        acts[part] = found.float().cpu().numpy()
+    where, gone = torch.from_numpy(which), torch.from_numpy(removed)
+    for part in reruns.batches(run, rows[where], gone, positions[where] - gone):
+        at = where[part]
+        found = reruns.acts_without(run, rows[at], positions[at], gone[part], latents[at])
+        acts[part.numpy()] = found.float().cpu().numpy()
     places = np.searchsorted(np.unique(examples.context), examples.context[which])
     return {
         **{name: getattr(examples, name)[which] for name in ("latent", "rank", "context", "position")},
@@ -174,14 +169,3 @@ def _removals(
         "act": peaks.numpy()[which],
         "act_without": acts,
     }
-
-
-def _chunks(reruns: Reruns, n_new: np.ndarray) -> Iterator[slice]:
-    """Rows that go through the model together; `n_new`, the tokens each runs, ascends."""
-    start = 0
-    while start < len(n_new):
-        stop = start + 1
-        while stop < len(n_new) and stop - start < reruns.rows_at_once(int(n_new[stop])):
-            stop += 1
-        yield slice(start, stop)
-        start = stop

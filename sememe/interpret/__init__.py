@@ -44,7 +44,7 @@ from sememe.tuned import Lens, open_lens
 
 __all__ = ["RANDOMISED", "InterpretConfig", "interpret", "interpret_all", "parents_of"]
 
-VERSION = 6
+VERSION = 7
 NULL_FOLDER = "null-{}"
 
 

@@ -53,7 +53,7 @@ class InterpretConfig(Config):
     n_tokens: int = Field(default=1_000_000, ge=1)
     """Tokens that go through the model; a little fewer are kept."""
     n_top: int = Field(default=20, ge=1)
-    """Largest activations shown of each latent, one per document."""
+    """Largest activations shown of each latent, one per document, of whose pieces the strongest counts."""
     n_decile: int = Field(default=3, ge=0)
     """Examples shown from each tenth of a latent's activations, one per document."""
     n_random: int = Field(default=20, ge=0)

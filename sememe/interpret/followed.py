@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
 from sememe.collect import Collector
@@ -33,6 +33,8 @@ class Seen(NamedTuple):
     """Number of the first of them in the pass."""
     places: Int[Tensor, " n"]
     """Which positions, of the rows laid end to end."""
+    whole_ids: Int64[np.ndarray, "rows ctx"]
+    """Which tokens are of one document, its pieces together."""
     activations: dict[str, Float[Tensor, "n _"]]
     norms: dict[str, Float[Tensor, " n"]]
     """Of each row, on the CPU; none where a store has looked at them already."""
@@ -109,7 +111,7 @@ class Followed:
         indices = encoded.indices.to("cpu", torch.int32).numpy()
         acts = encoded.acts.to("cpu", torch.float32).numpy()
         row_ptr = encoded.row_ptr.to("cpu", torch.int64).numpy()
-        self.collector.add(indices, acts, row_ptr, keep, part.ids, part.doc_ids)
+        self.collector.add(indices, acts, row_ptr, keep, part.ids, part.doc_ids, seen.whole_ids)
         numbers = seen.first_row * part.ids.shape[1] + where
         wanted = sampled(numbers, self.config.coactive_tokens, self.n_text, self.config.seed)
         self.pairs.add(indices, acts, row_ptr, wanted)

@@ -22,7 +22,7 @@ from sememe.interrupt import stop_requests
 from sememe.lm import LanguageModel
 from sememe.progress import Progress, track
 from sememe.store import Store, open_store
-from sememe.text import Split, TextConfig, TokenBlock, TokenPolicy, token_blocks
+from sememe.text import Split, TextConfig, TokenBlock, TokenPolicy, token_blocks, whole_id
 
 __all__ = ["DOCUMENTS", "ROWS", "SNAPSHOT", "Pass", "enough_documents"]
 
@@ -66,7 +66,7 @@ def _n_documents_wanted(config: InterpretConfig) -> int:
 
 
 def enough_documents(config: InterpretConfig, n_documents: int) -> None:
-    """That there are as many documents as examples are asked for.
+    """That there are as many documents as examples are asked for; pieces of one count together.
 
     Raises:
         TextError: there are fewer.
@@ -76,7 +76,7 @@ def enough_documents(config: InterpretConfig, n_documents: int) -> None:
         raise TextError(
             f"the text must have at least {wanted} documents, as {wanted} examples of a latent come from as many",
             n_documents,
-            "Give more text, raise n_tokens, or lower n_top and n_random.",
+            "Give more text, raise n_tokens, or lower n_top and n_random; for one long file, set split_by to piece.",
         )
 
 
@@ -200,11 +200,11 @@ class Pass:
     def _once_enough(self, blocks: Iterator[TokenBlock]) -> Iterator[TokenBlock]:
         """The blocks, once those read ahead hold as many documents as examples need: no forward is in vain."""
         ahead: collections.deque[TokenBlock] = collections.deque()
-        seen: set[int] = set()
+        seen: set[str] = set()
         n_tokens = 0
         for block in blocks:
             ahead.append(block)
-            seen |= block.documents.keys()
+            seen |= {document.key for document in block.documents.values()}
             n_tokens += block.ids.size
             if len(seen) >= _n_documents_wanted(self.config) or n_tokens >= READ_AHEAD:
                 break
@@ -217,6 +217,7 @@ class Pass:
     @torch.inference_mode()
     def _seen(self, part: TokenBlock) -> Seen:
         """Activations at the positions that are kept: of one forward, or what the store holds of it."""
+        wholes = _whole_ids(part)
         if self.stored is not None:
             rows = self.stored.find(part).reshape(-1)
             wanted = np.flatnonzero(part.keep.reshape(-1) & (rows >= 0))
@@ -225,7 +226,7 @@ class Pass:
                 for name, values in self.stored.activations.items()
             }
             n_missing = int(part.keep.sum()) - wanted.shape[0]
-            return Seen(part, self.n_rows, torch.from_numpy(wanted), found, {}, n_missing)
+            return Seen(part, self.n_rows, torch.from_numpy(wanted), wholes, found, {}, n_missing)
         ids = torch.from_numpy(part.ids).to(self.lm.device, torch.int64)
         mask = None if part.attention_mask.all() else torch.from_numpy(part.attention_mask).to(self.lm.device)
         captured = self.lm.capture(ids, self.hookpoints, mask)
@@ -238,7 +239,7 @@ class Pass:
             if not bool(torch.isfinite(norms[name]).all()):
                 not_finite(part, int(places[~torch.isfinite(norms[name])][0]), f"activations at {name}")
             activations[name] = values
-        return Seen(part, self.n_rows, places, activations, norms)
+        return Seen(part, self.n_rows, places, wholes, activations, norms)
 
     # -- snapshots ---------------------------------------------------------------------------------
 
@@ -277,7 +278,8 @@ class Pass:
         Raises:
             TextError: the text has fewer documents than examples are asked for.
         """
-        enough_documents(self.config, self.document_ids().shape[0])
+        wholes = np.fromiter((whole_id(document["key"]) for document in self.documents()), np.int64)
+        enough_documents(self.config, np.unique(wholes).shape[0])
 
     def rows(self) -> np.ndarray:
         """Every token row on disk: (n_rows, 2, context_length), ids and documents."""
@@ -293,6 +295,13 @@ class Pass:
     def document_ids(self) -> np.ndarray:
         """The ids of all documents, each once."""
         return np.unique(np.fromiter((document["id"] for document in self.documents()), np.int64))
+
+
+def _whole_ids(part: TokenBlock) -> Int64[np.ndarray, "rows ctx"]:
+    """For each token a number that all pieces of its document share; -1 at padding."""
+    ids, place = np.unique(part.doc_ids, return_inverse=True)
+    numbers = [whole_id(part.documents[i].key) if i >= 0 else -1 for i in ids.tolist()]
+    return np.array(numbers, np.int64)[place].reshape(part.doc_ids.shape)
 
 
 def _slice(block: TokenBlock, part: slice) -> TokenBlock:

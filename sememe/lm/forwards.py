@@ -18,9 +18,18 @@ from torch import Tensor, nn
 
 from sememe.errors import HookpointError, ModelError, ShapeError
 from sememe.lm.hookpoints import Hookpoints, Place, attach, rows, unrows
-from sememe.lm.past import Past, Prefix
+from sememe.lm.past import Packed, Past, Prefix
 
-__all__ = ["Forwards", "Running"]
+__all__ = ["Forwards", "Running", "window_of"]
+
+WINDOWS = (
+    "sliding_window",
+    "sliding_window_size",
+    "attention_window_size",
+    "attention_chunk_size",
+    "window_size",
+)
+"""What transformers' configurations call the number of tokens that a layer sees, where it is not the whole context."""
 
 Edit = Callable[[Float[Tensor, "batch seq d"]], Float[Tensor, "batch seq d"]]
 
@@ -40,6 +49,12 @@ class Running(NamedTuple):
     """Inside `generate`: tokens of the prompt."""
     n_read: int | None = None
     """Inside `generate`: tokens that are read at most; the last new one is not."""
+
+
+def window_of(config: Any) -> int | None:
+    """The smallest number of tokens that some layer sees; None where a configuration says of none."""
+    found = [getattr(config, name, None) for name in WINDOWS]
+    return min((n for n in found if isinstance(n, int)), default=None)
 
 
 class Forwards:
@@ -72,7 +87,7 @@ class Forwards:
         self._edits_off = False
         self._skipped_to = -2
         self._past: Past | None = None
-        self._prefix: Prefix | None = None
+        self._prefix: Prefix | Packed | None = None
 
     def __repr__(self) -> str:
         return (
@@ -290,10 +305,11 @@ class Forwards:
         if self._prefix is not None:
             n_new = ids.shape[1]
             mask = self._prefix.mask(n_new)
+            dtype = self.dtype if mask is not None and mask.is_floating_point() else torch.long
             told: dict[str, Any] = {self._cache_name: self._prefix.cache, "use_cache": True}
             if "position_ids" in self._arguments:
                 told["position_ids"] = self._prefix.positions(n_new, self.context_length).to(ids.device)
-            return told | {"attention_mask": None if mask is None else mask.to(ids.device, torch.long)}
+            return told | {"attention_mask": None if mask is None else mask.to(ids.device, dtype)}
         if self._past is not None:
             self._past.forget()
             return {"attention_mask": mask, self._cache_name: self._past.cache, "use_cache": True}

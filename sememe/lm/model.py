@@ -15,9 +15,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sememe.errors import HookpointError, ModelError, ShapeError
-from sememe.lm.forwards import Forwards
+from sememe.lm.forwards import Forwards, window_of
 from sememe.lm.hookpoints import attach, read, unrows, write
-from sememe.lm.past import Past, Prefix
+from sememe.lm.past import Packed, Past, Prefix
 from sememe.lm.readout import Readout, between_stack_and_head
 from sememe.lm.tokens import TokenTable
 
@@ -49,6 +49,7 @@ class LanguageModel(Forwards):
         self._outputs: dict[int, Any] = {}
         self._can_skip: dict[int, bool] = {}
         self._can_go_on: bool | None = None
+        self._can_pack: bool | None = None
         self._tokens: TokenTable | None = None
 
     # ---- from the middle ------------------------------------------------------------------------------------
@@ -130,7 +131,7 @@ class LanguageModel(Forwards):
             self._past = before
 
     @contextlib.contextmanager
-    def after(self, prefix: Prefix) -> Iterator[None]:
+    def after(self, prefix: Prefix | Packed) -> Iterator[None]:
         """Every forward inside the context gets new tokens only, which go on from a prefix.
 
         `hidden`, `capture`, `hidden_from` and `edit` then see the new tokens, as if the prefix's stood before them;
@@ -162,6 +163,45 @@ class LanguageModel(Forwards):
             except Exception:
                 self._can_go_on = False
         return self._can_go_on
+
+    def packs(self, n_tokens: int) -> bool:
+        """Whether a row may hold several continuations of a context of so many tokens (`Past.packed`).
+
+        Tried once on a few tokens. Not where some layer sees less than the whole context: such a layer makes its mask
+        itself, and a mask that is given takes the place of that.
+        """
+        if self._can_pack is None:
+            self._can_pack = self.goes_on() and self._tries_packing()
+        window = window_of(self.hf.config.get_text_config())
+        return self._can_pack and (window is None or n_tokens <= window)
+
+    def _tries_packing(self) -> bool:
+        """Two rows of two continuations each, with other tokens than the contexts', against whole forwards."""
+        n = 12 if self.context_length is None else min(12, self.context_length)
+        n_new, n_all = n // 4, 2 * (n // 4)
+        ids = torch.stack([torch.arange(n), torch.arange(n).flip(0)]) % self.vocab_size
+        other = (ids[:, :n_all] + n) % self.vocab_size
+        begins = torch.tensor([[n // 4, n // 2], [n - n_new, 1]])
+        step = torch.arange(n_new)
+        try:
+            with self._without_edits(), torch.no_grad():
+                with self.remembering() as past:
+                    self.hidden(ids)
+                lengths = begins.repeat_interleave(n_new, 1)
+                first = (torch.arange(n_all) // n_new * n_new).expand(2, -1)
+                with self.after(past.packed(torch.arange(2), lengths, first)):
+                    found = self.hidden(other).float()
+                rows = torch.tensor([0, 0, 1, 1])[:, None]
+                places = begins.view(4, 1) + step
+                whole = ids[rows[:, 0]]
+                whole.scatter_(1, places, other.view(4, n_new))
+                truth = self.hidden(whole)
+                places = places.to(truth.device)
+                truth = truth[torch.arange(4, device=truth.device)[:, None], places].float()
+            tolerance = 1e-3 if self.dtype == torch.float32 else 5e-2
+            return bool((found.reshape(truth.shape) - truth).norm() <= tolerance * truth.norm())
+        except Exception:
+            return False
 
     def skips(self, layer: int) -> bool:
         """Whether `hidden_from` leaves layers 0 to `layer` out, and does not run the full forward instead."""

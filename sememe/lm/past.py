@@ -2,7 +2,8 @@
 
 A row that goes on after the first n tokens of a context reads that context's keys and values instead of computing
 its n tokens again. Rows of one batch may go on after different numbers of tokens: the shorter are padded at the
-front, as in batched generation.
+front, as in batched generation (`Prefix`). Or several continuations of a context lie one after the other in a row, and
+a mask says what each sees (`Packed`): its keys are then copied once for all of them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-__all__ = ["Past", "Prefix"]
+__all__ = ["Packed", "Past", "Prefix"]
 
 
 class Prefix(NamedTuple):
@@ -37,6 +38,36 @@ class Prefix(NamedTuple):
     def positions(self, n_new: int, context_length: int | None) -> Int[Tensor, "rows new"]:
         """Of the new tokens; what fills a row up may lie past the model's context and gets its last position."""
         found = self.lengths[:, None] + torch.arange(n_new)
+        return found if context_length is None else found.clamp(max=context_length - 1)
+
+
+class Packed(NamedTuple):
+    """What the rows of one batch go on from where each holds several continuations of a context.
+
+    A new token sees the first tokens of the context, up to where its own continuation goes on, and of the new ones
+    those of that continuation up to itself.
+    """
+
+    cache: Any
+    """The model's cache object."""
+    lengths: Int[Tensor, "rows new"]
+    """Tokens of the context before each new token's continuation."""
+    first: Int[Tensor, "rows new"]
+    """Where in the row that continuation begins."""
+    n_context: int
+    """Tokens of the contexts that are kept: the width of the cache."""
+
+    def mask(self, n_new: int) -> Float[Tensor, "rows 1 new context_plus_new"]:
+        """What is added to attention's scores: 0 at what is seen, minus infinity elsewhere."""
+        own = torch.arange(n_new)
+        before = torch.arange(self.n_context) < self.lengths[:, :, None]
+        among = (own >= self.first[:, :, None]) & (own <= own[:, None])
+        seen = torch.cat([before, among], dim=2)[:, None]
+        return torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+
+    def positions(self, n_new: int, context_length: int | None) -> Int[Tensor, "rows new"]:
+        """Of the new tokens; as for `Prefix`."""
+        found = self.lengths + torch.arange(n_new) - self.first
         return found if context_length is None else found.clamp(max=context_length - 1)
 
 
@@ -78,6 +109,33 @@ class Past:
         cache.layers = layers
         return Prefix(cache, lengths, n_padded)
 
+    def packed(
+        self,
+        rows: Int[Tensor, " rows"],
+        lengths: Int[Tensor, "rows new"],
+        first: Int[Tensor, "rows new"],
+        first_layer: int = 0,
+    ) -> Packed:
+        """What a batch goes on from whose rows hold several continuations each. Ask `LanguageModel.packs` first.
+
+        Args:
+            rows: The row of the forward that each row goes on from.
+            lengths: After how many of its tokens each new token's continuation begins.
+            first: Where in the new row it begins.
+            first_layer: The lowest layer that will run; those below are not copied.
+        """
+        n_context, n_new = int(lengths.max()), lengths.shape[1]
+        layers = []
+        for number, tensors in enumerate(self.keys_and_values()):
+            if number < first_layer:
+                layers.append(_layer_class()(None, None, n_context))
+                continue
+            keys, values = (_with_room(x, rows, n_context, n_new) for x in tensors)
+            layers.append(_layer_class()(keys, values, n_context))
+        cache = _empty()
+        cache.layers = layers
+        return Packed(cache, lengths, first, n_context)
+
 
 def _empty() -> Any:
     """A cache without layers. transformers is loaded when it is needed: training from a store needs none of it."""
@@ -113,6 +171,15 @@ def _layer_class() -> type[Any]:
             return self.n_padded
 
     return Layer
+
+
+def _with_room(
+    x: Float[Tensor, "batch heads seq d"], rows: Int[Tensor, " rows"], n_context: int, n_new: int
+) -> Float[Tensor, "rows heads context_plus_new d"]:
+    """The first tokens of some rows, and room for new ones behind them."""
+    found = x.new_empty(len(rows), x.shape[1], n_context + n_new, x.shape[3])
+    found[:, :, :n_context] = x[rows.to(x.device), :, :n_context]
+    return found
 
 
 def _places(

@@ -316,7 +316,7 @@ def interpret_bytes(
     host, gpu = _model_bytes(lm, batch_rows * context_length)
     # The bound in the docstring of `collect`, with three active tokens per window.
     collector = float(dictionary.d_sae) * (
-        4 * 1024 + 16 * 256 + 12 * 16 + (28 + 2 * 6 * 3) * slots + 14 * n_random
+        4 * 1024 + 16 * 256 + 12 * 16 + (36 + 2 * 6 * 3) * slots + 22 * n_random
     )
     rows = min(batch_rows * context_length, max(2**25 // dictionary.d_sae, 64))
     encoding = 8.0 * rows * dictionary.d_sae

@@ -18,7 +18,7 @@ from sememe.text import TokenPolicy
 
 __all__ = ["CHOSEN", "prompts"]
 
-VERSION = 1
+VERSION = 2
 
 CHOSEN = {
     "english": "The old ferryman tied his boat to the pier, because the river had risen during the night.",

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from sememe.text.config import TextConfig, TokenPolicy
 from sememe.text.corpora import CORPORA
-from sememe.text.documents import Attribution, Document, DocumentInfo, split_of
+from sememe.text.documents import Attribution, Document, DocumentInfo, split_of, whole_id
 from sememe.text.mixture import Split, attributions, documents, fetch, fingerprint
 from sememe.text.tokens import TokenBlock, token_blocks
 
@@ -36,4 +36,5 @@ __all__ = [
     "fingerprint",
     "split_of",
     "token_blocks",
+    "whole_id",
 ]

@@ -7,7 +7,17 @@ import re
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
-__all__ = ["Attribution", "Document", "DocumentInfo", "RawDocument", "cut", "key_of", "side_of", "split_of"]
+__all__ = [
+    "Attribution",
+    "Document",
+    "DocumentInfo",
+    "RawDocument",
+    "cut",
+    "key_of",
+    "side_of",
+    "split_of",
+    "whole_id",
+]
 
 Side = Literal["train", "heldout"]
 
@@ -70,6 +80,12 @@ class Attribution(NamedTuple):
 def key_of(text: str) -> str:
     """A hash of the text without the white space around it: equal documents have equal keys."""
     return hashlib.blake2b(text.strip().encode("utf-8", "surrogatepass"), digest_size=12).hexdigest()
+
+
+def whole_id(key: str) -> int:
+    """A number of 64 bits for a key, the same for all pieces of one document."""
+    digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)
 
 
 def side_of(key: str, heldout_fraction: float) -> Side:
