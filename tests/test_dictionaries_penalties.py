@@ -240,11 +240,12 @@ def test_the_weight_is_steered_until_l0_is_the_set_point(config, coefficient):
     assert factors[-1] > 2 if coefficient < 0.1 else factors[-1] < 0.9
 
 
-def test_the_controller_is_the_written_one():
+@pytest.mark.parametrize("start_l0", [16, None])
+def test_the_controller_is_the_written_one(start_l0):
     config = ReLUConfig(
-        d_sae=N, l1_coefficient=0.01, target_l0=4, start_l0=16, steering=0.05, sparsity_warmup=0.1
+        d_sae=N, l1_coefficient=0.01, target_l0=4, start_l0=start_l0, steering=0.05, sparsity_warmup=0.1
     )
-    dictionary, average, log_factor = made(config), None, 0.0
+    dictionary, average, before, start, log_factor = made(config), None, None, start_l0, 0.0
     for progress in (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.9):
         x = sample(seed=int(100 * progress))
         loss = dictionary.loss(x, x, progress)
@@ -253,12 +254,15 @@ def test_the_controller_is_the_written_one():
         dictionary.after_step(loss.encoded)
         if progress >= 0.1:
             l0 = float(loss.encoded.l0().float().mean())
-            average = l0 if average is None else 0.9 * average + 0.1 * l0
-            set_point = 4 * 4 ** max(0, 1 - progress / 0.5)
-            log_factor += 0.05 * max(-1, min(1, math.log(average / set_point)))
+            start = l0 if start is None else start
+            average = l0 if average is None else 0.8 * average + 0.2 * l0
+            set_point = 4 * (start / 4) ** max(0, 1 - progress / 0.3)
+            error = max(-1, min(1, math.log(average / set_point)))
+            log_factor += 0.05 * error + 2 * (0 if before is None else error - before)
+            before = error
         assert float(dictionary.log_factor) == pytest.approx(log_factor, rel=1e-4, abs=1e-6)
     assert log_factor != 0
-    assert {"log_factor", "l0_average"} <= set(dictionary.training_buffers())
+    assert {"log_factor", "l0_average", "first_l0", "l0_error"} <= set(dictionary.training_buffers())
     assert "log_factor" not in made(ReLUConfig(d_sae=N)).training_buffers()
     assert "log_factor" not in dictionary.state_dict(), "a finished dictionary has no use for it"
 
@@ -267,7 +271,14 @@ def test_the_set_point_moves_geometrically_and_stays():
     config = ReLUConfig(d_sae=N, target_l0=4, start_l0=64, l0_anneal=0.8)
     points = [made(config).set_point(progress) for progress in (0.0, 0.2, 0.4, 0.8, 1.0)]
     assert points == pytest.approx([64, 32, 16, 4, 4])
-    assert made(ReLUConfig(d_sae=N, target_l0=4)).set_point(0.0) == 4
+    assert made(ReLUConfig(d_sae=N, target_l0=4, start_l0=4)).set_point(0.0) == 4
+
+
+@pytest.mark.parametrize(("first", "points"), [(64, [64, 16, 4]), (1, [4, 4, 4])])
+def test_the_set_point_starts_at_the_first_l0_if_that_is_above_the_target(first, points):
+    dictionary = made(ReLUConfig(d_sae=N, target_l0=4, l0_anneal=0.8))
+    dictionary.first_l0.fill_(first)
+    assert [float(dictionary.set_point(progress)) for progress in (0.0, 0.4, 0.8)] == pytest.approx(points)
 
 
 @pytest.mark.parametrize("config", STEERED)
@@ -427,10 +438,10 @@ def test_norms_are_free_when_weighted_and_the_sign_is_not():
         (TiedConfig, {"steering": 0.1}, r"steering must be left out when target_l0 is not given"),
         (
             GatedConfig,
-            {"target_l0": 9, "l0_anneal": 0.2},
-            r"l0_anneal must be left out when start_l0 is not given",
+            {"target_l0": 9, "start_l0": 9, "l0_anneal": 0.2},
+            r"l0_anneal must be left out when start_l0 is the target",
         ),
-        (ReLUConfig, {"target_l0": 9, "start_l0": 9}, r"start_l0 must differ from target_l0"),
+        (PAnnealConfig, {"l0_anneal": 0.2}, r"l0_anneal must be left out when target_l0 is not given"),
         (
             PAnnealConfig,
             {"l1_coefficient": 0, "target_l0": 9},

@@ -319,7 +319,9 @@ def test_frozen_rows_keep_every_bit_and_a_nan_is_passed_on(path):
 
 @settings(max_examples=40, deadline=None)
 @given(shapes, st.integers(0, 10_000), st.booleans(), st.booleans())
-def test_every_latent_listed_agrees_with_the_reference_and_with_the_entries(shape, seed, with_threshold, adding):
+def test_every_latent_listed_agrees_with_the_reference_and_with_the_entries(
+    shape, seed, with_threshold, adding
+):
     batch, d_in, d_sae = shape
     generator = torch.Generator().manual_seed(seed)
     x, added = torch.randn(batch, d_in, generator=generator), torch.randn(batch, d_sae, generator=generator)

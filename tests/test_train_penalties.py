@@ -88,3 +88,25 @@ def test_options_are_flags(kind, flags, expected):
     app.default(command(TrainConfig, lambda made: made, choices=choices, fixed=fixed, doc="Train."))
     made = app(flags.split(), exit_on_error=False).architecture
     assert {name: getattr(made, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("kind", ["relu", "gated"])
+def test_a_run_of_300_steps_arrives_at_its_set_point_and_hardly_falls_below(kind, tmp_path):
+    """With an integral alone it ends at 25 of 6, or falls to 3 first if that is three times as fast."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.nn.functional.normalize(torch.randn(128, 64, generator=generator), dim=1)
+    active = torch.rand(20_000, 128, generator=generator) < 3 / 128
+    x = (active * torch.rand(20_000, 128, generator=generator)) @ features
+    made = {
+        "architecture": {"kind": kind, "d_sae": 128, "target_l0": 6},
+        "out": tmp_path / "d",
+        "n_tokens": 300 * 256,
+        "batch_size": 256,
+        "watch_rows": 0,
+        "log_every": 1,
+        "threads": 1,
+    }
+    train(TrainConfig.build(made), source=TensorSource(x, seed=0))
+    l0 = [line["l0"] for line in read_log(tmp_path / "d" / "metrics.jsonl")]
+    assert sum(l0[-20:]) / 20 == pytest.approx(6, rel=0.15)
+    assert min(l0) > 4.5

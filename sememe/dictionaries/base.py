@@ -426,6 +426,15 @@ class Trainable(Dictionary):
             inputs: What they read; the directions, if not given (an autoencoder).
         """
 
+    @property
+    def competes(self) -> bool:
+        """Whether latents compete for places, so that what is weaker is not chosen at all."""
+        return False
+
+    def kept(self, x: Float[Tensor, "batch d_in"]) -> Encoded:
+        """The activations that a training step reconstructs a batch from: those of each row, unless rows compete."""
+        return self.encode(x)
+
     def settle(self, ids: Int[Tensor, " n"], x: Float[Tensor, "rows d_in"]) -> None:
         """Fit to some rows what hangs on rows in latents just pointed anew; here, nothing does."""
 

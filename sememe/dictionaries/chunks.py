@@ -114,4 +114,4 @@ class _Joined(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *grads[0].split(ctx.sizes)
+        return None, *torch.split(grads[0], ctx.sizes)

@@ -103,6 +103,7 @@ class CrossLayer(Trainable):
 
     kind = "cross_layer"
     config: CrossLayerConfig
+    weakens = True
     b_pre: Tensor
     threshold_unit: Tensor
 
@@ -391,17 +392,36 @@ class CrossLayer(Trainable):
             rows = directions[mine][:, layer.first_output :]
             rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
             self.decoders[number][of] = rows
-            length = self.encoders[number].norm(dim=1).median()
+            length = median_of_others(self.encoders[number].norm(dim=1), of)
             if inputs is None:
                 reads = self._read_as_written(number, rows, generator)
             else:
                 own = inputs[mine][:, layer.inputs]
                 reads = own / own.norm(dim=1, keepdim=True).clamp_min(1e-12)
             self.encoders[number][of] = length * reads
+            if self.config.selection == "jumprelu":
+                own_thresholds = self.relative_threshold[layer.latents]
+                self.relative_threshold[ids[mine]] = median_of_others(own_thresholds, of)
         self.b_enc[ids] = 0.0
-        if self.config.selection == "jumprelu":
-            self.relative_threshold[ids] = median_of_others(self.relative_threshold, ids)
         self.tokens_since_fired[ids] = 0
+
+    @property
+    def competes(self) -> bool:
+        """For k places of each layer, or of all together, with topk."""
+        return self.config.selection == "topk"
+
+    @torch.no_grad()
+    def weaken(self, ids: Int[Tensor, " n"], factor: float) -> None:
+        """Encoders, biases and thresholds; not so far that all that is positive lies in the window of jumprelu."""
+        if self.config.selection == "jumprelu":
+            lowest = float(self.relative_threshold[ids].min())
+            if lowest > self.config.bandwidth:
+                factor = max(factor, self.config.bandwidth / lowest)
+            self.relative_threshold[ids] *= factor
+        for encoder, layer in zip(self.encoders, self.layers, strict=True):
+            mine = (ids >= layer.latents.start) & (ids < layer.latents.stop)
+            encoder[ids[mine] - layer.latents.start] *= factor
+        self.b_enc[ids] *= factor
 
     def resampling(self) -> Resampling | None:
         """As the config says."""

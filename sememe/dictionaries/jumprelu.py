@@ -176,7 +176,7 @@ class JumpReLU(Penalised):
             self.relative_threshold[ids] *= factor
 
     def _reset_norm(self, norms: Float[Tensor, " d_sae"], ids: Int[Tensor, " n"]) -> Float[Tensor, ""]:
-        return norms.median()
+        return median_of_others(norms, ids)
 
 
 class Jump(torch.autograd.Function):

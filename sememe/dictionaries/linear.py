@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sememe import kernels
 from sememe.dictionaries.base import Constraints, Resampling, Sites, Trainable
-from sememe.dictionaries.initial import geometric_median, latent_major, unit_rows
+from sememe.dictionaries.initial import geometric_median, latent_major, median_of_others, unit_rows
 from sememe.dictionaries.resampling import ResamplingConfig
 from sememe.encoded import Encoded
 from sememe.errors import ConfigError, ShapeError
@@ -240,7 +240,7 @@ class Linear(Trainable, abc.ABC):
 
     def _reset_norm(self, norms: Float[Tensor, " d_sae"], ids: Int[Tensor, " n"]) -> Float[Tensor, ""]:
         """How long the encoder weights of a reset latent are: here, as long as is usual."""
-        return norms.median()
+        return median_of_others(norms, ids)
 
     def resampling(self) -> Resampling | None:
         """As the config says."""

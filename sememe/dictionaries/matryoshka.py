@@ -52,7 +52,7 @@ class Matryoshka(BatchSelection):
         self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], progress: float
     ) -> Loss:
         """The mean of the prefixes' mean squared errors, and AuxK; the term `mse` is that of all latents."""
-        encoded = self._kept(x)
+        encoded = self.kept(x)
         prefixes, mses, error = self._reconstruct(encoded, x, target, self.ends)
         terms = {"mse": mses[-1], "prefixes": prefixes}
         return self._with_auxk(x, error, prefixes, terms, encoded)

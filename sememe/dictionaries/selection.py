@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import ClassVar, Literal, Self
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from sememe.dictionaries.auxiliary import auxk_loss
 from sememe.dictionaries.base import Loss, Sites
 from sememe.dictionaries.dead import DeadLatents
 from sememe.dictionaries.initial import geometric_median
+from sememe.dictionaries.levels import levels
 from sememe.dictionaries.linear import Linear, LinearConfig, check_crosscoder
 from sememe.encoded import Counts, Encoded
 from sememe.errors import ConfigError
@@ -24,6 +25,9 @@ __all__ = ["BatchSelection", "BatchSelectionConfig", "Selection", "SelectionConf
 
 N_THRESHOLD_ROWS = 1024
 """Rows of the sample that set a first threshold: it holds their pre-activations densely."""
+N_SETTLE_ROWS, SETTLED = 4096, 0.25
+"""Rows that set the biases of latents pointed anew; and on how many of them each is positive, as a share of those that
+a latent is kept on if all are kept alike."""
 
 
 class SelectionConfig(LinearConfig):
@@ -65,7 +69,6 @@ class Selection(Linear, abc.ABC):
     """A linear dictionary that keeps a number of latents."""
 
     config: SelectionConfig
-    weakens = False  # the weaker of those that compete are never chosen
 
     def __init__(
         self, config: SelectionConfig, d_in: int, d_out: int, d_sae: int, sites: Sites | None = None
@@ -75,6 +78,11 @@ class Selection(Linear, abc.ABC):
         if not 1 <= config.k <= d_sae:
             raise ConfigError(f"k must be in [1, d_sae={d_sae}]", config.k, "Lower k or raise d_sae.")
         self.dead = DeadLatents()
+
+    @property
+    def competes(self) -> bool:
+        """For k places in each row, or in a batch."""
+        return True
 
     def after_step(self, encoded: Encoded | Counts) -> None:
         """The bookkeeping, and the number of dead latents on its way for the next step's AuxK."""
@@ -103,15 +111,11 @@ class Selection(Linear, abc.ABC):
         acts, indices = choose(x, *self._choosing(weights), self.b_pre, self.config.k)
         return unweighed(Encoded.from_topk(acts, indices, self.d_sae), weights)
 
-    def _kept(self, x: Float[Tensor, "batch d_in"]) -> Encoded:
-        """The latents that training keeps."""
-        return self.encode(x)
-
     def loss(
         self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], progress: float
     ) -> Loss:
         """Mean squared error, and AuxK over dead latents (Gao et al. 2024, appendix A.2)."""
-        encoded = self._kept(x)
+        encoded = self.kept(x)
         mse, _, error = self._reconstruct(encoded, x, target)
         return self._with_auxk(x, error, mse, {"mse": mse}, encoded)
 
@@ -177,13 +181,21 @@ class BatchSelection(Selection, abc.ABC):
         threshold = self.threshold.expand(self.d_sae) if weights is None else self.threshold / weights
         return kernels.encode_threshold(x, self.W_enc, self.b_enc, self.b_pre, threshold)
 
-    def _kept(self, x: Float[Tensor, "batch d_in"]) -> Encoded:
+    def kept(self, x: Float[Tensor, "batch d_in"]) -> Encoded:
         """The k x batch largest positive pre-activations of the batch."""
         self.check_input(x)
         n_kept = self.config.k * x.shape[0]
         weights = self._weights()
         weighed = kernels.encode_batch_topk(x, *self._choosing(weights), self.b_pre, n_kept).encoded
         return unweighed(weighed, weights)
+
+    def settle(self, ids: Int[Tensor, " n"], x: Float[Tensor, "rows d_in"]) -> None:
+        """Biases at which each is positive on few rows. No row has a number of places of its own: hundreds of latents
+        pointed at the longest rows would take all of a batch, and their sum on such a row overshoots."""
+        with torch.no_grad():
+            share = min(0.5, SETTLED * self.config.k / self.d_sae)
+            found = levels(x[:N_SETTLE_ROWS] - self.b_pre, self.W_enc[:, ids], None, share)
+            self.b_enc[ids] = -found.clamp_min(0)
 
     def _smallest(self, encoded: Encoded) -> Float[Tensor, ""]:
         """The smallest activation that was chosen, as it was weighed."""
@@ -196,7 +208,7 @@ class BatchSelection(Selection, abc.ABC):
         """As every linear dictionary; the threshold starts as what the sample's first rows would set it to."""
         super().initialise(x, target, generator)
         with torch.no_grad():
-            self.threshold.copy_(self._smallest(self._kept(x[:N_THRESHOLD_ROWS])))
+            self.threshold.copy_(self._smallest(self.kept(x[:N_THRESHOLD_ROWS])))
 
     def after_step(self, encoded: Encoded | Counts) -> None:
         """The threshold follows the batch's smallest kept activation."""

@@ -64,7 +64,7 @@ class SparseStart(Steered, abc.ABC):
 
     def _reset_norm(self, norms: Float[Tensor, " d_sae"], ids: Int[Tensor, " n"]) -> Float[Tensor, ""]:
         """After a sparse start as long as is usual: at a fifth of that no row would reach over the bias."""
-        return norms.median() if self._start_density() > 0 else super()._reset_norm(norms, ids)
+        return median_of_others(norms, ids) if self._start_density() > 0 else super()._reset_norm(norms, ids)
 
     def settle(self, ids: Int[Tensor, " n"], x: Float[Tensor, "rows d_in"]) -> None:
         """After a sparse start: biases as at the start, of these rows. With those of other latents, one that is pointed

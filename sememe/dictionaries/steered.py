@@ -13,14 +13,16 @@ from torch import Tensor
 from sememe.dictionaries.base import Sites
 from sememe.dictionaries.penalised import Penalised, PenalisedConfig, moved
 from sememe.encoded import Counts, Encoded
-from sememe.errors import ConfigError
 
 __all__ = ["Steered", "SteeredConfig"]
 
-L0_DECAY = 0.9
+L0_DECAY = 0.8
 """Share of the l0 average that a step keeps: single batches are noisy, but an old average steers too late."""
 LARGEST_ERROR = 1.0
 """The error in log l0 beyond which steering is no faster, so that a far start does not overshoot."""
+AHEAD = 2.0
+"""Change of the weight's logarithm per change of log(l0 / set point): l0 follows the weight some 50 steps later, and
+what only adds up errors is by then too far."""
 
 
 class SteeredConfig(PenalisedConfig):
@@ -31,10 +33,10 @@ class SteeredConfig(PenalisedConfig):
     target_l0: float | None = Field(default=None, gt=0)
     """Active latents per row that the penalty's weight is steered to; without it the weight stays as it is given."""
     start_l0: float | None = Field(default=None, gt=0)
-    """Where the set point starts; without it, it is the target from the first step on."""
-    l0_anneal: float = Field(default=0.5, gt=0, le=1)
+    """Where the set point starts; without it, at the l0 of the first step, or at the target if that is larger."""
+    l0_anneal: float = Field(default=0.3, gt=0, le=1)
     """Share of the run over which the set point moves from its start to the target, by equal factors."""
-    steering: float = Field(default=0.01, gt=0, le=1)
+    steering: float = Field(default=0.03, gt=0, le=1)
     """Change of the weight's logarithm per step and unit of log(l0 / set point)."""
 
     def weights(self) -> dict[str, float]:
@@ -47,13 +49,9 @@ class SteeredConfig(PenalisedConfig):
             names = ("target_l0", "sparsity_warmup", "unpenalised_latents")
             self.check_inert(*names, without="every weight of the penalty is 0")
         if self.target_l0 is None:
-            self.check_inert("start_l0", "steering", without="target_l0 is not given")
-        if self.start_l0 is None:
-            self.check_inert("l0_anneal", without="start_l0 is not given")
-        if self.start_l0 is not None and self.start_l0 == self.target_l0:
-            raise ConfigError(
-                "start_l0 must differ from target_l0: it has no effect else", self.start_l0, "Drop it."
-            )
+            self.check_inert("start_l0", "l0_anneal", "steering", without="target_l0 is not given")
+        elif self.start_l0 == self.target_l0:
+            self.check_inert("l0_anneal", without="start_l0 is the target")
         return self
 
 
@@ -62,8 +60,9 @@ class Steered(Penalised, abc.ABC):
 
     With `target_l0`, the weight is multiplied by exp(log_factor), and after each step
 
-        l0_average += (1 - 0.9) (l0 - l0_average)
-        log_factor += steering * clamp(log(l0_average / set point), -1, 1)
+        l0_average += (1 - 0.8) (l0 - l0_average)
+        error       = clamp(log(l0_average / set point), -1, 1)
+        log_factor += steering * error + 2 (error - error of the step before)
 
     l0 counts the active latents that the penalty sees. While the weight warms up, the factor rests. All of it stays
     on the device.
@@ -72,6 +71,10 @@ class Steered(Penalised, abc.ABC):
     config: SteeredConfig
     log_factor: Tensor
     l0_average: Tensor
+    first_l0: Tensor
+    """l0 of the first step that was steered; -1 before."""
+    l0_error: Tensor
+    """The error of the step before."""
 
     def __init__(
         self, config: SteeredConfig, d_in: int, d_out: int, d_sae: int, sites: Sites | None = None
@@ -79,15 +82,19 @@ class Steered(Penalised, abc.ABC):
         super().__init__(config, d_in, d_out, d_sae, sites)
         self.register_buffer("log_factor", torch.zeros(()), persistent=False)
         self.register_buffer("l0_average", torch.full((), -1.0), persistent=False)
+        self.register_buffer("first_l0", torch.full((), -1.0), persistent=False)
+        self.register_buffer("l0_error", torch.zeros(()), persistent=False)
         self._progress = 0.0
 
-    def set_point(self, progress: float) -> float:
+    def set_point(self, progress: float) -> float | Float[Tensor, ""]:
         """The l0 to be reached at a share of the run. Only with a target."""
         config = self.config
-        assert config.target_l0 is not None
-        if config.start_l0 is None:
-            return config.target_l0
-        return moved(config.start_l0, config.target_l0, progress / config.l0_anneal)
+        goal = config.target_l0
+        assert goal is not None
+        share = min(1.0, progress / config.l0_anneal)
+        if config.start_l0 is not None:
+            return moved(config.start_l0, goal, share)
+        return goal * (self.first_l0.clamp_min(goal) / goal) ** (1 - share)
 
     def _factor(self, progress: float) -> float | Float[Tensor, ""]:
         """What every weight of the penalty is multiplied by, warm-up and steering together."""
@@ -112,11 +119,15 @@ class Steered(Penalised, abc.ABC):
     @torch.no_grad()
     def steer(self, l0: Float[Tensor, ""], progress: float) -> None:
         """Move the factor, given the active latents per row of a step at a share of the run; only if it `steers`."""
-        first = self.l0_average < 0
+        first = self.first_l0 < 0
+        self.first_l0.copy_(torch.where(first, l0, self.first_l0))
         self.l0_average.copy_(torch.where(first, l0, torch.lerp(l0, self.l0_average, L0_DECAY)))
         # where nothing is active, the logarithm is cut and not infinite
         error = (self.l0_average.clamp_min(1e-6) / self.set_point(progress)).log()
-        self.log_factor.add_(error.clamp(-LARGEST_ERROR, LARGEST_ERROR), alpha=self.config.steering)
+        error.clamp_(-LARGEST_ERROR, LARGEST_ERROR)
+        change = torch.where(first, 0.0, error - self.l0_error)
+        self.log_factor.add_(self.config.steering * error + AHEAD * change)
+        self.l0_error.copy_(error)
 
     def _l0(self, encoded: Encoded | Counts) -> Float[Tensor, ""]:
         """Active latents per row that the penalty sees."""
@@ -128,6 +139,7 @@ class Steered(Penalised, abc.ABC):
         return self._per_row((encoded.acts != 0).to(self.l0_average.dtype), encoded)
 
     def training_buffers(self) -> dict[str, Tensor]:
-        """The factor and the l0 average too, where there is a target."""
-        steered = {"log_factor": self.log_factor, "l0_average": self.l0_average}
+        """The factor and what it follows from too, where there is a target."""
+        names = ("log_factor", "l0_average", "first_l0", "l0_error")
+        steered = {name: getattr(self, name) for name in names}
         return super().training_buffers() | (steered if self.config.target_l0 is not None else {})

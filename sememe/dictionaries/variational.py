@@ -13,7 +13,7 @@ from torch.nn.functional import logsigmoid
 
 from sememe import kernels
 from sememe.dictionaries.base import Loss, Sites
-from sememe.dictionaries.initial import latent_major
+from sememe.dictionaries.initial import latent_major, median_of_others
 from sememe.dictionaries.penalised import Penalised, PenalisedConfig
 from sememe.dictionaries.random_state import RandomState
 from sememe.encoded import Counts, Encoded
@@ -277,7 +277,7 @@ class Variational(Penalised):
             self.b_var[ids] += 2 * math.log(factor)
 
     def _reset_norm(self, norms: Float[Tensor, " d_sae"], ids: Int[Tensor, " n"]) -> Float[Tensor, ""]:
-        return norms.median()
+        return median_of_others(norms, ids)
 
     def _fold_encoder(self, s_in: Tensor, unit: Tensor) -> None:
         """Spikes and relative variances stay what they are: their weights grow as the input shrinks."""

@@ -258,8 +258,9 @@ class _Pursuit(torch.autograd.Function):
                 _pursue_gram(_product(left, W, narrow), gram, *options, *own, left.numpy())
                 continue
             for t in range(k):
-                step = (part[:, t] for part in own)
-                _pursue_once(_product(left, W, narrow), *options, *step, left.numpy())
+                step = [part[:, t] for part in own]
+                scores = _product(left, W, narrow)
+                _pursue_once(scores, *options, step[0], step[1], left.numpy())
         ctx.save_for_backward(W, acts, indices, residual)
         ctx.mark_non_differentiable(indices)
         return acts, indices, residual

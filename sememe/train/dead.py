@@ -30,6 +30,10 @@ N_BATCHES = 8
 """Batches among whose rows the new directions are looked for."""
 FAINTEST, N_WEAKENED = 1e-3, 8
 """How weak latents are made at most, as silent ones would be dead again; and how often it is looked."""
+STRONGER, N_COMPETED = (2.0, 4.0, 8.0, 16.0), 2048
+"""How much stronger latents that compete for places may become; and on about how many rows it is looked."""
+TOLERATED = 1.02
+"""By how much latents that compete for places may worsen the squared error at first, so that more of them live on."""
 
 
 class _Directions(NamedTuple):
@@ -64,11 +68,7 @@ def rows_wanted(config: TrainConfig, plan: Plan, step: int) -> int:
 
     They stay in the stream: what one member does must not change what another is trained on.
     """
-    if (
-        step == 0
-        or step not in plan.resample_steps
-        or getattr(config.architecture, "resample", "") == "random"
-    ):
+    if step == 0 or step not in plan.resample_steps:
         return 0
     return N_BATCHES * config.batch_size
 
@@ -81,11 +81,12 @@ def revive(member: Member, rows: Batch | None) -> None:
         rows: As many rows as it wants (raw units, on its device); None if it wants none.
     """
     if member.step > 0 and member.step in member.plan.resample_steps:
+        assert rows is not None
         resample(member, rows)
 
 
 @torch.no_grad()
-def resample(member: Member, rows: Batch | None) -> None:
+def resample(member: Member, rows: Batch) -> None:
     """Point latents anew as the architecture's config says; the optimiser begins anew for them, then re-warms.
 
     Frozen latents stay. Directions are taken relative to what is reconstructed without any latent.
@@ -98,7 +99,7 @@ def resample(member: Member, rows: Batch | None) -> None:
 
     Args:
         member: Between two steps.
-        rows: Raw rows among which directions are looked for; not read by random.
+        rows: Raw rows among which directions are looked for (but with random), and on which they are tempered.
     """
     dictionary = member.dictionary
     resampling = dictionary.resampling()
@@ -113,7 +114,7 @@ def resample(member: Member, rows: Batch | None) -> None:
     member.resampled_at = member.step
 
 
-def _point(member: Member, rows: Batch | None, ids: Int[Tensor, " n"], outputs: slice, scheme: str) -> None:
+def _point(member: Member, rows: Batch, ids: Int[Tensor, " n"], outputs: slice, scheme: str) -> None:
     """Point latents that write to some outputs anew; as many as there are rows for."""
     dictionary = member.dictionary
     if scheme == "random":
@@ -122,12 +123,10 @@ def _point(member: Member, rows: Batch | None, ids: Int[Tensor, " n"], outputs: 
         into = unit_rows(ids.numel(), dictionary.d_in, member.generator).to(device)
         directions = _Directions(out, into if _transcodes(member) else None)
     else:
-        assert rows is not None
         directions = _badly_reconstructed(member, rows, ids.numel(), outputs, scheme == "worst")
     ids = ids[: directions.out.shape[0]]
     dictionary.reset_latents(ids, *directions)
-    if rows is not None:
-        _temper(member, rows, ids, outputs)
+    _temper(member, rows, ids, outputs)
     member.optimiser.forget(ids)
 
 
@@ -150,6 +149,9 @@ def _temper(member: Member, rows: Batch, ids: Int[Tensor, " n"], outputs: slice)
     dictionary.settle(ids, rows.x * dictionary.scale_in)
     if not dictionary.weakens:
         return
+    if dictionary.competes:
+        _fit_places(member, rows, ids, outputs)
+        return
     total = 1.0
     for _ in range(N_WEAKENED):
         own, both = _contribution(member, rows, ids, outputs)
@@ -162,6 +164,76 @@ def _temper(member: Member, rows: Batch, ids: Int[Tensor, " n"], outputs: slice)
         total *= factor
 
 
+def _fit_places(member: Member, rows: Batch, ids: Int[Tensor, " n"], outputs: slice) -> None:
+    """Latents that compete for places, just pointed anew, fire as strongly as hardly worsens the reconstruction.
+
+    Weaker ones win fewer places, and from some point on none: there they would be dead again. So the factor is the
+    largest, among those tried, at which the error of some rows is at most some percent above what it is without these
+    latents; where there is none, that of the smallest error at which they win a place. It is looked for by halves,
+    and then more closely.
+
+    Args:
+        member: Whose.
+        rows: Raw and finite rows.
+        ids: The latents.
+        outputs: Features whose errors count.
+    """
+    dictionary, now = member.dictionary, 1.0
+    every = max(1, len(rows.x) // N_COMPETED)
+    x = rows.x[::every]
+    rows = Batch(x, x if rows.target is rows.x else rows.target[::every])
+    errors: dict[float, float] = {}
+    without = math.inf
+
+    def look(factor: float) -> None:
+        """The error, if they win a place."""
+        nonlocal now, without
+        dictionary.weaken(ids, factor / now)
+        now = factor
+        error, n_won = _competed(member, rows, ids, outputs)
+        if n_won and math.isfinite(error):
+            errors[factor] = error
+        elif not n_won:
+            without = error
+
+    def best() -> float:
+        smallest = min(errors.values())
+        bound = TOLERATED * (without if math.isfinite(without) else smallest)
+        return max((one for one, error in errors.items() if error <= max(bound, smallest)), default=1.0)
+
+    factor = 1.0
+    look(factor)
+    while factor in errors and factor > FAINTEST:
+        factor /= 2
+        look(factor)
+    if not errors or best() == 1:
+        for factor in STRONGER:
+            look(factor)
+            if errors and best() != factor:
+                break
+    for ratio in (2**0.5, 2**0.25) if errors else ():
+        middle = best()
+        look(middle * ratio)
+        look(middle / ratio)
+    dictionary.weaken(ids, (best() if errors else 1.0) / now)
+
+
+def _competed(member: Member, rows: Batch, ids: Int[Tensor, " n"], outputs: slice) -> tuple[float, int]:
+    """The squared error of some rows as a training step reconstructs them, and how many places some latents win."""
+    dictionary, size = member.dictionary, member.config.batch_size
+    new = torch.zeros(dictionary.d_sae, dtype=torch.bool, device=ids.device)
+    new[ids] = True
+    error, n_won = 0.0, 0
+    for start in range(0, len(rows.x), size):
+        x, target = rows.x[start : start + size], rows.target[start : start + size]
+        part = member.scaled(Batch(x, x if rows.target is rows.x else target))
+        encoded = dictionary.kept(part.x)
+        left = (part.target - dictionary.decode(encoded, part.x))[:, outputs].double()
+        error += float(left.square().sum())
+        n_won += int(((encoded.acts != 0) & new[encoded.indices]).sum())
+    return error, n_won
+
+
 def _contribution(member: Member, rows: Batch, ids: Int[Tensor, " n"], outputs: slice) -> tuple[float, float]:
     """What some latents add to the reconstruction: its square, and its product with what is left over without it."""
     dictionary, size = member.dictionary, member.config.batch_size
@@ -171,7 +243,7 @@ def _contribution(member: Member, rows: Batch, ids: Int[Tensor, " n"], outputs: 
     for start in range(0, len(rows.x), size):
         x, target = rows.x[start : start + size], rows.target[start : start + size]
         part = member.scaled(Batch(x, x if rows.target is rows.x else target))
-        encoded = dictionary.encode(part.x)
+        encoded = dictionary.kept(part.x)
         theirs = encoded.with_acts(encoded.acts * new[encoded.indices])
         without = dictionary.decode(_silent(dictionary, part.x), part.x)
         added = (dictionary.decode(theirs, part.x) - without)[:, outputs].double()

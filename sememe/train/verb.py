@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["train", "train_sweep"]
 
-VERSION = 5
+VERSION = 6
 
 
 class _Stream(NamedTuple):
