@@ -225,13 +225,23 @@ def memory_mb(what: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(what)) / 2**10
 
 
-def growth_mb(name: str, batch: int) -> float:
+def growth_mb(name: str, batch: int) -> tuple[float, float]:
     """By how much training makes a process grow that has imported everything and built the dictionary.
+
+    Imported is what is loaded once, whatever is trained: compiled loops from numba's cache, parts of numba and torch
+    that load with the first call. Three steps of a tiny dictionary load it.
 
     Args:
         name: One of GROWTH.
         batch: Rows per step.
+    Returns:
+        The growth in MB, and what was loaded before.
     """
+    before = memory_mb("VmRSS")
+    step = step_of(tiny(GROWTH[name]), TensorSource(torch.randn(256, 16).bfloat16(), seed=0))
+    for _ in range(3):
+        step.take()
+    loaded = memory_mb("VmRSS") - before
     case = GROWTH[name]._replace(batch=batch)
     source = TensorSource(torch.randn(65_536, D_IN).bfloat16(), seed=0)
     crew = crew_of(case, source)
@@ -243,7 +253,13 @@ def growth_mb(name: str, batch: int) -> float:
     step = step_of(case, source, crew=crew)
     for _ in range(5):
         step.take()
-    return memory_mb("VmHWM") - before
+    return memory_mb("VmHWM") - before, loaded
+
+
+def tiny(case: Case) -> Case:
+    """The same architecture with few latents."""
+    few = {"d_sae": 64} | ({"k": 4} if hasattr(case.architecture, "k") else {})
+    return case._replace(architecture=case.architecture.replace(**few), batch=32, prepare=lambda *_: None)
 
 
 def growths(batch: int, only: str) -> list[dict[str, Any]]:
@@ -256,10 +272,19 @@ def growths(batch: int, only: str) -> list[dict[str, Any]]:
         if only not in name:
             continue
         command = [sys.executable, __file__, "--growth", str(batch), "--of", end]
-        grown = statistics.median(float(subprocess.check_output(command, text=True)) for _ in range(3))
-        print(f"{name}: {grown:.0f} MB", file=sys.stderr, flush=True)
+        runs = [subprocess.check_output(command, text=True).split() for _ in range(3)]
+        grown, loaded = (statistics.median(map(float, column)) for column in zip(*runs, strict=True))
+        print(f"{name}: {grown:.0f} MB, {loaded:.0f} MB loaded before", file=sys.stderr, flush=True)
         figures.append(
-            row(name, grown, f"<= {state + 300:.0f}", "MB", batch=batch, gradients_and_moments=state)
+            row(
+                name,
+                grown,
+                f"<= {state + 300:.0f}",
+                "MB",
+                batch=batch,
+                gradients_and_moments=state,
+                loaded_before=round(loaded),
+            )
         )
     return figures
 
@@ -301,7 +326,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.growth:
         with kernels.threads(None):
-            print(growth_mb(arguments.of, arguments.growth))
+            print(*growth_mb(arguments.of, arguments.growth))
         return
     source: Source
     if arguments.store:
