@@ -26,6 +26,7 @@ from sememe.dictionaries.relu import ReLUConfig
 from sememe.dictionaries.tied import TiedConfig
 from sememe.dictionaries.topk import TopKConfig
 from sememe.dictionaries.variational import VariationalConfig
+from sememe.encoded import Counts
 from sememe.errors import ArtifactError, ConfigError, CorruptError, MismatchError, ShapeError
 
 CONFIGS: dict[str, ArchitectureConfig] = {
@@ -213,8 +214,9 @@ def test_the_optimum_of_an_easy_case_is_found(kind):
 
 def test_dead_latents_are_counted_in_rows(kind):
     dictionary, x = made(kind), sample()
-    encoded = dictionary.loss(x, x, 0.0).encoded
-    dictionary.after_step(encoded)
+    active = dictionary.loss(x, x, 0.0).encoded
+    encoded = dictionary.encode(x) if isinstance(active, Counts) else active
+    dictionary.after_step(active)
     fired = torch.zeros(40, dtype=torch.bool)
     fired[encoded.indices[encoded.acts != 0].long()] = True
     assert torch.equal(dictionary.tokens_since_fired == 0, fired)
