@@ -21,7 +21,7 @@ def recomputed(function: Callable[..., _T], *args: object) -> _T:
     """`function(*args)`, holding of its graph only the arguments and what it closes over.
 
     The way back calls it once more. It must do the same again: what it draws at random, from a generator that it
-    makes itself. For gradients of the first order, through all of its outputs or some, once.
+    makes itself. For gradients of the first order, through all of its outputs or some.
 
     Args:
         function: What to compute.
@@ -37,12 +37,14 @@ def recomputed(function: Callable[..., _T], *args: object) -> _T:
 
     def unpack(number: int) -> Tensor:
         if number not in again:
-            with torch.enable_grad(), saved_tensors_hooks(keep, _refuse):
+            kept: list[Tensor] = []
+            with (
+                torch.enable_grad(),
+                saved_tensors_hooks(lambda tensor: kept.append(tensor.detach()), _refuse),
+            ):
                 function(*args)
+            again.update(enumerate(kept))
         return again.pop(number)
-
-    def keep(tensor: Tensor) -> None:
-        again[len(again)] = tensor.detach()
 
     with saved_tensors_hooks(pack, unpack):
         return function(*args)

@@ -39,6 +39,19 @@ def test_a_gradient_of_one_output_alone():
     assert torch.equal(x.grad, plain.grad)
 
 
+def test_one_output_after_the_other():
+    """What the first way back leaves over is not mistaken for what the second one needs."""
+    grads = []
+    for run in (lambda f, *a: f(*a), recomputed):
+        x = X.clone().requires_grad_()
+        out = run(parts, x, W)
+        out["squares"].sum().backward(retain_graph=True)
+        out["sum"].backward(retain_graph=True)
+        out["sum"].backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(*grads)
+
+
 def test_what_the_function_closes_over_gets_its_gradient_in_several_parts():
     weights = W.clone().requires_grad_()
     sums = [recomputed(lambda rows: (rows @ weights).tanh().sum(), rows) for rows in X.split(2)]
