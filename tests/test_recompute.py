@@ -6,7 +6,7 @@ import weakref
 
 import torch
 
-from sememe.recompute import recomputed
+from sememe.recompute import recomputed, recomputed_alone
 
 W = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
 X = torch.randn(4, 5, generator=torch.Generator().manual_seed(1))
@@ -59,6 +59,27 @@ def test_what_the_function_closes_over_gets_its_gradient_in_several_parts():
     plain = W.clone().requires_grad_()
     (X @ plain).tanh().sum().backward()
     torch.testing.assert_close(weights.grad, plain.grad)
+
+
+def test_alone_gradients_of_inputs_and_parameters_are_those_of_the_function_itself():
+    grads = []
+    for alone in (False, True):
+        x, weights, unused = (t.clone().requires_grad_() for t in (X, W, W))
+        shared = x * 2  # its graph serves both parts
+
+        def function(rows, weights=weights):
+            out = parts(rows, weights)
+            return out["sum"], out["squares"]
+
+        found = [
+            recomputed_alone(function, [r], [weights, unused]) if alone else function(r)
+            for r in shared.split(2)
+        ]
+        (3 * sum(f[0] for f in found) + sum(f[1].sum() for f in found)).backward()
+        grads.append((x.grad, weights.grad))
+        assert unused.grad is None
+    for mine, plain in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, plain)
 
 
 def test_inner_tensors_are_let_go_of_until_the_way_back():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Literal, NamedTuple, final
 
@@ -18,7 +19,7 @@ from sememe.dictionaries.penalised import Penalised, PenalisedConfig
 from sememe.dictionaries.random_state import RandomState
 from sememe.encoded import Counts, Encoded
 from sememe.errors import ConfigError
-from sememe.recompute import recomputed
+from sememe.recompute import recomputed_alone
 
 __all__ = ["Variational", "VariationalConfig"]
 
@@ -183,11 +184,11 @@ class Variational(Penalised):
             sharpness = config.sharpness_start + warm * (config.sharpness - config.sharpness_start)
         chunks = self._chunks(n_rows)
         parts: list[_Sampled] = []
+        own = [parameter for parameter in self.parameters() if parameter.requires_grad]
         for start in chunks:
             rows = slice(start, start + chunks.step)
-            part = recomputed(
-                self._chunk, x[rows], choice[rows], prior, sharpness, start,
-            )  # fmt: skip
+            function = functools.partial(self._chunk, sharpness=sharpness, start=start)
+            part = _Sampled(*recomputed_alone(function, (x[rows], choice[rows], *prior), own))
             parts.append(part)
         error = torch.cat([part.recon for part in parts]) - target
         sampled = error.square().mean()
@@ -218,10 +219,10 @@ class Variational(Penalised):
         self,
         x: Float[Tensor, "rows d_in"],
         choice: Float[Tensor, "rows n_pseudo"],
-        prior: _Posterior,
+        *prior: Float[Tensor, "n_pseudo d_sae"],
         sharpness: float,
         start: int,
-    ) -> _Sampled:
+    ) -> tuple[Tensor, Tensor]:
         """Reconstructions and divergence; computed again for the gradient, with the same noise."""
         q = self._posterior(x)
         spike = torch.sigmoid(q.logit)
@@ -231,7 +232,7 @@ class Variational(Penalised):
         on = torch.sigmoid(sharpness * (uniform + spike - 1))
         acts = on * (q.mean + torch.exp(q.log_var / 2) * normal)
         recon = self._with_skip(torch.addmm(self.b_dec, acts, self.W_dec), x)
-        return _Sampled(recon, (choice * _divergences(q, spike, prior)).sum())
+        return _Sampled(recon, (choice * _divergences(q, spike, _Posterior(*prior))).sum())
 
     def after_step(self, encoded: Encoded | Counts) -> None:
         """Other noise for the next step, beside the bookkeeping."""

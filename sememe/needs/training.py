@@ -49,9 +49,6 @@ SAMPLE_ROWS = 8192
 """Rows from which a dictionary starts."""
 ENTRY_BYTES = 60.0
 """Of a step, per row and active latent: activations, indices, their gradients, their order by latent."""
-CHUNKED_BYTES = 70.0
-"""The same of lista and variational, while half of the latents are active: measured at a batch of 4,096 and d_sae
-4,096, where this makes 890 MB of a step, 560 MB of lista and 840 MB of variational."""
 STEP_BYTES = 2e8
 """Beside these: the threads' tiles of pre-activations, and those of dead latents."""
 _DENSE = 24.0
@@ -211,8 +208,7 @@ def _step_bytes(size: Dictionary, batch_size: int) -> float:
         return _DENSE * batch_size * size.d_sae
     most = max(float(size.l0), size.start_l0 or 0.0)
     if size.dense(most):
-        held = CHUNKED_BYTES if size.kind in CHUNKED else 0.0
-        return held * batch_size * most + _DENSE * min(CHUNK, batch_size * size.d_sae) + STEP_BYTES
+        return _DENSE * min(CHUNK, batch_size * size.d_sae) + STEP_BYTES
     return ENTRY_BYTES * batch_size * most + STEP_BYTES
 
 
