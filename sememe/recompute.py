@@ -5,7 +5,8 @@ What `torch.utils.checkpoint` does without its first call, which imports PyTorch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -15,20 +16,21 @@ from torch.autograd.graph import saved_tensors_hooks
 __all__ = ["recomputed", "recomputed_alone"]
 
 _T = TypeVar("_T")
+_DEVICES = "cpu", "cuda"
 
 
 def recomputed(function: Callable[..., _T], *args: object) -> _T:
     """`function(*args)`, holding of its graph only the arguments and what it closes over.
 
-    The way back calls it once more. It must do the same again: what it draws at random, from a generator that it
-    makes itself. For gradients of the first order, through all of its outputs or some.
+    The way back calls it once more, under the autocast of now. It must do the same again: what it draws at random, from
+    a generator that it makes itself. For gradients of the first order, through all of its outputs or some.
 
     Args:
         function: What to compute.
         args: What is handed to it.
     """
     again: dict[int, Tensor] = {}
-    n_saved = 0
+    n_saved, autocast = 0, _autocast_of_now()
 
     def pack(_: Tensor) -> int:
         nonlocal n_saved
@@ -40,6 +42,7 @@ def recomputed(function: Callable[..., _T], *args: object) -> _T:
             kept: list[Tensor] = []
             with (
                 torch.enable_grad(),
+                autocast(),
                 saved_tensors_hooks(lambda tensor: kept.append(tensor.detach()), _refuse),
             ):
                 function(*args)
@@ -48,6 +51,23 @@ def recomputed(function: Callable[..., _T], *args: object) -> _T:
 
     with saved_tensors_hooks(pack, unpack):
         return function(*args)
+
+
+def _autocast_of_now() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """What enters the state of autocast again that holds now: the way back has none."""
+    states = [
+        (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)) for device in _DEVICES
+    ]
+
+    @contextlib.contextmanager
+    def again() -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for device, dtype, enabled in states:
+                if enabled != torch.is_autocast_enabled(device) or enabled:
+                    stack.enter_context(torch.autocast(device, dtype, enabled=enabled))
+            yield
+
+    return again
 
 
 def _refuse(_: object) -> Tensor:
@@ -71,7 +91,7 @@ def recomputed_alone(
 class _Alone(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, function: Callable[..., tuple[Tensor, ...]], n: int, *tensors: Tensor) -> Any:
-        ctx.function, ctx.n = function, n
+        ctx.function, ctx.n, ctx.autocast = function, n, _autocast_of_now()
         ctx.save_for_backward(*tensors)
         return function(*tensors[:n])
 
@@ -82,7 +102,7 @@ class _Alone(torch.autograd.Function):
             tensor.detach().requires_grad_(need) if i < ctx.n else tensor
             for i, (tensor, need) in enumerate(zip(ctx.saved_tensors, needs, strict=True))
         ]
-        with torch.enable_grad():
+        with torch.enable_grad(), ctx.autocast():
             outputs = ctx.function(*tensors[: ctx.n])
         wanted = [tensor for tensor, need in zip(tensors, needs, strict=True) if need]
         found = iter(torch.autograd.grad(outputs, wanted, grads, allow_unused=True))

@@ -10,6 +10,7 @@ from sememe.dictionaries.base import Trainable
 from sememe.dictionaries.batch_topk import BatchTopKConfig
 from sememe.dictionaries.group_max import GroupMaxConfig
 from sememe.dictionaries.matryoshka import MatryoshkaConfig
+from sememe.dictionaries.mlp_encoder import MLPEncoderConfig
 from sememe.dictionaries.multi_topk import MultiTopKConfig
 from sememe.dictionaries.topk import TopKConfig
 from sememe.errors import ConfigError
@@ -155,6 +156,22 @@ def test_auxk_gives_dead_latents_a_gradient(config):
     assert float(loss.terms["auxk"]) > 0
     loss.total.backward()
     assert float(dictionary.W_enc.grad[:, 1::2].abs().max()) > 0
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_auxk_of_many_dead_latents_behind_a_hidden_layer(groups, monkeypatch):
+    """A hidden layer is computed again for the gradient, under the bfloat16 that its products were taken in."""
+    monkeypatch.setattr(auxiliary, "LARGE", 1)
+    dictionary, x = made(MLPEncoderConfig(k=2, d_sae=N)), sample(seed=4)
+    dead, found = torch.arange(0, N, 2), []
+    monkeypatch.setattr(auxiliary, "GROUP_ENTRIES", -(-len(x) // groups) * len(dead))
+    weights = [dictionary.W_in, dictionary.W_enc, dictionary.W_dec, dictionary.b_enc]
+    for rough in (True, False):
+        monkeypatch.setattr(auxiliary.kernels, "native_bfloat16", lambda x, rough=rough: rough)
+        loss = auxiliary.auxk_loss(dictionary, x, x, dead, 32)
+        found.append(torch.autograd.grad(loss, weights))
+    for a, b in zip(*found, strict=True):
+        assert float((a - b).norm() / b.norm()) < 0.05
 
 
 @pytest.mark.skipif(not cpu.native_bfloat16(), reason="needs a CPU that multiplies bfloat16 natively")

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import weakref
 
+import pytest
 import torch
 
 from sememe.recompute import recomputed, recomputed_alone
@@ -102,6 +103,29 @@ def test_in_place_changes_within():
     plain = X.clone().requires_grad_()
     function(plain).backward()
     assert torch.equal(x.grad, plain.grad)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_it_is_computed_again_under_the_autocast_it_was_computed_under(alone):
+    """The way back is outside of autocast: without its state, saved tensors would have other dtypes."""
+    grads = []
+    for again in (False, True):
+        x, weights = X.clone().requires_grad_(), W.clone().requires_grad_()
+
+        def function(rows, weights=weights):
+            assert torch.is_autocast_enabled("cpu")
+            return (torch.tanh(rows @ weights).square(),)
+
+        with torch.autocast("cpu", torch.bfloat16):
+            if again:
+                found = recomputed_alone(function, [x], [weights]) if alone else recomputed(function, x)
+            else:
+                found = function(x)
+        assert found[0].dtype == torch.bfloat16
+        found[0].sum().backward()
+        grads.append((x.grad, weights.grad))
+    for mine, plain in zip(*grads, strict=True):
+        assert torch.equal(mine, plain)
 
 
 def test_without_a_gradient_nothing_is_recorded():

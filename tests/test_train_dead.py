@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_train import planted
+from test_train import CONFIGS, planted
 
 from sememe import artifact, dictionaries
 from sememe.dictionaries import TRAINABLE, auxiliary
@@ -309,6 +309,29 @@ def test_a_nan_among_rows_looked_ahead_at_is_told_with_its_own_step(tmp_path, sc
             ),
             source=TurnsBad(x, seed=0),
         )
+
+
+@pytest.mark.parametrize("kind", sorted(TRAINABLE))
+def test_every_architecture_points_latents_anew(kind, tmp_path, monkeypatch):
+    """Some fire afterwards, decoder rows keep norm 1, and the error rises little meanwhile."""
+    _, x = planted()
+    anew, original, seen = torch.arange(0, 60, 6), dead._chosen, []
+
+    def chosen(member, resampling):
+        found = torch.zeros_like(original(member, resampling))
+        found[anew] = True
+        seen.append(member.dictionary)
+        return found
+
+    monkeypatch.setattr(dead, "_chosen", chosen)
+    options = {"resample": "loss", "resample_at": (0.5,), "resample_after_tokens": 500, "rewarmup_steps": 5}
+    made = config(CONFIGS[kind] | {"kind": kind} | options, tmp_path / "d", 60, watch_rows=0, log_every=1)
+    trained = train(made, source=TensorSource(x, seed=0))
+    assert len(seen) == 1
+    torch.testing.assert_close(trained.W_dec.norm(dim=1), torch.ones(64), atol=1e-4, rtol=1e-4)
+    assert bool((trained.encode(x).to_dense()[:, anew] != 0).any())
+    fvu = [line["fvu"] for line in read_log(tmp_path / "d" / "metrics.jsonl")]
+    assert max(fvu[30:34]) < 2.5 * fvu[29] and fvu[-1] < 1.5 * fvu[29]
 
 
 @pytest.mark.parametrize("kind", ["relu", "gated", "p_anneal"])

@@ -69,6 +69,9 @@ def in_chunks(
         assert isinstance(chunk.encoded, Encoded)
         return chunk._replace(encoded=kernels.counts(chunk.encoded))
 
+    assert target.dtype == torch.float32 and target.device.type == "cpu", (
+        "where a batch is dense, and chunks are made"
+    )
     shares, means, errors = [], [], []
     # made before any chunk's: errors that lay where chunks leave them would part the memory that each of them needs
     whole = np.empty(target.shape, np.float32)

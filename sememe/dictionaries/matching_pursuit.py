@@ -52,6 +52,7 @@ class MatchingPursuit(Selection):
     kind = "matching_pursuit"
     config_class = MatchingPursuitConfig
     config: MatchingPursuitConfig
+    weakens = False  # its directions are the decoder's, of norm 1, and it has no bias
     scale_per_site = False  # one decoder for both ends cannot take up different scales
 
     def __init__(

@@ -136,8 +136,8 @@ def _temper(member: Member, rows: Batch, ids: Int[Tensor, " n"], outputs: slice)
     Rows with the largest loss are often alike, and hundreds of latents pointed at them fire as one: the reconstruction
     overshoots a hundred times, and a short run spends itself on coming back. Where that is so, they fire so many times
     as strongly as reconstructs these rows best: a ReLU's acts are linear in that factor, and one pass tells it; where
-    they are not quite, it is looked again. Where latents compete for k places, weaker ones would never be chosen, and
-    are left as they are. Ours: Bricken et al. leave their latents to the 25,000 steps that follow.
+    they are not quite, it is looked again. Where latents compete for k places, see `_fit_places`. Ours: Bricken et al.
+    leave their latents to the 25,000 steps that follow.
     """
     dictionary = member.dictionary
     finite = torch.isfinite(rows.x).all(1) & torch.isfinite(rows.target).all(1)
