@@ -42,12 +42,6 @@ class Counts(NamedTuple):
     per_latent: Int[Tensor, " d_sae"]
     """Rows in which each latent is active."""
 
-    @classmethod
-    def cat(cls, parts: Sequence[Counts]) -> Counts:
-        """Of the rows of several batches, one after the other."""
-        per_latent = torch.stack([part.per_latent for part in parts]).sum(0)
-        return cls(torch.cat([part.per_row for part in parts]), per_latent)
-
     @property
     def n_rows(self) -> int:
         """Number of rows."""

@@ -6,14 +6,14 @@ What `torch.utils.checkpoint` does without its first call, which imports PyTorch
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-__all__ = ["recomputed", "recomputed_alone"]
+__all__ = ["recomputed"]
 
 _T = TypeVar("_T")
 _DEVICES = "cpu", "cuda"
@@ -72,38 +72,3 @@ def _autocast_of_now() -> Callable[[], contextlib.AbstractContextManager[None]]:
 
 def _refuse(_: object) -> Tensor:
     raise AssertionError("a function that is computed again must not go back inside")
-
-
-def recomputed_alone(
-    function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], parameters: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
-    """As `recomputed`, with no graph at all left until the way back: for functions of very many operations, whose
-    nodes would lie between the arrays that the next call needs.
-
-    Args:
-        function: Of the inputs; each result is a tensor of its own.
-        inputs: What it is handed. It closes over nothing else that has a graph.
-        parameters: Leaves that it closes over and that want a gradient.
-    """
-    return cast("tuple[Tensor, ...]", cast(Any, _Alone.apply)(function, len(inputs), *inputs, *parameters))
-
-
-class _Alone(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, function: Callable[..., tuple[Tensor, ...]], n: int, *tensors: Tensor) -> Any:
-        ctx.function, ctx.n, ctx.autocast = function, n, _autocast_of_now()
-        ctx.save_for_backward(*tensors)
-        return function(*tensors[:n])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[2:]
-        tensors = [
-            tensor.detach().requires_grad_(need) if i < ctx.n else tensor
-            for i, (tensor, need) in enumerate(zip(ctx.saved_tensors, needs, strict=True))
-        ]
-        with torch.enable_grad(), ctx.autocast():
-            outputs = ctx.function(*tensors[: ctx.n])
-        wanted = [tensor for tensor, need in zip(tensors, needs, strict=True) if need]
-        found = iter(torch.autograd.grad(outputs, wanted, grads, allow_unused=True))
-        return None, None, *(next(found) if need else None for need in needs)

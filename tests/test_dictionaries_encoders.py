@@ -1,14 +1,16 @@
 """What architectures promise whose encoder is more than one product: pursuit, hidden layer, LISTA, variational."""
 
+import functools
 import itertools
 import math
 
 import pytest
 import torch
 from sklearn.linear_model import Lasso
+from torch.nn.functional import logsigmoid
 
 from sememe import dictionaries, kernels
-from sememe.dictionaries import variational
+from sememe.dictionaries import spike_slab, variational
 from sememe.dictionaries.base import Trainable
 from sememe.dictionaries.lista import LISTAConfig
 from sememe.dictionaries.matching_pursuit import MatchingPursuitConfig
@@ -142,6 +144,8 @@ def test_listas_gradients_are_those_of_the_dense_formula(path):
         dictionary.b_enc.normal_(-0.05, 0.05, generator=torch.Generator().manual_seed(1))
         dictionary.W_back.add_(0.05 * torch.randn(N, D, generator=torch.Generator().manual_seed(2)))
     with kernels.use(path):
+        dense = kernels.is_dense(x, dictionary.W_enc, dictionary.b_enc, dictionary.b_pre, None)
+        assert dense == (path == "auto")
         loss = dictionary.loss(x, x, 0.5)
         got = torch.autograd.grad(loss.total, list(dictionary.parameters()))
     b = (x - dictionary.b_pre) @ dictionary.W_enc + dictionary.b_enc
@@ -181,7 +185,13 @@ def test_divergences_are_those_of_their_definition():
         for seed, p in enumerate(dictionary.parameters()):
             p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)))
         q, prior = dictionary._posterior(x), dictionary._posterior(dictionary.pseudo_inputs)
-        got = variational._divergences(q, torch.sigmoid(q.logit), prior)
+    shared, terms = spike_slab.Shared(dictionary._weights()), spike_slab.prior_of(prior)
+
+    def divergence(row: int, u: int) -> torch.Tensor:
+        choice = torch.zeros(1, 3).double()
+        choice[0, u] = 1.0
+        return spike_slab.sampled(x[row : row + 1], choice, shared, terms, 50.0, torch.Generator)[1]
+
     bernoulli, normal = torch.distributions.Bernoulli, torch.distributions.Normal
     for row in range(5):
         for u in range(3):
@@ -192,7 +202,67 @@ def test_divergences_are_those_of_their_definition():
             )
             kl = torch.distributions.kl_divergence(*spikes)
             kl = kl + spikes[0].probs * torch.distributions.kl_divergence(*slabs)
-            torch.testing.assert_close(got[row, u], kl.sum())
+            torch.testing.assert_close(divergence(row, u).detach(), kl.sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("scale", [0.1, 30.0])
+def test_gradients_of_spike_and_slab_are_those_of_autograd(dtype, scale):
+    """Also where spikes are all but certain, and an exponential of their logit would be infinite."""
+    generator = torch.Generator().manual_seed(0)
+    dictionary = made(VariationalConfig(d_sae=N, prior_l0=5, n_pseudo_inputs=3)).to(dtype)
+    x, at = sample(20).to(dtype), torch.randn(20, D, generator=generator).to(dtype)
+    with torch.no_grad():
+        for seed, (name, p) in enumerate(dictionary.named_parameters()):
+            size = scale if "spike" in name else 0.1
+            p.add_(size * torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)).to(dtype))
+        assert scale == 0.1 or float(dictionary._posterior(x).logit.abs().max()) > 100
+    choice = torch.softmax(torch.randn(20, 3, generator=generator), 1).to(dtype)
+    leaves = [x.requires_grad_(), choice.requires_grad_(), *dictionary.parameters()]
+
+    several = slice(0, 8), slice(8, 20)
+
+    def noise(some: slice) -> torch.Generator:
+        return torch.Generator().manual_seed(some.start)
+
+    def by_autograd() -> tuple[torch.Tensor, torch.Tensor]:
+        q, prior = dictionary._posterior(x), dictionary._posterior(dictionary.pseudo_inputs)
+        spike, drawn = torch.sigmoid(q.logit), []
+        for some in several:
+            generator, shape = noise(some), spike[some].shape
+            drawn.append([f(shape, generator=generator, dtype=dtype) for f in (torch.rand, torch.randn)])
+        uniform, normal = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+        acts = torch.sigmoid(5 * (uniform + spike - 1)) * (q.mean + torch.exp(q.log_var / 2) * normal)
+        own, its = ([part[:, None] for part in q], [part[None] for part in prior])
+        apart = (own[2].exp() + (own[1] - its[1]).square()) / its[2].exp()
+        slabs = (its[2] - own[2] + apart - 1) / 2
+        log_on, log_off = (logsigmoid(own[0]) - logsigmoid(its[0]), logsigmoid(-own[0]) - logsigmoid(-its[0]))
+        on, off = torch.sigmoid(own[0]), torch.sigmoid(-own[0])
+        divergences = (on * (log_on + slabs) + off * log_off).sum(2)
+        return acts @ dictionary.W_dec + dictionary.b_dec, (choice * divergences).sum()
+
+    def by_hand() -> tuple[torch.Tensor, torch.Tensor]:
+        shared = spike_slab.Shared(dictionary._weights())
+        prior = spike_slab.prior_of(shared.posterior(dictionary.pseudo_inputs))
+        parts = [
+            spike_slab.sampled(x[some], choice[some], shared, prior, 5.0, functools.partial(noise, some))
+            for some in several
+        ]
+        return torch.cat([part[0] for part in parts]), parts[0][1] + parts[1][1]
+
+    found = []
+    for values in (by_hand(), by_autograd()):
+        total = (values[0] * at).sum() + 0.3 * values[1]
+        grads = torch.autograd.grad(total, leaves, allow_unused=True)
+        found.append([*(value.detach() for value in values), *grads])
+    unused = [i for i, grad in enumerate(found[1]) if grad is None]
+    assert unused == [i for i, grad in enumerate(found[0]) if grad is None] and len(unused) == 2
+    for a, b in zip(*found, strict=True):
+        if a is not None:
+            size = float(b.abs().max())
+            torch.testing.assert_close(
+                a, b, rtol=1e-4, atol=(1e-10 if dtype == torch.float64 else 2e-5) * size
+            )
 
 
 def test_the_prior_spike_term_is_0_where_the_pseudo_inputs_have_the_priors_l0():
@@ -236,6 +306,8 @@ def test_chunks_hold_the_memory_down_and_change_nothing_but_the_noise(monkeypatc
         torch.testing.assert_close(parts.terms[term], whole.terms[term])
     assert float(parts.terms["mse_sampled"]) == pytest.approx(float(whole.terms["mse_sampled"]), rel=0.1)
     torch.testing.assert_close(dictionary.encode(x).to_dense(), encoded.to_dense())
+    every = dictionary._every_mode(x)
+    assert torch.equal(every.to_dense(), encoded.to_dense()) and torch.equal(every.l0(), encoded.l0())
 
 
 def test_sampled_spikes_sharpen():

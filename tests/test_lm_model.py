@@ -408,7 +408,8 @@ def test_cached_generation_edits_as_a_full_recomputation_does(lm: LanguageModel)
         with torch.no_grad():
             whole = double.capture(cached[:, :-1], "resid_post.2")["resid_post.2"]
     assert steps == [5] + [1] * 7
-    tolerance = 1e-8 if exact else 1e-3
+    narrow = lm.name in ("bloom", "gemma2")  # whose attention's softmax goes through float32
+    tolerance = (1e-5 if narrow else 1e-8) if exact else 1e-3
     assert torch.allclose(activations, whole, rtol=tolerance, atol=tolerance)
     assert torch.equal(cached[:, :5], ids)
     assert not torch.equal(double.generate(ids, 8, stop_at_eos=False), cached)

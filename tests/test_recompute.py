@@ -4,10 +4,9 @@ import subprocess
 import sys
 import weakref
 
-import pytest
 import torch
 
-from sememe.recompute import recomputed, recomputed_alone
+from sememe.recompute import recomputed
 
 W = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
 X = torch.randn(4, 5, generator=torch.Generator().manual_seed(1))
@@ -62,27 +61,6 @@ def test_what_the_function_closes_over_gets_its_gradient_in_several_parts():
     torch.testing.assert_close(weights.grad, plain.grad)
 
 
-def test_alone_gradients_of_inputs_and_parameters_are_those_of_the_function_itself():
-    grads = []
-    for alone in (False, True):
-        x, weights, unused = (t.clone().requires_grad_() for t in (X, W, W))
-        shared = x * 2  # its graph serves both parts
-
-        def function(rows, weights=weights):
-            out = parts(rows, weights)
-            return out["sum"], out["squares"]
-
-        found = [
-            recomputed_alone(function, [r], [weights, unused]) if alone else function(r)
-            for r in shared.split(2)
-        ]
-        (3 * sum(f[0] for f in found) + sum(f[1].sum() for f in found)).backward()
-        grads.append((x.grad, weights.grad))
-        assert unused.grad is None
-    for mine, plain in zip(*grads, strict=True):
-        torch.testing.assert_close(mine, plain)
-
-
 def test_inner_tensors_are_let_go_of_until_the_way_back():
     seen: list = []
     x = X.clone().requires_grad_()
@@ -105,24 +83,20 @@ def test_in_place_changes_within():
     assert torch.equal(x.grad, plain.grad)
 
 
-@pytest.mark.parametrize("alone", [False, True])
-def test_it_is_computed_again_under_the_autocast_it_was_computed_under(alone):
+def test_it_is_computed_again_under_the_autocast_it_was_computed_under():
     """The way back is outside of autocast: without its state, saved tensors would have other dtypes."""
     grads = []
-    for again in (False, True):
+    for run in (lambda f, *a: f(*a), recomputed):
         x, weights = X.clone().requires_grad_(), W.clone().requires_grad_()
 
         def function(rows, weights=weights):
             assert torch.is_autocast_enabled("cpu")
-            return (torch.tanh(rows @ weights).square(),)
+            return torch.tanh(rows @ weights).square()
 
         with torch.autocast("cpu", torch.bfloat16):
-            if again:
-                found = recomputed_alone(function, [x], [weights]) if alone else recomputed(function, x)
-            else:
-                found = function(x)
-        assert found[0].dtype == torch.bfloat16
-        found[0].sum().backward()
+            found = run(function, x)
+        assert found.dtype == torch.bfloat16
+        found.sum().backward()
         grads.append((x.grad, weights.grad))
     for mine, plain in zip(*grads, strict=True):
         assert torch.equal(mine, plain)

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
-import numpy as np
 import torch
 from jaxtyping import Float
-from numpy.typing import NDArray
 from torch import Tensor
 
 from sememe import kernels
 from sememe.encoded import Counts, Encoded
 from sememe.recompute import recomputed
 
-__all__ = ["Chunk", "Rows", "in_chunks"]
+__all__ = ["Chunk", "Counted", "Rows", "Whole", "empty", "in_chunks"]
 
 ENTRIES = 2**20
 """Pre-activations of a chunk: what a dense step holds for each (about 24 bytes) makes 25 MB of them."""
@@ -69,38 +67,91 @@ def in_chunks(
         assert isinstance(chunk.encoded, Encoded)
         return chunk._replace(encoded=kernels.counts(chunk.encoded))
 
-    assert target.dtype == torch.float32 and target.device.type == "cpu", (
-        "where a batch is dense, and chunks are made"
-    )
-    shares, means, errors = [], [], []
-    # made before any chunk's: errors that lay where chunks leave them would part the memory that each of them needs
-    whole = np.empty(target.shape, np.float32)
-    per_row = torch.empty(n, dtype=torch.int64, device=x.device)
-    per_latent = torch.zeros(d_sae, dtype=torch.int64, device=x.device)
+    shares, means = [], []
+    whole, counted = Whole(target), Counted(n, d_sae, x.device)
     for start in range(0, n, size):
         part = slice(start, start + size)
         chunk: Chunk = recomputed(again, x[part], target[part], start)
         shares.append(chunk.error.shape[0] / n)
         means.append(chunk.means)
-        errors.append(cast(Tensor, cast(Any, _Placed.apply)(chunk.error, whole, start)))
+        whole.place(chunk.error, start)
         assert isinstance(chunk.encoded, Counts)
-        per_row[part] = chunk.encoded.per_row
-        per_latent += chunk.encoded.per_latent
+        counted.add(chunk.encoded, start)
         del chunk
     total = {
         name: torch.stack([share * mean[name] for share, mean in zip(shares, means, strict=True)]).sum()
         for name in means[0]
     }
-    error = cast(Tensor, cast(Any, _Joined.apply)(whole, *errors))
-    return Chunk(total, Counts(per_row, per_latent), error)
+    return Chunk(total, counted.counts, whole.joined())
+
+
+class Whole:
+    """A tensor of all rows, put together chunk by chunk, differentiable. It is made before any chunk: parts that lay
+    where chunks leave them would part the memory that each of them needs.
+
+    Args:
+        like: Whose shape, dtype and device it has.
+    """
+
+    def __init__(self, like: Float[Tensor, "batch d_out"]) -> None:
+        self._whole = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        self._parts: list[Tensor] = []
+
+    def place(self, part: Float[Tensor, "rows d_out"], start: int) -> None:
+        """Rows from a number on; parts are placed in their order."""
+        self._parts.append(cast(Tensor, cast(Any, _Placed.apply)(part, self, start)))
+
+    def rows(self, start: int, n: int) -> Float[Tensor, "rows d_out"]:
+        """Their memory; to autograd a tensor of its own."""
+        whole = self._whole
+        return whole.new_empty(0).set_(
+            whole.untyped_storage(), start * whole.stride(0), (n, whole.shape[1]), whole.stride()
+        )
+
+    def joined(self) -> Float[Tensor, "batch d_out"]:
+        """All of it, once every part is placed."""
+        return cast(Tensor, cast(Any, _Joined.apply)(self, *self._parts))
+
+
+class Counted:
+    """How many latents are active, put together chunk by chunk; made before any chunk, as `Whole`.
+
+    Args:
+        n: Rows of the batch.
+        d_sae: Number of latents.
+        device: Where.
+    """
+
+    def __init__(self, n: int, d_sae: int, device: torch.device) -> None:
+        per_row = torch.empty(n, dtype=torch.int64, device=device)
+        self.counts = Counts(per_row, torch.zeros(d_sae, dtype=torch.int64, device=device))
+
+    def add(self, counts: Counts, start: int) -> None:
+        """Of rows from a number on."""
+        self.counts.per_row[start : start + counts.n_rows] = counts.per_row
+        self.counts.per_latent.add_(counts.per_latent)
+
+
+def empty(*shape: int, like: Tensor) -> Tensor:
+    """A tensor whose contents are left over from before: on a CPU, the next chunk uses its memory again.
+
+    Args:
+        shape: Its shape.
+        like: Whose dtype and device it has.
+    """
+    if like.device.type != "cpu" or like.dtype != torch.float32:
+        return like.new_empty(shape)
+    from sememe.kernels.cpu import buffers  # what loads compiled loops is loaded where they run
+
+    return torch.from_numpy(buffers.empty(*shape))
 
 
 class _Placed(torch.autograd.Function):
-    """A chunk's error, moved to its rows of the whole."""
+    """A part, moved to its rows of the whole."""
 
     @staticmethod
-    def forward(ctx: Any, error: Tensor, whole: NDArray[np.float32], start: int) -> Tensor:
-        return torch.from_numpy(whole[start : start + error.shape[0]]).copy_(error)
+    def forward(ctx: Any, part: Tensor, whole: Whole, start: int) -> Tensor:
+        return whole.rows(start, part.shape[0]).copy_(part)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -108,12 +159,12 @@ class _Placed(torch.autograd.Function):
 
 
 class _Joined(torch.autograd.Function):
-    """The whole, once all chunks' errors are placed."""
+    """The whole, once all parts are placed."""
 
     @staticmethod
-    def forward(ctx: Any, whole: NDArray[np.float32], *errors: Tensor) -> Tensor:
-        ctx.sizes = [error.shape[0] for error in errors]
-        return torch.from_numpy(whole)
+    def forward(ctx: Any, whole: Whole, *parts: Tensor) -> Tensor:
+        ctx.sizes = [part.shape[0] for part in parts]
+        return whole.rows(0, sum(ctx.sizes))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

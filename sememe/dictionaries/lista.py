@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sememe import kernels
 from sememe.dictionaries import chunks
 from sememe.dictionaries.base import Loss, Sites
-from sememe.dictionaries.chunks import Chunk, Rows, in_chunks
+from sememe.dictionaries.chunks import Chunk, Rows, empty, in_chunks
 from sememe.dictionaries.steered import Steered, SteeredConfig
 from sememe.encoded import Encoded
 from sememe.errors import ConfigError
@@ -83,14 +83,10 @@ class LISTA(Steered):
 
     def _encode_every(self, x: Float[Tensor, "rows d_in"]) -> Encoded:
         """As `encode`, in dense products, with every latent listed: for a few rows of which many are active."""
-        encoder, zero = (self.W_enc, self.b_enc), torch.zeros_like(self.b_pre)
-        centred = x - self.b_pre
-        encoded = kernels.encode_every(centred, *encoder, zero, None)
-        for _ in range(self.config.n_steps):
-            acts = encoded.acts.view(-1, self.d_sae)
-            left = torch.addmm(centred, acts, self.W_back, alpha=-1)
-            encoded = kernels.encode_every(left, *encoder, zero, None, acts)
-        return encoded
+        parameters = self.W_enc, self.b_enc, self.W_back
+        return Encoded.of_every(
+            *cast(Any, _EveryStep.apply)(x - self.b_pre, *parameters, self.config.n_steps)
+        )
 
     def loss(
         self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], progress: float
@@ -155,6 +151,46 @@ def _step(
     """`relu(acts at their places + left @ W_enc + b_enc)`, sparse."""
     kept, where = cast(Any, _Step.apply)(left, acts, places, W_enc, b_enc)
     return _at(kept, where, left.shape[0], W_enc.shape[1])
+
+
+class _EveryStep(torch.autograd.Function):
+    """All steps of a few rows, densely. Each parameter has one gradient that every step adds to: summed by autograd,
+    two more of each would exist at a time. Large arrays are in memory that the next rows use again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, centred: Tensor, W_enc: Tensor, b_enc: Tensor, W_back: Tensor, n_steps: int
+    ) -> tuple[Tensor, Tensor]:
+        shape = centred.shape[0], W_enc.shape[1]
+        lefts, acts = [centred], [torch.addmm(b_enc, centred, W_enc, out=empty(*shape, like=centred)).relu_()]
+        for _ in range(n_steps):
+            lefts.append(torch.addmm(centred, acts[-1], W_back, alpha=-1))
+            acts.append(
+                torch.addmm(b_enc, lefts[-1], W_enc, out=empty(*shape, like=centred)).add_(acts[-1]).relu_()
+            )
+        ctx.save_for_backward(W_enc, W_back, *lefts, *acts)
+        mask = acts[-1] != 0  # of what is not a number, too
+        ctx.mark_non_differentiable(mask)
+        return acts[-1], mask
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        W_enc, W_back, *kept = ctx.saved_tensors
+        lefts, acts = kept[: len(kept) // 2], kept[len(kept) // 2 :]
+        grad = empty(*acts[0].shape, like=W_enc).copy_(grads[0]).masked_fill_(acts[-1] == 0, 0.0)
+        grad_rows, grad_back = (empty(*W_back.shape, like=W_back).zero_() for _ in range(2))
+        grad_b, grad_centred = grad.new_zeros(grad.shape[1]), torch.zeros_like(lefts[0])
+        for left, before in zip(reversed(lefts[1:]), reversed(acts[:-1]), strict=True):
+            grad_rows.addmm_(grad.T, left)
+            grad_b += grad.sum(0)
+            grad_left = grad @ W_enc.T
+            grad_centred += grad_left
+            grad_back.addmm_(before.T, grad_left, alpha=-1)
+            grad.addmm_(grad_left, W_back.T, alpha=-1).masked_fill_(before == 0, 0.0)
+        grad_rows.addmm_(grad.T, lefts[0])
+        grad_b += grad.sum(0)
+        grad_centred.addmm_(grad, W_enc.T)
+        return grad_centred, grad_rows.T, grad_b, grad_back, None
 
 
 class _Step(torch.autograd.Function):

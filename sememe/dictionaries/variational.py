@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Literal, NamedTuple, final
+from typing import Literal, final
 
 import torch
 from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid
 
 from sememe import kernels
 from sememe.dictionaries.base import Loss, Sites
+from sememe.dictionaries.chunks import Counted, Whole, empty
 from sememe.dictionaries.initial import latent_major, median_of_others
 from sememe.dictionaries.penalised import Penalised, PenalisedConfig
 from sememe.dictionaries.random_state import RandomState
+from sememe.dictionaries.spike_slab import Posterior, Shared, Weights, prior_of, sampled
 from sememe.encoded import Counts, Encoded
 from sememe.errors import ConfigError
-from sememe.recompute import recomputed_alone
 
 __all__ = ["Variational", "VariationalConfig"]
 
@@ -82,21 +82,6 @@ class VariationalConfig(PenalisedConfig):
         return self
 
 
-class _Posterior(NamedTuple):
-    """Spike and slab per row and latent."""
-
-    logit: Float[Tensor, "rows d_sae"]
-    mean: Float[Tensor, "rows d_sae"]
-    log_var: Float[Tensor, "rows d_sae"]
-
-
-class _Sampled(NamedTuple):
-    """What a chunk of rows adds to the loss: reconstructions from a sample, and the summed divergence."""
-
-    recon: Float[Tensor, "rows d_out"]
-    kl: Float[Tensor, ""]
-
-
 @final
 class Variational(Penalised):
     """`q(acts_i | x) = spike_i N(mean_i, var_i) + (1 - spike_i) delta_0`, `recon = acts W_dec + b_dec`.
@@ -139,13 +124,11 @@ class Variational(Penalised):
 
     # -- the posterior -----------------------------------------------------------------------------
 
-    def _posterior(self, x: Float[Tensor, "rows d_in"]) -> _Posterior:
-        centred = x - self.b_pre
-        return _Posterior(
-            torch.addmm(self.b_spike, centred, self.W_spike),
-            torch.relu(torch.addmm(self.b_enc, centred, self.W_enc)),
-            torch.addmm(self.b_var, centred, self.W_var),
-        )
+    def _weights(self) -> Weights:
+        return Weights(*(getattr(self, name) for name in Weights._fields))
+
+    def _posterior(self, x: Float[Tensor, "rows d_in"]) -> Posterior:
+        return self._weights().posterior(x)
 
     def _chunks(self, n_rows: int) -> range:
         return range(0, n_rows, max(1, CHUNK_ENTRIES // self.d_sae))
@@ -163,6 +146,15 @@ class Variational(Penalised):
         on = torch.addmm(self.b_spike, centred, self.W_spike) > 0
         return Encoded.from_dense(mean * on)
 
+    @torch.no_grad()
+    def _every_mode(self, x: Float[Tensor, "rows d_in"]) -> Encoded:
+        """As `_mode`, with every latent listed."""
+        centred, shape = x - self.b_pre, (x.shape[0], self.d_sae)
+        acts = torch.addmm(self.b_enc, centred, self.W_enc, out=empty(*shape, like=x)).relu_()
+        logit = torch.addmm(self.b_spike, centred, self.W_spike, out=empty(*shape, like=x))
+        acts.masked_fill_(logit <= 0, 0.0)
+        return Encoded.of_every(acts, acts != 0)
+
     # -- training ----------------------------------------------------------------------------------
 
     def loss(
@@ -176,63 +168,46 @@ class Variational(Penalised):
         """
         self.check_input(x)
         config, n_rows = self.config, x.shape[0]
-        prior = self._posterior(self.pseudo_inputs)
+        shared = Shared(self._weights())
+        pseudo = shared.posterior(self.pseudo_inputs)
         choice = torch.softmax((x - self.b_pre) @ self.W_choice + self.b_choice, dim=1)
         sharpness = config.sharpness
         if config.sharpness_warmup:
             warm = min(1.0, progress / config.sharpness_warmup)
             sharpness = config.sharpness_start + warm * (config.sharpness - config.sharpness_start)
-        chunks = self._chunks(n_rows)
-        parts: list[_Sampled] = []
-        own = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        for start in chunks:
-            rows = slice(start, start + chunks.step)
-            function = functools.partial(self._chunk, sharpness=sharpness, start=start)
-            part = _Sampled(*recomputed_alone(function, (x[rows], choice[rows], *prior), own))
-            parts.append(part)
-        error = torch.cat([part.recon for part in parts]) - target
-        sampled = error.square().mean()
-        kl = torch.stack([part.kl for part in parts]).sum() / n_rows
-        mean_spike = (choice.mean(0) @ torch.sigmoid(prior.logit)).mean()
+        chunks, whole, prior = self._chunks(n_rows), Whole(target), prior_of(pseudo)
+        divergences: list[Tensor] = []
+        for start, chosen in zip(chunks, torch.split(choice, chunks.step), strict=True):
+            rows = x[start : start + chunks.step]
+            noise = functools.partial(self._noise.generator, x.device, start)
+            recon, divergence = sampled(rows, chosen, shared, prior, sharpness, noise)
+            whole.place(self._with_skip(recon, rows), start)
+            divergences.append(divergence)
+            del recon
+        error = whole.joined().sub_(target)
+        mse_sampled = error.square().mean()
+        kl = torch.stack(divergences).sum() / n_rows
+        mean_spike = (choice.mean(0) @ torch.sigmoid(pseudo.logit)).mean()
         kl_prior = self.d_sae * _bernoulli_kl(mean_spike, config.prior_l0 / self.d_sae)
         price = self.warmed(progress) * 2 * config.decoder_variance / self.d_out
-        total = sampled + price * (kl + kl_prior)
+        total = mse_sampled + price * (kl + kl_prior)
         with torch.no_grad():
             mse, counts = self._of_mode(x, target)
-        terms = {"mse": mse, "mse_sampled": sampled, "kl": kl, "kl_prior": kl_prior}
+        terms = {"mse": mse, "mse_sampled": mse_sampled, "kl": kl, "kl_prior": kl_prior}
         return Loss(total, {name: term.detach() for name, term in terms.items()}, counts, error)
 
     def _of_mode(
         self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"]
     ) -> tuple[Float[Tensor, ""], Counts]:
         """The mean squared error of the mode, and what is active in it; chunk by chunk."""
-        squares, counts = x.new_zeros(()), []
+        squares, counted = x.new_zeros(()), Counted(x.shape[0], self.d_sae, x.device)
         chunks = self._chunks(x.shape[0])
         for start in chunks:
             rows = slice(start, start + chunks.step)
-            encoded = self._mode(x[rows])
+            encoded = self._every_mode(x[rows])
             squares += (target[rows] - self.decode(encoded, x[rows])).square().sum()
-            counts.append(kernels.counts(encoded))
-        return squares / target.numel(), Counts.cat(counts)
-
-    def _chunk(
-        self,
-        x: Float[Tensor, "rows d_in"],
-        choice: Float[Tensor, "rows n_pseudo"],
-        *prior: Float[Tensor, "n_pseudo d_sae"],
-        sharpness: float,
-        start: int,
-    ) -> tuple[Tensor, Tensor]:
-        """Reconstructions and divergence; computed again for the gradient, with the same noise."""
-        q = self._posterior(x)
-        spike = torch.sigmoid(q.logit)
-        generator = self._noise.generator(x.device, start)
-        uniform = torch.rand(spike.shape, generator=generator, dtype=x.dtype, device=x.device)
-        normal = torch.randn(spike.shape, generator=generator, dtype=x.dtype, device=x.device)
-        on = torch.sigmoid(sharpness * (uniform + spike - 1))
-        acts = on * (q.mean + torch.exp(q.log_var / 2) * normal)
-        recon = self._with_skip(torch.addmm(self.b_dec, acts, self.W_dec), x)
-        return _Sampled(recon, (choice * _divergences(q, spike, _Posterior(*prior))).sum())
+            counted.add(kernels.counts(encoded), start)
+        return squares / target.numel(), counted.counts
 
     def after_step(self, encoded: Encoded | Counts) -> None:
         """Other noise for the next step, beside the bookkeeping."""
@@ -291,24 +266,3 @@ class Variational(Penalised):
 
 def _bernoulli_kl(p: Float[Tensor, ""], q: float) -> Float[Tensor, ""]:
     return torch.xlogy(p, p / q) + torch.xlogy(1 - p, (1 - p) / (1 - q))
-
-
-def _divergences(
-    q: _Posterior, spike: Float[Tensor, "rows d_sae"], prior: _Posterior
-) -> Float[Tensor, "rows n_pseudo"]:
-    """The divergence of each row's spike and slab from each pseudo-input's, summed over latents.
-
-    The closed form of Tonolini et al. 2019 (per latent, spike times that of two Gaussians, and that of two
-    Bernoullis), with every product of something of the row and something of the pseudo-input as a matrix product.
-    """
-    precision = torch.exp(-prior.log_var)
-    of_row = spike * (logsigmoid(q.logit) - 0.5 - q.log_var / 2) + (1 - spike) * logsigmoid(-q.logit)
-    per_spike = (prior.log_var + prior.mean.square() * precision) / 2 - prior.logit
-    spread = spike * (torch.exp(q.log_var) + q.mean.square())
-    return (
-        of_row.sum(1, keepdim=True)
-        - logsigmoid(-prior.logit).sum(1)
-        + spike @ per_spike.T
-        + spread @ (precision / 2).T
-        - (spike * q.mean) @ (prior.mean * precision).T
-    )

@@ -331,7 +331,6 @@ def encode_every(
     b_enc: Float[Tensor, " d_sae"],
     b_pre: Float[Tensor, " d_in"],
     threshold: Float[Tensor, " d_sae"] | None,
-    added: Float[Tensor, "batch d_sae"] | None = None,
 ) -> Encoded:
     """As `encode_threshold`, with every latent listed (see `Encoded`): for a few rows of which many are above.
 
@@ -343,13 +342,12 @@ def encode_every(
         b_enc: Their biases.
         b_pre: Subtracted from the inputs; a constant.
         threshold: What a latent has to exceed.
-        added: Joins the pre-activations; differentiable, too.
     """
     if path_for(x) == "cpu":
         from sememe.kernels import cpu
 
-        return cpu.encode_every(x, W_enc, b_enc, b_pre, threshold, added)
-    return reference.encode_every(x, W_enc, b_enc, b_pre, threshold, added)
+        return cpu.encode_every(x, W_enc, b_enc, b_pre, threshold)
+    return reference.encode_every(x, W_enc, b_enc, b_pre, threshold)
 
 
 def is_dense(

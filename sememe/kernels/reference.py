@@ -96,10 +96,9 @@ def encode_every(
     b_enc: Float[Tensor, " d_sae"],
     b_pre: Float[Tensor, " d_in"],
     threshold: Float[Tensor, " d_sae"] | None,
-    added: Float[Tensor, "batch d_sae"] | None = None,
 ) -> Encoded:
     """As `encode_threshold`, with every latent listed."""
-    pre_acts = (x - b_pre) @ W_enc + b_enc + (0.0 if added is None else added)
+    pre_acts = (x - b_pre) @ W_enc + b_enc
     below = pre_acts.detach() <= (0.0 if threshold is None else threshold.detach())
     return Encoded.of_every(pre_acts.masked_fill(below, 0.0), ~below)
 

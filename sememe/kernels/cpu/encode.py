@@ -286,14 +286,11 @@ class _Every(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, threshold: Tensor | None,
-        added: Tensor | None,
+        ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, threshold: Tensor | None
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         centred = x - b_pre
         acts = torch.from_numpy(buffers.empty(x.shape[0], W_enc.shape[1]))
         torch.addmm(b_enc, centred, W_enc, out=acts)
-        if added is not None:
-            acts.add_(added)
         below = acts <= (0.0 if threshold is None else threshold)  # so written, NaN is kept
         acts.masked_fill_(below, 0.0)
         ctx.save_for_backward(centred, W_enc, below)
@@ -312,7 +309,6 @@ class _Every(torch.autograd.Function):
             grad.sum(0),
             None,
             None,
-            grad if ctx.needs_input_grad[5] else None,
         )
 
 
@@ -322,11 +318,10 @@ def encode_every(
     b_enc: Float[Tensor, " d_sae"],
     b_pre: Float[Tensor, " d_in"],
     threshold: Float[Tensor, " d_sae"] | None,
-    added: Float[Tensor, "batch d_sae"] | None = None,
 ) -> Encoded:
     """See `kernels.encode_every`."""
     least = None if threshold is None else threshold.detach()
-    return Encoded.of_every(*cast(Any, _Every.apply)(x, W_enc, b_enc, b_pre, least, added))
+    return Encoded.of_every(*cast(Any, _Every.apply)(x, W_enc, b_enc, b_pre, least))
 
 
 def encode_group_max(
