@@ -122,7 +122,7 @@ def test_a_pursuit_takes_the_latent_that_is_nan():
     W = torch.nn.functional.normalize(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), dim=1)
     W[2, 1] = torch.nan
     with kernels.use("reference"):
-        acts, indices, _ = kernels.matching_pursuit(torch.ones(2, 4), W, 1)
+        acts, indices, _ = kernels.matching_pursuit(torch.ones(2, 4), W, torch.zeros(4), 1)
     assert indices.tolist() == [[2], [2]] and bool(acts.isnan().all())
 
 

@@ -78,7 +78,7 @@ class MatchingPursuit(Selection):
 
     def _pursue(self, x: Float[Tensor, "batch d_in"]) -> tuple[Encoded, Float[Tensor, "batch d_in"]]:
         self.check_input(x)
-        acts, indices, residual = kernels.matching_pursuit(x - self.b_dec, self.W_dec, self.config.k)
+        acts, indices, residual = kernels.matching_pursuit(x, self.W_dec, self.b_dec, self.config.k)
         return Encoded.from_topk(acts, indices, self.d_sae), residual
 
     def pre_acts_of(self, ids: Int[Tensor, " n"]) -> Callable[[Tensor], Tensor]:

@@ -411,23 +411,26 @@ def largest(values: Float[Tensor, "batch n"], k: int, *, signed: bool = False) -
     return reference.largest(values, k, signed)
 
 
-def matching_pursuit(x: Float[Tensor, "batch d_in"], W: Float[Tensor, "d_sae d_in"], k: int) -> Pursuit:
-    """k times: the row of W that correlates most with what is left of x (ties to the lower one), and its part of it
-    taken away; nothing once no correlation is positive.
+def matching_pursuit(
+    x: Float[Tensor, "batch d_in"], W: Float[Tensor, "d_sae d_in"], b_pre: Float[Tensor, " d_in"], k: int
+) -> Pursuit:
+    """k times: the row of W that correlates most with what is left of x - b_pre (ties to the lower one), and its part
+    of it taken away; nothing once no correlation is positive.
 
-    Differentiable in x and W through every step. Rows of W must have norm 1.
+    Differentiable in all three through every step. Rows of W must have norm 1.
 
     Args:
-        x: Rows, already centred.
+        x: Rows.
         W: Directions.
+        b_pre: Subtracted from the rows.
         k: Steps.
     """
     if path_for(x) == "cpu":
         from sememe.kernels import pursuit
 
-        steps, indices, residual = pursuit.matching_pursuit(x, W, k)
+        steps, indices, residual = pursuit.matching_pursuit(x, W, b_pre, k)
     else:
-        steps, indices, residual = reference.matching_pursuit(x, W, k)
+        steps, indices, residual = reference.matching_pursuit(x, W, b_pre, k)
     first = torch.cat([_first_taken(some) for some in torch.split(indices, PURSUED_ROWS)])
     return Pursuit(torch.zeros_like(steps).scatter_add(1, first, steps), indices, residual)
 

@@ -2,8 +2,9 @@
 
 Correlations of a row with every latent are kept up to date through rows of the Gram matrix instead of being
 multiplied again at each step: k + 1 encoder products become one, one product of the directions with themselves, and k
-additions per row and latent. Both products are in bfloat16 where the CPU multiplies it natively; a latent is
-accepted, and its activation computed, only with its exact float32 correlation with the residual.
+additions per row and latent. Both products are in bfloat16 where the CPU multiplies it natively, and the Gram matrix is
+kept in 8 bits, each row in steps of its own size; a latent is accepted, and its activation computed, only with its
+exact float32 correlation with the residual.
 
 The backward pass holds nothing per step but activations, indices and one number each: residuals are rebuilt from the
 last one by adding back what each step took.
@@ -40,8 +41,14 @@ STALE = 0.125
 GRAM_BYTES = 1 << 30
 """The Gram matrix is used up to this size; above it, each step multiplies the residuals with every direction."""
 
-SCORES = 2**23
-"""Correlations of rows with latents that are held at once: 16 MB in bfloat16."""
+SCORES = 2**21
+"""Correlations of rows with latents that are held at once: 8 MB in float32."""
+
+CODES = 127
+"""The largest of the numbers that stand for a row of the Gram matrix."""
+
+CODED = np.float32(4 * (2 / 12) ** 0.5)
+"""Four standard deviations of the difference of two numbers that were rounded to whole ones."""
 
 COLUMNS = 16
 """Columns of the input per thread come in multiples of this: a cache line."""
@@ -120,9 +127,26 @@ def _start(scores: Any, narrow: bool) -> Any:
 
 
 @_jit(parallel=True)
+def _code(block: Any, first: int, codes: Any, sizes: Any) -> None:
+    """Rows of the Gram matrix from `first` on in whole numbers, and the size of 1 in each; the diagonal, which is 1
+    and would make the others coarse, is left out."""
+    for row in prange(block.shape[0]):
+        own, most = first + row, np.float32(1e-30)
+        block[row, own] = np.float32(0.0)
+        for i in range(block.shape[1]):
+            most = max(most, abs(block[row, i]))
+        size = most / np.float32(CODES)
+        sizes[own] = size
+        inverse = np.float32(1.0) / size
+        for i in range(block.shape[1]):
+            codes[own, i] = np.int8(np.rint(block[row, i] * inverse))
+
+
+@_jit(parallel=True)
 def _pursue_gram(
     scores: Any,
-    gram: Any,
+    codes: Any,
+    sizes: Any,
     narrow: bool,
     slack: Any,
     rounding: Any,
@@ -131,17 +155,18 @@ def _pursue_gram(
     indices: Any,
     residual: Any,
 ) -> None:
-    """k steps for every row. `scores` and `gram` hold bfloat16 bits if narrow, else float32; residual starts as x."""
+    """k steps for every row. `scores` holds bfloat16 bits if narrow, else float32; residual starts as x."""
     n_rows, k = acts.shape
     d_sae, width = W.shape
     for row in prange(n_rows):
         current, maxima = _start(scores[row], narrow)
-        change = np.empty(d_sae, dtype=np.float32)
+        coarse = np.float32(0.0)  # the sum of squares of what whole numbers stood for
         acts[row] = 0.0
         indices[row] = 0
         norm = np.sqrt(_dot(residual[row], residual[row]))
         for t in range(k):
-            latent, act = _choose(current, maxima, slack * norm, rounding, residual[row], W)
+            unsure = slack * norm + CODED * np.sqrt(coarse)
+            latent, act = _choose(current, maxima, unsure, rounding, residual[row], W)
             if latent < 0:
                 break
             acts[row, t] = act
@@ -153,16 +178,15 @@ def _pursue_gram(
             left = np.sqrt(_dot(residual[row], residual[row]))
             if left < STALE * norm:
                 # what is left is small beside the rounding of the scores: start again from exact ones
-                norm = left
+                norm, coarse = left, np.float32(0.0)
                 for i in range(d_sae):
                     current[i] = _dot(residual[row], W[i])
             else:
-                if narrow:
-                    _widen(gram[latent], change)
-                else:
-                    change[:] = gram[latent]
+                step, change = act * sizes[latent], codes[latent]
+                coarse += step * step
                 for i in range(d_sae):
-                    current[i] -= act * change[i]
+                    current[i] -= step * np.float32(change[i])
+                current[latent] -= act
             _maxima(current, maxima)
 
 
@@ -235,10 +259,21 @@ def _product(a: Tensor, b: Tensor, narrow: bool) -> NDArray[Any]:
     return (a @ b.T).numpy()
 
 
+def _gram(W: Tensor, narrow: bool) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Products of directions with each other, coded, and the size of 1 in each row; some rows at a time."""
+    n = W.shape[0]
+    codes, sizes = np.empty((n, n), np.int8), np.empty(n, np.float32)
+    rows, n_rows = W.bfloat16() if narrow else W, max(1, SCORES // n)
+    for start in range(0, n, n_rows):
+        block = (rows[start : start + n_rows] @ rows.T).float()
+        _code(block.numpy(), start, codes, sizes)
+    return codes, sizes
+
+
 class _Pursuit(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        residual, W = x.clone(memory_format=torch.contiguous_format), W.contiguous()
+    def forward(ctx: Any, x: Tensor, W: Tensor, b_pre: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        residual, W = (x - b_pre).contiguous(), W.contiguous()
         n_rows, d_sae = x.shape[0], W.shape[0]
         acts = torch.empty(n_rows, k)
         indices = torch.empty(n_rows, k, dtype=torch.int32)
@@ -248,14 +283,15 @@ class _Pursuit(torch.autograd.Function):
         slack = np.float32(8 * (2 / 3) ** 0.5 * 2**-9 * float(W.abs().max()) if narrow else 1e-6)
         rounding = np.float32(2**-8 if narrow else 1e-6)
         options = narrow, slack, rounding, W.numpy()
-        by_gram = k * n_rows > d_sae and (2 if narrow else 4) * d_sae**2 <= GRAM_BYTES
-        gram = _product(W, W, narrow) if by_gram else None
+        by_gram = k * n_rows > d_sae and d_sae**2 <= GRAM_BYTES
+        gram = _gram(W, narrow) if by_gram else None
         size = max(1, SCORES // d_sae)
         for start in range(0, n_rows, size):
             rows = slice(start, start + size)
             left, own = residual[rows], (acts[rows].numpy(), indices[rows].numpy())
             if gram is not None:
-                _pursue_gram(_product(left, W, narrow), gram, *options, *own, left.numpy())
+                codes, sizes = gram
+                _pursue_gram(_product(left, W, narrow), codes, sizes, *options, *own, left.numpy())
                 continue
             for t in range(k):
                 step = [part[:, t] for part in own]
@@ -285,12 +321,12 @@ class _Pursuit(torch.autograd.Function):
                 arrays[0], adjoints.numpy(), arrays[2], arrays[1], residual.numpy(), grad_last.numpy(), edges,
                 grad_W.numpy(),
             )  # fmt: skip
-        return grad, grad_W, None
+        return grad, grad_W, -grad.sum(0), None
 
 
 def matching_pursuit(
-    x: Float[Tensor, "batch d_in"], W: Float[Tensor, "d_sae d_in"], k: int
+    x: Float[Tensor, "batch d_in"], W: Float[Tensor, "d_sae d_in"], b_pre: Float[Tensor, " d_in"], k: int
 ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"], Float[Tensor, "batch d_in"]]:
     """See `kernels.matching_pursuit`; steps are not merged."""
     apply = cast(Any, _Pursuit.apply)
-    return cast(tuple[Tensor, Tensor, Tensor], apply(x, W, k))
+    return cast(tuple[Tensor, Tensor, Tensor], apply(x, W, b_pre, k))

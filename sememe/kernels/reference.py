@@ -140,10 +140,10 @@ def encode_batch_topk(
 
 
 def matching_pursuit(
-    x: Float[Tensor, "batch d_in"], W: Float[Tensor, "d_sae d_in"], k: int
+    x: Float[Tensor, "batch d_in"], W: Float[Tensor, "d_sae d_in"], b_pre: Float[Tensor, " d_in"], k: int
 ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"], Float[Tensor, "batch d_in"]]:
     """k greedy steps; the choice has no gradient, what is done with it has."""
-    residual, acts, indices = x, [], []
+    residual, acts, indices = x - b_pre, [], []
     for _ in range(k):
         chosen = _first_largest((residual @ W.T).detach())
         directions = W[chosen]
