@@ -125,6 +125,7 @@ def test_what_steps_hold_is_counted_by_what_they_are():
 
     rows = 4 * 4 * 128
     assert step("topk", k=32) == step("group_max", k=32) == rows + 60 * 32
+    assert step("mlp_encoder", k=32) == step("matching_pursuit", k=32) == rows + 60 * 32
     assert step("jumprelu", target_l0=10.0) == rows + 60 * 40
     assert step("relu", start_density=0.02) == pytest.approx(rows + 60 * 0.02 * 2**16)
     assert step("relu", start_density=0.0) == step("lista") == step("variational") == rows

@@ -57,6 +57,10 @@ CHUNK = 2**20
 """Pre-activations of a dense step that are held at once, by architectures that are dense some rows at a time."""
 CHUNKED = frozenset({"lista", "variational"})
 """Architectures that are dense some rows at a time however few latents are active."""
+ENTRIES = frozenset({"mlp_encoder", "matching_pursuit"})
+"""Architectures that take more than an encoder's product but hold only entries."""
+GRAM_BYTES = 2**30
+"""The largest Gram matrix, of 8 bits, that a pursuit keeps while it chooses."""
 STACKED = frozenset({*FAST, *FLOAT32, "relu", "jumprelu"})
 """Architectures of which several step as one on a GPU."""
 TILE = 4096
@@ -204,12 +208,13 @@ def _row_bytes(sizes: Sequence[Dictionary], n_rows: int) -> float:
 
 def _step_bytes(size: Dictionary, batch_size: int) -> float:
     """What a step on a CPU holds beside rows and parameters."""
-    if size.kind not in FAST | FLOAT32 | SPARSE | CHUNKED:
+    if size.kind not in FAST | FLOAT32 | SPARSE | CHUNKED | ENTRIES:
         return _DENSE * batch_size * size.d_sae
     most = max(float(size.l0), size.start_l0 or 0.0)
-    if size.dense(most):
+    if size.kind not in ENTRIES and size.dense(most):
         return _DENSE * min(CHUNK, batch_size * size.d_sae) + STEP_BYTES
-    return ENTRY_BYTES * batch_size * most + STEP_BYTES
+    gram = float(size.d_sae**2) if size.kind == "matching_pursuit" and size.d_sae**2 <= GRAM_BYTES else 0.0
+    return ENTRY_BYTES * batch_size * most + STEP_BYTES + gram
 
 
 def _gpu_step_bytes(sizes: Sequence[Dictionary], batch_size: int) -> float:
