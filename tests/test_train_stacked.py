@@ -18,12 +18,15 @@ from sememe import dictionaries, kernels
 from sememe.dictionaries import TRAINABLE, Architecture, Site, Sites
 from sememe.dictionaries.abs_topk import AbsTopKConfig
 from sememe.dictionaries.batch_topk import BatchTopKConfig
+from sememe.dictionaries.gated import GatedConfig
 from sememe.dictionaries.group_max import GroupMaxConfig
 from sememe.dictionaries.jumprelu import JumpReLUConfig
 from sememe.dictionaries.matryoshka import MatryoshkaConfig
 from sememe.dictionaries.multi_topk import MultiTopKConfig
+from sememe.dictionaries.p_anneal import PAnnealConfig
 from sememe.dictionaries.relu import ReLUConfig
 from sememe.dictionaries.stacked import stack_of, stackable
+from sememe.dictionaries.tied import TiedConfig
 from sememe.dictionaries.topk import TopKConfig
 from sememe.kernels.gpu import selection, sparse
 from sememe.needs.training import STACKED
@@ -219,6 +222,17 @@ PAIRS = {
         ReLUConfig, STARTS | {"target_l0": 2.0}, STARTS | {"l1_coefficient": 0.1, "unpenalised_latents": 3}
     ),
     "relu, weighted": two(ReLUConfig, UNITS | {"constant_latent": True}, UNITS | {"l1_coefficient": 0.1}),
+    "tied": two(
+        TiedConfig, STARTS | {"target_l0": 2.0, "bias_decay": 0.01}, STARTS | {"l1_coefficient": 0.1}
+    ),
+    "gated": two(
+        GatedConfig, STARTS | {"target_l0": 2.0}, STARTS | {"l1_coefficient": 0.1, "unpenalised_latents": 3}
+    ),
+    "p_anneal": two(
+        PAnnealConfig,
+        STARTS | {"target_l0": 2.0, "anneal_from": 0.0, "p_end": 0.3},
+        STARTS | {"l1_coefficient": 0.1, "anneal_from": 0.1, "anneal_until": 0.5, "unpenalised_latents": 2},
+    ),
     "relu, >= 0": two(ReLUConfig, *2 * (STARTS | {"non_negative_decoder": True},)),
 }
 """Two of each that step as one, in as many options apart as they may be."""
@@ -243,10 +257,13 @@ def team_of_two(kind: str, stacked: bool, monkeypatch) -> tuple[crew.Crew, list[
     ("path", "kind"),
     [
         *(("reference", kind) for kind in PAIRS),
-        *(("gpu", kind) for kind in ("jumprelu", "relu")),
+        *(("gpu", kind) for kind in ("jumprelu", "gated")),
         *(
             pytest.param("gpu", kind, marks=pytest.mark.slow)
-            for kind in ("abs_topk", "group_max", "multi_topk", "matryoshka", "relu, >= 0")
+            for kind in (
+                *("abs_topk", "group_max", "multi_topk", "matryoshka"),
+                *("relu", "relu, >= 0", "tied", "p_anneal"),
+            )
         ),
     ],
     indirect=["path"],
@@ -295,10 +312,13 @@ def test_the_plan_knows_which_architectures_step_as_one():
     for kind, options in (
         ("topk", {"k": 2, "skip": True}),
         ("relu", {"noise": 0.1}),
+        ("tied", {"sqrt_coefficient": 0.1}),
+        ("gated", {"ghost_after_tokens": 5}),
         ("relu", {"entropy_coefficient": 0.1}),
         ("jumprelu", {"ghost_after_tokens": 5}),
     ):
-        assert stackable(TRAINABLE[kind].rebuild(options | {"d_sae": 12}, 4, 3, 12, None)) is None
+        d_out = 4 if kind == "tied" else 3
+        assert stackable(TRAINABLE[kind].rebuild(options | {"d_sae": 12}, 4, d_out, 12, None)) is None
 
 
 def test_only_those_of_one_shape_step_as_one(tmp_path, monkeypatch):

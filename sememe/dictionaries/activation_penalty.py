@@ -12,6 +12,7 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from sememe import kernels
 from sememe.dictionaries.base import Loss, Sites
 from sememe.dictionaries.chunks import Chunk, Rows
 from sememe.dictionaries.random_state import RandomState
@@ -137,7 +138,14 @@ def entropy(encoded: Encoded) -> Float[Tensor, ""]:
 
     Does not change when a row's activations are scaled: it asks for few, and not for small ones.
     """
-    acts, rows = encoded.acts, encoded.row_ids()
-    sums = acts.new_zeros(encoded.n_rows).index_add(0, rows, acts)
-    p = acts / sums.clamp_min(TINY).index_select(0, rows)
-    return -(p * (p + TINY).log()).sum() / encoded.n_rows
+    acts = encoded.acts
+    ones, nothing = acts.new_ones(encoded.d_sae, 1), acts.new_zeros(1)
+
+    def per_row(values: Tensor) -> Tensor:
+        """A decoder of one column sums in a fixed order, on a GPU too, and so does its gradient."""
+        return kernels.decode_encoded(encoded.with_acts(values), ones, nothing).view(-1)
+
+    sums, weighted = per_row(acts), per_row(acts * (acts + TINY).log())
+    any_active = sums > 0
+    total = torch.where(any_active, sums, 1.0)
+    return torch.where(any_active, total.log() - weighted / total, 0.0).sum() / encoded.n_rows

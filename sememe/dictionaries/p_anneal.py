@@ -14,7 +14,7 @@ from sememe.dictionaries.chunks import Chunk, Rows
 from sememe.dictionaries.sparse_start import SparseStart, SparseStartConfig
 from sememe.encoded import Counts, Encoded
 
-__all__ = ["PAnneal", "PAnnealConfig"]
+__all__ = ["PAnneal", "PAnnealConfig", "power"]
 
 SMALL = 1e-3
 """Added to activations before the power, whose slope at 0 is infinite for p < 1."""
@@ -64,6 +64,12 @@ class PAnneal(SparseStart):
         self.register_buffer("penalty_scale", torch.ones(()), persistent=False)
         self._next: tuple[Tensor, Tensor] | None = None
 
+    def exponent(self, progress: float) -> float:
+        """p at a share of the run."""
+        config = self.config
+        done = (progress - config.anneal_from) / (config.anneal_until - config.anneal_from)
+        return 1 - (1 - config.p_end) * min(1.0, max(0.0, done))
+
     def loss(
         self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], progress: float
     ) -> Loss:
@@ -72,16 +78,15 @@ class PAnneal(SparseStart):
         As p changes, `penalty_scale` is multiplied by the old penalty over the new one, on the same activations.
         """
         config = self.config
-        done = (progress - config.anneal_from) / (config.anneal_until - config.anneal_from)
-        p = torch.full_like(self.p, 1 - (1 - config.p_end) * min(1.0, max(0.0, done)))
+        p = torch.full_like(self.p, self.exponent(progress))
 
         def of_rows(rows: Rows) -> Chunk:
             encoded = self._encode_above(rows.x, None, rows.dense)
             mse, _, error = self._reconstruct(encoded, rows.x, rows.target)
             acts = encoded.acts
             with torch.no_grad():
-                before = self._per_row(_power(acts, self.p), encoded)
-            means = {"mse": mse, "penalty": self._per_row(_power(acts, p), encoded), "before": before}
+                before = self._per_row(power(acts, self.p), encoded)
+            means = {"mse": mse, "penalty": self._per_row(power(acts, p), encoded), "before": before}
             return Chunk(means | {"l1": self._per_row(acts.detach(), encoded)}, encoded.detach(), error)
 
         means, encoded, error = self._in_chunks(of_rows, x, target, None)
@@ -106,5 +111,6 @@ class PAnneal(SparseStart):
         return {**super().training_buffers(), "p": self.p, "penalty_scale": self.penalty_scale}
 
 
-def _power(acts: Float[Tensor, " nnz"], p: Float[Tensor, ""]) -> Float[Tensor, " nnz"]:
+def power(acts: Float[Tensor, " nnz"], p: Float[Tensor, "*nnz"]) -> Float[Tensor, " nnz"]:
+    """`acts^p`, moved by a small number so that its slope at 0 is finite; p is one, or one for each."""
     return (acts + SMALL).pow(p) - SMALL**p

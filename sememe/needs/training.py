@@ -61,7 +61,7 @@ ENTRIES = frozenset({"mlp_encoder", "matching_pursuit"})
 """Architectures that take more than an encoder's product but hold only entries."""
 GRAM_BYTES = 2**30
 """The largest Gram matrix, of 8 bits, that a pursuit keeps while it chooses."""
-STACKED = frozenset({*FAST, *FLOAT32, "relu", "jumprelu"})
+STACKED = frozenset({*FAST, *FLOAT32, *SPARSE})
 """Architectures of which several step as one on a GPU."""
 TILE = 4096
 """Latents whose pre-activations a GPU holds at once, in bfloat16."""

@@ -15,11 +15,24 @@ from collections.abc import Hashable, Sequence
 from sememe.dictionaries.base import Trainable
 from sememe.dictionaries.stacked.base import Stack, StackLoss
 from sememe.dictionaries.stacked.counted import CountedStack
-from sememe.dictionaries.stacked.penalised import JumpReLUStack, ReLUStack
+from sememe.dictionaries.stacked.penalised import (
+    GatedStack,
+    JumpReLUStack,
+    PAnnealStack,
+    ReLUStack,
+    TiedStack,
+)
 
 __all__ = ["Stack", "StackLoss", "stack_of", "stackable"]
 
-_STACKS: tuple[type[Stack], ...] = (CountedStack, JumpReLUStack, ReLUStack)
+_STACKS: tuple[type[Stack], ...] = (
+    CountedStack,
+    JumpReLUStack,
+    ReLUStack,
+    TiedStack,
+    GatedStack,
+    PAnnealStack,
+)
 
 
 def stackable(dictionary: Trainable) -> Hashable | None:

@@ -1,4 +1,4 @@
-"""Stacks of dictionaries that a penalty makes sparse, so that the number of active latents varies: JumpReLU, ReLU."""
+"""Stacks of dictionaries that a penalty makes sparse, so that the number of active latents varies: the ReLU family."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ from torch import Tensor
 
 from sememe import kernels
 from sememe.dictionaries.base import Trainable
+from sememe.dictionaries.gated import Gated
 from sememe.dictionaries.jumprelu import Jump, JumpReLU
+from sememe.dictionaries.p_anneal import PAnneal, power
 from sememe.dictionaries.penalised import Penalised
 from sememe.dictionaries.relu import ReLU
 from sememe.dictionaries.room import Room
 from sememe.dictionaries.stacked.base import Stack, StackLoss
+from sememe.dictionaries.steered import Steered
+from sememe.dictionaries.tied import Tied
 from sememe.encoded import Encoded
 
-__all__ = ["JumpReLUStack", "ReLUStack"]
+__all__ = ["GatedStack", "JumpReLUStack", "PAnnealStack", "ReLUStack", "TiedStack"]
 
 
 class _PenalisedStack(Stack, abc.ABC):
@@ -104,57 +108,174 @@ class JumpReLUStack(_PenalisedStack):
         return StackLoss(totals, terms, {}, encoded.detach(), error.detach())
 
 
-@final
-class ReLUStack(_PenalisedStack):
-    """ReLU under L1; its weight and its steering may differ."""
+class _SteeredStack(_PenalisedStack, abc.ABC):
+    """Those whose penalty has a weight that may be steered to an l0; it and its steering may differ."""
 
     def __init__(self, dictionaries: Sequence[Trainable]) -> None:
         super().__init__(dictionaries)
-        self.members = [one for one in self.dictionaries if isinstance(one, ReLU)]
-        self.norm_weighted = self.members[0].config.norm_weighted
-        self.coefficients = self._numbers([one.config.l1_coefficient for one in self.members])
+        self.steered = [one for one in self.dictionaries if isinstance(one, Steered)]
+        self.coefficients = self._numbers([one.config.l1_coefficient for one in self.steered])
         self.log_factor, self.l0_average = self._shared("log_factor"), self._shared("l0_average")
         self.progress = 0.0
 
-    @staticmethod
-    def alike(dictionary: Trainable) -> Hashable | None:
-        """As of JumpReLU, and whether activations are weighed; None for one with another penalty than L1, or noise."""
-        if not isinstance(dictionary, ReLU):
-            return None
-        config = dictionary.config
-        if config.sqrt_coefficient or config.entropy_coefficient or config.noise or config.site_norms != "l2":
-            return None
-        alike = _penalised_alike(dictionary)
-        return None if alike is None else (alike, config.norm_weighted)
-
-    def loss(
-        self, x: Float[Tensor, "n batch d_in"], target: Float[Tensor, "n batch d_out"], progress: float
-    ) -> StackLoss:
-        """Each dictionary's own loss (see `ReLU.loss`)."""
+    def _weights(self, progress: float) -> tuple[Float[Tensor, " n"], dict[str, dict[int, Tensor]]]:
+        """What the penalty is multiplied by, and for the log what steering makes of it."""
         self.progress = progress
-        encoded = self._above(x, None)
-        error = self._error(encoded, target)
-        weights = None
-        if self.norm_weighted:
-            weights = self.seen * self.parameters["W_dec"].norm(dim=2, keepdim=True)
-        mses, l1 = error.square().mean((1, 2)), self._per_row(encoded.acts, encoded, weights)
         factors = self.log_factor.exp()
-        warmed = self._numbers([one.warmed(progress) for one in self.members])
-        totals = mses + warmed * factors * (self.coefficients * l1)
-        steered = {i: factors[i] for i, one in enumerate(self.members) if one.config.target_l0 is not None}
-        terms = {"mse": mses.detach(), "l1": l1.detach()}
-        return StackLoss(totals, terms, {"steered_factor": steered}, encoded.detach(), error.detach())
+        warmed = self._numbers([one.warmed(progress) for one in self.steered])
+        steered = {i: factors[i] for i, one in enumerate(self.steered) if one.config.target_l0 is not None}
+        return warmed * factors * self.coefficients, {"steered_factor": steered}
 
     @torch.no_grad()
     def after_step(self, loss: StackLoss) -> None:
         """As every stack; and steering, where there is a target."""
         super().after_step(loss)
-        steered = [i for i, one in enumerate(self.members) if one.steers(self.progress)]
+        steered = [i for i, one in enumerate(self.steered) if one.steers(self.progress)]
         if steered:
             acts = loss.encoded.acts
             l0 = self._per_row((acts != 0).to(acts.dtype), loss.encoded)
             for i in steered:
-                self.members[i].steer(l0[i], self.progress)
+                self.steered[i].steer(l0[i], self.progress)
+
+
+@final
+class ReLUStack(_SteeredStack):
+    """ReLU under L1."""
+
+    def __init__(self, dictionaries: Sequence[Trainable]) -> None:
+        super().__init__(dictionaries)
+        first = self.dictionaries[0]
+        self.norm_weighted = isinstance(first, ReLU) and first.config.norm_weighted
+
+    @staticmethod
+    def alike(dictionary: Trainable) -> Hashable | None:
+        """As of JumpReLU, and whether activations are weighed; None for one with another penalty than L1, or noise."""
+        if not isinstance(dictionary, ReLU) or dictionary.config.site_norms != "l2":
+            return None
+        alike = _only_l1(dictionary)
+        return None if alike is None else (alike, dictionary.config.norm_weighted)
+
+    def loss(
+        self, x: Float[Tensor, "n batch d_in"], target: Float[Tensor, "n batch d_out"], progress: float
+    ) -> StackLoss:
+        """Each dictionary's own loss (see `ReLU.loss`)."""
+        encoded = self._above(x, None)
+        error = self._error(encoded, target)
+        norms = None
+        if self.norm_weighted:
+            norms = self.seen * self.parameters["W_dec"].norm(dim=2, keepdim=True)
+        mses, l1 = error.square().mean((1, 2)), self._per_row(encoded.acts, encoded, norms)
+        weights, of_some = self._weights(progress)
+        terms = {"mse": mses.detach(), "l1": l1.detach()}
+        return StackLoss(mses + weights * l1, terms, of_some, encoded.detach(), error.detach())
+
+
+@final
+class TiedStack(_SteeredStack):
+    """Tied weights under L1; the decay of biases may differ."""
+
+    def __init__(self, dictionaries: Sequence[Trainable]) -> None:
+        super().__init__(dictionaries)
+        self.decay = self._numbers(
+            [one.config.bias_decay for one in self.dictionaries if isinstance(one, Tied)]
+        )
+
+    @staticmethod
+    def alike(dictionary: Trainable) -> Hashable | None:
+        """As of JumpReLU; None for one with another penalty than L1, or noise."""
+        return _only_l1(dictionary) if isinstance(dictionary, Tied) else None
+
+    def _inputs(self, x: Float[Tensor, "n batch d_in"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return x, self.parameters["W_dec"].mT, self.parameters["b_enc"], self.b_pre
+
+    def loss(
+        self, x: Float[Tensor, "n batch d_in"], target: Float[Tensor, "n batch d_out"], progress: float
+    ) -> StackLoss:
+        """Each dictionary's own loss (see `Tied.loss`)."""
+        encoded = self._above(x, None)
+        error = self._error(encoded, target)
+        mses, l1 = error.square().mean((1, 2)), self._per_row(encoded.acts, encoded)
+        weights, of_some = self._weights(progress)
+        totals = mses + weights * l1 + self.decay * self.parameters["b_enc"].norm(dim=1)
+        terms = {"mse": mses.detach(), "l1": l1.detach()}
+        return StackLoss(totals, terms, of_some, encoded.detach(), error.detach())
+
+
+@final
+class GatedStack(_SteeredStack):
+    """Gated; its decoders are frozen in the auxiliary error, as in `Gated`."""
+
+    @staticmethod
+    def alike(dictionary: Trainable) -> Hashable | None:
+        """As of JumpReLU."""
+        return _penalised_alike(dictionary) if isinstance(dictionary, Gated) else None
+
+    def loss(
+        self, x: Float[Tensor, "n batch d_in"], target: Float[Tensor, "n batch d_out"], progress: float
+    ) -> StackLoss:
+        """Each dictionary's own loss (see `Gated.loss`)."""
+        gates = self._above(x, None)
+        b_enc, r_mag, b_mag = (
+            kernels.of_entries(self.parameters[name].view(-1), gates) for name in ("b_enc", "r_mag", "b_mag")
+        )
+        acts = torch.relu((gates.acts - b_enc) * r_mag.exp() + b_mag)
+        encoded = gates.with_acts(gates.only_stored(acts))
+        error = self._error(encoded, target)
+        frozen = kernels.decode_encoded(gates, self.parameters["W_dec"].detach(), self.b_dec.detach())
+        auxiliary = (frozen.view(target.shape) - target).square().mean((1, 2))
+        mses, l1 = error.square().mean((1, 2)), self._per_row(gates.acts, gates)
+        weights, of_some = self._weights(progress)
+        terms = {"mse": mses.detach(), "l1": l1.detach(), "auxiliary": auxiliary.detach()}
+        return StackLoss(mses + weights * l1 + auxiliary, terms, of_some, encoded.detach(), error.detach())
+
+
+@final
+class PAnnealStack(_SteeredStack):
+    """P-anneal; exponents and their course may differ."""
+
+    def __init__(self, dictionaries: Sequence[Trainable]) -> None:
+        super().__init__(dictionaries)
+        self.members = [one for one in self.dictionaries if isinstance(one, PAnneal)]
+        self.p, self.penalty_scale = self._shared("p"), self._shared("penalty_scale")
+        self.next: tuple[Tensor, Tensor] | None = None
+
+    @staticmethod
+    def alike(dictionary: Trainable) -> Hashable | None:
+        """As of JumpReLU."""
+        return _penalised_alike(dictionary) if isinstance(dictionary, PAnneal) else None
+
+    def loss(
+        self, x: Float[Tensor, "n batch d_in"], target: Float[Tensor, "n batch d_out"], progress: float
+    ) -> StackLoss:
+        """Each dictionary's own loss (see `PAnneal.loss`)."""
+        p = self._numbers([one.exponent(progress) for one in self.members])
+        encoded = self._above(x, None)
+        error, of = self._error(encoded, target), encoded.indices // self.d_sae
+        penalty = self._per_row(power(encoded.acts, p.index_select(0, of)), encoded)
+        with torch.no_grad():
+            before = self._per_row(power(encoded.acts, self.p.index_select(0, of)), encoded)
+            scale = self.penalty_scale * torch.where(penalty > 0, before / penalty, 1.0)
+            l1 = self._per_row(encoded.acts, encoded)
+        self.next = p, scale
+        mses, (weights, of_some) = error.square().mean((1, 2)), self._weights(progress)
+        terms = {"mse": mses.detach(), "penalty": penalty.detach(), "l1": l1}
+        totals = mses + weights * scale * penalty
+        return StackLoss(totals, terms, of_some, encoded.detach(), error.detach())
+
+    @torch.no_grad()
+    def after_step(self, loss: StackLoss) -> None:
+        """What the step used becomes what the next one starts from, too."""
+        super().after_step(loss)
+        if self.next is not None:
+            self.p.copy_(self.next[0])
+            self.penalty_scale.copy_(self.next[1])
+
+
+def _only_l1(dictionary: ReLU | Tied) -> Hashable | None:
+    config = dictionary.config
+    if config.sqrt_coefficient or config.entropy_coefficient or config.noise:
+        return None
+    return _penalised_alike(dictionary)
 
 
 def _penalised_alike(dictionary: Penalised) -> Hashable | None:
