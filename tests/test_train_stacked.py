@@ -30,6 +30,7 @@ from sememe.dictionaries.tied import TiedConfig
 from sememe.dictionaries.topk import TopKConfig
 from sememe.kernels.gpu import selection, sparse
 from sememe.needs.training import STACKED
+from sememe.optimiser import AdamConfig, MuonConfig, SignumConfig
 from sememe.source import Batch, TensorSource
 from sememe.train import TrainConfig, crew, train, train_sweep, variants
 from sememe.train.member import Member, Spec
@@ -238,13 +239,19 @@ PAIRS = {
 """Two of each that step as one, in as many options apart as they may be."""
 
 
-def team_of_two(kind: str, stacked: bool, monkeypatch) -> tuple[crew.Crew, list[Batch]]:
+OPTIMISERS = {"adam": AdamConfig(), "signum": SignumConfig(), "muon": MuonConfig()}
+
+
+def team_of_two(
+    kind: str, stacked: bool, monkeypatch, optimiser: str = "adam"
+) -> tuple[crew.Crew, list[Batch]]:
     """They, and what they are trained on."""
     monkeypatch.setattr(crew, "stacks_on", lambda _: stacked)
     monkeypatch.setattr(kernels, "DENSE_SHARE", 2.0)  # no dictionary is so small that it is dense at any l0
     data = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    common: dict[str, Any] = {"warmup": 0.0, "optimiser": OPTIMISERS[optimiser]}
     specs = [
-        Spec(f"m{i}", TrainConfig(architecture=one, seed=i, warmup=0.0, lr=1e-3 * (1 + i)), 4, 4, None, None)
+        Spec(f"m{i}", TrainConfig(**common, architecture=one, seed=i, lr=1e-3 * (1 + i)), 4, 4, None, None)
         for i, one in enumerate(PAIRS[kind])
     ]
     team = crew.Crew(specs, 6, torch.device(DEVICE))
@@ -286,6 +293,25 @@ def test_a_step_of_two_as_one_is_the_step_of_each(path, kind, monkeypatch):
     torch.testing.assert_close(states[1], states[0], atol=1e-6, rtol=1e-5)
     if path == "gpu" and kind == "jumprelu":
         assert [values["overflow_steps"] for values in logs[1][-1].values()] == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("path", ["reference"], indirect=True)
+@pytest.mark.parametrize("kind", ["topk", "gated", "relu, >= 0"])
+@pytest.mark.parametrize("optimiser", ["signum", "muon"])
+def test_optimisers_that_step_in_turn_get_the_gradients_of_a_step_as_one(path, kind, optimiser, monkeypatch):
+    """Also which latents are frozen, and what is exported of an average."""
+    states, exports = [], []
+    for stacked in (False, True):
+        team, batches = team_of_two(kind, stacked, monkeypatch, optimiser)
+        for number, batch in enumerate(batches[:4]):
+            if number == 2:
+                team.members["m0"].optimiser.freeze(torch.arange(12) < 3)
+            team.train_step(batch, None, True)
+        states.append(team.state_dict())
+        with team.members["m1"].optimiser.exported():
+            exports.append(team.members["m1"].dictionary.W_dec.detach().clone())
+    torch.testing.assert_close(states[1], states[0], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(exports[1], exports[0], atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("path", ["gpu"], indirect=True)
@@ -330,9 +356,10 @@ def test_only_those_of_one_shape_step_as_one(tmp_path, monkeypatch):
     assert made == [("d_sae16-seed0", "d_sae16-seed1"), ("d_sae24-seed0", "d_sae24-seed1")]
     made.clear()
     train_sweep(sweep_config(tmp_path / "b", "seed=0", **base), source=TensorSource(x))
+    assert made == []
     optimiser = {"optimiser": {"kind": "muon"}}
     train_sweep(sweep_config(tmp_path / "c", "seed=0,1", **(base | optimiser)), source=TensorSource(x))
-    assert made == []
+    assert made == [("seed0", "seed1")]
 
 
 def test_on_a_cpu_each_steps_by_itself_and_where_the_gpus_kernels_serve_they_step_as_one(monkeypatch):

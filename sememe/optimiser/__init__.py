@@ -17,13 +17,14 @@ from sememe.optimiser.adam import Adam, AdamConfig
 from sememe.optimiser.base import BaseConfig, Optimiser
 from sememe.optimiser.muon import Muon, MuonConfig
 from sememe.optimiser.signum import Signum, SignumConfig
-from sememe.optimiser.stacked import AdamStack
+from sememe.optimiser.stacked import AdamStack, InTurn
 
 __all__ = [
     "OPTIMISERS",
     "Adam",
     "AdamConfig",
     "AdamStack",
+    "InTurn",
     "Muon",
     "MuonConfig",
     "Optimiser",

@@ -1,4 +1,4 @@
-"""Adam over several dictionaries of one shape at once, for a GPU. Knows their optimisers, no data.
+"""The optimisers of several dictionaries of one shape, for a GPU: Adam's in one pass, others in turn. Knows no data.
 
 The optimisers stay what they are: moments and frozen latents become parts of the stack's, so that resets, freezing
 and checkpoints go through each of them as before.
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from sememe import kernels
 from sememe.optimiser.adam import Adam
-from sememe.optimiser.base import renormalise
+from sememe.optimiser.base import Optimiser, renormalise
 
-__all__ = ["AdamStack"]
+__all__ = ["AdamStack", "InTurn"]
 
 
 class AdamStack:
@@ -104,3 +104,28 @@ class AdamStack:
         norms: Tensor = torch.stack(own).norm(dim=0)
         scale: Tensor = (self.config.clip / norms.clamp_min(1e-12)).clamp_max(1.0)
         return scale
+
+
+class InTurn:
+    """Optimisers of which each takes its own step, from gradients that came for all at once.
+
+    Args:
+        optimisers: One for each dictionary.
+        parameters: Those of all by name, with a leading axis, of which each dictionary's are parts.
+    """
+
+    def __init__(self, optimisers: Sequence[Optimiser], parameters: Mapping[str, Tensor]) -> None:
+        self.optimisers, self.parameters = list(optimisers), dict(parameters)
+
+    def step(self, rates: Sequence[float]) -> None:
+        """Update every dictionary's parameters, and forget the gradients. Never waits for the device.
+
+        Args:
+            rates: Each dictionary's learning rate.
+        """
+        for i, (one, rate) in enumerate(zip(self.optimisers, rates, strict=True)):
+            for name, parameter in self.parameters.items():
+                one.parameters[name].grad = None if parameter.grad is None else parameter.grad[i]
+            one.step(rate)
+        for parameter in self.parameters.values():
+            parameter.grad = None

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sememe.dictionaries.stacked import stack_of, stackable
-from sememe.optimiser import Adam, AdamStack
+from sememe.optimiser import Adam, AdamStack, InTurn
 from sememe.source import Batch
 from sememe.train.member import Member, Stepped
 from sememe.train.objective import own_loss
@@ -41,11 +41,13 @@ def stacks_of(members: list[Member]) -> list[MemberStack]:
 def _shape(member: Member) -> Hashable | None:
     """What members have in common that step as one; None for one that cannot."""
     shape = stackable(member.dictionary)
-    if shape is None or member.objective is not own_loss or type(member.optimiser) is not Adam:
+    if shape is None or member.objective is not own_loss:
         return None
     columns = member.columns
     own_rows = None if columns is None else columns.inputs == columns.outputs
-    return shape, own_rows, repr(member.config.optimiser.resolved())
+    optimiser = member.config.optimiser
+    # one pass of Adam has one set of options; others take their steps in turn
+    return shape, own_rows, repr(optimiser.resolved()) if optimiser.kind == "adam" else optimiser.kind
 
 
 class _Rows(NamedTuple):
@@ -67,9 +69,12 @@ class MemberStack:
         self.names = tuple(member.name for member in members)
         self.stack = stack_of([member.dictionary for member in members])
         optimisers = [member.optimiser for member in members]
-        self.optimiser = AdamStack(
-            [one for one in optimisers if isinstance(one, Adam)], self.stack.parameters
-        )
+        adams = [one for one in optimisers if isinstance(one, Adam)]
+        self.optimiser: AdamStack | InTurn
+        if adams:
+            self.optimiser = AdamStack(adams, self.stack.parameters)
+        else:
+            self.optimiser = InTurn(optimisers, self.stack.parameters)
         self.first_bad = torch.stack([member.first_bad for member in members])
         for member, part in zip(members, self.first_bad, strict=True):
             member.first_bad = part
