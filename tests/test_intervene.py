@@ -82,6 +82,19 @@ def read(effects: artifact.Artifact) -> dict[str, Any]:
     return data
 
 
+def test_pieces_of_one_document_are_one_context(
+    lm: LanguageModel, texts: list[str], saved: Path, tmp_path: Path
+) -> None:
+    """Two books, each cut into many pieces, have a strongest context each."""
+    books = ["\n\n".join(texts[start::2][:40]) for start in (0, 1)]
+    path = tmp_path / "books.jsonl"
+    path.write_text("".join(json.dumps({"text": book}) + "\n" for book in books))
+    text = TextConfig(corpus=(str(path),), max_document_chars=300, heldout_fraction=0.0)
+    options: dict[str, Any] = {"text": text, "latents": (4,), "split": "all"}
+    (latent,) = read(intervene(small(path, saved, tmp_path / "e", **options), lm=lm))["latents"]
+    assert latent["n_contexts"] == 2
+
+
 @torch.no_grad()
 def test_the_effects_are_those_of_a_plain_recomputation(
     effects: artifact.Artifact, lm: LanguageModel, corpus: Path, saved: Path

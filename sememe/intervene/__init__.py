@@ -30,7 +30,7 @@ from sememe.text import TokenPolicy, attributions, fetch, fingerprint
 
 __all__ = ["InterveneConfig", "intervene"]
 
-VERSION = 2
+VERSION = 3
 EFFECTS, PAGE = "effects.json", "effects.md"
 
 

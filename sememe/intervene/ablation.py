@@ -24,7 +24,7 @@ from sememe.intervene.config import InterveneConfig
 from sememe.lm import LanguageModel
 from sememe.progress import track
 from sememe.splice import BaseRun, Splicer
-from sememe.text import TokenPolicy, token_blocks
+from sememe.text import TokenPolicy, token_blocks, whole_id
 
 __all__ = ["Context", "Found", "ablate", "find"]
 
@@ -40,6 +40,7 @@ class Context(NamedTuple):
     mask: Bool[np.ndarray, " ctx"]
     keep: Bool[np.ndarray, " ctx"]
     document: int
+    """A number that all pieces of one document share."""
 
 
 class Found(NamedTuple):
@@ -68,6 +69,7 @@ def find(
     blocks = token_blocks(config.text, lm.tokenizer, policy, split=config.split, n_tokens=config.n_tokens)
     with track("find contexts", config.n_tokens, "tokens") as progress, torch.inference_mode():
         for block in blocks:
+            wholes = {i: whole_id(info.key) for i, info in block.documents.items()}
             for start in range(0, len(block.ids), config.batch_rows):
                 part = slice(start, start + config.batch_rows)
                 ids = torch.from_numpy(block.ids[part]).long()
@@ -84,7 +86,7 @@ def find(
                 peaks = acts[:, :-1].max(axis=1)  # the last position predicts nothing here
                 for row, slot in zip(*np.nonzero(peaks > 0), strict=True):
                     at = start + int(row)
-                    document = int(block.doc_ids[at, int(acts[row, :, slot].argmax())])
+                    document = wholes[int(block.doc_ids[at, int(acts[row, :-1, slot].argmax())])]
                     context = Context(
                         float(peaks[row, slot]),
                         block.ids[at],
