@@ -22,6 +22,7 @@ from sememe.dictionaries.gated import GatedConfig
 from sememe.dictionaries.group_max import GroupMaxConfig
 from sememe.dictionaries.jumprelu import JumpReLUConfig
 from sememe.dictionaries.matryoshka import MatryoshkaConfig
+from sememe.dictionaries.mlp_encoder import MLPEncoderConfig
 from sememe.dictionaries.multi_topk import MultiTopKConfig
 from sememe.dictionaries.p_anneal import PAnnealConfig
 from sememe.dictionaries.relu import ReLUConfig
@@ -214,6 +215,7 @@ PAIRS = {
     "group_max": two(GroupMaxConfig, DEAD | {"k": 3}, {"k": 3, "auxk_coefficient": 0.0}),
     "batch_topk": two(BatchTopKConfig, DEAD | {"k": 2}, {"k": 2, "threshold_decay": 0.5}),
     "matryoshka": two(MatryoshkaConfig, *2 * (DEAD | {"k": 2, "prefixes": (0.25, 1.0)},)),
+    "mlp_encoder": two(MLPEncoderConfig, DEAD | {"k": 2}, DEAD | {"k": 3, "auxk": 2}),
     "jumprelu": two(
         JumpReLUConfig,
         JUMPS | {"target_l0": 2.0},
@@ -268,7 +270,7 @@ def team_of_two(
         *(
             pytest.param("gpu", kind, marks=pytest.mark.slow)
             for kind in (
-                *("abs_topk", "group_max", "multi_topk", "matryoshka"),
+                *("abs_topk", "group_max", "multi_topk", "matryoshka", "mlp_encoder"),
                 *("relu", "relu, >= 0", "tied", "p_anneal"),
             )
         ),

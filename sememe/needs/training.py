@@ -61,7 +61,7 @@ ENTRIES = frozenset({"mlp_encoder", "matching_pursuit"})
 """Architectures that take more than an encoder's product but hold only entries."""
 GRAM_BYTES = 2**30
 """The largest Gram matrix, of 8 bits, that a pursuit keeps while it chooses."""
-STACKED = frozenset({*FAST, *FLOAT32, *SPARSE})
+STACKED = frozenset({*FAST, *FLOAT32, *SPARSE, "mlp_encoder"})
 """Architectures of which several step as one on a GPU."""
 TILE = 4096
 """Latents whose pre-activations a GPU holds at once, in bfloat16."""
@@ -230,6 +230,8 @@ def _gpu_step_bytes(sizes: Sequence[Dictionary], batch_size: int) -> float:
         if size.kind in STACKED:
             together += sparse
         # the first step of all others is dense, and taken one after the other
-        dense = 0.0 if size.kind in FAST | FLOAT32 else _DENSE * size.d_sae * batch_size + rows
+        dense = (
+            0.0 if size.kind in FAST | FLOAT32 | {"mlp_encoder"} else _DENSE * size.d_sae * batch_size + rows
+        )
         largest_alone = max(largest_alone, sparse, dense)
     return max(together, largest_alone)

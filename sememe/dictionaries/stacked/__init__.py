@@ -5,7 +5,7 @@ and counters become parts of the stack's, so that whatever is done to one of the
 
 `base` holds what all stacks share, `counted` those that keep a number of latents, `penalised` those whose number
 varies. What is not here steps by itself: architectures with a skip connection or weights in their choice, with noise,
-with another penalty than l0 or L1, with ghost gradients, and all whose encoder is not one product.
+with l_1/2 or an entropy penalty, with ghost gradients; pursuits, LISTA, variational and cross-layer dictionaries.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from sememe.dictionaries.batch_topk import BatchTopK
 from sememe.dictionaries.dead import DeadLatents
 from sememe.dictionaries.group_max import GroupMax
 from sememe.dictionaries.matryoshka import Matryoshka
+from sememe.dictionaries.mlp_encoder import MLPEncoder
 from sememe.dictionaries.multi_topk import MultiTopK
 from sememe.dictionaries.selection import BatchSelection, Selection
 from sememe.dictionaries.stacked.base import Stack, StackLoss
@@ -31,8 +32,8 @@ NEVER = 2**62
 
 @final
 class CountedStack(Stack):
-    """TopK, MultiTopK, AbsTopK, GroupMax, BatchTopK or Matryoshka. The options of AuxK may differ; k too, where it is
-    counted row by row and is no number of groups."""
+    """TopK, MultiTopK, AbsTopK, GroupMax, BatchTopK, Matryoshka, or TopK behind a hidden layer. The options of AuxK may
+    differ; k too, where it is counted row by row and is no number of groups."""
 
     def __init__(self, dictionaries: Sequence[Trainable]) -> None:
         super().__init__(dictionaries)
@@ -63,6 +64,8 @@ class CountedStack(Stack):
             return None
         if isinstance(dictionary, (TopK, MultiTopK, AbsTopK)):
             return ()
+        if isinstance(dictionary, MLPEncoder):
+            return dictionary.b_in.shape
         if isinstance(dictionary, (GroupMax, BatchTopK)):
             return dictionary.config.k
         if isinstance(dictionary, Matryoshka):
@@ -72,6 +75,19 @@ class CountedStack(Stack):
     def _own_k(self, ks: Sequence[int]) -> Int[Tensor, " n"] | None:
         """What each keeps; None if all keep the same."""
         return None if len(set(ks)) == 1 else torch.tensor(ks, device=self.device)
+
+    def _inputs(self, x: Float[Tensor, "n batch d_in"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As every stack; behind a hidden layer what it makes of rows, which nothing is subtracted from."""
+        inputs = super()._inputs(x)
+        if not isinstance(self.first, MLPEncoder):
+            return inputs
+        return self._hidden(x, slice(None)), *inputs[1:3], torch.zeros_like(self.b_pre)
+
+    def _hidden(self, x: Float[Tensor, "m batch d_in"], which: slice) -> Float[Tensor, "m batch d_in"]:
+        """What encoders behind a hidden layer read of rows."""
+        W_in, b_in, W_out = (self.parameters[name][which] for name in ("W_in", "b_in", "W_out"))
+        centred = x - self.b_pre[which, None]
+        return centred + torch.relu(torch.baddbmm(b_in[:, None], centred, W_in)) @ W_out
 
     def _encode(self, x: Float[Tensor, "n batch d_in"]) -> Encoded:
         """What training keeps of each dictionary's rows."""
@@ -156,12 +172,11 @@ class CountedStack(Stack):
         found = {}
         for i, (W_enc, b_enc, W_dec) in enumerate(zip(*parts, strict=True)):
             if counts[i]:
-                centre = self.b_pre[i]
 
-                def reads(
-                    rows: Tensor, W: Tensor = W_enc, b: Tensor = b_enc, centre: Tensor = centre
-                ) -> Tensor:
-                    return torch.addmm(b, rows - centre, W.T)
+                def reads(rows: Tensor, W: Tensor = W_enc, b: Tensor = b_enc, i: int = i) -> Tensor:
+                    if isinstance(self.first, MLPEncoder):
+                        return torch.addmm(b, self._hidden(rows[None], slice(i, i + 1))[0], W.T)
+                    return torch.addmm(b, rows - self.b_pre[i], W.T)
 
                 k = self.configs[i].auxk or max(self.d_in // 2, 1)
                 found[i] = auxk_loss_of(reads, W_dec, x[i], residual[i], k, signed=self.first.signed)
