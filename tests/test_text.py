@@ -73,6 +73,7 @@ def test_cuts_fall_between_paragraphs_lines_sentences_words() -> None:
     assert list(cut("abcdefgh", 3)) == ["abc", "def", "gh"]
     assert list(cut("def f():\n    a\n\n    b\n", 12)) == ["def f():", "    a\n\n    b"]  # indentation stays
     assert list(cut("any length", 0)) == ["any length"]
+    assert list(cut("   a", 3)) == ["a"]
 
 
 @settings(deadline=None)

@@ -512,7 +512,6 @@ class Reads(TorchDispatchMode):
 WAITS = {
     "dense relu": {"nonzero", "masked_select"},
     "lista": {"nonzero"},
-    "variational": {"nonzero", "bincount"},
 }
 """What reads the device in a step on a GPU, and the operations that do."""
 SLOW = {"abs_topk", "matryoshka", "multi_topk", "p_anneal", "relu", "tied", "mlp_encoder"}

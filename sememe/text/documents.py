@@ -116,7 +116,8 @@ def cut(text: str, max_chars: int) -> Iterator[str]:
         n_pieces = -(-(stop - start) // max_chars)
         even = (stop - start) // n_pieces
         at = start + _cut_point(text, start, start + min(max_chars, even + even // 4 + 1))
-        yield text[start:at].rstrip()
+        if piece := text[start:at].rstrip():  # more blanks than a piece may have characters are no piece
+            yield piece
         blank = _BLANK_LINES.match(text, at)
         start = (
             blank.end()
