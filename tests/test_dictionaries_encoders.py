@@ -265,6 +265,18 @@ def test_gradients_of_spike_and_slab_are_those_of_autograd(dtype, scale):
             )
 
 
+def test_a_gradient_of_some_parameters_leaves_nothing_for_the_next_one(monkeypatch):
+    monkeypatch.setattr(variational, "CHUNK_ENTRIES", N * 20)
+    dictionary, x = made(VariationalConfig(d_sae=N, prior_l0=5)), sample(seed=4).requires_grad_()
+    parameters = list(dictionary.parameters())
+    wanted = torch.autograd.grad(dictionary.loss(x, x.detach(), 0.5).total, parameters)
+    total = dictionary.loss(x, x.detach(), 0.5).total
+    for some in (x, dictionary.b_enc):
+        torch.autograd.grad(total, some, retain_graph=True)
+    for a, b in zip(torch.autograd.grad(total, parameters), wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_the_prior_spike_term_is_0_where_the_pseudo_inputs_have_the_priors_l0():
     dictionary, x = made(VariationalConfig(d_sae=N, prior_l0=5)), sample(seed=4)
     with torch.no_grad():

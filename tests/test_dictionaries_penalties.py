@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sememe import dictionaries
+from sememe.dictionaries import activation_penalty
 from sememe.dictionaries.base import Trainable
 from sememe.dictionaries.gated import GatedConfig
 from sememe.dictionaries.jumprelu import JumpReLUConfig
@@ -15,6 +16,7 @@ from sememe.dictionaries.relu import ReLUConfig
 from sememe.dictionaries.steered import SteeredConfig
 from sememe.dictionaries.tied import TiedConfig
 from sememe.dictionaries.variational import VariationalConfig
+from sememe.encoded import Encoded
 from sememe.errors import ConfigError
 from sememe.optimiser import Adam, Muon, Signum
 
@@ -120,16 +122,18 @@ def test_entropy_asks_for_few_and_not_for_small_activations():
     dictionary, x = made(config), sample(seed=4)
     one = dictionary.loss(x, x, 0.5).terms
     with torch.no_grad():
-        dictionary.W_enc.mul_(0.1)
-        dictionary.b_enc.mul_(0.1)
+        dictionary.W_enc.mul_(1e-6)
+        dictionary.b_enc.mul_(1e-6)
     other = dictionary.loss(x, x, 0.5).terms
-    assert float(other["l1"]) == pytest.approx(0.1 * float(one["l1"]), rel=1e-4)
+    assert float(other["l1"]) == pytest.approx(1e-6 * float(one["l1"]), rel=1e-4)
     assert float(other["entropy"]) == pytest.approx(float(one["entropy"]), rel=1e-4)
     with torch.no_grad():
         dictionary.b_enc.fill_(-1e3)
     assert float(dictionary.loss(x, x, 0.5).total.detach()) == pytest.approx(
         float((x - dictionary.b_dec).square().mean().detach())
     ), "a row without activations has no entropy"
+    bad = Encoded.from_dense(torch.tensor([[1.0, 2.0], [math.nan, 1.0]]))
+    assert math.isnan(float(activation_penalty.entropy(bad))), "what is not a number is not hidden"
 
 
 # -- noise -----------------------------------------------------------------------------------------

@@ -23,7 +23,6 @@ __all__ = ["ActivationPenalty", "ActivationPenaltyConfig", "entropy", "root_sum"
 
 NOISE_CUT = 4.0
 """Standard deviations beyond which noise is cut off: what lies further below 0 cannot fire and is not computed."""
-TINY = 1e-8
 
 
 class ActivationPenaltyConfig(SparseStartConfig):
@@ -145,7 +144,7 @@ def entropy(encoded: Encoded) -> Float[Tensor, ""]:
         """A decoder of one column sums in a fixed order, on a GPU too, and so does its gradient."""
         return kernels.decode_encoded(encoded.with_acts(values), ones, nothing).view(-1)
 
-    sums, weighted = per_row(acts), per_row(acts * (acts + TINY).log())
-    any_active = sums > 0
+    sums, weighted = per_row(acts), per_row(acts * torch.where(acts > 0, acts, 1.0).log())
+    any_active = sums != 0  # of what is not a number, too
     total = torch.where(any_active, sums, 1.0)
     return torch.where(any_active, total.log() - weighted / total, 0.0).sum() / encoded.n_rows

@@ -101,6 +101,8 @@ class Shared:
 
     def add(self, name: str, grad: Float[Tensor, "rows d_sae"], rows: Float[Tensor, "rows d"]) -> None:
         """To the gradient of a weight, `grad^T rows`: a latent's numbers side by side."""
+        if not self._sums:  # what a pass leaves that does not reach the parameters is not the next one's
+            torch.autograd.Variable._execution_engine.queue_callback(self._sums.clear)
         if name in self._sums:
             self._sums[name].addmm_(grad.T, rows)
         else:

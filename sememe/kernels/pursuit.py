@@ -184,6 +184,9 @@ def _pursue_gram(
             else:
                 step, change = act * sizes[latent], codes[latent]
                 coarse += step * step
+                for before in range(t):  # a latent taken again is wrong by the same numbers: they add up
+                    if indices[row, before] == latent:
+                        coarse += np.float32(2) * step * sizes[latent] * acts[row, before]
                 for i in range(d_sae):
                     current[i] -= step * np.float32(change[i])
                 current[latent] -= act
