@@ -142,7 +142,6 @@ def test_the_page_and_the_csv(done: artifact.Artifact) -> None:
     assert "Spurious removal" in (done.path / "concepts.md").read_text()
 
 
-@pytest.mark.slow  # a minute; two classes are perturbed above
 def test_three_classes_are_perturbed(world: World, tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     kinds = {"english": WORDS["english"], "german": WORDS["german"], "numbers": "1 2 3 4 5 6 7 8 9 10 11 12"}

@@ -170,7 +170,6 @@ def config_of(out: Path, **changes) -> TrainConfig:
     return TrainConfig.build(plain | {"out": out, "log_every": 10, **changes})
 
 
-@pytest.mark.slow  # a minute; gradients and values of the objective are compared above
 def test_it_lowers_kl_more_than_local_training_in_as_many_steps(world, tmp_path):
     """The same contexts, steps, start and learning rate; held-out KL."""
     found = {}
