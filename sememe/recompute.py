@@ -63,7 +63,7 @@ def _autocast_of_now() -> Callable[[], contextlib.AbstractContextManager[None]]:
     def again() -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             for device, dtype, enabled in states:
-                if enabled != torch.is_autocast_enabled(device) or enabled:
+                if enabled or torch.is_autocast_enabled(device):
                     stack.enter_context(torch.autocast(device, dtype, enabled=enabled))
             yield
 

@@ -11,6 +11,8 @@ from test_train import config, killed_and_resumed, planted
 from sememe import needs
 from sememe.errors import ResourceError
 from sememe.harvest import harvest
+from sememe.kernels import pursuit
+from sememe.needs.training import GRAM_BYTES
 from sememe.source import IteratorSource, StoreSource, TensorSource
 from sememe.store import open_store
 from sememe.train import TrainConfig, train, train_sweep
@@ -125,6 +127,7 @@ def test_what_steps_hold_is_counted_by_what_they_are():
 
     rows = 4 * 4 * 128
     assert step("topk", k=32) == step("group_max", k=32) == rows + 60 * 32
+    assert GRAM_BYTES == pursuit.GRAM_BYTES
     assert step("mlp_encoder", k=32) == step("matching_pursuit", k=32) == rows + 60 * 32
     assert step("jumprelu", target_l0=10.0) == rows + 60 * 40
     assert step("relu", start_density=0.02) == pytest.approx(rows + 60 * 0.02 * 2**16)
